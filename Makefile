@@ -1,0 +1,45 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Nothing here may depend on a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test check format bench docs clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
+
+demo: .venv/.installed  ## run examples/demo.py
+	$(BIN)/python examples/demo.py
+
+test: export OMP_NUM_THREADS := 1
+test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
+	$(BIN)/pytest -n 2 $(ARGS)
+
+check: .venv/.installed  ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.installed  ## format, and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed  ## compare speed and memory with PEFT
+	$(BIN)/python benchmarks/run.py
+
+docs: .venv/.docs  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything that these targets make
+	rm -rf .venv build dist site .hypothesis .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@

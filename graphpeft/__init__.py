@@ -1,0 +1,35 @@
+"""graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
+
+from graphpeft.checkpoint import CheckpointError
+from graphpeft.config import PeftConfig, PeftType, TaskType
+from graphpeft.methods.lora import LoraConfig
+from graphpeft.model import (
+    PeftModel,
+    explain,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from graphpeft.plan import AdaptError
+from graphpeft.report import Report
+from graphpeft.tracing.errors import GuardError, NeedsExampleInputs, TraceError
+from graphpeft.tracing.trace import trace
+
+__all__ = [
+    "AdaptError",
+    "CheckpointError",
+    "GuardError",
+    "LoraConfig",
+    "NeedsExampleInputs",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "Report",
+    "TaskType",
+    "TraceError",
+    "explain",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "set_peft_model_state_dict",
+    "trace",
+]

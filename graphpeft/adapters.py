@@ -1,0 +1,298 @@
+"""Puts adapters on a model and takes them off: tensors onto modules, nodes into graphs.
+
+The model's graphs hold the nodes of the active adapters only. A region without any runs its own class's code again, so a
+disabled adapter costs nothing. Whatever can fail is done before the first change of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from graphpeft import in_place, ops, rewrite, stand_ins
+from graphpeft.config import PeftConfig
+from graphpeft.plan import AdaptedSite, AdaptError, Plan
+from graphpeft.report import Report
+from graphpeft.tracing.graph_module import Template, template_of, wear_template
+
+Modules = Mapping[str, nn.Module]
+"""A model's modules by path."""
+
+Tensors = dict[tuple[str, str], torch.Tensor]
+"""Tensors by the path of their module and their name in it."""
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model; its tensors live on the modules whose weights they adapt.
+
+    Attributes:
+        config: Its config.
+        sites: The sites that it adapts.
+        whole: The tensors for which it has stand-ins: names by the path of their module.
+        report: What was adapted, for a person to read.
+    """
+
+    config: PeftConfig
+    sites: list[AdaptedSite]
+    whole: dict[str, tuple[str, ...]]
+    report: Report
+
+    @classmethod
+    def of(cls, plan: Plan) -> Adapter:
+        """Returns the adapter that `plan` describes."""
+        return cls(plan.config, plan.sites, plan.whole, plan.report)
+
+    def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
+        """Yields the module's path and the name of every tensor of this adapter."""
+        for adapted in self.sites:
+            for name in adapted.specs:
+                yield adapted.site.owner, adapted.attribute(name, adapter)
+        for path, names in self.whole.items():
+            for name in names:
+                yield path, stand_ins.stand_in(name, adapter)
+
+
+@dataclass
+class Adapters:
+    """All adapters of a model.
+
+    Attributes:
+        by_name: The adapters.
+        active: The names of those that act, in the order in which they were activated.
+        lifted: The graphs of the regions that were no graph modules before, by path.
+        trained_before: The parameters that required grad before the first adapter came.
+    """
+
+    trained_before: frozenset[str]
+    by_name: dict[str, Adapter] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    lifted: dict[str, Template] = field(default_factory=dict)
+
+    @classmethod
+    def before_any(cls, modules: Modules) -> Adapters:
+        """Returns the adapters of a model that has none yet."""
+        return cls(
+            frozenset(
+                f"{path}.{name}" if path else name
+                for path, module in modules.items()
+                for name, parameter in module._parameters.items()
+                if parameter is not None and parameter.requires_grad
+            )
+        )
+
+    def owned(self) -> frozenset[str]:
+        """Returns the paths of all tensors of adapters."""
+        return frozenset(
+            f"{path}.{name}" if path else name
+            for adapter, content in self.by_name.items()
+            for path, name in content.tensor_names(adapter)
+        )
+
+
+def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
+    """Puts the adapter of `plan` on a model, inactive.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters, to which this one is added.
+        name: The adapter's name.
+        plan: What `make_plan` worked out.
+        values: Values of all its tensors; without them the method's first values are drawn.
+
+    Raises:
+        AdaptError: If a tensor's name is taken; the model is as it was.
+    """
+    made = _site_tensors(plan, name, modules, values) | _whole_tensors(plan, name, modules, values)
+    for path, attribute in made:
+        module = modules[path]
+        if any(attribute in names for names in (module.__dict__, module._parameters, module._buffers, module._modules)):
+            raise AdaptError(
+                f"{path or 'the model'} has an attribute {attribute!r} already; choose another adapter name"
+            )
+    for (path, attribute), tensor in made.items():
+        stand_ins.attach(modules[path], {attribute: tensor})
+    for adapted in plan.sites:
+        for constant, value in adapted.constants.items():
+            modules[adapted.site.owner].__dict__[adapted.attribute(constant, name)] = value
+    for region, template in plan.templates.items():
+        if template_of(modules[region]) is None:
+            adapters.lifted.setdefault(region, template)
+    adapters.by_name[name] = Adapter.of(plan)
+
+
+def _site_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    made: Tensors = {}
+    for adapted in plan.sites:
+        site = adapted.site
+        device = _device(modules[site.owner]._parameters[site.attribute])
+        attributes = {local: (site.owner, adapted.attribute(local, name)) for local in adapted.specs}
+        if values is not None:
+            drawn = {local: values[key] for local, key in attributes.items()}
+        else:
+            # drawn on the CPU in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
+            source = device if device.type == "meta" else torch.device("cpu")
+            drawn = {local: torch.empty(spec.shape, device=source) for local, spec in adapted.specs.items()}
+            if device.type != "meta":
+                with torch.no_grad():
+                    adapted.rule.initialise(drawn, plan.config)
+        for local, key in attributes.items():
+            made[key] = nn.Parameter(drawn[local].to(device=device, dtype=adapted.dtype))
+    return made
+
+
+def _device(weight: torch.Tensor | None) -> torch.device:
+    assert weight is not None
+    return weight.device
+
+
+def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    made: Tensors = {}
+    for path, names in plan.whole.items():
+        for attribute, tensor in stand_ins.create(modules[path], names, name).items():
+            made[path, attribute] = tensor
+            if values is not None:
+                tensor.data.copy_(values[path, attribute])
+    return made
+
+
+def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Makes exactly the adapters `names` act.
+
+    Raises:
+        AdaptError: If two of them train the same tensor whole; the model is as it was.
+    """
+    wanted = list(dict.fromkeys(names))
+    stand_in_readers = _stand_in_readers(adapters, wanted)
+    templates = _templates(adapters, wanted, modules)
+    for region, template in templates.items():
+        if template is None:
+            in_place.take_off(modules[region], "graph")
+        else:
+            wear_template(modules[region], template)
+    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole}:
+        if path in stand_in_readers:
+            stand_ins.read(modules[path], *stand_in_readers[path])
+        else:
+            stand_ins.read_own(modules[path])
+    adapters.active = wanted
+
+
+def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+    readers: dict[str, tuple[tuple[str, ...], str]] = {}
+    for name in wanted:
+        for path, names in adapters.by_name[name].whole.items():
+            if path in readers:
+                raise AdaptError(
+                    f"{readers[path][1]!r} and {name!r} both train {path} whole; only one of them can be active"
+                )
+            readers[path] = (names, name)
+    return readers
+
+
+def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
+    """Returns the template that each region is to wear, or None where it is to run its own code."""
+    leaving = [name for name in adapters.active if name not in wanted]
+    coming = [name for name in wanted if name not in adapters.active]
+    by_region = {name: _by_region(adapters.by_name[name].sites) for name in {*leaving, *wanted}}
+    templates: dict[str, Template | None] = {}
+    for name in leaving:
+        for region in by_region[name]:
+            worn = templates.get(region) or _worn(adapters, region, modules)
+            templates[region] = worn.derive(("without", name), lambda graph, name=name: rewrite.remove(graph, name))
+    for name in coming:
+        for region, sites in by_region[name].items():
+            worn = templates.get(region) or _worn(adapters, region, modules)
+            templates[region] = _with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
+    needed = {region for name in wanted for region in by_region[name]}
+    # a graph that its owner has edited is not thrown away for being without adapters
+    return {
+        region: None
+        if region in adapters.lifted and region not in needed and template and template.shared
+        else template
+        for region, template in templates.items()
+    }
+
+
+def _by_region(sites: list[AdaptedSite]) -> dict[str, list[AdaptedSite]]:
+    regions: dict[str, list[AdaptedSite]] = {}
+    for adapted in sites:
+        regions.setdefault(adapted.site.region, []).append(adapted)
+    return regions
+
+
+def _worn(adapters: Adapters, region: str, modules: Modules) -> Template:
+    return template_of(modules[region]) or adapters.lifted[region]
+
+
+def _with_adapter(
+    worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
+) -> Template:
+    """Returns `worn` with the nodes of one adapter at its sites in this region."""
+    edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, name, region)) for adapted in sites)
+
+    def edit(graph: fx.Graph) -> None:
+        found = {op.node.name: op for op in ops.find_ops(graph, module)}
+        for nodes, rule, attributes in edits:
+            for node in nodes:
+                rewrite.insert(graph, found[node], rule, dict(attributes), name, adapter.config.peft_type.value)
+
+    derived = worn.derive(("with", name, edits), edit)
+    derived.remember(("without", name), worn)
+    return derived
+
+
+def _attributes(adapted: AdaptedSite, name: str, region: str) -> tuple[tuple[str, str], ...]:
+    owner = adapted.site.owner
+    relative = owner[len(region) + 1 :] if region else owner
+    prefix = f"{relative}." if relative else ""
+    return tuple((local, prefix + adapted.attribute(local, name)) for local in (*adapted.specs, *adapted.constants))
+
+
+def remove(modules: Modules, adapters: Adapters, name: str) -> None:
+    """Takes an adapter and its tensors off the model."""
+    activate(modules, adapters, [other for other in adapters.active if other != name])
+    adapter = adapters.by_name.pop(name)
+    for path, attribute in adapter.tensor_names(name):
+        delattr(modules[path], attribute)
+    for adapted in adapter.sites:
+        for constant in adapted.constants:
+            del modules[adapted.site.owner].__dict__[adapted.attribute(constant, name)]
+
+
+def merge(modules: Modules, adapters: Adapters, name: str) -> None:
+    """Adds the change of one adapter to the weights, and writes its stand-ins over the tensors themselves."""
+    adapter = adapters.by_name[name]
+    with torch.no_grad():
+        for adapted in adapter.sites:
+            weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
+            assert weight is not None
+            weight += delta(adapted, name, modules).to(weight.dtype)
+        for path, names in adapter.whole.items():
+            for own, other in stand_ins.own_and_stand_in(modules[path], names, name):
+                own.copy_(other)
+
+
+def delta(adapted: AdaptedSite, name: str, modules: Modules) -> torch.Tensor:
+    """Returns the change of a site's weight, in the shape in which it is stored."""
+    owner = modules[adapted.site.owner]
+    asked = inspect.signature(adapted.rule.delta).parameters
+    values = {local: getattr(owner, adapted.attribute(local, name)) for local in asked if local != "site"}
+    return adapted.rule.delta(site=adapted.site, **values)
+
+
+def set_trainable(modules: Modules, adapters: Adapters) -> None:
+    """Makes the tensors of the active adapters require grad, and nothing else."""
+    modules[""].requires_grad_(False)
+    for name in adapters.active:
+        adapter = adapters.by_name[name]
+        if adapter.config.inference_mode:
+            continue
+        for path, attribute in adapter.tensor_names(name):
+            parameter = modules[path]._parameters.get(attribute)
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(True)

@@ -1,0 +1,242 @@
+"""Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module once for each of its parameters
+that is adapted on its own (`target_parameters`), so the names of all that is inside it have ``.base_layer`` in them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from graphpeft import stand_ins
+from graphpeft.adapters import Adapter, Modules, Tensors
+from graphpeft.config import PeftConfig
+
+PREFIX = "base_model.model."
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+
+
+class CheckpointError(ValueError):
+    """An adapter file that doesn't fit the model; the model is as it was."""
+
+
+# names
+
+
+def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each name in the file, the module's path and the name of the tensor in the model."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    found: dict[str, tuple[str, str]] = {}
+    for adapted in adapter.sites:
+        site = adapted.site
+        path = _file_path(site.owner, wrapped)
+        if not site.is_layer:
+            outside = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
+            path += ".base_layer" * outside
+        for local, spec in adapted.specs.items():
+            found[_key(path, spec.key)] = (site.owner, adapted.attribute(local, name))
+    layers = {adapted.site.owner for adapted in adapter.sites if adapted.site.is_layer}
+    for owner, names in adapter.whole.items():
+        inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
+        for own in names:
+            if own not in modules[owner]._non_persistent_buffers_set:
+                found[_key(_file_path(owner, wrapped) + inside, own)] = (owner, stand_ins.stand_in(own, name))
+    return found
+
+
+def _key(path: str, name: str) -> str:
+    return PREFIX + (f"{path}.{name}" if path else name).removeprefix(".")
+
+
+def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
+    """Returns the parameters for which PEFT wraps their module, the innermost first, by the module's path."""
+    wrapped: dict[str, list[str]] = {}
+    for adapted in adapter.sites:
+        if not adapted.site.is_layer:
+            wrapped.setdefault(adapted.site.owner, []).append(adapted.site.attribute)
+    return {owner: sorted(names, key=list(modules[owner]._parameters).index) for owner, names in wrapped.items()}
+
+
+def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
+    """Returns a module's path with ``.base_layer`` behind each module around it that PEFT wraps."""
+    parts: list[str] = []
+    here: list[str] = []
+    for part in path.split(".") if path else ():
+        if here:
+            parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
+        here.append(part)
+        parts.append(part)
+    return ".".join(parts)
+
+
+# state dicts
+
+
+def state_dict_of(
+    modules: Modules, adapter: Adapter, name: str, state_dict: Mapping[str, Any] | None
+) -> dict[str, torch.Tensor]:
+    """Returns an adapter's tensors by their names in the file.
+
+    Args:
+        modules: The model's modules by path.
+        adapter: The adapter.
+        name: Its name.
+        state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
+    """
+    named = keys(adapter, name, modules)
+    if state_dict is None:
+        return {key: getattr(modules[path], attribute).detach() for key, (path, attribute) in named.items()}
+    return {key: state_dict[f"{path}.{attribute}" if path else attribute] for key, (path, attribute) in named.items()}
+
+
+def fitted(
+    adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
+) -> Tensors:
+    """Returns the tensors of a file by their places in the model, after checking that they fit.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or has another shape; all of them are named.
+    """
+    named = keys(adapter, name, modules)
+    shapes = dict(_shapes(adapter, name, modules))
+    problems = [f"lacks {key}" for key in named if key not in values]
+    problems += [f"has {key}, which the model has no place for" for key in values if key not in named]
+    problems += [
+        f"has {key} of shape {tuple(values[key].shape)}, and the model wants {shapes[place]}"
+        for key, place in named.items()
+        if key in values and tuple(values[key].shape) != shapes[place]
+    ]
+    if problems:
+        raise CheckpointError("the adapter's file " + "; it ".join(problems))
+    return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+
+
+def _shapes(
+    adapter: Adapter, name: str, modules: Modules
+) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    for adapted in adapter.sites:
+        for local, spec in adapted.specs.items():
+            yield (adapted.site.owner, adapted.attribute(local, name)), spec.shape
+    for path, own, tensor in _whole(adapter, modules):
+        yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
+
+
+def _unsaved(
+    adapter: Adapter, name: str, modules: Modules
+) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+    for path, own, tensor in _whole(adapter, modules):
+        if own in modules[path]._non_persistent_buffers_set:
+            yield (path, stand_ins.stand_in(own, name)), tensor
+
+
+def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for path, names in adapter.whole.items():
+        for own in names:
+            tensor = modules[path]._parameters.get(own)
+            tensor = modules[path]._buffers[own] if tensor is None else tensor
+            assert tensor is not None
+            yield path, own, tensor
+
+
+# files
+
+
+def save(
+    model: nn.Module, adapter: Adapter, name: str, folder: Path, state_dict: Mapping[str, Any] | None = None
+) -> None:
+    """Writes one adapter into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict)
+    # safetensors refuses tensors that share memory
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    unfinished = folder / f".{WEIGHTS_NAME}"
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, folder / WEIGHTS_NAME)
+    file_config(model, adapter).save_pretrained(folder)
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(_model_card(adapter.config), encoding="utf-8")
+
+
+def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
+    """Returns the config as PEFT can read it: weights that are plain parameters are its `target_parameters`."""
+    config = copy.deepcopy(adapter.config)
+    parameters = [adapted.site.weight for adapted in adapter.sites if not adapted.site.is_layer]
+    if parameters:
+        config.target_parameters = parameters  # type: ignore[attr-defined]
+        if len(parameters) == len(adapter.sites):
+            config.target_modules = []  # type: ignore[attr-defined]
+    if config.task_type is None and config.auto_mapping is None:
+        cls = next(c for c in type(model).__mro__ if c.__name__ == type(model).__name__ and "_layers" not in vars(c))
+        config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    return config
+
+
+def _model_card(config: PeftConfig) -> str:
+    base = config.base_model_name_or_path
+    front = [f"base_model: {base}"] if base else []
+    front += ["library_name: peft", "tags:", f"- {config.peft_type.value.lower()}"]
+    about = f"A {config.peft_type.value} adapter" + (f" for `{base}`" if base else "")
+    return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft in the format of Hugging Face PEFT.", ""])
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors by their names in the file, onto the CPU.
+
+    Args:
+        path_or_repo: A folder, or a repository on the Hub.
+        use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
+        hub_options: Options of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged.
+    """
+    if not use_safetensors:
+        path = adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    path = adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
+    """Returns the path of a file of an adapter, from a folder or downloaded from the Hub.
+
+    Raises:
+        FileNotFoundError: If neither has it.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        file = folder / filename
+        if file.is_file():
+            return str(file)
+        hint = ""
+        if filename == WEIGHTS_NAME and (folder / PICKLED_WEIGHTS_NAME).is_file():
+            hint = f"; there is a {PICKLED_WEIGHTS_NAME}, which use_safetensors=False reads"
+        raise FileNotFoundError(f"{folder} holds no {filename}{hint}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(str(path_or_repo), filename, **hub_options)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path_or_repo} is no folder, and the Hub gives no {filename} for it: {error}"
+        ) from error

@@ -1,0 +1,220 @@
+"""The configs of all methods: PEFT's keys, PEFT's JSON in and out, and the registry by `peft_type`.
+
+A config class is its method: it says which rule adapts a site, and the rest of the library asks no more than that.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import enum
+import functools
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from graphpeft.rewrite import Rule
+    from graphpeft.sites import Site
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose files are written; PEFT records its own version in a config."""
+
+
+class PeftType(str, enum.Enum):
+    """The methods, by the names that PEFT's files give them."""
+
+    LORA = "LORA"
+
+
+class TaskType(str, enum.Enum):
+    """What an adapted model is for, as in PEFT."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""The heads that PEFT trains beside the adapter, by task (`PeftModelFor…` in its ``peft_model.py``)."""
+
+ConfigT = TypeVar("ConfigT", bound="type[PeftConfig]")
+_REGISTRY: dict[PeftType, type[PeftConfig]] = {}
+
+
+def register(config_class: ConfigT) -> ConfigT:
+    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords."""
+    _REGISTRY[config_class.peft_type] = config_class
+    initialise = config_class.__init__
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+
+    @functools.wraps(initialise)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{config_class.__name__} has no option {name!r}{_nearest(name, known)}")
+        initialise(self, *args, **kwargs)
+
+    config_class.__init__ = checked  # type: ignore[method-assign]
+    return config_class
+
+
+def registered() -> dict[PeftType, type[PeftConfig]]:
+    """Returns the config class of every method."""
+    return dict(_REGISTRY)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What the configs of all methods hold; the names and meanings are PEFT's.
+
+    Attributes:
+        task_type: What the model is for; None for any module.
+        base_model_name_or_path: Where the base model came from.
+        revision: Its revision on the Hub.
+        inference_mode: Whether the adapter is for inference, so that nothing is trained.
+        auto_mapping: The base model's class and library, where there is no `task_type`.
+        peft_version: The version of PEFT whose format the files have.
+        modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
+    """
+
+    peft_type: ClassVar[PeftType]
+
+    task_type: TaskType | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = PEFT_VERSION
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            if self.task_type not in list(TaskType):
+                raise ValueError(f"task_type is {self.task_type!r}; choose one of {[task.value for task in TaskType]}")
+            self.task_type = TaskType(self.task_type)
+
+    # what a method says
+
+    def check(self) -> None:
+        """Raises ValueError for options that this library doesn't support."""
+
+    def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
+        """Returns the rule that adapts `site` with parameters of `dtype`."""
+        raise NotImplementedError
+
+    def resolved(self, modules: Any) -> PeftConfig:
+        """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
+        config = copy.deepcopy(self)
+        heads = [name for name in _HEADS.get(self.task_type, ()) if name not in (config.modules_to_save or ())]
+        if heads:
+            config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+        return config
+
+    # JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the keys of PEFT's JSON with plain values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: _plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """Builds the config of the method that ``values["peft_type"]`` names.
+
+        Args:
+            values: The content of an `adapter_config.json`. Unknown keys are dropped with a warning.
+
+        Raises:
+            ValueError: If the method isn't known, or isn't that of `cls`.
+        """
+        values = dict(values)
+        named = values.pop("peft_type", None)
+        config_class = next((c for t, c in _REGISTRY.items() if named == t), None)
+        if config_class is None:
+            raise ValueError(f"peft_type is {named!r}; supported are {sorted(t.value for t in _REGISTRY)}")
+        if not issubclass(config_class, cls):
+            raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
+        known = [field.name for field in dataclasses.fields(config_class)]
+        for name in [name for name in values if name not in known]:
+            warnings.warn(
+                f"{CONFIG_NAME} has an unknown key {name!r}, which is ignored{_nearest(name, known)}", stacklevel=3
+            )
+            del values[name]
+        return config_class(**values)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
+        """Reads `adapter_config.json` from a folder, or from a repository on the Hub.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it isn't JSON, or its method isn't known.
+        """
+        from graphpeft.checkpoint import adapter_file
+
+        path = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} isn't JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, not the keys of a config")
+        return cls.from_dict(values)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true."""
+        values = self.to_dict() | {"inference_mode": True}
+        text = json.dumps(values, indent=2, sort_keys=True)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def as_config(config: Any) -> PeftConfig:
+    """Returns `config` as one of this library's; a config object of PEFT's is read by its keys.
+
+    Raises:
+        TypeError: If it is no config.
+        ValueError: If its method isn't supported.
+    """
+    if isinstance(config, PeftConfig):
+        return config
+    if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
+        raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    values = config.to_dict()
+    if isinstance(getattr(config, "auto_mapping", None), dict):
+        values["auto_mapping"] = config.auto_mapping
+    known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
+    return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""The methods, one file each: a config and its rules."""

@@ -1,0 +1,232 @@
+"""LoRA: adds a low-rank product to a linear operation.
+
+    y = x Wᵀ + b + (α / r) · dropout(x) Aᵀ Bᵀ        A of shape (r, in), B of shape (out, r)
+
+with α/√r instead of α/r for rank-stabilised LoRA. Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv
+2312.03732; the numbers are those of PEFT's ``tuners/lora/layer.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft import targets
+from graphpeft.config import PeftConfig, PeftType, register
+from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites import Site
+
+_ONLY = "only supported value"
+
+
+def _unsupported(default: Any) -> Any:
+    """Declares an option of PEFT's of which only `default` is supported."""
+    metadata = {_ONLY: default}
+    return (
+        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+    )
+
+
+@register
+@dataclass(kw_only=True)
+class LoraConfig(PeftConfig):
+    """LoRA's options; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        r: The rank.
+        target_modules: Names of the weights to adapt: a list matches paths that are equal or end in ``.name``, a
+            string is a regular expression for the whole path, or ``"all-linear"``. None takes the default of the
+            model's `model_type`.
+        target_parameters: Paths (or their ends) of weights that are plain parameters.
+        exclude_modules: As `target_modules`, for what is left out.
+        lora_alpha: α.
+        lora_dropout: The probability of dropping an element of the branch's input.
+        fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
+        bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted layers.
+        use_rslora: Whether the scale is α/√r.
+        init_lora_weights: True: A uniform as in ``nn.Linear``, B zero. ``"gaussian"``: A normal with deviation 1/r.
+            False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start.
+        layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
+        layers_pattern: The name before that index.
+        rank_pattern: Other ranks, by regular expression for the end of the path.
+        alpha_pattern: Other α, likewise.
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.LORA
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    # read and written as PEFT does, and refused when set
+    alora_invocation_tokens: list[int] | None = _unsupported(None)
+    arrow_config: dict[str, Any] | None = _unsupported(None)
+    corda_config: dict[str, Any] | None = _unsupported(None)
+    ensure_weight_tying: bool = _unsupported(False)
+    eva_config: dict[str, Any] | None = _unsupported(None)
+    kasa_config: dict[str, Any] | None = _unsupported(None)
+    layer_replication: list[tuple[int, int]] | None = _unsupported(None)
+    loftq_config: dict[str, Any] | None = _unsupported({})
+    lora_bias: bool = _unsupported(False)
+    lora_ga_config: dict[str, Any] | None = _unsupported(None)
+    megatron_config: dict[str, Any] | None = _unsupported(None)
+    megatron_core: str | None = _unsupported("megatron.core")
+    monteclora_config: dict[str, Any] | None = _unsupported(None)
+    qalora_group_size: int = _unsupported(16)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _unsupported(None)
+    use_bdlora: dict[str, Any] | None = _unsupported(None)
+    use_dora: bool = _unsupported(False)
+    use_qalora: bool = _unsupported(False)
+    velora_config: dict[str, Any] | None = _unsupported(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
+            )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {self.bias!r}")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters must be a list of paths, such as [{self.target_parameters!r}]")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform")
+
+    def check(self) -> None:
+        """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value and value != option.metadata.get(_ONLY, value):
+                raise ValueError(f"{option.name}={value!r} is not supported; leave it {option.metadata[_ONLY]!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
+
+    def resolved(self, modules: nn.Module) -> LoraConfig:
+        """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
+        config = super().resolved(modules)
+        assert isinstance(config, LoraConfig)
+        if targets.is_all_linear(config.target_modules):
+            config.target_modules = set(targets.all_linear_names(modules, config.task_type))
+        elif config.target_modules is None and not config.target_parameters:
+            default = targets.default_target_modules(modules)
+            config.target_modules = default if isinstance(default, str) else set(default)
+        return config
+
+    def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
+        """Returns the rule for a linear operation."""
+        return LoraBranch(site.is_layer, drops=self.lora_dropout > 0, casts=site.dtype != dtype)
+
+
+@dataclass(frozen=True)
+class LoraBranch:
+    """The branch of a linear operation.
+
+    Of a layer, A is (r, in) and B is (out, r), however the layer stores its weight. Of a plain parameter of shape
+    (m, n), A is (r, n) and B is (m, r), as in PEFT's `target_parameters`, however the parameter is used.
+
+    Attributes:
+        of_layer: Whether the weight is that of a layer.
+        drops: Whether the branch has dropout.
+        casts: Whether the dtype of A and B differs from the weight's.
+    """
+
+    of_layer: bool
+    drops: bool
+    casts: bool
+
+    def check(self, site: Site, config: LoraConfig) -> str | None:
+        """Every linear operation can be adapted."""
+        return None
+
+    def parameters(self, site: Site, config: LoraConfig) -> Mapping[str, ParameterSpec]:
+        """Returns A and B."""
+        rank = _rank(site, config)
+        rows, columns = (site.out_features, site.in_features) if self.of_layer else site.shape
+        return {
+            "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
+            "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
+        }
+
+    def constants(self, site: Site, config: LoraConfig) -> Mapping[str, float]:
+        """Returns the scale, and the probability of dropout if there is one."""
+        rank = _rank(site, config)
+        alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        return {"lora_scaling": scaling} | ({"lora_dropout": config.lora_dropout} if self.drops else {})
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: LoraConfig) -> None:
+        """Draws A and B as PEFT does, so that equal seeds give equal values."""
+        A, B = parameters["lora_A"], parameters["lora_B"]
+        # PEFT builds two nn.Linear first, whose own draws come before its own: they are drawn here too
+        _draw_as_linear(A)
+        _draw_as_linear(B)
+        if config.init_lora_weights is False:
+            return
+        if config.init_lora_weights == "gaussian":
+            A.normal_(std=1 / A.shape[0])
+        else:
+            _draw_as_linear(A)
+        B.zero_()
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        lora_A: Any,
+        lora_B: Any,
+        lora_scaling: Any,
+        lora_dropout: Any,
+        training: Any,
+        transposed: bool,
+    ) -> Any:
+        """Adds the branch to the operation's value."""
+        h = x.to(lora_A.dtype) if self.casts else x
+        if self.drops:
+            h = F.dropout(h, lora_dropout, training)
+        # a parameter stored as (in, out) multiplies x as it is, and so do its factors
+        product = h @ lora_B @ lora_A if transposed and not self.of_layer else F.linear(F.linear(h, lora_A), lora_B)
+        result = y + product * lora_scaling
+        return result.to(y.dtype) if self.casts else result
+
+    def delta(self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_scaling: float) -> Tensor:
+        """Returns (α / r) B A, transposed if it is that of a layer whose weight is stored so."""
+        delta = lora_B @ lora_A * lora_scaling
+        return delta.T if site.transposed and self.of_layer else delta
+
+
+def _rank(site: Site, config: LoraConfig) -> int:
+    return targets.pattern_value(config.rank_pattern, site.name, config.r)
+
+
+def _draw_as_linear(weight: Tensor) -> None:
+    """Fills a weight as ``nn.Linear`` does: uniform within ±1/√in, which is Kaiming's bound for a = √5."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    weight.uniform_(-bound, bound)

@@ -1,0 +1,367 @@
+"""The API with PEFT's names: adapts a model in place and gives it the methods of `PeftModel`.
+
+`get_peft_model` returns the model it was given. Its class gains `PeftModel`'s methods, the adapted modules get their
+forward from a graph, and everything else is as it was: names, hooks, methods, and ``isinstance``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft import adapters as _adapters
+from graphpeft import checkpoint, in_place
+from graphpeft.adapters import Adapter, Adapters
+from graphpeft.config import PeftConfig, as_config
+from graphpeft.plan import AdaptError, Plan, make_plan
+from graphpeft.report import Report
+from graphpeft.tracing.trace import ExampleInputs
+
+_STATE = "_peft_adapters"
+
+
+def explain(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    example_inputs: ExampleInputs | None = None,
+) -> Report:
+    """Returns what `get_peft_model` would do to `model`, which stays as it is.
+
+    Args:
+        model: Any module, or a traced one.
+        config: A config of this library or of PEFT.
+        adapter_name: The name that the adapter would have.
+        example_inputs: As for `get_peft_model`.
+
+    Raises:
+        AdaptError: If nothing matches, or the config asks for what isn't supported.
+    """
+    return _plan(model, as_config(config), adapter_name, example_inputs, autocast_adapter_dtype=True).report
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    example_inputs: ExampleInputs | None = None,
+) -> Any:
+    """Adapts `model` in place and returns it, with the methods of `PeftModel`.
+
+    A model that is adapted already gets a further adapter, which becomes the active one.
+
+    Args:
+        model: Any module, or a traced one.
+        peft_config: A config of this library or of PEFT.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that uses
+            a weight functionally decides on its inputs.
+
+    Raises:
+        AdaptError: If nothing matches, a target can't be adapted, or the name is taken; the model is as it was.
+    """
+    config = as_config(peft_config)
+    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+    _adapt(model, adapter_name, plan, values=None)
+    return model
+
+
+class PeftModel(nn.Module):
+    """The methods that an adapted model has beside its own; they mean what PEFT's of the same names mean."""
+
+    # Transformers asks for it: gradient checkpointing of a frozen model needs inputs that require grad
+    _hf_peft_config_loaded = True
+
+    _peft_adapters: Adapters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        example_inputs: ExampleInputs | None = None,
+        use_safetensors: bool = True,
+        **hub_options: Any,
+    ) -> Any:
+        """Adapts `model` in place with a saved adapter, in the files of PEFT or of this library, and returns it.
+
+        Args:
+            model: The base model.
+            model_id: A folder, or a repository on the Hub.
+            adapter_name: The adapter's name in the model.
+            is_trainable: Whether it is to be trained further; otherwise the model goes into evaluation mode.
+            config: Used in place of the file's config.
+            autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+            example_inputs: As for `get_peft_model`.
+            use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
+            hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            CheckpointError: If the file doesn't fit the model, or is damaged; the model is as it was.
+            AdaptError: As for `get_peft_model`.
+        """
+        loaded = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
+        loaded.inference_mode = not is_trainable
+        values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+        plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+        fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
+        _adapt(model, adapter_name, plan, fitted)
+        return model if is_trainable else model.eval()
+
+    # adapters
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each adapter."""
+        return {name: adapter.config for name, adapter in self._peft_adapters.by_name.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the adapters that act."""
+        return list(self._peft_adapters.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the first adapter that acts."""
+        return self._peft_adapters.active[0]
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, *, example_inputs: ExampleInputs | None = None
+    ) -> None:
+        """Adds a new adapter, which doesn't act until `set_adapter` names it.
+
+        Raises:
+            AdaptError: As for `get_peft_model`; the model is as it was.
+        """
+        active = self.active_adapters
+        get_peft_model(self, peft_config, adapter_name, example_inputs=example_inputs)
+        self.set_adapter(active)
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **options: Any
+    ) -> None:
+        """Adds a saved adapter, which doesn't act until `set_adapter` names it; arguments as for `from_pretrained`."""
+        active, training = self.active_adapters, self.training
+        PeftModel.from_pretrained(self, model_id, adapter_name, is_trainable, **options)
+        self.train(training)
+        self.set_adapter(active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Makes exactly these adapters act, and be trained unless they are for inference.
+
+        Raises:
+            AdaptError: If a name isn't known, or two of them train the same tensor whole.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            _known(self, name)
+        _adapters.activate(_modules(self), self._peft_adapters, names)
+        _adapters.set_trainable(_modules(self), self._peft_adapters)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the base model within the context."""
+        active = self.active_adapters
+        _adapters.activate(_modules(self), self._peft_adapters, ())
+        try:
+            yield
+        finally:
+            _adapters.activate(_modules(self), self._peft_adapters, active)
+
+    def adapter_report(self, adapter_name: str = "default") -> Report:
+        """Returns what was adapted, as a table that prints."""
+        return _known(self, adapter_name).report
+
+    def unload(self) -> Any:
+        """Takes all adapters off and returns the model exactly as it was before the first one."""
+        state = self._peft_adapters
+        for name in list(state.by_name):
+            _adapters.remove(_modules(self), state, name)
+        for region in state.lifted:
+            in_place.take_off(self.get_submodule(region), "graph")
+        _undress(self)
+        for path, parameter in self.named_parameters():
+            parameter.requires_grad_(path in state.trained_before)
+        return self
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> Any:
+        """Adds the adapters to the weights, takes all adapters off, and returns the base model.
+
+        Args:
+            adapter_names: Which to merge; the active ones if None.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            _known(self, name)
+        for name in names:
+            _adapters.merge(_modules(self), self._peft_adapters, name)
+        return self.unload()
+
+    # parameters
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns the number of trainable parameters and that of all."""
+        parameters = list(self.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints these numbers as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
+
+    # files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        state_dict: Mapping[str, Any] | None = None,
+        is_main_process: bool = True,
+        **_: Any,
+    ) -> None:
+        """Writes the adapters alone, in PEFT's files: `default` into the folder itself, any other into one of its name.
+
+        Args:
+            save_directory: The folder.
+            selected_adapters: Which to write; all if None.
+            state_dict: The model's state dict, where it was gathered elsewhere.
+            is_main_process: Whether this process writes.
+        """
+        if not is_main_process:
+            return
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            adapter = _known(self, name)
+            folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+            checkpoint.save(self, adapter, name, folder, state_dict)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> Any:
+        """Saves the adapters and uploads them to a repository on the Hub, which is made if it isn't there."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+
+def get_peft_model_state_dict(
+    model: Any, state_dict: Mapping[str, Any] | None = None, adapter_name: str = "default"
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an adapter by their names in PEFT's files.
+
+    Args:
+        model: An adapted model.
+        state_dict: The model's state dict, where it was gathered elsewhere.
+        adapter_name: The adapter.
+    """
+    return checkpoint.state_dict_of(_modules(model), _known(model, adapter_name), adapter_name, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> None:
+    """Overwrites the tensors of an adapter from tensors by their names in PEFT's files.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
+    """
+    modules = _modules(model)
+    adapter = _known(model, adapter_name)
+    values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
+    with torch.no_grad():
+        for (path, attribute), value in values.items():
+            getattr(modules[path], attribute).copy_(value)
+
+
+# the way in and out
+
+
+def _plan(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+) -> Plan:
+    state: Adapters | None = model.__dict__.get(_STATE)
+    if not adapter_name or "." in adapter_name:
+        raise AdaptError(f"an adapter's name must not be empty or hold a dot: {adapter_name!r}")
+    if state is not None and adapter_name in state.by_name:
+        raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    return make_plan(
+        model,
+        config,
+        adapter_name,
+        owned=state.owned() if state is not None else frozenset(),
+        known=state.lifted if state is not None else {},
+        example_inputs=example_inputs,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+
+
+def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
+    """Carries out a plan: all of it, or nothing."""
+    if plan.report.refused:
+        reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused)
+        raise AdaptError(f"can't adapt {reasons}. Leave these out with exclude_modules, or narrow target_modules.")
+    modules = _modules(model)
+    is_first = _STATE not in model.__dict__
+    state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
+    _adapters.add(modules, state, name, plan, values)
+    try:
+        _adapters.activate(modules, state, [name])
+    except BaseException:
+        _adapters.remove(modules, state, name)
+        raise
+    if is_first:
+        model.__dict__[_STATE] = state
+        in_place.put_on(model, _METHODS)
+    _adapters.set_trainable(modules, state)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules())
+
+
+def _undress(model: nn.Module) -> None:
+    del model.__dict__[_STATE]
+    in_place.take_off(model, "methods")
+
+
+def _known(model: Any, name: str) -> Adapter:
+    state: Adapters | None = model.__dict__.get(_STATE)
+    if state is None:
+        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    if name not in state.by_name:
+        raise AdaptError(f"the model has no adapter {name!r}; it has {sorted(state.by_name)}")
+    return state.by_name[name]
+
+
+def _methods_layer() -> in_place.Layer:
+    return _METHODS
+
+
+_METHODS = in_place.Layer("methods", (PeftModel,), {}, (_methods_layer, ()))

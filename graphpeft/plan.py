@@ -1,0 +1,219 @@
+"""Works out what a config does to a model, and changes nothing: which sites, which rules, which graphs.
+
+config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what is refused, and why)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from graphpeft import stand_ins, targets
+from graphpeft.config import PeftConfig
+from graphpeft.report import AdaptedRow, Refusal, Report
+from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites import Site, SiteFinder
+from graphpeft.targets import Match
+from graphpeft.tracing.graph_module import Template
+from graphpeft.tracing.trace import ExampleInputs
+
+
+class AdaptError(ValueError):
+    """A config that can't be applied to the model, which stays as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedSite:
+    """A site with the rule that adapts it and what the rule creates there.
+
+    Attributes:
+        site: The site.
+        rule: The rule.
+        specs: The rule's parameters by name.
+        constants: The rule's constants by name.
+        dtype: The dtype of the parameters.
+    """
+
+    site: Site
+    rule: Rule
+    specs: dict[str, ParameterSpec]
+    constants: dict[str, float]
+    dtype: torch.dtype
+
+    def attribute(self, name: str, adapter: str) -> str:
+        """Returns the attribute of the weight's module under which a parameter or constant of the rule lives."""
+        prefix = "" if self.site.attribute == "weight" else f"{self.site.attribute}_"
+        return f"{prefix}{name}_{adapter}"
+
+
+@dataclass
+class Plan:
+    """What adapting a model comes to.
+
+    Attributes:
+        config: The config, with all that depends on the model filled in.
+        sites: The sites to adapt.
+        templates: The graphs of their regions as they are now.
+        whole: The tensors that are trained whole: names by the path of their module.
+        report: The same for a person to read, with what is refused.
+    """
+
+    config: PeftConfig
+    sites: list[AdaptedSite] = field(default_factory=list)
+    templates: dict[str, Template] = field(default_factory=dict)
+    whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    report: Report = field(default_factory=lambda: Report("", ""))
+
+
+def make_plan(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    *,
+    owned: frozenset[str] = frozenset(),
+    known: Mapping[str, Template] = MappingProxyType({}),
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Plan:
+    """Returns what `config` does to `model`, which stays as it is.
+
+    Args:
+        model: The model.
+        config: The config.
+        adapter: The adapter's name.
+        owned: The paths of parameters that belong to adapters, which no adapter targets.
+        known: Graphs of regions that were recorded before, by path.
+        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
+        autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+
+    Raises:
+        AdaptError: If nothing matches, or the config asks for something that isn't supported.
+    """
+    try:
+        config.check()
+        resolved = config.resolved(model)
+    except ValueError as error:
+        raise AdaptError(str(error)) from error
+    plan = Plan(resolved, report=Report(config.peft_type.value, adapter))
+    finder = SiteFinder(model, known, example_inputs)
+    for name, owner, attribute, is_parameter in _targeted(finder.modules, resolved, owned, plan.report):
+        found = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
+        if isinstance(found, str):
+            plan.report.refused.append(Refusal(name, found))
+            continue
+        site = dataclasses.replace(found, is_layer=False) if is_parameter else found
+        _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
+    if not plan.sites and not plan.report.refused:
+        raise AdaptError(_nothing_matched(model, resolved, plan.report, owned))
+    _add_whole(plan, finder.modules, owned)
+    return plan
+
+
+def _targeted(
+    modules: Mapping[str, nn.Module], config: PeftConfig, owned: frozenset[str], report: Report
+) -> Iterator[tuple[str, str, str, bool]]:
+    """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter.
+
+    Layers come first and parameters after them, the order in which PEFT draws their first values.
+    """
+    decide = targets.compile_matcher(config)
+    parameters = []
+    for path, module in modules.items():
+        found = decide(path) if path else Match.NO
+        if found is Match.EXCLUDED:
+            report.excluded.append(path)
+        elif found is Match.YES:
+            yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
+        for name, tensor in module._parameters.items():
+            weight = f"{path}.{name}" if path else name
+            if tensor is None or weight in owned:
+                continue
+            if targets.match_parameter(config, weight):
+                parameters.append((weight, path, name, True))
+            elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
+                parameters.append((weight, path, name, False))
+    yield from parameters
+
+
+def _no_weight(module: nn.Module, name: str) -> str:
+    inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
+    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
+    return f"a {type(module).__name__} has no parameter called weight{advice}"
+
+
+def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> None:
+    config = plan.config
+    halves = (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if autocast and site.dtype in halves else site.dtype
+    rule = config.rule_for(site, dtype)
+    reason = rule.check(site, config)
+    if reason is not None:
+        plan.report.refused.append(Refusal(site.name, reason))
+        return
+    adapted = AdaptedSite(site, rule, dict(rule.parameters(site, config)), dict(rule.constants(site, config)), dtype)
+    plan.sites.append(adapted)
+    plan.templates[site.region] = template
+    count = sum(prod(spec.shape) for spec in adapted.specs.values())
+    features = f"{site.in_features} → {site.out_features}"
+    plan.report.adapted.append(AdaptedRow(site.name, site.op.__name__, features, site.region, count))
+
+
+def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[str]) -> None:
+    """Adds the modules and biases that are trained whole."""
+    for path in _saved_modules(modules, plan.config):
+        for inner, module in modules[path].named_modules(prefix=path):
+            own = tuple(name for name in stand_ins.tensors_of(module) if f"{inner}.{name}" not in owned)
+            reason = stand_ins.refusal(module)
+            if reason is not None:
+                plan.report.refused.append(Refusal(inner, reason))
+            elif own:
+                plan.whole[inner] = own
+    for path, names in _biases(modules, plan, owned).items():
+        plan.whole.setdefault(path, names)
+    plan.report.trained_whole = [f"{path}.{name}" for path, names in plan.whole.items() for name in names]
+
+
+def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list[str]:
+    """Returns the paths of `modules_to_save`, as PEFT's `_set_trainable` finds them: by the end of the path."""
+    ends = tuple(config.modules_to_save or ())
+    found: list[str] = []
+    for path in modules if ends else ():
+        if path and path.endswith(ends) and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    return found
+
+
+def _biases(modules: Mapping[str, nn.Module], plan: Plan, owned: frozenset[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by the word in the path."""
+    bias = getattr(plan.config, "bias", "none")
+    if bias == "none":
+        return {}
+    if bias == "all":
+        found = {
+            path: tuple(
+                name
+                for name, tensor in module._parameters.items()
+                if tensor is not None and "bias" in f"{path}.{name}" and f"{path}.{name}" not in owned
+            )
+            for path, module in modules.items()
+        }
+        return {path: names for path, names in found.items() if names}
+    layers = dict.fromkeys(adapted.site.owner for adapted in plan.sites if adapted.site.is_layer)
+    return {path: ("bias",) for path in layers if modules[path]._parameters.get("bias") is not None}
+
+
+def _nothing_matched(model: nn.Module, config: PeftConfig, report: Report, owned: frozenset[str]) -> str:
+    wanted = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None) or ()
+    names = [path for path, _ in model.named_modules() if path]
+    names += [path for path, tensor in model.named_parameters() if tensor.ndim > 1 and path not in owned]
+    near = targets.near_misses(wanted, names)
+    because = f"; excluded were {report.excluded}" if report.excluded else ""
+    hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {', '.join(names[:10])}, …"
+    shown = wanted if isinstance(wanted, str) else sorted(wanted)
+    return f"nothing in {type(model).__name__} matches {shown!r}{because}{hint}"

@@ -1,0 +1,73 @@
+"""What an adaptation did, or would do: a table for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class AdaptedRow:
+    """One adapted site: its name, operation, features, the module whose graph is edited, and what it costs."""
+
+    name: str
+    op: str
+    features: str
+    region: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A target that can't be adapted, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What a config does to a model.
+
+    Attributes:
+        method: The method's name.
+        adapter: The adapter's name.
+        adapted: The sites with a branch.
+        trained_whole: The paths of tensors that are trained beside the adapter.
+        refused: The targets that can't be adapted; adapting the model raises them.
+        excluded: The names that `exclude_modules` or `modules_to_save` kept out.
+    """
+
+    method: str
+    adapter: str
+    adapted: list[AdaptedRow] = field(default_factory=list)
+    trained_whole: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parameters = sum(row.parameters for row in self.adapted)
+        lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
+        if self.adapted:
+            header = ("site", "op", "in → out", "graph of", "parameters")
+            rows = [(r.name, r.op, r.features, r.region or "the model", f"{r.parameters:,}") for r in self.adapted]
+            lines += table(header, rows)
+        if self.trained_whole:
+            lines += ["", f"trained whole: {', '.join(self.trained_whole)}"]
+        if self.excluded:
+            lines += ["", f"excluded: {', '.join(self.excluded)}"]
+        if self.refused:
+            lines += ["", *table(("refused", "because"), [(r.name, r.reason) for r in self.refused])]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in plain text."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]

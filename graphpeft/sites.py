@@ -1,0 +1,191 @@
+"""Finds where a weight is used: the operations of the smallest graph that holds them.
+
+A site is one weight of the model with the operations that use it. Its region is the module whose own forward contains
+them: for the weight of an ``nn.Linear`` the Linear itself, for a weight that is used functionally the module that runs
+that line. A model that is a graph already is one region.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphpeft import ops
+from graphpeft.tracing.errors import NeedsExampleInputs, TraceError
+from graphpeft.tracing.graph_module import Template, template_of
+from graphpeft.tracing.lift import lift
+from graphpeft.tracing.trace import ExampleInputs, stands_for
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One weight and the operations that use it.
+
+    Attributes:
+        region: The path of the module whose graph holds the operations; "" is the model.
+        nodes: The names of the operations' nodes in that graph.
+        op: The kind of operation, such as ``ops.Linear``.
+        owner: The path of the module that owns the weight.
+        attribute: The weight's name in its owner.
+        shape: The weight's shape as it is stored.
+        dtype: The weight's dtype.
+        transposed: Whether it is stored as (in, out).
+        is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
+    """
+
+    region: str
+    nodes: tuple[str, ...]
+    op: type
+    owner: str
+    attribute: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool
+    is_layer: bool
+
+    @property
+    def weight(self) -> str:
+        """The path of the weight."""
+        return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
+
+    @property
+    def name(self) -> str:
+        """What PEFT calls the site: the path of the layer, or of the parameter."""
+        return self.owner if self.is_layer else self.weight
+
+    @property
+    def in_features(self) -> int:
+        """The size of the last dimension of the operation's input."""
+        return self.shape[0] if self.transposed else self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """The size of the last dimension of the operation's result."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+
+class SiteFinder:
+    """Finds sites in one model, recording each module's graph once; the model stays as it is.
+
+    Args:
+        model: The model.
+        known: Graphs of regions that were recorded before, by path.
+        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
+
+    Attributes:
+        templates: The graphs of the regions that were looked into, by path.
+    """
+
+    def __init__(
+        self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None = None
+    ) -> None:
+        self.modules = dict(model.named_modules())
+        self.known = known
+        self.example_inputs = example_inputs
+        self.templates: dict[str, Template] = {}
+        self._graphs = {path for path, module in self.modules.items() if isinstance(module, fx.GraphModule)}
+        self._errors: dict[str, TraceError] = {}
+
+    def find(self, owner: str, attribute: str) -> Site | str:
+        """Returns the site of a weight, or the reason why there is none.
+
+        Args:
+            owner: The path of the module that owns the weight.
+            attribute: The weight's name in it.
+        """
+        weight = self.modules[owner]._parameters[attribute]
+        assert weight is not None
+        reasons = []
+        for region in self._regions(owner):
+            template = self._template(region)
+            if template is None:
+                reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}")
+                continue
+            inside = owner[len(region) + 1 :] if region else owner
+            relative = f"{inside}.{attribute}" if inside else attribute
+            nodes, transposed = _uses(template, self.modules[region]).get(relative, ((), False))
+            if nodes and weight.ndim == 2:
+                is_layer = attribute == "weight" and issubclass(stands_for(self.modules[owner]), _layer_classes())
+                shape = tuple(weight.shape)
+                return Site(region, nodes, ops.Linear, owner, attribute, shape, weight.dtype, transposed, is_layer)
+            others = ops.uses_of(template.graph, relative)
+            if nodes or others:
+                shapes = "×".join(map(str, weight.shape))
+                using = ", ".join(others) or "a linear operation"
+                return f"its {attribute} ({shapes}) is used in {using}, which no rule adapts"
+        return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+
+    def _regions(self, owner: str) -> Iterator[str]:
+        """Yields the paths at which a weight of `owner` may be used, the likeliest first."""
+        paths = [owner]
+        while paths[-1]:
+            paths.append(paths[-1].rpartition(".")[0])
+        # what is a graph already is edited as a whole; otherwise the smallest module
+        yield from (path for path in reversed(paths) if path in self._graphs)
+        yield from (path for path in paths if path not in self._graphs)
+
+    def _template(self, path: str) -> Template | None:
+        if path not in self.templates and path not in self._errors:
+            module = self.modules[path]
+            try:
+                self.templates[path] = template_of(module) or self.known.get(path) or self._lift(module)
+            except TraceError as error:
+                self._errors[path] = error
+        return self.templates.get(path)
+
+    def _lift(self, module: nn.Module) -> Template:
+        try:
+            return lift(module)
+        except NeedsExampleInputs:
+            if self.example_inputs is None:
+                raise
+            return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
+
+
+def _uses(template: Template, module: nn.Module) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Returns, by the path of each weight, the nodes that use it in an operation and whether it is transposed."""
+    uses = template.facts.get("uses")
+    if uses is None:
+        uses = template.facts["uses"] = {}
+        for op in ops.find_ops(template.graph, module):
+            nodes, transposed = uses.get(op.weight, ((), op.transposed))
+            uses[op.weight] = ((*nodes, op.node.name), transposed)
+    return uses
+
+
+def _layer_classes() -> tuple[type, ...]:
+    """Returns the classes that PEFT adapts as modules with a linear weight."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def _inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
+    """Runs the model on the example inputs and returns those that reach `module` first."""
+    seen: list[ExampleInputs] = []
+
+    class _Reached(Exception):
+        pass
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args if not kwargs else _by_name(module, args, kwargs))
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*example_inputs) if isinstance(example_inputs, tuple) else model(**example_inputs)
+    except _Reached:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise TraceError("the example inputs don't reach it; pass example_inputs for which the model runs it")
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -1,0 +1,409 @@
+"""Decides which modules and parameters a config names: PEFT's matching rules as functions over names.
+
+For a module name such as `model.layers.3.self_attn.q_proj`:
+
+    excluded(name) = exclude_modules covers name, or modules_to_save covers it or a module above it
+    targeted(name) = target_modules is a string:  it matches the whole name, as a regular expression
+                     target_modules is a list:    name is in it, or
+                                                  name ends in "." + an entry, and its layer index is a wanted one
+    match(name)    = EXCLUDED if excluded(name), YES if targeted(name), else NO
+
+The layer index is the first number from the third component of the name on, or the first after `layers_pattern`; it is
+asked for only where `layers_to_transform` is set. A name that is listed in full is a target whatever its layer.
+
+The rules are those of PEFT 0.21.2, so that one config chooses the same modules there and here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from torch import fx, nn
+
+T = TypeVar("T")
+Predicate = Callable[[str], bool]
+
+ALL_LINEAR = "all-linear"
+"""The value of `target_modules` that stands for every linear module except the output head."""
+
+DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
+    "t5": ("q", "v"),
+    "mt5": ("q", "v"),
+    "bart": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+    "bloom": ("query_key_value",),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "opt": ("q_proj", "v_proj"),
+    "gptj": ("q_proj", "v_proj"),
+    "gpt_neox": ("query_key_value",),
+    "gpt_neo": ("q_proj", "v_proj"),
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "xlm-roberta": ("query", "value"),
+    "electra": ("query", "value"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "layoutlm": ("query", "value"),
+    "llama": ("q_proj", "v_proj"),
+    "llama4": ("q_proj", "v_proj"),
+    "chatglm": ("query_key_value",),
+    "gpt_bigcode": ("c_attn",),
+    "mpt": ("Wqkv",),
+    "RefinedWebModel": ("query_key_value",),
+    "RefinedWeb": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "mistral": ("q_proj", "v_proj"),
+    "mixtral": ("q_proj", "v_proj"),
+    "stablelm": ("q_proj", "v_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "gemma": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "v_proj"),
+    "gemma3_text": ("q_proj", "v_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+"""LoRA's `target_modules` by `model_type`; a string is a regular expression.
+
+The table is `TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` of PEFT 0.21.2, `peft/utils/constants.py`.
+"""
+
+_CLASSIFICATION_HEADS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES: the heads have no fixed name to look up
+
+
+class Match(enum.Enum):
+    """What a config says of a module name. Only `YES` is true in an `if`."""
+
+    NO = "no"
+    YES = "yes"
+    EXCLUDED = "excluded"
+
+    def __bool__(self) -> bool:
+        return self is Match.YES
+
+
+def match(config: object, name: str) -> Match:
+    """Says whether `config` targets the module called `name`.
+
+    Fields that the config lacks count as unset. `all-linear` must have been replaced by `all_linear_names` before: here
+    it is a regular expression like any other string.
+
+    Args:
+        config: A config, or any object with some of PEFT's fields `target_modules`, `exclude_modules`,
+            `modules_to_save`, `layers_to_transform`, `layers_pattern`.
+        name: The dotted path of a module.
+
+    Returns:
+        `EXCLUDED` if `exclude_modules` or `modules_to_save` covers the name, whether or not it is a target; else `YES`
+        or `NO`.
+
+    Raises:
+        ValueError: A string in the config is not a regular expression.
+    """
+    return compile_matcher(config)(name)
+
+
+def compile_matcher(config: object) -> Callable[[str], Match]:
+    """Prepares `match` for many names.
+
+    Args:
+        config: As for `match`. Changes made to it afterwards are not seen.
+
+    Returns:
+        A function from a name to its `Match`.
+
+    Raises:
+        ValueError: A string in the config is not a regular expression.
+    """
+    is_excluded = _exclusion(config)
+    is_targeted = _targeting(config)
+
+    def matcher(name: str) -> Match:
+        if is_excluded(name):
+            return Match.EXCLUDED
+        return Match.YES if is_targeted(name) else Match.NO
+
+    return matcher
+
+
+def match_parameter(config: object, path: str) -> bool:
+    """Says whether `target_parameters` names the parameter at `path`.
+
+    As in PEFT, `exclude_modules`, `modules_to_save` and `layers_to_transform` have no say over parameters.
+
+    Args:
+        config: A config, or any object that may have a field `target_parameters`.
+        path: The dotted path of a parameter, such as `model.layers.0.experts.gate_up_proj`.
+
+    Returns:
+        Whether an entry is the whole path or its end, cut at a dot.
+    """
+    targets = getattr(config, "target_parameters", None) or ()
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
+    r"""Looks up a module's own value in `rank_pattern` or `alpha_pattern`.
+
+    A key is a regular expression for the end of a name, cut at a dot: `(.*\.)?(key)$`. A key that starts with `^` can
+    thus only match a whole name. The first key that matches wins, in the order of the mapping.
+
+    Args:
+        patterns: Values by key.
+        name: The dotted path of a module.
+        default: The value where no key matches.
+
+    Returns:
+        The value of the first key that matches, or of the key that is spelled like the name, or the default.
+
+    Raises:
+        ValueError: A key is not a regular expression.
+    """
+    for key, value in patterns.items():
+        if _ending(key).match(name):
+            return value
+    # A name may hold characters that mean something else in a regular expression; its plain spelling counts as well.
+    return patterns.get(name, default)
+
+
+def is_all_linear(target_modules: object) -> bool:
+    """Says whether `target_modules` is the shorthand for all linear modules, in any mix of cases."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+
+
+def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
+    """Lists the modules that `target_modules="all-linear"` stands for.
+
+    Args:
+        model: Any model.
+        task_type: The config's task, which decides what counts as the output head, see `output_head`.
+
+    Returns:
+        The names of all `nn.Linear` and Transformers `Conv1D` modules but the output head, in the model's order. A
+        module used in several places is listed under its first name.
+    """
+    head = output_head(model, task_type)
+    linear = _linear_classes()
+    return [name for name, module in model.named_modules() if isinstance(module, linear) and name != head]
+
+
+def output_head(model: nn.Module, task_type: str | None) -> str | None:
+    """Finds the module that `all-linear` leaves out.
+
+    A traced model says so itself in its attribute `output_head`. A Transformers model has its `get_output_embeddings()`
+    or, if that is None and the task is `SEQ_CLS`, its `score` or `classifier`. No other model has a known head.
+
+    Args:
+        model: Any model.
+        task_type: The config's task, a string or an enum that equals one.
+
+    Returns:
+        The name of the head, or None.
+    """
+    # Models of any class may call one of their layers `output_head`; only a path left by tracing counts.
+    recorded = getattr(model, "output_head", None)
+    if isinstance(model, fx.GraphModule) and isinstance(recorded, str):
+        return recorded
+    pretrained = _loaded_class("transformers.modeling_utils", "PreTrainedModel")
+    if pretrained is None or not isinstance(model, pretrained):
+        return None
+    head = cast(Any, model).get_output_embeddings()
+    if head is None and task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in _CLASSIFICATION_HEADS)
+        head = next((candidate for candidate in heads if candidate is not None), None)
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def default_target_modules(model: nn.Module) -> tuple[str, ...] | str:
+    """Chooses `target_modules` for a model of a known type.
+
+    Args:
+        model: A model whose `config`, an object or a mapping, has a `model_type`.
+
+    Returns:
+        The entry of `DEFAULT_TARGET_MODULES`: suffixes, or a string that is a regular expression.
+
+    Raises:
+        ValueError: The model has no `model_type`, or none with a default. The message offers names to choose from.
+    """
+    config = getattr(model, "config", None)
+    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if model_type in DEFAULT_TARGET_MODULES:
+        return DEFAULT_TARGET_MODULES[model_type]
+    what = f"model_type {model_type!r}" if model_type else f"class {type(model).__name__}"
+    raise ValueError(f"no default target_modules are known for {what}. {_advice(model)}")
+
+
+def near_misses(targets: str | Iterable[str], names: Iterable[str], n: int = 5) -> list[str]:
+    """Finds names that a target which matched nothing may have meant.
+
+    A target is compared with the full names, with their last components, and with their endings of as many components
+    as it has itself. What is returned can stand in `target_modules` as it is.
+
+    Args:
+        targets: The config's `target_modules`; a regular expression is compared as it is spelled.
+        names: The names there are.
+        n: How many to return at most.
+
+    Returns:
+        The nearest of the first target, the nearest of the second, ..., then the second nearest of each, without
+        repetition. The order of `targets` matters only if they have one; sets are sorted.
+    """
+    known = [name for name in names if name]
+    wanted = _in_order(targets)
+    found = [difflib.get_close_matches(target, _comparable(known, target), n=max(n, 1)) for target in wanted]
+    by_rank = itertools.chain.from_iterable(itertools.zip_longest(*found))
+    return list(dict.fromkeys(name for name in by_rank if name is not None))[:n]
+
+
+def _exclusion(config: object) -> Predicate:
+    by_name = _listed(getattr(config, "exclude_modules", None) or (), "exclude_modules")
+    # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
+    saved = [
+        _compiled(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
+        for entry in getattr(config, "modules_to_save", None) or ()
+    ]
+    if not saved:
+        return by_name
+    return lambda name: by_name(name) or any(pattern.match(name) for pattern in saved)
+
+
+def _targeting(config: object) -> Predicate:
+    targets = getattr(config, "target_modules", None)
+    if targets is None:
+        return _never
+    wanted = _wanted_layers(getattr(config, "layers_to_transform", None))
+    # With a regular expression, layers are chosen in the expression itself.
+    if wanted is None or isinstance(targets, str):
+        return _listed(targets, "target_modules")
+
+    exact = frozenset(targets)
+    is_suffixed = _suffixed(exact)
+    layer_of = _layer_index(getattr(config, "layers_pattern", None))
+    return lambda name: name in exact or (is_suffixed(name) and layer_of(name) in wanted)
+
+
+def _listed(entries: str | Collection[str], field: str) -> Predicate:
+    """A string must match the whole name, as a regular expression; a list holds names and their endings."""
+    if isinstance(entries, str):
+        pattern = _compiled(entries, entries, field)
+        return lambda name: pattern.fullmatch(name) is not None
+    if not entries:
+        return _never
+    exact = frozenset(entries)
+    is_suffixed = _suffixed(exact)
+    return lambda name: name in exact or is_suffixed(name)
+
+
+def _never(_name: str) -> bool:
+    return False
+
+
+def _suffixed(suffixes: frozenset[str]) -> Predicate:
+    """Whether a name ends in a dot and one of the suffixes.
+
+    The endings of the name are looked up in the set, shortest first, as far as the longest suffix has components. So
+    the cost does not grow with the number of suffixes, of which `all-linear` makes hundreds.
+    """
+    longest = max((suffix.count(".") + 1 for suffix in suffixes), default=0)
+
+    def is_suffixed(name: str) -> bool:
+        dot = len(name)
+        for _ in range(longest):
+            dot = name.rfind(".", 0, dot)
+            if dot < 0:
+                return False
+            if name[dot + 1 :] in suffixes:
+                return True
+        return False
+
+    return is_suffixed
+
+
+def _wanted_layers(layers_to_transform: int | Collection[int] | None) -> frozenset[int] | None:
+    """The layer indices asked for, or None if all layers are wanted, as an empty list says too."""
+    if isinstance(layers_to_transform, int):
+        return frozenset((layers_to_transform,))
+    return frozenset(layers_to_transform) if layers_to_transform else None
+
+
+def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str], int | None]:
+    """A function from a name to the index of its layer, or to None if it has none.
+
+    Each expression finds the first number that fits: in `model.layers.1.experts.0.w1` the layer is 1, and 0 an expert.
+    """
+    if not layers_pattern:
+        # The number must be the third component or a later one: `layers.0.q_proj` has no index for PEFT either.
+        patterns = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+    else:
+        entries = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        patterns = [_compiled(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", entry, "layers_pattern") for entry in entries]
+
+    def layer_of(name: str) -> int | None:
+        found = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
+        # An entry with a "|" outside brackets can match without a number.
+        return int(found["idx"]) if found and found["idx"] is not None else None
+
+    return layer_of
+
+
+@functools.cache  # re's own cache holds 512, and a rank_pattern can have an entry for every module
+def _ending(key: str) -> re.Pattern[str]:
+    return _compiled(rf"(.*\.)?({key})$", key, "rank_pattern or alpha_pattern")
+
+
+def _compiled(pattern: str, entry: str, field: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{entry!r} in {field} is not a regular expression: {error}. Write special characters as re.escape does."
+        ) from error
+
+
+def _linear_classes() -> tuple[type, ...]:
+    conv1d = _loaded_class("transformers.pytorch_utils", "Conv1D")
+    return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
+
+
+def _loaded_class(module: str, name: str) -> Any:
+    """The class, if its module is loaded; if it is not, no model can be made of it."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _advice(model: nn.Module) -> str:
+    names = list(dict.fromkeys(_suggested(name) for name in all_linear_names(model, None) if name))
+    if not names:
+        return "Set target_modules; the model has no linear modules to suggest."
+    return f"Set target_modules in the config, for example to some of its linear modules: target_modules={names}"
+
+
+def _suggested(name: str) -> str:
+    """The last component; if that is a number, with the one before it, as a bare "0" would match every first layer."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _in_order(targets: str | Iterable[str]) -> list[str]:
+    if isinstance(targets, str):
+        return [targets]
+    return sorted(targets) if isinstance(targets, (set, frozenset)) else list(targets)
+
+
+def _comparable(names: list[str], target: str) -> list[str]:
+    parts = target.count(".") + 1
+    split = [name.split(".") for name in names]
+    endings = [".".join(components[-length:]) for components in split for length in (1, parts)]
+    return list(dict.fromkeys([*endings, *names]))

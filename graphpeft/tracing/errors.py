@@ -1,0 +1,13 @@
+"""What can go wrong when a model becomes a graph, and when a graph stands for the model."""
+
+
+class TraceError(RuntimeError):
+    """A forward that can't be recorded truthfully; the message says where, why and what to do."""
+
+
+class NeedsExampleInputs(TraceError):
+    """A forward that decides on its inputs, traced without any."""
+
+
+class GuardError(RuntimeError):
+    """A traced graph was called with inputs for which the model would have decided otherwise."""

@@ -1,0 +1,50 @@
+"""Decisions that a trace took on example values, checked each time the graph runs.
+
+A model's Python code decides on shapes, dtypes and arguments. The tracer follows the decision that the example takes
+and puts a call of `expect` into the graph: a run that would decide otherwise raises `GuardError`, it never goes on
+along the wrong branch.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.node import has_side_effect
+
+from graphpeft.tracing.errors import GuardError
+
+
+# without this mark, fx's dead code elimination would drop the check
+@has_side_effect
+def expect(value: Any, expected: Any, decision: str) -> None:
+    """Raises `GuardError` unless `value` is what it was when `decision` was taken.
+
+    Args:
+        value: The value in this run: a bool, a number, a dtype, a device or None.
+        expected: The value of the example.
+        decision: Where it was taken, for a person to read.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
+    elif value is not expected and value != expected:
+        raise GuardError(
+            f"{decision}: that was {expected!r} for the example inputs and is {value!r} now. "
+            "Trace the model again with example_inputs like this call's."
+        )
+
+
+def deciding_line() -> str:
+    """Returns the line of model code that is being run, as ```code` (file:line)``."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"`{linecache.getline(file, line).strip()}` ({os.path.basename(file)}:{line})"
+
+
+_MACHINERY = (os.path.dirname(__file__), os.path.dirname(fx.__file__), torch.overrides.__file__)

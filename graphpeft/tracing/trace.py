@@ -1,0 +1,154 @@
+"""Turns a whole model into one flat graph module that shares the model's parameters.
+
+Layers of ``torch.nn`` stay calls of modules (copies that share the original's tensors, so that editing the graph module
+leaves the model alone); all other code is inlined into calls of functions and methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.tracing.graph_module import GraphForward, Template, wear_template
+from graphpeft.tracing.tracer import ValueTracer
+
+ExampleInputs = tuple[Any, ...] | dict[str, Any]
+"""Positional arguments as a tuple, or keyword arguments as a dict."""
+
+
+class TracedModel(nn.Module):
+    """The modules and tensors that a flat graph calls and reads, at the paths they have in the model.
+
+    Attributes:
+        kept: The modules (by path) that could not be inlined, with the reason.
+        config: The model's config, if it has one: targets are chosen by its `model_type`.
+        output_head: The path of the model's output head, if it names one.
+    """
+
+    kept: dict[str, str]
+    config: Any
+    output_head: str | None
+
+
+class Place(nn.Module):
+    """Holds, in a traced model, the tensors of a module whose forward was inlined.
+
+    Attributes:
+        cls: The class of that module.
+    """
+
+    def __init__(self, cls: type) -> None:
+        super().__init__()
+        self.cls = cls
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+    """Returns one flat graph module of `model`, called as the model is, that shares the model's tensors.
+
+    The graph answers as the model does for every call that takes the same decisions in Python code; any other call
+    raises `GuardError`. The model is left as it was.
+
+    Args:
+        model: Any module.
+        example_inputs: A tuple of positional or a dict of keyword arguments. Without them, what can be decided
+            symbolically is.
+
+    Raises:
+        NeedsExampleInputs: If the model decides on its inputs and none were given.
+        TraceError: If the model's own forward can't be recorded truthfully.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    tracer = ValueTracer(keeps_whole=is_layer)
+    graph = tracer.trace_module(model, args, kwargs)
+    return _graph_module(model, graph, tracer)
+
+
+def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+    """Splits example inputs into positional (None if there are no inputs at all) and keyword arguments."""
+    if example_inputs is None:
+        return None, {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    raise TypeError(
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional arguments, such as (x,), or a "
+        "dict of keyword arguments"
+    )
+
+
+def stands_for(module: nn.Module) -> type:
+    """Returns the class of the model's module that `module` is, or holds the place of in a traced model."""
+    return module.cls if isinstance(module, Place) else in_place.original_class(module)
+
+
+def is_layer(module: nn.Module, path: str) -> bool:
+    """Tells whether `module` is a layer of ``torch.nn``: code that is best kept as one call."""
+    if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
+        return False
+    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
+
+
+def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.GraphModule:
+    root = TracedModel()
+    root.train(model.training)
+    root.kept = dict(tracer.kept)
+    root.config = getattr(model, "config", None)
+    root.output_head = _output_head(model)
+    targets = {op: {n.target: None for n in graph.nodes if n.op == op} for op in ("call_module", "get_attr")}
+    for path in targets["call_module"]:
+        _place(root, model, path, _sharing_copy(model.get_submodule(path)))
+    for path in targets["get_attr"]:
+        if path in tracer.constants:
+            setattr(root, path, tracer.constants[path])
+        elif not path.endswith("training"):
+            _share_attribute(root, model, path)
+        else:
+            _container(root, model, path.rpartition(".")[0])
+    wear_template(root, Template(graph, shared=False))
+    return root  # type: ignore[return-value]
+
+
+def _output_head(model: nn.Module) -> str | None:
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_output_embeddings() if get_output_embeddings is not None else None
+    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _container(root: nn.Module, model: nn.Module, path: str) -> nn.Module:
+    """Returns the module of `root` at `path`, making what lacks with the training modes of `model`."""
+    here, original = root, model
+    for name in path.split(".") if path else ():
+        original = original.get_submodule(name)
+        if name not in here._modules:
+            here.add_module(name, Place(stands_for(original)).train(original.training))
+        here = here.get_submodule(name)
+    return here
+
+
+def _place(root: nn.Module, model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    _container(root, model, owner)._modules[name] = module
+
+
+def _share_attribute(root: nn.Module, model: nn.Module, path: str) -> None:
+    owner_path, _, name = path.rpartition(".")
+    owner, original = _container(root, model, owner_path), model.get_submodule(owner_path)
+    if name in original._parameters:
+        owner._parameters[name] = original._parameters[name]
+    elif name in original._buffers:
+        owner.register_buffer(name, original._buffers[name], name not in original._non_persistent_buffers_set)
+    elif name in original._modules:
+        owner._modules[name] = _sharing_copy(original._modules[name])
+    else:
+        setattr(owner, name, getattr(original, name))
+
+
+def _sharing_copy(module: nn.Module) -> nn.Module:
+    """Copies modules but not tensors, so that what is added to the copy isn't added to the original."""
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)

@@ -1,0 +1,320 @@
+"""Records a module's forward as a graph whose nodes carry the values that the example inputs give them.
+
+After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
+code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
+tensor values, a region under ``no_grad`` or ``autocast``, a forward that changes its module) keeps the module that does
+it as one call of the graph, and `ValueTracer.kept` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphpeft.tracing import guards, patches
+from graphpeft.tracing.errors import NeedsExampleInputs, TraceError
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.proxy import ValueProxy
+
+SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+"""Types of which a value can stand in generated code."""
+
+
+class ValueTracer(fx.Tracer):
+    """Traces one module.
+
+    Args:
+        keeps_whole: Tells, by a submodule and its path, whether its call stays one node of the graph.
+
+    Attributes:
+        kept: The modules that could not be inlined, with the reason.
+        constants: Objects of the user's that the graph reads as attributes of its root.
+        specialised: Whether the graph holds a property of the root's tensors, such as a shape.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, keeps_whole: Callable[[nn.Module, str], bool]) -> None:
+        super().__init__()
+        self.keeps_whole = keeps_whole
+        self.kept: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
+        self.specialised = False
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._running = False
+        self._has_values = False
+        self._decided: set[tuple[fx.Node, Any]] = set()
+        self._attributes: dict[str, fx.Proxy] = {}
+
+    # the trace
+
+    def trace_module(self, root: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> fx.Graph:
+        """Records `root`'s forward, leaving `root` as it is.
+
+        Args:
+            root: The module.
+            args: Example positional arguments, or None to trace without example values.
+            kwargs: Example keyword arguments.
+
+        Raises:
+            NeedsExampleInputs: Without `args`, if the forward decides on its inputs.
+            TraceError: If the forward itself can't be recorded.
+        """
+        self._has_values = args is not None
+        self._call = (args or (), kwargs)
+        self._names = {id(tensor): name for name, tensor in _named_tensors(root)}
+        try:
+            with patches.recording(self, root), torch.enable_grad():
+                return self.trace(root)
+        except TraceError:
+            raise
+        except Exception as error:
+            if not self._has_values:
+                raise self.needs_example_inputs(error) from error
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Makes a placeholder for each argument, named, ordered and defaulted as in the forward's signature."""
+        signature = inspect.signature(self.root.forward)
+        args, kwargs = self._call
+        bound = signature.bind(*args, **kwargs) if self._has_values else None
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                given = bound.arguments.get(name, ()) if bound else ()
+                positional += [self._argument(f"{name}_{i}", parameter.empty, v) for i, v in enumerate(given)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                given = bound.arguments.get(name, {}) if bound else {}
+                keywords |= {key: self._argument(key, parameter.empty, value) for key, value in given.items()}
+            else:
+                example = bound.arguments.get(name, parameter.default) if bound else parameter.default
+                value = self._argument(name, parameter.default, example)
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    keywords[name] = value
+                else:
+                    positional.append(value)
+        forward = self.root.forward
+
+        def call() -> Any:
+            return forward(*positional, **keywords)
+
+        return call, []
+
+    def _argument(self, name: str, default: Any, example: Any) -> Any:
+        defaults = () if default is inspect.Parameter.empty else (default,)
+        if not all(isinstance(leaf, SIMPLE) for leaf in pytree.tree_leaves(list(defaults))):
+            raise TraceError(f"the default of the argument {name!r} is {default!r}, which generated code can't hold")
+        placeholder = super().create_proxy("placeholder", name, defaults, {})
+        if example is inspect.Parameter.empty:
+            return placeholder
+        if isinstance(example, type(None) | bool | str):
+            # an absent argument must not become a proxy: `mask is None` would be answered wrongly
+            self.decide(placeholder, example, f"the argument {name!r}")
+            return example
+        if not self._has_values and defaults:
+            self.decide(placeholder, example, f"the argument {name!r}")
+            return example
+        placeholder.node.meta[VALUE] = pytree.tree_map_only(torch.Tensor, self._fake, example)
+        return placeholder
+
+    # what is recorded
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Returns the proxy that stands for `node`."""
+        return ValueProxy(node, self)
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> Any:
+        """Records one call, unless it runs in a context that a graph can't hold."""
+        if not torch.is_grad_enabled():
+            raise TraceError(f"{guards.deciding_line()} runs under torch.no_grad(), which a graph can't hold")
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """Records one call and runs it on the example values."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if self._has_values or kind == "get_attr":
+            self._evaluate(proxy.node)
+        return proxy
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Gives a proxy for a parameter or buffer that a forward reads."""
+        if self._running or not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        name = self._names.get(id(attr_val))
+        return attr_val if name is None else self.attribute(name)
+
+    def attribute(self, name: str) -> fx.Proxy:
+        """Returns the proxy of the root's attribute at the path `name`; each is read once."""
+        if name not in self._attributes:
+            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Records the call of a submodule: its own calls if it can be inlined, else one call of it."""
+        if self._running:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.keeps_whole(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        before = next(iter(reversed(self.graph.nodes)))
+        try:
+            return forward(*args, **kwargs)
+        except NeedsExampleInputs:
+            raise
+        except Exception as error:
+            if not self._has_values:
+                raise
+            self._forget_after(before)
+            self.kept[path] = str(error)
+            return self.create_proxy("call_module", path, args, kwargs)
+
+    def _forget_after(self, node: fx.Node) -> None:
+        while (last := next(iter(reversed(self.graph.nodes)))) is not node:
+            self.graph.erase_node(last)
+        alive = set(self.graph.nodes)
+        self._decided = {key for key in self._decided if key[0] in alive}
+        self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
+
+    def create_arg(self, a: Any) -> Any:
+        """Turns an object seen as an argument into one that a node can hold."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Tensor):
+            name = self._names.get(id(a))
+            return self.attribute(name).node if name is not None else self._constant(a)
+        if isinstance(a, nn.Module):
+            return self.attribute(self.path_of_module(a)).node
+        if is_dataclass(a) and not isinstance(a, type):
+            values = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
+            # a dataclass that holds nothing traced is an object of the user's, such as a config: keep its identity
+            if any(_holds_proxy(value) for value in values.values()):
+                values = {name: value for name, value in values.items() if value is not None}
+                return self.create_proxy("call_function", type(a), (), values).node
+            return self._constant(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            if _holds_proxy(a):
+                raise TraceError(
+                    f"a {type(a).__name__} that holds traced tensors goes through the graph, which can't hold it; if it "
+                    "is a cache, pass use_cache=False in example_inputs"
+                ) from None
+            return self._constant(a)
+
+    def _constant(self, value: Any) -> fx.Node:
+        for name, constant in self.constants.items():
+            if constant is value:
+                return self.attribute(name).node
+        name = f"_constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self.attribute(name).node
+
+    # example values
+
+    @contextlib.contextmanager
+    def real_calls(self) -> Iterator[None]:
+        """Runs code on example values: nothing that it calls is recorded."""
+        was, self._running = self._running, True
+        try:
+            with self._mode:
+                yield
+        finally:
+            self._running = was
+
+    @property
+    def is_running(self) -> bool:
+        """Whether code runs on example values just now, so that nothing is recorded."""
+        return self._running
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._mode.from_tensor(tensor)
+
+    def _evaluate(self, node: fx.Node) -> None:
+        if any(VALUE not in argument.meta for argument in node.all_input_nodes):
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
+        with self.real_calls():
+            try:
+                node.meta[VALUE] = self._run(node, args, kwargs)
+            except torch._subclasses.fake_tensor.UnsupportedFakeTensorException as error:
+                raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
+            except (
+                torch._subclasses.fake_tensor.DataDependentOutputException,
+                torch._subclasses.fake_tensor.DynamicOutputShapeException,
+            ) as error:
+                raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "get_attr":
+            value = (
+                self.constants.get(node.target)
+                if node.target in self.constants
+                else _attribute_at(self.root, node.target)
+            )
+            return self._fake(value) if isinstance(value, torch.Tensor) else value
+        if node.op == "call_module":
+            return self.root.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    # decisions
+
+    def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
+        """Puts a check into the graph that `proxy` is `answer` in every run."""
+        question = (proxy.node.target, proxy.node.args, answer) if proxy.node.op == "call_function" else answer
+        key = (proxy.node.args[0] if proxy.node.op == "call_function" else proxy.node, repr(question))
+        if key in self._decided:
+            self.graph.erase_node(proxy.node)
+            return
+        self._decided.add(key)
+        self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
+
+    def needs_example_inputs(self, error: Exception | None = None) -> NeedsExampleInputs:
+        """Returns the error for a forward that can't be followed without example inputs."""
+        because = f" ({error})" if error is not None else ""
+        return NeedsExampleInputs(
+            f"{type(self.root).__name__}'s forward decides on its inputs at {guards.deciding_line()}{because}; pass "
+            "example_inputs: a tuple of positional arguments or a dict of keyword arguments of the model"
+        )
+
+
+def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+
+
+def _attribute_at(root: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), root)
+
+
+def _holds_proxy(value: Any, depth: int = 4) -> bool:
+    if isinstance(value, fx.Proxy):
+        return True
+    if depth == 0 or isinstance(value, torch.Tensor | nn.Module | type):
+        return False
+    if isinstance(value, dict):
+        inside: Any = value.values()
+    elif isinstance(value, list | tuple | set):
+        inside = value
+    else:
+        inside = getattr(value, "__dict__", {}).values()
+    return any(_holds_proxy(part, depth - 1) for part in inside)

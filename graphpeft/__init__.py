@@ -12,7 +12,7 @@ from graphpeft.model import (
 )
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
-from graphpeft.tracing.errors import GuardError, NeedsExampleInputs, TraceError
+from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.tracing.trace import trace
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "CheckpointError",
     "GuardError",
     "LoraConfig",
-    "NeedsExampleInputs",
+    "NeedsInputsError",
     "PeftConfig",
     "PeftModel",
     "PeftType",

@@ -1,7 +1,7 @@
 """Puts adapters on a model and takes them off: tensors onto modules, nodes into graphs.
 
-The model's graphs hold the nodes of the active adapters only. A region without any runs its own class's code again, so a
-disabled adapter costs nothing. Whatever can fail is done before the first change of the model.
+The model's graphs hold the nodes of the active adapters only. A region without any runs its own class's code again, so
+a disabled adapter costs nothing. Whatever can fail is done before the first change of the model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Adapter:
         """Yields the module's path and the name of every tensor of this adapter."""
         for adapted in self.sites:
             for name in adapted.specs:
-                yield adapted.site.owner, adapted.attribute(name, adapter)
+                yield adapted.site.owner, adapted.names[name]
         for path, names in self.whole.items():
             for name in names:
                 yield path, stand_ins.stand_in(name, adapter)
@@ -107,7 +107,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken; the model is as it was.
     """
-    made = _site_tensors(plan, name, modules, values) | _whole_tensors(plan, name, modules, values)
+    made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
     for path, attribute in made:
         module = modules[path]
         if any(attribute in names for names in (module.__dict__, module._parameters, module._buffers, module._modules)):
@@ -115,34 +115,41 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
                 f"{path or 'the model'} has an attribute {attribute!r} already; choose another adapter name"
             )
     for (path, attribute), tensor in made.items():
-        stand_ins.attach(modules[path], {attribute: tensor})
+        if isinstance(tensor, nn.Parameter):
+            modules[path]._parameters[attribute] = tensor
+        else:
+            modules[path].register_buffer(attribute, tensor)
     for adapted in plan.sites:
         for constant, value in adapted.constants.items():
-            modules[adapted.site.owner].__dict__[adapted.attribute(constant, name)] = value
+            modules[adapted.site.owner].__dict__[adapted.names[constant]] = value
     for region, template in plan.templates.items():
         if template_of(modules[region]) is None:
             adapters.lifted.setdefault(region, template)
     adapters.by_name[name] = Adapter.of(plan)
 
 
-def _site_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+@torch.no_grad()
+def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
         site = adapted.site
         device = _device(modules[site.owner]._parameters[site.attribute])
-        attributes = {local: (site.owner, adapted.attribute(local, name)) for local in adapted.specs}
         if values is not None:
-            drawn = {local: values[key] for local, key in attributes.items()}
+            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
         else:
-            # drawn on the CPU in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
-            source = device if device.type == "meta" else torch.device("cpu")
-            drawn = {local: torch.empty(spec.shape, device=source) for local, spec in adapted.specs.items()}
-            if device.type != "meta":
-                with torch.no_grad():
-                    adapted.rule.initialise(drawn, plan.config)
-        for local, key in attributes.items():
-            made[key] = nn.Parameter(drawn[local].to(device=device, dtype=adapted.dtype))
+            drawn = _first_values(adapted, plan.config, device)
+        for local, tensor in drawn.items():
+            made[site.owner, adapted.names[local]] = nn.Parameter(tensor.to(device, adapted.dtype))
     return made
+
+
+def _first_values(adapted: AdaptedSite, config: PeftConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    if device.type == "meta":
+        return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+    # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
+    drawn = {local: torch.empty(spec.shape) for local, spec in adapted.specs.items()}
+    adapted.rule.initialise(drawn, config)
+    return drawn
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:
@@ -233,7 +240,7 @@ def _with_adapter(
     worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
 ) -> Template:
     """Returns `worn` with the nodes of one adapter at its sites in this region."""
-    edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, name, region)) for adapted in sites)
+    edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites)
 
     def edit(graph: fx.Graph) -> None:
         found = {op.node.name: op for op in ops.find_ops(graph, module)}
@@ -246,11 +253,11 @@ def _with_adapter(
     return derived
 
 
-def _attributes(adapted: AdaptedSite, name: str, region: str) -> tuple[tuple[str, str], ...]:
+def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...]:
     owner = adapted.site.owner
     relative = owner[len(region) + 1 :] if region else owner
     prefix = f"{relative}." if relative else ""
-    return tuple((local, prefix + adapted.attribute(local, name)) for local in (*adapted.specs, *adapted.constants))
+    return tuple((local, prefix + attribute) for local, attribute in adapted.names.items())
 
 
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:
@@ -261,7 +268,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         delattr(modules[path], attribute)
     for adapted in adapter.sites:
         for constant in adapted.constants:
-            del modules[adapted.site.owner].__dict__[adapted.attribute(constant, name)]
+            del modules[adapted.site.owner].__dict__[adapted.names[constant]]
 
 
 def merge(modules: Modules, adapters: Adapters, name: str) -> None:
@@ -271,17 +278,17 @@ def merge(modules: Modules, adapters: Adapters, name: str) -> None:
         for adapted in adapter.sites:
             weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
             assert weight is not None
-            weight += delta(adapted, name, modules).to(weight.dtype)
+            weight += delta(adapted, modules).to(weight.dtype)
         for path, names in adapter.whole.items():
             for own, other in stand_ins.own_and_stand_in(modules[path], names, name):
                 own.copy_(other)
 
 
-def delta(adapted: AdaptedSite, name: str, modules: Modules) -> torch.Tensor:
+def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     """Returns the change of a site's weight, in the shape in which it is stored."""
     owner = modules[adapted.site.owner]
     asked = inspect.signature(adapted.rule.delta).parameters
-    values = {local: getattr(owner, adapted.attribute(local, name)) for local in asked if local != "site"}
+    values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "site"}
     return adapted.rule.delta(site=adapted.site, **values)
 
 

@@ -44,7 +44,7 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
             outside = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
             path += ".base_layer" * outside
         for local, spec in adapted.specs.items():
-            found[_key(path, spec.key)] = (site.owner, adapted.attribute(local, name))
+            found[_key(path, spec.key)] = (site.owner, adapted.names[local])
     layers = {adapted.site.owner for adapted in adapter.sites if adapted.site.is_layer}
     for owner, names in adapter.whole.items():
         inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
@@ -99,9 +99,7 @@ def state_dict_of(
     return {key: state_dict[f"{path}.{attribute}" if path else attribute] for key, (path, attribute) in named.items()}
 
 
-def fitted(
-    adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
-) -> Tensors:
+def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
 
     Raises:
@@ -121,19 +119,15 @@ def fitted(
     return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
 
 
-def _shapes(
-    adapter: Adapter, name: str, modules: Modules
-) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
-            yield (adapted.site.owner, adapted.attribute(local, name)), spec.shape
+            yield (adapted.site.owner, adapted.names[local]), spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
 
 
-def _unsaved(
-    adapter: Adapter, name: str, modules: Modules
-) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
     for path, own, tensor in _whole(adapter, modules):
         if own in modules[path]._non_persistent_buffers_set:
             yield (path, stand_ins.stand_in(own, name)), tensor

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from graphpeft.rewrite import Rule
@@ -113,6 +114,8 @@ class PeftConfig:
             if self.task_type not in list(TaskType):
                 raise ValueError(f"task_type is {self.task_type!r}; choose one of {[task.value for task in TaskType]}")
             self.task_type = TaskType(self.task_type)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
 
     # what a method says
 
@@ -123,10 +126,11 @@ class PeftConfig:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
         raise NotImplementedError
 
-    def resolved(self, modules: Any) -> PeftConfig:
+    def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
         config = copy.deepcopy(self)
-        heads = [name for name in _HEADS.get(self.task_type, ()) if name not in (config.modules_to_save or ())]
+        trained = () if self.task_type is None else _HEADS.get(self.task_type, ())
+        heads = [name for name in trained if name not in (config.modules_to_save or ())]
         if heads:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
         return config

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint, in_place
+from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
@@ -65,8 +66,8 @@ def get_peft_model(
         peft_config: A config of this library or of PEFT.
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
-        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that uses
-            a weight functionally decides on its inputs.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that
+            uses a weight functionally decides on its inputs.
 
     Raises:
         AdaptError: If nothing matches, a target can't be adapted, or the name is taken; the model is as it was.
@@ -253,6 +254,19 @@ class PeftModel(nn.Module):
             adapter = _known(self, name)
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             checkpoint.save(self, adapter, name, folder, state_dict)
+            if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
+                trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads the whole model's state dict, or that of an adapter's file into the active adapter.
+
+        Raises:
+            CheckpointError: If an adapter's tensors don't fit.
+        """
+        if state_dict and all(key.startswith(checkpoint.PREFIX) for key in state_dict):
+            set_peft_model_state_dict(self, state_dict, self.active_adapter)
+            return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any

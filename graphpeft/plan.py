@@ -5,18 +5,18 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from graphpeft import stand_ins, targets
 from graphpeft.config import PeftConfig
-from graphpeft.report import AdaptedRow, Refusal, Report
+from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targets import Match
@@ -28,8 +28,7 @@ class AdaptError(ValueError):
     """A config that can't be applied to the model, which stays as it was."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptedSite:
+class AdaptedSite(NamedTuple):
     """A site with the rule that adapts it and what the rule creates there.
 
     Attributes:
@@ -37,19 +36,21 @@ class AdaptedSite:
         rule: The rule.
         specs: The rule's parameters by name.
         constants: The rule's constants by name.
+        names: The attributes of the weight's module under which these live, by the rule's names for them.
         dtype: The dtype of the parameters.
     """
 
     site: Site
     rule: Rule
-    specs: dict[str, ParameterSpec]
-    constants: dict[str, float]
+    specs: Mapping[str, ParameterSpec]
+    constants: Mapping[str, float]
+    names: Mapping[str, str]
     dtype: torch.dtype
 
-    def attribute(self, name: str, adapter: str) -> str:
-        """Returns the attribute of the weight's module under which a parameter or constant of the rule lives."""
-        prefix = "" if self.site.attribute == "weight" else f"{self.site.attribute}_"
-        return f"{prefix}{name}_{adapter}"
+    @property
+    def parameter_count(self) -> int:
+        """The number of elements that the rule's parameters have."""
+        return sum(prod(spec.shape) for spec in self.specs.values())
 
 
 @dataclass
@@ -58,17 +59,17 @@ class Plan:
 
     Attributes:
         config: The config, with all that depends on the model filled in.
+        report: The same for a person to read, with what is refused.
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
-        report: The same for a person to read, with what is refused.
     """
 
     config: PeftConfig
+    report: Report
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    report: Report = field(default_factory=lambda: Report("", ""))
 
 
 def make_plan(
@@ -100,14 +101,15 @@ def make_plan(
         resolved = config.resolved(model)
     except ValueError as error:
         raise AdaptError(str(error)) from error
-    plan = Plan(resolved, report=Report(config.peft_type.value, adapter))
+    plan = Plan(resolved, Report(config.peft_type.value, adapter))
+    plan.report.adapted = plan.sites
     finder = SiteFinder(model, known, example_inputs)
     for name, owner, attribute, is_parameter in _targeted(finder.modules, resolved, owned, plan.report):
         found = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
         if isinstance(found, str):
             plan.report.refused.append(Refusal(name, found))
             continue
-        site = dataclasses.replace(found, is_layer=False) if is_parameter else found
+        site = found._replace(is_layer=False) if is_parameter else found
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
     if not plan.sites and not plan.report.refused:
         raise AdaptError(_nothing_matched(model, resolved, plan.report, owned))
@@ -149,19 +151,20 @@ def _no_weight(module: nn.Module, name: str) -> str:
 
 def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> None:
     config = plan.config
-    halves = (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if autocast and site.dtype in halves else site.dtype
+    dtype = torch.float32 if autocast and site.dtype in _HALVES else site.dtype
     rule = config.rule_for(site, dtype)
     reason = rule.check(site, config)
     if reason is not None:
         plan.report.refused.append(Refusal(site.name, reason))
         return
-    adapted = AdaptedSite(site, rule, dict(rule.parameters(site, config)), dict(rule.constants(site, config)), dtype)
-    plan.sites.append(adapted)
+    specs, constants = rule.parameters(site, config), rule.constants(site, config)
+    prefix = "" if site.attribute == "weight" else f"{site.attribute}_"
+    names = {local: f"{prefix}{local}_{plan.report.adapter}" for local in (*specs, *constants)}
+    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype))
     plan.templates[site.region] = template
-    count = sum(prod(spec.shape) for spec in adapted.specs.values())
-    features = f"{site.in_features} → {site.out_features}"
-    plan.report.adapted.append(AdaptedRow(site.name, site.op.__name__, features, site.region, count))
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[str]) -> None:

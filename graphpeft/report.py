@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from graphpeft.plan import AdaptedSite
 
 
-@dataclass(frozen=True)
-class AdaptedRow:
-    """One adapted site: its name, operation, features, the module whose graph is edited, and what it costs."""
-
-    name: str
-    op: str
-    features: str
-    region: str
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A target that can't be adapted, and why."""
 
     name: str
@@ -40,34 +32,41 @@ class Report:
 
     method: str
     adapter: str
-    adapted: list[AdaptedRow] = field(default_factory=list)
+    adapted: list[AdaptedSite] = field(default_factory=list)
     trained_whole: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parameters = sum(row.parameters for row in self.adapted)
+        parameters = sum(adapted.parameter_count for adapted in self.adapted)
         lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
         if self.adapted:
-            header = ("site", "op", "in → out", "graph of", "parameters")
-            rows = [(r.name, r.op, r.features, r.region or "the model", f"{r.parameters:,}") for r in self.adapted]
-            lines += table(header, rows)
+            lines += ["", *table(("site", "op", "in → out", "graph of", "parameters"), self._rows())]
         if self.trained_whole:
             lines += ["", f"trained whole: {', '.join(self.trained_whole)}"]
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
         if self.refused:
-            lines += ["", *table(("refused", "because"), [(r.name, r.reason) for r in self.refused])]
+            lines += ["", *table(("refused", "because"), self.refused)]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                adapted.site.name,
+                adapted.site.op.__name__,
+                f"{adapted.site.in_features} → {adapted.site.out_features}",
+                adapted.site.region or "the model",
+                f"{adapted.parameter_count:,}",
+            )
+            for adapted in self.adapted
+        ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a table in plain text."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]
-    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+    ruled = [header, ["─" * width for width in widths], *rows]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in ruled]

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.fx as fx
@@ -25,8 +25,7 @@ TAG = "graphpeft"
 """The key of ``node.meta`` under which a node of an adapter carries its `Tag`."""
 
 
-@dataclass(frozen=True)
-class ParameterSpec:
+class ParameterSpec(NamedTuple):
     """A parameter that a rule creates at a site.
 
     Attributes:

@@ -7,24 +7,23 @@ that line. A model that is a graph already is one region.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from graphpeft import ops
-from graphpeft.tracing.errors import NeedsExampleInputs, TraceError
+from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
 from graphpeft.tracing.lift import lift
-from graphpeft.tracing.trace import ExampleInputs, stands_for
+from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(NamedTuple):
     """One weight and the operations that use it.
 
     Attributes:
@@ -101,6 +100,8 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
+        if (reason := _bypassed(self.modules, owner)) is not None:
+            return reason
         reasons = []
         for region in self._regions(owner):
             template = self._template(region)
@@ -126,6 +127,8 @@ class SiteFinder:
         paths = [owner]
         while paths[-1]:
             paths.append(paths[-1].rpartition(".")[0])
+        # containers are never called
+        paths = [path for path in paths if type(self.modules[path]).forward is not nn.Module.forward]
         # what is a graph already is edited as a whole; otherwise the smallest module
         yield from (path for path in reversed(paths) if path in self._graphs)
         yield from (path for path in paths if path not in self._graphs)
@@ -142,7 +145,7 @@ class SiteFinder:
     def _lift(self, module: nn.Module) -> Template:
         try:
             return lift(module)
-        except NeedsExampleInputs:
+        except NeedsInputsError:
             if self.example_inputs is None:
                 raise
             return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
@@ -165,27 +168,40 @@ def _layer_classes() -> tuple[type, ...]:
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
 
 
+def _bypassed(modules: Mapping[str, nn.Module], owner: str) -> str | None:
+    """Returns the reason why a change of `owner`'s forward would have no effect, or None."""
+    parent = modules.get(owner.rpartition(".")[0]) if owner else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it, inside one fused function"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            "the fast path of nn.TransformerEncoderLayer reads its weight without calling it; switch the fast path off "
+            "with torch.backends.mha.set_fastpath_enabled(False)"
+        )
+    return None
+
+
+class _ReachedError(Exception):
+    """Ends a run of the model as soon as it reaches a module."""
+
+
 def _inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
-    """Runs the model on the example inputs and returns those that reach `module` first."""
+    """Runs the model on the example inputs and returns those that reach `module` first; the model stays as it is."""
     seen: list[ExampleInputs] = []
 
-    class _Reached(Exception):
-        pass
-
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args if not kwargs else _by_name(module, args, kwargs))
-        raise _Reached
+        seen.append({**inspect.signature(module.forward).bind(*args, **kwargs).arguments} if kwargs else args)
+        raise _ReachedError
 
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    # in a copy, whatever the modules on the way do to themselves is lost
+    copied = copy.deepcopy({"model": model, "module": module})
+    hook = copied["module"].register_forward_pre_hook(stop, with_kwargs=True)
+    args, kwargs = split_inputs(example_inputs)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(*example_inputs) if isinstance(example_inputs, tuple) else model(**example_inputs)
-    except _Reached:
+            copied["model"](*(args or ()), **kwargs)
+    except _ReachedError:
         return seen[0]
     finally:
         hook.remove()
     raise TraceError("the example inputs don't reach it; pass example_inputs for which the model runs it")
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -1,7 +1,7 @@
 """Lets a module read other tensors in place of its own: an adapter's copies of biases and of modules trained whole.
 
-The module's own tensors stay where they are, under their own names; while an adapter is active, reading ``module.weight``
-gives its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph.
+The module's own tensors stay where they are, under their own names; while an adapter is active, ``module.weight`` gives
+its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph.
 """
 
 from __future__ import annotations
@@ -44,15 +44,6 @@ def create(module: nn.Module, names: Names, adapter: str) -> dict[str, torch.Ten
     return made
 
 
-def attach(module: nn.Module, made: dict[str, torch.Tensor]) -> None:
-    """Gives `module` the stand-ins that `create` made, without reading them yet."""
-    for name, tensor in made.items():
-        if isinstance(tensor, nn.Parameter):
-            module._parameters[name] = tensor
-        else:
-            module.register_buffer(name, tensor)
-
-
 def read(module: nn.Module, names: Names, adapter: str) -> None:
     """Makes `module` read the stand-ins of `adapter` for its tensors `names`."""
     in_place.put_on(module, _layer(tuple((name, stand_in(name, adapter)) for name in names)))
@@ -61,12 +52,6 @@ def read(module: nn.Module, names: Names, adapter: str) -> None:
 def read_own(module: nn.Module) -> None:
     """Makes `module` read its own tensors."""
     in_place.take_off(module, "tensors")
-
-
-def detach(module: nn.Module, names: Names, adapter: str) -> None:
-    """Takes the stand-ins of `adapter` from `module`."""
-    for name in names:
-        delattr(module, stand_in(name, adapter))
 
 
 def own_and_stand_in(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

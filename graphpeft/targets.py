@@ -25,7 +25,10 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from torch import fx, nn
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
 Predicate = Callable[[str], bool]
@@ -196,7 +199,13 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
     """
     head = output_head(model, task_type)
     linear = _linear_classes()
-    return [name for name, module in model.named_modules() if isinstance(module, linear) and name != head]
+    return [
+        name
+        for name, module in model.named_modules()
+        # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
+        if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if name != head
+    ]
 
 
 def output_head(model: nn.Module, task_type: str | None) -> str | None:
@@ -212,14 +221,13 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     Returns:
         The name of the head, or None.
     """
-    # Models of any class may call one of their layers `output_head`; only a path left by tracing counts.
-    recorded = getattr(model, "output_head", None)
-    if isinstance(model, fx.GraphModule) and isinstance(recorded, str):
-        return recorded
     pretrained = _loaded_class("transformers.modeling_utils", "PreTrainedModel")
-    if pretrained is None or not isinstance(model, pretrained):
+    if pretrained is None or not issubclass(stands_for(model), pretrained):
         return None
-    head = cast(Any, model).get_output_embeddings()
+    if isinstance(model, TracedModel):
+        head = model.get_submodule(model.output_head) if model.output_head is not None else None
+    else:
+        head = cast(Any, model).get_output_embeddings()
     if head is None and task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in _CLASSIFICATION_HEADS)
         head = next((candidate for candidate in heads if candidate is not None), None)

@@ -7,12 +7,13 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners import tuners_utils
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGET_MODULES
 from peft.utils.other import get_pattern_key
-from torch import fx, nn
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from graphpeft import trace
 from graphpeft.targets import (
     DEFAULT_TARGET_MODULES,
     Match,
@@ -484,31 +486,28 @@ class Tied(nn.Module):
 
 
 def test_a_shared_module_has_its_first_name_and_only_transformers_models_have_a_head():
-    assert all_linear_names(Tied(), "SEQ_CLS") == ["first", "attention.out_proj", "classifier"]
+    assert all_linear_names(Tied(), "SEQ_CLS") == ["first", "classifier"]
 
 
-def test_a_traced_model_names_its_own_head():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(2, 2)
-            self.output_head = nn.Linear(2, 2)
+def test_the_output_projection_of_an_attention_is_no_linear_module_since_it_is_never_called():
+    assert "attention.out_proj" not in all_linear_names(Tied(), None)
 
-        def forward(self, x):
-            return self.output_head(self.body(x))
 
-    model = Model()
-    assert output_head(model, None) is None  # a layer that is called so is not a record of the tracer
+@pytest.mark.parametrize(
+    ("model_class", "model_config", "task_type"),
+    [(GPT2LMHeadModel, GPT2, None), (BertForSequenceClassification, BERT, "SEQ_CLS")],
+)
+def test_a_traced_model_has_the_linear_modules_of_the_model(model_class, model_config, task_type):
+    model = model_class(model_config).eval()
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    traced = trace(model, inputs | ({"use_cache": False} if model_class is GPT2LMHeadModel else {}))
+    assert set(all_linear_names(traced, task_type)) == set(all_linear_names(model, task_type))
 
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(graph.call_module("head", (graph.call_module("body", (x,)),)))
-    traced = fx.GraphModule({"body": model.body, "head": model.output_head}, graph)
-    assert all_linear_names(traced, None) == ["body", "head"]
-    traced.output_head = "head"  # type: ignore[assignment]
-    assert all_linear_names(traced, None) == ["body"]
-    traced.output_head = None  # type: ignore[assignment]
-    assert all_linear_names(traced, "SEQ_CLS") == ["body", "head"]
+
+def test_only_a_transformers_model_has_a_known_head():
+    model = Tied()
+    model.output_head = nn.Linear(2, 2)
+    assert output_head(model, "SEQ_CLS") is None
 
 
 # Defaults
@@ -538,7 +537,7 @@ def test_an_unknown_model_type_is_an_error_that_offers_names():
     with pytest.raises(ValueError, match="no default target_modules are known for model_type 'mine'") as error:
         default_target_modules(model)
     # A bare "0" would also match every first layer.
-    assert "target_modules=['up', 'mlp.0', 'first', 'out_proj', 'classifier']" in str(error.value)
+    assert "target_modules=['up', 'mlp.0', 'first', 'classifier']" in str(error.value)
 
 
 def test_a_model_without_a_type_goes_by_its_class():

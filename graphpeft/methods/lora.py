@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,16 +22,6 @@ from graphpeft import targets
 from graphpeft.config import PeftConfig, PeftType, register
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import Site
-
-_ONLY = "only supported value"
-
-
-def _unsupported(default: Any) -> Any:
-    """Declares an option of PEFT's of which only `default` is supported."""
-    metadata = {_ONLY: default}
-    return (
-        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
-    )
 
 
 @register
@@ -77,25 +67,25 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     # read and written as PEFT does, and refused when set
-    alora_invocation_tokens: list[int] | None = _unsupported(None)
-    arrow_config: dict[str, Any] | None = _unsupported(None)
-    corda_config: dict[str, Any] | None = _unsupported(None)
-    ensure_weight_tying: bool = _unsupported(False)
-    eva_config: dict[str, Any] | None = _unsupported(None)
-    kasa_config: dict[str, Any] | None = _unsupported(None)
-    layer_replication: list[tuple[int, int]] | None = _unsupported(None)
-    loftq_config: dict[str, Any] | None = _unsupported({})
-    lora_bias: bool = _unsupported(False)
-    lora_ga_config: dict[str, Any] | None = _unsupported(None)
-    megatron_config: dict[str, Any] | None = _unsupported(None)
-    megatron_core: str | None = _unsupported("megatron.core")
-    monteclora_config: dict[str, Any] | None = _unsupported(None)
-    qalora_group_size: int = _unsupported(16)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _unsupported(None)
-    use_bdlora: dict[str, Any] | None = _unsupported(None)
-    use_dora: bool = _unsupported(False)
-    use_qalora: bool = _unsupported(False)
-    velora_config: dict[str, Any] | None = _unsupported(None)
+    alora_invocation_tokens: list[int] | None = None
+    arrow_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    eva_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    lora_bias: bool = False
+    lora_ga_config: dict[str, Any] | None = None
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    monteclora_config: dict[str, Any] | None = None
+    qalora_group_size: int = 16
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    use_dora: bool = False
+    use_qalora: bool = False
+    velora_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,27 +112,51 @@ class LoraConfig(PeftConfig):
 
     def check(self) -> None:
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value and value != option.metadata.get(_ONLY, value):
-                raise ValueError(f"{option.name}={value!r} is not supported; leave it {option.metadata[_ONLY]!r}")
+        default = LoraConfig()
+        for name in _UNSUPPORTED:
+            value, only = getattr(self, name), getattr(default, name)
+            if value and value != only:
+                raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
 
-    def resolved(self, modules: nn.Module) -> LoraConfig:
+    def resolved(self, model: nn.Module) -> LoraConfig:
         """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
-        config = super().resolved(modules)
+        config = super().resolved(model)
         assert isinstance(config, LoraConfig)
         if targets.is_all_linear(config.target_modules):
-            config.target_modules = set(targets.all_linear_names(modules, config.task_type))
-        elif config.target_modules is None and not config.target_parameters:
-            default = targets.default_target_modules(modules)
-            config.target_modules = default if isinstance(default, str) else set(default)
+            config.target_modules = set(targets.all_linear_names(model, config.task_type))
+        elif config.target_modules is None:
+            config.target_modules = _default_targets(model, optional=bool(config.target_parameters))
         return config
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear operation."""
         return LoraBranch(site.is_layer, drops=self.lora_dropout > 0, casts=site.dtype != dtype)
+
+
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_bias",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "monteclora_config",
+    "qalora_group_size",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Options of PEFT's of which only the default is supported."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,16 @@ class LoraBranch:
         """Returns (α / r) B A, transposed if it is that of a layer whose weight is stored so."""
         delta = lora_B @ lora_A * lora_scaling
         return delta.T if site.transposed and self.of_layer else delta
+
+
+def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
+    try:
+        default = targets.default_target_modules(model)
+    except ValueError:
+        if optional:
+            return set()
+        raise
+    return default if isinstance(default, str) else set(default)
 
 
 def _rank(site: Site, config: LoraConfig) -> int:

@@ -5,7 +5,7 @@ class TraceError(RuntimeError):
     """A forward that can't be recorded truthfully; the message says where, why and what to do."""
 
 
-class NeedsExampleInputs(TraceError):
+class NeedsInputsError(TraceError):
     """A forward that decides on its inputs, traced without any."""
 
 

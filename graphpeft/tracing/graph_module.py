@@ -84,7 +84,7 @@ class GraphForward(fx.GraphModule):
     _template: ClassVar[Template]
 
     @property
-    def graph(self) -> fx.Graph:
+    def graph(self) -> fx.Graph:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The module's own graph. Call `recompile` after editing it."""
         if self._template.shared:
             wear_template(self, Template(copy_graph(self._template.graph), shared=False))
@@ -112,9 +112,8 @@ def template_of(module: nn.Module) -> Template | None:
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copies a graph with its code generator and its nodes' metadata (not deep)."""
     copied = fx.Graph(tracer_cls=graph._tracer_cls)
-    result = copied.graph_copy(graph, val_map={}, return_output_node=True)
-    if result is not None:
-        value, output = result
-        copied.output(value, type_expr=output.type).meta = copy.copy(output.meta)
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        nodes[node] = copied.node_copy(node, nodes.__getitem__)
     copied._codegen = copy.deepcopy(graph._codegen)
     return copied

@@ -60,7 +60,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
 
 
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
-    tracer = ValueTracer(keeps_whole=lambda submodule, path: True)
+    tracer = ValueTracer(keeps_whole=lambda _: True)
     with _noting_reads(module) as reads:
         graph = tracer.trace_module(module, *split_inputs(example_inputs))
     _refuse_decisions_on_training(graph)

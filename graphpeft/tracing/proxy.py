@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _STATIC = {"ndim", "dtype", "device", "layout"}
 """Tensor attributes that are answered with plain values: code passes them to functions that refuse proxies."""
 
+_TRACED = (torch.Tensor, tuple, list, dict, int, float)
+"""Types of attributes that stay proxies, so that they can differ from run to run."""
+
 
 class ValueProxy(fx.Proxy):
     """A proxy with an example value at ``node.meta["val"]``; without one it behaves as ``fx.Proxy``."""
@@ -39,10 +42,10 @@ class ValueProxy(fx.Proxy):
             self.tracer.specialised = True
             if isinstance(attribute, int | torch.Size):
                 return attribute  # a parameter's shape doesn't depend on the inputs
-        if name not in _STATIC and isinstance(attribute, torch.Tensor | tuple | list | dict | int | float):
-            if not isinstance(attribute, bool):
-                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        self.tracer.decide(self.tracer.create_proxy("call_function", getattr, (self, name), {}), attribute)
+        read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if name not in _STATIC and isinstance(attribute, _TRACED) and not isinstance(attribute, bool):
+            return read
+        self.tracer.decide(read, attribute)
         return attribute
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -71,12 +74,14 @@ class ValueProxy(fx.Proxy):
             return super().__iter__()
         if isinstance(self.node.meta[VALUE], dict):
             return iter(list(self.node.meta[VALUE]))
-        return iter([self[index] for index in range(len(self))])
+        items = [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in range(len(self))]
+        return iter(items)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def keys(self) -> Any:
+        """Returns the keys of a mapping, as ``**mapping`` asks for them."""
         return self.node.meta[VALUE].keys() if VALUE in self.node.meta else super().keys()
 
     def _decide(self, question: Any) -> Any:

@@ -20,7 +20,19 @@ ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Positional arguments as a tuple, or keyword arguments as a dict."""
 
 
-class TracedModel(nn.Module):
+class Place(nn.Module):
+    """Holds, in a traced model, the tensors of a module whose forward was inlined.
+
+    Attributes:
+        cls: The class of that module.
+    """
+
+    def __init__(self, cls: type) -> None:
+        super().__init__()
+        self.cls = cls
+
+
+class TracedModel(Place):
     """The modules and tensors that a flat graph calls and reads, at the paths they have in the model.
 
     Attributes:
@@ -32,18 +44,6 @@ class TracedModel(nn.Module):
     kept: dict[str, str]
     config: Any
     output_head: str | None
-
-
-class Place(nn.Module):
-    """Holds, in a traced model, the tensors of a module whose forward was inlined.
-
-    Attributes:
-        cls: The class of that module.
-    """
-
-    def __init__(self, cls: type) -> None:
-        super().__init__()
-        self.cls = cls
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
@@ -58,7 +58,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
             symbolically is.
 
     Raises:
-        NeedsExampleInputs: If the model decides on its inputs and none were given.
+        NeedsInputsError: If the model decides on its inputs and none were given.
         TraceError: If the model's own forward can't be recorded truthfully.
     """
     args, kwargs = split_inputs(example_inputs)
@@ -76,8 +76,8 @@ def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] 
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     raise TypeError(
-        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional arguments, such as (x,), or a "
-        "dict of keyword arguments"
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional arguments, such as (x,), or "
+        "a dict of keyword arguments"
     )
 
 
@@ -86,7 +86,7 @@ def stands_for(module: nn.Module) -> type:
     return module.cls if isinstance(module, Place) else in_place.original_class(module)
 
 
-def is_layer(module: nn.Module, path: str) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """Tells whether `module` is a layer of ``torch.nn``: code that is best kept as one call."""
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
         return False
@@ -94,7 +94,7 @@ def is_layer(module: nn.Module, path: str) -> bool:
 
 
 def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.GraphModule:
-    root = TracedModel()
+    root = TracedModel(stands_for(model))
     root.train(model.training)
     root.kept = dict(tracer.kept)
     root.config = getattr(model, "config", None)
@@ -143,7 +143,7 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str) -> None:
     elif name in original._buffers:
         owner.register_buffer(name, original._buffers[name], name not in original._non_persistent_buffers_set)
     elif name in original._modules:
-        owner._modules[name] = _sharing_copy(original._modules[name])
+        owner._modules[name] = _sharing_copy(original.get_submodule(name))
     else:
         setattr(owner, name, getattr(original, name))
 

@@ -19,10 +19,11 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch.fx.node import map_arg
 
 from graphpeft.tracing import guards, patches
-from graphpeft.tracing.errors import NeedsExampleInputs, TraceError
+from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
 
@@ -34,7 +35,7 @@ class ValueTracer(fx.Tracer):
     """Traces one module.
 
     Args:
-        keeps_whole: Tells, by a submodule and its path, whether its call stays one node of the graph.
+        keeps_whole: Tells of a submodule whether its call stays one node of the graph.
 
     Attributes:
         kept: The modules that could not be inlined, with the reason.
@@ -44,16 +45,16 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, keeps_whole: Callable[[nn.Module, str], bool]) -> None:
+    def __init__(self, keeps_whole: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.keeps_whole = keeps_whole
         self.kept: dict[str, str] = {}
         self.constants: dict[str, Any] = {}
         self.specialised = False
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
         self._has_values = False
-        self._decided: set[tuple[fx.Node, Any]] = set()
+        self._decided: set[tuple[Any, str]] = set()
         self._attributes: dict[str, fx.Proxy] = {}
 
     # the trace
@@ -67,7 +68,7 @@ class ValueTracer(fx.Tracer):
             kwargs: Example keyword arguments.
 
         Raises:
-            NeedsExampleInputs: Without `args`, if the forward decides on its inputs.
+            NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
         self._has_values = args is not None
@@ -169,12 +170,12 @@ class ValueTracer(fx.Tracer):
         if self._running:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        if self.keeps_whole(m, path):
+        if self.keeps_whole(m):
             return self.create_proxy("call_module", path, args, kwargs)
         before = next(iter(reversed(self.graph.nodes)))
         try:
             return forward(*args, **kwargs)
-        except NeedsExampleInputs:
+        except NeedsInputsError:
             raise
         except Exception as error:
             if not self._has_values:
@@ -211,8 +212,8 @@ class ValueTracer(fx.Tracer):
         except NotImplementedError:
             if _holds_proxy(a):
                 raise TraceError(
-                    f"a {type(a).__name__} that holds traced tensors goes through the graph, which can't hold it; if it "
-                    "is a cache, pass use_cache=False in example_inputs"
+                    f"a {type(a).__name__} that holds traced tensors goes through the graph, which can't hold it; if "
+                    "it is a cache, pass use_cache=False in example_inputs"
                 ) from None
             return self._constant(a)
 
@@ -247,31 +248,25 @@ class ValueTracer(fx.Tracer):
     def _evaluate(self, node: fx.Node) -> None:
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
         with self.real_calls():
             try:
                 node.meta[VALUE] = self._run(node, args, kwargs)
-            except torch._subclasses.fake_tensor.UnsupportedFakeTensorException as error:
+            except fake_tensor.UnsupportedFakeTensorException as error:
                 raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
-            except (
-                torch._subclasses.fake_tensor.DataDependentOutputException,
-                torch._subclasses.fake_tensor.DynamicOutputShapeException,
-            ) as error:
+            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
                 raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
         if node.op == "get_attr":
-            value = (
-                self.constants.get(node.target)
-                if node.target in self.constants
-                else _attribute_at(self.root, node.target)
-            )
+            value = self.constants[target] if target in self.constants else _attribute_at(self.root, target)
             return self._fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
-            return self.root.get_submodule(node.target)(*args, **kwargs)
+            return self.root.get_submodule(target)(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     # decisions
 
@@ -285,10 +280,10 @@ class ValueTracer(fx.Tracer):
         self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
 
-    def needs_example_inputs(self, error: Exception | None = None) -> NeedsExampleInputs:
+    def needs_example_inputs(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a forward that can't be followed without example inputs."""
         because = f" ({error})" if error is not None else ""
-        return NeedsExampleInputs(
+        return NeedsInputsError(
             f"{type(self.root).__name__}'s forward decides on its inputs at {guards.deciding_line()}{because}; pass "
             "example_inputs: a tuple of positional arguments or a dict of keyword arguments of the model"
         )

@@ -243,10 +243,13 @@ def _with_adapter(
     edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites)
 
     def edit(graph: fx.Graph) -> None:
-        found = {op.node.name: op for op in ops.find_ops(graph, module)}
+        named = {node.name: node for node in graph.nodes}
         for nodes, rule, attributes in edits:
             for node in nodes:
-                rewrite.insert(graph, found[node], rule, dict(attributes), name, adapter.config.peft_type.value)
+                # read anew each time: an edit before this one may have given the operation another input
+                op = ops.read_op(named[node], module)
+                assert op is not None
+                rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -23,28 +23,36 @@ KINDS = ("methods", "graph", "tensors")
 class Layer:
     """What one concern adds to a module's class.
 
-    Layers are values that many modules share: compared by identity, and never copied.
+    Layers are values that many modules share, compared by identity.
 
     Args:
         kind: One of `KINDS`.
         bases: Classes that the dressed class inherits from, before the original class.
         namespace: Attributes of the dressed class itself.
         recipe: A picklable callable and its arguments, which build the layer again.
+        for_copy: Returns the layer that a copy of the module wears; the same one if None.
     """
 
-    __slots__ = ("bases", "kind", "namespace", "recipe")
+    __slots__ = ("_for_copy", "bases", "kind", "namespace", "recipe")
 
     def __init__(
-        self, kind: str, bases: tuple[type, ...], namespace: Mapping[str, Any], recipe: tuple[Any, tuple[Any, ...]]
+        self,
+        kind: str,
+        bases: tuple[type, ...],
+        namespace: Mapping[str, Any],
+        recipe: tuple[Any, tuple[Any, ...]],
+        for_copy: Callable[[], Layer] | None = None,
     ) -> None:
         assert kind in KINDS, kind
         self.kind, self.bases, self.namespace, self.recipe = kind, bases, namespace, recipe
+        self._for_copy = for_copy
+
+    def for_copy(self) -> Layer:
+        """Returns the layer that a copy of the module wears."""
+        return self._for_copy() if self._for_copy is not None else self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.recipe
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
-        return self
 
 
 class Dressed:
@@ -62,19 +70,18 @@ class Dressed:
         return _new_dressed, (self._original_class, self._layers), self._state()
 
     def __copy__(self) -> Dressed:
-        return self._with_state(dict(self._state()))
+        copied = self._new_empty()
+        copied.__setstate__(dict(self._state()))  # type: ignore[attr-defined]
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dressed:
-        copied = object.__new__(type(self))
+        copied = self._new_empty()
         memo[id(self)] = copied
-        return copied._set_state(copy.deepcopy(self._state(), memo))
+        copied.__setstate__(copy.deepcopy(self._state(), memo))  # type: ignore[attr-defined]
+        return copied
 
-    def _with_state(self, state: dict[str, Any]) -> Dressed:
-        return object.__new__(type(self))._set_state(state)
-
-    def _set_state(self, state: dict[str, Any]) -> Dressed:
-        self.__setstate__(state)  # type: ignore[attr-defined]
-        return self
+    def _new_empty(self) -> Dressed:
+        return _new_dressed(self._original_class, tuple(layer.for_copy() for layer in self._layers))
 
 
 def _new_dressed(original: type, layers: tuple[Layer, ...]) -> Any:

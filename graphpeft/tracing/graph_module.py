@@ -42,7 +42,12 @@ class Template:
             "_template": self,
             "forward": _forward_from_src(code.src, code.globals),
         }
-        self.layer = in_place.Layer("graph", (GraphForward,), namespace, (_layer_of_graph, (self,)))
+        recipe = (_layer_of, (self,))
+        self.layer = in_place.Layer("graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer)
+
+    def for_copy(self) -> Template:
+        """Returns the template for a copy of a module that wears this one."""
+        return self if self.shared else Template(copy_graph(self.graph), shared=False)
 
     def derive(self, key: Hashable, edit: Callable[[fx.Graph], None]) -> Template:
         """Returns the template of this graph after `edit`, from the cache when `key` was asked for before.
@@ -74,7 +79,7 @@ class Template:
         return Template, (graph, self.shared)
 
 
-def _layer_of_graph(template: Template) -> in_place.Layer:
+def _layer_of(template: Template) -> in_place.Layer:
     return template.layer
 
 

@@ -1,7 +1,8 @@
 """What is exchanged in PyTorch and in the model while a trace runs, and put back after it.
 
-Functions that make tensors from numbers don't ask their arguments' ``__torch_function__``, ``Module.training`` is a
-plain attribute, and assigning to a module would change it: for the time of a trace these go through the tracer.
+Functions that make tensors from numbers don't ask their arguments' ``__torch_function__`` and must make new ones in each
+run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace these
+go through the tracer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from unittest import mock
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import nn
 
 from graphpeft.tracing import masks
@@ -39,28 +39,28 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged(root))
         for name in _FACTORIES:
-            stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, getattr(torch, name))))
+            function = getattr(torch, name)
+            stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refused_autocast(tracer)))
         for module, name in masks.mask_functions_seen_by(root):
-            function = functools.partial(masks.attention_mask, name)
-            original = getattr(module, name)
-            stack.enter_context(mock.patch.object(module, name, _recorded(tracer, original, function)))
+            recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
+            stack.enter_context(mock.patch.object(module, name, recorded))
         yield
 
 
 def _recorded(
-    tracer: ValueTracer, function: Callable[..., Any], target: functools.partial[Any] | None = None
+    tracer: ValueTracer, function: Callable[..., Any], target: Callable[..., Any], *first: Any
 ) -> Callable[..., Any]:
+    """Returns `function` as one that records a call of `target`, with `first` before its own arguments."""
+
     @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
-        if tracer.is_running or not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+        if tracer.is_running:
             return function(*args, **kwargs)
-        if target is None:
-            return tracer.create_proxy("call_function", function, args, kwargs)
-        return tracer.create_proxy("call_function", target.func, (*target.args, *args), kwargs)
+        return tracer.create_proxy("call_function", target, (*first, *args), kwargs)
 
     return record
 

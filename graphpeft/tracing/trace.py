@@ -99,18 +99,27 @@ def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.
     root.kept = dict(tracer.kept)
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
-    targets = {op: {n.target: None for n in graph.nodes if n.op == op} for op in ("call_module", "get_attr")}
-    for path in targets["call_module"]:
+    for path in _targets(graph, "call_module"):
         _place(root, model, path, _sharing_copy(model.get_submodule(path)))
-    for path in targets["get_attr"]:
+    for path in _in_order(model, _targets(graph, "get_attr")):
         if path in tracer.constants:
             setattr(root, path, tracer.constants[path])
-        elif not path.endswith("training"):
-            _share_attribute(root, model, path)
-        else:
+        elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
+        else:
+            _share_attribute(root, model, path)
     wear_template(root, Template(graph, shared=False))
     return root  # type: ignore[return-value]
+
+
+def _targets(graph: fx.Graph, op: str) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op))
+
+
+def _in_order(model: nn.Module, paths: list[str]) -> list[str]:
+    """Sorts paths as the model has its tensors: PEFT names what it saves by the order of a module's parameters."""
+    places = {path: place for place, (path, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+    return sorted(paths, key=lambda path: places.get(path, len(places)))
 
 
 def _output_head(model: nn.Module) -> str | None:

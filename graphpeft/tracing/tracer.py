@@ -148,7 +148,7 @@ class ValueTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """Records one call and runs it on the example values."""
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if self._has_values or kind == "get_attr":
+        if kind not in ("placeholder", "output"):
             self._evaluate(proxy.node)
         return proxy
 

@@ -1,0 +1,278 @@
+"""What holds for every adapted or traced model, as checks that raise with what they found.
+
+Each law takes a function that builds the model (equal at each call), and inputs: a tuple of positional or a dict of
+keyword arguments. The numbers are those of the list in ``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from graphpeft import adapters
+from graphpeft.config import PeftConfig
+from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.tracing.errors import GuardError
+from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
+
+Build = Callable[[], nn.Module]
+
+
+class LawError(AssertionError):
+    """A law that doesn't hold."""
+
+
+# the laws
+
+
+def fresh_adapter_changes_no_output(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 1: an adapter that starts as the identity changes no output, bit for bit."""
+    expected = run(build().eval(), inputs)
+    adapted = get_peft_model(build().eval(), config, example_inputs=inputs)
+    require_equal(run(adapted, inputs), expected, "a fresh adapter changes the output")
+
+
+def only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
+    base = {path for path, _ in build().named_parameters()}
+    adapted = perturbed(get_peft_model(build().train(), config, example_inputs=inputs))
+    loss_of(run(adapted, inputs)).backward()
+    for path, parameter in adapted.named_parameters():
+        if parameter.requires_grad == (path in base):
+            raise LawError(f"{path} {'requires' if path in base else 'does not require'} grad")
+        if parameter.requires_grad and parameter.grad is None:
+            raise LawError(f"{path} gets no gradient")
+        if not parameter.requires_grad and parameter.grad is not None:
+            raise LawError(f"{path} gets a gradient, though it is frozen")
+
+
+def adapted_is_base_with_delta(
+    build: Build, config: PeftConfig, inputs: ExampleInputs, tolerance: float = 1e-4
+) -> None:
+    """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly."""
+    base, untouched = build().eval(), build().eval()
+    adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    expected = run(adapted, inputs)
+    modules = dict(adapted.named_modules())
+    with torch.no_grad():
+        for site in adapted._peft_adapters.by_name["default"].sites:
+            base.get_parameter(site.site.weight).add_(adapters.delta(site, modules))
+        for path, names in adapted._peft_adapters.by_name["default"].whole.items():
+            for name in names:
+                own = getattr(base.get_submodule(path), name)
+                own.copy_(getattr(modules[path], name))
+    require_close(run(base, inputs), expected, tolerance, "adapted differs from the base with its deltas")
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    require_close(run(merged, inputs), expected, tolerance, "merged differs from adapted")
+    require_restored(adapted.unload(), untouched)
+    require_equal(run(adapted, inputs), run(untouched, inputs), "unload doesn't restore the outputs")
+
+
+def saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 4: what is saved and loaded again gives the same outputs and the same tensors."""
+    adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(build(), folder, example_inputs=inputs)
+    require_equal(_file_of(loaded), _file_of(adapted), "loaded tensors differ")
+    require_equal(run(loaded, inputs), run(adapted, inputs), "loaded differs from saved")
+
+
+def traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs."""
+    model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    traced = get_peft_model(trace(build().eval(), inputs), config)
+    set_peft_model_state_dict(traced, _file_of(model))
+    require_equal(_file_of(traced), _file_of(model), "the traced model's file differs")
+    require_close(run(traced, inputs), run(model, inputs), 1e-6, "the traced model's outputs differ")
+
+
+def dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 6: `explain` and a failed adaptation change nothing."""
+    model = build()
+    before = snapshot(model)
+    explain(model, config, example_inputs=inputs)
+    require_unchanged(model, before, "explain")
+    try:
+        get_peft_model(model, _with_failing_rules(config), example_inputs=inputs)
+    except _RuleError:
+        require_unchanged(model, before, "a failed adaptation")
+    else:
+        raise LawError("an adaptation whose rule fails didn't fail")
+
+
+def traced_is_the_model(build: Build, inputs: ExampleInputs, *others: ExampleInputs) -> None:
+    """Law 7: tracing changes nothing, and the graph equals the model in both modes and on other inputs, or raises."""
+    for training in (False, True):
+        model = build().train(training)
+        before = snapshot(model)
+        traced = trace(model, inputs)
+        require_unchanged(model, before, "tracing")
+        for given in (inputs, *others):
+            for mode in (training, not training):
+                expected = run(build().train(mode), given)
+                try:
+                    found = run(copy.deepcopy(traced).train(mode), given)
+                except GuardError:
+                    if given is inputs and mode is training:
+                        raise
+                    continue
+                require_equal(found, expected, f"traced with training={training}, run with training={mode}")
+
+
+def copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+    """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted."""
+    adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    expected = run(adapted, inputs)
+    buffer = io.BytesIO()
+    torch.save(adapted, buffer)
+    buffer.seek(0)
+    other = get_peft_model(build().eval(), config, example_inputs=inputs)
+    other.load_state_dict(adapted.state_dict())
+    copies = {
+        "deepcopy": copy.deepcopy(adapted),
+        "pickle": pickle.loads(pickle.dumps(adapted)),
+        "torch.save": torch.load(buffer, weights_only=False),
+        "state_dict": other,
+        ".to() and back": copy.deepcopy(adapted).double().float(),
+    }
+    for name, copied in copies.items():
+        require_equal(run(copied, inputs), expected, f"a copy by {name} differs")
+        require_restored(copied.unload(), build().eval())
+
+
+# what they are made of
+
+
+def _file_of(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(sorted(get_peft_model_state_dict(adapted).items()))
+
+
+def run(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Returns the outputs of `model` with the random numbers of seed 0."""
+    args, kwargs = split_inputs(inputs)
+    torch.manual_seed(0)
+    return model(*(args or ()), **kwargs)
+
+
+def perturbed(adapted: Any) -> Any:
+    """Gives all trainable tensors values that matter, and returns the model."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def loss_of(outputs: Any) -> torch.Tensor:
+    """Returns a number that depends on every output."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return sum((leaf.square().sum() for leaf in leaves), torch.zeros(()))
+
+
+def require_equal(found: Any, expected: Any, law: str) -> None:
+    """Raises unless all tensors of both are equal, bit for bit."""
+    require_close(found, expected, 0.0, law)
+
+
+def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None:
+    """Raises unless all tensors of both differ by `tolerance`, relative to their size, at the most."""
+    (left, left_tree), (right, right_tree) = pytree.tree_flatten(found), pytree.tree_flatten(expected)
+    if left_tree != right_tree:
+        raise LawError(f"{law}: the outputs are {left_tree}, not {right_tree}")
+    for a, b in zip(left, right, strict=True):
+        if isinstance(b, torch.Tensor):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                raise LawError(f"{law}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+            scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+            difference = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
+            if not difference <= tolerance * scale:
+                raise LawError(f"{law}: by {difference:.3g}")
+        elif a != b:
+            raise LawError(f"{law}: {a!r}, not {b!r}")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Returns all that an operation could change in `model`: classes, attributes, hooks, tensors and their flags."""
+    return {path: _state(module) for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    tensors = {
+        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    attributes = {name: (id(value), _content(value)) for name, value in module.__dict__.items()}
+    return {"class": type(module), "attributes": attributes, "tensors": tensors}
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: id(part) for key, part in value.items()}
+    return [id(part) for part in value] if isinstance(value, list | tuple | set) else None
+
+
+def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) -> None:
+    """Raises unless `model` is what it was when `before` was taken by `snapshot`."""
+    after = snapshot(model)
+    if after.keys() != before.keys():
+        raise LawError(f"{operation} changes the modules: {sorted(after.keys() ^ before.keys())}")
+    for path, state in before.items():
+        for kind in ("class", "attributes"):
+            if after[path][kind] != state[kind]:
+                raise LawError(f"{operation} changes the {kind} of {path or 'the model'}")
+        for name, (identity, flag, values, grad) in state["tensors"].items():
+            new_identity, new_flag, new_values, new_grad = after[path]["tensors"][name]
+            if (
+                (identity, flag) != (new_identity, new_flag)
+                or grad is not new_grad
+                or not torch.equal(values, new_values)
+            ):
+                raise LawError(f"{operation} changes the tensor {path}.{name}")
+
+
+def require_restored(model: nn.Module, untouched: nn.Module) -> None:
+    """Raises unless `model` has the classes, the keys and the flags of `untouched`."""
+    if model.state_dict().keys() != untouched.state_dict().keys():
+        raise LawError(f"unload leaves other keys: {sorted(model.state_dict().keys() ^ untouched.state_dict().keys())}")
+    for (path, module), original in zip(model.named_modules(), untouched.modules(), strict=True):
+        if type(module) is not type(original):
+            raise LawError(f"unload leaves {path or 'the model'} a {type(module)}")
+        if module.__dict__.keys() != original.__dict__.keys():
+            raise LawError(f"unload leaves attributes: {sorted(module.__dict__.keys() ^ original.__dict__.keys())}")
+    for (path, parameter), original in zip(model.named_parameters(), untouched.parameters(), strict=True):
+        if parameter.requires_grad != original.requires_grad:
+            raise LawError(f"unload leaves requires_grad={parameter.requires_grad} on {path}")
+
+
+class _RuleError(Exception):
+    """What the rules raise with which the sixth law fails an adaptation."""
+
+
+class _FailingRule:
+    """A rule that fails as late as it can: when its nodes are inserted."""
+
+    def __init__(self, rule: Any) -> None:
+        self._rule = rule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def rewrite(self, x: Any, y: Any) -> Any:
+        raise _RuleError
+
+
+def _with_failing_rules(config: PeftConfig) -> PeftConfig:
+    failing = copy.deepcopy(config)
+    failing.rule_for = lambda site, dtype: _FailingRule(config.rule_for(site, dtype))  # type: ignore[method-assign]
+    return failing

@@ -1,0 +1,230 @@
+"""Hypothesis strategies for whole models, with their inputs, and for configs that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import nn
+
+from graphpeft import LoraConfig, PeftConfig, PeftType
+
+DIM = 8
+
+
+class Functional(nn.Module):
+    """A weight used functionally, in one of the spellings of a linear operation."""
+
+    def __init__(self, spelling: str, bias: bool):
+        super().__init__()
+        self.spelling = spelling
+        shape = (DIM, DIM)
+        self.w = nn.Parameter(torch.randn(shape) / DIM**0.5)
+        self.b = nn.Parameter(torch.randn(DIM)) if bias else None
+
+    def forward(self, x):
+        y = SPELLINGS[self.spelling](x, self.w)
+        return y if self.b is None else y + self.b
+
+
+SPELLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "F.linear": lambda x, w: F.linear(x, w),
+    "F.linear by keyword": lambda x, w: F.linear(input=x, weight=w),
+    "x @ w": lambda x, w: x @ w,
+    "x @ w.T": lambda x, w: x @ w.T,
+    "matmul w.t()": lambda x, w: torch.matmul(x, w.t()),
+    "matmul w.transpose": lambda x, w: x.matmul(w.transpose(0, 1)),
+    "w.mT.mT": lambda x, w: x @ w.mT.mT,
+    "einsum": lambda x, w: torch.einsum("bti,oi->bto", x, w),
+    "einsum transposed": lambda x, w: torch.einsum("...i,io->...o", x, w),
+    "addmm": lambda x, w: torch.addmm(torch.zeros(DIM), x.reshape(-1, DIM), w).view(*x.shape[:-1], DIM),
+    "aten": lambda x, w: torch.ops.aten.linear.default(x, w),
+}
+
+
+class Doubled(nn.Linear):
+    """A subclass of nn.Linear with a forward of its own."""
+
+    def forward(self, input):
+        return 2 * F.linear(input, self.weight, self.bias)
+
+
+class TwoWeights(nn.Module):
+    """Several weights in one module, one of them used twice, beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(DIM, DIM) / DIM**0.5)
+        self.w = nn.Parameter(torch.randn(DIM, DIM) / DIM**0.5)
+        self.inner = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        h = torch.tanh(F.linear(x, self.w))
+        return self.inner(F.linear(h, self.w) + x @ self.v)
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * self.body(self.norm(x))
+
+
+class Repeated(nn.Module):
+    """One module called several times."""
+
+    def __init__(self, body: nn.Module, times: int):
+        super().__init__()
+        self.body = body
+        self.times = times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = torch.tanh(self.body(x))
+        return x
+
+
+class Looped(nn.Module):
+    """A loop over a module list, and one over a module dict."""
+
+    def __init__(self, bodies: list[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(bodies)
+        self.named = nn.ModuleDict({"last": nn.Linear(DIM, DIM, bias=False)})
+
+    def forward(self, x, mask=None):
+        for layer in self.layers:
+            x = layer(x)
+        if mask is not None:
+            x = x.masked_fill(mask[..., None], 0.0)
+        for layer in self.named.values():
+            x = layer(x)
+        return x
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return F.dropout(x, self.p, training=self.training)
+
+
+class InPlace(nn.Module):
+    """Item assignment and operations in place."""
+
+    def forward(self, x):
+        y = x * 1
+        y[:, 0] = 0.5
+        y.add_(1)
+        return y
+
+
+class Reshaped(nn.Module):
+    """Arithmetic on shapes, as attention heads have it."""
+
+    def forward(self, x):
+        batch, tokens = x.shape[:2]
+        heads = x.view(batch, tokens, 2, -1).transpose(1, 2)
+        scores = F.softmax(heads @ heads.mT / heads.size(-1) ** 0.5, dim=-1)
+        return (scores @ heads).transpose(1, 2).reshape(batch, tokens, -1)
+
+
+class Model(nn.Module):
+    """What is generated: a body, and a head that is the output, alone or in a container."""
+
+    def __init__(self, body: nn.Module, output: str):
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(DIM, 3)
+        self.output = output
+
+    def forward(self, x, *, offset=0.0):
+        h = self.body(x)
+        y = self.head(h) + offset
+        return {"alone": lambda: y, "dict": lambda: {"y": y, "h": h}, "tuple": lambda: (y, h)}[self.output]()
+
+
+def bodies() -> st.SearchStrategy[Callable[[], nn.Module]]:
+    """Returns a strategy for functions that build a module from (batch, tokens, DIM) to the same shape."""
+    leaves = st.one_of(
+        st.booleans().map(lambda bias: lambda: nn.Linear(DIM, DIM, bias=bias)),
+        st.just(lambda: Doubled(DIM, DIM)),
+        st.just(TwoWeights),
+        st.builds(lambda s, b: lambda: Functional(s, b), st.sampled_from(sorted(SPELLINGS)), st.booleans()),
+        st.sampled_from([nn.GELU, lambda: nn.LayerNorm(DIM), lambda: nn.Dropout(0.3), InPlace, Reshaped]),
+        st.floats(0.1, 0.6).map(lambda p: lambda: FunctionalDropout(p)),
+    )
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            inner.map(lambda build: lambda: Residual(build())),
+            st.lists(inner, min_size=1, max_size=3).map(lambda bs: lambda: nn.Sequential(*[b() for b in bs])),
+            st.lists(inner, min_size=1, max_size=3).map(lambda bs: lambda: Looped([b() for b in bs])),
+            st.builds(lambda b, times: lambda: Repeated(b(), times), inner, st.integers(1, 3)),
+        ),
+        max_leaves=5,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A generated model: a function that builds it, and inputs."""
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[torch.Tensor, ...]
+    others: tuple[tuple[torch.Tensor, ...], ...]
+
+    def __repr__(self) -> str:
+        return repr(self.build())
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Returns a strategy for models with inputs, and other inputs of another batch size and length."""
+    body, output = draw(bodies()), draw(st.sampled_from(["alone", "dict", "tuple"]))
+    seed = draw(st.integers(0, 3))
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return Model(body(), output)
+
+    generator = torch.Generator().manual_seed(seed)
+    inputs, *others = ((torch.randn(b, t, DIM, generator=generator),) for b, t in ((2, 3), (1, 5), (3, 1)))
+    return Case(build, inputs, tuple(others))
+
+
+def targets_of(model: nn.Module) -> list[str]:
+    """Returns the paths of all that can be targeted in a generated model."""
+    layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return layers + [path for path, _ in model.named_parameters() if path.rpartition(".")[2] in ("w", "v")]
+
+
+@st.composite
+def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
+    """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    return LoraConfig(
+        r=draw(st.integers(1, 4)),
+        lora_alpha=draw(st.sampled_from([1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        use_rslora=draw(st.booleans()),
+        bias=draw(st.sampled_from(["none", "all", "lora_only"])),
+        init_lora_weights=draw(st.sampled_from([True, "gaussian"] if identity else [True, False, "gaussian"])),
+        target_modules=chosen,
+        rank_pattern=draw(st.sampled_from([{}, {"head": 2}])),
+        alpha_pattern=draw(st.sampled_from([{}, {"head": 5}])),
+        modules_to_save=draw(st.sampled_from([None, ["norm"]])),
+    )
+
+
+CONFIGS: dict[PeftType, Callable[..., st.SearchStrategy[PeftConfig]]] = {PeftType.LORA: lora_configs}
+"""The strategy of each method's configs: a function of the model, and of whether a fresh adapter is the identity."""

@@ -1,0 +1,87 @@
+"""The laws hold for generated models and configs, for every registered method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import CONFIGS, Case, cases
+
+from graphpeft import PeftType, laws
+from graphpeft.config import registered
+
+METHODS = list(registered())
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+thorough = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def test_every_registered_method_is_tested():
+    assert set(CONFIGS) == set(METHODS) == set(PeftType)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_a_fresh_adapter_changes_no_output(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=True))
+    laws.fresh_adapter_changes_no_output(case.build, config, case.inputs)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_exactly_the_adapter_is_trained(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.only_the_adapter_is_trained(case.build, config, case.inputs)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_adapted_is_base_with_delta_and_unload_restores(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.adapted_is_base_with_delta(case.build, config, case.inputs)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_saved_is_loaded(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.saved_is_loaded(case.build, config, case.inputs)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_dry_runs_and_failures_change_nothing(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.dry_runs_change_nothing(case.build, config, case.inputs)
+
+
+@thorough
+@given(case=cases())
+def test_a_traced_model_is_the_model(case: Case):
+    laws.traced_is_the_model(case.build, case.inputs, *case.others)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_copies_stay_adapted(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.copies_stay_adapted(case.build, config, case.inputs)
+
+
+@every_method
+@thorough
+@given(data=st.data(), case=cases())
+def test_a_traced_model_is_adapted_as_the_model_is(method, data, case: Case):
+    config = data.draw(CONFIGS[method](case.build(), identity=False))
+    laws.traced_is_adapted_alike(case.build, config, case.inputs)
+
+
+def test_a_law_that_does_not_hold_raises():
+    with pytest.raises(laws.LawError, match="by 1"):
+        laws.require_close(torch.ones(2), torch.zeros(2), 0.5, "a law")

@@ -89,15 +89,15 @@ class GraphForward(fx.GraphModule):
     _template: ClassVar[Template]
 
     @property
-    def graph(self) -> fx.Graph:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def graph(self) -> fx.Graph:
         """The module's own graph. Call `recompile` after editing it."""
         if self._template.shared:
             wear_template(self, Template(copy_graph(self._template.graph), shared=False))
         return self._template.graph
 
     @graph.setter
-    def graph(self, graph: fx.Graph) -> None:
-        wear_template(self, Template(graph, shared=False))
+    def graph(self, g: fx.Graph) -> None:
+        wear_template(self, Template(g, shared=False))
 
     def recompile(self) -> Any:
         """Compiles the forward from the graph again, after an edit."""

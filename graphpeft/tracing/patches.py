@@ -1,7 +1,7 @@
 """What is exchanged in PyTorch and in the model while a trace runs, and put back after it.
 
-Functions that make tensors from numbers don't ask their arguments' ``__torch_function__`` and must make new ones in each
-run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace these
+Functions that make tensors from numbers don't ask their arguments' ``__torch_function__`` and must make new ones in
+each run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace these
 go through the tracer.
 """
 

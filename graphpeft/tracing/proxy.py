@@ -66,6 +66,12 @@ class ValueProxy(fx.Proxy):
     def __float__(self) -> float:
         return self._decide(float)
 
+    def __hash__(self) -> int:
+        # numbers are keys of caches
+        if isinstance(self.node.meta.get(VALUE), int | torch.Size):
+            return self._decide(hash)
+        return super().__hash__()
+
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
 
@@ -88,7 +94,7 @@ class ValueProxy(fx.Proxy):
         """Answers `question` (a function of the value) with the example's answer, and notes the decision."""
         asked = self.tracer.create_proxy("call_function", question, (self,), {})
         if VALUE not in asked.node.meta:
-            raise self.tracer.needs_example_inputs()
+            raise self.tracer.undecided()
         answer = asked.node.meta[VALUE]
         self.tracer.decide(asked, answer)
         return answer

@@ -81,31 +81,31 @@ class ValueTracer(fx.Tracer):
             raise
         except Exception as error:
             if not self._has_values:
-                raise self.needs_example_inputs(error) from error
+                raise self.undecided(error) from error
             raise
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Makes a placeholder for each argument, named, ordered and defaulted as in the forward's signature."""
-        signature = inspect.signature(self.root.forward)
         args, kwargs = self._call
-        bound = signature.bind(*args, **kwargs) if self._has_values else None
+        signature = inspect.signature(self.root.forward)
+        bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
-                given = bound.arguments.get(name, ()) if bound else ()
+                given = bound.get(name, ())
                 positional += [self._argument(f"{name}_{i}", parameter.empty, v) for i, v in enumerate(given)]
             elif parameter.kind is parameter.VAR_KEYWORD:
-                given = bound.arguments.get(name, {}) if bound else {}
+                given = bound.get(name, {})
                 keywords |= {key: self._argument(key, parameter.empty, value) for key, value in given.items()}
             else:
-                example = bound.arguments.get(name, parameter.default) if bound else parameter.default
-                value = self._argument(name, parameter.default, example)
-                if parameter.kind is parameter.KEYWORD_ONLY:
+                value = self._argument(name, parameter.default, bound.get(name, parameter.default))
+                # the forward is called as the example calls it, since decorators look at what they are given
+                if name in kwargs:
                     keywords[name] = value
-                else:
+                elif name in bound or (not self._has_values and parameter.default is parameter.empty):
                     positional.append(value)
         forward = self.root.forward
 
@@ -175,8 +175,6 @@ class ValueTracer(fx.Tracer):
         before = next(iter(reversed(self.graph.nodes)))
         try:
             return forward(*args, **kwargs)
-        except NeedsInputsError:
-            raise
         except Exception as error:
             if not self._has_values:
                 raise
@@ -255,7 +253,9 @@ class ValueTracer(fx.Tracer):
             except fake_tensor.UnsupportedFakeTensorException as error:
                 raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
             except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
-                raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
+                # what a module that stays a call returns need not be known, as long as nothing is decided on it
+                if node.op != "call_module":
+                    raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
@@ -263,7 +263,10 @@ class ValueTracer(fx.Tracer):
             value = self.constants[target] if target in self.constants else _attribute_at(self.root, target)
             return self._fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
-            return self.root.get_submodule(target)(*args, **kwargs)
+            module = self.root.get_submodule(target)
+            # on fake tensors of its own, so that what it writes into its buffers is lost
+            tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+            return torch.func.functional_call(module, tensors, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)
@@ -280,12 +283,15 @@ class ValueTracer(fx.Tracer):
         self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
 
-    def needs_example_inputs(self, error: Exception | None = None) -> NeedsInputsError:
-        """Returns the error for a forward that can't be followed without example inputs."""
+    def undecided(self, error: Exception | None = None) -> TraceError:
+        """Returns the error for a decision on a value that isn't known."""
+        line = guards.deciding_line()
+        if self._has_values:
+            return TraceError(f"{line} decides on a value that a module kept as a call returned, which isn't known")
         because = f" ({error})" if error is not None else ""
         return NeedsInputsError(
-            f"{type(self.root).__name__}'s forward decides on its inputs at {guards.deciding_line()}{because}; pass "
-            "example_inputs: a tuple of positional arguments or a dict of keyword arguments of the model"
+            f"{type(self.root).__name__}'s forward decides on its inputs at {line}{because}; pass example_inputs: a tuple "
+            "of positional arguments or a dict of keyword arguments of the model"
         )
 
 

@@ -1,0 +1,86 @@
+"""The code in the README and in the documentation runs as it stands, and so does the demo."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).parent.parent
+PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+
+# a block of Python and, if a block of text comes right behind it, what the Python prints
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+class Example(NamedTuple):
+    page: Path
+    line: int
+    code: str
+    output: str | None
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(PROJECT)}:{self.line + 1}"
+
+
+def examples(page: Path) -> list[Example]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code"))
+        found.append(Example(page, line, match["code"], match["output"]))
+    return found
+
+
+EXAMPLES = [example for page in PAGES for example in examples(page)]
+
+
+# a Trainer asks for pinned memory wherever it runs
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
+def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # the empty lines make a traceback name the line of the page
+    code = compile("\n" * example.line + example.code, str(example.page), "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {"__name__": "__main__"})
+    if example.output is not None:
+        assert printed.getvalue() == example.output
+
+
+def test_every_example_of_the_readme_fits_on_a_screen():
+    in_readme = examples(PROJECT / "README.md")
+    assert len(in_readme) >= 3
+    for example in in_readme:
+        assert len([line for line in example.code.splitlines() if line]) <= 15, example.place
+
+
+def test_the_demo_adapts_three_models_to_what_they_have_not_seen(monkeypatch, capsys):
+    demo = load_demo(monkeypatch)
+    results = demo.main()
+    assert len(results) == 3
+    for result in results:
+        assert result.after > result.before + 0.2, result
+        assert result.after > 0.5, result
+        assert result.trainable_share < 0.15, result
+        assert 0 < result.file_size < 200 * 1024, result
+        assert result.difference <= 1e-5, result
+    assert capsys.readouterr().out.endswith(demo.table(results) + "\n")
+
+
+def load_demo(monkeypatch) -> Any:
+    spec = importlib.util.spec_from_file_location("graphpeft_demo", PROJECT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # a dataclass looks for its module there
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,591 @@
+"""Files and numbers are PEFT's: what one of the two saves the other loads, and both compute the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors
+import torch
+from models import (
+    BERT,
+    CLASSIFIER,
+    CUSTOM,
+    EXAMPLES,
+    FUNCTIONAL,
+    GPT2,
+    LLAMA,
+    MIXER,
+    MLP,
+    OPT,
+    SWIN,
+    T5,
+    VIT,
+    Example,
+    call,
+    output,
+    result,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import graphpeft
+
+# what PEFT warns of is PEFT's
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+each_way = pytest.mark.parametrize("traced", [False, True], ids=["as-it-is", "traced"])
+
+
+def adapted_by_peft(example: Example, adapter_name: str = "default", **options: Any) -> Any:
+    model = example.build()
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(**example.lora | options), adapter_name).eval()
+
+
+def base(example: Example, traced: bool = False) -> nn.Module:
+    model = example.build()
+    return graphpeft.trace(model, example.inputs()) if traced else model
+
+
+def adapted(
+    example: Example, traced: bool = False, seed: int = 1, adapter_name: str = "default", **options: Any
+) -> Any:
+    model = base(example, traced)
+    torch.manual_seed(seed)
+    return graphpeft.get_peft_model(model, example.config(**options), adapter_name)
+
+
+def perturb(model: nn.Module, seed: int = 2) -> None:
+    """Gives all that is trained other values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def assert_same_outputs(model: nn.Module, expected: nn.Module, example: Example) -> None:
+    for seed in (0, 1):
+        wanted = output(expected, example.inputs(seed))
+        difference = (output(model, example.inputs(seed)) - wanted).abs().max()
+        assert difference <= 1e-6 * max(1, wanted.abs().max())
+
+
+def assert_matters(model: nn.Module, example: Example) -> None:
+    """Checks that the adapter changes the outputs, so that comparing them says something."""
+    difference = output(model, example.inputs()) - output(example.build(), example.inputs())
+    assert difference.abs().max() > 1e-2
+
+
+def assert_same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert sorted(tensors) == sorted(expected)
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
+        if isinstance(config[name], list):
+            config[name] = sorted(config[name])  # PEFT writes sets in the order that they happen to have
+    return config
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# the files
+
+
+@each_way
+@each_example
+def test_the_files_are_pefts(example: Example, traced: bool, tmp_path: Path) -> None:
+    adapted(example, traced).save_pretrained(tmp_path / "ours")
+    adapted_by_peft(example).save_pretrained(tmp_path / "theirs")
+    assert files(tmp_path / "ours") == files(tmp_path / "theirs")
+    ours, theirs = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
+
+
+@each_way
+def test_the_config_file_has_pefts_41_keys_sorted_and_indented(traced: bool, tmp_path: Path) -> None:
+    adapted(LLAMA, traced).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert list(config) == sorted(peft.LoraConfig().to_dict())
+    assert len(config) == 41
+    assert text == json.dumps(config, indent=2, sort_keys=True)
+
+
+@each_way
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.own_lora is None], ids=str)
+def test_the_config_file_says_what_pefts_says(example: Example, traced: bool, tmp_path: Path) -> None:
+    adapted(example, traced).save_pretrained(tmp_path / "ours")
+    adapted_by_peft(example).save_pretrained(tmp_path / "theirs")
+    assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
+
+
+def test_functional_weights_trained_with_dropout_load_in_peft_which_knows_none_for_them(tmp_path: Path) -> None:
+    ours = adapted(FUNCTIONAL, lora_dropout=0.1)
+    perturb(ours)
+    ours.save_pretrained(tmp_path)
+    assert_same_outputs(peft.PeftModel.from_pretrained(FUNCTIONAL.build(), tmp_path).eval(), ours, FUNCTIONAL)
+
+
+def test_functional_weights_are_saved_as_target_parameters(tmp_path: Path) -> None:
+    adapted(FUNCTIONAL).save_pretrained(tmp_path)
+    config = config_of(tmp_path)
+    assert sorted(config["target_parameters"]) == ["one.v", "one.w", "two.e", "two.v", "two.w"]
+
+
+def test_the_tensor_file_says_that_it_is_pytorchs(tmp_path: Path) -> None:
+    adapted(MLP).save_pretrained(tmp_path)
+    with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@each_way
+@each_example
+def test_peft_loads_what_we_save(example: Example, traced: bool, tmp_path: Path) -> None:
+    ours = adapted(example, traced)
+    perturb(ours)
+    assert_matters(ours, example)
+    ours.save_pretrained(tmp_path)
+    assert_same_outputs(peft.PeftModel.from_pretrained(example.build(), tmp_path).eval(), ours, example)
+
+
+@each_way
+@each_example
+def test_we_load_what_peft_saves(example: Example, traced: bool, tmp_path: Path) -> None:
+    theirs = adapted_by_peft(example)
+    perturb(theirs)
+    assert_matters(theirs, example)
+    theirs.save_pretrained(tmp_path)
+    ours = graphpeft.PeftModel.from_pretrained(base(example, traced), tmp_path)
+    assert_same_outputs(ours, theirs, example)
+
+
+@each_example
+def test_a_traced_model_loads_what_the_model_itself_saves_and_the_other_way_round(
+    example: Example, tmp_path: Path
+) -> None:
+    model, graph = adapted(example), adapted(example, traced=True)
+    perturb(model)
+    model.save_pretrained(tmp_path / "model")
+    graph.save_pretrained(tmp_path / "graph")
+    of_model = graphpeft.PeftModel.from_pretrained(base(example, traced=True), tmp_path / "model")
+    of_graph = graphpeft.PeftModel.from_pretrained(base(example), tmp_path / "graph")
+    assert_same_outputs(of_model, model, example)
+    assert_same_outputs(of_graph, graph, example)
+
+
+@each_way
+@each_example
+def test_equal_seeds_give_pefts_values(example: Example, traced: bool) -> None:
+    ours = graphpeft.get_peft_model_state_dict(adapted(example, traced))
+    assert_same_tensors(ours, peft.get_peft_model_state_dict(adapted_by_peft(example)))
+
+
+def test_pefts_state_dict_goes_into_our_model() -> None:
+    ours, theirs = adapted(FUNCTIONAL), adapted_by_peft(FUNCTIONAL)
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    assert_same_outputs(ours, theirs, FUNCTIONAL)
+
+
+def test_our_state_dict_goes_into_pefts_model() -> None:
+    ours, theirs = adapted(FUNCTIONAL), adapted_by_peft(FUNCTIONAL)
+    perturb(ours)
+    peft.set_peft_model_state_dict(theirs, graphpeft.get_peft_model_state_dict(ours))
+    assert_same_outputs(ours, theirs, FUNCTIONAL)
+
+
+# the options
+
+
+def option(name: str, example: Example, **options: Any) -> Any:
+    return pytest.param(example, options, id=f"{name}-{example}")
+
+
+OPTIONS = [
+    option("rslora", LLAMA, use_rslora=True, r=6, lora_alpha=10),
+    option("rslora", FUNCTIONAL, use_rslora=True, r=3, lora_alpha=3),
+    option(
+        "patterns",
+        LLAMA,
+        rank_pattern={"layers.0.self_attn.q_proj": 3, "v_proj": 5},
+        alpha_pattern={"^model.layers.1.self_attn.q_proj": 20, r".*\.1\..*v_proj": 3},
+    ),
+    option("patterns", FUNCTIONAL, rank_pattern={"one.w": 2, "inner": 3}, alpha_pattern={r"two\.[ve]": 30}),
+    option("patterns", CUSTOM, rank_pattern={"scaled.weight": 2}, alpha_pattern={"transposed.weight": 30}),
+    option("patterns", GPT2, rank_pattern={"c_attn": 2}, fan_in_fan_out=True),
+    option("bias-all", OPT, bias="all"),
+    option("bias-all", BERT, bias="all"),
+    option("bias-all", SWIN, bias="all"),
+    option("bias-lora-only", OPT, bias="lora_only"),
+    option("bias-lora-only", GPT2, bias="lora_only"),
+    option("bias-lora-only", VIT, bias="lora_only"),
+    option("bias-lora-only", MLP, bias="lora_only"),
+    option("modules-to-save", LLAMA, modules_to_save=["lm_head", "embed_tokens"]),
+    option("modules-to-save", VIT, modules_to_save=["head", "norm", "patch_embed"]),
+    option("modules-to-save", MLP, target_modules=["up", "down"], modules_to_save=["head"]),
+    option("seq-cls", CLASSIFIER, task_type="SEQ_CLS"),
+    option("seq-cls-all-linear", CLASSIFIER, task_type="SEQ_CLS", target_modules="all-linear"),
+    option("causal-lm", LLAMA, task_type="CAUSAL_LM"),
+    option("seq-2-seq-lm", T5, task_type="SEQ_2_SEQ_LM"),
+    option("layers", LLAMA, layers_to_transform=[1]),
+    option("layers", OPT, layers_to_transform=0, layers_pattern="layers"),
+    option("layers", VIT, layers_to_transform=[0], layers_pattern=["blocks"]),
+    option("exclude", LLAMA, exclude_modules=["layers.0.self_attn.q_proj"]),
+    option("exclude", VIT, exclude_modules=r"blocks\.1\..*"),
+    option("exclude", MLP, exclude_modules=["head"]),
+    option("regex", LLAMA, target_modules=r".*\.0\..*(k|gate)_proj"),
+    option("regex", T5, target_modules=r".*SelfAttention\.[qk]"),
+    option("all-linear", LLAMA, target_modules="all-linear"),
+    option("all-linear", GPT2, target_modules="ALL-LINEAR"),
+    option("all-linear", VIT, target_modules="all-linear"),
+    option("all-linear", MLP, target_modules="all-linear"),
+    option("default-targets", LLAMA, target_modules=None),
+    option("default-targets", OPT, target_modules=None),
+    option("default-targets", GPT2, target_modules=None),
+    option("default-targets", BERT, target_modules=None),
+    option("default-targets", T5, target_modules=None),
+    option("parameters", LLAMA, target_modules=[], target_parameters=["q_proj.weight", "gate_proj.weight"]),
+    option("parameters", VIT, target_modules=["fc1"], target_parameters=["qkv.weight", "blocks.0.mlp.fc2.weight"]),
+    option("bias-all-beside-parameters", FUNCTIONAL, bias="all"),
+    option("bias-all-beside-parameters", CUSTOM, bias="all"),
+    option("bias-lora-only-beside-parameters", FUNCTIONAL, bias="lora_only"),
+    option("gaussian", LLAMA, init_lora_weights="gaussian", r=5),
+    option("gaussian", FUNCTIONAL, init_lora_weights="gaussian", r=5),
+    option("random", LLAMA, init_lora_weights=False),
+    option("random", CUSTOM, init_lora_weights=False),
+    option("dropout", LLAMA, lora_dropout=0.5),
+    option("dropout", MIXER, lora_dropout=0.5),
+]
+
+
+@pytest.mark.parametrize(("example", "options"), OPTIONS)
+def test_an_option_means_what_it_means_to_peft(example: Example, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = adapted_by_peft(example, **options)
+    ours = adapted(example, **example.lora | options)  # targets are named in PEFT's way
+    assert_same_tensors(graphpeft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs))
+    assert_same_outputs(ours, theirs, example)
+
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours_config, theirs_config = config_of(tmp_path / "ours"), config_of(tmp_path / "theirs")
+    if theirs_config["target_parameters"]:
+        assert ours_config["target_parameters"]
+        # PEFT keeps the ends of paths that it was given, this library writes the paths
+        for name in ("target_modules", "target_parameters"):
+            del ours_config[name], theirs_config[name]
+    assert ours_config == theirs_config
+
+    perturb(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_outputs(peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours").eval(), ours, example)
+
+    perturb(theirs)
+    assert_matters(theirs, example)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_outputs(graphpeft.PeftModel.from_pretrained(example.build(), tmp_path / "theirs"), theirs, example)
+
+
+@pytest.mark.parametrize(("example", "options"), [case for case in OPTIONS if "default-targets" not in str(case.id)])
+def test_an_option_means_the_same_for_a_traced_model(example: Example, options: dict[str, Any]) -> None:
+    named = example.lora | options
+    model, graph = adapted(example, **named), adapted(example, traced=True, **named)
+    perturb(model)
+    graphpeft.set_peft_model_state_dict(graph, graphpeft.get_peft_model_state_dict(model))
+    assert_same_outputs(graph, model, example)
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        option("bias-all-of-a-shared-module", MLP, bias="all"),
+        option("bias-all-and-modules-to-save", OPT, bias="all", modules_to_save=["fc2"]),
+        option("bias-all-and-modules-to-save", CLASSIFIER, bias="all", task_type="SEQ_CLS"),
+    ],
+)
+def test_files_go_both_ways_where_pefts_holds_a_tensor_twice(
+    example: Example, options: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = adapted_by_peft(example, **options)
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_outputs(graphpeft.PeftModel.from_pretrained(example.build(), tmp_path / "theirs"), theirs, example)
+
+    ours = adapted(example, **options)
+    perturb(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_outputs(peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours").eval(), ours, example)
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        option("bias-all", OPT, bias="all"),
+        option("bias-all", SWIN, bias="all"),
+        option("modules-to-save", LLAMA, modules_to_save=["lm_head"]),
+        option("seq-cls", CLASSIFIER, task_type="SEQ_CLS"),
+        option("parameters", FUNCTIONAL),
+    ],
+)
+def test_as_many_parameters_are_trained_as_by_peft(example: Example, options: dict[str, Any]) -> None:
+    ours, theirs = adapted(example, **options), adapted_by_peft(example, **options)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert ours.get_nb_trainable_parameters()[0] == trained
+
+
+def test_a_config_of_pefts_is_as_good_as_ours(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 3, "bias": "lora_only", "target_modules": ["q_proj", "fc1"]}
+    model = OPT.build()
+    config: Any = peft.LoraConfig(**options)
+    torch.manual_seed(1)
+    of_theirs = graphpeft.get_peft_model(model, config)
+    of_ours = adapted(OPT, **options)
+    of_theirs.save_pretrained(tmp_path / "theirs")
+    of_ours.save_pretrained(tmp_path / "ours")
+    assert_same_tensors(tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours"))
+    assert config_of(tmp_path / "theirs") == config_of(tmp_path / "ours")
+
+
+def test_a_config_of_four_keys_is_enough(tmp_path: Path) -> None:
+    theirs = adapted_by_peft(MLP, r=4, lora_alpha=3)
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    few = {"peft_type": "LORA", "r": 4, "lora_alpha": 3, "target_modules": ["up", "down", "head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(few))
+    assert_same_outputs(graphpeft.PeftModel.from_pretrained(MLP.build(), tmp_path), theirs, MLP)
+
+
+# several adapters
+
+
+def test_a_named_adapter_lies_in_a_folder_of_its_name(tmp_path: Path) -> None:
+    ours, theirs = adapted(MLP), adapted_by_peft(MLP)
+    for model, config in ((ours, MLP.config(r=2)), (theirs, peft.LoraConfig(**MLP.lora, r=2))):
+        model.add_adapter("other", config)
+        model.save_pretrained(tmp_path / type(model).__name__)
+    assert files(tmp_path / "Mlp") == files(tmp_path / "PeftModel")
+    other = tensors_of(tmp_path / "Mlp" / "other")
+    assert {name: t.shape for name, t in other.items()} == {
+        name: t.shape for name, t in tensors_of(tmp_path / "PeftModel" / "other").items()
+    }
+
+
+@pytest.mark.parametrize("example", [MLP, LLAMA, FUNCTIONAL], ids=str)
+def test_a_named_adapter_goes_both_ways(example: Example, tmp_path: Path) -> None:
+    ours = adapted(example, adapter_name="other", bias="lora_only")
+    perturb(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours" / "other", adapter_name="mine").eval()
+    assert_same_outputs(loaded, ours, example)
+
+    theirs = adapted_by_peft(example, adapter_name="other", bias="lora_only")
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = graphpeft.PeftModel.from_pretrained(example.build(), tmp_path / "theirs" / "other", adapter_name="mine")
+    assert_same_outputs(loaded, theirs, example)
+
+
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_of_two_adapters_the_chosen_one_acts_as_in_peft(active: str, tmp_path: Path) -> None:
+    theirs = adapted_by_peft(LLAMA)
+    theirs.add_adapter("other", peft.LoraConfig(target_modules=["v_proj", "up_proj"], r=3))
+    for name in ("default", "other"):
+        theirs.set_adapter(name)
+        perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+
+    ours = graphpeft.PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    ours.load_adapter(tmp_path / "other", "other")
+    ours.set_adapter(active)
+    theirs.set_adapter(active)
+    assert_same_outputs(ours, theirs, LLAMA)
+
+
+def test_only_the_selected_adapters_are_saved(tmp_path: Path) -> None:
+    model = adapted(MLP)
+    model.add_adapter("other", MLP.config())
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+# half precision
+
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+autocast = pytest.mark.parametrize("autocast_adapter_dtype", [True, False], ids=["autocast", "no-autocast"])
+
+
+def half_inputs(example: Example, dtype: torch.dtype) -> Any:
+    inputs = example.inputs()
+    return tuple(x.to(dtype) for x in inputs) if isinstance(inputs, tuple) else inputs
+
+
+@half
+@autocast
+@pytest.mark.parametrize("example", [LLAMA, GPT2, MLP], ids=str)
+def test_on_half_precision_weights_values_and_dtypes_are_pefts(
+    example: Example, dtype: torch.dtype, autocast_adapter_dtype: bool, tmp_path: Path
+) -> None:
+    adapt: dict[str, Any] = {"autocast_adapter_dtype": autocast_adapter_dtype}
+    model = example.build().to(dtype)
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**example.lora, init_lora_weights=False), **adapt).eval()
+    model = example.build().to(dtype)
+    torch.manual_seed(1)
+    ours = graphpeft.get_peft_model(model, example.config(init_lora_weights=False), **adapt)
+    assert_same_tensors(graphpeft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs))
+    inputs = half_inputs(example, dtype)
+    assert torch.equal(output(ours, inputs), output(theirs, inputs))
+
+    theirs.save_pretrained(tmp_path)
+    loaded = graphpeft.PeftModel.from_pretrained(example.build().to(dtype), tmp_path, **adapt)
+    assert torch.equal(output(loaded, inputs), output(theirs, inputs))
+
+
+@half
+def test_modules_saved_whole_keep_the_dtype_that_peft_gives_them(dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only"}
+    ours = graphpeft.get_peft_model(CLASSIFIER.build().to(dtype), graphpeft.LoraConfig(**options))
+    theirs = peft.get_peft_model(CLASSIFIER.build().to(dtype), peft.LoraConfig(**options))
+    dtypes = {name: tensor.dtype for name, tensor in graphpeft.get_peft_model_state_dict(ours).items()}
+    assert dtypes == {name: tensor.dtype for name, tensor in peft.get_peft_model_state_dict(theirs).items()}
+
+
+# the weights that the adapter stands for
+
+CHANGES = {
+    FUNCTIONAL: {
+        "one.w": "one.base_layer",
+        "one.v": "one",
+        "one.inner.weight": "one.base_layer.base_layer.inner",
+        "two.w": "two.base_layer.base_layer",
+        "two.v": "two.base_layer",
+        "two.e": "two",
+        "two.inner.weight": "two.base_layer.base_layer.base_layer.inner",
+        "head.weight": "head",
+    },
+    CUSTOM: {"scaled.weight": "scaled", "transposed.weight": "transposed", "plain.weight": "plain"},
+}
+"""What the tensors in the file are called, by the weight that they change."""
+
+
+@each_way
+@pytest.mark.parametrize("example", CHANGES, ids=str)
+def test_adapted_functional_weights_are_the_weights_plus_their_change(example: Example, traced: bool) -> None:
+    model = adapted(example, traced, r=3, lora_alpha=5)
+    perturb(model)
+    tensors = graphpeft.get_peft_model_state_dict(model)
+    by_hand = example.build()
+    with torch.no_grad():
+        for weight, path in CHANGES[example].items():
+            A = tensors.pop(f"base_model.model.{path}.lora_A.weight")
+            B = tensors.pop(f"base_model.model.{path}.lora_B.weight")
+            by_hand.get_parameter(weight).add_(B @ A * 5 / 3)
+    assert not tensors
+    assert_same_outputs(model, by_hand, example)
+
+
+@pytest.mark.parametrize("example", CHANGES, ids=str)
+def test_target_modules_and_target_parameters_name_functional_weights_alike(example: Example) -> None:
+    by_modules, by_parameters = adapted(example), adapted(example, **example.lora)
+    assert_same_tensors(
+        graphpeft.get_peft_model_state_dict(by_modules), graphpeft.get_peft_model_state_dict(by_parameters)
+    )
+
+
+# training
+
+
+def gradients_by_key(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    keys = {tensor.data_ptr(): key for key, tensor in tensors.items()}
+    return {keys[p.data_ptr()]: p.grad for p in model.parameters() if p.requires_grad}
+
+
+def trained_step(model: Any, example: Example, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    torch.manual_seed(3)
+    loss = result(call(model.train(), example.inputs())).square().mean()
+    loss.backward()
+    return loss.detach(), gradients_by_key(model, tensors)
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        option("dropout", LLAMA, lora_dropout=0.3),
+        option("dropout", GPT2, lora_dropout=0.3),
+        option("dropout", BERT, lora_dropout=0.3, bias="all"),
+        option("dropout", VIT, lora_dropout=0.3, modules_to_save=["head"]),
+        option("dropout", MLP, lora_dropout=0.3, bias="lora_only"),
+        option("plain", OPT),
+        option("plain", T5),
+        option("plain", SWIN),
+        option("plain", FUNCTIONAL),
+        option("plain", CUSTOM),
+    ],
+)
+def test_in_training_loss_and_gradients_are_pefts(example: Example, options: dict[str, Any]) -> None:
+    ours, theirs = adapted(example, **options), adapted_by_peft(example, **options)
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    loss, gradients = trained_step(ours, example, graphpeft.get_peft_model_state_dict(ours))
+    expected_loss, expected = trained_step(theirs, example, peft.get_peft_model_state_dict(theirs))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    assert sorted(gradients) == sorted(expected)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[key], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, k=key: f"{k}: {text}"
+        )
+
+
+@pytest.mark.parametrize("example", [LLAMA, GPT2, BERT, VIT, MLP], ids=str)
+def test_in_training_a_traced_model_draws_the_same_dropout(example: Example) -> None:
+    options: dict[str, Any] = {"lora_dropout": 0.3}
+    model = adapted(example, **options).train()
+    # a graph is of the mode in which the model decided
+    graph = graphpeft.get_peft_model(
+        graphpeft.trace(example.build().train(), example.inputs()), example.config(**options)
+    )
+    perturb(model)
+    graphpeft.set_peft_model_state_dict(graph, graphpeft.get_peft_model_state_dict(model))
+    with torch.no_grad():
+        torch.manual_seed(4)
+        expected = result(call(model, example.inputs()))
+        torch.manual_seed(4)
+        torch.testing.assert_close(result(call(graph, example.inputs())), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_loaded_adapter_is_frozen_unless_it_is_to_be_trained(tmp_path: Path) -> None:
+    adapted(MLP, bias="lora_only").save_pretrained(tmp_path)
+    frozen = graphpeft.PeftModel.from_pretrained(MLP.build().train(), tmp_path)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.training
+    trainable = graphpeft.PeftModel.from_pretrained(MLP.build().train(), tmp_path, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(MLP.build().train(), tmp_path, is_trainable=True)
+    assert trainable.training
+    assert trainable.get_nb_trainable_parameters()[0] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_disabled_and_merged_models_are_pefts() -> None:
+    ours, theirs = adapted(LLAMA), adapted_by_peft(LLAMA)
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert_same_outputs(ours, theirs, LLAMA)
+    assert_same_outputs(ours.merge_and_unload(), theirs.merge_and_unload(), LLAMA)

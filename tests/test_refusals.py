@@ -1,0 +1,540 @@
+"""What can't be done is an error that says what, why, and what to do instead; the model stays as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import FUNCTIONAL, LLAMA, MLP, SWIN, VIT, Example
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import graphpeft
+from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+# the model stays as it was
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """Equals only what is the very same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Returns all that can be seen of a model: classes, attributes, hooks, and tensors by identity and value."""
+    seen: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        seen[path] = (Same(module), Same(type(module)))
+        for name, value in module.__dict__.items():
+            if isinstance(value, dict):
+                # parameters, buffers, submodules and hooks, in their order
+                seen[f"{path}:{name}"] = (Same(value), [(key, Same(part)) for key, part in value.items()])
+            elif isinstance(value, bool | int | float | str | None):
+                seen[f"{path}:{name}"] = value
+            else:
+                seen[f"{path}:{name}"] = Same(value)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        seen[f"tensor {name}"] = (
+            Same(tensor),
+            tensor.requires_grad,
+            Same(tensor.grad),
+            tensor.detach().numpy().tobytes(),
+        )
+    return seen
+
+
+@contextlib.contextmanager
+def refused(model: nn.Module, error: type[Exception], *words: str) -> Iterator[None]:
+    """Expects an error whose message has all of `words`, and a model that is as it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert snapshot(model) == before
+
+
+def fresh() -> Any:
+    return MLP.build()
+
+
+def adapted() -> Any:
+    return get_peft_model(MLP.build(), LoraConfig(target_modules=["up"], bias="all"), "first")
+
+
+def traced() -> Any:
+    return graphpeft.trace(MLP.build(), MLP.inputs())
+
+
+def hooked() -> Any:
+    model = MLP.build().train()
+    model.get_submodule("first").register_forward_hook(lambda module, args, result: result)
+    model.get_submodule("head").requires_grad_(False)
+    return model
+
+
+in_any_state = pytest.mark.parametrize("build", [fresh, adapted, traced, hooked])
+
+
+def test_the_snapshot_sees_what_adapting_changes() -> None:
+    model = MLP.build()
+    before = snapshot(model)
+    assert snapshot(model) == before
+    get_peft_model(model, MLP.config())
+    assert snapshot(model) != before
+
+
+@in_any_state
+def test_a_dry_run_changes_nothing(build: Callable[[], Any]) -> None:
+    model = build()
+    before = snapshot(model)
+    report = graphpeft.explain(model, MLP.config(modules_to_save=["head"], bias="lora_only"), "second")
+    assert "first.up" in str(report)
+    assert snapshot(model) == before
+
+
+# targets
+
+
+@in_any_state
+@pytest.mark.parametrize("adapt", [get_peft_model, graphpeft.explain])
+def test_targets_that_match_nothing_get_near_misses(build: Callable[[], Any], adapt: Callable[..., Any]) -> None:
+    model = build()
+    with refused(model, AdaptError, "'upp'", "up"):
+        adapt(model, LoraConfig(target_modules=["upp", "hed"]), "second")
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "words"),
+    [
+        (LLAMA, {"target_modules": ["q_porj"]}, ["q_porj", "q_proj"]),
+        (LLAMA, {"target_modules": r".*\.q_porj"}, ["q_porj"]),
+        (FUNCTIONAL, {"target_modules": ["one.ww"]}, ["one.ww", "one.w"]),
+        (FUNCTIONAL, {"target_parameters": ["one.ww"]}, ["one.ww", "one.w"]),
+        (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["q_proj", "excluded"]),
+        (LLAMA, {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, ["q_proj", "excluded"]),
+        (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["q_proj", "layers_to_transform"]),
+        (MLP, {}, ["target_modules", "up"]),
+    ],
+)
+def test_what_matches_nothing_is_named(example: Example, options: dict[str, Any], words: list[str]) -> None:
+    model = example.build()
+    with refused(model, AdaptError, *words):
+        get_peft_model(model, LoraConfig(**options))
+
+
+def test_a_weight_is_adapted_once() -> None:
+    model = LLAMA.build()
+    with refused(model, AdaptError, "layers.0.self_attn.q_proj", "target_modules", "target_parameters"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+    model = fresh()
+    with refused(model, ValueError, "*up", "target_modules", "regular expression"):
+        get_peft_model(model, LoraConfig(target_modules="*up"))
+
+
+def test_a_container_is_no_target_but_what_is_inside() -> None:
+    model = fresh()
+    with refused(model, AdaptError, "blocks.0", "no parameter called weight", "blocks.0.up"):
+        get_peft_model(model, LoraConfig(target_modules=["blocks.0"]))
+
+
+@pytest.mark.parametrize(
+    ("example", "target", "words"),
+    [
+        (VIT, "patch_embed.proj", ["patch_embed.proj", "conv2d", "exclude_modules"]),
+        (VIT, "blocks.0.norm1", ["blocks.0.norm1", "layer_norm"]),
+        (LLAMA, "embed_tokens", ["model.embed_tokens", "embedding"]),
+        (SWIN, "layers.0.blocks.0.attn.relative_position_bias_table", ["relative_position_bias_table"]),
+    ],
+)
+@pytest.mark.parametrize("is_traced", [False, True], ids=["as-it-is", "traced"])
+def test_an_operation_that_no_rule_adapts_is_named(
+    example: Example, target: str, words: list[str], is_traced: bool
+) -> None:
+    model = example.build()
+    model = graphpeft.trace(model, example.inputs()) if is_traced else model
+    targets = [*example.lora["target_modules"], target]
+    with refused(model, AdaptError, *words):
+        get_peft_model(model, LoraConfig(target_modules=targets))
+
+
+def test_a_module_whose_forward_was_replaced_is_refused() -> None:
+    model = fresh()
+    head = model.get_submodule("head")
+    head.forward = lambda x: x  # type: ignore[method-assign]
+    with refused(model, AdaptError, "head", "forward was set on the instance"):
+        get_peft_model(model, LoraConfig(target_modules=["head"]))
+
+
+def test_an_attribute_in_the_adapters_place_is_not_overwritten() -> None:
+    model = fresh()
+    model.get_submodule("head").register_parameter("lora_A_default", nn.Parameter(torch.ones(1)))
+    with refused(model, AdaptError, "head", "lora_A_default", "adapter name"):
+        get_peft_model(model, LoraConfig(target_modules=["up", "head"]))
+
+
+# configs
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, 2.5, "8", None, True])
+def test_a_rank_is_a_positive_integer(rank: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"r must be a positive integer, not {rank!r}")):
+        LoraConfig(r=rank, target_modules=["up"])
+    with pytest.raises(ValueError, match=re.escape(f"rank_pattern['up'] must be a positive integer, not {rank!r}")):
+        LoraConfig(target_modules=["up"], rank_pattern={"up": rank})
+
+
+@in_any_state
+@pytest.mark.parametrize("rank", [0, -3, 2.5])
+def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(build: Callable[[], Any], rank: Any) -> None:
+    model = build()
+    theirs: Any = peft.LoraConfig(target_modules=["up"])
+    theirs.r = rank
+    with refused(model, ValueError, "r must be a positive integer", repr(rank)):
+        get_peft_model(model, theirs, "second")
+    ours = LoraConfig(target_modules=["up"])
+    ours.r = rank
+    with refused(model, ValueError, "r must be a positive integer", repr(rank)):
+        get_peft_model(model, ours, "second")
+
+
+@in_any_state
+def test_a_config_of_a_method_that_isnt_there_is_refused(build: Callable[[], Any]) -> None:
+    model = build()
+    theirs: Any = peft.IA3Config(target_modules=["up"], feedforward_modules=[])
+    with refused(model, ValueError, "IA3", "supported", "LORA"):
+        get_peft_model(model, theirs, "second")
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, "lora", None, nn.Linear(1, 1)])
+def test_what_is_no_config_is_refused(config: Any) -> None:
+    model = fresh()
+    with refused(model, TypeError, type(config).__name__, "LoraConfig"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("qalora_group_size", 32),
+        ("layer_replication", [(0, 1)]),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("megatron_config", {"a": 1}),
+        ("megatron_core", "other.core"),
+        ("monteclora_config", {"a": 1}),
+        ("arrow_config", {"a": 1}),
+        ("kasa_config", {"a": 1}),
+        ("velora_config", {"a": 1}),
+        ("use_bdlora", {"a": 1}),
+        ("alora_invocation_tokens", [1]),
+        ("trainable_token_indices", [1]),
+        ("ensure_weight_tying", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "olora"),
+    ],
+)
+@pytest.mark.parametrize("build", [fresh, adapted])
+def test_an_option_that_isnt_supported_is_never_ignored(build: Callable[[], Any], option: str, value: Any) -> None:
+    model = build()
+    with refused(model, AdaptError, option):
+        get_peft_model(model, LoraConfig(target_modules=["up"], **{option: value}), "second")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lora_alhpa": 3}, TypeError, "no option 'lora_alhpa'; did you mean 'lora_alpha'"),
+        ({"target_module": ["up"]}, TypeError, "no option 'target_module'; did you mean 'target_modules'"),
+        ({"xyzzy": 1}, TypeError, "no option 'xyzzy'"),
+        ({"lora_dropout": 1.5}, ValueError, "lora_dropout"),
+        ({"lora_dropout": -0.1}, ValueError, "lora_dropout"),
+        ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only', not 'some'"),
+        ({"task_type": "CAUSAL"}, ValueError, "task_type is 'CAUSAL'.*CAUSAL_LM"),
+        ({"target_parameters": "one.w"}, TypeError, "target_parameters must be a list"),
+        ({"target_modules": ".*", "layers_to_transform": [1]}, ValueError, "layers_to_transform"),
+        ({"target_modules": ["up"], "layers_pattern": "layers"}, ValueError, "layers_pattern.*layers_to_transform"),
+    ],
+)
+def test_a_config_says_what_is_wrong_with_it(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        LoraConfig(**options)
+
+
+# adapter names
+
+
+def test_an_adapter_name_is_used_once(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    words = ("'first'", "already", "adapter_name")
+    with refused(model, AdaptError, *words):
+        get_peft_model(model, LoraConfig(target_modules=["head"]), "first")
+    with refused(model, AdaptError, *words):
+        model.add_adapter("first", LoraConfig(target_modules=["head"]))
+    with refused(model, AdaptError, *words):
+        model.load_adapter(tmp_path / "first", "first")
+    with refused(model, AdaptError, *words):
+        PeftModel.from_pretrained(model, tmp_path / "first", "first")
+
+
+@in_any_state
+@pytest.mark.parametrize("name", ["", "a.b"])
+def test_an_adapter_name_is_a_name(build: Callable[[], Any], name: str) -> None:
+    model = build()
+    with refused(model, AdaptError, "adapter", repr(name)):
+        get_peft_model(model, MLP.config(), name)
+
+
+def test_an_adapter_that_isnt_there_is_named() -> None:
+    model = adapted()
+    for use in (
+        lambda: model.set_adapter("second"),
+        lambda: model.set_adapter(["first", "second"]),
+        lambda: model.merge_and_unload(["second"]),
+        lambda: model.save_pretrained("/nowhere", selected_adapters=["second"]),
+        lambda: graphpeft.get_peft_model_state_dict(model, adapter_name="second"),
+        lambda: graphpeft.set_peft_model_state_dict(model, {}, "second"),
+    ):
+        with refused(model, AdaptError, "no adapter 'second'", "first"):
+            use()
+
+
+def test_a_model_without_adapters_says_so() -> None:
+    model = fresh()
+    with refused(model, AdaptError, "Mlp", "no adapters", "get_peft_model"):
+        graphpeft.get_peft_model_state_dict(model)
+
+
+def test_two_adapters_dont_train_one_module_whole_at_the_same_time() -> None:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(target_modules=["down"], modules_to_save=["head"]))
+    with refused(model, AdaptError, "'first'", "'second'", "head", "whole"):
+        model.set_adapter(["first", "second"])
+
+
+# files
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with an adapter for `MLP`."""
+    model = get_peft_model(MLP.build(), LoraConfig(target_modules=["up", "down"], modules_to_save=["head"]))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refused_file(build: Callable[[], Any], folder: Path, error: type[Exception], *words: str) -> None:
+    model = build()
+    with refused(model, error, *words):
+        PeftModel.from_pretrained(model, folder, "second")
+
+
+@in_any_state
+@pytest.mark.parametrize("kept", [0, 4, 20, -1], ids=["empty", "no-header", "half-a-header", "a-byte-short"])
+def test_a_truncated_file_is_damaged(build: Callable[[], Any], kept: int, saved: Path) -> None:
+    file = saved / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    refused_file(build, saved, CheckpointError, "adapter_model.safetensors", "damaged")
+
+
+A_KEY = "base_model.model.first.up.lora_A.weight"
+
+
+@in_any_state
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(build: Callable[[], Any], saved: Path) -> None:
+    edit_tensors(saved, lambda tensors: tensors.update({A_KEY: torch.zeros(3, 8)}))
+    refused_file(build, saved, CheckpointError, A_KEY, "(3, 8)", "(8, 8)")
+
+
+def test_a_head_of_another_size_is_named_with_both_shapes(saved: Path) -> None:
+    edit_tensors(saved, lambda tensors: tensors.update({"base_model.model.head.weight": torch.zeros(7, 8)}))
+    refused_file(fresh, saved, CheckpointError, "base_model.model.head.weight", "(7, 8)", "(5, 8)")
+
+
+@in_any_state
+@pytest.mark.parametrize("key", [A_KEY, "base_model.model.head.bias"])
+def test_a_tensor_that_lacks_is_named(build: Callable[[], Any], key: str, saved: Path) -> None:
+    edit_tensors(saved, lambda tensors: tensors.pop(key))
+    refused_file(build, saved, CheckpointError, "lacks", key)
+
+
+@in_any_state
+def test_a_tensor_too_many_is_named(build: Callable[[], Any], saved: Path) -> None:
+    edit_tensors(saved, lambda tensors: tensors.update({"base_model.model.tail.lora_A.weight": torch.zeros(8, 8)}))
+    refused_file(build, saved, CheckpointError, "base_model.model.tail.lora_A.weight", "no place")
+
+
+def test_all_that_is_wrong_with_a_file_is_said_at_once(saved: Path) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[A_KEY]
+        tensors["extra"] = torch.zeros(1)
+        tensors["base_model.model.head.bias"] = torch.zeros(3)
+
+    edit_tensors(saved, edit)
+    refused_file(fresh, saved, CheckpointError, A_KEY, "extra", "base_model.model.head.bias")
+
+
+def test_another_model_is_refused(saved: Path) -> None:
+    refused_file(LLAMA.build, saved, AdaptError, "LlamaForCausalLM", "up")
+
+
+def test_a_bad_state_dict_overwrites_nothing() -> None:
+    model = adapted()
+    tensors = graphpeft.get_peft_model_state_dict(model, adapter_name="first")
+    changed = {key: tensor + 1 for key, tensor in tensors.items()}
+    *_, last = changed
+    for wrong, word in (
+        ({**changed, last: torch.zeros(2, 2)}, "(2, 2)"),
+        ({key: tensor for key, tensor in changed.items() if key != last}, "lacks"),
+        ({**changed, "extra": torch.zeros(1)}, "extra"),
+    ):
+        with refused(model, CheckpointError, word):
+            graphpeft.set_peft_model_state_dict(model, wrong, "first")
+
+
+@in_any_state
+@pytest.mark.parametrize("text", ["", "{", "r = 8", '{"r": 8,}'])
+def test_a_config_that_is_no_json_is_named(build: Callable[[], Any], text: str, saved: Path) -> None:
+    (saved / "adapter_config.json").write_text(text)
+    refused_file(build, saved, ValueError, "adapter_config.json", "JSON")
+
+
+def test_a_config_that_is_no_object_is_named(saved: Path) -> None:
+    (saved / "adapter_config.json").write_text("[1, 2]")
+    refused_file(fresh, saved, ValueError, "adapter_config.json", "list")
+
+
+def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
+    (saved / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
+    refused_file(fresh, saved, ValueError, "adapter_config.json", "JSON")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"r": 0}, ["r must be a positive integer"]),
+        ({"r": 2.5}, ["r must be a positive integer"]),
+        ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
+        ({"peft_type": None}, ["peft_type", "LORA"]),
+        ({"use_dora": True}, ["use_dora"]),
+        ({"target_modules": ["upp"]}, ["upp", "near misses"]),
+    ],
+)
+@pytest.mark.parametrize("build", [fresh, adapted])
+def test_a_config_file_is_checked_as_a_config_is(
+    build: Callable[[], Any], values: dict[str, Any], words: list[str], saved: Path
+) -> None:
+    edit_config(saved, **values)
+    refused_file(build, saved, ValueError, *words)
+
+
+def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None:
+    edit_config(saved, lora_alhpa=3)
+    model = fresh()
+    with pytest.warns(UserWarning, match="unknown key 'lora_alhpa'.*ignored; did you mean 'lora_alpha'"):
+        PeftModel.from_pretrained(model, saved)
+    assert model.get_submodule("first.up").lora_scaling_default == 1
+
+
+def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:
+    edit_config(saved, peft_type="IA3")
+    with pytest.raises(ValueError, match="IA3"):
+        LoraConfig.from_pretrained(saved)
+    with pytest.raises(ValueError, match="IA3"):
+        PeftConfig.from_pretrained(saved)
+
+
+@in_any_state
+def test_a_path_that_doesnt_exist_is_named(build: Callable[[], Any], tmp_path: Path) -> None:
+    refused_file(build, tmp_path / "nowhere", FileNotFoundError, str(tmp_path / "nowhere"), "folder")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_one_of_the_files_is_named(file: str, saved: Path) -> None:
+    (saved / file).unlink()
+    refused_file(fresh, saved, FileNotFoundError, str(saved), file)
+
+
+# pickles
+
+
+def pickled(folder: Path, content: Any = None) -> None:
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file) if content is None else content, folder / "adapter_model.bin")
+    file.unlink()
+
+
+def test_a_pickle_is_read_only_if_asked_for(saved: Path) -> None:
+    pickled(saved)
+    refused_file(fresh, saved, FileNotFoundError, "adapter_model.bin", "use_safetensors=False")
+    model = PeftModel.from_pretrained(fresh(), saved, use_safetensors=False)
+    tensors = graphpeft.get_peft_model_state_dict(model)
+    expected = torch.load(saved / "adapter_model.bin", weights_only=True)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items())
+
+
+class Malice:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_runs_no_code(saved: Path) -> None:
+    pickled(saved, {A_KEY: Malice(saved / "pwned")})
+    model = fresh()
+    with refused(model, CheckpointError, "adapter_model.bin"):
+        PeftModel.from_pretrained(model, saved, use_safetensors=False)
+    assert not (saved / "pwned").exists()
+
+
+def test_a_damaged_pickle_is_named(saved: Path) -> None:
+    pickled(saved)
+    file = saved / "adapter_model.bin"
+    file.write_bytes(file.read_bytes()[:100])
+    model = fresh()
+    with refused(model, CheckpointError, "adapter_model.bin"):
+        PeftModel.from_pretrained(model, saved, use_safetensors=False)

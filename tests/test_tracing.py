@@ -1,0 +1,412 @@
+"""A traced model equals the model or raises; each trap of tracing is a test."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from models import EXAMPLES, LLAMA, MLP, VIT, Example
+from torch import nn
+
+from graphpeft import GuardError, NeedsInputsError, TraceError, laws, trace
+from graphpeft.tracing.graph_module import GraphForward
+
+
+def module_of(forward, **members) -> nn.Module:
+    """Returns a module with this forward, and with these tensors, modules and attributes."""
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in members.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    self.register_buffer(name, value)
+                else:
+                    setattr(self, name, value)
+
+    Made.forward = forward
+    return Made()
+
+
+def code_of(module, *inputs) -> str:
+    return trace(module, inputs or None).code
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+# whole models
+
+
+every_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+
+
+def smaller(inputs, batch: int, length: int):
+    """Returns the inputs for fewer rows, and fewer tokens where they are tokens."""
+
+    def cut(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value[:batch] if value.is_floating_point() else value[:batch, :length]
+
+    return torch.utils._pytree.tree_map(cut, inputs)
+
+
+@every_example
+def test_whole_models_become_one_flat_graph_that_equals_them(example: Example):
+    inputs = example.inputs()
+    laws.traced_is_the_model(example.build, inputs, example.inputs(1), smaller(inputs, batch=1, length=4))
+    assert trace(example.build(), inputs).kept == {}
+
+
+@pytest.mark.parametrize("example", [LLAMA, MLP, VIT], ids=str)
+def test_smaller_inputs_need_no_other_trace(example: Example):
+    model, inputs = example.build(), smaller(example.inputs(), batch=1, length=4)
+    traced = trace(model, example.inputs())
+    laws.require_equal(laws.run(traced, inputs), laws.run(model, inputs), "the traced model")
+
+
+def test_the_result_is_a_graph_module_that_shares_the_parameters():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    traced = trace(model)
+    assert isinstance(traced, fx.GraphModule)
+    assert dict(traced.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert all(a is b for a, b in zip(traced.parameters(), model.parameters(), strict=True))
+
+
+def test_editing_the_result_leaves_the_model_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    before = laws.snapshot(model)
+    traced = trace(model)
+    relu = next(node for node in traced.graph.nodes if node.target == "1")
+    relu.replace_all_uses_with(relu.args[0])
+    traced.graph.erase_node(relu)
+    traced.recompile()
+    traced.get_submodule("0").extra = nn.Parameter(torch.ones(1))
+    laws.require_unchanged(model, before, "editing the traced model")
+    assert torch.equal(traced(X), model[0](X))
+
+
+def test_a_copy_of_a_traced_model_has_a_graph_of_its_own():
+    traced = trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    copied = copy.deepcopy(traced)
+    expected = traced(X)
+    relu = next(node for node in copied.graph.nodes if node.target == "1")
+    relu.replace_all_uses_with(relu.args[0])
+    copied.recompile()
+    assert torch.equal(traced(X), expected)
+    assert not torch.equal(copied(X), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(traced))(X), expected)
+
+
+# values that Python code asks for
+
+
+def test_shapes_stay_dynamic():
+    model = module_of(lambda self, x: x.view(x.shape[0], -1, 2).reshape(*x.shape[:-1], -1) + x.size(1))
+    laws.traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
+
+
+def test_a_decision_on_a_shape_is_followed_and_checked():
+    model = module_of(lambda self, x: x * 2 if x.shape[1] % 5 == 0 else x)
+    traced = trace(model, (X,))
+    assert torch.equal(traced(X.repeat(1, 2, 1)), model(X.repeat(1, 2, 1)))
+    with pytest.raises(GuardError, match=r"x\.shape\[1\] % 5 == 0.*test_tracing\.py.*was True .* and is False now"):
+        traced(X[:, :3])
+
+
+def test_a_number_that_leaves_the_graph_is_checked():
+    def forward(self, x):
+        return sum(x[:, i] for i in range(x.shape[1]))
+
+    traced = trace(module_of(forward), (X,))
+    assert torch.equal(traced(X), module_of(forward)(X))
+    with pytest.raises(GuardError, match="was 5 for the example inputs and is 3 now"):
+        traced(X[:, :3])
+
+
+def test_equal_decisions_on_different_values_are_all_checked():
+    def forward(self, x, y):
+        if x.shape[1] == 5:
+            x = x + 1
+        if y.shape[1] == 5:
+            y = y + 2
+        return x.sum() + y.sum()
+
+    traced = trace(module_of(forward), (X, X))
+    with pytest.raises(GuardError):
+        traced(X, X[:, :3])
+
+
+def test_dtype_and_device_are_plain_values_and_checked():
+    model = module_of(lambda self, x: x + torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None])
+    traced = trace(model, (X,))
+    assert torch.equal(traced(X[:, :2]), model(X[:, :2]))
+    with pytest.raises(GuardError, match=r"torch\.float32 .* is torch\.float64 now"):
+        traced(X.double())
+
+
+def test_isinstance_len_and_iteration_are_answered_from_the_value():
+    def forward(self, x):
+        assert isinstance(x, torch.Tensor)
+        assert not isinstance(x, tuple)
+        first, second = x.split(4, dim=-1)
+        assert len(x.shape) == 3
+        return first - second if len((first, second)) == 2 else x
+
+    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1],))
+
+
+def test_a_decision_on_tensor_values_keeps_the_module_that_takes_it_as_a_call():
+    decides = module_of(lambda self, x: x if x.sum() > 0 else -x)
+    model = nn.Sequential(nn.Linear(8, 8), decides)
+    traced = trace(model, (X,))
+    assert list(traced.kept) == ["1"]
+    assert "depends on the values of a tensor" in traced.kept["1"]
+    for x in (X, -X):
+        assert torch.equal(traced(x), model(x))
+    with pytest.raises(TraceError, match="values of a tensor"):
+        trace(decides, (X,))
+
+
+def test_without_example_inputs_a_decision_asks_for_them():
+    model = module_of(lambda self, x: x * 2 if x.shape[1] > 3 else x)
+    with pytest.raises(NeedsInputsError, match=r"x\.shape\[1\] > 3.*pass example_inputs"):
+        trace(model)
+    assert "mul" in code_of(model, X)
+
+
+def test_inputs_must_be_a_tuple_or_a_dict():
+    with pytest.raises(TypeError, match=r"pass a tuple of positional arguments, such as \(x,\)"):
+        trace(nn.Linear(8, 8), X)  # type: ignore[arg-type]
+
+
+# arguments and outputs
+
+
+def test_absent_optional_arguments_stay_absent():
+    def forward(self, x, mask=None, *, scale=1.0, flag=False):
+        y = x if mask is None else x * mask
+        return -y * scale if flag else y * scale
+
+    traced = trace(module_of(forward), (X,))
+    assert torch.equal(traced(X), X)
+    assert torch.equal(traced(X, scale=1.0), X)
+    with pytest.raises(GuardError, match="the argument 'mask'"):
+        traced(X, X)
+    with pytest.raises(GuardError, match="the argument 'flag'"):
+        traced(X, flag=True)
+    given = trace(module_of(forward), {"x": X, "mask": X, "scale": 2.0, "flag": True})
+    assert torch.equal(given(X, X, scale=3.0, flag=True), module_of(forward)(X, X, scale=3.0, flag=True))
+
+
+def test_nested_inputs_varied_arguments_and_structured_outputs():
+    @dataclasses.dataclass
+    class Out:
+        y: torch.Tensor
+        rest: list
+
+    def forward(self, batch, *more, **options):
+        y = batch["x"] + batch["pair"][0] - batch["pair"][1]
+        for other in more:
+            y = y + other
+        return Out(y * options["factor"], [y, (y, None, 3)])
+
+    model, inputs = module_of(forward), {"x": X, "pair": (X, 2 * X)}
+    positional = module_of(lambda self, batch, *more: forward(self, batch, *more, factor=2))
+    found, expected = trace(positional, (inputs, X, X))(inputs, X, X), positional(inputs, X, X)
+    assert isinstance(found, Out)
+    laws.require_equal((found.y, found.rest), (expected.y, expected.rest), "the output")
+    traced = trace(model, {"batch": inputs, "factor": 2})
+    assert torch.equal(traced(batch=inputs, factor=3).y, model(inputs, factor=3).y)
+
+
+# state and effects
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_stays_an_input_of_the_graph(training):
+    inner = module_of(lambda self, x: F.dropout(x, 0.5, self.training))
+    model = nn.Sequential(nn.Dropout(0.2), inner, nn.BatchNorm1d(5))
+    laws.traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    traced = trace(model.train(training), (X,))
+    traced.get_submodule("1").train(not training)
+    model[1].train(not training)
+    assert torch.equal(laws.run(traced, (X,)), laws.run(copy.deepcopy(model), (X,)))
+
+
+def test_a_branch_on_training_is_checked():
+    model = module_of(lambda self, x: x * 2 if self.training else x)
+    traced = trace(model.eval(), (X,))
+    with pytest.raises(GuardError, match="if self.training"):
+        traced.train()(X)
+
+
+def test_operations_in_place_and_item_assignments_are_kept():
+    def forward(self, x):
+        y = x.clone()
+        y[:, 0] = 7
+        y.mul_(2)
+        z = torch.zeros(x.shape[0], 8)
+        z[:] = y[:, 1]
+        z.add_(1)
+        return z
+
+    model = module_of(forward)
+    traced = trace(model, (X,))
+    first = traced(X)
+    assert torch.equal(first, model(X))
+    assert torch.equal(traced(2 * X), model(2 * X))
+    assert torch.equal(first, model(X))  # a new tensor in each run
+
+
+def test_constants_made_in_the_forward_are_made_anew_in_each_run():
+    model = module_of(lambda self, x: x + torch.rand(8) + torch.arange(8))
+    traced = trace(model, (X,))
+    assert torch.equal(laws.run(traced, (X,)), laws.run(model, (X,)))
+    assert not torch.equal(traced(X), traced(X))
+
+
+def test_arithmetic_on_buffers_follows_the_buffers():
+    model = module_of(lambda self, x: x * (self.scale + 1), scale=torch.ones(8))
+    traced = trace(model, (X,))
+    traced.scale.fill_(3)
+    assert torch.equal(traced(X), X * 4)
+
+
+def test_a_forward_that_changes_its_module_stays_a_call():
+    def forward(self, x):
+        self.count = self.count + 1
+        return x * self.count
+
+    model = nn.Sequential(module_of(forward, count=torch.zeros(())), nn.Linear(8, 8))
+    before = laws.snapshot(model)
+    traced = trace(model, (X,))
+    laws.require_unchanged(model, before, "tracing")
+    assert "assigns self.count" in traced.kept["0"]
+    assert torch.equal(traced(X), copy.deepcopy(model)(X))
+
+
+def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
+    def forward(self, x):
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = torch.arange(x.shape[1])
+        return x + self.cache[x.shape[1]][:, None]
+
+    model = module_of(forward, cache={})
+    trace(model, (X,))
+    assert model.cache == {}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_regions_that_a_graph_cannot_hold_stay_calls(context):
+    def forward(self, x):
+        with context():
+            return self.linear(x) * 2
+
+    model = nn.Sequential(nn.Linear(8, 8), module_of(forward, linear=nn.Linear(8, 8)))
+    traced = trace(model, (X,))
+    assert list(traced.kept) == ["1"]
+    found, expected = traced(X), model(X)
+    assert torch.equal(found, expected)
+    assert found.requires_grad == expected.requires_grad
+
+
+def test_a_trace_under_no_grad_gives_a_graph_that_trains():
+    with torch.no_grad():
+        traced = trace(nn.Linear(8, 8), (X,))
+    assert traced(X).requires_grad
+
+
+def test_tied_weights_and_shared_modules_stay_tied():
+    embedding = nn.Embedding(9, 8)
+    linear = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        h = self.linear(self.linear(self.embedding(ids)))
+        return F.linear(h, self.embedding.weight)
+
+    model = module_of(forward, embedding=embedding, linear=linear)
+    ids = torch.randint(0, 9, (2, 4))
+    traced = trace(model, (ids,))
+    assert torch.equal(traced(ids), model(ids))
+    assert [name for name, _ in traced.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+def test_parameters_in_containers_and_properties():
+    def forward(self, x):
+        for weight in self.weights:
+            x = F.linear(x, weight)
+        return x * self.named["scale"]
+
+    weights = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(2)])
+    model = module_of(forward, weights=weights, named=nn.ParameterDict({"scale": nn.Parameter(torch.ones(8))}))
+    laws.traced_is_the_model(lambda: model, (X,), (X[:1],))
+
+
+def test_a_parametrised_layer_is_computed_from_its_originals():
+    linear = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    traced = trace(nn.Sequential(linear), (X,))
+    assert torch.equal(traced(X), linear(X))
+    traced(X).sum().backward()
+    assert linear.parametrizations.weight.original0.grad is not None
+
+
+def test_a_config_object_keeps_its_identity_in_the_graph():
+    @dataclasses.dataclass
+    class Config:
+        factor: int = 3
+
+    config = Config()
+    scaled = module_of(lambda self, x: _scale(x, self.config), config=config)
+    traced = trace(scaled, (X,))
+    config.factor = 5
+    assert torch.equal(traced(X), X * 5)
+
+
+@fx.wrap
+def _scale(x, config):
+    return x * config.factor
+
+
+def test_hooks_of_inlined_modules_and_of_layers_act():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU()))
+    model[0].register_forward_hook(lambda module, args, out: out + 1)
+    model[1].register_forward_hook(lambda module, args, out: out * 2)
+    assert torch.equal(trace(model, (X,))(X), model(X))
+
+
+def test_an_instance_forward_is_the_one_that_is_traced():
+    model = module_of(lambda self, x: x)
+    model.forward = lambda x: x * 3
+    assert torch.equal(trace(model, (X,))(X), X * 3)
+
+
+def test_patches_are_taken_back_after_a_failure():
+    before = (isinstance, torch.zeros, nn.Module.__setattr__, nn.Module.__dict__.get("training"))
+    with pytest.raises(ZeroDivisionError):
+        trace(module_of(lambda self, x: x / (1 // 0)), (X,))
+    assert before == (isinstance, torch.zeros, nn.Module.__setattr__, nn.Module.__dict__.get("training"))
+    assert nn.Linear(2, 2).training
+
+
+# what PyTorch does with the result
+
+
+@pytest.mark.parametrize("example", [LLAMA, MLP, VIT], ids=str)
+def test_compile_accepts_the_result_as_one_graph(example: Example):
+    traced, inputs = trace(example.build(), example.inputs()), example.inputs()
+    compiled = torch.compile(traced, fullgraph=True, backend="eager")
+    laws.require_equal(laws.run(compiled, inputs), laws.run(traced, inputs), "compiled")
+
+
+def test_a_graph_module_is_traced_again_to_the_same_code():
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    once = trace(model, (X,))
+    assert isinstance(once, GraphForward)
+    assert torch.equal(trace(once, (X,))(X), model(X))

@@ -149,7 +149,8 @@ def _first_values(adapted: AdaptedSite, config: PeftConfig, device: torch.device
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(spec.shape) for local, spec in adapted.specs.items()}
     adapted.rule.initialise(drawn, config)
-    return drawn
+    # through the weight's dtype, in which PEFT has them for a moment
+    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:

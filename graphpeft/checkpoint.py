@@ -6,8 +6,9 @@ that is adapted on its own (`target_parameters`), so the names of all that is in
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from graphpeft import stand_ins
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
+from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -108,7 +110,10 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
     problems = [f"lacks {key}" for key in named if key not in values]
-    problems += [f"has {key}, which the model has no place for" for key in values if key not in named]
+    known = {*named, *_names_of_second_paths(named, modules)}
+    problems += [
+        f"has {key}, which the model has no place for" for key in values if _REDUNDANT.sub("", key) not in known
+    ]
     problems += [
         f"has {key} of shape {tuple(values[key].shape)}, and the model wants {shapes[place]}"
         for key, place in named.items()
@@ -117,6 +122,20 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     if problems:
         raise CheckpointError("the adapter's file " + "; it ".join(problems))
     return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+
+
+_REDUNDANT = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained."""
+
+
+def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules) -> Iterator[str]:
+    """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
+    first = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):
+        owner = first[id(module)]
+        if path != owner:
+            keys_of_owner = [key for key, place in named.items() if place[0] == owner]
+            yield from (key.replace(f"{PREFIX}{owner}.", f"{PREFIX}{path}.", 1) for key in keys_of_owner)
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
@@ -157,25 +176,24 @@ def save(
     save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / WEIGHTS_NAME)
     file_config(model, adapter).save_pretrained(folder)
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text(_model_card(adapter.config), encoding="utf-8")
 
 
 def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
-    """Returns the config as PEFT can read it: weights that are plain parameters are its `target_parameters`."""
-    config = copy.deepcopy(adapter.config)
-    parameters = [adapted.site.weight for adapted in adapter.sites if not adapted.site.is_layer]
-    if parameters:
-        config.target_parameters = parameters  # type: ignore[attr-defined]
-        if len(parameters) == len(adapter.sites):
-            config.target_modules = []  # type: ignore[attr-defined]
+    """Returns the config that is written, with the model's name and class."""
+    config = adapter.config.for_file([adapted.site for adapted in adapter.sites])
     if config.task_type is None and config.auto_mapping is None:
-        cls = next(c for c in type(model).__mro__ if c.__name__ == type(model).__name__ and "_layers" not in vars(c))
+        cls = stands_for(model)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     return config
+
+
+def write_model_card(config: PeftConfig, folder: Path) -> None:
+    """Writes `README.md`, unless somebody has written one."""
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(_model_card(config), encoding="utf-8")
 
 
 def _model_card(config: PeftConfig) -> str:
@@ -202,7 +220,10 @@ def load(
     """
     if not use_safetensors:
         path = adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged, or a pickle of more than tensors: {error}") from error
     path = adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options)
     try:
         return load_file(path)

@@ -13,10 +13,10 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,14 @@ class TaskType(str, enum.Enum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class ConfigLike(Protocol):
+    """A config of this library or of PEFT."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns its keys with plain values."""
+        ...
 
 
 _HEADS = {
@@ -126,6 +134,10 @@ class PeftConfig:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
         raise NotImplementedError
 
+    def for_file(self, sites: Sequence[Site]) -> PeftConfig:
+        """Returns the config of an adapter with these sites as PEFT reads it."""
+        return copy.deepcopy(self)
+
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
         config = copy.deepcopy(self)
@@ -194,7 +206,7 @@ class PeftConfig:
         Path(save_directory, CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def as_config(config: Any) -> PeftConfig:
+def as_config(config: ConfigLike) -> PeftConfig:
     """Returns `config` as one of this library's; a config object of PEFT's is read by its keys.
 
     Raises:
@@ -206,8 +218,6 @@ def as_config(config: Any) -> PeftConfig:
     if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
         raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
     values = config.to_dict()
-    if isinstance(getattr(config, "auto_mapping", None), dict):
-        values["auto_mapping"] = config.auto_mapping
     known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
 

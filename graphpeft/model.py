@@ -20,7 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from graphpeft import adapters as _adapters
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
-from graphpeft.config import PeftConfig, as_config
+from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
 from graphpeft.report import Report
 from graphpeft.tracing.trace import ExampleInputs
@@ -30,7 +30,7 @@ _STATE = "_peft_adapters"
 
 def explain(
     model: nn.Module,
-    config: PeftConfig,
+    config: ConfigLike,
     adapter_name: str = "default",
     *,
     example_inputs: ExampleInputs | None = None,
@@ -51,7 +51,7 @@ def explain(
 
 def get_peft_model(
     model: nn.Module,
-    peft_config: PeftConfig,
+    peft_config: ConfigLike,
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
@@ -93,7 +93,7 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        config: PeftConfig | None = None,
+        config: ConfigLike | None = None,
         *,
         autocast_adapter_dtype: bool = True,
         example_inputs: ExampleInputs | None = None,
@@ -144,7 +144,7 @@ class PeftModel(nn.Module):
         return self._peft_adapters.active[0]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, *, example_inputs: ExampleInputs | None = None
+        self, adapter_name: str, peft_config: ConfigLike, *, example_inputs: ExampleInputs | None = None
     ) -> None:
         """Adds a new adapter, which doesn't act until `set_adapter` names it.
 
@@ -256,6 +256,8 @@ class PeftModel(nn.Module):
             checkpoint.save(self, adapter, name, folder, state_dict)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
+
+        checkpoint.write_model_card(self.peft_config[names[0]], Path(save_directory))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the whole model's state dict, or that of an adapter's file into the active adapter.

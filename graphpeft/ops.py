@@ -71,8 +71,8 @@ def uses_of(graph: fx.Graph, path: str) -> list[str]:
 
 def _module_linear(node: fx.Node, root: nn.Module) -> Linear | None:
     module = root.get_submodule(str(node.target))
-    # a subclass with a forward of its own need not be linear
-    if in_place.original_class(module).forward is not nn.Linear.forward:
+    # a forward of its own, of a subclass or of the instance, need not be linear
+    if in_place.original_class(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
         return None
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):

@@ -110,7 +110,11 @@ def make_plan(
             plan.report.refused.append(Refusal(name, found))
             continue
         site = found._replace(is_layer=False) if is_parameter else found
+        if any((site.owner, site.attribute) == (other.site.owner, other.site.attribute) for other in plan.sites[-1:]):
+            plan.report.refused.append(Refusal(name, "both target_modules and target_parameters name its weight"))
+            continue
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
+    _sort_as_peft_does(plan.sites, finder.modules)
     if not plan.sites and not plan.report.refused:
         raise AdaptError(_nothing_matched(model, resolved, plan.report, owned))
     _add_whole(plan, finder.modules, owned)
@@ -120,12 +124,8 @@ def make_plan(
 def _targeted(
     modules: Mapping[str, nn.Module], config: PeftConfig, owned: frozenset[str], report: Report
 ) -> Iterator[tuple[str, str, str, bool]]:
-    """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter.
-
-    Layers come first and parameters after them, the order in which PEFT draws their first values.
-    """
+    """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter."""
     decide = targets.compile_matcher(config)
-    parameters = []
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
         if found is Match.EXCLUDED:
@@ -137,10 +137,22 @@ def _targeted(
             if tensor is None or weight in owned:
                 continue
             if targets.match_parameter(config, weight):
-                parameters.append((weight, path, name, True))
+                yield weight, path, name, True
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
-                parameters.append((weight, path, name, False))
-    yield from parameters
+                yield weight, path, name, False
+
+
+def _sort_as_peft_does(sites: list[AdaptedSite], modules: Mapping[str, nn.Module]) -> None:
+    """Sorts sites as PEFT draws their first values: layers, then parameters, each in the model's order."""
+    if all(adapted.site.is_layer for adapted in sites):
+        return  # they were found in that order
+    order = {path: index for index, path in enumerate(modules)}
+
+    def place(adapted: AdaptedSite) -> tuple[bool, int, int]:
+        site = adapted.site
+        return not site.is_layer, order[site.owner], list(modules[site.owner]._parameters).index(site.attribute)
+
+    sites.sort(key=place)
 
 
 def _no_weight(module: nn.Module, name: str) -> str:
@@ -193,7 +205,7 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 
 
 def _biases(modules: Mapping[str, nn.Module], plan: Plan, owned: frozenset[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by the word in the path."""
+    """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
     bias = getattr(plan.config, "bias", "none")
     if bias == "none":
         return {}
@@ -202,7 +214,7 @@ def _biases(modules: Mapping[str, nn.Module], plan: Plan, owned: frozenset[str])
             path: tuple(
                 name
                 for name, tensor in module._parameters.items()
-                if tensor is not None and "bias" in f"{path}.{name}" and f"{path}.{name}" not in owned
+                if tensor is not None and name == "bias" and f"{path}.{name}" not in owned
             )
             for path, module in modules.items()
         }
@@ -217,6 +229,9 @@ def _nothing_matched(model: nn.Module, config: PeftConfig, report: Report, owned
     names += [path for path, tensor in model.named_parameters() if tensor.ndim > 1 and path not in owned]
     near = targets.near_misses(wanted, names)
     because = f"; excluded were {report.excluded}" if report.excluded else ""
+    for option in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, option, None) is not None:
+            because += f"; {option} is {getattr(config, option)!r}"
     hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {', '.join(names[:10])}, …"
     shown = wanted if isinstance(wanted, str) else sorted(wanted)
     return f"nothing in {type(model).__name__} matches {shown!r}{because}{hint}"

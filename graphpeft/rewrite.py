@@ -111,12 +111,13 @@ def insert(graph: fx.Graph, op: Linear, rule: Rule, attributes: Mapping[str, str
     after = current.next
     with graph.inserting_before(after):
         result = rule.rewrite(**_values(graph, op, current, rule, attributes)).node
-    for node in _between(current, after):
+    new = _between(current, after)
+    for node in new:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         else:
             node.meta[TAG] = Tag(adapter, method, op.node.name, current.name if node is result else None)
-    current.replace_all_uses_with(result, delete_user_cb=lambda user: not _is_of(user, adapter))
+    current.replace_all_uses_with(result, delete_user_cb=lambda user: user not in new)
 
 
 def remove(graph: fx.Graph, adapter: str) -> None:
@@ -141,10 +142,6 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
         nodes.append(node)
         node = node.next
     return nodes
-
-
-def _is_of(node: fx.Node, adapter: str) -> bool:
-    return TAG in node.meta and node.meta[TAG].adapter == adapter
 
 
 def _top(graph: fx.Graph, op: Linear) -> fx.Node:

@@ -9,8 +9,10 @@ Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling Factor f
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -93,9 +95,7 @@ class LoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
+        self._check_ranks()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
@@ -112,6 +112,7 @@ class LoraConfig(PeftConfig):
 
     def check(self) -> None:
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
+        self._check_ranks()
         default = LoraConfig()
         for name in _UNSUPPORTED:
             value, only = getattr(self, name), getattr(default, name)
@@ -119,6 +120,11 @@ class LoraConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
+
+    def _check_ranks(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
 
     def resolved(self, model: nn.Module) -> LoraConfig:
         """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
@@ -128,6 +134,23 @@ class LoraConfig(PeftConfig):
             config.target_modules = set(targets.all_linear_names(model, config.task_type))
         elif config.target_modules is None:
             config.target_modules = _default_targets(model, optional=bool(config.target_parameters))
+        return config
+
+    def for_file(self, sites: Sequence[Site]) -> LoraConfig:
+        """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
+        config = copy.deepcopy(self)
+        layers = [site for site in sites if site.is_layer]
+        config.fan_in_fan_out = bool(layers) and all(site.transposed for site in sites)
+        if len(layers) < len(sites):
+            config.target_parameters = [site.weight for site in sites if not site.is_layer]
+            config.target_modules = [site.name for site in layers]
+            if config.lora_dropout:
+                warnings.warn(
+                    f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "
+                    "set it in the loaded config to train further",
+                    stacklevel=4,
+                )
+                config.lora_dropout = 0.0
         return config
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:

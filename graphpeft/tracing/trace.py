@@ -99,10 +99,10 @@ def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.
     root.kept = dict(tracer.kept)
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
-    for path in _targets(graph, "call_module"):
-        _place(root, model, path, _sharing_copy(model.get_submodule(path)))
-    for path in _in_order(model, _targets(graph, "get_attr")):
-        if path in tracer.constants:
+    for kind, path in _in_order(model, graph):
+        if kind == "call_module":
+            _place(root, model, path, _sharing_copy(model.get_submodule(path)))
+        elif path in tracer.constants:
             setattr(root, path, tracer.constants[path])
         elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
@@ -112,14 +112,21 @@ def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.
     return root  # type: ignore[return-value]
 
 
-def _targets(graph: fx.Graph, op: str) -> list[str]:
-    return list(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == op))
+def _in_order(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
+    """Returns the kinds and paths of what a graph uses, in the order in which the model has them.
 
+    PEFT names and draws an adapter's tensors in that order, so a traced model must have it too.
+    """
+    modules = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    tensors = {path: index for index, (path, _) in enumerate(model.named_parameters(remove_duplicate=False))}
 
-def _in_order(model: nn.Module, paths: list[str]) -> list[str]:
-    """Sorts paths as the model has its tensors: PEFT names what it saves by the order of a module's parameters."""
-    places = {path: place for place, (path, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    return sorted(paths, key=lambda path: places.get(path, len(places)))
+    def place(used: tuple[str, str]) -> tuple[int, str, int]:
+        kind, path = used
+        module = path if kind == "call_module" or path in modules else path.rpartition(".")[0]
+        return modules[module], kind, tensors.get(path, len(tensors))
+
+    used = dict.fromkeys((n.op, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr"))
+    return sorted(used, key=place)
 
 
 def _output_head(model: nn.Module) -> str | None:

@@ -8,10 +8,11 @@ most one layer of each kind, and equal dresses share one class. Dressed modules 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -56,32 +57,42 @@ class Layer:
 
 
 class Dressed:
-    """The first base of every dressed class: knows the original class, and how to be copied and pickled."""
+    """The first base of every dressed class: how its instances are copied and pickled."""
 
-    _original_class: ClassVar[type]
-    _layers: ClassVar[tuple[Layer, ...]]
+    _graphpeft_original: ClassVar[type]
+    _graphpeft_layers: ClassVar[tuple[Layer, ...]]
 
-    def _state(self) -> dict[str, Any]:
-        # Python 3.10 has no object.__getstate__
-        get_state = getattr(self, "__getstate__", None)
-        return get_state() if get_state is not None else self.__dict__
+    def __init_subclass__(cls, **_: Any) -> None:
+        # a dressed class is no class of the user's: it must not enter registries that the original's hook keeps
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Builds an instance of the original class: an adapter belongs to one instance, not to its class."""
+        return cls._graphpeft_original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_dressed, (self._original_class, self._layers), self._state()
+        return _new_dressed, (self._graphpeft_original, self._graphpeft_layers), _state(self)
 
-    def __copy__(self) -> Dressed:
-        copied = self._new_empty()
-        copied.__setstate__(dict(self._state()))  # type: ignore[attr-defined]
+    def __copy__(self) -> Any:
+        copied = _new_for_copy(self)
+        copied.__setstate__(dict(_state(self)))
         return copied
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Dressed:
-        copied = self._new_empty()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = _new_for_copy(self)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self._state(), memo))  # type: ignore[attr-defined]
+        copied.__setstate__(copy.deepcopy(_state(self), memo))
         return copied
 
-    def _new_empty(self) -> Dressed:
-        return _new_dressed(self._original_class, tuple(layer.for_copy() for layer in self._layers))
+
+def _state(module: Any) -> dict[str, Any]:
+    # Python 3.10 has no object.__getstate__
+    get_state = getattr(module, "__getstate__", None)
+    return get_state() if get_state is not None else module.__dict__
+
+
+def _new_for_copy(module: Dressed) -> Any:
+    return _new_dressed(module._graphpeft_original, tuple(layer.for_copy() for layer in module._graphpeft_layers))
 
 
 def _new_dressed(original: type, layers: tuple[Layer, ...]) -> Any:
@@ -103,26 +114,42 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
             __module__=original.__module__,
             __qualname__=original.__qualname__,
             __doc__=original.__doc__,
-            _original_class=original,
-            _layers=layers,
+            _graphpeft_original=original,
+            _graphpeft_layers=layers,
         )
 
     return types.new_class(original.__name__, bases, exec_body=fill)
 
 
+class _Quiet:
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
+    """Returns a subclass of `cls` of the same name, of which `cls`'s ``__init_subclass__`` isn't told."""
+    namespace = namespace | {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return types.new_class(cls.__name__, (_Quiet, cls), exec_body=lambda empty: empty.update(namespace))
+
+
 def original_class(module: nn.Module) -> type:
     """Returns the class that `module` had before it was dressed."""
-    return getattr(type(module), "_original_class", type(module))
+    return vars(type(module)).get("_graphpeft_original", type(module))
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
-    """Returns the layers that `module` wears, the outermost first."""
-    return getattr(type(module), "_layers", ())
+    """Returns the layers that `module` wears, the outermost first.
 
-
-def layer_of(module: nn.Module, kind: str) -> Layer | None:
-    """Returns the layer of `kind` that `module` wears, or None."""
-    return next((layer for layer in layers_of(module) if layer.kind == kind), None)
+    Raises:
+        RuntimeError: If somebody else has exchanged the class of a dressed module since.
+    """
+    cls = type(module)
+    if "_graphpeft_layers" not in vars(cls) and hasattr(cls, "_graphpeft_layers"):
+        raise RuntimeError(
+            f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
+            "parametrizations do; take that off first, or do it before adapting"
+        )
+    return vars(cls).get("_graphpeft_layers", ())
 
 
 def put_on(module: nn.Module, layer: Layer) -> None:
@@ -135,6 +162,19 @@ def take_off(module: nn.Module, kind: str) -> None:
     """Undresses `module` of its layer of `kind`; without layers it has its original class again."""
     worn = tuple(layer for layer in layers_of(module) if layer.kind != kind)
     module.__class__ = dressed_class(original_class(module), worn) if worn else original_class(module)
+
+
+@contextlib.contextmanager
+def without(module: nn.Module, kind: str) -> Iterator[None]:
+    """Undresses `module` of its layer of `kind` for a while."""
+    worn = [layer for layer in layers_of(module) if layer.kind == kind]
+    if worn:
+        take_off(module, kind)
+    try:
+        yield
+    finally:
+        for layer in worn:
+            put_on(module, layer)
 
 
 def _place(layer: Layer) -> int:

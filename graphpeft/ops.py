@@ -59,14 +59,22 @@ def read_op(node: fx.Node, root: nn.Module) -> Linear | None:
     return reader(node) if reader is not None else None
 
 
-def uses_of(graph: fx.Graph, path: str) -> list[str]:
-    """Returns what `graph` does with the tensor at `path`, for a person to read, such as ``conv2d``."""
-    return [
-        getattr(user.target, "__name__", str(user.target))
-        for node in graph.nodes
-        if node.op == "get_attr" and node.target == path
-        for user in node.users
-    ]
+def other_uses(graph: fx.Graph, path: str, operations: list[Linear]) -> list[str]:
+    """Returns what `graph` does with the tensor at `path` beside these operations, for a person to read."""
+    known = {op.node for op in operations}
+    found: list[str] = []
+    waiting = [node for node in graph.nodes if node.op == "get_attr" and node.target == path]
+    while waiting:
+        for user in waiting.pop().users:
+            if _transposed(user) is not None:
+                waiting.append(user)
+            elif user not in known and not (user.target is getattr and user.args[1] in _ABOUT):
+                found.append(getattr(user.target, "__name__", str(user.target)))
+    return found
+
+
+_ABOUT = ("dtype", "device", "shape", "ndim")
+"""What code asks of a tensor without using its values."""
 
 
 def _module_linear(node: fx.Node, root: nn.Module) -> Linear | None:
@@ -142,7 +150,7 @@ def _read_einsum(node: fx.Node) -> Linear | None:
     x, weight = inputs.split(",")
     rows, out = result[:-1], result[-1:]
     # x is (rows, in), the result (rows, out), and the weight has these two last letters
-    if x[:-1] != rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
+    if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
         return None
     return _linear(node, operands[0], operands[1], None, transposed=weight == x[-1] + out)
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from graphpeft import ops
+from graphpeft import dataflow, ops
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
 from graphpeft.tracing.lift import lift
+from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
 
 
@@ -34,7 +36,7 @@ class Site(NamedTuple):
         attribute: The weight's name in its owner.
         shape: The weight's shape as it is stored.
         dtype: The weight's dtype.
-        transposed: Whether it is stored as (in, out).
+        transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
     """
 
@@ -100,27 +102,66 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
-        if (reason := _bypassed(self.modules, owner)) is not None:
-            return reason
+        readers = self._readers(owner, attribute)
+        for reader, is_called_too in readers.items():
+            if is_called_too:
+                name = type(self.modules[reader]).__name__
+                return f"{name}.forward reads its {attribute} beside calling it, and a branch would miss that"
         reasons = []
-        for region in self._regions(owner):
+        for region in list(readers) or self._regions(owner):
             template = self._template(region)
             if template is None:
                 reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}")
                 continue
             inside = owner[len(region) + 1 :] if region else owner
             relative = f"{inside}.{attribute}" if inside else attribute
-            nodes, transposed = _uses(template, self.modules[region]).get(relative, ((), False))
-            if nodes and weight.ndim == 2:
-                is_layer = attribute == "weight" and issubclass(stands_for(self.modules[owner]), _layer_classes())
-                shape = tuple(weight.shape)
-                return Site(region, nodes, ops.Linear, owner, attribute, shape, weight.dtype, transposed, is_layer)
-            others = ops.uses_of(template.graph, relative)
-            if nodes or others:
-                shapes = "×".join(map(str, weight.shape))
-                using = ", ".join(others) or "a linear operation"
-                return f"its {attribute} ({shapes}) is used in {using}, which no rule adapts"
+            found = _uses(template, self.modules[region]).get(relative)
+            if found is None:
+                continue
+            if found.others or weight.ndim != 2:
+                shape = "×".join(map(str, weight.shape))
+                using = ", ".join(found.others) or "a linear operation"
+                return f"its {attribute} ({shape}) is used in {using}, which no rule adapts"
+            if found.is_unused:
+                return f"no output depends on what is computed with its {attribute}"
+            self._warn_of_other_entries(region, owner, attribute)
+            cls = stands_for(self.modules[owner])
+            is_layer = attribute == "weight" and issubclass(cls, _layer_classes())
+            # of the layers, only Conv1D stores its weight as (in, out)
+            stored = not issubclass(cls, nn.Linear) if is_layer else found.transposed
+            shape = tuple(weight.shape)
+            return Site(region, found.nodes, ops.Linear, owner, attribute, shape, weight.dtype, stored, is_layer)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+
+    def _readers(self, owner: str, attribute: str) -> dict[str, bool]:
+        """Returns the modules around `owner` that read the weight themselves, and whether each calls `owner` as well."""
+        readers: dict[str, bool] = {}
+        inside = ""
+        path = owner
+        while path:
+            path, _, name = path.rpartition(".")
+            inside = f"{name}.{inside}" if inside else name
+            module = self.modules[path]
+            if isinstance(module, fx.GraphModule):
+                continue  # its graph tells
+            uses = uses_in_forward(type(module))
+            if f"{inside}.{attribute}" in uses.read and not _is_off(module):
+                readers[path] = inside in uses.called
+        return readers
+
+    def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
+        """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
+        if region != owner or isinstance(self.modules[region], fx.GraphModule):
+            return
+        cls = type(self.modules[region])
+        methods = uses_in_forward(cls).read.get(attribute, set())
+        public = sorted(name for name in methods if name != "forward" and not name.startswith("_"))
+        if public:
+            warnings.warn(
+                f"{cls.__name__}.{public[0]} uses {attribute}: the adapter acts where the forward calls it, and not "
+                "where it is called by itself",
+                stacklevel=2,
+            )
 
     def _regions(self, owner: str) -> Iterator[str]:
         """Yields the paths at which a weight of `owner` may be used, the likeliest first."""
@@ -151,14 +192,38 @@ class SiteFinder:
             return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
 
 
-def _uses(template: Template, module: nn.Module) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """Returns, by the path of each weight, the nodes that use it in an operation and whether it is transposed."""
-    uses = template.facts.get("uses")
+class _WeightUses(NamedTuple):
+    """What a graph does with one weight.
+
+    Attributes:
+        nodes: The names of the operations that use it.
+        transposed: Whether the first of them reads it as (in, out).
+        others: What else uses it.
+        is_unused: Whether no operation's result reaches an output.
+    """
+
+    nodes: tuple[str, ...]
+    transposed: bool
+    others: tuple[str, ...]
+    is_unused: bool
+
+
+def _uses(template: Template, module: nn.Module) -> dict[str, _WeightUses]:
+    """Returns what the graph does with each weight, by the weight's path in `module`."""
+    uses: dict[str, _WeightUses] | None = template.facts.get("uses")
     if uses is None:
-        uses = template.facts["uses"] = {}
-        for op in ops.find_ops(template.graph, module):
-            nodes, transposed = uses.get(op.weight, ((), op.transposed))
-            uses[op.weight] = ((*nodes, op.node.name), transposed)
+        uses = {}
+        alive = dataflow.reaching_output(template.graph)
+        found = ops.find_ops(template.graph, module)
+        paths = [op.weight for op in found]
+        paths += [str(node.target) for node in template.graph.nodes if node.op == "get_attr"]
+        for path in dict.fromkeys(paths):
+            own = [op for op in found if op.weight == path]
+            nodes = tuple(op.node.name for op in own)
+            others = tuple(ops.other_uses(template.graph, path, own))
+            is_unused = bool(own) and not any(op.node in alive for op in own)
+            uses[path] = _WeightUses(nodes, bool(own) and own[0].transposed, others, is_unused)
+        template.facts["uses"] = uses
     return uses
 
 
@@ -168,17 +233,9 @@ def _layer_classes() -> tuple[type, ...]:
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
 
 
-def _bypassed(modules: Mapping[str, nn.Module], owner: str) -> str | None:
-    """Returns the reason why a change of `owner`'s forward would have no effect, or None."""
-    parent = modules.get(owner.rpartition(".")[0]) if owner else None
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it, inside one fused function"
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            "the fast path of nn.TransformerEncoderLayer reads its weight without calling it; switch the fast path off "
-            "with torch.backends.mha.set_fastpath_enabled(False)"
-        )
-    return None
+def _is_off(module: nn.Module) -> bool:
+    """Tells whether the code of a module that reads weights without calling their modules is switched off."""
+    return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()
 
 
 class _ReachedError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +72,14 @@ def stand_in(name: str, adapter: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _layer(pairs: tuple[tuple[str, str], ...]) -> in_place.Layer:
-    namespace = {own: property(functools.partial(_read, other)) for own, other in pairs}
+    names = dict(pairs)
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        original: Any = in_place.original_class(module)
+        original.__setattr__(module, names.get(name, name), value)
+
+    namespace: dict[str, Any] = {own: property(functools.partial(_read, other)) for own, other in pairs}
+    namespace["__setattr__"] = assign
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs,)))
 
 

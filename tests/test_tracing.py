@@ -126,7 +126,7 @@ def test_a_number_that_leaves_the_graph_is_checked():
 
     traced = trace(module_of(forward), (X,))
     assert torch.equal(traced(X), module_of(forward)(X))
-    with pytest.raises(GuardError, match="was 5 for the example inputs and is 3 now"):
+    with pytest.raises(GuardError, match="was 5 when the graph was recorded and is 3 now"):
         traced(X[:, :3])
 
 
@@ -143,12 +143,16 @@ def test_equal_decisions_on_different_values_are_all_checked():
         traced(X, X[:, :3])
 
 
-def test_dtype_and_device_are_plain_values_and_checked():
+def test_dtype_and_device_follow_the_inputs():
     model = module_of(lambda self, x: x + torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None])
-    traced = trace(model, (X,))
-    assert torch.equal(traced(X[:, :2]), model(X[:, :2]))
-    with pytest.raises(GuardError, match=r"torch\.float32 .* is torch\.float64 now"):
-        traced(X.double())
+    laws.traced_is_the_model(lambda: model, (X,), (X.double(),))
+
+
+def test_a_decision_on_a_dtype_is_checked():
+    model = module_of(lambda self, x: x.float() if x.dtype == torch.float16 else x + torch.finfo(x.dtype).eps)
+    laws.traced_is_the_model(lambda: model, (X,), (X.double(),))
+    with pytest.raises(GuardError, match=r"x\.dtype == torch\.float16"):
+        trace(model, (X,))(X.half())
 
 
 def test_isinstance_len_and_iteration_are_answered_from_the_value():

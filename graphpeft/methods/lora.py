@@ -155,7 +155,7 @@ class LoraConfig(PeftConfig):
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear operation."""
-        return LoraBranch(site.is_layer, drops=self.lora_dropout > 0, casts=site.dtype != dtype)
+        return LoraBranch(site.is_layer and site.transposed, drops=self.lora_dropout > 0, casts=site.dtype != dtype)
 
 
 _UNSUPPORTED = (
@@ -186,16 +186,17 @@ _UNSUPPORTED = (
 class LoraBranch:
     """The branch of a linear operation.
 
-    Of a layer, A is (r, in) and B is (out, r), however the layer stores its weight. Of a plain parameter of shape
-    (m, n), A is (r, n) and B is (m, r), as in PEFT's `target_parameters`, however the parameter is used.
+    The weight is (m, n), A is (r, n) and B is (m, r), so that ΔW = (α / r) B A. A layer that stores its weight as (in,
+    out) has the shapes of its transpose, and so A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain
+    parameter they don't depend on how it is used, as in PEFT's `target_parameters`.
 
     Attributes:
-        of_layer: Whether the weight is that of a layer.
+        flipped: Whether A and B are those of the weight's transpose.
         drops: Whether the branch has dropout.
         casts: Whether the dtype of A and B differs from the weight's.
     """
 
-    of_layer: bool
+    flipped: bool
     drops: bool
     casts: bool
 
@@ -206,7 +207,7 @@ class LoraBranch:
     def parameters(self, site: Site, config: LoraConfig) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
         rank = _rank(site, config)
-        rows, columns = (site.out_features, site.in_features) if self.of_layer else site.shape
+        rows, columns = reversed(site.shape) if self.flipped else site.shape
         return {
             "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
             "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
@@ -248,15 +249,15 @@ class LoraBranch:
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
             h = F.dropout(h, lora_dropout, training)
-        # a parameter stored as (in, out) multiplies x as it is, and so do its factors
-        product = h @ lora_B @ lora_A if transposed and not self.of_layer else F.linear(F.linear(h, lora_A), lora_B)
+        # an operation that multiplies by the matrix as A and B have it multiplies by them in turn
+        product = h @ lora_B @ lora_A if transposed != self.flipped else F.linear(F.linear(h, lora_A), lora_B)
         result = y + product * lora_scaling
         return result.to(y.dtype) if self.casts else result
 
     def delta(self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_scaling: float) -> Tensor:
-        """Returns (α / r) B A, transposed if it is that of a layer whose weight is stored so."""
+        """Returns (α / r) B A, transposed where A and B are those of the transpose."""
         delta = lora_B @ lora_A * lora_scaling
-        return delta.T if site.transposed and self.of_layer else delta
+        return delta.T if self.flipped else delta
 
 
 def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:

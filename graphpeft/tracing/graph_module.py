@@ -39,7 +39,7 @@ class Template:
             "_graph": graph,
             "_code": code.src,
             "_lineno_map": code._lineno_map,
-            "_template": self,
+            "_graphpeft_template": self,
             "forward": _forward_from_src(code.src, code.globals),
         }
         recipe = (_layer_of, (self,))
@@ -86,14 +86,14 @@ def _layer_of(template: Template) -> in_place.Layer:
 class GraphForward(fx.GraphModule):
     """The interface of ``fx.GraphModule`` on a module that was not built as one."""
 
-    _template: ClassVar[Template]
+    _graphpeft_template: ClassVar[Template]
 
     @property
     def graph(self) -> fx.Graph:
         """The module's own graph. Call `recompile` after editing it."""
-        if self._template.shared:
-            wear_template(self, Template(copy_graph(self._template.graph), shared=False))
-        return self._template.graph
+        if self._graphpeft_template.shared:
+            wear_template(self, Template(copy_graph(self._graphpeft_template.graph), shared=False))
+        return self._graphpeft_template.graph
 
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
@@ -101,7 +101,7 @@ class GraphForward(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Compiles the forward from the graph again, after an edit."""
-        wear_template(self, Template(self._template.graph, shared=False))
+        wear_template(self, Template(self.graph, shared=False))
 
 
 def wear_template(module: nn.Module, template: Template) -> None:
@@ -111,7 +111,7 @@ def wear_template(module: nn.Module, template: Template) -> None:
 
 def template_of(module: nn.Module) -> Template | None:
     """Returns the template that `module` wears, or None for a module that runs its own code."""
-    return getattr(type(module), "_template", None)
+    return getattr(type(module), "_graphpeft_template", None)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

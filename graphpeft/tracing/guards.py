@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch.fx.node import has_side_effect
 
 from graphpeft.tracing.errors import GuardError
@@ -33,18 +34,39 @@ def expect(value: Any, expected: Any, decision: str) -> None:
         value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
     elif value is not expected and value != expected:
         raise GuardError(
-            f"{decision}: that was {expected!r} for the example inputs and is {value!r} now. "
-            "Trace the model again with example_inputs like this call's."
+            f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. Trace or "
+            "adapt the model again, with example_inputs like this call's."
         )
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def kind(value: Any) -> str:
+    """Returns what sort of object `value` is, as far as code may ask for it by ``isinstance``."""
+    if isinstance(value, fx.Proxy):
+        return value.tracer.create_proxy("call_function", kind, (value,), {})  # type: ignore[return-value]
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def is_machinery(file: str) -> bool:
+    """Tells whether `file` is a part of the tracer or of what it is built on."""
+    return file.startswith(_MACHINERY)
 
 
 def deciding_line() -> str:
     """Returns the line of model code that is being run, as ```code` (file:line)``."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+    while frame.f_back is not None and is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
     file, line = frame.f_code.co_filename, frame.f_lineno
     return f"`{linecache.getline(file, line).strip()}` ({os.path.basename(file)}:{line})"
 
 
-_MACHINERY = (os.path.dirname(__file__), os.path.dirname(fx.__file__), torch.overrides.__file__)
+_MACHINERY = (
+    os.path.dirname(__file__),
+    os.path.dirname(fx.__file__),
+    torch.overrides.__file__,
+    os.path.dirname(pytree.__file__),
+)

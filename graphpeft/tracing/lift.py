@@ -8,14 +8,16 @@ same plain attributes, the same tensors present) would be traced into the same g
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import nn
 
+from graphpeft import in_place
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
@@ -24,13 +26,27 @@ from graphpeft.tracing.tracer import SIMPLE, ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]
 
-_TEMPLATES: weakref.WeakKeyDictionary[type, list[tuple[Facts, Template]]] = weakref.WeakKeyDictionary()
+
+class Lifted(NamedTuple):
+    """A template with what it depends on: the function that was recorded, and facts about the instance."""
+
+    forward: Callable[..., Any]
+    facts: Facts
+    template: Template
+
+
+_LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
 _MACHINERY = frozenset(dir(nn.Module()))
 """What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
+
+_INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - _MACHINERY
+"""What ``fx.GraphModule`` adds to a module."""
 
 
 def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Template:
     """Returns the template of `module`'s own forward; `module` itself stays as it is.
+
+    Numbers and flags that the forward reads from `module` stay inputs of the graph, as its tensors do.
 
     Args:
         module: Any module. One that wears a template, or is an ``fx.GraphModule``, has its graph already.
@@ -44,31 +60,41 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
         return worn
     if isinstance(module, fx.GraphModule):
         return Template(copy_graph(module.graph), shared=False)
+    _refuse_what_a_graph_cannot_replace(module)
+    with in_place.without(module, "tensors"):
+        known = _LIFTED.setdefault(type(module), [])
+        for lifted in known:
+            if lifted.forward is type(module).forward and all(_observe(module, n) == seen for n, seen in lifted.facts):
+                return lifted.template
+        template, facts = _record(module, example_inputs)
+        if facts is not None:
+            known.append(Lifted(type(module).forward, facts, template))
+        return template
+
+
+def _refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise TraceError(
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
             "adapt the model before hooks replace its forwards"
         )
-    known = _TEMPLATES.setdefault(type(module), [])
-    for facts, template in known:
-        if all(_observe(module, name) == seen for name, seen in facts):
-            return template
-    template, facts = _record(module, example_inputs)
-    if facts is not None:
-        known.append((facts, template))
-    return template
+    taken = sorted(name for name in _INTERFACE if hasattr(module, name))
+    if taken:
+        raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
 
 
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
-    with _noting_reads(module) as reads:
-        graph = tracer.trace_module(module, *split_inputs(example_inputs))
+    with _noting_reads(module, tracer) as reads:
+        graph = tracer.trace_module(module, module.forward, *split_inputs(example_inputs))
     _refuse_decisions_on_training(graph)
     for name, value in tracer.constants.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
+    template = Template(graph, shared=True)
+    if tracer.specialised or example_inputs is not None or module._modules or _reads_its_dict(type(module).forward):
+        return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(reads))
-    shareable = not tracer.specialised and example_inputs is None and all(seen is not _UNKNOWN for _, seen in facts)
-    return Template(graph, shared=True), facts if shareable else None
+    return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
 def _refuse_decisions_on_training(graph: fx.Graph) -> None:
@@ -81,21 +107,29 @@ def _refuse_decisions_on_training(graph: fx.Graph) -> None:
 
 
 @contextlib.contextmanager
-def _noting_reads(module: nn.Module) -> Iterator[set[str]]:
-    """Notes the names of the attributes that are read from `module`."""
+def _noting_reads(module: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
+    """Notes the names of the attributes that are read from `module`, and gives proxies for numbers."""
     reads: set[str] = set()
     cls = type(module)
 
     def note(self: nn.Module, name: str) -> Any:
-        if self is module and name not in _MACHINERY and not name.startswith("__"):
-            reads.add(name)
-        return cls.__getattribute__(self, name)
+        value = cls.__getattribute__(self, name)
+        if self is not module or name in _MACHINERY or name.startswith("__"):
+            return value
+        reads.add(name)
+        is_number = type(value) in (bool, int, float) and name in module.__dict__
+        return tracer.attribute(name) if is_number and tracer.is_recording else value
 
-    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": note, "__module__": cls.__module__})
+    module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": note})
     try:
         yield reads
     finally:
         module.__class__ = cls
+
+
+def _reads_its_dict(forward: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is None or not {"__dict__", "vars"}.isdisjoint(code.co_names)
 
 
 _UNKNOWN = object()
@@ -107,12 +141,14 @@ def _observe(module: nn.Module, name: str) -> Any:
     for kind in ("_parameters", "_buffers"):
         tensors = module.__dict__[kind]
         if name in tensors:
-            return kind if tensors[name] is not None else None
-    if name in module.__dict__["_modules"]:
-        return "module", type(module.__dict__["_modules"][name])
-    if name not in module.__dict__:
-        return "of the class"
-    return _observe_value(module.__dict__[name])
+            if tensors[name] is None:
+                return None
+            # the first name of a tensor that has several
+            return next((kind, other) for other, tensor in tensors.items() if tensor is tensors[name])
+    if name in module.__dict__:
+        return _observe_value(module.__dict__[name])
+    static = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
+    return static if callable(static) or isinstance(static, property) else _observe_value(static)
 
 
 def _observe_value(value: Any) -> Any:

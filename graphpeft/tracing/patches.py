@@ -1,8 +1,8 @@
 """What is exchanged in PyTorch and in the model while a trace runs, and put back after it.
 
 Functions that make tensors from numbers don't ask their arguments' ``__torch_function__`` and must make new ones in
-each run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace these
-go through the tracer.
+each run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace
+these go through the tracer.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ import builtins
 import contextlib
 import copy
 import functools
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-import torch.fx as fx
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from graphpeft.tracing import masks
+from graphpeft.tracing import guards, masks
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.proxy import ValueProxy
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
 
 _FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range",
-    "tensor", "tril_indices", "triu_indices", "zeros",
+    "as_tensor", "asarray", "from_numpy", "normal", "tensor", "tril_indices", "triu_indices", "zeros",
 )  # fmt: skip
 """Functions of `torch` that make tensors from numbers."""
+
+_DTYPE_FACTS = ("finfo", "iinfo")
+"""Functions of `torch` that tell about dtypes."""
 
 
 @contextlib.contextmanager
@@ -38,17 +44,50 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged(root))
-        for name in _FACTORIES:
+        makers = [getattr(torch, name) for name in _FACTORIES]
+        stack.enter_context(_RecordsMakers(tracer, makers))
+        for name in (*_FACTORIES, *_DTYPE_FACTS):
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
-        stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer)))
+        stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refused_autocast(tracer)))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
         yield
+
+
+class _RecordsMakers(TorchFunctionMode):
+    """Records functions that make tensors when they are called by another name than that in `torch`."""
+
+    def __init__(self, tracer: ValueTracer, makers: list[Callable[..., Any]]) -> None:
+        super().__init__()
+        self._tracer, self._makers = tracer, makers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._makers and not self._tracer.is_running:
+            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_random_python_numbers() -> Iterator[None]:
+    """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
+    before = _python_random_states()
+    yield
+    if _python_random_states() != before:
+        raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
+
+
+def _python_random_states() -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    states: list[Any] = [random.getstate()]
+    if numpy is not None:
+        name, keys, position, *_ = numpy.random.get_state()
+        states.append((name, keys.tobytes(), position))
+    return states
 
 
 def _recorded(
@@ -72,7 +111,19 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     def isinstance(instance: Any, classes: Any) -> bool:
         if ask(instance, classes):
             return True
-        return ask(instance, fx.Proxy) and VALUE in instance.node.meta and ask(instance.node.meta[VALUE], classes)
+        if not ask(instance, ValueProxy) or instance.tracer.is_running:
+            return False
+        if VALUE in instance.node.meta:
+            answer = ask(instance.node.meta[VALUE], classes)
+            if instance.node.op == "placeholder":
+                kind = guards.kind(instance.node.meta[VALUE])
+                instance.tracer.decide(
+                    instance.tracer.create_proxy("call_function", guards.kind, (instance,), {}), kind
+                )
+            return answer
+        if guards.is_machinery(sys._getframe(1).f_code.co_filename):
+            return False
+        raise instance.tracer.undecided()
 
     return isinstance
 
@@ -92,11 +143,12 @@ def _training(tracer: ValueTracer, root: nn.Module) -> property:
     return property(get, put)
 
 
-def _refused_assignment(tracer: ValueTracer) -> Callable[..., None]:
+def _refused_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., None]:
     assign = nn.Module.__setattr__
+    modules = set(root.modules())
 
     def refuse(module: nn.Module, name: str, value: Any) -> None:
-        if not tracer.is_running:
+        if not tracer.is_running and module in modules:
             raise TraceError(f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold")
         assign(module, name, value)
 
@@ -129,7 +181,14 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(value, copy.copy(value)) for value in module.__dict__.values() if isinstance(value, dict | list | set)]
+    found: list[tuple[Any, Any]] = []
+    waiting = list(module.__dict__.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | set) and not any(value is known for known, _ in found):
+            found.append((value, copy.copy(value)))
+            waiting += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -7,6 +7,7 @@ leaves the model alone); all other code is inlined into calls of functions and m
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch.fx as fx
@@ -63,7 +64,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     """
     args, kwargs = split_inputs(example_inputs)
     tracer = ValueTracer(keeps_whole=is_layer)
-    graph = tracer.trace_module(model, args, kwargs)
+    # as a call does, with the model's own hooks
+    graph = tracer.trace_module(model, functools.partial(nn.Module._call_impl, model), args, kwargs)
     return _graph_module(model, graph, tracer)
 
 
@@ -90,6 +92,8 @@ def is_layer(module: nn.Module) -> bool:
     """Tells whether `module` is a layer of ``torch.nn``: code that is best kept as one call."""
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
         return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
     return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
 
 
@@ -101,7 +105,7 @@ def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.
     root.output_head = _output_head(model)
     for kind, path in _in_order(model, graph):
         if kind == "call_module":
-            _place(root, model, path, _sharing_copy(model.get_submodule(path)))
+            _place(root, model, path, _sharing_copy(model, path))
         elif path in tracer.constants:
             setattr(root, path, tracer.constants[path])
         elif path.rpartition(".")[2] == "training":
@@ -159,12 +163,12 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str) -> None:
     elif name in original._buffers:
         owner.register_buffer(name, original._buffers[name], name not in original._non_persistent_buffers_set)
     elif name in original._modules:
-        owner._modules[name] = _sharing_copy(original.get_submodule(name))
+        owner._modules[name] = _sharing_copy(model, path)
     else:
         setattr(owner, name, getattr(original, name))
 
 
-def _sharing_copy(module: nn.Module) -> nn.Module:
-    """Copies modules but not tensors, so that what is added to the copy isn't added to the original."""
-    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
+def _sharing_copy(model: nn.Module, path: str) -> nn.Module:
+    """Copies a module but not the tensors, so that what is added to the copy isn't added to the original."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model.get_submodule(path), shared)

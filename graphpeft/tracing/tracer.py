@@ -9,8 +9,11 @@ it as one call of the graph, and `ValueTracer.kept` says why.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
+import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -25,10 +28,16 @@ from torch.fx.node import map_arg
 from graphpeft.tracing import guards, patches
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import ValueProxy
+from graphpeft.tracing.proxy import ValueProxy, writes
 
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types of which a value can stand in generated code."""
+
+
+_ONE_TRACE_AT_A_TIME = threading.RLock()
+
+_READS = (getattr, operator.getitem)
+"""Functions that take a value out of another one, which may be None."""
 
 
 class ValueTracer(fx.Tracer):
@@ -53,17 +62,21 @@ class ValueTracer(fx.Tracer):
         self.specialised = False
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
+        self._thread: int | None = None
         self._has_values = False
         self._decided: set[tuple[Any, str]] = set()
         self._attributes: dict[str, fx.Proxy] = {}
 
     # the trace
 
-    def trace_module(self, root: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any]) -> fx.Graph:
-        """Records `root`'s forward, leaving `root` as it is.
+    def trace_module(
+        self, root: nn.Module, entry: Callable[..., Any], args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    ) -> fx.Graph:
+        """Records a call of `root`, leaving `root` as it is.
 
         Args:
             root: The module.
+            entry: What is called: its forward, or what runs its hooks as well.
             args: Example positional arguments, or None to trace without example values.
             kwargs: Example keyword arguments.
 
@@ -73,22 +86,28 @@ class ValueTracer(fx.Tracer):
         """
         self._has_values = args is not None
         self._call = (args or (), kwargs)
+        self._entry = entry
         self._names = {id(tensor): name for name, tensor in _named_tensors(root)}
-        try:
-            with patches.recording(self, root), torch.enable_grad():
-                return self.trace(root)
-        except TraceError:
-            raise
-        except Exception as error:
-            if not self._has_values:
-                raise self.undecided(error) from error
-            raise
+        with _ONE_TRACE_AT_A_TIME:
+            self._thread = threading.get_ident()
+            try:
+                with patches.recording(self, root), torch.enable_grad(), patches.no_random_python_numbers():
+                    return self.trace(root)
+            except TraceError:
+                raise
+            except Exception as error:
+                if not self._has_values:
+                    raise self.undecided(error) from error
+                raise
+            finally:
+                self._thread = None
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Makes a placeholder for each argument, named, ordered and defaulted as in the forward's signature."""
         args, kwargs = self._call
+        absent = None  # a default for extra arguments, which come after others with one
         signature = inspect.signature(self.root.forward)
         bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
         positional: list[Any] = []
@@ -96,10 +115,10 @@ class ValueTracer(fx.Tracer):
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_POSITIONAL:
                 given = bound.get(name, ())
-                positional += [self._argument(f"{name}_{i}", parameter.empty, v) for i, v in enumerate(given)]
+                positional += [self._argument(f"{name}_{i}", absent, v) for i, v in enumerate(given)]
             elif parameter.kind is parameter.VAR_KEYWORD:
                 given = bound.get(name, {})
-                keywords |= {key: self._argument(key, parameter.empty, value) for key, value in given.items()}
+                keywords |= {key: self._argument(key, absent, value) for key, value in given.items()}
             else:
                 value = self._argument(name, parameter.default, bound.get(name, parameter.default))
                 # the forward is called as the example calls it, since decorators look at what they are given
@@ -107,10 +126,9 @@ class ValueTracer(fx.Tracer):
                     keywords[name] = value
                 elif name in bound or (not self._has_values and parameter.default is parameter.empty):
                     positional.append(value)
-        forward = self.root.forward
 
         def call() -> Any:
-            return forward(*positional, **keywords)
+            return self._entry(*positional, **keywords)
 
         return call, []
 
@@ -123,9 +141,6 @@ class ValueTracer(fx.Tracer):
             return placeholder
         if isinstance(example, type(None) | bool | str):
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
-            self.decide(placeholder, example, f"the argument {name!r}")
-            return example
-        if not self._has_values and defaults:
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         placeholder.node.meta[VALUE] = pytree.tree_map_only(torch.Tensor, self._fake, example)
@@ -141,20 +156,30 @@ class ValueTracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> Any:
         """Records one call, unless it runs in a context that a graph can't hold."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self.is_running:
             raise TraceError(f"{guards.deciding_line()} runs under torch.no_grad(), which a graph can't hold")
         return super().create_node(kind, target, args, kwargs, name, type_expr)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        """Records one call and runs it on the example values."""
+        """Records one call and runs it on the example values; a result of None or a string is a plain value."""
+        if self._thread is None:
+            raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if kind not in ("placeholder", "output"):
-            self._evaluate(proxy.node)
+        if kind in ("placeholder", "output"):
+            return proxy
+        self._evaluate(proxy.node)
+        if writes(target) and proxy.node.all_input_nodes:
+            written = proxy.node.all_input_nodes[0]
+            self._decided = {key for key in self._decided if key[0] is not written}
+        value = proxy.node.meta.get(VALUE, proxy)
+        if (value is None or isinstance(value, str)) and (target in _READS or kind == "call_module"):
+            self.decide(proxy, value)
+            return value
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Gives a proxy for a parameter or buffer that a forward reads."""
-        if self._running or not isinstance(attr_val, torch.Tensor):
+        if self.is_running or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._names.get(id(attr_val))
         return attr_val if name is None else self.attribute(name)
@@ -167,14 +192,16 @@ class ValueTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Records the call of a submodule: its own calls if it can be inlined, else one call of it."""
-        if self._running:
+        # a module that the model doesn't have was made by the forward itself, such as a loss
+        if self.is_running or self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.keeps_whole(m):
             return self.create_proxy("call_module", path, args, kwargs)
         before = next(iter(reversed(self.graph.nodes)))
         try:
-            return forward(*args, **kwargs)
+            with patches.no_random_python_numbers():
+                return forward(*args, **kwargs)
         except Exception as error:
             if not self._has_values:
                 raise
@@ -200,9 +227,10 @@ class ValueTracer(fx.Tracer):
             return self.attribute(self.path_of_module(a)).node
         if is_dataclass(a) and not isinstance(a, type):
             values = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
+            defaults = {field.name for field in fields(a) if field.default is None}
             # a dataclass that holds nothing traced is an object of the user's, such as a config: keep its identity
             if any(_holds_proxy(value) for value in values.values()):
-                values = {name: value for name, value in values.items() if value is not None}
+                values = {name: v for name, v in values.items() if v is not None or name not in defaults}
                 return self.create_proxy("call_function", type(a), (), values).node
             return self._constant(a)
         try:
@@ -237,8 +265,13 @@ class ValueTracer(fx.Tracer):
 
     @property
     def is_running(self) -> bool:
-        """Whether code runs on example values just now, so that nothing is recorded."""
-        return self._running
+        """Whether nothing is recorded just now: code runs on example values, or in another thread."""
+        return self._running or self._thread != threading.get_ident()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a trace goes on in this thread, and what is called now is recorded."""
+        return self._thread is not None and not self.is_running
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._mode.from_tensor(tensor)
@@ -253,9 +286,17 @@ class ValueTracer(fx.Tracer):
             except fake_tensor.UnsupportedFakeTensorException as error:
                 raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
             except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
-                # what a module that stays a call returns need not be known, as long as nothing is decided on it
                 if node.op != "call_module":
                     raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
+                node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+
+    def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
+        module = copy.deepcopy(self.root.get_submodule(path))
+        with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
+            value = module(*ones[0], **ones[1])
+        return pytree.tree_map_only(torch.Tensor, self._fake, value)
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
@@ -283,15 +324,13 @@ class ValueTracer(fx.Tracer):
         self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
 
-    def undecided(self, error: Exception | None = None) -> TraceError:
+    def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
         line = guards.deciding_line()
-        if self._has_values:
-            return TraceError(f"{line} decides on a value that a module kept as a call returned, which isn't known")
         because = f" ({error})" if error is not None else ""
         return NeedsInputsError(
-            f"{type(self.root).__name__}'s forward decides on its inputs at {line}{because}; pass example_inputs: a tuple "
-            "of positional arguments or a dict of keyword arguments of the model"
+            f"{type(self.root).__name__}'s forward decides on its inputs at {line}{because}; pass example_inputs: a "
+            "tuple of positional arguments or a dict of keyword arguments of the model"
         )
 
 

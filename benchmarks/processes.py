@@ -1,0 +1,60 @@
+"""What only a fresh process can show: importing, and adapting the first model."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from timing import Ratio, Row, Sampler, Target, measure
+
+_HERE = Path(__file__).parent
+
+_IMPORT = """
+import time
+start = time.perf_counter()
+import {package}
+print(time.perf_counter() - start)
+"""
+
+_FIRST_MODEL = """
+import torch
+from models import adapt, nest
+from timing import clock
+torch.set_num_threads(1)
+model = nest(layers=25)
+start = clock()
+adapt(model, {library!r})
+print(clock() - start)
+"""
+
+
+def import_time(rounds: int) -> list[Row]:
+    """Imports each library, and torch alone, in processes of their own; starting Python isn't counted."""
+    packages = {"torch": "torch", "PEFT": "peft", "graphpeft": "graphpeft"}
+    candidates = {name: in_process(_IMPORT.format(package=package)) for name, package in packages.items()}
+    torch, peft, ours = measure("import", candidates, rounds).values()
+    medians = [statistics.median(seconds) for seconds in (torch, peft, ours)]
+    return [Row("import (base: torch alone)", *medians, "PEFT", Ratio.of(ours, peft), Target.at_most(0.35))]
+
+
+def first_model(rounds: int) -> list[Row]:
+    """Adapts one model of 175 targets in a process that has adapted nothing before."""
+    candidates = {library: in_process(_FIRST_MODEL.format(library=library)) for library in ("PEFT", "graphpeft")}
+    peft, ours = measure("first model", candidates, rounds).values()
+    medians = statistics.median(peft), statistics.median(ours)
+    return [Row("get_peft_model, 175 targets, the first in a process", None, *medians, "PEFT", Ratio.of(ours, peft))]
+
+
+def in_process(code: str) -> Sampler:
+    """Runs `code` in a fresh process, which prints the seconds."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_HERE), *filter(None, [os.getenv("PYTHONPATH")])])}
+
+    def sample() -> float:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    return sample

@@ -1,0 +1,88 @@
+"""Compares graphpeft's speed with PEFT's, both in one process, and prints a table.
+
+python benchmarks/run.py                       everything
+python benchmarks/run.py import forward        some of it
+python benchmarks/run.py injection --rounds 3  faster and noisier
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
+
+import peft
+import torch
+import transformers
+from injection import injection_time
+from llama import forward_time, training_time
+from processes import first_model, import_time
+from timing import Row, table
+
+BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
+    "import": (import_time, 10),
+    "first": (first_model, 5),
+    "injection": (injection_time, 10),
+    "forward": (forward_time, 200),
+    "training": (training_time, 100),
+}
+"""The benchmarks by name, each with the number of rounds that gives steady medians."""
+
+
+def main() -> None:
+    """Runs the chosen benchmarks and prints their rows."""
+    options = parse()
+    random.seed(0)
+    torch.set_num_threads(options.threads)
+    print(machine())
+    start = time.perf_counter()
+    rows = []
+    for name in BENCHMARKS if "all" in options.names else options.names:
+        benchmark, rounds = BENCHMARKS[name]
+        rows += benchmark(options.rounds or rounds)
+    print(f"\n{table(rows)}\n\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
+
+
+NOTES = """\
+Times are medians: wall time for import, processor time for the rest (wall time too with --threads above 1). A ratio is the
+median, over the rounds, of graphpeft's time by the other's in the same round, ± half of its 95 % confidence interval; "?"
+marks a verdict whose limit lies inside that interval. Garbage is collected before every round and every adaptation, and
+its collector stays on. Only "the first in a process" has to trace and compile; the other adaptations find the graph of
+nn.Linear in graphpeft's cache."""
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Compares graphpeft's speed with PEFT's.")
+    names = [*BENCHMARKS, "all"]
+    parser.add_argument("names", nargs="*", choices=names, default="all", metavar="NAME", help=" | ".join(names))
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (default: as steady medians need)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """Describes where the numbers come from."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, peft))
+    return (
+        f"{processor()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()}; "
+        f"Python {platform.python_version()}, {versions}; {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def processor() -> str:
+    """Returns the processor's name as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+if __name__ == "__main__":
+    main()

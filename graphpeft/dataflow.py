@@ -1,0 +1,34 @@
+"""The dataflow of a graph as a networkx graph: what reaches what, and what shares an input."""
+
+from __future__ import annotations
+
+import networkx as nx
+import torch.fx as fx
+
+from graphpeft.tracing.proxy import writes
+
+
+def as_digraph(graph: fx.Graph) -> nx.DiGraph:
+    """Returns the nodes of `graph` with an edge from each value to each node that uses it."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    return flow
+
+
+def reaching_output(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the nodes whose values reach the output, or a call that changes something in place."""
+    flow = as_digraph(graph)
+    ends = [
+        node for node in graph.nodes if node.op == "output" or (node.op.startswith("call_") and writes(node.target))
+    ]
+    return set(ends).union(*(nx.ancestors(flow, end) for end in ends))
+
+
+def sharing_input(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Groups nodes by their first input, such as the projections of an attention that read the same tokens."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node.all_input_nodes:
+            groups.setdefault(node.all_input_nodes[0], []).append(node)
+    return groups

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import statistics
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -149,11 +149,12 @@ def _check_training(models: dict[str, Any], tokens: torch.Tensor, dropout: float
 
 
 def _row(what: str, samples: Samples, ours: str, other: str, target: Target | None) -> Row:
-    base = "base copied" if other == "base copied" else "base"
-    medians = [statistics.median(samples[name]) for name in (base, f"PEFT {ours}", f"graphpeft {ours}")]
-    return Row(what, *medians, other.split()[0], Ratio.of(samples[f"graphpeft {ours}"], samples[other]), target)
+    base = median(samples["base copied" if other == "base copied" else "base"])
+    peft, graphpeft = samples[f"PEFT {ours}"], samples[f"graphpeft {ours}"]
+    ratio = Ratio.of(graphpeft, samples[other])
+    return Row(what, base, median(peft), median(graphpeft), other.split()[0], ratio, target)
 
 
 def _noise(what: str, samples: Samples) -> Row:
     ratio = Ratio.of(samples["base copied"], samples["base"])
-    return Row(what, statistics.median(samples["base"]), None, None, "base", ratio)
+    return Row(what, median(samples["base"]), None, None, "base", ratio)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 from timing import Ratio, Row, Sampler, Target, measure
 
@@ -36,16 +36,16 @@ def import_time(rounds: int) -> list[Row]:
     packages = {"torch": "torch", "PEFT": "peft", "graphpeft": "graphpeft"}
     candidates = {name: in_process(_IMPORT.format(package=package)) for name, package in packages.items()}
     torch, peft, ours = measure("import", candidates, rounds).values()
-    medians = [statistics.median(seconds) for seconds in (torch, peft, ours)]
-    return [Row("import (base: torch alone)", *medians, "PEFT", Ratio.of(ours, peft), Target.at_most(0.35))]
+    times = median(torch), median(peft), median(ours)
+    return [Row("import (base: torch alone)", *times, "PEFT", Ratio.of(ours, peft), Target.at_most(0.35))]
 
 
 def first_model(rounds: int) -> list[Row]:
     """Adapts one model of 175 targets in a process that has adapted nothing before."""
     candidates = {library: in_process(_FIRST_MODEL.format(library=library)) for library in ("PEFT", "graphpeft")}
     peft, ours = measure("first model", candidates, rounds).values()
-    medians = statistics.median(peft), statistics.median(ours)
-    return [Row("get_peft_model, 175 targets, the first in a process", None, *medians, "PEFT", Ratio.of(ours, peft))]
+    what = "get_peft_model, 175 targets, the first in a process"
+    return [Row(what, None, median(peft), median(ours), "PEFT", Ratio.of(ours, peft))]
 
 
 def in_process(code: str) -> Sampler:

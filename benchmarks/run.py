@@ -50,11 +50,11 @@ def main() -> None:
 
 
 NOTES = """\
-Times are medians: wall time for import, processor time for the rest (wall time too with --threads above 1). A ratio is the
-median, over the rounds, of graphpeft's time by the other's in the same round, ± half of its 95 % confidence interval; "?"
-marks a verdict whose limit lies inside that interval. Garbage is collected before every round and every adaptation, and
-its collector stays on. Only "the first in a process" has to trace and compile; the other adaptations find the graph of
-nn.Linear in graphpeft's cache."""
+Times are medians: wall time for import, processor time for the rest (wall time too with --threads above 1). A ratio is
+the median, over the rounds, of graphpeft's time by the other's in the same round, ± half of its 95 % confidence
+interval; "?" marks a verdict whose limit lies inside that interval. Garbage is collected before every round and every
+adaptation, and its collector stays on. Only "the first in a process" has to trace and compile; the other adaptations
+find the graph of nn.Linear in graphpeft's cache."""
 
 
 def parse() -> argparse.Namespace:

@@ -134,7 +134,7 @@ class SiteFinder:
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
 
     def _readers(self, owner: str, attribute: str) -> dict[str, bool]:
-        """Returns the modules around `owner` that read the weight themselves, and whether each calls `owner` as well."""
+        """Returns the modules around `owner` that read the weight, and whether each of them calls `owner` as well."""
         readers: dict[str, bool] = {}
         inside = ""
         path = owner

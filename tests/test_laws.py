@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CONFIGS, Case, cases
 
@@ -13,7 +13,6 @@ from graphpeft.config import registered
 
 METHODS = list(registered())
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
-thorough = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def test_every_registered_method_is_tested():
@@ -21,7 +20,6 @@ def test_every_registered_method_is_tested():
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_a_fresh_adapter_changes_no_output(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=True))
@@ -29,7 +27,6 @@ def test_a_fresh_adapter_changes_no_output(method, data, case: Case):
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_exactly_the_adapter_is_trained(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
@@ -37,15 +34,14 @@ def test_exactly_the_adapter_is_trained(method, data, case: Case):
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_adapted_is_base_with_delta_and_unload_restores(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
     laws.adapted_is_base_with_delta(case.build, config, case.inputs)
 
 
+@pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_saved_is_loaded(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
@@ -53,21 +49,18 @@ def test_saved_is_loaded(method, data, case: Case):
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_dry_runs_and_failures_change_nothing(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
     laws.dry_runs_change_nothing(case.build, config, case.inputs)
 
 
-@thorough
 @given(case=cases())
 def test_a_traced_model_is_the_model(case: Case):
     laws.traced_is_the_model(case.build, case.inputs, *case.others)
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_copies_stay_adapted(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
@@ -75,7 +68,6 @@ def test_copies_stay_adapted(method, data, case: Case):
 
 
 @every_method
-@thorough
 @given(data=st.data(), case=cases())
 def test_a_traced_model_is_adapted_as_the_model_is(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))

@@ -7,11 +7,14 @@ a module gets a graph of its own only when somebody asks for `GraphModule.graph`
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
+import torch
 import torch.fx as fx
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx.graph_module import _forward_from_src
 
 from graphpeft import in_place
@@ -74,9 +77,28 @@ class Template:
     def __reduce__(self) -> tuple[Any, ...]:
         graph = copy_graph(self.graph)
         for node in graph.nodes:
-            # example values are fake tensors, which can't be pickled
+            # neither example values, which are fake tensors, nor operators can be pickled
             node.meta.pop(VALUE, None)
-        return Template, (graph, self.shared)
+            if isinstance(node.target, OpOverload):
+                node.target = _NamedOperator(str(node.target))
+        return _unpickled, (graph, self.shared)
+
+
+class _NamedOperator:
+    """Stands for an operator of ``torch.ops`` in a pickle."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.__name__ = name
+
+    def __call__(self) -> Any:
+        return functools.reduce(getattr, self.name.split("."), torch.ops)
+
+
+def _unpickled(graph: fx.Graph, shared: bool) -> Template:
+    for node in graph.nodes:
+        if isinstance(node.target, _NamedOperator):
+            node.target = node.target()
+    return Template(graph, shared)
 
 
 def _layer_of(template: Template) -> in_place.Layer:

@@ -113,10 +113,11 @@ def _noting_reads(module: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
     cls = type(module)
 
     def note(self: nn.Module, name: str) -> Any:
-        value = cls.__getattribute__(self, name)
         if self is not module or name in _MACHINERY or name.startswith("__"):
-            return value
+            return cls.__getattribute__(self, name)
+        # before the attribute is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
         reads.add(name)
+        value = cls.__getattribute__(self, name)
         is_number = type(value) in (bool, int, float) and name in module.__dict__
         return tracer.attribute(name) if is_number and tracer.is_recording else value
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.config import PeftConfig
-from graphpeft.plan import AdaptedSite, AdaptError, Plan
+from graphpeft.plan import AdaptedSite, AdaptError, Plan, join
 from graphpeft.report import Report
 from graphpeft.tracing.graph_module import Template, template_of, wear_template
 
@@ -78,7 +78,7 @@ class Adapters:
         """Returns the adapters of a model that has none yet."""
         return cls(
             frozenset(
-                f"{path}.{name}" if path else name
+                join(path, name)
                 for path, module in modules.items()
                 for name, parameter in module._parameters.items()
                 if parameter is not None and parameter.requires_grad
@@ -88,7 +88,7 @@ class Adapters:
     def owned(self) -> frozenset[str]:
         """Returns the paths of all tensors of adapters."""
         return frozenset(
-            f"{path}.{name}" if path else name
+            join(path, name)
             for adapter, content in self.by_name.items()
             for path, name in content.tensor_names(adapter)
         )
@@ -268,24 +268,56 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     """Takes an adapter and its tensors off the model."""
     activate(modules, adapters, [other for other in adapters.active if other != name])
     adapter = adapters.by_name.pop(name)
+    # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
+    present = {path: modules[path] for path, _ in adapter.tensor_names(name) if path in modules}
     for path, attribute in adapter.tensor_names(name):
-        delattr(modules[path], attribute)
+        if path in present and hasattr(present[path], attribute):
+            delattr(present[path], attribute)
     for adapted in adapter.sites:
         for constant in adapted.constants:
-            del modules[adapted.site.owner].__dict__[adapted.names[constant]]
+            if adapted.site.owner in present:
+                present[adapted.site.owner].__dict__.pop(adapted.names[constant], None)
 
 
-def merge(modules: Modules, adapters: Adapters, name: str) -> None:
-    """Adds the change of one adapter to the weights, and writes its stand-ins over the tensors themselves."""
-    adapter = adapters.by_name[name]
+def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Adds the changes of adapters to the weights, and writes their stand-ins over the tensors themselves.
+
+    Raises:
+        AdaptError: If a weight is tied to another one, which would change too, or two adapters train the same tensor
+            whole; nothing is merged.
+    """
+    merged = list(dict.fromkeys(names))
+    _stand_in_readers(adapters, merged)
+    for name in merged:
+        _refuse_tied(modules, adapters.by_name[name])
     with torch.no_grad():
-        for adapted in adapter.sites:
-            weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
-            assert weight is not None
-            weight += delta(adapted, modules).to(weight.dtype)
-        for path, names in adapter.whole.items():
-            for own, other in stand_ins.own_and_stand_in(modules[path], names, name):
-                own.copy_(other)
+        for name in merged:
+            for adapted in adapters.by_name[name].sites:
+                weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
+                assert weight is not None
+                weight += delta(adapted, modules).to(weight.dtype)
+            for path, own_names in adapters.by_name[name].whole.items():
+                for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
+                    own.copy_(other)
+
+
+def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
+    holders: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append(join(path, name))
+    changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.sites]
+    changed += [(path, name) for path, names in adapter.whole.items() for name in names]
+    for path, name in changed:
+        tied = [
+            other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other != join(path, name)
+        ]
+        if tied:
+            raise AdaptError(
+                f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "
+                "parameter of its own before adapting"
+            )
 
 
 def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:

@@ -62,6 +62,8 @@ _HEADS = {
 }
 """The heads that PEFT trains beside the adapter, by task (`PeftModelFor…` in its ``peft_model.py``)."""
 
+TASK_HEADS = frozenset(name for names in _HEADS.values() for name in names)
+
 ConfigT = TypeVar("ConfigT", bound="type[PeftConfig]")
 _REGISTRY: dict[PeftType, type[PeftConfig]] = {}
 

@@ -7,6 +7,7 @@ forward from a graph, and everything else is as it was: names, hooks, methods, a
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,12 +119,17 @@ class PeftModel(nn.Module):
             CheckpointError: If the file doesn't fit the model, or is damaged; the model is as it was.
             AdaptError: As for `get_peft_model`.
         """
-        loaded = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
-        loaded.inference_mode = not is_trainable
-        values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
-        plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-        fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
-        _adapt(model, adapter_name, plan, fitted)
+        _load(
+            model,
+            model_id,
+            adapter_name,
+            is_trainable,
+            config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            example_inputs=example_inputs,
+            use_safetensors=use_safetensors,
+            **hub_options,
+        )
         return model if is_trainable else model.eval()
 
     # adapters
@@ -140,8 +146,14 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """The name of the first adapter that acts."""
-        return self._peft_adapters.active[0]
+        """The name of the first adapter that acts.
+
+        Raises:
+            AdaptError: If none does.
+        """
+        if not self.active_adapters:
+            raise AdaptError("no adapter is active; name one with set_adapter")
+        return self.active_adapters[0]
 
     def add_adapter(
         self, adapter_name: str, peft_config: ConfigLike, *, example_inputs: ExampleInputs | None = None
@@ -159,9 +171,8 @@ class PeftModel(nn.Module):
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **options: Any
     ) -> None:
         """Adds a saved adapter, which doesn't act until `set_adapter` names it; arguments as for `from_pretrained`."""
-        active, training = self.active_adapters, self.training
-        PeftModel.from_pretrained(self, model_id, adapter_name, is_trainable, **options)
-        self.train(training)
+        active = self.active_adapters
+        _load(self, model_id, adapter_name, is_trainable, **options)
         self.set_adapter(active)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
@@ -184,7 +195,9 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            _adapters.activate(_modules(self), self._peft_adapters, active)
+            # unless the model was unloaded within the context
+            if _STATE in self.__dict__:
+                _adapters.activate(_modules(self), self._peft_adapters, active)
 
     def adapter_report(self, adapter_name: str = "default") -> Report:
         """Returns what was adapted, as a table that prints."""
@@ -195,8 +208,9 @@ class PeftModel(nn.Module):
         state = self._peft_adapters
         for name in list(state.by_name):
             _adapters.remove(_modules(self), state, name)
-        for region in state.lifted:
-            in_place.take_off(self.get_submodule(region), "graph")
+        modules = _modules(self)
+        for region in state.lifted.keys() & modules.keys():
+            in_place.take_off(modules[region], "graph")
         _undress(self)
         for path, parameter in self.named_parameters():
             parameter.requires_grad_(path in state.trained_before)
@@ -211,8 +225,7 @@ class PeftModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
             _known(self, name)
-        for name in names:
-            _adapters.merge(_modules(self), self._peft_adapters, name)
+        _adapters.merge(_modules(self), self._peft_adapters, names)
         return self.unload()
 
     # parameters
@@ -250,8 +263,7 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        for name in names:
-            adapter = _known(self, name)
+        for name, adapter in {name: _known(self, name) for name in names}.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             checkpoint.save(self, adapter, name, folder, state_dict)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
@@ -315,6 +327,27 @@ def set_peft_model_state_dict(
 # the way in and out
 
 
+def _load(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool,
+    config: ConfigLike | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    example_inputs: ExampleInputs | None = None,
+    use_safetensors: bool = True,
+    **hub_options: Any,
+) -> None:
+    given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
+    loaded = copy.copy(given)
+    loaded.inference_mode = not is_trainable
+    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
+    _adapt(model, adapter_name, plan, fitted)
+
+
 def _plan(
     model: nn.Module,
     config: PeftConfig,
@@ -348,13 +381,15 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
     _adapters.add(modules, state, name, plan, values)
     try:
+        if is_first:
+            in_place.put_on(model, _METHODS)
         _adapters.activate(modules, state, [name])
     except BaseException:
         _adapters.remove(modules, state, name)
+        if is_first:
+            in_place.take_off(model, "methods")
         raise
-    if is_first:
-        model.__dict__[_STATE] = state
-        in_place.put_on(model, _METHODS)
+    model.__dict__[_STATE] = state
     _adapters.set_trainable(modules, state)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graphpeft import stand_ins, targets
-from graphpeft.config import PeftConfig
+from graphpeft.config import TASK_HEADS, PeftConfig
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import Site, SiteFinder
@@ -70,6 +70,11 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def join(path: str, name: str) -> str:
+    """Returns the path of an attribute of the module at `path`."""
+    return f"{path}.{name}" if path else name
 
 
 def make_plan(
@@ -133,7 +138,7 @@ def _targeted(
         elif found is Match.YES:
             yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
         for name, tensor in module._parameters.items():
-            weight = f"{path}.{name}" if path else name
+            weight = join(path, name)
             if tensor is None or weight in owned:
                 continue
             if targets.match_parameter(config, weight):
@@ -157,8 +162,12 @@ def _sort_as_peft_does(sites: list[AdaptedSite], modules: Mapping[str, nn.Module
 
 def _no_weight(module: nn.Module, name: str) -> str:
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
-    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
+    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside and _calls(module) else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
+
+
+def _calls(module: nn.Module) -> bool:
+    return not isinstance(module, nn.MultiheadAttention)
 
 
 def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> None:
@@ -181,9 +190,17 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[str]) -> None:
     """Adds the modules and biases that are trained whole."""
-    for path in _saved_modules(modules, plan.config):
+    saved = _saved_modules(modules, plan.config)
+    for name in plan.config.modules_to_save or ():
+        # the heads that a task brings along are named for every model, whichever it has
+        if name not in TASK_HEADS and not any(path.endswith(name) for path in saved):
+            near = targets.near_misses([name], modules)
+            plan.report.refused.append(
+                Refusal(name, f"modules_to_save names no module; near misses: {', '.join(near)}")
+            )
+    for path in saved:
         for inner, module in modules[path].named_modules(prefix=path):
-            own = tuple(name for name in stand_ins.tensors_of(module) if f"{inner}.{name}" not in owned)
+            own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
             reason = stand_ins.refusal(module)
             if reason is not None:
                 plan.report.refused.append(Refusal(inner, reason))
@@ -191,7 +208,7 @@ def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[st
                 plan.whole[inner] = own
     for path, names in _biases(modules, plan, owned).items():
         plan.whole.setdefault(path, names)
-    plan.report.trained_whole = [f"{path}.{name}" for path, names in plan.whole.items() for name in names]
+    plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
 
 
 def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list[str]:
@@ -214,7 +231,7 @@ def _biases(modules: Mapping[str, nn.Module], plan: Plan, owned: frozenset[str])
             path: tuple(
                 name
                 for name, tensor in module._parameters.items()
-                if tensor is not None and name == "bias" and f"{path}.{name}" not in owned
+                if tensor is not None and name == "bias" and join(path, name) not in owned
             )
             for path, module in modules.items()
         }

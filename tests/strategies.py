@@ -211,6 +211,7 @@ def targets_of(model: nn.Module) -> list[str]:
 @st.composite
 def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    paths = [path for path, _ in model.named_modules()]
     chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
     return LoraConfig(
         r=draw(st.integers(1, 4)),
@@ -222,7 +223,7 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
         target_modules=chosen,
         rank_pattern=draw(st.sampled_from([{}, {"head": 2}])),
         alpha_pattern=draw(st.sampled_from([{}, {"head": 5}])),
-        modules_to_save=draw(st.sampled_from([None, ["norm"]])),
+        modules_to_save=draw(st.sampled_from([None, ["norm"]] if any(p.endswith("norm") for p in paths) else [None])),
     )
 
 

@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch import nn
 from torch._ops import OpOverload
 from torch.fx.graph_module import _forward_from_src
+from torch.fx.node import map_arg
 
 from graphpeft import in_place
 
@@ -75,30 +76,35 @@ class Template:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graph = copy_graph(self.graph)
+        graph = copy_graph(self.graph, _as_named)
         for node in graph.nodes:
-            # neither example values, which are fake tensors, nor operators can be pickled
+            # example values are fake tensors, which can't be pickled
             node.meta.pop(VALUE, None)
-            if isinstance(node.target, OpOverload):
-                node.target = _NamedOperator(str(node.target))
         return _unpickled, (graph, self.shared)
 
 
 class _NamedOperator:
-    """Stands for an operator of ``torch.ops`` in a pickle."""
+    """Stands in a pickle for an operator of ``torch.ops``, which can't be pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = self.__name__ = name
 
     def __call__(self) -> Any:
-        return functools.reduce(getattr, self.name.split("."), torch.ops)
+        raise TypeError(f"{self.name} is a name in a pickle")
+
+
+def _as_named(target: Any) -> Any:
+    return _NamedOperator(str(target)) if isinstance(target, OpOverload) else target
+
+
+def _by_name(target: Any) -> Any:
+    if isinstance(target, _NamedOperator):
+        return functools.reduce(getattr, target.name.split("."), torch.ops)
+    return target
 
 
 def _unpickled(graph: fx.Graph, shared: bool) -> Template:
-    for node in graph.nodes:
-        if isinstance(node.target, _NamedOperator):
-            node.target = node.target()
-    return Template(graph, shared)
+    return Template(copy_graph(graph, _by_name), shared)
 
 
 def _layer_of(template: Template) -> in_place.Layer:
@@ -136,11 +142,18 @@ def template_of(module: nn.Module) -> Template | None:
     return getattr(type(module), "_graphpeft_template", None)
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Copies a graph with its code generator and its nodes' metadata (not deep)."""
+def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: target) -> fx.Graph:
+    """Copies a graph with its code generator and its nodes' metadata (not deep).
+
+    Args:
+        graph: The graph.
+        target: What the copy calls in place of what a node of the graph calls.
+    """
     copied = fx.Graph(tracer_cls=graph._tracer_cls)
     nodes: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        nodes[node] = copied.node_copy(node, nodes.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), nodes.__getitem__)  # type: ignore[misc]
+        nodes[node] = copied.create_node(node.op, target(node.target), args, kwargs, node.name, node.type)
+        nodes[node].meta = copy.copy(node.meta)
     copied._codegen = copy.deepcopy(graph._codegen)
     return copied

@@ -115,7 +115,7 @@ def _noting_reads(module: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
     def note(self: nn.Module, name: str) -> Any:
         if self is not module or name in _MACHINERY or name.startswith("__"):
             return cls.__getattribute__(self, name)
-        # before the attribute is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
+        # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
         reads.add(name)
         value = cls.__getattribute__(self, name)
         is_number = type(value) in (bool, int, float) and name in module.__dict__

@@ -92,6 +92,7 @@ class SiteFinder:
         self.templates: dict[str, Template] = {}
         self._graphs = {path for path, module in self.modules.items() if isinstance(module, fx.GraphModule)}
         self._errors: dict[str, TraceError] = {}
+        self._readers = _readers(self.modules)
 
     def find(self, owner: str, attribute: str) -> Site | str:
         """Returns the site of a weight, or the reason why there is none.
@@ -102,7 +103,7 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
-        readers = self._readers(owner, attribute)
+        readers = self._readers.get((owner, attribute), {})
         for reader, is_called_too in readers.items():
             if is_called_too:
                 name = type(self.modules[reader]).__name__
@@ -115,39 +116,26 @@ class SiteFinder:
                 continue
             inside = owner[len(region) + 1 :] if region else owner
             relative = f"{inside}.{attribute}" if inside else attribute
-            found = _uses(template, self.modules[region]).get(relative)
-            if found is None:
-                continue
-            if found.others or weight.ndim != 2:
-                shape = "×".join(map(str, weight.shape))
-                using = ", ".join(found.others) or "a linear operation"
-                return f"its {attribute} ({shape}) is used in {using}, which no rule adapts"
-            if found.is_unused:
-                return f"no output depends on what is computed with its {attribute}"
-            self._warn_of_other_entries(region, owner, attribute)
-            cls = stands_for(self.modules[owner])
-            is_layer = attribute == "weight" and issubclass(cls, _layer_classes())
-            # of the layers, only Conv1D stores its weight as (in, out)
-            stored = not issubclass(cls, nn.Linear) if is_layer else found.transposed
-            shape = tuple(weight.shape)
-            return Site(region, found.nodes, ops.Linear, owner, attribute, shape, weight.dtype, stored, is_layer)
+            uses = _uses(template, self.modules[region]).get(relative)
+            if uses is not None:
+                return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
 
-    def _readers(self, owner: str, attribute: str) -> dict[str, bool]:
-        """Returns the modules around `owner` that read the weight, and whether each of them calls `owner` as well."""
-        readers: dict[str, bool] = {}
-        inside = ""
-        path = owner
-        while path:
-            path, _, name = path.rpartition(".")
-            inside = f"{name}.{inside}" if inside else name
-            module = self.modules[path]
-            if isinstance(module, fx.GraphModule):
-                continue  # its graph tells
-            uses = uses_in_forward(type(module))
-            if f"{inside}.{attribute}" in uses.read and not _is_off(module):
-                readers[path] = inside in uses.called
-        return readers
+    def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site | str:
+        if uses.others or weight.ndim != 2:
+            shape = "×".join(map(str, weight.shape))
+            using = ", ".join(uses.others) or "a linear operation"
+            return f"its {attribute} ({shape}) is used in {using}, which no rule adapts"
+        if uses.is_unused:
+            return f"no output depends on what is computed with its {attribute}"
+        cls = stands_for(self.modules[owner])
+        is_layer = attribute == "weight" and issubclass(cls, _layer_classes())
+        if not is_layer:
+            self._warn_of_other_entries(region, owner, attribute)
+        # of the layers, only Conv1D stores its weight as (in, out)
+        transposed = not issubclass(cls, nn.Linear) if is_layer else uses.transposed
+        shape = tuple(weight.shape)
+        return Site(region, uses.nodes, ops.Linear, owner, attribute, shape, weight.dtype, transposed, is_layer)
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
@@ -165,14 +153,19 @@ class SiteFinder:
 
     def _regions(self, owner: str) -> Iterator[str]:
         """Yields the paths at which a weight of `owner` may be used, the likeliest first."""
+        if not self._graphs and self._is_called(owner):
+            # by far the most frequent case, and at once its answer
+            yield owner
         paths = [owner]
         while paths[-1]:
             paths.append(paths[-1].rpartition(".")[0])
-        # containers are never called
-        paths = [path for path in paths if type(self.modules[path]).forward is not nn.Module.forward]
         # what is a graph already is edited as a whole; otherwise the smallest module
         yield from (path for path in reversed(paths) if path in self._graphs)
-        yield from (path for path in paths if path not in self._graphs)
+        yield from (path for path in paths[not self._graphs :] if path not in self._graphs and self._is_called(path))
+
+    def _is_called(self, path: str) -> bool:
+        """Tells whether a module has a forward, which a container has not."""
+        return type(self.modules[path]).forward is not nn.Module.forward
 
     def _template(self, path: str) -> Template | None:
         if path not in self.templates and path not in self._errors:
@@ -231,6 +224,25 @@ def _layer_classes() -> tuple[type, ...]:
     """Returns the classes that PEFT adapts as modules with a linear weight."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], dict[str, bool]]:
+    """Returns which weights are read by a module around their owner.
+
+    Returns:
+        By owner and name of the weight: the modules that read it, and whether each of them calls the owner as well.
+    """
+    found: dict[tuple[str, str], dict[str, bool]] = {}
+    for path, module in modules.items():
+        if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
+            continue  # a graph tells by itself
+        uses = uses_in_forward(type(module))
+        for read in uses.read:
+            inside, _, name = read.rpartition(".")
+            owner = f"{path}.{inside}" if path else inside
+            if inside and owner in modules and name in modules[owner]._parameters:
+                found.setdefault((owner, name), {})[path] = inside in uses.called
+    return found
 
 
 def _is_off(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ same plain attributes, the same tensors present) would be traced into the same g
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -61,15 +62,15 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     if isinstance(module, fx.GraphModule):
         return Template(copy_graph(module.graph), shared=False)
     _refuse_what_a_graph_cannot_replace(module)
+    known = _LIFTED.setdefault(in_place.original_class(module), [])
+    for lifted in known:
+        if lifted.forward is type(module).forward and all(_observe(module, n) == seen for n, seen in lifted.facts):
+            return lifted.template
     with in_place.without(module, "tensors"):
-        known = _LIFTED.setdefault(type(module), [])
-        for lifted in known:
-            if lifted.forward is type(module).forward and all(_observe(module, n) == seen for n, seen in lifted.facts):
-                return lifted.template
         template, facts = _record(module, example_inputs)
-        if facts is not None:
-            known.append(Lifted(type(module).forward, facts, template))
-        return template
+    if facts is not None:
+        known.append(Lifted(type(module).forward, facts, template))
+    return template
 
 
 def _refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
@@ -78,9 +79,15 @@ def _refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
             "adapt the model before hooks replace its forwards"
         )
-    taken = sorted(name for name in _INTERFACE if hasattr(module, name))
-    if taken:
+    held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
+    if not all(map(_INTERFACE.isdisjoint, held)):
+        taken = sorted(_INTERFACE.intersection(name for names in held for name in names))
         raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
+
+
+@functools.cache
+def _members(cls: type) -> frozenset[str]:
+    return frozenset(dir(cls))
 
 
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:

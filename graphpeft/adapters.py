@@ -109,11 +109,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     """
     made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
     for path, attribute in made:
-        module = modules[path]
-        if any(attribute in names for names in (module.__dict__, module._parameters, module._buffers, module._modules)):
-            raise AdaptError(
-                f"{path or 'the model'} has an attribute {attribute!r} already; choose another adapter name"
-            )
+        if _has(modules[path], attribute):
+            where = path or "the model"
+            raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
     for (path, attribute), tensor in made.items():
         if isinstance(tensor, nn.Parameter):
             modules[path]._parameters[attribute] = tensor
@@ -126,6 +124,10 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if template_of(modules[region]) is None:
             adapters.lifted.setdefault(region, template)
     adapters.by_name[name] = Adapter.of(plan)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in module.__dict__ or name in module._parameters or name in module._buffers or name in module._modules
 
 
 @torch.no_grad()

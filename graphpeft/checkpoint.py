@@ -21,11 +21,10 @@ from torch import nn
 from graphpeft import stand_ins
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
+from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 
 
 class CheckpointError(ValueError):
@@ -229,29 +228,3 @@ def load(
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
-    """Returns the path of a file of an adapter, from a folder or downloaded from the Hub.
-
-    Raises:
-        FileNotFoundError: If neither has it.
-    """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        file = folder / filename
-        if file.is_file():
-            return str(file)
-        hint = ""
-        if filename == WEIGHTS_NAME and (folder / PICKLED_WEIGHTS_NAME).is_file():
-            hint = f"; there is a {PICKLED_WEIGHTS_NAME}, which use_safetensors=False reads"
-        raise FileNotFoundError(f"{folder} holds no {filename}{hint}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download(str(path_or_repo), filename, **hub_options)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{path_or_repo} is no folder, and the Hub gives no {filename} for it: {error}"
-        ) from error

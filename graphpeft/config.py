@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
+from graphpeft.hub import CONFIG_NAME, adapter_file
+
 if TYPE_CHECKING:
     from graphpeft.rewrite import Rule
     from graphpeft.sites import Site
 
-CONFIG_NAME = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written; PEFT records its own version in a config."""
 
@@ -189,8 +190,6 @@ class PeftConfig:
             FileNotFoundError: If there is no such file.
             ValueError: If it isn't JSON, or its method isn't known.
         """
-        from graphpeft.checkpoint import adapter_file
-
         path = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -131,6 +131,7 @@ def _targeted(
 ) -> Iterator[tuple[str, str, str, bool]]:
     """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter."""
     decide = targets.compile_matcher(config)
+    names_parameters = bool(getattr(config, "target_parameters", None))
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
         if found is Match.EXCLUDED:
@@ -141,7 +142,7 @@ def _targeted(
             weight = join(path, name)
             if tensor is None or weight in owned:
                 continue
-            if targets.match_parameter(config, weight):
+            if names_parameters and targets.match_parameter(config, weight):
                 yield weight, path, name, True
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
                 yield weight, path, name, False

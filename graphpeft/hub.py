@@ -1,0 +1,37 @@
+"""Finds an adapter's files: in a folder, or in a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+
+
+def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
+    """Returns the path of a file of an adapter, from a folder or downloaded from the Hub.
+
+    Raises:
+        FileNotFoundError: If neither has it.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        file = folder / filename
+        if file.is_file():
+            return str(file)
+        hint = ""
+        if filename == WEIGHTS_NAME and (folder / PICKLED_WEIGHTS_NAME).is_file():
+            hint = f"; there is a {PICKLED_WEIGHTS_NAME}, which use_safetensors=False reads"
+        raise FileNotFoundError(f"{folder} holds no {filename}{hint}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(str(path_or_repo), filename, **hub_options)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path_or_repo} is no folder, and the Hub gives no {filename} for it: {error}"
+        ) from error

@@ -15,8 +15,9 @@ from torch import fx, nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.config import PeftConfig
-from graphpeft.plan import AdaptedSite, AdaptError, Plan, join
+from graphpeft.plan import AdaptError, Plan, join
 from graphpeft.report import Report
+from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import Template, template_of, wear_template
 
 Modules = Mapping[str, nn.Module]

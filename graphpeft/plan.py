@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from torch import nn
 from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
 from graphpeft.report import Refusal, Report
-from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targets import Match
 from graphpeft.tracing.graph_module import Template
@@ -26,31 +24,6 @@ from graphpeft.tracing.trace import ExampleInputs
 
 class AdaptError(ValueError):
     """A config that can't be applied to the model, which stays as it was."""
-
-
-class AdaptedSite(NamedTuple):
-    """A site with the rule that adapts it and what the rule creates there.
-
-    Attributes:
-        site: The site.
-        rule: The rule.
-        specs: The rule's parameters by name.
-        constants: The rule's constants by name.
-        names: The attributes of the weight's module under which these live, by the rule's names for them.
-        dtype: The dtype of the parameters.
-    """
-
-    site: Site
-    rule: Rule
-    specs: Mapping[str, ParameterSpec]
-    constants: Mapping[str, float]
-    names: Mapping[str, str]
-    dtype: torch.dtype
-
-    @property
-    def parameter_count(self) -> int:
-        """The number of elements that the rule's parameters have."""
-        return sum(prod(spec.shape) for spec in self.specs.values())
 
 
 @dataclass

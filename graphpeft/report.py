@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from graphpeft.plan import AdaptedSite
+from graphpeft.rewrite import AdaptedSite
 
 
 class Refusal(NamedTuple):

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -77,6 +78,31 @@ class Rule(Protocol):
         It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training.
         """
         ...
+
+
+class AdaptedSite(NamedTuple):
+    """A site with the rule that adapts it and what the rule creates there.
+
+    Attributes:
+        site: The site.
+        rule: The rule.
+        specs: The rule's parameters by name.
+        constants: The rule's constants by name.
+        names: The attributes of the weight's module under which these live, by the rule's names for them.
+        dtype: The dtype of the parameters.
+    """
+
+    site: Site
+    rule: Rule
+    specs: Mapping[str, ParameterSpec]
+    constants: Mapping[str, float]
+    names: Mapping[str, str]
+    dtype: torch.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of elements that the rule's parameters have."""
+        return sum(prod(spec.shape) for spec in self.specs.values())
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from graphpeft import dataflow, ops
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
 from graphpeft.tracing.lift import lift
-from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.source import read_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
 
 
@@ -103,16 +103,15 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
-        readers = self._readers.get((owner, attribute), {})
-        for reader, is_called_too in readers.items():
-            if is_called_too:
-                name = type(self.modules[reader]).__name__
-                return f"{name}.forward reads its {attribute} beside calling it, and a branch would miss that"
+        readers = self._readers.get((owner, attribute), [])
+        if len(readers) > 1:
+            return f"its {attribute} is read by several modules: {', '.join(readers)}"
         reasons = []
-        for region in list(readers) or self._regions(owner):
+        for region in readers or self._regions(owner):
             template = self._template(region)
             if template is None:
-                reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}")
+                way_out = _way_out(self.modules[region])
+                reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}{way_out}")
                 continue
             inside = owner[len(region) + 1 :] if region else owner
             relative = f"{inside}.{attribute}" if inside else attribute
@@ -142,7 +141,7 @@ class SiteFinder:
         if region != owner or isinstance(self.modules[region], fx.GraphModule):
             return
         cls = type(self.modules[region])
-        methods = uses_in_forward(cls).read.get(attribute, set())
+        methods = read_in_forward(cls).get(attribute, set())
         public = sorted(name for name in methods if name != "forward" and not name.startswith("_"))
         if public:
             warnings.warn(
@@ -226,28 +225,29 @@ def _layer_classes() -> tuple[type, ...]:
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
 
 
-def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], dict[str, bool]]:
-    """Returns which weights are read by a module around their owner.
-
-    Returns:
-        By owner and name of the weight: the modules that read it, and whether each of them calls the owner as well.
-    """
-    found: dict[tuple[str, str], dict[str, bool]] = {}
+def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
+    """Returns, by owner and name, the weights that modules around their owner read, with the paths of these modules."""
+    found: dict[tuple[str, str], list[str]] = {}
     for path, module in modules.items():
         if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
-        uses = uses_in_forward(type(module))
-        for read in uses.read:
+        for read in read_in_forward(type(module)):
             inside, _, name = read.rpartition(".")
             owner = f"{path}.{inside}" if path else inside
             if inside and owner in modules and name in modules[owner]._parameters:
-                found.setdefault((owner, name), {})[path] = inside in uses.called
+                found.setdefault((owner, name), []).append(path)
     return found
 
 
 def _is_off(module: nn.Module) -> bool:
     """Tells whether the code of a module that reads weights without calling their modules is switched off."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()
+
+
+def _way_out(module: nn.Module) -> str:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return " (or switch its fast path off, with torch.backends.mha.set_fastpath_enabled(False))"
+    return ""
 
 
 class _ReachedError(Exception):

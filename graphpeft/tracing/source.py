@@ -1,4 +1,4 @@
-"""Reads from a class's source which attributes of its modules its forward uses, and which of them it calls.
+"""Reads from a class's source which attributes its forward uses, among them the weights of modules inside it.
 
 A weight that another module reads, as ``F.linear(x, self.qkv.weight)`` does, is not reached through the forward of the
 module that owns it. A trace of that other module would tell, but a model has hundreds of modules; their source is quick
@@ -11,7 +11,6 @@ import ast
 import functools
 import inspect
 import textwrap
-from typing import NamedTuple
 
 from torch import nn
 
@@ -19,34 +18,25 @@ _ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_
 """What code asks of a tensor without using its values."""
 
 
-class Uses(NamedTuple):
-    """What the methods that a forward runs use of ``self``, as paths such as ``qkv.weight``.
-
-    Attributes:
-        read: The attributes whose values are read, with the names of the methods that do.
-        called: The attributes that are called.
-    """
-
-    read: dict[str, set[str]]
-    called: set[str]
-
-
 @functools.cache
-def uses_in_forward(cls: type) -> Uses:
-    """Returns what `cls`'s forward and the methods that it calls on ``self`` use; nothing without their source."""
-    uses = Uses({}, set())
+def read_in_forward(cls: type) -> dict[str, set[str]]:
+    """Returns the attributes of ``self`` whose values `cls`'s forward reads, itself or in a method that it calls.
+
+    Returns:
+        The names of the methods that read it, by the path of the attribute, such as ``qkv.weight``; nothing of what
+        has no source.
+    """
+    read: dict[str, set[str]] = {}
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
         for path, is_call in _paths(getattr(cls, name, None)):
             if not is_call:
-                uses.read.setdefault(path, set()).add(name)
-            else:
-                uses.called.add(path)
-                if inspect.isfunction(getattr(cls, path, None)) and path not in seen:
-                    seen.add(path)
-                    waiting.append(path)
-    return uses
+                read.setdefault(path, set()).add(name)
+            elif inspect.isfunction(getattr(cls, path, None)) and path not in seen:
+                seen.add(path)
+                waiting.append(path)
+    return read
 
 
 def _paths(method: object) -> list[tuple[str, bool]]:

@@ -67,12 +67,14 @@ class Adapters:
         active: The names of those that act, in the order in which they were activated.
         lifted: The graphs of the regions that were no graph modules before, by path.
         trained_before: The parameters that required grad before the first adapter came.
+        paused: The names of those that `PeftModel.disable_adapters` has put to rest.
     """
 
     trained_before: frozenset[str]
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
+    paused: list[str] = field(default_factory=list)
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
@@ -302,6 +304,15 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+
+
+@torch.no_grad()
+def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Raises AdaptError if a weight's change isn't finite."""
+    for name in names:
+        for adapted in adapters.by_name[name].sites:
+            if not torch.isfinite(delta(adapted, modules)).all():
+                raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
 
 
 def _refuse_tied(modules: Modules, adapter: Adapter) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
+HUB_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"})
+"""Options of ``huggingface_hub.hf_hub_download`` that are passed on."""
 
 
 def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
@@ -17,7 +19,12 @@ def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_opti
     Raises:
         FileNotFoundError: If neither has it.
     """
-    folder = Path(path_or_repo)
+    unknown = sorted(hub_options.keys() - HUB_OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"{', '.join(unknown)}: not an option here; options of the Hub are {', '.join(sorted(HUB_OPTIONS))}"
+        )
+    folder = Path(path_or_repo, hub_options.get("subfolder") or "")
     if folder.is_dir():
         file = folder / filename
         if file.is_file():

@@ -56,6 +56,7 @@ def get_peft_model(
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,  # noqa: ARG001
     example_inputs: ExampleInputs | None = None,
 ) -> Any:
     """Adapts `model` in place and returns it, with the methods of `PeftModel`.
@@ -67,6 +68,7 @@ def get_peft_model(
         peft_config: A config of this library or of PEFT.
         adapter_name: The adapter's name.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+        low_cpu_mem_usage: Accepted for PEFT's sake; no tensor is made twice here.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that
             uses a weight functionally decides on its inputs.
 
@@ -97,6 +99,7 @@ class PeftModel(nn.Module):
         config: ConfigLike | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,  # noqa: ARG003
         example_inputs: ExampleInputs | None = None,
         use_safetensors: bool = True,
         **hub_options: Any,
@@ -110,6 +113,7 @@ class PeftModel(nn.Module):
             is_trainable: Whether it is to be trained further; otherwise the model goes into evaluation mode.
             config: Used in place of the file's config.
             autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+            low_cpu_mem_usage: Accepted for PEFT's sake; no tensor is made twice here.
             example_inputs: As for `get_peft_model`.
             use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
             hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
@@ -156,7 +160,12 @@ class PeftModel(nn.Module):
         return self.active_adapters[0]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: ConfigLike, *, example_inputs: ExampleInputs | None = None
+        self,
+        adapter_name: str,
+        peft_config: ConfigLike,
+        *,
+        autocast_adapter_dtype: bool = True,
+        example_inputs: ExampleInputs | None = None,
     ) -> None:
         """Adds a new adapter, which doesn't act until `set_adapter` names it.
 
@@ -164,7 +173,13 @@ class PeftModel(nn.Module):
             AdaptError: As for `get_peft_model`; the model is as it was.
         """
         active = self.active_adapters
-        get_peft_model(self, peft_config, adapter_name, example_inputs=example_inputs)
+        get_peft_model(
+            self,
+            peft_config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            example_inputs=example_inputs,
+        )
         self.set_adapter(active)
 
     def load_adapter(
@@ -184,8 +199,25 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             _known(self, name)
+        self._peft_adapters.paused = []
         _adapters.activate(_modules(self), self._peft_adapters, names)
         _adapters.set_trainable(_modules(self), self._peft_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes one adapter off for good; if it was active, the others that were go on acting."""
+        _known(self, adapter_name)
+        _adapters.remove(_modules(self), self._peft_adapters, adapter_name)
+        _adapters.set_trainable(_modules(self), self._peft_adapters)
+
+    def disable_adapters(self) -> None:
+        """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
+        self._peft_adapters.paused = self._peft_adapters.paused or self.active_adapters
+        _adapters.activate(_modules(self), self._peft_adapters, ())
+
+    def enable_adapters(self) -> None:
+        """Lets those adapters act again that did before `disable_adapters`."""
+        if self._peft_adapters.paused:
+            self.set_adapter([name for name in self._peft_adapters.paused if name in self.peft_config])
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -198,6 +230,10 @@ class PeftModel(nn.Module):
             # unless the model was unloaded within the context
             if _STATE in self.__dict__:
                 _adapters.activate(_modules(self), self._peft_adapters, active)
+
+    def get_base_model(self) -> Any:
+        """Returns the model itself: it is the base model, with adapters."""
+        return self
 
     def adapter_report(self, adapter_name: str = "default") -> Report:
         """Returns what was adapted, as a table that prints."""
@@ -216,16 +252,27 @@ class PeftModel(nn.Module):
             parameter.requires_grad_(path in state.trained_before)
         return self
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> Any:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> Any:
         """Adds the adapters to the weights, takes all adapters off, and returns the base model.
 
         Args:
+            progressbar: Accepted for PEFT's sake; merging is one addition a weight.
+            safe_merge: Whether to refuse changes that aren't finite.
             adapter_names: Which to merge; the active ones if None.
+
+        Raises:
+            AdaptError: If a weight is tied to another one, two adapters train the same tensor whole, or a change isn't
+                finite; nothing is merged.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         for name in names:
             _known(self, name)
-        _adapters.merge(_modules(self), self._peft_adapters, names)
+        modules = _modules(self)
+        if safe_merge:
+            _adapters.refuse_infinite(modules, self._peft_adapters, names)
+        _adapters.merge(modules, self._peft_adapters, names)
         return self.unload()
 
     # parameters
@@ -247,19 +294,27 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        *,
         state_dict: Mapping[str, Any] | None = None,
         is_main_process: bool = True,
-        **_: Any,
     ) -> None:
         """Writes the adapters alone, in PEFT's files: `default` into the folder itself, any other into one of its name.
 
         Args:
             save_directory: The folder.
+            safe_serialization: Only safetensors are written, so it must be True.
             selected_adapters: Which to write; all if None.
             state_dict: The model's state dict, where it was gathered elsewhere.
             is_main_process: Whether this process writes.
+
+        Raises:
+            AdaptError: If a selected adapter isn't known; nothing is written.
+            ValueError: If `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -278,8 +333,7 @@ class PeftModel(nn.Module):
             CheckpointError: If an adapter's tensors don't fit.
         """
         if state_dict and all(key.startswith(checkpoint.PREFIX) for key in state_dict):
-            set_peft_model_state_dict(self, state_dict, self.active_adapter)
-            return _IncompatibleKeys([], [])
+            return set_peft_model_state_dict(self, state_dict, self.active_adapter)
         return super().load_state_dict(state_dict, strict, assign)
 
     def push_to_hub(
@@ -310,8 +364,11 @@ def get_peft_model_state_dict(
 
 def set_peft_model_state_dict(
     model: Any, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
-) -> None:
+) -> Any:
     """Overwrites the tensors of an adapter from tensors by their names in PEFT's files.
+
+    Returns:
+        What ``load_state_dict`` returns: no missing and no unexpected keys.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
@@ -322,6 +379,7 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for (path, attribute), value in values.items():
             getattr(modules[path], attribute).copy_(value)
+    return _IncompatibleKeys([], [])
 
 
 # the way in and out

@@ -318,8 +318,9 @@ def test_an_adapter_that_isnt_there_is_named() -> None:
     for use in (
         lambda: model.set_adapter("second"),
         lambda: model.set_adapter(["first", "second"]),
-        lambda: model.merge_and_unload(["second"]),
+        lambda: model.merge_and_unload(adapter_names=["second"]),
         lambda: model.save_pretrained("/nowhere", selected_adapters=["second"]),
+        lambda: model.delete_adapter("second"),
         lambda: graphpeft.get_peft_model_state_dict(model, adapter_name="second"),
         lambda: graphpeft.set_peft_model_state_dict(model, {}, "second"),
     ):

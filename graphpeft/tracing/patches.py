@@ -75,19 +75,31 @@ class _RecordsMakers(TorchFunctionMode):
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
     """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
-    before = _python_random_states()
-    yield
-    if _python_random_states() != before:
-        raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
+    with random_python_states_kept():
+        before = _random_python_states()
+        yield
+        if _random_python_states() != before:
+            raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
 
 
-def _python_random_states() -> list[Any]:
+@contextlib.contextmanager
+def random_python_states_kept() -> Iterator[None]:
+    """Sets Python's and NumPy's generators back at the end."""
+    python, numpy = _random_python_states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+
+def _random_python_states() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
-    states: list[Any] = [random.getstate()]
-    if numpy is not None:
-        name, keys, position, *_ = numpy.random.get_state()
-        states.append((name, keys.tobytes(), position))
-    return states
+    if numpy is None:
+        return random.getstate(), None
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, tuple(keys.tolist()), *rest)
 
 
 def _recorded(

@@ -87,7 +87,9 @@ class ValueTracer(fx.Tracer):
         self._has_values = args is not None
         self._call = (args or (), kwargs)
         self._entry = entry
-        self._names = {id(tensor): name for name, tensor in _named_tensors(root)}
+        self._names = {}
+        for name, tensor in _named_tensors(root):
+            self._names.setdefault(id(tensor), name)
         with _ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
@@ -307,7 +309,8 @@ class ValueTracer(fx.Tracer):
             module = self.root.get_submodule(target)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            return torch.func.functional_call(module, tensors, args, kwargs)
+            with patches.random_python_states_kept():
+                return torch.func.functional_call(module, tensors, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)

@@ -1,0 +1,458 @@
+"""Where an adapted or traced model could answer wrongly without a word, it answers rightly or raises."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import GPT2, tiny_classifier
+from torch import nn
+
+from graphpeft import (
+    AdaptError,
+    GuardError,
+    LoraConfig,
+    NeedsInputsError,
+    PeftModel,
+    TraceError,
+    get_peft_model,
+    laws,
+    trace,
+)
+
+X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def weight() -> nn.Parameter:
+    return nn.Parameter(torch.randn(4, 4))
+
+
+def lora(*targets: str, **options: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=list(targets), **options)
+
+
+def module_of(forward: Any, **members: Any) -> Any:
+    """Returns a module with this forward and these members."""
+    made = type("Made", (nn.Module,), {"forward": forward})()
+    for name, value in members.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            made.register_buffer(name, value)
+        else:
+            setattr(made, name, value)
+    return made
+
+
+def assert_adapted_truly(model: nn.Module, *targets: str, inputs: tuple[Any, ...] = (X,)) -> None:
+    """Asserts that the adapted model is the base with its deltas, in place and traced."""
+    laws.adapted_is_base_with_delta(lambda: copy.deepcopy(model), lora(*targets), inputs)
+    laws.traced_is_adapted_alike(lambda: copy.deepcopy(model), lora(*targets), inputs)
+
+
+# who uses a weight, and how
+
+
+@pytest.mark.parametrize("declared", ["ab", "ba"])
+def test_adjacent_weights_are_adapted_in_any_order_of_declaration(declared):
+    model = module_of(
+        lambda self, x: F.linear(F.linear(F.linear(x, self.a), self.b), self.a), **{name: weight() for name in declared}
+    )
+    assert_adapted_truly(nn.Sequential(model), "0.a", "0.b")
+
+
+def test_a_weight_that_a_module_around_reads_is_adapted_there():
+    model = module_of(lambda self, x: F.linear(x, self.qkv.weight, self.qkv.bias), qkv=nn.Linear(4, 4))
+    assert_adapted_truly(model, "qkv")
+
+
+def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():
+    model = module_of(lambda self, x: F.linear(self.fc(x), self.fc.weight), fc=nn.Linear(4, 4))
+    assert_adapted_truly(model, "fc")
+
+
+def test_a_weight_with_another_use_is_refused():
+    model = module_of(lambda self, x: F.linear(x, self.w) / self.w.norm(), w=weight())
+    with pytest.raises(AdaptError, match="is used in norm, which no rule adapts"):
+        get_peft_model(nn.Sequential(model), lora("w"))
+
+
+def test_a_weight_whose_result_goes_nowhere_is_refused():
+    def forward(self, x):
+        F.linear(x, self.w)
+        return x
+
+    with pytest.raises(AdaptError, match="no output depends"):
+        get_peft_model(nn.Sequential(module_of(forward, w=weight())), lora("w"))
+
+
+def test_layers_that_torch_reads_without_calling_them_are_refused():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+    with pytest.raises(AdaptError, match=r"set_fastpath_enabled\(False\)"):
+        get_peft_model(encoder, lora("linear1"))
+    with pytest.raises(AdaptError, match="out_proj"):
+        get_peft_model(encoder, lora("out_proj"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        adapted = get_peft_model(encoder.eval(), lora("linear1", init_lora_weights=False))
+        with torch.no_grad():
+            acting = adapted(X)
+            with adapted.disable_adapter():
+                assert not torch.allclose(adapted(X), acting)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_method_that_uses_the_weight_beside_the_forward_is_warned_of():
+    class Clip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = weight()
+
+        def encode(self, x):
+            return x @ self.proj
+
+        def forward(self, x):
+            return self.encode(x) * 2
+
+    with pytest.warns(UserWarning, match=r"Clip\.encode uses proj"):
+        get_peft_model(nn.Sequential(Clip()), lora("proj"))
+
+
+def test_a_layer_used_both_ways_round_is_adapted_in_both():
+    def forward(self, x):
+        return self.enc(x) @ self.enc.weight
+
+    assert_adapted_truly(module_of(forward, enc=nn.Linear(4, 6, bias=False)), "enc")
+    model, inputs = GPT2.build(), GPT2.inputs()
+    laws.traced_is_adapted_alike(lambda: copy.deepcopy(model), GPT2.config(), inputs)
+
+
+def test_merging_a_tied_weight_is_refused():
+    model = module_of(lambda self, x: self.b(self.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    model.b.weight = model.a.weight
+    adapted = laws.perturbed(get_peft_model(model, lora("a")))
+    before = laws.run(adapted, (X,))
+    with pytest.raises(AdaptError, match=r"a\.weight is tied to b\.weight"):
+        adapted.merge_and_unload()
+    assert torch.equal(laws.run(adapted, (X,)), before)
+
+
+def test_an_adapter_named_twice_is_merged_once():
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapted = laws.perturbed(get_peft_model(model, lora("0")))
+    expected = adapted(X)
+    merged = adapted.merge_and_unload(adapter_names=["default", "default"])
+    torch.testing.assert_close(merged(X), expected)
+
+
+# what a lifted graph depends on
+
+
+def test_modules_that_differ_inside_get_graphs_of_their_own():
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return F.linear(x, self.w) * self.inner.eps
+
+    def block(depth: int, eps: float) -> nn.Module:
+        layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(depth)])
+        made = Block()
+        made.layers, made.inner, made.w = layers, nn.LayerNorm(4, eps=eps), weight()
+        return made
+
+    Block: Any = type("Block", (nn.Module,), {"forward": forward})
+    assert_adapted_truly(nn.Sequential(block(1, 0.5), block(3, 0.5), block(1, 2.0)), "0.w", "1.w", "2.w")
+
+
+def test_a_class_that_changes_between_two_adaptations_is_recorded_anew():
+    class Scaled(nn.Module):
+        factor = 2
+
+        def __init__(self):
+            super().__init__()
+            self.w = weight()
+
+        def forward(self, x):
+            return F.linear(x, self.w) * self.factor
+
+    assert_adapted_truly(nn.Sequential(Scaled()), "0.w")
+    Scaled.factor = 5
+    assert_adapted_truly(nn.Sequential(Scaled()), "0.w")
+    Scaled.forward = lambda self, x: x @ self.w + 1  # type: ignore[method-assign]
+    assert_adapted_truly(nn.Sequential(Scaled()), "0.w")
+
+
+def test_two_names_of_one_weight_are_a_fact_about_a_module():
+    class Two(nn.Module):
+        def __init__(self, tied: bool):
+            super().__init__()
+            self.a = weight()
+            self.b = self.a if tied else weight()
+
+        def forward(self, x):
+            return F.linear(torch.tanh(F.linear(x, self.a)), self.b)
+
+    for tied in (False, True, False):
+        model = nn.Sequential(Two(tied))
+        adapted = get_peft_model(copy.deepcopy(model), lora("0.a"))
+        assert torch.equal(adapted(X), model(X))
+
+
+def test_numbers_and_flags_of_an_adapted_module_stay_alive():
+    def forward(self, x):
+        y = F.linear(x, self.w) * self.temperature
+        return y if self.on else -y
+
+    model = get_peft_model(nn.Sequential(module_of(forward, w=weight(), temperature=2.0, on=True)), lora("w"))
+    before = model(X)
+    model[0].temperature = 4.0
+    assert torch.equal(model(X), 2 * before)
+    model[0].on = False
+    with pytest.raises(GuardError, match=r"self\.on"):
+        model(X)
+
+
+def test_a_dtype_that_the_forward_asks_for_follows_the_module():
+    model = nn.Sequential(module_of(lambda self, x: F.linear(x.to(self.w.dtype), self.w), w=weight()))
+    adapted = get_peft_model(model, lora("w")).double()
+    assert adapted(X.double()).dtype == torch.float64
+
+
+def test_lifting_reads_the_modules_own_tensors_not_another_adapters():
+    layer = module_of(lambda self, x: F.linear(x, self.w, self.bias), w=weight(), bias=nn.Parameter(torch.zeros(4)))
+    model: Any = nn.Sequential(layer, nn.Linear(4, 4))
+    base = model(X)
+    get_peft_model(model, lora("1", bias="all"), "first")
+    with torch.no_grad():
+        model[0].bias_first.add_(10)
+    get_peft_model(model, lora("0.w"), "second")
+    assert torch.equal(model(X), base)
+
+
+def test_a_buffer_that_a_forward_assigns_moves_the_stand_in_alone():
+    def forward(self, x):
+        self.mean = 0.5 * self.mean + x.mean()
+        return x * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), module_of(forward, mean=torch.zeros(()), scale=nn.Parameter(torch.ones(4))))
+    adapted = get_peft_model(model, lora("0", modules_to_save=["1"]))
+    adapted(X)
+    assert adapted[1].mean_default != 0
+    assert adapted.unload()[1].mean == 0
+
+
+# what a trace must not lose
+
+
+def _in_place(x):
+    y = x * 1
+    z = y
+    z += 1
+    view = y[:, 0]
+    view *= 2
+    return y
+
+
+def _in_place_on_a_list(x):
+    parts = list((x * 1).unbind(1))
+    parts[0] -= 1
+    return torch.stack(parts)
+
+
+def _key_and_value(pair):
+    key, value = pair
+    return key if value is None else key * 2
+
+
+def _of_a_dict(inputs):
+    total = 0
+    for name, value in inputs.items():
+        if value is not None:
+            total = total + value * len(name)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (_in_place, X),
+        (_in_place_on_a_list, X),
+        (_key_and_value, (X, None)),
+        (_key_and_value, (X, X)),
+        (_of_a_dict, {"a": X, "bb": None, "ccc": X}),
+    ],
+)
+def test_what_python_does_with_values_is_recorded(function, inputs):
+    model = module_of(lambda self, inputs: function(inputs))
+    laws.require_equal(laws.run(trace(model, (inputs,)), (inputs,)), laws.run(model, (inputs,)), function.__name__)
+
+
+def test_none_that_a_layer_returns_is_none():
+    def forward(self, x):
+        y, weights = self.attention(x, x, x, need_weights=False)
+        return y if weights is None else y * 100
+
+    model = module_of(forward, attention=nn.MultiheadAttention(4, 2, batch_first=True))
+    assert torch.equal(trace(model, (X,))(X), model(X))
+
+
+def test_other_kinds_of_inputs_are_noticed():
+    model = module_of(lambda self, inputs: sum(inputs[key] for key in inputs))
+    with pytest.raises(GuardError):
+        trace(model, ({"a": X},))({"a": X, "b": X})
+    either = module_of(lambda self, x: x[0] if isinstance(x, list) else x)
+    with pytest.raises(GuardError, match="'Tensor'"):
+        trace(either, (X,))([X])
+    with pytest.raises(NeedsInputsError):
+        trace(either)
+
+
+def test_hooks_of_the_model_itself_act():
+    model = nn.Sequential(nn.Linear(4, 4))
+    factor: Any = -2  # which type checkers would take for the output
+    model.register_forward_hook(lambda module, args, out: factor * out)
+    model[0].register_forward_hook(lambda module, args, out: factor * out)
+    assert torch.equal(trace(model, (X,))(X), model(X))
+    assert_adapted_truly(model, "0")
+
+
+def test_an_attribute_set_on_a_value_is_an_error():
+    def forward(self, x):
+        y = x * 1
+        y.requires_grad = True
+        return y
+
+    with pytest.raises(TraceError, match="sets an attribute"):
+        trace(module_of(forward), (X,))
+
+
+def test_random_numbers_of_python_keep_a_module_a_call():
+    model = nn.Sequential(module_of(lambda self, x: x * random.random()))
+    traced: Any = trace(model, (X,))
+    assert "draws random numbers" in traced.kept["0"]
+    assert not torch.equal(traced(X), traced(X))
+
+
+def test_tensors_made_by_any_name_are_new_in_each_run():
+    from torch import randn
+
+    def forward(self, x):
+        total = torch.as_tensor([0.0, 0.0, 0.0, 0.0])
+        total += x[0, 0]
+        return total + randn(4)
+
+    traced = trace(module_of(forward), (X,))
+    assert torch.equal(laws.run(traced, (X,)), laws.run(module_of(forward), (X,)))
+    assert not torch.equal(traced(X), traced(X))
+
+
+def test_a_dataclass_with_an_absent_value_keeps_it_absent():
+    @dataclasses.dataclass
+    class Out:
+        y: torch.Tensor
+        extra: int | None = 7
+
+    assert trace(module_of(lambda self, x: Out(x, None)), (X,))(X).extra is None
+
+
+def test_a_diagonal_is_no_linear_operation():
+    model = nn.Sequential(module_of(lambda self, x: torch.einsum("ii,io->io", x[:, :2, 0], self.w), w=weight()))
+    with pytest.raises(AdaptError, match="einsum"):
+        get_peft_model(model, lora("w"))
+
+
+def test_a_loss_made_inside_a_forward_is_traced():
+    model = tiny_classifier().eval()
+    inputs = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    laws.require_equal(laws.run(trace(model, inputs), inputs).loss, laws.run(model, inputs).loss, "the loss")
+
+
+def test_extra_arguments_may_follow_defaults():
+    named = module_of(lambda self, x, mask=None, **options: x + options["shift"])
+    assert torch.equal(trace(named, {"x": X, "shift": 2})(X, shift=3), X + 3)
+    positional = module_of(lambda self, x, mask=None, *rest: x * rest[0])
+    assert torch.equal(trace(positional, (X, None, X))(X, None, 2 * X), X * (2 * X))
+
+
+# threads, classes and other people's code
+
+
+def test_threads_trace_one_after_the_other():
+    results, threads = [], []
+
+    def work():
+        results.append(trace(nn.Sequential(nn.Linear(4, 4), nn.GELU()), (X,))(X).shape)
+
+    for _ in range(4):
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert results == [X.shape] * 4
+
+
+def test_a_registry_of_subclasses_sees_no_new_ones():
+    registered = []
+
+    class Base(nn.Module):
+        def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+            registered.append(name)
+
+    class Mine(Base, name="mine"):
+        def __init__(self):
+            super().__init__()
+            self.w = weight()
+
+        def forward(self, x):
+            return F.linear(x, self.w)
+
+    adapted = get_peft_model(Mine(), lora("w"))
+    assert registered == ["mine"]
+    assert type(adapted.unload()) is Mine
+
+
+def test_the_class_of_an_adapted_layer_still_builds_plain_layers():
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    assert type(type(adapted[0])(4, 2)) is nn.Linear
+
+
+def test_a_module_with_attributes_of_a_graph_module_is_refused():
+    model = nn.Sequential(module_of(lambda self, x: F.linear(x, self.w), w=weight(), graph=3))
+    with pytest.raises(AdaptError, match="attributes of its own that a graph module needs: graph"):
+        get_peft_model(model, lora("w"))
+
+
+def test_a_class_that_somebody_exchanged_after_adapting_is_an_error():
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    nn.utils.parametrizations.weight_norm(adapted[0])
+    with pytest.raises(RuntimeError, match="was exchanged since it was adapted"), adapted.disable_adapter():
+        pass
+
+
+def test_a_replaced_child_does_not_stop_unloading():
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", "1"))
+    adapted[1] = nn.Linear(4, 4)
+    assert not isinstance(adapted.unload(), PeftModel)
+    assert [type(layer) for layer in adapted] == [nn.Linear, nn.Linear]
+
+
+def test_loading_an_adapter_leaves_the_modes_of_modules(tmp_path):
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3)).train(), lora("0"))
+    adapted[1].eval()
+    adapted.save_pretrained(tmp_path)
+    adapted.load_adapter(tmp_path, "other")
+    assert adapted[0].training
+    assert not adapted[1].training
+    assert adapted.active_adapters == ["default"]
+
+
+def test_a_misspelt_module_to_save_is_an_error():
+    with pytest.raises(AdaptError, match="haed: modules_to_save names no module; near misses: head"):
+        get_peft_model(
+            nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)}), lora("body", modules_to_save=["haed"])
+        )

@@ -116,7 +116,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
             where = path or "the model"
             raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
     for (path, attribute), tensor in made.items():
-        if isinstance(tensor, nn.Parameter):
+        # not isinstance, which is slow for parameters
+        if type(tensor) is nn.Parameter:
             modules[path]._parameters[attribute] = tensor
         else:
             modules[path].register_buffer(attribute, tensor)
@@ -342,14 +343,19 @@ def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     return adapted.rule.delta(site=adapted.site, **values)
 
 
+def freeze(modules: Modules) -> None:
+    """Freezes all parameters."""
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
 def set_trainable(modules: Modules, adapters: Adapters) -> None:
-    """Makes the tensors of the active adapters require grad, and nothing else."""
-    modules[""].requires_grad_(False)
-    for name in adapters.active:
-        adapter = adapters.by_name[name]
-        if adapter.config.inference_mode:
-            continue
+    """Makes the tensors of active adapters require grad, and those of the others not; the base's stay as they are."""
+    for name, adapter in adapters.by_name.items():
+        trains = name in adapters.active and not adapter.config.inference_mode
         for path, attribute in adapter.tensor_names(name):
             parameter = modules[path]._parameters.get(attribute)
-            if parameter is not None and parameter.is_floating_point():
-                parameter.requires_grad_(True)
+            if parameter is not None and parameter.requires_grad != (trains and parameter.is_floating_point()):
+                parameter.requires_grad_(trains)

@@ -154,14 +154,23 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
 
 def put_on(module: nn.Module, layer: Layer) -> None:
     """Dresses `module` in `layer`, in place of the one of that kind that it wears."""
-    worn = (*(other for other in layers_of(module) if other.kind != layer.kind), layer)
-    module.__class__ = dressed_class(original_class(module), tuple(sorted(worn, key=_place)))
+    worn = layers_of(module)
+    if worn:
+        layers = tuple(sorted((*(other for other in worn if other.kind != layer.kind), layer), key=_place))
+    else:
+        layers = (layer,)
+    _set_class(module, dressed_class(original_class(module), layers))
 
 
 def take_off(module: nn.Module, kind: str) -> None:
     """Undresses `module` of its layer of `kind`; without layers it has its original class again."""
     worn = tuple(layer for layer in layers_of(module) if layer.kind != kind)
-    module.__class__ = dressed_class(original_class(module), worn) if worn else original_class(module)
+    _set_class(module, dressed_class(original_class(module), worn) if worn else original_class(module))
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    # past the __setattr__ of modules, which is for tensors and submodules
+    object.__setattr__(module, "__class__", cls)
 
 
 @contextlib.contextmanager

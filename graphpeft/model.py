@@ -448,6 +448,8 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
             in_place.take_off(model, "methods")
         raise
     model.__dict__[_STATE] = state
+    if is_first:
+        _adapters.freeze(modules)
     _adapters.set_trainable(modules, state)
 
 

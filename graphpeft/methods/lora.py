@@ -10,6 +10,7 @@ Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling Factor f
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,7 @@ class LoraConfig(PeftConfig):
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear operation."""
-        return LoraBranch(site.is_layer and site.transposed, drops=self.lora_dropout > 0, casts=site.dtype != dtype)
+        return _branch(site.is_layer and site.transposed, self.lora_dropout > 0, site.dtype != dtype)
 
 
 _UNSUPPORTED = (
@@ -258,6 +259,9 @@ class LoraBranch:
         """Returns (α / r) B A, transposed where A and B are those of the transpose."""
         delta = lora_B @ lora_A * lora_scaling
         return delta.T if self.flipped else delta
+
+
+_branch = functools.cache(LoraBranch)
 
 
 def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:

@@ -35,7 +35,7 @@ def expect(value: Any, expected: Any, decision: str) -> None:
     elif value is not expected and value != expected:
         raise GuardError(
             f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. Trace or "
-            "adapt the model again, with example_inputs like this call's."
+            "adapt the model again, with example_inputs like this call's and in its mode, training or evaluation."
         )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -323,8 +324,14 @@ class PeftModel(nn.Module):
             checkpoint.save(self, adapter, name, folder, state_dict)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
-
-        checkpoint.write_model_card(self.peft_config[names[0]], Path(save_directory))
+        if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
+            warnings.warn(
+                f"a Trainer resumes the first active adapter alone, {self.active_adapter!r}; load the others from the "
+                "checkpoint with load_adapter",
+                stacklevel=2,
+            )
+        if names:
+            checkpoint.write_model_card(self.peft_config[names[0]], Path(save_directory))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the whole model's state dict, or that of an adapter's file into the active adapter.

@@ -77,6 +77,7 @@ def make_plan(
     try:
         config.check()
         resolved = config.resolved(model)
+        targets.compile_matcher(resolved)
     except ValueError as error:
         raise AdaptError(str(error)) from error
     plan = Plan(resolved, Report(config.peft_type.value, adapter))

@@ -105,7 +105,7 @@ class SiteFinder:
         assert weight is not None
         readers = self._readers.get((owner, attribute), [])
         if len(readers) > 1:
-            return f"its {attribute} is read by several modules: {', '.join(readers)}"
+            return f"its {attribute} is read by several modules: {', '.join(path or 'the model' for path in readers)}"
         reasons = []
         for region in readers or self._regions(owner):
             template = self._template(region)

@@ -29,7 +29,7 @@ class Size(NamedTuple):
 
 def sizes() -> tuple[Size, ...]:
     """Returns a model whose time goes into arithmetic, and one whose time goes into launching it."""
-    # on one thread PEFT's own forward is within 10 % of the base's, so no other can take 0.90 of it
+    # on one thread PEFT's own forward is at most 1.11 × the base's, so no other can take 0.90 of it
     large = Target.at_most(0.90) if torch.get_num_threads() > 1 else None
     return (
         Size("Llama 512 × 8, 2 × 64 tokens", 512, 8, (2, 64), large, Target.at_most(1.06), Target.at_most(0.97)),

@@ -153,8 +153,10 @@ def _first_values(adapted: AdaptedSite, config: PeftConfig, device: torch.device
     if device.type == "meta":
         return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
-    drawn = {local: torch.empty(spec.shape) for local, spec in adapted.specs.items()}
+    drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
     adapted.rule.initialise(drawn, config)
+    if adapted.site.dtype == torch.get_default_dtype():
+        return drawn
     # through the weight's dtype, in which PEFT has them for a moment
     return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}
 
@@ -265,6 +267,8 @@ def _with_adapter(
 
 def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...]:
     owner = adapted.site.owner
+    if owner == region:
+        return tuple(adapted.names.items())
     relative = owner[len(region) + 1 :] if region else owner
     prefix = f"{relative}." if relative else ""
     return tuple((local, prefix + attribute) for local, attribute in adapted.names.items())

@@ -441,7 +441,7 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     if plan.report.refused:
         reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused)
         raise AdaptError(f"can't adapt {reasons}. Leave these out with exclude_modules, or narrow target_modules.")
-    modules = _modules(model)
+    modules = plan.modules
     is_first = _STATE not in model.__dict__
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
     _adapters.add(modules, state, name, plan, values)

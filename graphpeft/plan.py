@@ -5,6 +5,7 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -31,6 +32,7 @@ class Plan:
     """What adapting a model comes to.
 
     Attributes:
+        modules: The model's modules by path.
         config: The config, with all that depends on the model filled in.
         report: The same for a person to read, with what is refused.
         sites: The sites to adapt.
@@ -38,6 +40,7 @@ class Plan:
         whole: The tensors that are trained whole: names by the path of their module.
     """
 
+    modules: Mapping[str, nn.Module]
     config: PeftConfig
     report: Report
     sites: list[AdaptedSite] = field(default_factory=list)
@@ -80,9 +83,9 @@ def make_plan(
         targets.compile_matcher(resolved)
     except ValueError as error:
         raise AdaptError(str(error)) from error
-    plan = Plan(resolved, Report(config.peft_type.value, adapter))
-    plan.report.adapted = plan.sites
     finder = SiteFinder(model, known, example_inputs)
+    plan = Plan(finder.modules, resolved, Report(config.peft_type.value, adapter))
+    plan.report.adapted = plan.sites
     for name, owner, attribute, is_parameter in _targeted(finder.modules, resolved, owned, plan.report):
         found = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
         if isinstance(found, str):
@@ -155,9 +158,15 @@ def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> Non
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     prefix = "" if site.attribute == "weight" else f"{site.attribute}_"
-    names = {local: f"{prefix}{local}_{plan.report.adapter}" for local in (*specs, *constants)}
+    names = _names((*specs, *constants), prefix, plan.report.adapter)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype))
     plan.templates[site.region] = template
+
+
+# equal sites share one
+@functools.lru_cache(maxsize=1024)
+def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, str]:
+    return {name: f"{prefix}{name}_{adapter}" for name in of_rule}
 
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -174,6 +174,8 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     Raises:
         ValueError: A key is not a regular expression.
     """
+    if not patterns:
+        return default
     for key, value in patterns.items():
         if _ending(key).match(name):
             return value

@@ -37,8 +37,7 @@ def test_a_linear_layer_gets_a_branch():
         "lora_scaling_default = self.lora_scaling_default",
         "linear_1 = torch._C._nn.linear(input_1, lora_a_default)",
         "linear_2 = torch._C._nn.linear(linear_1, lora_b_default)",
-        "mul = linear_2 * lora_scaling_default",
-        "add = linear + mul",
+        "add = torch.add(linear, linear_2, alpha = lora_scaling_default)",
         "return add",
     ]
 

@@ -209,10 +209,7 @@ class LoraBranch:
         """Returns A and B."""
         rank = _rank(site, config)
         rows, columns = reversed(site.shape) if self.flipped else site.shape
-        return {
-            "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
-            "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
-        }
+        return _factors(rank, rows, columns)
 
     def constants(self, site: Site, config: LoraConfig) -> Mapping[str, float]:
         """Returns the scale, and the probability of dropout if there is one."""
@@ -252,7 +249,7 @@ class LoraBranch:
             h = F.dropout(h, lora_dropout, training)
         # an operation that multiplies by the matrix as A and B have it multiplies by them in turn
         product = h @ lora_B @ lora_A if transposed != self.flipped else F.linear(F.linear(h, lora_A), lora_B)
-        result = y + product * lora_scaling
+        result = torch.add(y, product, alpha=lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def delta(self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_scaling: float) -> Tensor:
@@ -272,6 +269,14 @@ def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
             return set()
         raise
     return default if isinstance(default, str) else set(default)
+
+
+@functools.lru_cache(maxsize=1024)
+def _factors(rank: int, rows: int, columns: int) -> Mapping[str, ParameterSpec]:
+    return {
+        "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
+        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
+    }
 
 
 def _rank(site: Site, config: LoraConfig) -> int:

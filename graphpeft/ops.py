@@ -59,22 +59,31 @@ def read_op(node: fx.Node, root: nn.Module) -> Linear | None:
     return reader(node) if reader is not None else None
 
 
+def reads(graph: fx.Graph, path: str) -> bool:
+    """Tells whether `graph` reads the tensor at `path` itself, beside calls of its module."""
+    return any(node.op == "get_attr" and node.target == path for node in graph.nodes)
+
+
 def other_uses(graph: fx.Graph, path: str, operations: list[Linear]) -> list[str]:
     """Returns what `graph` does with the tensor at `path` beside these operations, for a person to read."""
-    known = {op.node for op in operations}
+    inputs = {op.node: op.x for op in operations}
     found: list[str] = []
     waiting = [node for node in graph.nodes if node.op == "get_attr" and node.target == path]
     while waiting:
-        for user in waiting.pop().users:
+        weight = waiting.pop()
+        for user in weight.users:
             if _transposed(user) is not None:
                 waiting.append(user)
-            elif user not in known and not (user.target is getattr and user.args[1] in _ABOUT):
+            # an operation may have the weight as its input, too
+            elif inputs.get(user, weight) is weight and not _only_asks(user):
                 found.append(getattr(user.target, "__name__", str(user.target)))
     return found
 
 
-_ABOUT = ("dtype", "device", "shape", "ndim")
-"""What code asks of a tensor without using its values."""
+def _only_asks(node: fx.Node) -> bool:
+    """Tells whether `node` asks something about a tensor without using its values."""
+    about = node.args[1] if node.target is getattr else node.target
+    return about in ("dtype", "device", "shape", "ndim", "size", "dim", "numel")
 
 
 def _module_linear(node: fx.Node, root: nn.Module) -> Linear | None:

@@ -21,7 +21,7 @@ from graphpeft import dataflow, ops
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
 from graphpeft.tracing.lift import lift
-from graphpeft.tracing.source import read_in_forward
+from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
 
 
@@ -93,6 +93,7 @@ class SiteFinder:
         self._graphs = {path for path, module in self.modules.items() if isinstance(module, fx.GraphModule)}
         self._errors: dict[str, TraceError] = {}
         self._readers = _readers(self.modules)
+        self._may_read = _may_read(self.modules)
 
     def find(self, owner: str, attribute: str) -> Site | str:
         """Returns the site of a weight, or the reason why there is none.
@@ -104,6 +105,10 @@ class SiteFinder:
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
         readers = self._readers.get((owner, attribute), [])
+        if not readers and self._may_read:
+            readers = self._hidden_readers(owner, attribute)
+            if isinstance(readers, str):
+                return readers
         if len(readers) > 1:
             return f"its {attribute} is read by several modules: {', '.join(path or 'the model' for path in readers)}"
         reasons = []
@@ -119,6 +124,39 @@ class SiteFinder:
             if uses is not None:
                 return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+
+    def _hidden_readers(self, owner: str, attribute: str) -> list[str] | str:
+        """Looks whether the module around `owner` reads the weight where its source doesn't tell.
+
+        Returns:
+            The module if its graph reads the weight, none if it calls `owner`, or the reason why that can't be known.
+        """
+        path, inside = self._around(owner)
+        if path is None or path not in self._may_read:
+            return []
+        uses = uses_in_forward(type(self.modules[path]))
+        if attribute not in uses.read_elsewhere and inside not in uses.read:
+            return []
+        template = self._template(path)
+        if template is not None:
+            return [path] if ops.reads(template.graph, f"{inside}.{attribute}") else []
+        if inside in uses.called:
+            return []
+        name = type(self.modules[path]).__name__
+        return (
+            f"{name}.forward may read its {attribute} without calling it, which only the graph of {name} can tell: "
+            f"{self._errors[path]}"
+        )
+
+    def _around(self, owner: str) -> tuple[str | None, str]:
+        """Returns the innermost module with a forward around `owner`, and the path of `owner` in it."""
+        path, inside = owner, ""
+        while path:
+            path, _, name = path.rpartition(".")
+            inside = f"{name}.{inside}" if inside else name
+            if self._is_called(path):
+                return path, inside
+        return None, inside
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site | str:
         if uses.others or weight.ndim != 2:
@@ -141,7 +179,7 @@ class SiteFinder:
         if region != owner or isinstance(self.modules[region], fx.GraphModule):
             return
         cls = type(self.modules[region])
-        methods = read_in_forward(cls).get(attribute, set())
+        methods = uses_in_forward(cls).read.get(attribute, set())
         public = sorted(name for name in methods if name != "forward" and not name.startswith("_"))
         if public:
             warnings.warn(
@@ -231,11 +269,23 @@ def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str
     for path, module in modules.items():
         if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
-        for read in read_in_forward(type(module)):
+        for read in uses_in_forward(type(module)).read:
             inside, _, name = read.rpartition(".")
             owner = f"{path}.{inside}" if path else inside
             if inside and owner in modules and name in modules[owner]._parameters:
                 found.setdefault((owner, name), []).append(path)
+    return found
+
+
+def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it."""
+    found = set()
+    for path, module in modules.items():
+        if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
+            continue
+        uses = uses_in_forward(type(module))
+        if uses.read_elsewhere or any((f"{path}.{read}" if path else read) in modules for read in uses.read):
+            found.add(path)
     return found
 
 

@@ -19,6 +19,10 @@ from torch.fx.node import has_side_effect
 
 from graphpeft.tracing.errors import GuardError
 
+_WAY_OUT = (
+    "Trace or adapt the model again, with example_inputs like this call's and in its mode, training or evaluation."
+)
+
 
 # without this mark, fx's dead code elimination would drop the check
 @has_side_effect
@@ -34,9 +38,21 @@ def expect(value: Any, expected: Any, decision: str) -> None:
         value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
     elif value is not expected and value != expected:
         raise GuardError(
-            f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. Trace or "
-            "adapt the model again, with example_inputs like this call's and in its mode, training or evaluation."
+            f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. "
+            + _WAY_OUT
         )
+
+
+@has_side_effect
+def expect_present(value: Any, decision: str) -> None:
+    """Raises `GuardError` if `value` is None, which it was not when the graph was recorded.
+
+    A proxy can't answer ``x is None``: the code saw that it isn't, and went on accordingly.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", expect_present, (value, decision), {})
+    elif value is None:
+        raise GuardError(f"{decision}: that is None now, and was not when the graph was recorded. {_WAY_OUT}")
 
 
 def _shown(value: Any) -> str:

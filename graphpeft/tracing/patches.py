@@ -13,11 +13,14 @@ import copy
 import functools
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,9 +34,12 @@ if TYPE_CHECKING:
 
 _FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range",
-    "as_tensor", "asarray", "from_numpy", "normal", "tensor", "tril_indices", "triu_indices", "zeros",
+    "normal", "tensor", "tril_indices", "triu_indices", "zeros",
 )  # fmt: skip
 """Functions of `torch` that make tensors from numbers."""
+
+_SHARING = ("as_tensor", "asarray", "from_numpy")
+"""Functions of `torch` that may give tensors which share the memory of what they were made of."""
 
 _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
@@ -44,8 +50,11 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged(root))
-        makers = [getattr(torch, name) for name in _FACTORIES]
+        makers = [getattr(torch, name) for name in (*_FACTORIES, *_SHARING)]
         stack.enter_context(_RecordsMakers(tracer, makers))
+        for name in _SHARING:
+            recorded = _copied_if_constant(tracer, getattr(torch, name))
+            stack.enter_context(mock.patch.object(torch, name, recorded))
         for name in (*_FACTORIES, *_DTYPE_FACTS):
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
@@ -112,6 +121,18 @@ def _recorded(
         if tracer.is_running:
             return function(*args, **kwargs)
         return tracer.create_proxy("call_function", target, (*first, *args), kwargs)
+
+    return record
+
+
+def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running:
+            return function(*args, **kwargs)
+        made = tracer.create_proxy("call_function", function, args, kwargs)
+        is_constant = not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+        return made.clone() if is_constant else made
 
     return record
 
@@ -197,7 +218,9 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     waiting = list(module.__dict__.values())
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | set) and not any(value is known for known, _ in found):
+        if isinstance(value, tuple):
+            waiting += value
+        elif isinstance(value, dict | list | set | deque) and not any(value is known for known, _ in found):
             found.append((value, copy.copy(value)))
             waiting += value.values() if isinstance(value, dict) else value
     return found
@@ -205,7 +228,7 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 
 def _refill(container: Any, content: Any) -> None:
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         container.extend(content)
     else:
         container.update(content)

@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,29 +19,47 @@ _ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_
 """What code asks of a tensor without using its values."""
 
 
-@functools.cache
-def read_in_forward(cls: type) -> dict[str, set[str]]:
-    """Returns the attributes of ``self`` whose values `cls`'s forward reads, itself or in a method that it calls.
+class Uses(NamedTuple):
+    """What a forward, and the methods that it calls on ``self``, use of the module.
 
-    Returns:
-        The names of the methods that read it, by the path of the attribute, such as ``qkv.weight``; nothing of what
-        has no source.
+    Attributes:
+        read: The attributes of ``self`` whose values are read, by their paths such as ``qkv.weight``, with the names of
+            the methods that do.
+        called: The attributes of ``self`` that are called.
+        read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
+            ``layer.weight``, where ``layer`` may be a module inside.
     """
-    read: dict[str, set[str]] = {}
+
+    read: dict[str, set[str]]
+    called: set[str]
+    read_elsewhere: set[str]
+
+
+@functools.cache
+def uses_in_forward(cls: type) -> Uses:
+    """Returns what `cls`'s forward uses; nothing of what has no source."""
+    uses = Uses({}, set(), set())
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
         for path, is_call in _paths(getattr(cls, name, None)):
-            if not is_call:
-                read.setdefault(path, set()).add(name)
-            elif inspect.isfunction(getattr(cls, path, None)) and path not in seen:
-                seen.add(path)
-                waiting.append(path)
-    return read
+            if path.startswith("*."):
+                uses.read_elsewhere.add(path[2:])
+            elif not is_call:
+                uses.read.setdefault(path, set()).add(name)
+            else:
+                uses.called.add(path)
+                if inspect.isfunction(getattr(cls, path, None)) and path not in seen:
+                    seen.add(path)
+                    waiting.append(path)
+    return uses
 
 
 def _paths(method: object) -> list[tuple[str, bool]]:
-    """Returns the paths of attributes of ``self`` that a method loads, and whether each is called."""
+    """Returns the paths of attributes of ``self`` that a method loads, and whether each is called.
+
+    What is loaded from something else than ``self`` has the path ``*.name``.
+    """
     method = inspect.unwrap(method) if callable(method) else method
     if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
         return []
@@ -48,23 +67,25 @@ def _paths(method: object) -> list[tuple[str, bool]]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):
         return []
-    inner = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    around = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     found = []
     for node in ast.walk(tree):
-        parent = inner.get(id(node))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and not isinstance(parent, ast.Attribute):
-            path = _path(node)
-            if path is not None and not _only_asked_about(node, parent):
-                found.append((path, isinstance(parent, ast.Call) and parent.func is node))
+        parent = around.get(id(node))
+        if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
+            continue  # only whole paths
+        if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
+            found.append((_path(node), isinstance(parent, ast.Call) and parent.func is node))
     return found
 
 
-def _path(node: ast.Attribute) -> str | None:
+def _path(node: ast.Attribute) -> str:
     parts = [node.attr]
-    while isinstance(node.value, ast.Attribute):
-        node = node.value
-        parts.append(node.attr)
-    return ".".join(reversed(parts)) if isinstance(node.value, ast.Name) and node.value.id == "self" else None
+    value = node.value
+    while isinstance(value, ast.Attribute):
+        parts.append(value.attr)
+        value = value.value
+    of_self = isinstance(value, ast.Name) and value.id == "self"
+    return ".".join(reversed(parts)) if of_self else f"*.{node.attr}"
 
 
 def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:

@@ -40,6 +40,15 @@ _READS = (getattr, operator.getitem)
 """Functions that take a value out of another one, which may be None."""
 
 
+def _of_the_arguments(node: fx.Node) -> bool:
+    """Tells whether `node` is an item of a container that is an argument, or of one inside it."""
+    container: Any = node.args[0]
+    while isinstance(container, fx.Node) and container.target is operator.getitem:
+        container = container.args[0]
+    is_argument = isinstance(container, fx.Node) and container.op == "placeholder"
+    return is_argument and not isinstance(container.meta.get(VALUE), torch.Tensor | torch.Size)
+
+
 class ValueTracer(fx.Tracer):
     """Traces one module.
 
@@ -66,6 +75,7 @@ class ValueTracer(fx.Tracer):
         self._has_values = False
         self._decided: set[tuple[Any, str]] = set()
         self._attributes: dict[str, fx.Proxy] = {}
+        self._copies: dict[str, fx.Proxy] = {}
 
     # the trace
 
@@ -87,6 +97,8 @@ class ValueTracer(fx.Tracer):
         self._has_values = args is not None
         self._call = (args or (), kwargs)
         self._entry = entry
+        # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
+        self._may_be_absent = not type(root).__module__.startswith("torch.nn.modules")
         self._names = {}
         for name, tensor in _named_tensors(root):
             self._names.setdefault(id(tensor), name)
@@ -140,13 +152,19 @@ class ValueTracer(fx.Tracer):
             raise TraceError(f"the default of the argument {name!r} is {default!r}, which generated code can't hold")
         placeholder = super().create_proxy("placeholder", name, defaults, {})
         if example is inspect.Parameter.empty:
-            return placeholder
+            return self._present(placeholder, f"the argument {name!r}")
         if isinstance(example, type(None) | bool | str):
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         placeholder.node.meta[VALUE] = pytree.tree_map_only(torch.Tensor, self._fake, example)
-        return placeholder
+        return self._present(placeholder, f"the argument {name!r}")
+
+    def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
+        """Puts a check into the graph that a value which the example has isn't None in a run."""
+        if self._may_be_absent:
+            self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
+        return proxy
 
     # what is recorded
 
@@ -174,9 +192,11 @@ class ValueTracer(fx.Tracer):
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
         value = proxy.node.meta.get(VALUE, proxy)
-        if (value is None or isinstance(value, str)) and (target in _READS or kind == "call_module"):
+        if (value is None or isinstance(value, str)) and (target in _READS or kind in ("call_module", "call_method")):
             self.decide(proxy, value)
             return value
+        if target is operator.getitem and _of_the_arguments(proxy.node):
+            self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -217,6 +237,7 @@ class ValueTracer(fx.Tracer):
         alive = set(self.graph.nodes)
         self._decided = {key for key in self._decided if key[0] in alive}
         self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
+        self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
 
     def create_arg(self, a: Any) -> Any:
         """Turns an object seen as an argument into one that a node can hold."""
@@ -246,12 +267,16 @@ class ValueTracer(fx.Tracer):
             return self._constant(a)
 
     def _constant(self, value: Any) -> fx.Node:
-        for name, constant in self.constants.items():
-            if constant is value:
-                return self.attribute(name).node
-        name = f"_constant_{len(self.constants)}"
-        self.constants[name] = value
-        return self.attribute(name).node
+        name = next((name for name, constant in self.constants.items() if constant is value), None)
+        if name is None:
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = value
+        if not isinstance(value, torch.Tensor):
+            return self.attribute(name).node
+        # a copy in each run, since the forward may have made the tensor, and may write into it
+        if name not in self._copies:
+            self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
+        return self._copies[name].node
 
     # example values
 

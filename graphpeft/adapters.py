@@ -190,7 +190,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
-    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole}:
+    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole} & modules.keys():
         if path in stand_in_readers:
             stand_ins.read(modules[path], *stand_in_readers[path])
         else:
@@ -214,7 +214,7 @@ def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[
     """Returns the template that each region is to wear, or None where it is to run its own code."""
     leaving = [name for name in adapters.active if name not in wanted]
     coming = [name for name in wanted if name not in adapters.active]
-    by_region = {name: _by_region(adapters.by_name[name].sites) for name in {*leaving, *wanted}}
+    by_region = {name: _by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *wanted}}
     templates: dict[str, Template | None] = {}
     for name in leaving:
         for region in by_region[name]:
@@ -234,10 +234,12 @@ def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[
     }
 
 
-def _by_region(sites: list[AdaptedSite]) -> dict[str, list[AdaptedSite]]:
+def _by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[AdaptedSite]]:
+    """Groups sites by their region; a region that somebody has taken out of the model is left out."""
     regions: dict[str, list[AdaptedSite]] = {}
     for adapted in sites:
-        regions.setdefault(adapted.site.region, []).append(adapted)
+        if adapted.site.region in modules:
+            regions.setdefault(adapted.site.region, []).append(adapted)
     return regions
 
 
@@ -299,6 +301,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     merged = list(dict.fromkeys(names))
     _stand_in_readers(adapters, merged)
     for name in merged:
+        _refuse_missing(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
     with torch.no_grad():
         for name in merged:
@@ -318,6 +321,13 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
         for adapted in adapters.by_name[name].sites:
             if not torch.isfinite(delta(adapted, modules)).all():
                 raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+
+
+def _refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
+    for path, attribute in adapter.tensor_names(name):
+        if path not in modules or not hasattr(modules[path], attribute):
+            raise AdaptError(f"{join(path, attribute)} of adapter {name!r} is gone; its module was replaced since")
+        in_place.layers_of(modules[path])
 
 
 def _refuse_tied(modules: Modules, adapter: Adapter) -> None:

@@ -217,6 +217,41 @@ def test_numbers_and_flags_of_an_adapted_module_stay_alive():
         model(X)
 
 
+def test_numbers_of_modules_inside_an_adapted_module_stay_alive():
+    def forward(self, x):
+        return F.linear(x, self.w) * self.inner.scale + self.inner(x)
+
+    model = nn.Sequential(module_of(forward, w=weight(), inner=module_of(lambda self, x: x, scale=2.0)))
+    adapted = get_peft_model(copy.deepcopy(model), lora("w"))
+    for changed in (model, adapted):
+        changed[0].inner.scale = 5.0
+    assert torch.equal(adapted(X), model(X))
+
+
+@pytest.mark.parametrize("value", [None, "gelu"])
+def test_strings_and_absent_attributes_of_an_adapted_module_are_checked(value):
+    def forward(self, x):
+        y = F.linear(x, self.w)
+        return F.relu(y) if self.activation == "relu" else y if self.activation is None else F.gelu(y)
+
+    model: Any = nn.Sequential(module_of(forward, w=weight(), activation=value))
+    adapted = get_peft_model(copy.deepcopy(model), lora("w"))
+    assert torch.equal(adapted(X), model(X))
+    adapted[0].activation = "relu"
+    with pytest.raises(GuardError, match=r"self\.activation"):
+        adapted(X)
+
+
+FACTOR = 2.0
+
+
+def test_a_global_that_changes_between_two_adaptations_is_recorded_anew(monkeypatch):
+    model = nn.Sequential(module_of(lambda self, x: F.linear(x, self.w) * FACTOR, w=weight()))
+    get_peft_model(copy.deepcopy(model), lora("w"))
+    monkeypatch.setitem(globals(), "FACTOR", 7.0)
+    assert torch.equal(get_peft_model(copy.deepcopy(model), lora("w"))(X), model(X))
+
+
 def test_a_dtype_that_the_forward_asks_for_follows_the_module():
     model = nn.Sequential(module_of(lambda self, x: F.linear(x.to(self.w.dtype), self.w), w=weight()))
     adapted = get_peft_model(model, lora("w")).double()
@@ -439,6 +474,15 @@ def test_a_replaced_child_does_not_stop_unloading():
     adapted[1] = nn.Linear(4, 4)
     assert not isinstance(adapted.unload(), PeftModel)
     assert [type(layer) for layer in adapted] == [nn.Linear, nn.Linear]
+
+
+def test_a_replaced_child_is_not_merged_in_part():
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", "1", init_lora_weights=False))
+    adapted[1] = nn.Linear(4, 4)
+    before = copy.deepcopy(adapted.state_dict())
+    with pytest.raises(AdaptError, match=r"1\.lora_A_default of adapter 'default' is gone"):
+        adapted.merge_and_unload()
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapted.state_dict().items())
 
 
 def test_loading_an_adapter_leaves_the_modes_of_modules(tmp_path):

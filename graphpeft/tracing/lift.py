@@ -29,11 +29,26 @@ Facts = tuple[tuple[str, Any], ...]
 
 
 class Lifted(NamedTuple):
-    """A template with what it depends on: the function that was recorded, and facts about the instance."""
+    """A template with what it depends on.
+
+    Attributes:
+        forward: The function that was recorded.
+        named: The plain globals that it names.
+        facts: What the trace read from the instance.
+        template: The template.
+    """
 
     forward: Callable[..., Any]
+    named: dict[str, Any]
     facts: Facts
     template: Template
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Tells whether a trace of `module` would give the same graph."""
+        forward = type(module).forward
+        if self.forward is not forward or (self.named and self.named != _globals_of(forward)):
+            return False
+        return all(_observe(module, name) == seen for name, seen in self.facts)
 
 
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
@@ -64,12 +79,13 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     _refuse_what_a_graph_cannot_replace(module)
     known = _LIFTED.setdefault(in_place.original_class(module), [])
     for lifted in known:
-        if lifted.forward is type(module).forward and all(_observe(module, n) == seen for n, seen in lifted.facts):
+        if lifted.holds_for(module):
             return lifted.template
     with in_place.without(module, "tensors"):
         template, facts = _record(module, example_inputs)
     if facts is not None:
-        known.append(Lifted(type(module).forward, facts, template))
+        forward = type(module).forward
+        known.append(Lifted(forward, _globals_of(forward), facts, template))
     return template
 
 
@@ -104,6 +120,14 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
+def _globals_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the plain values of the Python module that a forward names, which can change between two adaptations."""
+    function = inspect.unwrap(forward)
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    values = getattr(function, "__globals__", {})
+    return {name: values[name] for name in names if name in values and isinstance(values[name], SIMPLE)}
+
+
 def _refuse_decisions_on_training(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is guards.expect and any(
@@ -114,25 +138,39 @@ def _refuse_decisions_on_training(graph: fx.Graph) -> None:
 
 
 @contextlib.contextmanager
-def _noting_reads(module: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
-    """Notes the names of the attributes that are read from `module`, and gives proxies for numbers."""
+def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
+    """Notes the names of the attributes that are read from `root`, and makes plain values inputs of the graph.
+
+    A number or a flag, of `root` or of a module inside, becomes a proxy. A string or None stays what it is, with a
+    check in the graph that it is so in each run.
+    """
     reads: set[str] = set()
-    cls = type(module)
+    classes = {module: type(module) for module in root.modules()}
+    paths = {module: path for path, module in root.named_modules()}
 
-    def note(self: nn.Module, name: str) -> Any:
-        if self is not module or name in _MACHINERY or name.startswith("__"):
-            return cls.__getattribute__(self, name)
-        # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
-        reads.add(name)
-        value = cls.__getattribute__(self, name)
-        is_number = type(value) in (bool, int, float) and name in module.__dict__
-        return tracer.attribute(name) if is_number and tracer.is_recording else value
+    def noting(cls: Any) -> Callable[[nn.Module, str], Any]:
+        def note(module: nn.Module, name: str) -> Any:
+            if module not in paths or name in _MACHINERY or name.startswith("__"):
+                return cls.__getattribute__(module, name)
+            # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
+            if module is root:
+                reads.add(name)
+            value = cls.__getattribute__(module, name)
+            if name not in module.__dict__ or not tracer.is_recording:
+                return value
+            path = f"{paths[module]}.{name}" if paths[module] else name
+            # what is None or a string comes back from the tracer as it is
+            return tracer.attribute(path) if type(value) in (bool, int, float, str, type(None)) else value
 
-    module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": note})
+        return note
+
+    for module, cls in classes.items():
+        module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": noting(cls)})
     try:
         yield reads
     finally:
-        module.__class__ = cls
+        for module, cls in classes.items():
+            module.__class__ = cls
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

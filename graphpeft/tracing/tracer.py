@@ -192,7 +192,7 @@ class ValueTracer(fx.Tracer):
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
         value = proxy.node.meta.get(VALUE, proxy)
-        if (value is None or isinstance(value, str)) and (target in _READS or kind in ("call_module", "call_method")):
+        if (value is None or isinstance(value, str)) and (target in _READS or kind != "call_function"):
             self.decide(proxy, value)
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):
@@ -206,8 +206,11 @@ class ValueTracer(fx.Tracer):
         name = self._names.get(id(attr_val))
         return attr_val if name is None else self.attribute(name)
 
-    def attribute(self, name: str) -> fx.Proxy:
-        """Returns the proxy of the root's attribute at the path `name`; each is read once."""
+    def attribute(self, name: str) -> Any:
+        """Returns the proxy of the root's attribute at the path `name`, or its value if that is None or a string.
+
+        Each is read once.
+        """
         if name not in self._attributes:
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]

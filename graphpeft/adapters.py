@@ -6,19 +6,20 @@ a disabled adapter costs nothing. Whatever can fail is done before the first cha
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.config import PeftConfig
 from graphpeft.plan import AdaptError, Plan, join
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.tracing.graph_module import Template, template_of, wear_template
+from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -219,7 +220,7 @@ def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[
     for name in leaving:
         for region in by_region[name]:
             worn = templates.get(region) or _worn(adapters, region, modules)
-            templates[region] = worn.derive(("without", name), lambda graph, name=name: rewrite.remove(graph, name))
+            templates[region] = worn.derive(("without", name), functools.partial(_remove, name=name))
     for name in coming:
         for region, sites in by_region[name].items():
             worn = templates.get(region) or _worn(adapters, region, modules)
@@ -253,18 +254,24 @@ def _with_adapter(
     """Returns `worn` with the nodes of one adapter at its sites in this region."""
     edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites)
 
-    def edit(graph: fx.Graph) -> None:
-        named = {node.name: node for node in graph.nodes}
-        for nodes, rule, attributes in edits:
-            for node in nodes:
-                # read anew each time: an edit before this one may have given the operation another input
-                op = ops.read_op(named[node], module)
-                assert op is not None
-                rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
+    def edit(graphs: Graphs) -> None:
+        for index, graph in enumerate(graphs):
+            named = {node.name: node for node in graph.nodes}
+            for nodes, rule, attributes in edits:
+                for node in nodes[index]:
+                    # read anew each time: an edit before this one may have given the operation another input
+                    op = ops.read_op(named[node], module)
+                    assert op is not None
+                    rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
+
+
+def _remove(graphs: Graphs, name: str) -> None:
+    for graph in graphs:
+        rewrite.remove(graph, name)
 
 
 def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 KINDS = ("methods", "graph", "tensors")
 """The kinds of layers, the outermost first: a model's methods see the graph's forward, which reads the tensors."""
@@ -75,13 +76,13 @@ class Dressed:
 
     def __copy__(self) -> Any:
         copied = _new_for_copy(self)
-        copied.__setstate__(dict(_state(self)))
+        copied.__setstate__(dict(_state_for_copy(self)))
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(_state(self), memo))
+        copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
         return copied
 
 
@@ -89,6 +90,11 @@ def _state(module: Any) -> dict[str, Any]:
     # Python 3.10 has no object.__getstate__
     get_state = getattr(module, "__getstate__", None)
     return get_state() if get_state is not None else module.__dict__
+
+
+def _state_for_copy(module: Any) -> dict[str, Any]:
+    # one with parametrizations can be copied, though its __getstate__ refuses pickles
+    return module.__dict__ if parametrize.is_parametrized(module) else _state(module)
 
 
 def _new_for_copy(module: Dressed) -> Any:

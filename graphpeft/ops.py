@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import in_place
+from graphpeft.tracing.source import ABOUT
 
 aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Linear]) -> list[str
 def _only_asks(node: fx.Node) -> bool:
     """Tells whether `node` asks something about a tensor without using its values."""
     about = node.args[1] if node.target is getattr else node.target
-    return about in ("dtype", "device", "shape", "ndim", "size", "dim", "numel")
+    return about in ABOUT
 
 
 def _module_linear(node: fx.Node, root: nn.Module) -> Linear | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ class Site(NamedTuple):
 
     Attributes:
         region: The path of the module whose graph holds the operations; "" is the model.
-        nodes: The names of the operations' nodes in that graph.
+        nodes: The names of the operations' nodes, for each graph that the region has.
         op: The kind of operation, such as ``ops.Linear``.
         owner: The path of the module that owns the weight.
         attribute: The weight's name in its owner.
@@ -41,7 +42,7 @@ class Site(NamedTuple):
     """
 
     region: str
-    nodes: tuple[str, ...]
+    nodes: tuple[tuple[str, ...], ...]
     op: type
     owner: str
     attribute: str
@@ -139,7 +140,8 @@ class SiteFinder:
             return []
         template = self._template(path)
         if template is not None:
-            return [path] if ops.reads(template.graph, f"{inside}.{attribute}") else []
+            weight = f"{inside}.{attribute}"
+            return [path] if any(ops.reads(graph, weight) for graph in template.graphs) else []
         if inside in uses.called:
             return []
         name = type(self.modules[path]).__name__
@@ -226,35 +228,39 @@ class _WeightUses(NamedTuple):
     """What a graph does with one weight.
 
     Attributes:
-        nodes: The names of the operations that use it.
+        nodes: The names of the operations that use it, in each graph.
         transposed: Whether the first of them reads it as (in, out).
         others: What else uses it.
         is_unused: Whether no operation's result reaches an output.
     """
 
-    nodes: tuple[str, ...]
+    nodes: tuple[tuple[str, ...], ...]
     transposed: bool
     others: tuple[str, ...]
     is_unused: bool
 
 
 def _uses(template: Template, module: nn.Module) -> dict[str, _WeightUses]:
-    """Returns what the graph does with each weight, by the weight's path in `module`."""
+    """Returns what the graphs do with each weight, by the weight's path in `module`."""
     uses: dict[str, _WeightUses] | None = template.facts.get("uses")
     if uses is None:
-        uses = {}
-        alive = dataflow.reaching_output(template.graph)
-        found = ops.find_ops(template.graph, module)
-        paths = [op.weight for op in found]
-        paths += [str(node.target) for node in template.graph.nodes if node.op == "get_attr"]
-        for path in dict.fromkeys(paths):
-            own = [op for op in found if op.weight == path]
-            nodes = tuple(op.node.name for op in own)
-            others = tuple(ops.other_uses(template.graph, path, own))
-            is_unused = bool(own) and not any(op.node in alive for op in own)
-            uses[path] = _WeightUses(nodes, bool(own) and own[0].transposed, others, is_unused)
+        found = [ops.find_ops(graph, module) for graph in template.graphs]
+        alive = set().union(*(dataflow.reaching_output(graph) for graph in template.graphs))
+        paths = [op.weight for of_graph in found for op in of_graph]
+        paths += [str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "get_attr"]
+        uses = {path: _uses_of(path, template, found, alive) for path in dict.fromkeys(paths)}
         template.facts["uses"] = uses
     return uses
+
+
+def _uses_of(path: str, template: Template, found: list[list[ops.Linear]], alive: set[fx.Node]) -> _WeightUses:
+    own = [[op for op in of_graph if op.weight == path] for of_graph in found]
+    all_own = [op for of_graph in own for op in of_graph]
+    nodes = tuple(tuple(op.node.name for op in of_graph) for of_graph in own)
+    others = (ops.other_uses(graph, path, using) for graph, using in zip(template.graphs, own, strict=True))
+    is_unused = bool(all_own) and not any(op.node in alive for op in all_own)
+    transposed = bool(all_own) and all_own[0].transposed
+    return _WeightUses(nodes, transposed, tuple(dict.fromkeys(itertools.chain(*others))), is_unused)
 
 
 def _layer_classes() -> tuple[type, ...]:

@@ -221,7 +221,7 @@ def test_numbers_of_modules_inside_an_adapted_module_stay_alive():
     def forward(self, x):
         return F.linear(x, self.w) * self.inner.scale + self.inner(x)
 
-    model = nn.Sequential(module_of(forward, w=weight(), inner=module_of(lambda self, x: x, scale=2.0)))
+    model: Any = nn.Sequential(module_of(forward, w=weight(), inner=module_of(lambda self, x: x, scale=2.0)))
     adapted = get_peft_model(copy.deepcopy(model), lora("w"))
     for changed in (model, adapted):
         changed[0].inner.scale = 5.0
@@ -467,6 +467,13 @@ def test_a_class_that_somebody_exchanged_after_adapting_is_an_error():
     nn.utils.parametrizations.weight_norm(adapted[0])
     with pytest.raises(RuntimeError, match="was exchanged since it was adapted"), adapted.disable_adapter():
         pass
+
+
+def test_an_adapted_module_with_a_parametrised_tensor_can_be_copied():
+    layer = module_of(lambda self, x: F.linear(F.linear(x, self.v), self.w), w=weight(), v=weight())
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(layer, "v"))
+    adapted = get_peft_model(model, lora("w", init_lora_weights=False))
+    assert torch.equal(copy.deepcopy(adapted)(X), adapted(X))
 
 
 def test_a_replaced_child_does_not_stop_unloading():

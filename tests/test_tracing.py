@@ -246,9 +246,40 @@ def test_training_stays_an_input_of_the_graph(training):
     assert torch.equal(laws.run(traced, (X,)), laws.run(copy.deepcopy(model), (X,)))
 
 
-def test_a_branch_on_training_is_checked():
-    model = module_of(lambda self, x: x * 2 if self.training else x)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_on_training_gives_a_graph_for_each_mode(training):
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.3 if self.training else 0.0)
+        return F.linear(y, self.w) * 2 if self.training else F.linear(y, self.w)
+
+    model = nn.Sequential(module_of(forward, w=nn.Parameter(torch.randn(8, 8)))).train(training)
+    laws.traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    traced: Any = trace(model, (X,))
+    evaluation, other = traced.graphs
+    assert "mul" in str(other)
+    assert "mul" not in str(evaluation)
+    assert traced.graph is traced.graphs[training]
+    assert traced.train(not training).graph is traced.graphs[not training]
+    assert f"{0.0 if training else 0.3}" in traced.code
+
+
+def test_editing_a_graph_acts_in_its_mode():
+    traced: Any = trace(module_of(lambda self, x: x * 2 if self.training else x).eval(), (X,))
+    output = traced.graph.output_node()
+    with traced.graph.inserting_before(output):
+        output.args = (traced.graph.call_function(torch.neg, output.args),)
+    traced.recompile()
+    assert torch.equal(traced(X), -X)
+    assert torch.equal(traced.train()(X), 2 * X)
+    assert torch.equal(copy.deepcopy(traced).eval()(X), -X)
+
+
+def test_a_mode_that_cannot_be_recorded_is_refused_when_it_is_run():
+    model = module_of(lambda self, x: x * 2 if self.training and x.sum() > 0 else x)
     traced: Any = trace(model.eval(), (X,))
+    assert torch.equal(traced(X), X)
+    assert "if self.training" in traced.other_mode_error
+    assert "depends on the values of a tensor" in traced.other_mode_error
     with pytest.raises(GuardError, match=r"if self\.training"):
         traced.train()(X)
 

@@ -69,6 +69,37 @@ def test_a_fresh_adapter_changes_no_bit_of_the_outputs(example: Example) -> None
     assert torch.equal(output(get_peft_model(model, example.config()), example.inputs()), before)
 
 
+def with_dropout(example: Example) -> nn.Module:
+    """Builds a model that drops wherever it can."""
+    model = example.build()
+    for module in model.modules():
+        for name in ("p", "drop_prob", "dropout", "attn_dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.2)
+    return model
+
+
+def state_of_both_modes(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Returns the outputs of training and then of evaluation, and the buffers, which training changes."""
+    # PyTorch computes an attention in another way when its weights are frozen, as adapting does
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    outputs = {f"training={mode}": output(model.train(mode), inputs) for mode in (True, False)}
+    return outputs | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("as_graph", [False, True], ids=["as-it-is", "traced"])
+@each_example
+def test_training_and_evaluation_are_those_of_the_base(example: Example, as_graph: bool) -> None:
+    expected = state_of_both_modes(with_dropout(example), example.inputs())
+    model = with_dropout(example)
+    model = graphpeft.trace(model, example.inputs()) if as_graph else model
+    found = state_of_both_modes(get_peft_model(model, example.config()), example.inputs())
+    # a graph holds only those buffers that it reads
+    assert expected.keys() == found.keys() or as_graph
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 @each_example
 def test_a_disabled_adapter_leaves_the_base(example: Example) -> None:
     model = adapted(example)

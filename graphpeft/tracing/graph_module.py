@@ -1,7 +1,8 @@
 """Lets a module's forward come from a graph, in place: the module becomes an ``fx.GraphModule`` of its own class.
 
-A `Template` is a graph with its compiled forward. Modules whose graphs are equal share one template and so one class;
-a module gets a graph of its own only when somebody asks for `GraphModule.graph`, to look at it or to edit it.
+A `Template` is a graph with its compiled forward, or two of them where the code goes another way in training than in
+evaluation. Modules whose graphs are equal share one template and so one class; a module gets graphs of its own only
+when somebody asks for `GraphModule.graph`, to look at it or to edit it.
 """
 
 from __future__ import annotations
@@ -24,63 +25,83 @@ VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
 
+Graphs = tuple[fx.Graph, ...]
+"""The graph of a forward, or that of evaluation and that of training, where they differ."""
+
+
 class Template:
-    """A graph, its generated code and its compiled forward.
+    """The graphs of a forward with their code, compiled.
 
     Args:
-        graph: The graph. A shared template's graph must not be edited: see `derive`.
+        graphs: One graph, or that of evaluation and that of training. Those of a shared template must not be edited:
+            see `derive`.
         shared: Whether many modules may wear the template.
     """
 
-    def __init__(self, graph: fx.Graph, shared: bool) -> None:
-        code = graph.python_code(root_module="self")
-        self.graph = graph
+    def __init__(self, graphs: Graphs, shared: bool) -> None:
+        self.graphs = graphs
+        self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
         self.facts: dict[Hashable, Any] = {}
         self._derived: dict[Hashable, Template] = {}
-        # GraphModule's own methods read these three attributes
+        forwards = [_forward_from_src(code.src, code.globals) for code in self.codes]
         namespace = {
-            "_graph": graph,
-            "_code": code.src,
-            "_lineno_map": code._lineno_map,
             "_graphpeft_template": self,
-            "forward": _forward_from_src(code.src, code.globals),
+            "forward": forwards[0] if len(forwards) == 1 else _by_mode(*forwards),
         }
         recipe = (_layer_of, (self,))
         self.layer = in_place.Layer("graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer)
 
+    def index(self, module: nn.Module) -> int:
+        """Returns which of the graphs `module` runs in its mode."""
+        return int(module.training and len(self.graphs) > 1)
+
+    def copied_graphs(self) -> Graphs:
+        """Returns copies of the graphs."""
+        return tuple(copy_graph(graph) for graph in self.graphs)
+
     def for_copy(self) -> Template:
         """Returns the template for a copy of a module that wears this one."""
-        return self if self.shared else Template(copy_graph(self.graph), shared=False)
+        return self if self.shared else Template(self.copied_graphs(), shared=False)
 
-    def derive(self, key: Hashable, edit: Callable[[fx.Graph], None]) -> Template:
-        """Returns the template of this graph after `edit`, from the cache when `key` was asked for before.
+    def derive(self, key: Hashable, edit: Callable[[Graphs], None]) -> Template:
+        """Returns the template of these graphs after `edit`, from the cache when `key` was asked for before.
 
         Args:
-            key: What tells the edit from every other edit of this graph.
-            edit: Edits a copy of the graph in place.
+            key: What tells the edit from every other edit of these graphs.
+            edit: Edits copies of the graphs in place.
         """
         derived = self._derived.get(key)
         if derived is None:
-            graph = copy_graph(self.graph)
-            edit(graph)
-            graph.lint()
-            derived = self._derived[key] = Template(graph, self.shared)
+            graphs = self.copied_graphs()
+            edit(graphs)
+            for graph in graphs:
+                graph.lint()
+            derived = self._derived[key] = Template(graphs, self.shared)
         return derived
 
     def remember(self, key: Hashable, template: Template) -> None:
-        """Notes that the edit `key` of this graph gives `template`, such as the way back from a derived one."""
+        """Notes that the edit `key` of these graphs gives `template`, such as the way back from a derived one."""
         self._derived.setdefault(key, template)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graph = copy_graph(self.graph, _as_named)
-        for node in graph.nodes:
-            # example values are fake tensors, which can't be pickled
-            node.meta.pop(VALUE, None)
-        return _unpickled, (graph, self.shared)
+        graphs = tuple(copy_graph(graph, _as_named) for graph in self.graphs)
+        for graph in graphs:
+            for node in graph.nodes:
+                # example values are fake tensors, which can't be pickled
+                node.meta.pop(VALUE, None)
+        return _unpickled, (graphs, self.shared)
+
+
+def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(evaluation)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (training if self.training else evaluation)(self, *args, **kwargs)
+
+    return forward
 
 
 class _NamedOperator:
@@ -103,8 +124,8 @@ def _by_name(target: Any) -> Any:
     return target
 
 
-def _unpickled(graph: fx.Graph, shared: bool) -> Template:
-    return Template(copy_graph(graph, _by_name), shared)
+def _unpickled(graphs: Graphs, shared: bool) -> Template:
+    return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared)
 
 
 def _layer_of(template: Template) -> in_place.Layer:
@@ -116,20 +137,42 @@ class GraphForward(fx.GraphModule):
 
     _graphpeft_template: ClassVar[Template]
 
+    # GraphModule's own methods, and torch.compile, read these attributes
+
+    @property
+    def _graph(self) -> fx.Graph:
+        return self._graphpeft_template.graphs[self._graphpeft_template.index(self)]
+
+    @property
+    def _code(self) -> str:
+        return self._graphpeft_template.codes[self._graphpeft_template.index(self)].src
+
+    @property
+    def _lineno_map(self) -> Any:
+        return self._graphpeft_template.codes[self._graphpeft_template.index(self)]._lineno_map
+
+    @property
+    def graphs(self) -> Graphs:
+        """The module's own graph, or its graphs of evaluation and of training. Call `recompile` after editing them."""
+        if self._graphpeft_template.shared:
+            wear_template(self, Template(self._graphpeft_template.copied_graphs(), shared=False))
+        return self._graphpeft_template.graphs
+
     @property
     def graph(self) -> fx.Graph:
-        """The module's own graph. Call `recompile` after editing it."""
-        if self._graphpeft_template.shared:
-            wear_template(self, Template(copy_graph(self._graphpeft_template.graph), shared=False))
-        return self._graphpeft_template.graph
+        """That of the module's `graphs` which it runs in its present mode.
+
+        A graph that is assigned is run in both modes.
+        """
+        return self.graphs[self._graphpeft_template.index(self)]
 
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
-        wear_template(self, Template(g, shared=False))
+        wear_template(self, Template((g,), shared=False))
 
     def recompile(self) -> Any:
-        """Compiles the forward from the graph again, after an edit."""
-        wear_template(self, Template(self.graph, shared=False))
+        """Compiles the forward from the graphs again, after an edit."""
+        wear_template(self, Template(self.graphs, shared=False))
 
 
 def wear_template(module: nn.Module, template: Template) -> None:

@@ -20,7 +20,7 @@ from torch.fx.node import has_side_effect
 from graphpeft.tracing.errors import GuardError
 
 _WAY_OUT = (
-    "Trace or adapt the model again, with example_inputs like this call's and in its mode, training or evaluation."
+    "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes."
 )
 
 
@@ -81,7 +81,7 @@ def deciding_line() -> str:
 
 
 _MACHINERY = (
-    os.path.dirname(__file__),
+    os.path.dirname(os.path.dirname(__file__)),
     os.path.dirname(fx.__file__),
     torch.overrides.__file__,
     os.path.dirname(pytree.__file__),

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx as fx
-from torch import nn
+from torch import fx, nn
 
 from graphpeft import in_place
-from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
+from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
 from graphpeft.tracing.tracer import SIMPLE, ValueTracer
 
@@ -75,7 +74,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     if worn is not None:
         return worn
     if isinstance(module, fx.GraphModule):
-        return Template(copy_graph(module.graph), shared=False)
+        return Template((copy_graph(module.graph),), shared=False)
     _refuse_what_a_graph_cannot_replace(module)
     known = _LIFTED.setdefault(in_place.original_class(module), [])
     for lifted in known:
@@ -109,11 +108,14 @@ def _members(cls: type) -> frozenset[str]:
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
     with _noting_reads(module, tracer) as reads:
-        graph = tracer.trace_module(module, module.forward, *split_inputs(example_inputs))
-    _refuse_decisions_on_training(graph)
+        recorded = in_each_mode(
+            module, lambda: tracer.trace_module(module, module.forward, *split_inputs(example_inputs))
+        )
+    if recorded.other_mode_error is not None:
+        raise TraceError(recorded.other_mode_error)
     for name, value in tracer.constants.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
-    template = Template(graph, shared=True)
+    template = Template(recorded.graphs, shared=True)
     if tracer.specialised or example_inputs is not None or module._modules or _reads_its_dict(type(module).forward):
         return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(reads))
@@ -126,15 +128,6 @@ def _globals_of(forward: Callable[..., Any]) -> dict[str, Any]:
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     values = getattr(function, "__globals__", {})
     return {name: values[name] for name in names if name in values and isinstance(values[name], SIMPLE)}
-
-
-def _refuse_decisions_on_training(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if node.target is guards.expect and any(
-            source.op == "get_attr" and str(source.target).split(".")[-1] == "training"
-            for source in (node.args[0], *node.args[0].all_input_nodes)
-        ):
-            raise TraceError(f"it takes another way in training than in evaluation: {node.args[2]}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-_ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
+ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
 """What code asks of a tensor without using its values."""
 
 
@@ -89,6 +89,6 @@ def _path(node: ast.Attribute) -> str:
 
 
 def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    if node.attr in _ABOUT or isinstance(parent, ast.Compare):
+    if node.attr in ABOUT or isinstance(parent, ast.Compare):
         return True
     return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"

@@ -10,11 +10,11 @@ import copy
 import functools
 from typing import Any
 
-import torch.fx as fx
-from torch import nn
+from torch import fx, nn
 
 from graphpeft import in_place
-from graphpeft.tracing.graph_module import GraphForward, Template, wear_template
+from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, wear_template
+from graphpeft.tracing.modes import Recorded, in_each_mode
 from graphpeft.tracing.tracer import ValueTracer
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
@@ -38,11 +38,13 @@ class TracedModel(Place):
 
     Attributes:
         kept: The modules (by path) that could not be inlined, with the reason.
+        other_mode_error: Why the graph is only that of the mode in which the model was traced, if it is.
         config: The model's config, if it has one: targets are chosen by its `model_type`.
         output_head: The path of the model's output head, if it names one.
     """
 
     kept: dict[str, str]
+    other_mode_error: str | None
     config: Any
     output_head: str | None
 
@@ -50,6 +52,7 @@ class TracedModel(Place):
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
     """Returns one flat graph module of `model`, called as the model is, that shares the model's tensors.
 
+    Where the model's code goes another way in training than in evaluation it has a graph for each, see `graphs`.
     The graph answers as the model does for every call that takes the same decisions in Python code; any other call
     raises `GuardError`. The model is left as it was.
 
@@ -65,8 +68,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     args, kwargs = split_inputs(example_inputs)
     tracer = ValueTracer(keeps_whole=is_layer)
     # as a call does, with the model's own hooks
-    graph = tracer.trace_module(model, functools.partial(nn.Module._call_impl, model), args, kwargs)
-    return _graph_module(model, graph, tracer)
+    entry = functools.partial(nn.Module._call_impl, model)
+    recorded = in_each_mode(model, lambda: tracer.trace_module(model, entry, args, kwargs))
+    return _graph_module(model, recorded, tracer)
 
 
 def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
@@ -97,13 +101,14 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
 
 
-def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.GraphModule:
+def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:
     root = TracedModel(stands_for(model))
     root.train(model.training)
     root.kept = dict(tracer.kept)
+    root.other_mode_error = recorded.other_mode_error
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
-    for kind, path in _in_order(model, graph):
+    for kind, path in _in_order(model, recorded.graphs):
         if kind == "call_module":
             _place(root, model, path, _sharing_copy(model, path))
         elif path in tracer.constants:
@@ -112,12 +117,12 @@ def _graph_module(model: nn.Module, graph: fx.Graph, tracer: ValueTracer) -> fx.
             _container(root, model, path.rpartition(".")[0])
         else:
             _share_attribute(root, model, path)
-    wear_template(root, Template(graph, shared=False))
+    wear_template(root, Template(recorded.graphs, shared=False))
     return root  # type: ignore[return-value]
 
 
-def _in_order(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
-    """Returns the kinds and paths of what a graph uses, in the order in which the model has them.
+def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:
+    """Returns the kinds and paths of what graphs use, in the order in which the model has them.
 
     PEFT names and draws an adapter's tensors in that order, so a traced model must have it too.
     """
@@ -129,7 +134,8 @@ def _in_order(model: nn.Module, graph: fx.Graph) -> list[tuple[str, str]]:
         module = path if kind == "call_module" or path in modules else path.rpartition(".")[0]
         return modules[module], kind, tensors.get(path, len(tensors))
 
-    used = dict.fromkeys((n.op, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr"))
+    nodes = (node for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr"))
+    used = dict.fromkeys((node.op, str(node.target)) for node in nodes)
     return sorted(used, key=place)
 
 

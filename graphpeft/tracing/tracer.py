@@ -94,6 +94,7 @@ class ValueTracer(fx.Tracer):
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
+        self._decided, self._attributes, self._copies = set(), {}, {}
         self._has_values = args is not None
         self._call = (args or (), kwargs)
         self._entry = entry

@@ -1,0 +1,78 @@
+"""Records a forward once, or twice where it goes another way in training than in evaluation.
+
+``if self.training: …`` is a decision that the user changes with `train()` and `eval()`, so its other answer is followed
+too. Where the mode is only handed on, as in ``F.dropout(x, p, self.training)``, one graph serves both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from graphpeft.tracing import guards
+from graphpeft.tracing.graph_module import VALUE, Graphs
+
+
+class Recorded(NamedTuple):
+    """What there is of a forward.
+
+    Attributes:
+        graphs: Its graph, or that of evaluation and that of training.
+        other_mode_error: Why there is none of the mode in which the module isn't now, if it should have one.
+    """
+
+    graphs: Graphs
+    other_mode_error: str | None
+
+
+def in_each_mode(root: nn.Module, record: Callable[[], fx.Graph]) -> Recorded:
+    """Records the forward of `root` in its mode, and in the other one if it decides on it.
+
+    Args:
+        root: The module; its modes are afterwards as they were.
+        record: Records `root` as it is.
+    """
+    graph = record()
+    decision = _decision_on_training(graph)
+    if decision is None:
+        return Recorded((graph,), None)
+    try:
+        with _switched(root, not root.training):
+            other = record()
+    except Exception as error:
+        # what the other mode needs, such as larger batches for its statistics, the example inputs need not have
+        mode = "evaluation" if root.training else "training"
+        return Recorded((graph,), f"it takes another way in {mode}, {decision}, which can't be recorded: {error}")
+    return Recorded((other, graph) if root.training else (graph, other), None)
+
+
+def _decision_on_training(graph: fx.Graph) -> str | None:
+    """Returns the line of the first decision on a module's mode."""
+    for node in graph.nodes:
+        if node.target is guards.expect and _comes_from_training(node.args[0]):
+            return str(node.args[2])
+    return None
+
+
+def _comes_from_training(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[2] == "training"
+    # beyond flags and numbers, the mode changes values but no decisions
+    inputs = [source for source in node.all_input_nodes if isinstance(source.meta.get(VALUE), bool | int | float)]
+    return any(_comes_from_training(source) for source in inputs)
+
+
+@contextlib.contextmanager
+def _switched(root: nn.Module, training: bool) -> Iterator[None]:
+    # not by `train`, which a class may override with more effects than these flags
+    before = {module: module.training for module in root.modules()}
+    for module in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was

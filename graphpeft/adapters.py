@@ -67,11 +67,12 @@ class Adapters:
         by_name: The adapters.
         active: The names of those that act, in the order in which they were activated.
         lifted: The graphs of the regions that were no graph modules before, by path.
-        trained_before: The parameters that required grad before the first adapter came.
+        trained_before: The parameters that required grad before the first adapter came, by the path of their module and
+            their name.
         paused: The names of those that `PeftModel.disable_adapters` has put to rest.
     """
 
-    trained_before: frozenset[str]
+    trained_before: list[tuple[str, str]]
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
@@ -80,14 +81,13 @@ class Adapters:
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
         """Returns the adapters of a model that has none yet."""
-        return cls(
-            frozenset(
-                join(path, name)
-                for path, module in modules.items()
-                for name, parameter in module._parameters.items()
-                if parameter is not None and parameter.requires_grad
-            )
-        )
+        trained = [
+            (path, name)
+            for path, module in modules.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        return cls(trained)
 
     def owned(self) -> frozenset[str]:
         """Returns the paths of all tensors of adapters."""
@@ -99,7 +99,7 @@ class Adapters:
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
-    """Puts the adapter of `plan` on a model, inactive.
+    """Puts the adapter of `plan` on a model, inactive; its tensors require grad unless it is for inference.
 
     Args:
         modules: The model's modules by path.
@@ -116,6 +116,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if _has(modules[path], attribute):
             where = path or "the model"
             raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
+    if plan.config.inference_mode:
+        for tensor in made.values():
+            tensor.requires_grad_(False)
     for (path, attribute), tensor in made.items():
         # not isinstance, which is slow for parameters
         if type(tensor) is nn.Parameter:
@@ -364,12 +367,21 @@ def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     return adapted.rule.delta(site=adapted.site, **values)
 
 
-def freeze(modules: Modules) -> None:
-    """Freezes all parameters."""
-    for module in modules.values():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                parameter.requires_grad_(False)
+def freeze(modules: Modules, adapters: Adapters) -> None:
+    """Freezes the parameters of the base."""
+    for path, name in adapters.trained_before:
+        parameter = modules[path]._parameters[name]
+        assert parameter is not None
+        parameter.requires_grad_(False)
+
+
+def thaw(modules: Modules, adapters: Adapters) -> None:
+    """Makes those parameters require grad that did before the first adapter came, and no others."""
+    trained = set(adapters.trained_before)
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_((path, name) in trained)
 
 
 def set_trainable(modules: Modules, adapters: Adapters) -> None:

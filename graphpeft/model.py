@@ -249,8 +249,7 @@ class PeftModel(nn.Module):
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
-        for path, parameter in self.named_parameters():
-            parameter.requires_grad_(path in state.trained_before)
+        _adapters.thaw(modules, state)
         return self
 
     def merge_and_unload(
@@ -456,8 +455,9 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
         raise
     model.__dict__[_STATE] = state
     if is_first:
-        _adapters.freeze(modules)
-    _adapters.set_trainable(modules, state)
+        _adapters.freeze(modules, state)
+    else:
+        _adapters.set_trainable(modules, state)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

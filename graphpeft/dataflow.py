@@ -1,4 +1,4 @@
-"""The dataflow of a graph as a networkx graph: what reaches what, and what shares an input."""
+"""The dataflow of a graph as a networkx graph: what reaches what."""
 
 from __future__ import annotations
 
@@ -23,12 +23,3 @@ def reaching_output(graph: fx.Graph) -> set[fx.Node]:
         node for node in graph.nodes if node.op == "output" or (node.op.startswith("call_") and writes(node.target))
     ]
     return set(ends).union(*(nx.ancestors(flow, end) for end in ends))
-
-
-def sharing_input(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Groups nodes by their first input, such as the projections of an attention that read the same tokens."""
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        if node.all_input_nodes:
-            groups.setdefault(node.all_input_nodes[0], []).append(node)
-    return groups

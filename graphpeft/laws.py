@@ -10,7 +10,7 @@ import copy
 import io
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,21 @@ def traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInp
     set_peft_model_state_dict(traced, _file_of(model))
     require_equal(_file_of(traced), _file_of(model), "the traced model's file differs")
     require_close(run(traced, inputs), run(model, inputs), 1e-6, "the traced model's outputs differ")
+
+
+def spellings_are_adapted_alike(
+    build: Build, others: Sequence[Build], config: PeftConfig, inputs: ExampleInputs
+) -> None:
+    """Law 5: models that spell one computation in several ways have the same sites, files and outputs."""
+    model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    sites = [(site.site.name, site.site.shape) for site in model.adapter_report().adapted]
+    for build_other in others:
+        other = get_peft_model(build_other().eval(), config, example_inputs=inputs)
+        if sites != [(site.site.name, site.site.shape) for site in other.adapter_report().adapted]:
+            raise LawError(f"sites differ: {sites} and those of\n{other.adapter_report()}")
+        # a file that doesn't fit raises
+        set_peft_model_state_dict(other, _file_of(model))
+        require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
 
 
 def dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:

@@ -93,6 +93,7 @@ class SiteFinder:
         self.templates: dict[str, Template] = {}
         self._graphs = {path for path, module in self.modules.items() if isinstance(module, fx.GraphModule)}
         self._errors: dict[str, TraceError] = {}
+        self._layer_classes = layer_classes()
         self._readers = _readers(self.modules)
         self._may_read = _may_read(self.modules)
 
@@ -168,7 +169,7 @@ class SiteFinder:
         if uses.is_unused:
             return f"no output depends on what is computed with its {attribute}"
         cls = stands_for(self.modules[owner])
-        is_layer = attribute == "weight" and issubclass(cls, _layer_classes())
+        is_layer = attribute == "weight" and issubclass(cls, self._layer_classes)
         if not is_layer:
             self._warn_of_other_entries(region, owner, attribute)
         # of the layers, only Conv1D stores its weight as (in, out)
@@ -263,7 +264,7 @@ def _uses_of(path: str, template: Template, found: list[list[ops.Linear]], alive
     return _WeightUses(nodes, transposed, tuple(dict.fromkeys(itertools.chain(*others))), is_unused)
 
 
-def _layer_classes() -> tuple[type, ...]:
+def layer_classes() -> tuple[type, ...]:
     """Returns the classes that PEFT adapts as modules with a linear weight."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)

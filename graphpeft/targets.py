@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graphpeft.sites import layer_classes
 from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
@@ -200,7 +201,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         module used in several places is listed under its first name.
     """
     head = output_head(model, task_type)
-    linear = _linear_classes()
+    linear = layer_classes()
     return [
         name
         for name, module in model.named_modules()
@@ -223,8 +224,9 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     Returns:
         The name of the head, or None.
     """
-    pretrained = _loaded_class("transformers.modeling_utils", "PreTrainedModel")
-    if pretrained is None or not issubclass(stands_for(model), pretrained):
+    modeling_utils = sys.modules.get("transformers.modeling_utils")
+    # where it isn't loaded, no model can be one of its
+    if modeling_utils is None or not issubclass(stands_for(model), modeling_utils.PreTrainedModel):
         return None
     if isinstance(model, TracedModel):
         head = model.get_submodule(model.output_head) if model.output_head is not None else None
@@ -381,16 +383,6 @@ def _compiled(pattern: str, entry: str, field: str) -> re.Pattern[str]:
         raise ValueError(
             f"{entry!r} in {field} is not a regular expression: {error}. Write special characters as re.escape does."
         ) from error
-
-
-def _linear_classes() -> tuple[type, ...]:
-    conv1d = _loaded_class("transformers.pytorch_utils", "Conv1D")
-    return (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
-
-
-def _loaded_class(module: str, name: str) -> Any:
-    """The class, if its module is loaded; if it is not, no model can be made of it."""
-    return getattr(sys.modules.get(module), name, None)
 
 
 def _advice(model: nn.Module) -> str:

@@ -118,6 +118,17 @@ class FunctionalDropout(nn.Module):
         return F.dropout(x, self.p, training=self.training)
 
 
+class Branching(nn.Module):
+    """A weight used functionally, by code that goes another way in training than in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(DIM, DIM) / DIM**0.5)
+
+    def forward(self, x):
+        return F.dropout(F.linear(x, self.w), 0.3) if self.training else torch.matmul(x, self.w.T)
+
+
 class InPlace(nn.Module):
     """Item assignment and operations in place."""
 
@@ -158,7 +169,7 @@ def bodies() -> st.SearchStrategy[Callable[[], nn.Module]]:
     leaves = st.one_of(
         st.booleans().map(lambda bias: lambda: nn.Linear(DIM, DIM, bias=bias)),
         st.just(lambda: Doubled(DIM, DIM)),
-        st.just(TwoWeights),
+        st.sampled_from([TwoWeights, Branching]),
         st.builds(lambda s, b: lambda: Functional(s, b), st.sampled_from(sorted(SPELLINGS)), st.booleans()),
         st.sampled_from([nn.GELU, lambda: nn.LayerNorm(DIM), lambda: nn.Dropout(0.3), InPlace, Reshaped]),
         st.floats(0.1, 0.6).map(lambda p: lambda: FunctionalDropout(p)),

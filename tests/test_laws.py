@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CONFIGS, Case, cases
+from strategies import CONFIGS, DIM, SPELLINGS, Case, Functional, Model, cases
+from torch import nn
 
-from graphpeft import PeftType, laws
+from graphpeft import PeftType, laws, trace
 from graphpeft.config import registered
 
 METHODS = list(registered())
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+
+X = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0))
+
+STORED_AS_IN_OUT = ["x @ w", "w.mT.mT", "einsum transposed", "addmm"]
+SAME_COMPUTATION = [sorted(SPELLINGS.keys() - set(STORED_AS_IN_OUT)), STORED_AS_IN_OUT]
 
 
 def test_every_registered_method_is_tested():
@@ -77,6 +85,20 @@ def test_copies_stay_adapted(method, data, case: Case):
 def test_a_traced_model_is_adapted_as_the_model_is(method, data, case: Case):
     config = data.draw(CONFIGS[method](case.build(), identity=False))
     laws.traced_is_adapted_alike(case.build, config, case.inputs)
+
+
+@every_method
+@given(data=st.data(), bias=st.booleans(), as_graph=st.booleans())
+@pytest.mark.parametrize("spellings", SAME_COMPUTATION, ids=["stored as (out, in)", "stored as (in, out)"])
+def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph):
+    def build(spelling: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = Model(Functional(spelling, bias), "alone")
+        return trace(model, (X,)) if as_graph else model
+
+    config = data.draw(CONFIGS[method](build(spellings[0]), identity=False))
+    first, *others = [functools.partial(build, spelling) for spelling in spellings]
+    laws.spellings_are_adapted_alike(first, others, config, (X,))
 
 
 def test_a_law_that_does_not_hold_raises():

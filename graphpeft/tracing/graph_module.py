@@ -25,6 +25,9 @@ VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
 
+_MOST_REMEMBERED = 1024
+"""How many derived templates one template keeps."""
+
 Graphs = tuple[fx.Graph, ...]
 """The graph of a forward, or that of evaluation and that of training, where they differ."""
 
@@ -77,11 +80,14 @@ class Template:
             edit(graphs)
             for graph in graphs:
                 graph.lint()
-            derived = self._derived[key] = Template(graphs, self.shared)
+            derived = Template(graphs, self.shared)
+            self.remember(key, derived)
         return derived
 
     def remember(self, key: Hashable, template: Template) -> None:
         """Notes that the edit `key` of these graphs gives `template`, such as the way back from a derived one."""
+        if len(self._derived) >= _MOST_REMEMBERED:
+            self._derived.clear()  # of a model that goes through thousands of adapters
         self._derived.setdefault(key, template)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:

@@ -197,7 +197,7 @@ def test_an_attribute_in_the_adapters_place_is_not_overwritten() -> None:
 # configs
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.0, 2.5, "8", None, True])
+@pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_is_a_positive_integer(rank: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"r must be a positive integer, not {rank!r}")):
         LoraConfig(r=rank, target_modules=["up"])
@@ -205,17 +205,90 @@ def test_a_rank_is_a_positive_integer(rank: Any) -> None:
         LoraConfig(target_modules=["up"], rank_pattern={"up": rank})
 
 
+WRONG_TYPES = [
+    ("r", 2.0, "int"),
+    ("r", "8", "int"),
+    ("r", None, "int"),
+    ("r", True, "int"),
+    ("lora_alpha", "x", "float"),
+    ("lora_alpha", None, "float"),
+    ("lora_alpha", True, "float"),
+    ("lora_dropout", "x", "float"),
+    ("lora_dropout", None, "float"),
+    ("target_modules", 5, "list[str] | set[str] | str | None"),
+    ("target_modules", ["up", 5], "list[str] | set[str] | str | None"),
+    ("target_modules", {"up": 1}, "list[str] | set[str] | str | None"),
+    ("exclude_modules", [["up"]], "list[str] | set[str] | str | None"),
+    ("target_parameters", "one.w", "list[str] | None"),
+    ("modules_to_save", 5, "list[str] | None"),
+    ("modules_to_save", "head", "list[str] | None"),
+    ("layers_to_transform", "x", "list[int] | int | None"),
+    ("layers_to_transform", [0.5], "list[int] | int | None"),
+    ("layers_pattern", 1, "list[str] | str | None"),
+    ("rank_pattern", ["up"], "dict[str, int]"),
+    ("rank_pattern", {"up": "8"}, "dict[str, int]"),
+    ("rank_pattern", {"up": True}, "dict[str, int]"),
+    ("alpha_pattern", {"up": None}, "dict[str, float]"),
+    ("alpha_pattern", {"up": "x"}, "dict[str, float]"),
+    ("bias", "some", "Literal['none', 'all', 'lora_only']"),
+    ("bias", None, "Literal['none', 'all', 'lora_only']"),
+    ("use_rslora", "yes", "bool"),
+    ("init_lora_weights", None, "bool | str"),
+    ("inference_mode", 1, "bool"),
+    ("revision", 2, "str | None"),
+    ("auto_mapping", "x", "dict[str, Any] | None"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "wanted"), WRONG_TYPES)
+def test_a_value_of_another_type_is_named_with_what_is_wanted(option: str, value: Any, wanted: str) -> None:
+    message = f"{option} must be {wanted}, not {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LoraConfig(**{"target_modules": ["up"], option: value})
+    config = LoraConfig(target_modules=["up"])
+    setattr(config, option, value)
+    model = fresh()
+    with refused(model, AdaptError, message):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(("option", "value", "wanted"), WRONG_TYPES)
+def test_a_value_of_another_type_in_a_file_is_named_with_the_file(
+    option: str, value: Any, wanted: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["up"], option: value}))
+    model = fresh()
+    with refused(model, ValueError, str(file), f"{option} must be {wanted}, not {value!r}"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_null_in_place_of_patterns_means_none_as_in_peft(tmp_path: Path) -> None:
+    values = {"peft_type": "LORA", "rank_pattern": None, "alpha_pattern": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    for config in (LoraConfig.from_pretrained(tmp_path), LoraConfig(rank_pattern=None, alpha_pattern=None)):  # type: ignore[arg-type]
+        assert config == LoraConfig()
+
+
+@pytest.mark.parametrize("value", [["up"], ("up",), {"up"}, frozenset({"up"})])
+def test_a_list_of_names_may_be_any_collection(value: Any) -> None:
+    config = LoraConfig(target_modules=value, modules_to_save=value, target_parameters=value, lora_alpha=2)
+    assert config.to_dict()["target_modules"] == config.to_dict()["modules_to_save"] == ["up"]
+
+
 @in_any_state
-@pytest.mark.parametrize("rank", [0, -3, 2.5])
-def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(build: Callable[[], Any], rank: Any) -> None:
+@pytest.mark.parametrize(("rank", "wanted"), [(0, "a positive integer"), (-3, "a positive integer"), (2.5, "int")])
+def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(
+    build: Callable[[], Any], rank: Any, wanted: str
+) -> None:
     model = build()
     theirs: Any = peft.LoraConfig(target_modules=["up"])
     theirs.r = rank
-    with refused(model, ValueError, "r must be a positive integer", repr(rank)):
+    with refused(model, ValueError, f"r must be {wanted}, not {rank!r}"):
         get_peft_model(model, theirs, "second")
     ours = LoraConfig(target_modules=["up"])
     ours.r = rank
-    with refused(model, ValueError, "r must be a positive integer", repr(rank)):
+    with refused(model, ValueError, f"r must be {wanted}, not {rank!r}"):
         get_peft_model(model, ours, "second")
 
 
@@ -276,9 +349,7 @@ def test_an_option_that_isnt_supported_is_never_ignored(build: Callable[[], Any]
         ({"xyzzy": 1}, TypeError, "no option 'xyzzy'"),
         ({"lora_dropout": 1.5}, ValueError, "lora_dropout"),
         ({"lora_dropout": -0.1}, ValueError, "lora_dropout"),
-        ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only', not 'some'"),
         ({"task_type": "CAUSAL"}, ValueError, "task_type is 'CAUSAL'.*CAUSAL_LM"),
-        ({"target_parameters": "one.w"}, TypeError, "target_parameters must be a list"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, ValueError, "layers_to_transform"),
         ({"target_modules": ["up"], "layers_pattern": "layers"}, ValueError, "layers_pattern.*layers_to_transform"),
     ],
@@ -454,7 +525,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
     ("values", "words"),
     [
         ({"r": 0}, ["r must be a positive integer"]),
-        ({"r": 2.5}, ["r must be a positive integer"]),
+        ({"r": 2.5}, ["r must be int, not 2.5"]),
         ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
         ({"use_dora": True}, ["use_dora"]),

@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from graphpeft import adapters as _adapters
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import ConfigLike, PeftConfig, as_config
-from graphpeft.plan import AdaptError, Plan, make_plan
-from graphpeft.report import Report
+from graphpeft.plan import AdaptError, Plan, make_plan, unmatched_entries
+from graphpeft.report import Report, listed
 from graphpeft.tracing.trace import ExampleInputs
 
 _STATE = "_peft_adapters"
@@ -46,9 +46,12 @@ def explain(
         example_inputs: As for `get_peft_model`.
 
     Raises:
-        AdaptError: If nothing matches, or the config asks for what isn't supported.
+        AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
-    return _plan(model, as_config(config), adapter_name, example_inputs, autocast_adapter_dtype=True).report
+    ours = as_config(config)
+    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True)
+    _warn_of_unmatched(ours, plan)
+    return plan.report
 
 
 def get_peft_model(
@@ -78,6 +81,8 @@ def get_peft_model(
     """
     config = as_config(peft_config)
     plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+    _refuse(plan)
+    _warn_of_unmatched(config, plan)
     _adapt(model, adapter_name, plan, values=None)
     return model
 
@@ -409,6 +414,7 @@ def _load(
     loaded.inference_mode = not is_trainable
     values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+    _refuse(plan)
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
     _adapt(model, adapter_name, plan, fitted)
 
@@ -421,8 +427,11 @@ def _plan(
     autocast_adapter_dtype: bool,
 ) -> Plan:
     state: Adapters | None = model.__dict__.get(_STATE)
-    if not adapter_name or "." in adapter_name:
-        raise AdaptError(f"an adapter's name must not be empty or hold a dot: {adapter_name!r}")
+    if not _is_name(adapter_name):
+        raise AdaptError(
+            f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
+            "choose one without dots, slashes, backslashes, control characters, and spaces at its ends"
+        )
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
     return make_plan(
@@ -436,11 +445,41 @@ def _plan(
     )
 
 
+def _is_name(name: object) -> bool:
+    """Tells whether a module's attribute can end in `name`, and a folder inside another have that name."""
+    if not isinstance(name, str) or "." in name or not name.isprintable() or name.strip() != name:
+        return False
+    # whatever divides paths on any system divides them on Windows
+    return name != "" and name == PureWindowsPath(name).name
+
+
+def _refuse(plan: Plan) -> None:
+    """Raises AdaptError if a plan can't be carried out whole."""
+    if plan.nothing_matched:
+        raise AdaptError(plan.nothing_matched)
+    refused = plan.report.refused
+    if refused:
+        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
+        ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
+        raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
+
+
+def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
+    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    unmatched = [] if plan.nothing_matched else unmatched_entries(config, plan)
+    if unmatched:
+        model = type(plan.modules[""]).__name__
+        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)
+
+
+def _activate(model: Any, names: Sequence[str]) -> None:
+    """Makes exactly these adapters act; whether each is trained or for inference stays as it was."""
+    _adapters.activate(_modules(model), model._peft_adapters, names)
+    _adapters.set_trainable(_modules(model), model._peft_adapters)
+
+
 def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     """Carries out a plan: all of it, or nothing."""
-    if plan.report.refused:
-        reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused)
-        raise AdaptError(f"can't adapt {reasons}. Leave these out with exclude_modules, or narrow target_modules.")
     modules = plan.modules
     is_first = _STATE not in model.__dict__
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]

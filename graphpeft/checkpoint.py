@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from graphpeft import stand_ins
+from graphpeft import stand_ins, targets
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.report import listed
 from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."
@@ -93,34 +94,63 @@ def state_dict_of(
         adapter: The adapter.
         name: Its name.
         state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
+
+    Raises:
+        CheckpointError: If `state_dict` lacks some of them.
     """
     named = keys(adapter, name, modules)
     if state_dict is None:
         return {key: getattr(modules[path], attribute).detach() for key, (path, attribute) in named.items()}
-    return {key: state_dict[f"{path}.{attribute}" if path else attribute] for key, (path, attribute) in named.items()}
+    names = {key: f"{path}.{attribute}" if path else attribute for key, (path, attribute) in named.items()}
+    lacking = [own for own in names.values() if own not in state_dict]
+    if lacking:
+        raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
+    return {key: state_dict[own] for key, own in names.items()}
 
 
 def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or has another shape; all of them are named.
+        CheckpointError: If a tensor is missing, unexpected or has another shape; the first of each kind are named.
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
-    problems = [f"lacks {key}" for key in named if key not in values]
     known = {*named, *_names_of_second_paths(named, modules)}
-    problems += [
-        f"has {key}, which the model has no place for" for key in values if _REDUNDANT.sub("", key) not in known
-    ]
-    problems += [
-        f"has {key} of shape {tuple(values[key].shape)}, and the model wants {shapes[place]}"
+    lacking = [key for key in named if key not in values]
+    needless = [key for key in values if _REDUNDANT.sub("", key) not in known]
+    misshapen = [
+        f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
         if key in values and tuple(values[key].shape) != shapes[place]
     ]
+    problems = [f"lacks {listed(lacking)}"] if lacking else []
+    problems += [f"has what the model has no place for: {listed(needless)}"] if needless else []
+    problems += [f"has {listed(misshapen)}"] if misshapen else []
     if problems:
-        raise CheckpointError("the adapter's file " + "; it ".join(problems))
+        raise CheckpointError(
+            f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
+            "names differ, from_pretrained maps them by key_mapping."
+        )
     return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+
+
+def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors by other names, as PEFT's `key_mapping` says.
+
+    Args:
+        values: Tensors by their names in the file.
+        key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
+            one that is found is replaced.
+    """
+    patterns = {targets.compiled(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
+
+    def mapped(key: str) -> str:
+        own = key.removeprefix(PREFIX)
+        found = next((pattern for pattern in patterns if pattern.search(own)), None)
+        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
+
+    return {mapped(key): tensor for key, tensor in values.items()}
 
 
 _REDUNDANT = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
@@ -222,9 +252,14 @@ def load(
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged, or a pickle of more than tensors: {error}") from error
+            raise CheckpointError(
+                f"{path} is damaged, or a pickle of more than tensors: {error}. Copy it anew, or have PEFT save it as "
+                "safetensors."
+            ) from error
     path = adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file: {error}. Copy it anew, or save the adapter again."
+        ) from error

@@ -12,11 +12,13 @@ import enum
 import functools
 import json
 import os
+import types
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -169,13 +171,20 @@ class PeftConfig:
             if self.task_type not in list(TaskType):
                 raise ValueError(f"task_type is {self.task_type!r}; choose one of {[task.value for task in TaskType]}")
             self.task_type = TaskType(self.task_type)
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
+        self._check_types()
+
+    def _check_types(self) -> None:
+        hints = _type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not field.default and not _fits(value, hints[field.name]):
+                raise ValueError(f"{field.name} must be {field.type}, not {value!r}")
 
     # what a method says
 
     def check(self) -> None:
-        """Raises ValueError for options that this library doesn't support."""
+        """Raises ValueError for options that this library doesn't support, and for values set to another type since."""
+        self._check_types()
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
@@ -232,7 +241,7 @@ class PeftConfig:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it isn't JSON, or its method isn't known.
+            ValueError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
         """
         path = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
         try:
@@ -241,7 +250,10 @@ class PeftConfig:
             raise ValueError(f"{path} isn't JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, not the keys of a config")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true."""
@@ -265,6 +277,33 @@ def as_config(config: ConfigLike) -> PeftConfig:
     values = config.to_dict()
     known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+# a class's annotations are text, and reading them is slow
+_type_hints = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tells whether `value` is of the annotated type.
+
+    Lists, sets and tuples pass for each other: JSON has lists alone, and in code people write what they have. An
+    integer is a number, but True isn't.
+    """
+    if hint is Any or type(value) is hint:
+        return True
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is dict:
+        key, content = parts
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, content) for k, v in value.items())
+    if origin is not None:
+        return isinstance(value, list | tuple | set | frozenset) and all(_fits(part, parts[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _plain(value: Any) -> Any:

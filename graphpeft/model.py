@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from graphpeft import adapters as _adapters
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import ConfigLike, PeftConfig, as_config
-from graphpeft.plan import AdaptError, Plan, make_plan
-from graphpeft.report import Report
+from graphpeft.plan import AdaptError, Plan, make_plan, unmatched_entries
+from graphpeft.report import Report, listed
 from graphpeft.tracing.trace import ExampleInputs
 
 _STATE = "_peft_adapters"
@@ -46,18 +46,23 @@ def explain(
         example_inputs: As for `get_peft_model`.
 
     Raises:
-        AdaptError: If nothing matches, or the config asks for what isn't supported.
+        AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
-    return _plan(model, as_config(config), adapter_name, example_inputs, autocast_adapter_dtype=True).report
+    ours = as_config(config)
+    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True)
+    _warn_of_unmatched(ours, plan)
+    return plan.report
 
 
 def get_peft_model(
     model: nn.Module,
     peft_config: ConfigLike,
     adapter_name: str = "default",
-    *,
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
     low_cpu_mem_usage: bool = False,  # noqa: ARG001
+    *,
     example_inputs: ExampleInputs | None = None,
 ) -> Any:
     """Adapts `model` in place and returns it, with the methods of `PeftModel`.
@@ -68,16 +73,25 @@ def get_peft_model(
         model: Any module, or a traced one.
         peft_config: A config of this library or of PEFT.
         adapter_name: The adapter's name.
+        mixed: Accepted for PEFT's sake, and must be False.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+        revision: The base model's revision on the Hub, which is recorded in the adapter's config.
         low_cpu_mem_usage: Accepted for PEFT's sake; no tensor is made twice here.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that
             uses a weight functionally decides on its inputs.
 
     Raises:
         AdaptError: If nothing matches, a target can't be adapted, or the name is taken; the model is as it was.
+        ValueError: If `mixed` is True.
     """
+    if mixed:
+        raise ValueError("mixed=True isn't needed: a model takes adapters of any methods here; leave mixed False")
     config = as_config(peft_config)
+    if revision is not None:
+        config = _with_revision(config, revision)
     plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+    _refuse(plan)
+    _warn_of_unmatched(config, plan)
     _adapt(model, adapter_name, plan, values=None)
     return model
 
@@ -90,6 +104,12 @@ class PeftModel(nn.Module):
 
     _peft_adapters: Adapters
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            "PeftModel isn't called, since a model keeps its own class here: call get_peft_model(model, config), or "
+            "PeftModel.from_pretrained(model, folder) for a saved adapter"
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -98,9 +118,13 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: ConfigLike | None = None,
-        *,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,  # noqa: ARG003
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: str | torch.device | None = None,  # noqa: ARG003
+        ignore_mismatched_sizes: bool = False,
         example_inputs: ExampleInputs | None = None,
         use_safetensors: bool = True,
         **hub_options: Any,
@@ -114,7 +138,13 @@ class PeftModel(nn.Module):
             is_trainable: Whether it is to be trained further; otherwise the model goes into evaluation mode.
             config: Used in place of the file's config.
             autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+            ephemeral_gpu_offload: Accepted for PEFT's sake, and must be False.
             low_cpu_mem_usage: Accepted for PEFT's sake; no tensor is made twice here.
+            key_mapping: Replacements in the names of the file's tensors, by regular expression; for each name the
+                first that is found, without the prefix ``base_model.model.``. None takes those that a Transformers
+                model has for its own checkpoints.
+            torch_device: Accepted for PEFT's sake; each tensor goes to the device of the weight that it adapts.
+            ignore_mismatched_sizes: Accepted for PEFT's sake, and must be False.
             example_inputs: As for `get_peft_model`.
             use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
             hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
@@ -123,7 +153,10 @@ class PeftModel(nn.Module):
             FileNotFoundError: If a file is missing.
             CheckpointError: If the file doesn't fit the model, or is damaged; the model is as it was.
             AdaptError: As for `get_peft_model`.
+            ValueError: If an option is True that must be False.
         """
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         _load(
             model,
             model_id,
@@ -131,6 +164,9 @@ class PeftModel(nn.Module):
             is_trainable,
             config,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             example_inputs=example_inputs,
             use_safetensors=use_safetensors,
             **hub_options,
@@ -157,18 +193,28 @@ class PeftModel(nn.Module):
             AdaptError: If none does.
         """
         if not self.active_adapters:
-            raise AdaptError("no adapter is active; name one with set_adapter")
+            raise AdaptError(f"no adapter is active; name one of {sorted(self.peft_config)}, or call set_adapter first")
         return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first adapter that acts.
+
+        Raises:
+            AdaptError: If none does.
+        """
+        return self.peft_config[self.active_adapter]
 
     def add_adapter(
         self,
         adapter_name: str,
         peft_config: ConfigLike,
-        *,
+        low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
+        *,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
-        """Adds a new adapter, which doesn't act until `set_adapter` names it.
+        """Adds a new adapter, which doesn't act until `set_adapter` names it; arguments as for `get_peft_model`.
 
         Raises:
             AdaptError: As for `get_peft_model`; the model is as it was.
@@ -178,30 +224,64 @@ class PeftModel(nn.Module):
             self,
             peft_config,
             adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
             example_inputs=example_inputs,
         )
-        self.set_adapter(active)
+        _activate(self, active)
 
     def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **options: Any
-    ) -> None:
-        """Adds a saved adapter, which doesn't act until `set_adapter` names it; arguments as for `from_pretrained`."""
-        active = self.active_adapters
-        _load(self, model_id, adapter_name, is_trainable, **options)
-        self.set_adapter(active)
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Adds a saved adapter, which doesn't act until `set_adapter` names it; arguments as for `from_pretrained`.
 
-    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Makes exactly these adapters act, and be trained unless they are for inference.
+        The modes of the model's modules, training or evaluation, stay as they are.
+
+        Returns:
+            What ``load_state_dict`` returns: no missing and no unexpected keys.
+
+        Raises:
+            CheckpointError: As for `from_pretrained`, as the other errors are.
+        """
+        active = self.active_adapters
+        _load(
+            self,
+            model_id,
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            key_mapping=key_mapping,
+            **options,
+        )
+        _activate(self, active)
+        return _IncompatibleKeys([], [])
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes exactly these adapters act, and be trained.
+
+        Args:
+            adapter_name: The name of an adapter, or several.
+            inference_mode: Whether they are for inference instead, so that nothing is trained.
 
         Raises:
             AdaptError: If a name isn't known, or two of them train the same tensor whole.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            _known(self, name)
-        self._peft_adapters.paused = []
+        configs = [_known(self, name).config for name in names]
         _adapters.activate(_modules(self), self._peft_adapters, names)
+        self._peft_adapters.paused = []
+        for config in configs:
+            config.inference_mode = inference_mode
         _adapters.set_trainable(_modules(self), self._peft_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -218,7 +298,8 @@ class PeftModel(nn.Module):
     def enable_adapters(self) -> None:
         """Lets those adapters act again that did before `disable_adapters`."""
         if self._peft_adapters.paused:
-            self.set_adapter([name for name in self._peft_adapters.paused if name in self.peft_config])
+            _activate(self, [name for name in self._peft_adapters.paused if name in self.peft_config])
+            self._peft_adapters.paused = []
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -236,9 +317,13 @@ class PeftModel(nn.Module):
         """Returns the model itself: it is the base model, with adapters."""
         return self
 
-    def adapter_report(self, adapter_name: str = "default") -> Report:
-        """Returns what was adapted, as a table that prints."""
-        return _known(self, adapter_name).report
+    def adapter_report(self, adapter_name: str | None = None) -> Report:
+        """Returns what was adapted, as a table that prints.
+
+        Args:
+            adapter_name: The adapter; the first that acts if None.
+        """
+        return _known(self, self.active_adapter if adapter_name is None else adapter_name).report
 
     def unload(self) -> Any:
         """Takes all adapters off and returns the model exactly as it was before the first one."""
@@ -296,9 +381,10 @@ class PeftModel(nn.Module):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
         *,
         state_dict: Mapping[str, Any] | None = None,
-        is_main_process: bool = True,
     ) -> None:
         """Writes the adapters alone, in PEFT's files: `default` into the folder itself, any other into one of its name.
 
@@ -306,13 +392,20 @@ class PeftModel(nn.Module):
             save_directory: The folder.
             safe_serialization: Only safetensors are written, so it must be True.
             selected_adapters: Which to write; all if None.
-            state_dict: The model's state dict, where it was gathered elsewhere.
+            save_embedding_layers: Accepted for PEFT's sake, and must be ``"auto"`` or False: what is saved is what an
+                adapter holds.
             is_main_process: Whether this process writes.
+            state_dict: The model's state dict, where it was gathered elsewhere.
 
         Raises:
             AdaptError: If a selected adapter isn't known; nothing is written.
-            ValueError: If `safe_serialization` is False.
+            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True.
         """
+        if save_embedding_layers not in ("auto", False):
+            raise ValueError(
+                f"save_embedding_layers={save_embedding_layers!r} isn't supported yet: an adapter's file holds what is "
+                "trained alone. Leave it 'auto', and name an embedding that you train in modules_to_save"
+            )
         if not safe_serialization:
             raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
         if not is_main_process:
@@ -399,17 +492,42 @@ def _load(
     config: ConfigLike | None = None,
     *,
     autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
     example_inputs: ExampleInputs | None = None,
     use_safetensors: bool = True,
     **hub_options: Any,
 ) -> None:
+    if ephemeral_gpu_offload:
+        raise ValueError(
+            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
+            "the model as a whole"
+        )
+    if ignore_mismatched_sizes:
+        raise ValueError(
+            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
+            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
+            "set_peft_model_state_dict"
+        )
     given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
     loaded = copy.copy(given)
     loaded.inference_mode = not is_trainable
     values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    if key_mapping:
+        values = checkpoint.renamed(values, key_mapping)
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+    _refuse(plan)
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
     _adapt(model, adapter_name, plan, fitted)
+
+
+def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
+    if config.revision not in (None, revision):
+        warnings.warn(f"the config's revision {config.revision!r} is replaced by {revision!r}", stacklevel=3)
+    changed = copy.copy(config)
+    changed.revision = revision
+    return changed
 
 
 def _plan(
@@ -420,8 +538,11 @@ def _plan(
     autocast_adapter_dtype: bool,
 ) -> Plan:
     state: Adapters | None = model.__dict__.get(_STATE)
-    if not adapter_name or "." in adapter_name:
-        raise AdaptError(f"an adapter's name must not be empty or hold a dot: {adapter_name!r}")
+    if not _is_name(adapter_name):
+        raise AdaptError(
+            f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
+            "choose one without dots, slashes, backslashes, control characters, and spaces at its ends"
+        )
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
     return make_plan(
@@ -435,11 +556,41 @@ def _plan(
     )
 
 
+def _is_name(name: object) -> bool:
+    """Tells whether a module's attribute can end in `name`, and a folder inside another have that name."""
+    if not isinstance(name, str) or "." in name or not name.isprintable() or name.strip() != name:
+        return False
+    # whatever divides paths on any system divides them on Windows
+    return name != "" and name == PureWindowsPath(name).name
+
+
+def _refuse(plan: Plan) -> None:
+    """Raises AdaptError if a plan can't be carried out whole."""
+    if plan.nothing_matched:
+        raise AdaptError(plan.nothing_matched)
+    refused = plan.report.refused
+    if refused:
+        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
+        ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
+        raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
+
+
+def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
+    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    unmatched = [] if plan.nothing_matched else unmatched_entries(config, plan)
+    if unmatched:
+        model = type(plan.modules[""]).__name__
+        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)
+
+
+def _activate(model: Any, names: Sequence[str]) -> None:
+    """Makes exactly these adapters act; whether each is trained or for inference stays as it was."""
+    _adapters.activate(_modules(model), model._peft_adapters, names)
+    _adapters.set_trainable(_modules(model), model._peft_adapters)
+
+
 def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     """Carries out a plan: all of it, or nothing."""
-    if plan.report.refused:
-        reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused)
-        raise AdaptError(f"can't adapt {reasons}. Leave these out with exclude_modules, or narrow target_modules.")
     modules = plan.modules
     is_first = _STATE not in model.__dict__
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]

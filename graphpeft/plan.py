@@ -6,6 +6,7 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from torch import nn
 
 from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
-from graphpeft.report import Refusal, Report
+from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targets import Match
@@ -38,6 +39,7 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
+        nothing_matched: Why the config names nothing in the model, if so.
     """
 
     modules: Mapping[str, nn.Module]
@@ -46,6 +48,7 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    nothing_matched: str = ""
 
 
 def join(path: str, name: str) -> str:
@@ -75,7 +78,7 @@ def make_plan(
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
 
     Raises:
-        AdaptError: If nothing matches, or the config asks for something that isn't supported.
+        AdaptError: If the config asks for something that isn't supported.
     """
     try:
         config.check()
@@ -93,12 +96,17 @@ def make_plan(
             continue
         site = found._replace(is_layer=False) if is_parameter else found
         if any((site.owner, site.attribute) == (other.site.owner, other.site.attribute) for other in plan.sites[-1:]):
-            plan.report.refused.append(Refusal(name, "both target_modules and target_parameters name its weight"))
+            reason = "both target_modules and target_parameters name its weight"
+            plan.report.refused.append(
+                Refusal(name, reason, "name a weight in target_modules or target_parameters alone")
+            )
             continue
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
     _sort_as_peft_does(plan.sites, finder.modules)
     if not plan.sites and not plan.report.refused:
-        raise AdaptError(_nothing_matched(model, resolved, plan.report, owned))
+        plan.nothing_matched = _nothing_matched(model, resolved, plan.report, owned)
+        option = "target_modules" if getattr(resolved, "target_modules", None) else "target_parameters"
+        plan.report.refused.append(Refusal(option, plan.nothing_matched))
     _add_whole(plan, finder.modules, owned)
     return plan
 
@@ -171,6 +179,8 @@ def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, 
 
 _HALVES = (torch.float16, torch.bfloat16)
 
+_WHOLE_WAY_OUT = "name other modules in modules_to_save, or none"
+
 
 def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[str]) -> None:
     """Adds the modules and biases that are trained whole."""
@@ -179,15 +189,14 @@ def _add_whole(plan: Plan, modules: Mapping[str, nn.Module], owned: frozenset[st
         # the heads that a task brings along are named for every model, whichever it has
         if name not in TASK_HEADS and not any(path.endswith(name) for path in saved):
             near = targets.near_misses([name], modules)
-            plan.report.refused.append(
-                Refusal(name, f"modules_to_save names no module; near misses: {', '.join(near)}")
-            )
+            hint = f"; near misses: {', '.join(near)}" if near else ""
+            plan.report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", _WHOLE_WAY_OUT))
     for path in saved:
         for inner, module in modules[path].named_modules(prefix=path):
             own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
             reason = stand_ins.refusal(module)
             if reason is not None:
-                plan.report.refused.append(Refusal(inner, reason))
+                plan.report.refused.append(Refusal(inner, reason, _WHOLE_WAY_OUT))
             elif own:
                 plan.whole[inner] = own
     for path, names in _biases(modules, plan, owned).items():
@@ -229,10 +238,49 @@ def _nothing_matched(model: nn.Module, config: PeftConfig, report: Report, owned
     names = [path for path, _ in model.named_modules() if path]
     names += [path for path, tensor in model.named_parameters() if tensor.ndim > 1 and path not in owned]
     near = targets.near_misses(wanted, names)
-    because = f"; excluded were {report.excluded}" if report.excluded else ""
+    because = f"; excluded were {listed(report.excluded)}" if report.excluded else ""
     for option in ("layers_to_transform", "layers_pattern"):
         if getattr(config, option, None) is not None:
             because += f"; {option} is {getattr(config, option)!r}"
-    hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {', '.join(names[:10])}, …"
-    shown = wanted if isinstance(wanted, str) else sorted(wanted)
-    return f"nothing in {type(model).__name__} matches {shown!r}{because}{hint}"
+    hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {listed(names, most=10)}"
+    shown = repr(wanted) if isinstance(wanted, str) else f"[{listed([repr(name) for name in sorted(wanted)])}]"
+    return f"nothing in {type(model).__name__} matches {shown}{because}{hint}"
+
+
+def unmatched_entries(config: PeftConfig, plan: Plan) -> list[str]:
+    """Returns what `config` names in vain, with near misses, one text for each option.
+
+    An entry of a list is right if a name ends in it, whether or not that becomes a target; a pattern for ranks or α is
+    right if it fits a target.
+
+    Args:
+        config: The config as it was given, without what was filled in for the model.
+        plan: What it came to.
+    """
+    modules = plan.modules
+    wanted = [*(adapted.site.name for adapted in plan.sites), *(refusal.name for refusal in plan.report.refused)]
+    found: list[str] = []
+    # the names are read again where they are needed: mostly the first few tell that all entries are right
+    for option, names in (
+        ("target_modules", lambda: itertools.chain(modules, _parameters(modules))),
+        ("exclude_modules", lambda: itertools.chain(modules, _parameters(modules))),
+        ("target_parameters", lambda: _parameters(modules)),
+        ("rank_pattern", lambda: wanted),
+        ("alpha_pattern", lambda: wanted),
+    ):
+        entries = getattr(config, option, None)
+        # one regular expression either matches or doesn't
+        if not entries or isinstance(entries, str):
+            continue
+        left = targets.unmatched(entries, names())
+        if isinstance(entries, Mapping):
+            left = [key for key in left if not targets.fits_any(key, wanted)]
+        if left:
+            near = targets.near_misses(left[:5], targets.endings(names(), left[:5]))
+            hint = f" (near misses: {', '.join(near)})" if near else ""
+            found.append(f"{listed([repr(entry) for entry in left])} in {option}{hint}")
+    return found
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    return (join(path, name) for path, module in modules.items() for name in module._parameters)

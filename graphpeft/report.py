@@ -10,10 +10,11 @@ from graphpeft.rewrite import AdaptedSite
 
 
 class Refusal(NamedTuple):
-    """A target that can't be adapted, and why."""
+    """Something that a config names and that can't be adapted, why, and what to do."""
 
     name: str
     reason: str
+    way_out: str = "leave targets out with exclude_modules, or narrow target_modules"
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Report:
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
         if self.refused:
-            lines += ["", *table(("refused", "because"), self.refused)]
+            lines += ["", *table(("refused", "because"), [refusal[:2] for refusal in self.refused])]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -62,6 +63,12 @@ class Report:
             )
             for adapted in self.adapted
         ]
+
+
+def listed(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """Joins items for a message: the first ones, and how many more there are."""
+    more = [f"… and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -280,11 +280,48 @@ def near_misses(targets: str | Iterable[str], names: Iterable[str], n: int = 5) 
     return list(dict.fromkeys(name for name in by_rank if name is not None))[:n]
 
 
+def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Lists the entries that are neither a name nor the end of one, cut at a dot.
+
+    Args:
+        entries: Entries of a list such as `target_modules`.
+        names: The names there are, of which only as many are read as it takes.
+
+    Returns:
+        These entries, sorted.
+    """
+    left = set(entries)
+    longest = max((entry.count(".") + 1 for entry in left), default=0)
+    for name in names:
+        if not left:
+            break
+        left.discard(name)
+        dot = len(name)
+        for _ in range(longest):
+            dot = name.rfind(".", 0, dot)
+            if dot < 0:
+                break
+            left.discard(name[dot + 1 :])
+    return sorted(left)
+
+
+def fits_any(key: str, names: Iterable[str]) -> bool:
+    """Says whether a key of `rank_pattern` or `alpha_pattern` fits one of `names`, see `pattern_value`."""
+    pattern = _ending(key)
+    return any(pattern.match(name) or name == key for name in names)
+
+
+def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
+    """Lists the endings of names that have as many components as one of `like`, each once; many layers share one."""
+    lengths = {name.count(".") + 1 for name in like}
+    return list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names for length in lengths))
+
+
 def _exclusion(config: object) -> Predicate:
     by_name = _listed(getattr(config, "exclude_modules", None) or (), "exclude_modules")
     # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
     saved = [
-        _compiled(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
+        compiled(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
         for entry in getattr(config, "modules_to_save", None) or ()
     ]
     if not saved:
@@ -310,7 +347,7 @@ def _targeting(config: object) -> Predicate:
 def _listed(entries: str | Collection[str], field: str) -> Predicate:
     """A string must match the whole name, as a regular expression; a list holds names and their endings."""
     if isinstance(entries, str):
-        pattern = _compiled(entries, entries, field)
+        pattern = compiled(entries, entries, field)
         return lambda name: pattern.fullmatch(name) is not None
     if not entries:
         return _never
@@ -361,7 +398,7 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
         patterns = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
     else:
         entries = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        patterns = [_compiled(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", entry, "layers_pattern") for entry in entries]
+        patterns = [compiled(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", entry, "layers_pattern") for entry in entries]
 
     def layer_of(name: str) -> int | None:
         found = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
@@ -373,10 +410,20 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
 
 @functools.cache  # re's own cache holds 512, and a rank_pattern can have an entry for every module
 def _ending(key: str) -> re.Pattern[str]:
-    return _compiled(rf"(.*\.)?({key})$", key, "rank_pattern or alpha_pattern")
+    return compiled(rf"(.*\.)?({key})$", key, "rank_pattern or alpha_pattern")
 
 
-def _compiled(pattern: str, entry: str, field: str) -> re.Pattern[str]:
+def compiled(pattern: str, entry: str, field: str) -> re.Pattern[str]:
+    """Compiles a regular expression that somebody has written.
+
+    Args:
+        pattern: The expression.
+        entry: What was written of it.
+        field: The option where it was written.
+
+    Raises:
+        ValueError: It is not a regular expression.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:

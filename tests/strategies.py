@@ -224,6 +224,7 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
     paths = [path for path, _ in model.named_modules()]
     chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
     return LoraConfig(
         r=draw(st.integers(1, 4)),
         lora_alpha=draw(st.sampled_from([1, 8, 3.5])),
@@ -232,8 +233,8 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
         bias=draw(st.sampled_from(["none", "all", "lora_only"])),
         init_lora_weights=draw(st.sampled_from([True, "gaussian"] if identity else [True, False, "gaussian"])),
         target_modules=chosen,
-        rank_pattern=draw(st.sampled_from([{}, {"head": 2}])),
-        alpha_pattern=draw(st.sampled_from([{}, {"head": 5}])),
+        rank_pattern=draw(st.sampled_from([{}, {special: 2}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         modules_to_save=draw(st.sampled_from([None, ["norm"]] if any(p.endswith("norm") for p in paths) else [None])),
     )
 

@@ -69,28 +69,32 @@ class LoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    # read and written as PEFT does, and refused when set
+    # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
-    arrow_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
+    arrow_config: Any = None
+    corda_config: Any = None
     ensure_weight_tying: bool = False
-    eva_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    eva_config: Any = None
+    kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    loftq_config: Any = field(default_factory=dict)
     lora_bias: bool = False
-    lora_ga_config: dict[str, Any] | None = None
-    megatron_config: dict[str, Any] | None = None
+    lora_ga_config: Any = None
+    megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: Any = None
     qalora_group_size: int = 16
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: Any = None
     use_dora: bool = False
     use_qalora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: Any = None
 
     def __post_init__(self) -> None:
+        # PEFT's type for them allows null, which files may hold
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
         super().__post_init__()
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
@@ -101,10 +105,6 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
             )
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {self.bias!r}")
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"target_parameters must be a list of paths, such as [{self.target_parameters!r}]")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
@@ -113,6 +113,7 @@ class LoraConfig(PeftConfig):
 
     def check(self) -> None:
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
+        super().check()
         self._check_ranks()
         default = LoraConfig()
         for name in _UNSUPPORTED:
@@ -124,7 +125,7 @@ class LoraConfig(PeftConfig):
 
     def _check_ranks(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            if rank <= 0:
                 raise ValueError(f"{name} must be a positive integer, not {rank!r}")
 
     def resolved(self, model: nn.Module) -> LoraConfig:

@@ -79,6 +79,14 @@ class Dressed:
         copied.__setstate__(dict(_state_for_copy(self)))
         return copied
 
+    def _replicate_for_data_parallel(self) -> Any:
+        # what nn.Module does, but for its call of __new__, which builds an instance of the original class here
+        replica = _new_dressed(self._graphpeft_original, self._graphpeft_layers)
+        replica.__dict__ = self.__dict__ | {"_parameters": {}, "_is_replica": True}
+        for name in ("_buffers", "_modules"):
+            replica.__dict__[name] = self.__dict__[name].copy()
+        return replica
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = _new_for_copy(self)
         memo[id(self)] = copied

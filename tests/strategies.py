@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -219,6 +220,12 @@ def targets_of(model: nn.Module) -> list[str]:
     return layers + [path for path, _ in model.named_parameters() if path.rpartition(".")[2] in ("w", "v")]
 
 
+def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
+    """Returns what targets these paths alone: the list itself, unless one of them is the end of another path."""
+    ambiguous = any(path.endswith(f".{name}") for name in chosen for path in paths if path not in chosen)
+    return "|".join(map(re.escape, chosen)) if ambiguous else chosen
+
+
 @st.composite
 def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
@@ -232,7 +239,7 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
         use_rslora=draw(st.booleans()),
         bias=draw(st.sampled_from(["none", "all", "lora_only"])),
         init_lora_weights=draw(st.sampled_from([True, "gaussian"] if identity else [True, False, "gaussian"])),
-        target_modules=chosen,
+        target_modules=_entries(chosen, paths),
         rank_pattern=draw(st.sampled_from([{}, {special: 2}])),
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         modules_to_save=draw(st.sampled_from([None, ["norm"]] if any(p.endswith("norm") for p in paths) else [None])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -365,6 +366,25 @@ def test_a_copy_is_adapted_and_on_its_own(
     assert torch.equal(output(model, example.inputs()), expected)
     with model.disable_adapter():
         assert torch.equal(output(model, example.inputs()), output(example.build(), example.inputs()))
+
+
+@pytest.mark.parametrize("example", [LLAMA, VIT, MLP, FUNCTIONAL, CUSTOM], ids=str)
+def test_replicas_of_data_parallel_compute_the_same(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(example.build(), example.config(init_lora_weights=False, bias="all"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias_default"):
+                parameter.add_(1)
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    # the CPU takes what would be sent to other devices
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, optional: device)
+    for replica in torch.nn.parallel.replicate(model, [0, 1]):
+        assert torch.equal(output(replica, example.inputs()), output(model, example.inputs()))
 
 
 @each_example

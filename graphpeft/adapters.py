@@ -16,7 +16,8 @@ from torch import nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.config import PeftConfig
-from graphpeft.plan import AdaptError, Plan, join
+from graphpeft.paths import join, within
+from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
@@ -281,9 +282,8 @@ def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...
     owner = adapted.site.owner
     if owner == region:
         return tuple(adapted.names.items())
-    relative = owner[len(region) + 1 :] if region else owner
-    prefix = f"{relative}." if relative else ""
-    return tuple((local, prefix + attribute) for local, attribute in adapted.names.items())
+    relative = within(owner, region)
+    return tuple((local, join(relative, attribute)) for local, attribute in adapted.names.items())
 
 
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:

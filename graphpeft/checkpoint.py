@@ -22,6 +22,7 @@ from graphpeft import stand_ins, targets
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.tracing.trace import stands_for
 
@@ -57,7 +58,7 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
 
 
 def _key(path: str, name: str) -> str:
-    return PREFIX + (f"{path}.{name}" if path else name).removeprefix(".")
+    return PREFIX + join(path, name).removeprefix(".")
 
 
 def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
@@ -101,7 +102,7 @@ def state_dict_of(
     named = keys(adapter, name, modules)
     if state_dict is None:
         return {key: getattr(modules[path], attribute).detach() for key, (path, attribute) in named.items()}
-    names = {key: f"{path}.{attribute}" if path else attribute for key, (path, attribute) in named.items()}
+    names = {key: join(path, attribute) for key, (path, attribute) in named.items()}
     lacking = [own for own in names.values() if own not in state_dict]
     if lacking:
         raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")

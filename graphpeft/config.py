@@ -26,8 +26,9 @@ from torch import nn
 from graphpeft.hub import CONFIG_NAME, adapter_file
 
 if TYPE_CHECKING:
+    from graphpeft.report import Report
     from graphpeft.rewrite import Rule
-    from graphpeft.sites import Site
+    from graphpeft.sites import Site, SiteFinder
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written; PEFT records its own version in a config."""
@@ -185,6 +186,16 @@ class PeftConfig:
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for values set to another type since."""
         self._check_types()
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+        """Returns the sites that the config adapts in the model.
+
+        Args:
+            finder: Finds sites in the model.
+            report: Gets what is excluded or refused.
+            owned: The paths of parameters that belong to adapters.
+        """
+        raise NotImplementedError
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""

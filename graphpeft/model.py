@@ -23,8 +23,9 @@ from graphpeft import adapters as _adapters
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import ConfigLike, PeftConfig, as_config
-from graphpeft.plan import AdaptError, Plan, make_plan, unmatched_entries
+from graphpeft.plan import AdaptError, Plan, make_plan
 from graphpeft.report import Report, listed
+from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
 
 _STATE = "_peft_adapters"
@@ -566,8 +567,8 @@ def _is_name(name: object) -> bool:
 
 def _refuse(plan: Plan) -> None:
     """Raises AdaptError if a plan can't be carried out whole."""
-    if plan.nothing_matched:
-        raise AdaptError(plan.nothing_matched)
+    if plan.report.nothing_matched:
+        raise AdaptError(plan.report.nothing_matched)
     refused = plan.report.refused
     if refused:
         reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
@@ -577,7 +578,7 @@ def _refuse(plan: Plan) -> None:
 
 def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
     """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
-    unmatched = [] if plan.nothing_matched else unmatched_entries(config, plan)
+    unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
     if unmatched:
         model = type(plan.modules[""]).__name__
         warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)

@@ -27,6 +27,7 @@ class Report:
         adapted: The sites with a branch.
         trained_whole: The paths of tensors that are trained beside the adapter.
         refused: The targets that can't be adapted; adapting the model raises them.
+        nothing_matched: Why the config names nothing in the model, if so.
         excluded: The names that `exclude_modules` or `modules_to_save` kept out.
     """
 
@@ -36,6 +37,7 @@ class Report:
     trained_whole: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
+    nothing_matched: str = ""
 
     def __str__(self) -> str:
         parameters = sum(adapted.parameter_count for adapted in self.adapted)

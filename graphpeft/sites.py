@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft import dataflow, ops
+from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
 from graphpeft.tracing.lift import lift
@@ -54,7 +55,7 @@ class Site(NamedTuple):
     @property
     def weight(self) -> str:
         """The path of the weight."""
-        return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
+        return join(self.owner, self.attribute)
 
     @property
     def name(self) -> str:
@@ -120,9 +121,7 @@ class SiteFinder:
                 way_out = _way_out(self.modules[region])
                 reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}{way_out}")
                 continue
-            inside = owner[len(region) + 1 :] if region else owner
-            relative = f"{inside}.{attribute}" if inside else attribute
-            uses = _uses(template, self.modules[region]).get(relative)
+            uses = _uses(template, self.modules[region]).get(join(within(owner, region), attribute))
             if uses is not None:
                 return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
@@ -156,7 +155,7 @@ class SiteFinder:
         path, inside = owner, ""
         while path:
             path, _, name = path.rpartition(".")
-            inside = f"{name}.{inside}" if inside else name
+            inside = join(name, inside)
             if self._is_called(path):
                 return path, inside
         return None, inside
@@ -278,7 +277,7 @@ def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str
             continue  # a graph tells by itself
         for read in uses_in_forward(type(module)).read:
             inside, _, name = read.rpartition(".")
-            owner = f"{path}.{inside}" if path else inside
+            owner = join(path, inside)
             if inside and owner in modules and name in modules[owner]._parameters:
                 found.setdefault((owner, name), []).append(path)
     return found
@@ -291,7 +290,7 @@ def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
         if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
             continue
         uses = uses_in_forward(type(module))
-        if uses.read_elsewhere or any((f"{path}.{read}" if path else read) in modules for read in uses.read):
+        if uses.read_elsewhere or any(join(path, read) in modules for read in uses.read):
             found.add(path)
     return found
 

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from graphpeft import targets
 from graphpeft.config import PeftConfig, PeftType, register
+from graphpeft.report import Report
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.sites import Site
+from graphpeft.sites import Site, SiteFinder
+from graphpeft.targeting import targeted_sites
 
 
 @register
@@ -154,6 +156,10 @@ class LoraConfig(PeftConfig):
                 )
                 config.lora_dropout = 0.0
         return config
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+        """Returns the sites of the weights that the config names."""
+        return targeted_sites(self, finder, report, owned)
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear operation."""

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft import in_place
+from graphpeft.paths import join
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
@@ -151,7 +152,7 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
             value = cls.__getattribute__(module, name)
             if name not in module.__dict__ or not tracer.is_recording:
                 return value
-            path = f"{paths[module]}.{name}" if paths[module] else name
+            path = join(paths[module], name)
             # what is None or a string comes back from the tracer as it is
             return tracer.attribute(path) if type(value) in (bool, int, float, str, type(None)) else value
 

@@ -10,16 +10,19 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
+from graphpeft.boundaries import Boundary, boundary_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import Site
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
 
 Modules = Mapping[str, nn.Module]
@@ -49,6 +52,11 @@ class Adapter:
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
         return cls(plan.config, plan.sites, plan.whole, plan.report)
+
+    @property
+    def weight_sites(self) -> list[Any]:
+        """Those of the sites that are weights."""
+        return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""
@@ -144,22 +152,25 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
     made: Tensors = {}
     for adapted in plan.sites:
         site = adapted.site
-        device = _device(modules[site.owner]._parameters[site.attribute])
+        beside, attribute = site.beside
+        device = _device(modules[beside]._parameters[attribute])
         if values is not None:
             drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
         else:
-            drawn = _first_values(adapted, plan.config, device)
+            drawn = _first_values(adapted, plan.config, modules[beside], device)
         for local, tensor in drawn.items():
             made[site.owner, adapted.names[local]] = nn.Parameter(tensor.to(device, adapted.dtype))
     return made
 
 
-def _first_values(adapted: AdaptedSite, config: PeftConfig, device: torch.device) -> dict[str, torch.Tensor]:
+def _first_values(
+    adapted: AdaptedSite, config: PeftConfig, module: nn.Module, device: torch.device
+) -> dict[str, torch.Tensor]:
     if device.type == "meta":
         return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
-    adapted.rule.initialise(drawn, config)
+    adapted.rule.initialise(drawn, config, module)
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn
     # through the weight's dtype, in which PEFT has them for a moment
@@ -256,15 +267,17 @@ def _with_adapter(
     worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
 ) -> Template:
     """Returns `worn` with the nodes of one adapter at its sites in this region."""
-    edits = tuple((adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites)
+    edits = tuple(
+        (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites
+    )
 
     def edit(graphs: Graphs) -> None:
         for index, graph in enumerate(graphs):
             named = {node.name: node for node in graph.nodes}
-            for nodes, rule, attributes in edits:
+            for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = ops.read_op(named[node], module)
+                    op = boundary_of(graph) if kind is Boundary else ops.read_op(named[node], module)
                     assert op is not None
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
@@ -281,7 +294,7 @@ def _remove(graphs: Graphs, name: str) -> None:
 def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...]:
     owner = adapted.site.owner
     if owner == region:
-        return tuple(adapted.names.items())
+        return (*adapted.names.items(), *adapted.site.reads)
     relative = within(owner, region)
     return tuple((local, join(relative, attribute)) for local, attribute in adapted.names.items())
 
@@ -309,13 +322,15 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             whole; nothing is merged.
     """
     merged = list(dict.fromkeys(names))
+    for name in merged:
+        _refuse_unmergeable(adapters.by_name[name], name)
     _stand_in_readers(adapters, merged)
     for name in merged:
         _refuse_missing(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
     with torch.no_grad():
         for name in merged:
-            for adapted in adapters.by_name[name].sites:
+            for adapted in adapters.by_name[name].weight_sites:
                 weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
                 assert weight is not None
                 weight += delta(adapted, modules).to(weight.dtype)
@@ -328,9 +343,17 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
-        for adapted in adapters.by_name[name].sites:
+        for adapted in adapters.by_name[name].weight_sites:
             if not torch.isfinite(delta(adapted, modules)).all():
                 raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+
+
+def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
+    if any(adapted.site.op is Boundary for adapted in adapter.sites):
+        raise AdaptError(
+            f"adapter {name!r} changes what modules are given, not weights, so it can't be merged; keep it, or take it "
+            "off with unload()"
+        )
 
 
 def _refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
@@ -346,7 +369,7 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(join(path, name))
-    changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.sites]
+    changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites]
     changed += [(path, name) for path, names in adapter.whole.items() for name in names]
     for path, name in changed:
         tied = [

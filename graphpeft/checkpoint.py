@@ -24,6 +24,7 @@ from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
+from graphpeft.sites import CallSite, Site
 from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."
@@ -39,32 +40,38 @@ class CheckpointError(ValueError):
 def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
     """Returns, for each name in the file, the module's path and the name of the tensor in the model."""
     wrapped = _wrapped_parameters(adapter, modules)
+    prefix = adapter.config.file_prefix
     found: dict[str, tuple[str, str]] = {}
     for adapted in adapter.sites:
-        site = adapted.site
-        path = _file_path(site.owner, wrapped)
-        if not site.is_layer:
-            outside = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
-            path += ".base_layer" * outside
         for local, spec in adapted.specs.items():
-            found[_key(path, spec.key)] = (site.owner, adapted.names[local])
-    layers = {adapted.site.owner for adapted in adapter.sites if adapted.site.is_layer}
+            found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
+    layers = {adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer}
     for owner, names in adapter.whole.items():
         inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
-                found[_key(_file_path(owner, wrapped) + inside, own)] = (owner, stand_ins.stand_in(own, name))
+                key = _key(prefix, _file_path(owner, wrapped) + inside, own)
+                found[key] = (owner, stand_ins.stand_in(own, name))
     return found
 
 
-def _key(path: str, name: str) -> str:
-    return PREFIX + join(path, name).removeprefix(".")
+def _key_at_site(site: Site | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
+    if isinstance(site, CallSite):
+        return name  # PEFT has prompts beside the model, not inside
+    path = _file_path(site.owner, wrapped)
+    if not site.is_layer:
+        path += ".base_layer" * (len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute))
+    return _key(prefix, path, name)
+
+
+def _key(prefix: str, path: str, name: str) -> str:
+    return prefix + join(path, name).removeprefix(".")
 
 
 def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
     """Returns the parameters for which PEFT wraps their module, the innermost first, by the module's path."""
     wrapped: dict[str, list[str]] = {}
-    for adapted in adapter.sites:
+    for adapted in adapter.weight_sites:
         if not adapted.site.is_layer:
             wrapped.setdefault(adapted.site.owner, []).append(adapted.site.attribute)
     return {owner: sorted(names, key=list(modules[owner]._parameters).index) for owner, names in wrapped.items()}
@@ -100,13 +107,19 @@ def state_dict_of(
         CheckpointError: If `state_dict` lacks some of them.
     """
     named = keys(adapter, name, modules)
+    places = list(named.values())
     if state_dict is None:
-        return {key: getattr(modules[path], attribute).detach() for key, (path, attribute) in named.items()}
-    names = {key: join(path, attribute) for key, (path, attribute) in named.items()}
-    lacking = [own for own in names.values() if own not in state_dict]
-    if lacking:
-        raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
-    return {key: state_dict[own] for key, own in names.items()}
+        tensors = {(path, attribute): getattr(modules[path], attribute).detach() for path, attribute in places}
+    else:
+        lacking = [join(*place) for place in places if join(*place) not in state_dict]
+        if lacking:
+            raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
+        tensors = {place: state_dict[join(*place)] for place in places}
+    derived: dict[str, torch.Tensor] = {}
+    for adapted in adapter.sites:
+        parameters = {local: tensors[adapted.site.owner, adapted.names[local]] for local in adapted.specs}
+        derived |= adapter.config.derived_tensors(adapted.site, parameters)
+    return {key: tensors[place] for key, place in named.items()} | derived
 
 
 def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
@@ -119,7 +132,7 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     shapes = dict(_shapes(adapter, name, modules))
     known = {*named, *_names_of_second_paths(named, modules)}
     lacking = [key for key in named if key not in values]
-    needless = [key for key in values if _REDUNDANT.sub("", key) not in known]
+    needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
@@ -165,7 +178,7 @@ def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Module
         owner = first[id(module)]
         if path != owner:
             keys_of_owner = [key for key, place in named.items() if place[0] == owner]
-            yield from (key.replace(f"{PREFIX}{owner}.", f"{PREFIX}{path}.", 1) for key in keys_of_owner)
+            yield from (key.replace(f".{owner}.", f".{path}.", 1) for key in keys_of_owner)
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:

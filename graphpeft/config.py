@@ -15,7 +15,7 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -28,7 +28,7 @@ from graphpeft.hub import CONFIG_NAME, adapter_file
 if TYPE_CHECKING:
     from graphpeft.report import Report
     from graphpeft.rewrite import Rule
-    from graphpeft.sites import Site, SiteFinder
+    from graphpeft.sites import CallSite, Site, SiteFinder
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written; PEFT records its own version in a config."""
@@ -159,6 +159,9 @@ class PeftConfig:
 
     peft_type: ClassVar[PeftType]
 
+    file_prefix: ClassVar[str] = "base_model.model."
+    """What the names of tensors inside the model begin with in files."""
+
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -187,7 +190,7 @@ class PeftConfig:
         """Raises ValueError for options that this library doesn't support, and for values set to another type since."""
         self._check_types()
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> Sequence[Site | CallSite]:
         """Returns the sites that the config adapts in the model.
 
         Args:
@@ -197,13 +200,25 @@ class PeftConfig:
         """
         raise NotImplementedError
 
-    def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
         raise NotImplementedError
 
-    def for_file(self, sites: Sequence[Site]) -> PeftConfig:
+    def for_file(self, sites: Sequence[Any]) -> PeftConfig:
         """Returns the config of an adapter with these sites as PEFT reads it."""
         return copy.deepcopy(self)
+
+    def fitted_to(self, keys: Collection[str]) -> PeftConfig:
+        """Returns the config with which a file with tensors of these names is loaded."""
+        return self
+
+    def derived_tensors(self, site: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns what a file holds beside a site's parameters, computed from them, by name."""
+        return {}
+
+    def ignores(self, key: str) -> bool:
+        """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
+        return False
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with everything filled in that depends on the model; `self` stays as it is."""

@@ -432,8 +432,10 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: If an adapter's tensors don't fit.
         """
-        if state_dict and all(key.startswith(checkpoint.PREFIX) for key in state_dict):
-            return set_peft_model_state_dict(self, state_dict, self.active_adapter)
+        for name in self.active_adapters[:1]:
+            # names in files are never those of the model's own state dict
+            if not checkpoint.keys(_known(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
+                return set_peft_model_state_dict(self, state_dict, name)
         return super().load_state_dict(state_dict, strict, assign)
 
     def push_to_hub(

@@ -40,6 +40,11 @@ class Linear:
     bias: str | None
     transposed: bool
 
+    @property
+    def name(self) -> str:
+        """What the operation is called in sites and tags."""
+        return self.node.name
+
 
 def find_ops(graph: fx.Graph, root: nn.Module) -> list[Linear]:
     """Returns the operations of `graph` whose weights are tensors of `root`, in the order of the graph."""

@@ -18,7 +18,7 @@ from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import Site, SiteFinder
+from graphpeft.sites import CallSite, Site, SiteFinder
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
 from graphpeft.trained_whole import trained_whole
@@ -85,12 +85,13 @@ def make_plan(
     sites = resolved.find_sites(finder, plan.report, owned)
     for site in sites:
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
-    plan.whole = trained_whole(resolved, finder.modules, sites, plan.report, owned)
+    weights = [site for site in sites if isinstance(site, Site)]
+    plan.whole = trained_whole(resolved, finder.modules, weights, plan.report, owned)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     return plan
 
 
-def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> None:
+def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: bool) -> None:
     config = plan.config
     dtype = torch.float32 if autocast and site.dtype in _HALVES else site.dtype
     rule = config.rule_for(site, dtype)
@@ -99,8 +100,7 @@ def _add_site(plan: Plan, site: Site, template: Template, autocast: bool) -> Non
         plan.report.refused.append(Refusal(site.name, reason))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
-    prefix = "" if site.attribute == "weight" else f"{site.attribute}_"
-    names = _names((*specs, *constants), prefix, plan.report.adapter)
+    names = _names((*specs, *constants), site.prefix, plan.report.adapter)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype))
     plan.templates[site.region] = template
 

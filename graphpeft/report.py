@@ -59,7 +59,7 @@ class Report:
             (
                 adapted.site.name,
                 adapted.site.op.__name__,
-                f"{adapted.site.in_features} → {adapted.site.out_features}",
+                adapted.site.size,
                 adapted.site.region or "the model",
                 f"{adapted.parameter_count:,}",
             )

@@ -9,21 +9,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.fx as fx
+from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
+from graphpeft.boundaries import Boundary
 from graphpeft.ops import Linear
+from graphpeft.tags import TAG, Tag, top
 
 if TYPE_CHECKING:
-    from graphpeft.sites import Site
-
-TAG = "graphpeft"
-"""The key of ``node.meta`` under which a node of an adapter carries its `Tag`."""
+    from graphpeft.sites import CallSite, Site
+Op = Linear | Boundary
 
 
 class ParameterSpec(NamedTuple):
@@ -45,21 +45,31 @@ class Rule(Protocol):
     theirs but comes from the site and the config.
     """
 
-    def check(self, site: Site, config: Any) -> str | None:
+    def check(self, site: Any, config: Any) -> str | None:
         """Returns the reason why `site` can't be adapted, or None."""
         ...
 
-    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns what the rule creates at `site`, by name."""
         ...
 
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
         ...
 
-    def initialise(self, parameters: Mapping[str, torch.Tensor], config: Any) -> None:
-        """Fills new parameters with their first values."""
+    def initialise(self, parameters: Mapping[str, torch.Tensor], config: Any, module: nn.Module) -> None:
+        """Fills new parameters, on the CPU, with their first values.
+
+        Args:
+            parameters: The parameters by name, without values.
+            config: The config.
+            module: The module of the weight beside which they live.
+        """
         ...
+
+
+class LinearRule(Rule, Protocol):
+    """How one method adapts linear operations."""
 
     @property
     def rewrite(self) -> Callable[..., Any]:
@@ -80,6 +90,27 @@ class Rule(Protocol):
         ...
 
 
+class BoundaryRule(Rule, Protocol):
+    """How one method adapts what a module is given and what it returns."""
+
+    @property
+    def enter(self) -> Callable[..., Mapping[str, Any]]:
+        """A function that returns the new values of arguments, by name.
+
+        It is given ``inputs``, the arguments by name, ``training``, the parameters and constants that the rule
+        declares, and what the site lets it read. It is run on proxies.
+        """
+        ...
+
+    @property
+    def leave(self) -> Callable[..., Any]:
+        """A function that returns the new value of what the module returns.
+
+        Beside what ``enter`` is given, it can ask for ``output`` and for ``entered``, what ``enter`` has returned.
+        """
+        ...
+
+
 class AdaptedSite(NamedTuple):
     """A site with the rule that adapts it and what the rule creates there.
 
@@ -92,8 +123,8 @@ class AdaptedSite(NamedTuple):
         dtype: The dtype of the parameters.
     """
 
-    site: Site
-    rule: Rule
+    site: Site | CallSite
+    rule: Any
     specs: Mapping[str, ParameterSpec]
     constants: Mapping[str, float]
     names: Mapping[str, str]
@@ -105,45 +136,64 @@ class AdaptedSite(NamedTuple):
         return sum(prod(spec.shape) for spec in self.specs.values())
 
 
-@dataclass(frozen=True)
-class Tag:
-    """Whose a node is.
-
-    Attributes:
-        adapter: The name of the adapter.
-        method: The method's `peft_type`.
-        site: The name of the node of the adapted operation.
-        over: On the node with the new value, the name of the node whose value it replaced; else None.
-    """
-
-    adapter: str
-    method: str
-    site: str
-    over: str | None = None
-
-
-def insert(graph: fx.Graph, op: Linear, rule: Rule, attributes: Mapping[str, str], adapter: str, method: str) -> None:
-    """Puts the nodes of `rule` behind `op`, on top of those of other adapters.
+def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], adapter: str, method: str) -> None:
+    """Puts the nodes of `rule` at `op`, on top of those of other adapters.
 
     Args:
         graph: Edited in place.
         op: The operation, a part of `graph`.
-        rule: The rule.
-        attributes: The paths, in the module that owns the graph, of the rule's parameters and constants by name.
+        rule: The rule for this kind of operation.
+        attributes: The paths, in the module that owns the graph, of the rule's parameters and constants, and of what
+            else the site lets it read, by name.
         adapter: The adapter's name.
         method: The `peft_type` of its method.
     """
-    current = _top(graph, op)
-    after = current.next
-    with graph.inserting_before(after):
-        result = rule.rewrite(**_values(graph, op, current, rule, attributes)).node
-    new = _between(current, after)
-    for node in new:
+    before = set(graph.nodes)
+    if isinstance(op, Boundary):
+        replaced = _at_boundary(graph, op, rule, attributes)
+    else:
+        replaced = _behind(graph, op, rule, attributes)
+    for node in [node for node in graph.nodes if node not in before]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         else:
-            node.meta[TAG] = Tag(adapter, method, op.node.name, current.name if node is result else None)
-    current.replace_all_uses_with(result, delete_user_cb=lambda user: user not in new)
+            over = replaced[node].name if node in replaced else None
+            node.meta[TAG] = Tag(adapter, method, op.name, over)
+
+
+def _behind(graph: fx.Graph, op: Linear, rule: LinearRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+    """Emits the operation's new value, and returns for it the node in whose place it is."""
+    current = top(graph, op.node)
+    before = set(graph.nodes)
+    given = {"x": op.x, "y": current}
+    paths = {"weight": op.weight, "bias": op.bias, **attributes}
+    with graph.inserting_before(current.next):
+        result = _call(rule.rewrite, graph, given, paths, {"transposed": op.transposed}).node
+    current.replace_all_uses_with(result, delete_user_cb=lambda user: user in before)
+    return {result: current}
+
+
+def _at_boundary(
+    graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Mapping[str, str]
+) -> dict[fx.Node, fx.Node]:
+    """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
+    tracer = GraphAppendingTracer(graph)
+    inputs = {name: fx.Proxy(top(graph, node), tracer) for name, node in op.inputs.items()}
+    with graph.inserting_before(next(node for node in graph.nodes if node in op.inside)):
+        entered: Mapping[str, fx.Proxy] = _call(rule.enter, graph, {}, attributes, {"inputs": inputs})
+    replaced = {}
+    for name, new in entered.items():
+        old = inputs[name].node
+        old.replace_all_uses_with(new.node, delete_user_cb=op.inside.__contains__)
+        replaced[new.node] = old
+    current, output = top(graph, op.output), graph.output_node()
+    with graph.inserting_before(output):
+        given = {"output": fx.Proxy(current, tracer), "inputs": inputs, "entered": entered}
+        left = _call(rule.leave, graph, {}, attributes, given)
+    if left is not given["output"]:
+        current.replace_all_uses_with(left.node, delete_user_cb=lambda user: user is output)
+        replaced[left.node] = current
+    return replaced
 
 
 def remove(graph: fx.Graph, adapter: str) -> None:
@@ -161,29 +211,35 @@ def remove(graph: fx.Graph, adapter: str) -> None:
         graph.erase_node(node)
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    nodes = []
-    node = first.next
-    while node is not last:
-        nodes.append(node)
-        node = node.next
-    return nodes
+def _call(
+    function: Callable[..., Any],
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    paths: Mapping[str, str | None],
+    values: Mapping[str, Any],
+) -> Any:
+    """Calls a rule's function with what it asks for by the names of its arguments.
 
-
-def _top(graph: fx.Graph, op: Linear) -> fx.Node:
-    """Returns the node with the operation's value after all adapters that are there."""
-    tops = [n for n in graph.nodes if TAG in n.meta and n.meta[TAG].site == op.node.name and n.meta[TAG].over]
-    return tops[-1] if tops else op.node
-
-
-def _values(graph: fx.Graph, op: Linear, current: fx.Node, rule: Rule, attributes: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what the rule's function asks for by the names of its arguments."""
+    Args:
+        function: The function. One that takes ``**parameters`` gets all that is at `paths`.
+        graph: Where its nodes go.
+        nodes: Nodes that it can ask for, as proxies.
+        paths: Attributes of the module that owns the graph, likewise; None for one that isn't there.
+        values: Other values.
+    """
     tracer = GraphAppendingTracer(graph)
-    paths = {"weight": op.weight, "bias": op.bias, "training": "training", **attributes}
-    nodes = {"x": op.x, "y": current}
-    values: dict[str, Any] = {}
-    for name in inspect.signature(rule.rewrite).parameters:
-        if name not in nodes and paths.get(name) is not None:
-            nodes[name] = graph.create_node("get_attr", str(paths[name]))
-        values[name] = fx.Proxy(nodes[name], tracer) if name in nodes else None
-    return values | ({"transposed": op.transposed} if "transposed" in values else {})
+    asked = inspect.signature(function).parameters
+    names = [name for name, parameter in asked.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(asked):
+        names += [name for name in paths if name not in names]
+    paths = {"training": "training", **paths}
+    given: dict[str, Any] = {}
+    for name in names:
+        path = paths.get(name)
+        if name in values:
+            given[name] = values[name]
+        elif name in nodes:
+            given[name] = fx.Proxy(nodes[name], tracer)
+        else:
+            given[name] = fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
+    return function(**given)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import dataflow, ops
+from graphpeft import boundaries, dataflow, ops
+from graphpeft.boundaries import Boundary, boundary_of, call_through
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
@@ -53,6 +54,21 @@ class Site(NamedTuple):
     is_layer: bool
 
     @property
+    def beside(self) -> tuple[str, str]:
+        """The tensor with whose device an adapter's tensors go: the path of its module, and its name."""
+        return self.owner, self.attribute
+
+    @property
+    def reads(self) -> tuple[tuple[str, str], ...]:
+        """Nothing: a rule reads the weight and the bias as they stand in the graph."""
+        return ()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of an adapter's tensors begin with on the owner."""
+        return "" if self.attribute == "weight" else f"{self.attribute}_"
+
+    @property
     def weight(self) -> str:
         """The path of the weight."""
         return join(self.owner, self.attribute)
@@ -63,6 +79,11 @@ class Site(NamedTuple):
         return self.owner if self.is_layer else self.weight
 
     @property
+    def size(self) -> str:
+        """Its features, for a person to read."""
+        return f"{self.in_features} → {self.out_features}"
+
+    @property
     def in_features(self) -> int:
         """The size of the last dimension of the operation's input."""
         return self.shape[0] if self.transposed else self.shape[1]
@@ -71,6 +92,49 @@ class Site(NamedTuple):
     def out_features(self) -> int:
         """The size of the last dimension of the operation's result."""
         return self.shape[1] if self.transposed else self.shape[0]
+
+
+class CallSite(NamedTuple):
+    """The boundary of one module's forward.
+
+    Attributes:
+        owner: The path of the module, which is the region too, and where an adapter's tensors live; "" is the model.
+        role: What the module is for an adapter that has several such sites, such as "encoder".
+        beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
+        dtype: The dtype of an adapter's tensors.
+        arguments: The names of the forward's arguments.
+        reads: What else a rule may read, by its name for it: paths, seen from the module.
+    """
+
+    owner: str
+    role: str
+    beside: tuple[str, str]
+    dtype: torch.dtype
+    arguments: tuple[str, ...]
+    reads: tuple[tuple[str, str], ...] = ()
+
+    op = Boundary
+    prefix = ""
+
+    @property
+    def region(self) -> str:
+        """The path of the module."""
+        return self.owner
+
+    @property
+    def nodes(self) -> tuple[tuple[str, ...], ...]:
+        """The name of the boundary in the one graph, or in each of two."""
+        return ((boundaries.NAME,),) * 2
+
+    @property
+    def name(self) -> str:
+        """The path of the module, for a person to read."""
+        return self.owner or "the model"
+
+    @property
+    def size(self) -> str:
+        """What the module is for the adapter, for a person to read."""
+        return self.role
 
 
 class SiteFinder:
@@ -125,6 +189,21 @@ class SiteFinder:
             if uses is not None:
                 return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+
+    def boundary(self, path: str) -> Template:
+        """Returns the template of the module at `path` as a graph with a boundary, which need not be traced.
+
+        Raises:
+            TraceError: If there can't be such a graph.
+        """
+        if path not in self.templates:
+            module = self.modules[path]
+            is_graph = isinstance(module, fx.GraphModule)
+            found = template_of(module) or self.known.get(path) or (lift(module) if is_graph else call_through(module))
+            for graph in found.graphs:
+                boundary_of(graph)
+            self.templates[path] = found
+        return self.templates[path]
 
     def _hidden_readers(self, owner: str, attribute: str) -> list[str] | str:
         """Looks whether the module around `owner` reads the weight where its source doesn't tell.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft import LoraConfig, dataflow, get_peft_model, trace
-from graphpeft.rewrite import TAG
+from graphpeft.tags import TAG
 
 
 def body_of(module: Any) -> list[str]:

@@ -225,7 +225,7 @@ class LoraBranch:
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         return {"lora_scaling": scaling} | ({"lora_dropout": config.lora_dropout} if self.drops else {})
 
-    def initialise(self, parameters: Mapping[str, Tensor], config: LoraConfig) -> None:
+    def initialise(self, parameters: Mapping[str, Tensor], config: LoraConfig, module: nn.Module) -> None:
         """Draws A and B as PEFT does, so that equal seeds give equal values."""
         A, B = parameters["lora_A"], parameters["lora_B"]
         # PEFT builds two nn.Linear first, whose own draws come before its own: they are drawn here too

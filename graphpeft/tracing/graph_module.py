@@ -25,6 +25,9 @@ VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
 
+OWN_FORWARD = "_graphpeft_own_forward"
+"""The attribute of a module with a graph by which the graph can call the forward of the module's own class."""
+
 _MOST_REMEMBERED = 1024
 """How many derived templates one template keeps."""
 
@@ -156,6 +159,10 @@ class GraphForward(fx.GraphModule):
     @property
     def _lineno_map(self) -> Any:
         return self._graphpeft_template.codes[self._graphpeft_template.index(self)]._lineno_map
+
+    @property
+    def _graphpeft_own_forward(self) -> Callable[..., Any]:
+        return functools.partial(in_place.original_class(self).forward, self)
 
     @property
     def graphs(self) -> Graphs:

@@ -1,0 +1,35 @@
+"""Marks nodes of a graph as an adapter's, so that taking the adapter off is erasing its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+TAG = "graphpeft"
+"""The key of ``node.meta`` under which a node of an adapter carries its `Tag`."""
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Whose a node is.
+
+    Attributes:
+        adapter: The name of the adapter.
+        method: The method's `peft_type`.
+        site: The name of the adapted operation.
+        over: On a node that stands in the place of another, the name of that one; else None.
+    """
+
+    adapter: str
+    method: str
+    site: str
+    over: str | None = None
+
+
+def top(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Returns the node that stands in the place of `node` after all adapters that are there, or `node` itself."""
+    over = {other.meta[TAG].over: other for other in graph.nodes if TAG in other.meta and other.meta[TAG].over}
+    while node.name in over:
+        node = over[node.name]
+    return node

@@ -3,6 +3,8 @@
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType
 from graphpeft.methods.lora import LoraConfig
+from graphpeft.methods.prompt_encoder import PromptEncoderConfig
+from graphpeft.methods.prompt_tuning import PromptTuningConfig
 from graphpeft.model import (
     PeftModel,
     explain,
@@ -24,6 +26,8 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "Report",
     "TaskType",
     "TraceError",

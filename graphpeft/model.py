@@ -519,6 +519,7 @@ def _load(
     values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
+    loaded = loaded.fitted_to(values)
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
     _refuse(plan)
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)

@@ -1,0 +1,169 @@
+"""P-tuning: virtual tokens that a small network computes from learned ones.
+
+    tokens = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃              e of shape (tokens, dim)       MLP
+    tokens = W₂ relu(W₁ lstm(e) + b₁) + b₂                      lstm in both directions        LSTM
+
+Source: Liu et al., "GPT Understands, Too", arXiv 2103.10385; the numbers are those of PEFT's
+``tuners/p_tuning/model.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.config import PeftType, register
+from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
+from graphpeft.prompting import Encoder, recorded
+from graphpeft.rewrite import ParameterSpec
+
+_MLP_LAYERS = 2
+
+
+@register
+@dataclass(kw_only=True)
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning's options; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        encoder_reparameterization_type: ``"MLP"`` or ``"LSTM"``.
+        encoder_hidden_size: The width of the network; `token_dim` if None.
+        encoder_num_layers: The layers of the LSTM.
+        encoder_dropout: The dropout between them.
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.P_TUNING
+
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != _MLP_LAYERS:
+            warnings.warn(f"encoder_num_layers is for an LSTM; an MLP has {_MLP_LAYERS} hidden layers", stacklevel=3)
+
+    def resolved(self, model: nn.Module) -> PromptEncoderConfig:
+        """Returns the config with the sizes of the model filled in."""
+        config = super().resolved(model)
+        assert isinstance(config, PromptEncoderConfig)
+        if config.encoder_hidden_size is None:
+            config.encoder_hidden_size = config.token_dim
+        return config
+
+    def encoder(self) -> Encoder:
+        """Returns the network that computes the virtual tokens."""
+        if self.encoder_reparameterization_type == "MLP":
+            return MLP()
+        return LSTM(self.encoder_num_layers, self.encoder_dropout)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Computes virtual tokens by a perceptron with two hidden layers."""
+
+    def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the learned tokens and the perceptron's weights."""
+        return _specs(_mlp_modules(config, "meta"))
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
+        """Draws them in the order in which PEFT does."""
+        _fill(parameters, _mlp_modules(config, "cpu"))
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the virtual tokens."""
+        h = F.relu(_linear("mlp_head_0", parameters["prompt_embedding_weight"], parameters))
+        return _linear("mlp_head_4", F.relu(_linear("mlp_head_2", h, parameters)), parameters)
+
+
+@dataclass(frozen=True)
+class LSTM:
+    """Computes virtual tokens by an LSTM in both directions and a perceptron with one hidden layer.
+
+    Attributes:
+        layers: Its layers.
+        dropout: The probability of dropping an element between them.
+    """
+
+    layers: int
+    dropout: float
+
+    def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the learned tokens and the weights of both networks."""
+        return _specs(_lstm_modules(config, "meta"))
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
+        """Draws them in the order in which PEFT does."""
+        _fill(parameters, _lstm_modules(config, "cpu"))
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the virtual tokens."""
+        weights = [value for name, value in parameters.items() if name.startswith("prompt_lstm_head")]
+        h = lstm(parameters["prompt_embedding_weight"], weights, self.layers, self.dropout, training)
+        return _linear("mlp_head_2", F.relu(_linear("mlp_head_0", h, parameters)), parameters)
+
+
+@recorded
+def lstm(tokens: Tensor, weights: list[Tensor], layers: int, dropout: float, training: bool) -> Tensor:
+    """Returns the outputs, (tokens, 2 · hidden), of an LSTM in both directions.
+
+    Args:
+        tokens: Its inputs, (tokens, dim).
+        weights: Its weights in the order of ``nn.LSTM``.
+        layers: The number of layers.
+        dropout: The probability of dropping an element between them.
+        training: Whether to drop.
+    """
+    hidden = weights[1].shape[1]
+    state = tokens.new_zeros(2 * layers, 1, hidden)
+    return torch.lstm(tokens[None], (state, state), weights, True, layers, dropout, training, True, True)[0][0]
+
+
+def _linear(name: str, x: Any, parameters: Mapping[str, Any]) -> Any:
+    return F.linear(x, parameters[f"prompt_{name}_weight"], parameters[f"prompt_{name}_bias"])
+
+
+def _mlp_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
+    dim, hidden = config.token_dim, config.encoder_hidden_size
+    assert dim is not None
+    assert hidden is not None
+    with torch.device(device):
+        embedding = nn.Embedding(config.total_tokens, dim)
+        layers = (nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    return nn.ModuleDict({"embedding": embedding, "mlp_head": nn.Sequential(*layers)})
+
+
+def _lstm_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
+    dim, hidden = config.token_dim, config.encoder_hidden_size
+    assert dim is not None
+    assert hidden is not None
+    options: dict[str, Any] = {"dropout": config.encoder_dropout, "bidirectional": True, "batch_first": True}
+    with torch.device(device):
+        embedding = nn.Embedding(config.total_tokens, dim)
+        recurrent = nn.LSTM(dim, hidden, config.encoder_num_layers, **options)
+        layers = (nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
+    return nn.ModuleDict({"embedding": embedding, "lstm_head": recurrent, "mlp_head": nn.Sequential(*layers)})
+
+
+def _specs(modules: nn.Module) -> dict[str, ParameterSpec]:
+    return {
+        _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
+        for name, parameter in modules.named_parameters()
+    }
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, Tensor], modules: nn.Module) -> None:
+    for name, value in modules.named_parameters():
+        parameters[_local(name)].copy_(value)
+
+
+def _local(name: str) -> str:
+    return f"prompt_{name.replace('.', '_')}"

@@ -1,0 +1,88 @@
+"""Prompt tuning: virtual tokens in front of the input, learned as they are.
+
+Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691; the numbers are
+those of PEFT's ``tuners/prompt_tuning/model.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.config import PeftType, register
+from graphpeft.prompt_config import PromptLearningConfig, Table
+from graphpeft.prompting import Encoder
+from graphpeft.rewrite import ParameterSpec
+
+
+@register
+@dataclass(kw_only=True)
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning's options; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        prompt_tuning_init: ``"RANDOM"``: as ``nn.Embedding``. ``"SAMPLE_VOCAB"``: the embeddings of tokens drawn from
+            the vocabulary. ``"TEXT"``: those of a text.
+        prompt_tuning_init_text: That text; it is repeated, or cut, to the number of virtual tokens.
+        tokenizer_name_or_path: The tokenizer for it.
+        tokenizer_kwargs: Options of ``AutoTokenizer.from_pretrained``.
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+
+    prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if self.prompt_tuning_init == "TEXT" and not getattr(self, name):
+                raise ValueError(f"prompt_tuning_init='TEXT' needs {name}")
+        if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
+            raise ValueError("tokenizer_kwargs has no effect unless prompt_tuning_init is 'TEXT'")
+
+    def encoder(self) -> Encoder:
+        """Returns the table of virtual tokens."""
+        return TokenTable()
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Virtual tokens that can begin as the embeddings of real ones."""
+
+    def parameters(self, config: PromptTuningConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the table."""
+        return Table().parameters(config)
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: PromptTuningConfig, embedding: nn.Module) -> None:
+        """Draws the table, and puts real tokens into it."""
+        Table().initialise(parameters, config, embedding)
+        if config.prompt_tuning_init != "RANDOM":
+            ids = _first_tokens(config, embedding)
+            weight: Any = embedding.weight
+            with torch.no_grad():
+                parameters["prompt_embeddings"].copy_(embedding(ids.to(weight.device)))
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the table."""
+        return Table().encode(parameters, training)
+
+
+def _first_tokens(config: PromptTuningConfig, embedding: Any) -> Tensor:
+    """Returns the ids, (tokens,), of the tokens with which the prompt begins."""
+    if config.prompt_tuning_init == "SAMPLE_VOCAB":
+        return torch.randint(0, embedding.num_embeddings, (config.total_tokens,))
+    from transformers import AutoTokenizer
+
+    # an adapter's file must not decide that code from elsewhere runs
+    options = {name: value for name, value in (config.tokenizer_kwargs or {}).items() if name != "trust_remote_code"}
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    return torch.tensor(list(itertools.islice(itertools.cycle(ids), config.total_tokens)))

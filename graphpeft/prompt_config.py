@@ -1,0 +1,150 @@
+"""What the configs of all prompt methods hold: the sizes of the model that PEFT writes down, and where prompts go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from graphpeft import prompting
+from graphpeft.config import PeftConfig, TaskType
+from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, LongerEncoding, Prompt
+from graphpeft.report import Refusal, Report
+from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites import CallSite, SiteFinder
+
+ENCODER_PREFIX = "prompt_encoder."
+"""What the names of a prompt encoder's own tensors begin with in files; PEFT doesn't save them, and ignores them."""
+
+
+@dataclass(kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """The options of all prompt methods; the names and meanings are PEFT's. What is None is read from the model.
+
+    Attributes:
+        num_virtual_tokens: The number of virtual tokens.
+        token_dim: The size of an embedding.
+        num_transformer_submodules: How many parts of the model have tokens of their own, as PEFT counts them.
+        num_attention_heads: The number of attention heads.
+        num_layers: The number of layers.
+    """
+
+    file_prefix: ClassVar[str] = "base_model."
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._encoder_is_lost = False
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens <= 0:
+            raise ValueError(f"num_virtual_tokens must be positive, not {self.num_virtual_tokens}")
+
+    def check(self) -> None:
+        """Raises ValueError for options that this library doesn't support."""
+        super().check()
+        if self.num_virtual_tokens is None:
+            raise ValueError("num_virtual_tokens is None; say how many virtual tokens there are to be")
+
+    def encoder(self) -> Encoder:
+        """Returns what computes the virtual tokens in training."""
+        raise NotImplementedError
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[CallSite]:
+        """Returns the boundaries at which the model takes the prompt."""
+        model = finder.modules[""]
+        if not hasattr(model, "get_input_embeddings"):
+            reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"
+            report.refused.append(Refusal("the model", reason, "adapt a Transformers model"))
+            return []
+        return prompting.transformers_sites(finder, report, self.task_type)
+
+    def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
+        """Returns the rule for a boundary."""
+        assert self.num_virtual_tokens is not None
+        if site.role == prompting.DECODER:
+            return LongerEncoding(self.num_virtual_tokens)
+        has_labels = site.role == prompting.LABELS_TOKENS
+        return Prompt(self._encoder_in_use(), self.num_virtual_tokens, has_labels)
+
+    def _encoder_in_use(self) -> Encoder:
+        # what is for inference has the tokens themselves, as its file does for PEFT
+        return Table() if self.inference_mode or self._encoder_is_lost else self.encoder()
+
+    def resolved(self, model: nn.Module) -> PromptLearningConfig:
+        """Returns the config with the sizes of the model filled in as PEFT fills them in."""
+        config = super().resolved(model)
+        assert isinstance(config, PromptLearningConfig)
+        for name, sizes in _sizes(model).items():
+            if getattr(config, name) is None:
+                setattr(config, name, next(iter(sizes), None))
+        if config.num_transformer_submodules is None:
+            config.num_transformer_submodules = 2 if config.task_type is TaskType.SEQ_2_SEQ_LM else 1
+        return config
+
+    @property
+    def total_tokens(self) -> int:
+        """The number of rows of the table of virtual tokens."""
+        assert self.num_virtual_tokens is not None
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    # files
+
+    def fitted_to(self, keys: Collection[str]) -> PromptLearningConfig:
+        """Returns the config for a file that may have lost the prompt encoder, as PEFT's do."""
+        config = copy.copy(self)
+        config._encoder_is_lost = not any(key.startswith(ENCODER_PREFIX) for key in keys)
+        return config
+
+    def derived_tensors(self, site: CallSite, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the virtual tokens, computed without dropout."""
+        encoder = self._encoder_in_use()
+        if not parameters or isinstance(encoder, Table):
+            return {}
+        with torch.no_grad():
+            return {EMBEDDINGS_KEY: encoder.encode(parameters, False).detach()}
+
+    def ignores(self, key: str) -> bool:
+        """Tells whether `key` belongs to the form of the prompt, computed or computing, that isn't in use."""
+        in_table = isinstance(self._encoder_in_use(), Table)
+        return key.startswith(ENCODER_PREFIX) if in_table else key == EMBEDDINGS_KEY
+
+
+@dataclass(frozen=True)
+class Table:
+    """Virtual tokens that are parameters themselves."""
+
+    def parameters(self, config: PromptLearningConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the table of tokens."""
+        assert config.token_dim is not None
+        return {"prompt_embeddings": ParameterSpec((config.total_tokens, config.token_dim), EMBEDDINGS_KEY)}
+
+    def initialise(
+        self, parameters: Mapping[str, torch.Tensor], config: PromptLearningConfig, embedding: nn.Module
+    ) -> None:
+        """Draws the table as ``nn.Embedding`` does."""
+        nn.init.normal_(parameters["prompt_embeddings"])
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the table."""
+        return parameters["prompt_embeddings"]
+
+
+def _sizes(model: nn.Module) -> dict[str, list[int]]:
+    """Returns the candidates for the sizes in the config of a model, in the order in which PEFT asks for them."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    asked = {
+        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+        "token_dim": ("hidden_size", "n_embd", "d_model"),
+        "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    }
+    values = {name: [getattr(config, option, None) for option in options] for name, options in asked.items()}
+    return {name: [value for value in of_name if value is not None] for name, of_name in values.items()}

@@ -1,0 +1,261 @@
+"""Puts virtual tokens in front of what a Transformers model reads, as nodes at the boundary of its graph.
+
+    inputs_embeds  = [prompt; embedding(input_ids)]
+    attention_mask = [1 … 1; attention_mask]          labels = [-100 … -100; labels], where the outputs are tokens
+
+Inputs that aren't given stay absent. While text is generated, the prompt goes in when the cache is empty; the attention
+mask is lengthened at each step. In a model with an encoder and a decoder the prompt goes into the encoder, and the
+decoder gets a longer mask for what it reads there. The numbers are those of PEFT's ``peft_model.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.config import TaskType
+from graphpeft.report import Refusal, Report
+from graphpeft.rewrite import ParameterSpec
+from graphpeft.sites import CallSite, SiteFinder
+from graphpeft.tracing.errors import TraceError
+
+EMBEDDINGS_KEY = "prompt_embeddings"
+"""The name of the virtual tokens in PEFT's files."""
+
+
+class Encoder(Protocol):
+    """What computes the virtual tokens: a frozen value, such as a table or a small network."""
+
+    def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns its parameters by name."""
+        ...
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
+        """Fills new parameters with their first values; `embedding` is the model's word embedding."""
+        ...
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the virtual tokens, of shape (tokens, dim); it is run on proxies, and on tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The rule that puts virtual tokens in front.
+
+    Attributes:
+        encoder: What computes them.
+        tokens: How many there are.
+        labels: Whether labels are by token, and lengthened too.
+    """
+
+    encoder: Encoder
+    tokens: int
+    labels: bool
+
+    def check(self, site: CallSite, config: Any) -> str | None:
+        """Returns why the module can't take a prompt, or None."""
+        takes_embeddings = "inputs_embeds" in site.arguments
+        return None if takes_embeddings else "its forward has no argument inputs_embeds"
+
+    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the encoder's parameters."""
+        return self.encoder.parameters(config)
+
+    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
+        """Fills new parameters with the encoder's first values."""
+        self.encoder.initialise(parameters, config, module)
+
+    def enter(
+        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, **parameters: Any
+    ) -> dict[str, Any]:
+        """Puts the virtual tokens in front of the inputs."""
+        past = inputs.get("past_key_values")
+        prompt = self.encoder.encode(parameters, training)
+        embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
+        changed = {"input_ids": absent(inputs["input_ids"]), "inputs_embeds": prepended(prompt, embedded, past)}
+        if "attention_mask" in inputs:
+            changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
+        if "token_type_ids" in inputs:
+            changed["token_type_ids"] = lengthened_at_first(inputs["token_type_ids"], self.tokens, 0, past)
+        if "position_ids" in inputs:
+            changed["position_ids"] = absent(inputs["position_ids"])
+        if self.labels and "labels" in inputs:
+            changed["labels"] = lengthened_at_first(inputs["labels"], self.tokens, -100, past)
+        for name in ("start_positions", "end_positions"):
+            if name in inputs:
+                changed[name] = shifted(inputs[name], self.tokens)
+        return changed
+
+    def leave(self, output: Any) -> Any:
+        """Returns the output as it is."""
+        return output
+
+
+@dataclass(frozen=True)
+class LongerEncoding:
+    """The rule for a decoder whose encoder has a prompt: what it reads there is longer.
+
+    Attributes:
+        tokens: By how many tokens.
+    """
+
+    tokens: int
+
+    def check(self, site: CallSite, config: Any) -> str | None:
+        """Returns why the decoder can't read a longer encoding, or None."""
+        has_mask = "encoder_attention_mask" in site.arguments
+        return None if has_mask else "its forward has no argument encoder_attention_mask"
+
+    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns none."""
+        return {}
+
+    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
+        """Has nothing to fill."""
+
+    def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Lengthens the mask for the encoder's tokens."""
+        return {"encoder_attention_mask": lengthened(inputs["encoder_attention_mask"], self.tokens, 1)}
+
+    def leave(self, output: Any) -> Any:
+        """Returns the output as it is."""
+        return output
+
+
+# where prompts go in
+
+ENCODER, DECODER = "encoder", "decoder"
+LABELS_TOKENS, LABELS_SEQUENCES = "labels tokens", "labels sequences"
+"""The roles of modules that get a prompt."""
+
+
+def transformers_sites(finder: SiteFinder, report: Report, task: TaskType | None) -> list[CallSite]:
+    """Returns the boundaries at which a Transformers model takes a prompt.
+
+    Args:
+        finder: Finds sites in the model.
+        report: Gets what can't take one.
+        task: What the model is for.
+    """
+    model: Any = finder.modules[""]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        roles = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
+    else:
+        roles = {LABELS_TOKENS if _labels_tokens(task, model) else LABELS_SEQUENCES: model}
+    embedding = _path_of(model.get_input_embeddings(), finder.modules)
+    sites = []
+    for role, module in roles.items():
+        owner = _path_of(module, finder.modules)
+        try:
+            finder.boundary(owner)
+        except TraceError as error:
+            report.refused.append(
+                Refusal(owner or "the model", str(error), "adapt a model whose forward has a boundary")
+            )
+            continue
+        reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
+        arguments = tuple(inspect.signature(module.forward).parameters)
+        sites.append(CallSite(owner, role, (embedding, "weight"), torch.get_default_dtype(), arguments, reads))
+    return sites
+
+
+def _path_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    return next(path for path, other in modules.items() if other is module)
+
+
+def _path_within(outer: nn.Module, module: nn.Module) -> str:
+    """Returns a path from `outer` to a module inside, which may have another one from the model."""
+    return next(path for path, other in outer.named_modules(remove_duplicate=False) if other is module)
+
+
+def _labels_tokens(task: TaskType | None, model: nn.Module) -> bool:
+    """Tells whether a model's labels are one for each token of its input; without a task its class's name tells."""
+    if task is None:
+        return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForTokenClassification", "ForMaskedLM"))
+    return task in (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS)
+
+
+# nodes
+
+
+def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes calls of `function` with proxies one node of their graph."""
+
+    @functools.wraps(function)
+    def record(*args: Any) -> Any:
+        proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
+        return function(*args) if proxy is None else proxy.tracer.create_proxy("call_function", record, args, {})
+
+    return record
+
+
+@recorded
+def absent(value: object) -> None:
+    """Returns None, in the place of an input that another one replaces."""
+
+
+@recorded
+def embeddings_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, word_embeddings: nn.Module) -> Tensor:
+    """Returns the embeddings of the tokens, (batch, tokens, dim), whichever way they were given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds to a model with a prompt, and not both")
+    return word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+@recorded
+def prepended(prompt: Tensor, embeddings: Tensor, past_key_values: Any) -> Tensor:
+    """Puts virtual tokens, (tokens, dim), in front of each sequence, unless the cache has them already."""
+    if has_tokens(past_key_values):
+        return embeddings
+    batch = prompt.to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+    return torch.cat((batch, embeddings), dim=1)
+
+
+@recorded
+def lengthened(mask: Tensor | None, tokens: int, value: int) -> Tensor | None:
+    """Puts `tokens` times `value` in front of each row of a mask, (batch, tokens)."""
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise ValueError(
+            f"the attention mask has shape {tuple(mask.shape)}, and a prompt lengthens masks of (batch, tokens) only"
+        )
+    return F.pad(mask, (tokens, 0), value=value)
+
+
+@recorded
+def lengthened_at_first(values: Tensor | None, tokens: int, value: int, past_key_values: Any) -> Tensor | None:
+    """Does as `lengthened`, where the prompt goes in now."""
+    return values if values is None or has_tokens(past_key_values) else F.pad(values, (tokens, 0), value=value)
+
+
+@recorded
+def shifted(positions: Tensor | None, tokens: int) -> Tensor | None:
+    """Moves positions behind the virtual tokens."""
+    return None if positions is None else positions + tokens
+
+
+def has_tokens(past_key_values: Any) -> bool:
+    """Tells whether a cache holds tokens, the prompt's first of all."""
+    if past_key_values is None:
+        return False
+    if isinstance(past_key_values, tuple | list):
+        return len(past_key_values) > 0
+    return past_key_values.get_seq_length() > 0

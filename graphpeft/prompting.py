@@ -31,6 +31,10 @@ EMBEDDINGS_KEY = "prompt_embeddings"
 """The name of the virtual tokens in PEFT's files."""
 
 
+CACHES = ("cache", "past_key_values")
+"""What the forwards of Transformers models call their cache, the newer ones first."""
+
+
 class Encoder(Protocol):
     """What computes the virtual tokens: a frozen value, such as a table or a small network."""
 
@@ -82,10 +86,10 @@ class Prompt:
         self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, **parameters: Any
     ) -> dict[str, Any]:
         """Puts the virtual tokens in front of the inputs."""
-        past = inputs.get("past_key_values")
+        past = next((inputs[name] for name in CACHES if name in inputs), None)
         prompt = self.encoder.encode(parameters, training)
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
-        changed = {"input_ids": absent(inputs["input_ids"]), "inputs_embeds": prepended(prompt, embedded, past)}
+        changed = {"input_ids": absent(inputs["input_ids"]), "inputs_embeds": prepended(prompt, self.tokens, embedded, past)}
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
         if "token_type_ids" in inputs:
@@ -220,11 +224,11 @@ def embeddings_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, word_e
 
 
 @recorded
-def prepended(prompt: Tensor, embeddings: Tensor, past_key_values: Any) -> Tensor:
-    """Puts virtual tokens, (tokens, dim), in front of each sequence, unless the cache has them already."""
-    if has_tokens(past_key_values):
+def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any) -> Tensor:
+    """Puts the first virtual tokens of a table in front of each sequence, unless the cache has them already."""
+    if has_tokens(cache):
         return embeddings
-    batch = prompt.to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+    batch = prompt[:tokens].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
     return torch.cat((batch, embeddings), dim=1)
 
 
@@ -241,9 +245,9 @@ def lengthened(mask: Tensor | None, tokens: int, value: int) -> Tensor | None:
 
 
 @recorded
-def lengthened_at_first(values: Tensor | None, tokens: int, value: int, past_key_values: Any) -> Tensor | None:
+def lengthened_at_first(values: Tensor | None, tokens: int, value: int, cache: Any) -> Tensor | None:
     """Does as `lengthened`, where the prompt goes in now."""
-    return values if values is None or has_tokens(past_key_values) else F.pad(values, (tokens, 0), value=value)
+    return values if values is None or has_tokens(cache) else F.pad(values, (tokens, 0), value=value)
 
 
 @recorded
@@ -252,10 +256,8 @@ def shifted(positions: Tensor | None, tokens: int) -> Tensor | None:
     return None if positions is None else positions + tokens
 
 
-def has_tokens(past_key_values: Any) -> bool:
+def has_tokens(cache: Any) -> bool:
     """Tells whether a cache holds tokens, the prompt's first of all."""
-    if past_key_values is None:
+    if cache is None:
         return False
-    if isinstance(past_key_values, tuple | list):
-        return len(past_key_values) > 0
-    return past_key_values.get_seq_length() > 0
+    return len(cache) > 0 if isinstance(cache, tuple | list) else cache.get_seq_length() > 0

@@ -3,6 +3,7 @@
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType
 from graphpeft.methods.lora import LoraConfig
+from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
 from graphpeft.model import (
@@ -26,6 +27,7 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "Report",

@@ -74,9 +74,13 @@ class PromptLearningConfig(PeftConfig):
         has_labels = site.role == prompting.LABELS_TOKENS
         return Prompt(self._encoder_in_use(), self.num_virtual_tokens, has_labels)
 
+    @property
+    def holds_table(self) -> bool:
+        """Whether the adapter has the virtual tokens themselves, and not what computes them, as PEFT's files do."""
+        return self.inference_mode or self._encoder_is_lost
+
     def _encoder_in_use(self) -> Encoder:
-        # what is for inference has the tokens themselves, as its file does for PEFT
-        return Table() if self.inference_mode or self._encoder_is_lost else self.encoder()
+        return Table() if self.holds_table else self.encoder()
 
     def resolved(self, model: nn.Module) -> PromptLearningConfig:
         """Returns the config with the sizes of the model filled in as PEFT fills them in."""
@@ -105,16 +109,14 @@ class PromptLearningConfig(PeftConfig):
 
     def derived_tensors(self, site: CallSite, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the virtual tokens, computed without dropout."""
-        encoder = self._encoder_in_use()
-        if not parameters or isinstance(encoder, Table):
+        if not parameters or "prompt_embeddings" in parameters:
             return {}
         with torch.no_grad():
-            return {EMBEDDINGS_KEY: encoder.encode(parameters, False).detach()}
+            return {EMBEDDINGS_KEY: self.encoder().encode(parameters, False).detach()}
 
     def ignores(self, key: str) -> bool:
         """Tells whether `key` belongs to the form of the prompt, computed or computing, that isn't in use."""
-        in_table = isinstance(self._encoder_in_use(), Table)
-        return key.startswith(ENCODER_PREFIX) if in_table else key == EMBEDDINGS_KEY
+        return key.startswith(ENCODER_PREFIX) if self.holds_table else key == EMBEDDINGS_KEY
 
 
 @dataclass(frozen=True)

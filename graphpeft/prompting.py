@@ -89,7 +89,10 @@ class Prompt:
         past = next((inputs[name] for name in CACHES if name in inputs), None)
         prompt = self.encoder.encode(parameters, training)
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
-        changed = {"input_ids": absent(inputs["input_ids"]), "inputs_embeds": prepended(prompt, self.tokens, embedded, past)}
+        changed = {
+            "input_ids": absent(inputs["input_ids"]),
+            "inputs_embeds": prepended(prompt, self.tokens, embedded, past),
+        }
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
         if "token_type_ids" in inputs:
@@ -159,25 +162,48 @@ def transformers_sites(finder: SiteFinder, report: Report, task: TaskType | None
         task: What the model is for.
     """
     model: Any = finder.modules[""]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _is_pair(model):
         roles = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
     else:
         roles = {LABELS_TOKENS if _labels_tokens(task, model) else LABELS_SEQUENCES: model}
-    embedding = _path_of(model.get_input_embeddings(), finder.modules)
-    sites = []
-    for role, module in roles.items():
-        owner = _path_of(module, finder.modules)
-        try:
-            finder.boundary(owner)
-        except TraceError as error:
-            report.refused.append(
-                Refusal(owner or "the model", str(error), "adapt a model whose forward has a boundary")
-            )
-            continue
-        reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
-        arguments = tuple(inspect.signature(module.forward).parameters)
-        sites.append(CallSite(owner, role, (embedding, "weight"), torch.get_default_dtype(), arguments, reads))
-    return sites
+    sites = [_site(finder, report, role, module) for role, module in roles.items()]
+    return [site for site in sites if site is not None]
+
+
+def cache_sites(finder: SiteFinder, report: Report) -> list[CallSite]:
+    """Returns the boundary of the module of a Transformers model that takes a cache.
+
+    Args:
+        finder: Finds sites in the model.
+        report: Gets the reason why there is none.
+    """
+    model: Any = finder.modules[""]
+    candidates = [model.get_decoder()] if _is_pair(model) else [model, *model.children()]
+    for module in candidates:
+        if not set(CACHES).isdisjoint(inspect.signature(module.forward).parameters):
+            site = _site(finder, report, DECODER, module)
+            return [site] if site is not None else []
+    report.refused.append(Refusal("the model", "its forward takes no cache, where a prefix goes", "use prompt tuning"))
+    return []
+
+
+def _is_pair(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSite | None:
+    owner = _path_of(module, finder.modules)
+    try:
+        finder.boundary(owner)
+    except TraceError as error:
+        way_out = "give its forward arguments with names and plain defaults"
+        report.refused.append(Refusal(owner or "the model", str(error), way_out))
+        return None
+    model: Any = finder.modules[""]
+    beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
+    reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())), ("config", "config"))
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    return CallSite(owner, role, beside, torch.get_default_dtype(), arguments, reads)
 
 
 def _path_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:

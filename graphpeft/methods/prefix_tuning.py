@@ -1,0 +1,253 @@
+"""Prefix tuning: learned keys and values in front of those of every layer's attention.
+
+    cache[layer] = (P[2 · layer], P[2 · layer + 1])            P of shape (2 · layers, heads, tokens, head size)
+
+They go in as what the cache holds before the first token. With `prefix_projection` a perceptron computes P from a
+smaller table. Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190;
+the numbers are those of PEFT's ``tuners/prefix_tuning/model.py`` and ``peft_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft import prompting
+from graphpeft.config import PeftType, register
+from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
+from graphpeft.prompting import CACHES, EMBEDDINGS_KEY, Encoder, has_tokens, lengthened, recorded, shifted
+from graphpeft.report import Refusal, Report
+from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites import CallSite, SiteFinder
+
+
+@register
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning's options; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        init_weights: ``"zero"`` begins with keys and values of zero; None draws them.
+        encoder_hidden_size: The width of the perceptron; `token_dim` if None.
+        prefix_projection: Whether a perceptron computes the prefix.
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+
+    init_weights: Literal["zero"] | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+    def resolved(self, model: nn.Module) -> PrefixTuningConfig:
+        """Returns the config with the sizes of the model's keys and values filled in."""
+        sizes = {} if self.token_dim is not None else _key_sizes(model)
+        config = super().resolved(model)
+        assert isinstance(config, PrefixTuningConfig)
+        for name, size in sizes.items():
+            setattr(config, name, size)
+        if config.encoder_hidden_size is None:
+            config.encoder_hidden_size = config.token_dim
+        return config
+
+    def encoder(self) -> Encoder:
+        """Returns what computes the prefix in training."""
+        return Projection() if self.prefix_projection else PrefixTable()
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[CallSite]:
+        """Returns the boundary of the module that takes a cache."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in finder.modules.values()):
+            reason = "prefix tuning works through the cache, which gradient checkpointing switches off"
+            report.refused.append(Refusal("the model", reason, "call gradient_checkpointing_disable() on the model"))
+            return []
+        return prompting.cache_sites(finder, report)
+
+    def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
+        """Returns the rule for a boundary."""
+        assert self.num_virtual_tokens is not None
+        assert self.num_layers is not None
+        assert self.num_attention_heads is not None
+        encoder = PrefixTable() if self.holds_table else self.encoder()
+        return Prefix(encoder, self.num_virtual_tokens, self.num_layers, self.num_attention_heads)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The rule that fills an empty cache.
+
+    Attributes:
+        encoder: What computes the keys and values.
+        tokens: The number of virtual tokens.
+        layers: The number of layers.
+        heads: The number of heads that have keys.
+    """
+
+    encoder: Encoder
+    tokens: int
+    layers: int
+    heads: int
+
+    def check(self, site: CallSite, config: Any) -> str | None:
+        """Any module that takes a cache takes a prefix."""
+        return None
+
+    def parameters(self, site: CallSite, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the encoder's parameters."""
+        return self.encoder.parameters(config)
+
+    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, module: nn.Module) -> None:
+        """Fills new parameters with the encoder's first values."""
+        self.encoder.initialise(parameters, config, module)
+
+    def enter(
+        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, config: Any, **parameters: Any
+    ) -> dict[str, Any]:
+        """Fills the cache, and lengthens the mask and moves the positions accordingly."""
+        name = next(name for name in CACHES if name in inputs)
+        prefix = self.encoder.encode(parameters, training)
+        tokens = (inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        sizes = (self.layers, self.heads)
+        changed = {name: filled(inputs[name], prefix, tokens, sizes, word_embeddings, config)}
+        if "attention_mask" in inputs:
+            changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
+        if "position_ids" in inputs:
+            changed["position_ids"] = shifted(inputs["position_ids"], self.tokens)
+        return changed
+
+    def leave(self, output: Any, inputs: Mapping[str, Any]) -> Any:
+        """Takes the cache out of the output where none was asked for."""
+        name = next(name for name in CACHES if name in inputs)
+        return without_cache(output, inputs[name], inputs["use_cache"]) if "use_cache" in inputs else output
+
+
+@dataclass(frozen=True)
+class PrefixTable:
+    """Keys and values that are parameters themselves."""
+
+    def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the table of keys and values."""
+        return {"prompt_embeddings": ParameterSpec((config.num_virtual_tokens or 0, _width(config)), EMBEDDINGS_KEY)}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, embedding: nn.Module) -> None:
+        """Draws the table as ``nn.Embedding`` does, or makes it zero."""
+        nn.init.normal_(parameters["prompt_embeddings"])
+        if config.init_weights == "zero":
+            nn.init.zeros_(parameters["prompt_embeddings"])
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the table."""
+        return parameters["prompt_embeddings"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Keys and values that a perceptron with one hidden layer computes."""
+
+    def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the learned tokens and the perceptron's weights."""
+        return {
+            _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
+            for name, parameter in _modules(config, "meta").named_parameters()
+        }
+
+    @torch.no_grad()
+    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, embedding: nn.Module) -> None:
+        """Draws them in the order in which PEFT does."""
+        for name, value in _modules(config, "cpu").named_parameters():
+            parameters[_local(name)].copy_(value)
+            if config.init_weights == "zero" and name.startswith("transform.2"):
+                parameters[_local(name)].zero_()
+
+    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+        """Returns the keys and values, (tokens, 2 · layers · heads · head size)."""
+        linear = torch.nn.functional.linear
+        w1, b1 = parameters["prompt_transform_0_weight"], parameters["prompt_transform_0_bias"]
+        w2, b2 = parameters["prompt_transform_2_weight"], parameters["prompt_transform_2_bias"]
+        return linear(torch.tanh(linear(parameters["prompt_embedding_weight"], w1, b1)), w2, b2)
+
+
+@recorded
+def filled(
+    cache: Any,
+    prefix: Tensor,
+    inputs: tuple[Tensor | None, Tensor | None],
+    sizes: tuple[int, int],
+    word_embeddings: Any,
+    config: Any,
+) -> Any:
+    """Returns the cache with a prefix in it, unless it holds tokens already.
+
+    Args:
+        cache: A cache of Transformers; None makes one.
+        prefix: Keys and values, (tokens, 2 · layers · heads · head size).
+        inputs: The ids and the embeddings of the input, of which one is given.
+        sizes: The number of layers, and that of heads that have keys.
+        word_embeddings: The model's word embedding, whose dtype the cache gets.
+        config: The model's config.
+    """
+    if has_tokens(cache):
+        return cache
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    batch = next(given for given in inputs if given is not None).shape[0]
+    layers, heads = sizes
+    by_layer = prefix.to(word_embeddings.weight.dtype).view(prefix.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
+    by_layer = by_layer[:, None].expand(-1, batch, -1, -1, -1)
+    if cache is None and config.is_encoder_decoder:
+        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    elif cache is None:
+        cache = DynamicCache(config=config)
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    # PEFT lays out four rows a layer there, of which the decoder's own attention reads the first two
+    step = 4 if config.is_encoder_decoder else 2
+    for layer in range(layers):
+        row = step * layer % (2 * layers)
+        own.update(by_layer[row], by_layer[row + 1], layer)
+    return cache
+
+
+@recorded
+def without_cache(output: Any, cache: Any, use_cache: bool | None) -> Any:
+    """Returns a model's output without its cache, which `generate` would read, where the caller wanted none."""
+    if use_cache is not False or cache is not None or isinstance(output, tuple):
+        return output
+    return type(output)(**{name: value for name, value in output.items() if name not in CACHES})
+
+
+def _key_sizes(model: nn.Module) -> dict[str, int]:
+    """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_key_value_heads", None)
+    if heads is None:
+        return {}
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"token_dim": size * heads, "num_attention_heads": heads}
+
+
+def _width(config: PrefixTuningConfig) -> int:
+    assert config.num_layers is not None
+    assert config.token_dim is not None
+    return 2 * config.num_layers * config.token_dim
+
+
+def _modules(config: PrefixTuningConfig, device: str) -> nn.ModuleDict:
+    dim, hidden, tokens = config.token_dim, config.encoder_hidden_size, config.num_virtual_tokens
+    assert dim is not None
+    assert hidden is not None
+    assert tokens is not None
+    with torch.device(device):
+        embedding = nn.Embedding(tokens, dim)
+        layers = (nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, _width(config)))
+    return nn.ModuleDict({"embedding": embedding, "transform": nn.Sequential(*layers)})
+
+
+def _local(name: str) -> str:
+    return f"prompt_{name.replace('.', '_')}"

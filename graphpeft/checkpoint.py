@@ -57,7 +57,7 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
 
 def _key_at_site(site: Site | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
     if isinstance(site, CallSite):
-        return name  # PEFT has prompts beside the model, not inside
+        return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
     path = _file_path(site.owner, wrapped)
     if not site.is_layer:
         path += ".base_layer" * (len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute))

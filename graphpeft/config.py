@@ -95,6 +95,10 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+OWN = {"of PEFT's": False}
+"""The metadata of an option that PEFT doesn't have: files hold it only where it is set."""
+
+
 class ConfigLike(Protocol):
     """A config of this library or of PEFT."""
 
@@ -233,7 +237,11 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys of PEFT's JSON with plain values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata != OWN or getattr(self, field.name) != field.default
+        }
         return {key: _plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
 
     @classmethod

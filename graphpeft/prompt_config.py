@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from graphpeft import prompting
-from graphpeft.config import PeftConfig, TaskType
+from graphpeft.config import OWN, PeftConfig, TaskType
+from graphpeft.paths import join
+from graphpeft.prompt_scopes import SCOPE, ScopePrompt, scope_sites
 from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, LongerEncoding, Prompt
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
@@ -31,6 +33,10 @@ class PromptLearningConfig(PeftConfig):
         num_transformer_submodules: How many parts of the model have tokens of their own, as PEFT counts them.
         num_attention_heads: The number of attention heads.
         num_layers: The number of layers.
+        prompt_scope: The modules, in any model, whose token sequence gets the virtual tokens: names that match as
+            `target_modules` do. None for a Transformers model, which gets them where PEFT puts them. It isn't an option
+            of PEFT's.
+        prompt_position: Whether they stand ``"before"`` or ``"after"`` the tokens of a scope.
     """
 
     file_prefix: ClassVar[str] = "base_model."
@@ -40,6 +46,8 @@ class PromptLearningConfig(PeftConfig):
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
+    prompt_scope: str | list[str] | None = field(default=None, metadata=OWN)
+    prompt_position: Literal["before", "after"] = field(default="before", metadata=OWN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,16 +67,33 @@ class PromptLearningConfig(PeftConfig):
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[CallSite]:
         """Returns the boundaries at which the model takes the prompt."""
+        if self.prompt_scope is not None:
+            return self._find_scopes(self.prompt_scope, finder, report)
         model = finder.modules[""]
         if not hasattr(model, "get_input_embeddings"):
             reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"
-            report.refused.append(Refusal("the model", reason, "adapt a Transformers model"))
+            report.refused.append(Refusal("the model", reason, "name the module to prompt in prompt_scope"))
             return []
         return prompting.transformers_sites(finder, report, self.task_type)
+
+    def _find_scopes(self, scope: str | list[str], finder: SiteFinder, report: Report) -> list[CallSite]:
+        sites, sizes = scope_sites(scope, finder, report, torch.get_default_dtype())
+        if self.token_dim is None and sites:
+            if len(set(sizes)) != 1:
+                told = (
+                    f"tokens have several sizes: {sorted(set(sizes))}" if sizes else "the size of a token isn't known"
+                )
+                report.refused.append(Refusal("prompt_scope", told, "pass example_inputs, or set token_dim"))
+                return []
+            self.token_dim = sizes[0]
+        return sites
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
         """Returns the rule for a boundary."""
         assert self.num_virtual_tokens is not None
+        if site.role == SCOPE:
+            encoder = self._encoder_in_use()
+            return ScopePrompt(encoder, self.num_virtual_tokens, self.prompt_position, site.arguments[0])
         if site.role == prompting.DECODER:
             return LongerEncoding(self.num_virtual_tokens)
         has_labels = site.role == prompting.LABELS_TOKENS
@@ -104,7 +129,7 @@ class PromptLearningConfig(PeftConfig):
     def fitted_to(self, keys: Collection[str]) -> PromptLearningConfig:
         """Returns the config for a file that may have lost the prompt encoder, as PEFT's do."""
         config = copy.copy(self)
-        config._encoder_is_lost = not any(key.startswith(ENCODER_PREFIX) for key in keys)
+        config._encoder_is_lost = not any(_is_of_encoder(key) for key in keys)
         return config
 
     def derived_tensors(self, site: CallSite, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,11 +137,11 @@ class PromptLearningConfig(PeftConfig):
         if not parameters or "prompt_embeddings" in parameters:
             return {}
         with torch.no_grad():
-            return {EMBEDDINGS_KEY: self.encoder().encode(parameters, False).detach()}
+            return {join(site.file_path, EMBEDDINGS_KEY): self.encoder().encode(parameters, False).detach()}
 
     def ignores(self, key: str) -> bool:
         """Tells whether `key` belongs to the form of the prompt, computed or computing, that isn't in use."""
-        return key.startswith(ENCODER_PREFIX) if self.holds_table else key == EMBEDDINGS_KEY
+        return _is_of_encoder(key) if self.holds_table else key.split(".")[-1] == EMBEDDINGS_KEY
 
 
 @dataclass(frozen=True)
@@ -137,6 +162,10 @@ class Table:
     def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
         """Returns the table."""
         return parameters["prompt_embeddings"]
+
+
+def _is_of_encoder(key: str) -> bool:
+    return key.startswith(ENCODER_PREFIX) or f".{ENCODER_PREFIX}" in key
 
 
 def _sizes(model: nn.Module) -> dict[str, list[int]]:

@@ -104,6 +104,7 @@ class CallSite(NamedTuple):
         dtype: The dtype of an adapter's tensors.
         arguments: The names of the forward's arguments.
         reads: What else a rule may read, by its name for it: paths, seen from the module.
+        file_path: What the names of its tensors begin with in files.
     """
 
     owner: str
@@ -112,6 +113,7 @@ class CallSite(NamedTuple):
     dtype: torch.dtype
     arguments: tuple[str, ...]
     reads: tuple[tuple[str, str], ...] = ()
+    file_path: str = ""
 
     op = Boundary
     prefix = ""
@@ -204,6 +206,16 @@ class SiteFinder:
                 boundary_of(graph)
             self.templates[path] = found
         return self.templates[path]
+
+    def inputs_of(self, path: str) -> ExampleInputs | None:
+        """Returns what the example inputs of the model give the module at `path`; None without example inputs.
+
+        Raises:
+            TraceError: If they don't reach it.
+        """
+        if self.example_inputs is None:
+            return None
+        return _inputs_of(self.modules[""], self.modules[path], self.example_inputs)
 
     def _hidden_readers(self, owner: str, attribute: str) -> list[str] | str:
         """Looks whether the module around `owner` reads the weight where its source doesn't tell.

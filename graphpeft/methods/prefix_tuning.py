@@ -42,6 +42,12 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
+    def check(self) -> None:
+        """Raises ValueError for options that prefix tuning doesn't have."""
+        super().check()
+        if self.prompt_scope is not None:
+            raise ValueError("prompt_scope has no effect on a prefix, which goes into the cache; use prompt tuning")
+
     def resolved(self, model: nn.Module) -> PrefixTuningConfig:
         """Returns the config with the sizes of the model's keys and values filled in."""
         sizes = {} if self.token_dim is not None else _key_sizes(model)

@@ -131,7 +131,7 @@ def _linear(name: str, x: Any, parameters: Mapping[str, Any]) -> Any:
 
 
 def _mlp_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
-    dim, hidden = config.token_dim, config.encoder_hidden_size
+    dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
     assert dim is not None
     assert hidden is not None
     with torch.device(device):
@@ -141,7 +141,7 @@ def _mlp_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
 
 
 def _lstm_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
-    dim, hidden = config.token_dim, config.encoder_hidden_size
+    dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
     assert dim is not None
     assert hidden is not None
     options: dict[str, Any] = {"dropout": config.encoder_dropout, "bidirectional": True, "batch_first": True}

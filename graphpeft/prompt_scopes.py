@@ -1,0 +1,197 @@
+"""Puts virtual tokens into one module of any model: into its token sequence, and out of what it returns.
+
+    y = module([prompt; x])[:, tokens:]                 x of shape (batch, length, dim)
+
+The rest of the model never sees them. With one scope around all layers they go through the layers once (shallow
+prompts); with a scope for each layer each has fresh ones (deep prompts). Source: Jia et al., "Visual Prompt Tuning",
+arXiv 2203.12119.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft import targets
+from graphpeft.prompting import Encoder, recorded
+from graphpeft.report import Refusal, Report, listed
+from graphpeft.rewrite import ParameterSpec
+from graphpeft.sites import CallSite, SiteFinder
+from graphpeft.tracing.errors import TraceError
+
+SCOPE = "scope"
+"""The role of modules that get virtual tokens of their own."""
+
+
+@dataclass(frozen=True)
+class ScopePrompt:
+    """The rule that puts virtual tokens into a module's sequence and takes them out.
+
+    Attributes:
+        encoder: What computes them.
+        tokens: How many there are.
+        position: Whether they stand ``"before"`` or ``"after"`` the module's own tokens.
+        sequence: The name of the argument that is the sequence.
+    """
+
+    encoder: Encoder
+    tokens: int
+    position: str
+    sequence: str
+
+    def check(self, site: CallSite, config: Any) -> str | None:
+        """Which modules have a sequence is known when they are found."""
+        return None
+
+    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the encoder's parameters."""
+        return self.encoder.parameters(config)
+
+    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
+        """Fills new parameters with the encoder's first values."""
+        self.encoder.initialise(parameters, config, module)
+
+    def enter(self, inputs: Mapping[str, Any], training: Any, **parameters: Any) -> dict[str, Any]:
+        """Puts the virtual tokens into the sequence, and lengthens the masks that go along."""
+        prompt = self.encoder.encode(parameters, training)
+        changed = {self.sequence: inserted(prompt, inputs[self.sequence], self.position)}
+        for name in inputs:
+            if "mask" in name:
+                changed[name] = mask_with_tokens(inputs[name], name, inputs[self.sequence], self.tokens, self.position)
+        return changed
+
+    def leave(self, output: Any, inputs: Mapping[str, Any]) -> Any:
+        """Takes the virtual tokens out."""
+        return taken_out(output, inputs[self.sequence], self.tokens, self.position)
+
+
+def scope_sites(
+    scope: str | Sequence[str], finder: SiteFinder, report: Report, dtype: torch.dtype
+) -> tuple[list[CallSite], list[int]]:
+    """Returns the boundaries of the modules that a scope names, and the sizes of a token that example inputs show.
+
+    Args:
+        scope: Names of modules, matched as `target_modules` are.
+        finder: Finds sites in the model.
+        report: Gets what can't take virtual tokens.
+        dtype: The dtype of the virtual tokens.
+    """
+    named = type("Scope", (), {"target_modules": scope})
+    paths = [path for path in finder.modules if path and targets.match(named, path)]
+    if not paths:
+        near = targets.near_misses(scope, [path for path in finder.modules if path])
+        hint = f"; near misses: {', '.join(near)}" if near else ""
+        report.refused.append(Refusal("prompt_scope", f"{scope!r} names no module{hint}", "name a module by its path"))
+    sites, sizes = [], []
+    for path in paths:
+        try:
+            site, size = _scope_site(path, finder, dtype)
+        except TraceError as error:
+            report.refused.append(Refusal(path, str(error), "name another module in prompt_scope"))
+            continue
+        sites.append(site)
+        sizes += size
+    return sites, sizes
+
+
+def _scope_site(path: str, finder: SiteFinder, dtype: torch.dtype) -> tuple[CallSite, list[int]]:
+    module = finder.modules[path]
+    if type(module).forward is nn.Module.forward:
+        inside = [f"{path}.{name}" for name, _ in module.named_children()]
+        raise TraceError(f"a {type(module).__name__} is never called; name modules inside, such as {listed(inside)}")
+    finder.boundary(path)
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    if not arguments:
+        raise TraceError("its forward takes no arguments")
+    inputs = finder.inputs_of(path)
+    size = [] if inputs is None else [_token_size(inputs, arguments[0])]
+    beside = next(((owner, name) for owner, name in _tensors(path, finder.modules)), None)
+    if beside is None:
+        raise TraceError("the model has no parameters, which would tell the device of virtual tokens")
+    return CallSite(path, SCOPE, beside, dtype, arguments, file_path=path), size
+
+
+def _token_size(inputs: Any, name: str) -> int:
+    value = inputs[name] if isinstance(inputs, dict) else inputs[0]
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"that is a {type(value).__name__}"
+        raise TraceError(f"it is given {name} {what}, which is no token sequence (batch, tokens, dim)")
+    return value.shape[-1]
+
+
+def _tensors(path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """Returns parameters, those inside the module at `path` first."""
+    inside = [other for other in modules if other == path or other.startswith(f"{path}.")]
+    return [
+        (owner, name)
+        for owner in (*inside, *modules)
+        for name, tensor in modules[owner]._parameters.items()
+        if tensor is not None
+    ]
+
+
+# nodes
+
+
+@recorded
+def inserted(prompt: Tensor, sequence: Tensor, position: str) -> Tensor:
+    """Puts virtual tokens, (tokens, dim), before or after each sequence, (batch, length, dim)."""
+    if sequence.ndim != 3 or sequence.shape[-1] != prompt.shape[-1]:
+        raise ValueError(
+            f"a prompt of {prompt.shape[0]} tokens of size {prompt.shape[1]} can't go into an input of shape "
+            f"{tuple(sequence.shape)}, which is no token sequence (batch, tokens, {prompt.shape[1]})"
+        )
+    batch = prompt.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
+    return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)
+
+
+@recorded
+def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: int, position: str) -> Tensor | None:
+    """Lengthens a mask so that every token sees the virtual ones.
+
+    Args:
+        mask: None, or a mask by token, (batch, length), or by pairs of tokens, (…, length, length).
+        name: The argument's name: PyTorch's padding masks are true where a token is left out.
+        sequence: The sequence without virtual tokens.
+        tokens: The number of virtual tokens.
+        position: Where they stand.
+    """
+    if mask is None:
+        return None
+    around = (tokens, 0) if position == "before" else (0, tokens)
+    length = sequence.shape[1]
+    hides = mask.is_floating_point() or name in ("src_mask", "src_key_padding_mask", "key_padding_mask", "attn_mask")
+    value = 0 if hides else 1
+    if mask.shape[-2:] == (length, length) and mask.shape != sequence.shape[:2]:
+        return F.pad(mask, around * 2, value=value)
+    if mask.shape == sequence.shape[:2]:
+        return F.pad(mask, around, value=0 if "padding" in name else 1)
+    raise ValueError(
+        f"{name} has shape {tuple(mask.shape)}; a prompt can only lengthen masks of shape (batch, {length}) or "
+        f"(…, {length}, {length})"
+    )
+
+
+@recorded
+def taken_out(output: Any, sequence: Tensor, tokens: int, position: str) -> Any:
+    """Takes the virtual tokens out of what a module returned: a sequence, or a container that begins with one."""
+    if isinstance(output, tuple | list):
+        return type(output)((taken_out(output[0], sequence, tokens, position), *output[1:]))
+    length = sequence.shape[1]
+    if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[1] != length + tokens:
+        what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(
+            f"a module with a prompt returned {what}, where the prompt can't be found; it must return a sequence of "
+            f"{length} + {tokens} tokens"
+        )
+    return output[:, tokens:] if position == "before" else output[:, :length]

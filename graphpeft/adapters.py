@@ -54,6 +54,11 @@ class Adapter:
         return cls(plan.config, plan.sites, plan.whole, plan.report)
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether it can be merged into weights."""
+        return len(self.weight_sites) == len(self.sites)
+
+    @property
     def weight_sites(self) -> list[Any]:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
@@ -349,7 +354,7 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
-    if any(adapted.site.op is Boundary for adapted in adapter.sites):
+    if not adapter.changes_weights:
         raise AdaptError(
             f"adapter {name!r} changes what modules are given, not weights, so it can't be merged; keep it, or take it "
             "off with unload()"

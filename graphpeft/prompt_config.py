@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -130,7 +131,18 @@ class PromptLearningConfig(PeftConfig):
         """Returns the config for a file that may have lost the prompt encoder, as PEFT's do."""
         config = copy.copy(self)
         config._encoder_is_lost = not any(_is_of_encoder(key) for key in keys)
+        if config._encoder_is_lost and not config.inference_mode and self.has_encoder:
+            warnings.warn(
+                "the file holds the virtual tokens alone, and not the encoder that computed them, which PEFT doesn't "
+                "save: the tokens themselves are trained",
+                stacklevel=4,
+            )
         return config
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether something computes the virtual tokens in training."""
+        return False
 
     def derived_tensors(self, site: CallSite, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the virtual tokens, computed without dropout."""

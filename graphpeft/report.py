@@ -43,7 +43,7 @@ class Report:
         parameters = sum(adapted.parameter_count for adapted in self.adapted)
         lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
         if self.adapted:
-            lines += ["", *table(("site", "op", "in → out", "graph of", "parameters"), self._rows())]
+            lines += ["", *table(("site", "op", "size", "graph of", "parameters"), self._rows())]
         if self.trained_whole:
             lines += ["", f"trained whole: {', '.join(self.trained_whole)}"]
         if self.excluded:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpeft import LoraConfig, PeftConfig, PeftType
+from graphpeft import LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
 
 DIM = 8
 
@@ -199,10 +199,15 @@ class Case:
         return repr(self.build())
 
 
+def mixing_cases() -> st.SearchStrategy[Case]:
+    """Returns a strategy for models, as `cases` does, whose body lets all tokens see each other."""
+    return cases(bodies().map(lambda build: lambda: nn.Sequential(Reshaped(), build())))
+
+
 @st.composite
-def cases(draw: Any) -> Case:
+def cases(draw: Any, of_bodies: st.SearchStrategy[Callable[[], nn.Module]] | None = None) -> Case:
     """Returns a strategy for models with inputs, and other inputs of another batch size and length."""
-    body, output = draw(bodies()), draw(st.sampled_from(["alone", "dict", "tuple"]))
+    body, output = draw(bodies() if of_bodies is None else of_bodies), draw(st.sampled_from(["alone", "dict", "tuple"]))
     seed = draw(st.integers(0, 3))
 
     def build() -> nn.Module:
@@ -246,5 +251,56 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     )
 
 
-CONFIGS: dict[PeftType, Callable[..., st.SearchStrategy[PeftConfig]]] = {PeftType.LORA: lora_configs}
-"""The strategy of each method's configs: a function of the model, and of whether a fresh adapter is the identity."""
+@st.composite
+def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
+    """Returns a strategy for prompt tuning in the body of `model`."""
+    return PromptTuningConfig(**draw(_prompt_options()))
+
+
+@st.composite
+def prompt_encoder_configs(draw: Any, model: nn.Module, identity: bool) -> PromptEncoderConfig:
+    """Returns a strategy for P-tuning in the body of `model`."""
+    kind = draw(st.sampled_from(["MLP", "LSTM"]))
+    hidden = draw(st.integers(1, 5))
+    return PromptEncoderConfig(
+        encoder_reparameterization_type=kind, encoder_hidden_size=hidden, **draw(_prompt_options())
+    )
+
+
+def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "num_virtual_tokens": st.integers(1, 4),
+            "token_dim": st.just(DIM),
+            "prompt_scope": st.just(["body"]),
+            "prompt_position": st.sampled_from(["before", "after"]),
+        }
+    )
+
+
+class Method(NamedTuple):
+    """What tests know of a method.
+
+    Attributes:
+        configs: The strategy of its configs: a function of the model, and of whether a fresh adapter is to be the
+            identity.
+        fits: Models that it can adapt.
+        is_identity: Whether a fresh adapter can change no output.
+        merges: Whether it changes weights.
+    """
+
+    configs: Callable[..., st.SearchStrategy[PeftConfig]]
+    fits: Callable[[], st.SearchStrategy[Case]]
+    is_identity: bool
+    merges: bool
+
+
+METHODS: dict[PeftType, Method] = {
+    PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
+    PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
+    PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
+}
+"""The methods that adapt any model."""
+
+NEED_A_CACHE = {PeftType.PREFIX_TUNING}
+"""The methods that only Transformers models take, which are tested with these."""

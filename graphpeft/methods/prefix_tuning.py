@@ -59,6 +59,11 @@ class PrefixTuningConfig(PromptLearningConfig):
             config.encoder_hidden_size = config.token_dim
         return config
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether something computes the virtual tokens in training."""
+        return self.prefix_projection
+
     def encoder(self) -> Encoder:
         """Returns what computes the prefix in training."""
         return Projection() if self.prefix_projection else PrefixTable()

@@ -58,6 +58,11 @@ class PromptEncoderConfig(PromptLearningConfig):
             config.encoder_hidden_size = config.token_dim
         return config
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether something computes the virtual tokens in training."""
+        return True
+
     def encoder(self) -> Encoder:
         """Returns the network that computes the virtual tokens."""
         if self.encoder_reparameterization_type == "MLP":

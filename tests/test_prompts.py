@@ -1,0 +1,455 @@
+"""Prompts compute what PEFT's compute, and go through its files; and they go into models that PEFT can't prompt."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import transformers
+from models import LLAMA, TORCHVISION_VIT, VIT, VOCABULARY, Example, output
+from torch import Tensor, nn
+
+import graphpeft
+from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model, laws
+from graphpeft.tags import TAG
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::peft"),
+    # PEFT calls caches by their old name
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+DECODER_SIZES: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+PAIR_SIZES: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+TOKENS = 4
+
+
+class Base(NamedTuple):
+    """A Transformers model for a task of PEFT's."""
+
+    name: str
+    task: str
+    make: Callable[[], Any]
+
+    def build(self) -> Any:
+        torch.manual_seed(0)
+        return self.make().eval()
+
+
+def _of(name: str, model: str, config: str, **sizes: Any) -> Callable[[], Any]:
+    # the classes are looked up when a model is made, since Transformers imports them one by one
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**sizes))
+
+
+ROTARY = {**SIZES, "num_key_value_heads": 2}
+GPT2_SIZES = {"vocab_size": VOCABULARY, **DECODER_SIZES, "bos_token_id": 1, "eos_token_id": 2}
+OPT_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+}
+T5_SIZES = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+BART_SIZES = {"vocab_size": VOCABULARY, **PAIR_SIZES, "max_position_embeddings": 64}
+
+BASES = [
+    Base("llama", "CAUSAL_LM", _of("llama", "LlamaForCausalLM", "LlamaConfig", **ROTARY)),
+    Base("gpt2", "CAUSAL_LM", _of("gpt2", "GPT2LMHeadModel", "GPT2Config", **GPT2_SIZES)),
+    Base("opt", "CAUSAL_LM", _of("opt", "OPTForCausalLM", "OPTConfig", **OPT_SIZES)),
+    Base("llama", "SEQ_CLS", _of("llama", "LlamaForSequenceClassification", "LlamaConfig", **ROTARY)),
+    Base("t5", "SEQ_2_SEQ_LM", _of("t5", "T5ForConditionalGeneration", "T5Config", **T5_SIZES)),
+    Base("bart", "SEQ_2_SEQ_LM", _of("bart", "BartForConditionalGeneration", "BartConfig", **BART_SIZES)),
+    *(
+        Base(name.lower(), task, _of(name, f"{name}{suffix}", f"{name}Config", **SIZES))
+        for name in ("Bert", "Roberta", "DebertaV2")
+        for task, suffix in (
+            ("SEQ_CLS", "ForSequenceClassification"),
+            ("TOKEN_CLS", "ForTokenClassification"),
+            ("QUESTION_ANS", "ForQuestionAnswering"),
+            ("FEATURE_EXTRACTION", "Model"),
+        )
+    ),
+]
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "p-tuning-mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "p-tuning-lstm": (
+        "PromptEncoderConfig",
+        {"encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1},
+    ),
+    "prompt-tuning": ("PromptTuningConfig", {}),
+    "prompt-tuning-vocabulary": ("PromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix-projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+}
+
+
+def takes(base: Base, method: str) -> bool:
+    """Tells whether PEFT can prompt this model so; with prefixes it can't where the head's forward takes no cache."""
+    if not method.startswith("prefix"):
+        return True
+    return base.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (
+        base.task == "FEATURE_EXTRACTION" and base.name != "debertav2"
+    )
+
+
+every_pair = pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        pytest.param(base, method, id=f"{base.name}-{base.task}-{method}")
+        for base in BASES
+        for method in METHODS
+        if takes(base, method)
+    ],
+)
+
+
+def adapted(package: Any, base: Base, method: str, **more: Any) -> Any:
+    name, options = METHODS[method]
+    config = getattr(package, name)(task_type=base.task, num_virtual_tokens=TOKENS, **options, **more)
+    model = base.build()
+    torch.manual_seed(1)
+    return package.get_peft_model(model, config).eval()
+
+
+def padding(side: str) -> Tensor:
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 5:], mask[2, 3:] = 0, 0
+    return mask if side == "right" else mask.flip(1)
+
+
+def inputs_of(base: Base, side: str | None = "right") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+    given: dict[str, Any] = {"input_ids": ids} | ({} if side is None else {"attention_mask": padding(side)})
+    if base.task == "CAUSAL_LM":
+        given["labels"] = ids
+    elif base.task == "SEQ_2_SEQ_LM":
+        given["labels"] = torch.randint(3, VOCABULARY, (3, 5), generator=generator)
+    elif base.task == "SEQ_CLS":
+        given["labels"] = torch.tensor([0, 1, 0])
+    return given
+
+
+def result(called: Any) -> Tensor:
+    return next(called[name] for name in ("logits", "start_logits", "last_hidden_state") if name in called)
+
+
+def loss(called: Any) -> Tensor:
+    return called.loss if called.get("loss") is not None else result(called).pow(2).mean()
+
+
+def table_gradient(model: Any) -> Tensor:
+    """Returns the gradient of the table from which the virtual tokens come."""
+    ends = ("prompt_embeddings_default", "prompt_embedding_weight_default", "prompt_encoder.default.embedding.weight")
+    found = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]
+    assert len(found) == 1
+    assert found[0].grad is not None
+    return found[0].grad
+
+
+def equal(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max()))
+
+
+@every_pair
+def test_outputs_losses_and_gradients_are_pefts(base: Base, method: str) -> None:
+    ours, theirs = adapted(graphpeft, base, method), adapted(peft, base, method)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    for side in (None, "right", "left"):
+        called, expected = ours(**inputs_of(base, side)), theirs(**inputs_of(base, side))
+        assert equal(result(called), result(expected))
+        assert equal(loss(called), loss(expected))
+        loss(called).backward()
+        loss(expected).backward()
+    assert equal(table_gradient(ours), table_gradient(theirs))
+
+
+@every_pair
+def test_files_go_both_ways(base: Base, method: str, tmp_path: Path) -> None:
+    ours = adapted(graphpeft, base, method)
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(base.build(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = result(ours(**inputs_of(base)))
+        assert equal(result(loaded(**inputs_of(base))), expected)
+        adapted(peft, base, method).save_pretrained(tmp_path / "theirs")
+        loaded = PeftModel.from_pretrained(base.build(), tmp_path / "theirs")
+        assert equal(result(loaded(**inputs_of(base))), expected)
+        trained_on = PeftModel.from_pretrained(base.build(), tmp_path / "ours", is_trainable=True).eval()
+        assert equal(result(trained_on(**inputs_of(base))), expected)
+    names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
+    assert [name for name, parameter in trained_on.named_parameters() if parameter.requires_grad] == names
+
+
+def greedily(model: Any, ids: Tensor, steps: int) -> Tensor:
+    """Returns `ids` with the likeliest tokens, by forwards alone."""
+    for _ in range(steps):
+        following = model(input_ids=ids).logits[:, -1].argmax(-1)
+        ids = torch.cat((ids, following[:, None]), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", [base for base in BASES if base.task.endswith("LM")], ids=lambda base: base.name)
+def test_generated_tokens_are_pefts(base: Base, method: str) -> None:
+    ours = adapted(graphpeft, base, method)
+    given = {name: value for name, value in inputs_of(base, "left").items() if name != "labels"}
+    length: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5}
+    for beams in (1, 3):
+        tokens = [ours.generate(**given, num_beams=beams, use_cache=cache, **length) for cache in (True, False)]
+        assert torch.equal(*tokens)
+    if base.task == "CAUSAL_LM":
+        # PEFT's own generate doesn't know a cache by the name that Transformers has for it now
+        expected = greedily(adapted(peft, base, method), given["input_ids"], 5)
+        assert torch.equal(ours.generate(input_ids=given["input_ids"], eos_token_id=None, max_new_tokens=5), expected)
+
+
+def test_labels_of_tokens_move_behind_the_prompt() -> None:
+    base = next(base for base in BASES if base.task == "TOKEN_CLS")
+    model = adapted(graphpeft, base, "prompt-tuning")
+    ids, labels = inputs_of(base)["input_ids"], torch.tensor([[0, 1, 0, 1, -100, 0, 1]] * 3)
+    called = model(input_ids=ids, labels=labels)
+    expected = nn.functional.cross_entropy(called.logits[:, TOKENS:].flatten(0, 1), labels.flatten())
+    assert equal(called.loss, expected)
+
+
+def test_positions_of_answers_move_behind_the_prompt() -> None:
+    base = next(base for base in BASES if base.task == "QUESTION_ANS")
+    model = adapted(graphpeft, base, "prompt-tuning")
+    starts, ends = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
+    called = model(input_ids=inputs_of(base)["input_ids"], start_positions=starts, end_positions=ends)
+    losses = [
+        nn.functional.cross_entropy(logits, positions + TOKENS)
+        for logits, positions in ((called.start_logits, starts), (called.end_logits, ends))
+    ]
+    assert equal(called.loss, (losses[0] + losses[1]) / 2)
+
+
+def test_roberta_large_counts_its_parameters_as_peft_does(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50265,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    }
+    options: dict[str, Any] = {"task_type": "SEQ_CLS", "num_virtual_tokens": 20, "encoder_hidden_size": 128}
+    printed = []
+    for package in (peft, graphpeft):
+        with torch.device("meta"):
+            model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
+            adapted_model: Any = package.get_peft_model(model, package.PromptEncoderConfig(**options))
+        adapted_model.print_trainable_parameters()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("trainable params: 1,351,938 || all params: ")
+
+
+def test_a_config_of_pefts_documentation_is_loaded_and_saved_unchanged(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "encoder_hidden_size": 128,
+        "num_attention_heads": 16,
+        "num_layers": 24,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": 20,
+        "token_dim": 1024,
+        "task_type": "SEQ_CLS",
+    }
+    peft.PromptEncoderConfig(**options, inference_mode=True).save_pretrained(str(tmp_path))
+    text = (tmp_path / "adapter_config.json").read_text()
+    graphpeft.PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == text
+
+
+def test_a_prompt_is_nodes_at_the_boundary() -> None:
+    model = adapted(graphpeft, BASES[0], "prompt-tuning")
+    tagged = [node.name for node in model.graph.nodes if TAG in node.meta]
+    assert tagged == [
+        "model_embed_tokens",
+        "prompt_embeddings_default",
+        "embeddings_of",
+        "absent",
+        "prepended",
+        "lengthened",
+        "absent_1",
+        "lengthened_at_first",
+    ]
+    assert "the model" in str(model.adapter_report())
+    with model.disable_adapter():
+        assert not any(TAG in node.meta for node in model.graph.nodes)
+
+
+def test_a_prompt_and_lora_act_together() -> None:
+    base = BASES[0]
+    model: Any = adapted(graphpeft, base, "prompt-tuning")
+    given = inputs_of(base)
+    alone = result(model(**given))
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter(["default", "lora"])
+    both = result(model(**given))
+    assert both.shape == alone.shape
+    assert not torch.equal(both, alone)
+    model.set_adapter("default")
+    assert torch.equal(result(model(**given)), alone)
+    assert torch.equal(result(model.unload()(**given)), result(base.build()(**given)))
+
+
+def test_a_file_without_the_encoder_is_trained_on_as_a_table(tmp_path: Path) -> None:
+    base = BASES[0]
+    adapted(peft, base, "p-tuning-mlp").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="holds the virtual tokens alone"):
+        model = PeftModel.from_pretrained(base.build(), tmp_path, is_trainable=True)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "prompt_embeddings_default"
+    ]
+
+
+# any model
+
+
+SCOPES = [
+    (VIT, "blocks"),
+    (VIT, r"blocks\.\d+"),
+    (TORCHVISION_VIT, "encoder.layers"),
+    (TORCHVISION_VIT, r"encoder\.layers\.encoder_layer_\d+"),
+]
+every_scope = pytest.mark.parametrize(("example", "scope"), SCOPES, ids=lambda value: str(value))
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@every_scope
+def test_virtual_tokens_go_into_a_scope_and_out_of_it(example: Example, scope: str, position: str) -> None:
+    model: Any = example.build()
+    inputs = example.inputs()
+    base = output(model, inputs)
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=3, prompt_scope=scope, prompt_position=position)  # type: ignore[arg-type]
+    get_peft_model(model, config, example_inputs=inputs)
+    prompted = output(model, inputs)
+    assert prompted.shape == base.shape
+    assert not torch.equal(prompted, base)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), base)
+    assert torch.equal(output(model.unload(), inputs), base)
+
+
+def test_masked_virtual_tokens_change_nothing() -> None:
+    class Masked(nn.Module):
+        """An attention that leaves out what the mask says, and the tokens at its end."""
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            scores = (x @ x.mT).masked_fill(mask[:, None] == 0, -torch.inf)
+            scores[..., 5:] = -torch.inf
+            return scores.softmax(-1) @ x
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = Masked(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(self.attention(x, mask))
+
+    model: Any = Encoder()
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    base = model(x, mask)
+    config = graphpeft.PromptTuningConfig(
+        num_virtual_tokens=3, token_dim=8, prompt_scope="attention", prompt_position="after"
+    )
+    assert equal(get_peft_model(model, config)(x, mask), base)
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt_scope": "bloks"}, ["names no module", "near misses"]),
+        ({"prompt_scope": "patch_embed.proj"}, ["(2, 3, 32, 32)", "no token sequence"]),
+        ({}, ["get_input_embeddings", "prompt_scope"]),
+    ],
+    ids=["no module", "no tokens", "no scope"],
+)
+def test_what_takes_no_prompt_is_refused(options: dict[str, Any], words: list[str]) -> None:
+    model = VIT.build()
+    before = laws.snapshot(model)
+    with pytest.raises(AdaptError) as caught:
+        get_peft_model(
+            model, graphpeft.PromptTuningConfig(num_virtual_tokens=2, **options), example_inputs=VIT.inputs()
+        )
+    for word in words:
+        assert word in str(caught.value)
+    laws.require_unchanged(model, before, "a refused prompt")
+
+
+def test_without_example_inputs_the_size_of_a_token_must_be_given() -> None:
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, prompt_scope="blocks")
+    with pytest.raises(AdaptError, match=r"size of a token isn't known.*example_inputs, or set token_dim"):
+        get_peft_model(VIT.build(), config)
+
+
+def test_embeddings_beside_ids_are_refused() -> None:
+    model = adapted(graphpeft, BASES[0], "prompt-tuning")
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(input_ids=inputs_of(BASES[0])["input_ids"], inputs_embeds=torch.randn(3, 7, 32))
+
+
+def test_a_misspelt_key_is_named() -> None:
+    with pytest.raises(TypeError, match="did you mean 'encoder_reparameterization_type'"):
+        graphpeft.PromptEncoderConfig(encoder_reprameterization_type="MLP")  # type: ignore[call-arg]
+
+
+def test_a_prompt_cannot_be_merged() -> None:
+    with pytest.raises(AdaptError, match="can't be merged"):
+        adapted(graphpeft, BASES[0], "prompt-tuning").merge_and_unload()
+
+
+def test_a_prompted_model_is_copied_and_generates_on_its_own() -> None:
+    model = adapted(graphpeft, BASES[0], "prompt-tuning")
+    copied = copy.deepcopy(model)
+    given = {"input_ids": inputs_of(BASES[0])["input_ids"], "max_new_tokens": 3}
+    assert torch.equal(copied.generate(**given), model.generate(**given))
+    assert output(copied, LLAMA.inputs()).shape[1] == LLAMA.inputs()["input_ids"].shape[1] + TOKENS
+
+
+def test_nothing_else_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(graphpeft, BASES[0], "prompt-tuning")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, boundary_of
@@ -79,18 +79,20 @@ class Adapters:
 
     Attributes:
         by_name: The adapters.
-        active: The names of those that act, in the order in which they were activated.
+        active: The names of those that act unless they are disabled, in the order in which they were activated.
+        acting: The names of those whose nodes are in the graphs: the active ones, or none.
+        is_disabled: Whether none acts, whichever are active.
         lifted: The graphs of the regions that were no graph modules before, by path.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
-        paused: The names of those that `PeftModel.disable_adapters` has put to rest.
     """
 
     trained_before: list[tuple[str, str]]
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
-    paused: list[str] = field(default_factory=list)
+    acting: list[str] = field(default_factory=list)
+    is_disabled: bool = False
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
@@ -149,7 +151,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    return name in module.__dict__ or name in module._parameters or name in module._buffers or name in module._modules
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return any(name in names for names in held) or hasattr(type(module), name)
 
 
 @torch.no_grad()
@@ -198,12 +201,24 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
 
 
 def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Makes exactly the adapters `names` act.
+    """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
         AdaptError: If two of them train the same tensor whole; the model is as it was.
     """
     wanted = list(dict.fromkeys(names))
+    _stand_in_readers(adapters, wanted)
+    _let_act(modules, adapters, [] if adapters.is_disabled else wanted)
+    adapters.active = wanted
+
+
+def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
+    """Lets no adapter act, or the active ones again."""
+    _let_act(modules, adapters, [] if is_disabled else adapters.active)
+    adapters.is_disabled = is_disabled
+
+
+def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     stand_in_readers = _stand_in_readers(adapters, wanted)
     templates = _templates(adapters, wanted, modules)
     for region, template in templates.items():
@@ -216,7 +231,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
             stand_ins.read(modules[path], *stand_in_readers[path])
         else:
             stand_ins.read_own(modules[path])
-    adapters.active = wanted
+    adapters.acting = wanted
 
 
 def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -233,8 +248,8 @@ def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[
 
 def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
     """Returns the template that each region is to wear, or None where it is to run its own code."""
-    leaving = [name for name in adapters.active if name not in wanted]
-    coming = [name for name in wanted if name not in adapters.active]
+    leaving = [name for name in adapters.acting if name not in wanted]
+    coming = [name for name in wanted if name not in adapters.acting]
     by_region = {name: _by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *wanted}}
     templates: dict[str, Template | None] = {}
     for name in leaving:
@@ -282,13 +297,22 @@ def _with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = boundary_of(graph) if kind is Boundary else ops.read_op(named[node], module)
-                    assert op is not None
+                    op = boundary_of(graph) if kind is Boundary else _op_at(named.get(node), module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
+
+
+def _op_at(node: fx.Node | None, module: nn.Module, region: str) -> ops.Linear:
+    op = ops.read_op(node, module) if node is not None else None
+    if op is None:
+        raise AdaptError(
+            f"the graph of {region or 'the model'} was exchanged since it was adapted, and lacks an adapted operation; "
+            "unload the adapters before you assign a graph"
+        )
+    return op
 
 
 def _remove(graphs: Graphs, name: str) -> None:
@@ -331,7 +355,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         _refuse_unmergeable(adapters.by_name[name], name)
     _stand_in_readers(adapters, merged)
     for name in merged:
-        _refuse_missing(modules, adapters.by_name[name], name)
+        refuse_missing(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
     with torch.no_grad():
         for name in merged:
@@ -361,10 +385,14 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
         )
 
 
-def _refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
+def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if a tensor of an adapter is no longer on the model."""
     for path, attribute in adapter.tensor_names(name):
         if path not in modules or not hasattr(modules[path], attribute):
-            raise AdaptError(f"{join(path, attribute)} of adapter {name!r} is gone; its module was replaced since")
+            raise AdaptError(
+                f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put "
+                "it back, or delete the adapter"
+            )
         in_place.layers_of(modules[path])
 
 
@@ -417,6 +445,7 @@ def set_trainable(modules: Modules, adapters: Adapters) -> None:
     for name, adapter in adapters.by_name.items():
         trains = name in adapters.active and not adapter.config.inference_mode
         for path, attribute in adapter.tensor_names(name):
-            parameter = modules[path]._parameters.get(attribute)
+            # somebody may have put another module in the place of an adapted one
+            parameter = modules[path]._parameters.get(attribute) if path in modules else None
             if parameter is not None and parameter.requires_grad != (trains and parameter.is_floating_point()):
                 parameter.requires_grad_(trains)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -113,9 +113,19 @@ def _new_dressed(original: type, layers: tuple[Layer, ...]) -> Any:
     return object.__new__(dressed_class(original, layers))
 
 
-@functools.lru_cache(maxsize=4096)
+_DRESSED: weakref.WeakValueDictionary[tuple[type, tuple[Layer, ...]], type] = weakref.WeakValueDictionary()
+"""The dressed classes that have instances."""
+
+
 def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
     """Returns the class of instances of `original` that wear `layers` (outermost first); equal calls share it."""
+    dressed = _DRESSED.get((original, layers))
+    if dressed is None:
+        dressed = _DRESSED[original, layers] = _new_class(original, layers)
+    return dressed
+
+
+def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
     # a base that the original class has already would contradict the method resolution order
     bases = (*(base for base in added if not issubclass(original, base)), original)
@@ -142,7 +152,9 @@ class _Quiet:
 
 def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
     """Returns a subclass of `cls` of the same name, of which `cls`'s ``__init_subclass__`` isn't told."""
-    namespace = namespace | {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    original = vars(cls).get("_graphpeft_original", cls)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_graphpeft_original": original}
+    namespace = namespace | names
     return types.new_class(cls.__name__, (_Quiet, cls), exec_body=lambda empty: empty.update(namespace))
 
 

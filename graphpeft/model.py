@@ -183,7 +183,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the adapters that act."""
+        """The names of the adapters that act, unless they are disabled."""
         return list(self._peft_adapters.active)
 
     @property
@@ -280,7 +280,6 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [_known(self, name).config for name in names]
         _adapters.activate(_modules(self), self._peft_adapters, names)
-        self._peft_adapters.paused = []
         for config in configs:
             config.inference_mode = inference_mode
         _adapters.set_trainable(_modules(self), self._peft_adapters)
@@ -293,26 +292,23 @@ class PeftModel(nn.Module):
 
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
-        self._peft_adapters.paused = self._peft_adapters.paused or self.active_adapters
-        _adapters.activate(_modules(self), self._peft_adapters, ())
+        _adapters.disable(_modules(self), self._peft_adapters, True)
 
     def enable_adapters(self) -> None:
-        """Lets those adapters act again that did before `disable_adapters`."""
-        if self._peft_adapters.paused:
-            _activate(self, [name for name in self._peft_adapters.paused if name in self.peft_config])
-            self._peft_adapters.paused = []
+        """Lets the active adapters act again."""
+        _adapters.disable(_modules(self), self._peft_adapters, False)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Runs the base model within the context."""
-        active = self.active_adapters
-        _adapters.activate(_modules(self), self._peft_adapters, ())
+        """Runs the base model within the context; adapters that are set there act after it."""
+        was = self._peft_adapters.is_disabled
+        self.disable_adapters()
         try:
             yield
         finally:
             # unless the model was unloaded within the context
             if _STATE in self.__dict__:
-                _adapters.activate(_modules(self), self._peft_adapters, active)
+                _adapters.disable(_modules(self), self._peft_adapters, was)
 
     def get_base_model(self) -> Any:
         """Returns the model itself: it is the base model, with adapters."""
@@ -412,7 +408,10 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        for name, adapter in {name: _known(self, name) for name in names}.items():
+        selected = {name: _known(self, name) for name in names}
+        for name, adapter in selected.items():
+            _adapters.refuse_missing(_modules(self), adapter, name)
+        for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             checkpoint.save(self, adapter, name, folder, state_dict)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):

@@ -124,16 +124,19 @@ def _transposed(node: fx.Node) -> Any:
     """Returns the matrix that `node` is the transpose of, or None."""
     if node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
         return node.args[0]
-    is_call = node.op in ("call_method", "call_function")
+    if node.op not in ("call_method", "call_function"):
+        return None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if is_call and name in ("t", "t.default"):
-        return node.args[0]
-    swaps = ((0, 1), (1, 0), (-1, -2), (-2, -1))
-    if is_call and name in ("transpose", "transpose.int", "swapaxes", "swapdims") and tuple(node.args[1:]) in swaps:
-        return node.args[0]
-    if is_call and name in ("permute", "permute.default"):
-        order = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-        return node.args[0] if tuple(order) == (1, 0) else None
+    if name in ("t", "t.default"):
+        return _arguments(node, "input")[0]
+    if name in ("transpose", "transpose.int", "swapaxes", "swapdims"):
+        names = ("axis0", "axis1") if name == "swapaxes" else ("dim0", "dim1")
+        matrix, *dims = _arguments(node, "input", *names)
+        return matrix if tuple(dims) in ((0, 1), (1, 0), (-1, -2), (-2, -1)) else None
+    if name in ("permute", "permute.default"):
+        matrix, dims = _arguments(node, "input", "dims")
+        order = dims if isinstance(dims, list | tuple) else node.args[1:]
+        return matrix if tuple(order) == (1, 0) else None
     return None
 
 
@@ -163,6 +166,8 @@ def _read_einsum(node: fx.Node) -> Linear | None:
         return None
     inputs, result = equation.replace(" ", "").split("->")
     x, weight = inputs.split(",")
+    if len(weight) > len(x):
+        x, weight, operands = weight, x, operands[::-1]
     rows, out = result[:-1], result[-1:]
     # x is (rows, in), the result (rows, out), and the weight has these two last letters
     if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:

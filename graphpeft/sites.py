@@ -189,6 +189,10 @@ class SiteFinder:
                 continue
             uses = _uses(template, self.modules[region]).get(join(within(owner, region), attribute))
             if uses is not None:
+                caller = self._caller_outside(region, owner, template) if region in readers else None
+                if caller is not None:
+                    reader = region or "the model"
+                    return f"its {attribute} is read by {reader}, and its module is called by {caller or 'the model'}"
                 return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
 
@@ -240,6 +244,21 @@ class SiteFinder:
             f"{name}.forward may read its {attribute} without calling it, which only the graph of {name} can tell: "
             f"{self._errors[path]}"
         )
+
+    def _caller_outside(self, region: str, owner: str, template: Template) -> str | None:
+        """Returns a module around `owner`, other than the region that reads its weight, that calls it too."""
+        called = {str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "call_module"}
+        path = owner
+        while path:
+            path = path.rpartition(".")[0]
+            if path == region or not self._is_called(path):
+                continue
+            is_inside = path.startswith(f"{region}.") if region else True
+            if is_inside and within(path, region) in called:
+                return path
+            if not is_inside and within(owner, path) in uses_in_forward(type(self.modules[path])).called:
+                return path
+        return None
 
     def _around(self, owner: str) -> tuple[str | None, str]:
         """Returns the innermost module with a forward around `owner`, and the path of `owner` in it."""
@@ -393,7 +412,7 @@ def _is_off(module: nn.Module) -> bool:
 
 def _way_out(module: nn.Module) -> str:
     if isinstance(module, nn.TransformerEncoderLayer):
-        return " (or switch its fast path off, with torch.backends.mha.set_fastpath_enabled(False))"
+        return " (or switch its fast path off for good, with torch.backends.mha.set_fastpath_enabled(False))"
     return ""
 
 

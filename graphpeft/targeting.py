@@ -28,15 +28,17 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
     found: list[Site] = []
+    weights: set[tuple[str, str]] = set()
     for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
         site = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
         if isinstance(site, str):
             report.refused.append(Refusal(name, site))
-        elif found and (owner, attribute) == (found[-1].owner, found[-1].attribute):
+        elif (owner, attribute) in weights:
             reason = "both target_modules and target_parameters name its weight"
             way_out = "name a weight in target_modules or target_parameters alone"
             report.refused.append(Refusal(name, reason, way_out))
         else:
+            weights.add((owner, attribute))
             found.append(site._replace(is_layer=False) if is_parameter else site)
     if not found and not report.refused:
         report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
@@ -92,7 +94,7 @@ def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Repo
     model = modules[""]
     wanted = config.target_modules or config.target_parameters or ()
     names = [path for path in modules if path]
-    names += [path for path, tensor in model.named_parameters() if tensor.ndim > 1 and path not in owned]
+    names += [path for path in _targets_by_path(modules) if path not in owned]
     near = targets.near_misses(wanted, names)
     because = f"; excluded were {listed(report.excluded)}" if report.excluded else ""
     for option in ("layers_to_transform", "layers_pattern"):
@@ -118,8 +120,8 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
     found: list[str] = []
     # the names are read again where they are needed: mostly the first few tell that all entries are right
     for option, names in (
-        ("target_modules", lambda: itertools.chain(modules, _parameters(modules))),
-        ("exclude_modules", lambda: itertools.chain(modules, _parameters(modules))),
+        ("target_modules", lambda: itertools.chain(modules, _targets_by_path(modules))),
+        ("exclude_modules", lambda: itertools.chain(modules, _targets_by_path(modules))),
         ("target_parameters", lambda: _parameters(modules)),
         ("rank_pattern", lambda: wanted),
         ("alpha_pattern", lambda: wanted),
@@ -140,3 +142,13 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     return (join(path, name) for path, module in modules.items() for name in module._parameters)
+
+
+def _targets_by_path(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yields the paths of parameters that `target_modules` can name; a weight is named by its module."""
+    return (
+        join(path, name)
+        for path, module in modules.items()
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.ndim > 1 and name != "weight"
+    )

@@ -115,7 +115,7 @@ def test_a_report_is_that_of_the_active_adapter():
     assert model.adapter_report("other").adapter == "other"
     model.set_adapter("other")
     assert [row.site.name for row in model.adapter_report().adapted] == ["head"]
-    model.disable_adapters()
+    model.set_adapter([])
     with pytest.raises(AdaptError, match=r"no adapter is active; name one of \['mine', 'other'\]"):
         model.adapter_report()
 
@@ -246,9 +246,28 @@ def test_adapters_that_rest_are_enabled_again_after_another_was_added():
     model = adapted()
     model.disable_adapters()
     model.add_adapter("other", MLP.config())
-    assert model.active_adapters == []
+    base = output(MLP.build(), MLP.inputs())
+    assert torch.equal(output(model, MLP.inputs()), base)
     model.enable_adapters()
     assert model.active_adapters == ["default"]
+    assert not torch.equal(output(model, MLP.inputs()), base)
+
+
+def test_adapters_that_are_set_while_all_are_disabled_act_afterwards():
+    model = adapted()
+    model.add_adapter("other", MLP.config(init_lora_weights=False))
+    base, first = output(MLP.build(), MLP.inputs()), output(model, MLP.inputs())
+    with model.disable_adapter():
+        model.set_adapter("other")
+        assert torch.equal(output(model, MLP.inputs()), base)
+    assert trained(model, "other")
+    assert not trained(model, "default")
+    assert not torch.equal(output(model, MLP.inputs()), first)
+    with model.disable_adapter():
+        model.delete_adapter("other")
+        model.disable_adapters()
+    assert model.active_adapters == []
+    assert torch.equal(output(model, MLP.inputs()), base)
 
 
 def test_embeddings_are_not_saved_beside_an_adapter(tmp_path: Path):

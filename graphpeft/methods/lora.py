@@ -102,7 +102,24 @@ class LoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)
-        self._check_ranks()
+        self._check_values()
+
+    def check(self) -> None:
+        """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
+        super().check()
+        self._check_values()
+        default = LoraConfig()
+        for name in _UNSUPPORTED:
+            value, only = getattr(self, name), getattr(default, name)
+            if value and value != only:
+                raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
+
+    def _check_values(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if rank <= 0:
+                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
@@ -112,23 +129,6 @@ class LoraConfig(PeftConfig):
                 raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
-
-    def check(self) -> None:
-        """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
-        super().check()
-        self._check_ranks()
-        default = LoraConfig()
-        for name in _UNSUPPORTED:
-            value, only = getattr(self, name), getattr(default, name)
-            if value and value != only:
-                raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
-
-    def _check_ranks(self) -> None:
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if rank <= 0:
-                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
 
     def resolved(self, model: nn.Module) -> LoraConfig:
         """Returns the config with its target modules filled in: the default of the model, or all linear ones."""

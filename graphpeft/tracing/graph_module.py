@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.fx as fx
@@ -49,6 +49,7 @@ class Template:
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
         self.facts: dict[Hashable, Any] = {}
+        self.meta: dict[str, Any] = {}
         self._derived: dict[Hashable, Template] = {}
         forwards = [_forward_from_src(code.src, code.globals) for code in self.codes]
         namespace = {
@@ -141,6 +142,13 @@ def _layer_of(template: Template) -> in_place.Layer:
     return template.layer
 
 
+class _Meta:
+    """Gives the ``meta`` that passes of fx keep on a graph module; a module's own attribute of that name wins."""
+
+    def __get__(self, module: GraphForward | None, cls: type[GraphForward]) -> dict[str, Any]:
+        return cls._graphpeft_template.meta
+
+
 class GraphForward(fx.GraphModule):
     """The interface of ``fx.GraphModule`` on a module that was not built as one."""
 
@@ -156,6 +164,8 @@ class GraphForward(fx.GraphModule):
     def _code(self) -> str:
         return self._graphpeft_template.codes[self._graphpeft_template.index(self)].src
 
+    meta = cast(Any, _Meta())
+
     @property
     def _lineno_map(self) -> Any:
         return self._graphpeft_template.codes[self._graphpeft_template.index(self)]._lineno_map
@@ -169,6 +179,9 @@ class GraphForward(fx.GraphModule):
         """The module's own graph, or its graphs of evaluation and of training. Call `recompile` after editing them."""
         if self._graphpeft_template.shared:
             wear_template(self, Template(self._graphpeft_template.copied_graphs(), shared=False))
+        for graph in self._graphpeft_template.graphs:
+            # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls
+            graph.owning_module = self
         return self._graphpeft_template.graphs
 
     @property
@@ -182,6 +195,16 @@ class GraphForward(fx.GraphModule):
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
         wear_template(self, Template((g,), shared=False))
+
+    def delete_all_unused_submodules(self) -> None:
+        """Deletes the modules that no graph of this one calls or reads, whichever mode it is for."""
+        nodes = [node for graph in self.graphs for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        called = {str(node.target) for node in nodes if node.op == "call_module"}
+        used = [str(node.target).split(".") for node in nodes]
+        kept = {".".join(parts[:depth]) for parts in used for depth in range(1, len(parts) + 1)}
+        for path in [path for path, _ in self.named_modules() if path and path not in kept]:
+            if not any(path.startswith(f"{outer}.") for outer in called):
+                self.delete_submodule(path)
 
     def recompile(self) -> Any:
         """Compiles the forward from the graphs again, after an edit."""

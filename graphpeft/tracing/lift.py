@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,11 +20,14 @@ from torch import fx, nn
 
 from graphpeft import in_place
 from graphpeft.paths import join
+from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
+from graphpeft.tracing.patches import plain_or_proxy
+from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
-from graphpeft.tracing.tracer import SIMPLE, ValueTracer
+from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, SIMPLE, ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]
 
@@ -33,20 +37,20 @@ class Lifted(NamedTuple):
 
     Attributes:
         forward: The function that was recorded.
-        named: The plain globals that it names.
+        named: The plain globals that its functions name, by Python module and name.
         facts: What the trace read from the instance.
         template: The template.
     """
 
     forward: Callable[..., Any]
-    named: dict[str, Any]
+    named: dict[tuple[str, str], Any]
     facts: Facts
     template: Template
 
     def holds_for(self, module: nn.Module) -> bool:
         """Tells whether a trace of `module` would give the same graph."""
         forward = type(module).forward
-        if self.forward is not forward or (self.named and self.named != _globals_of(forward)):
+        if self.forward is not forward or (self.named and self.named != _globals_of(type(module))):
             return False
         return all(_observe(module, name) == seen for name, seen in self.facts)
 
@@ -54,6 +58,12 @@ class Lifted(NamedTuple):
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
 _MACHINERY = frozenset(dir(nn.Module()))
 """What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
+
+_INTERNALS = frozenset((
+    "_parameters", "_buffers", "_modules", "parameters", "buffers", "modules", "children", "state_dict",
+    "named_parameters", "named_buffers", "named_modules", "named_children", "get_parameter", "get_buffer",
+))  # fmt: skip
+"""What of that tells which tensors and modules there are: the graph depends on them in a way that isn't noted."""
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - _MACHINERY
 """What ``fx.GraphModule`` adds to a module."""
@@ -81,11 +91,11 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     for lifted in known:
         if lifted.holds_for(module):
             return lifted.template
-    with in_place.without(module, "tensors"):
+    with ONE_TRACE_AT_A_TIME, in_place.without(module, "tensors"):
         template, facts = _record(module, example_inputs)
     if facts is not None:
         forward = type(module).forward
-        known.append(Lifted(forward, _globals_of(forward), facts, template))
+        known.append(Lifted(forward, _globals_of(type(module)), facts, template))
     return template
 
 
@@ -110,25 +120,44 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     tracer = ValueTracer(keeps_whole=lambda _: True)
     with _noting_reads(module, tracer) as reads:
         recorded = in_each_mode(
-            module, lambda: tracer.trace_module(module, module.forward, *split_inputs(example_inputs))
+            module, lambda mode: tracer.trace_module(module, module.forward, *split_inputs(example_inputs), mode)
         )
     if recorded.other_mode_error is not None:
-        raise TraceError(recorded.other_mode_error)
+        raise recorded.other_mode_error
     for name, value in tracer.constants.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
     template = Template(recorded.graphs, shared=True)
-    if tracer.specialised or example_inputs is not None or module._modules or _reads_its_dict(type(module).forward):
+    if tracer.specialised or example_inputs is not None or module._modules or not reads.isdisjoint(_INTERNALS):
+        return template, None
+    if any(_reads_its_dict(function) for function in _functions_of(type(module))):
         return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
-def _globals_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the plain values of the Python module that a forward names, which can change between two adaptations."""
-    function = inspect.unwrap(forward)
-    names = getattr(getattr(function, "__code__", None), "co_names", ())
-    values = getattr(function, "__globals__", {})
-    return {name: values[name] for name in names if name in values and isinstance(values[name], SIMPLE)}
+@functools.cache
+def _functions_of(cls: type) -> tuple[Callable[..., Any], ...]:
+    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
+    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting += [getattr(cls, name, None) for name in uses_in_forward(cls).called]
+    found: dict[Any, None] = {}
+    while waiting:
+        function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
+        if not inspect.isfunction(function) or function in found or function.__module__.partition(".")[0] == "torch":
+            continue
+        found[function] = None
+        waiting += [function.__globals__.get(name) for name in function.__code__.co_names]
+    return tuple(found)
+
+
+def _globals_of(cls: type) -> dict[tuple[str, str], Any]:
+    """Returns the plain globals that a forward's functions name, which can change between two adaptations."""
+    return {
+        (function.__module__, name): function.__globals__[name]
+        for function in _functions_of(cls)
+        for name in function.__code__.co_names
+        if isinstance(function.__globals__.get(name, _UNKNOWN), SIMPLE)
+    }
 
 
 @contextlib.contextmanager
@@ -144,7 +173,11 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
 
     def noting(cls: Any) -> Callable[[nn.Module, str], Any]:
         def note(module: nn.Module, name: str) -> Any:
-            if module not in paths or name in _MACHINERY or name.startswith("__"):
+            if module not in paths or name.startswith("__"):
+                return cls.__getattribute__(module, name)
+            if name in _MACHINERY:
+                if name in _INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
+                    reads.add(name)
                 return cls.__getattribute__(module, name)
             # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
             if module is root:
@@ -154,7 +187,8 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
                 return value
             path = join(paths[module], name)
             # what is None or a string comes back from the tracer as it is
-            return tracer.attribute(path) if type(value) in (bool, int, float, str, type(None)) else value
+            is_plain = type(value) in (bool, int, float, str, type(None))
+            return plain_or_proxy(tracer, module, path, value) if is_plain else value
 
         return note
 
@@ -165,6 +199,10 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
+
+
+def _is_of_pytorch(file: str) -> bool:
+    return file == inspect.getfile(nn.Module) or guards.is_machinery(file)
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

@@ -6,13 +6,13 @@ too. Where the mode is only handed on, as in ``F.dropout(x, p, self.training)``,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import fx, nn
 
 from graphpeft.tracing import guards
+from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs
 
 
@@ -25,27 +25,28 @@ class Recorded(NamedTuple):
     """
 
     graphs: Graphs
-    other_mode_error: str | None
+    other_mode_error: TraceError | None
 
 
-def in_each_mode(root: nn.Module, record: Callable[[], fx.Graph]) -> Recorded:
+def in_each_mode(root: nn.Module, record: Callable[[bool | None], fx.Graph]) -> Recorded:
     """Records the forward of `root` in its mode, and in the other one if it decides on it.
 
     Args:
-        root: The module; its modes are afterwards as they were.
-        record: Records `root` as it is.
+        root: The module.
+        record: Records `root` in its mode (None), or as if all its modules were in training or in evaluation.
     """
-    graph = record()
+    graph = record(None)
     decision = _decision_on_training(graph)
     if decision is None:
         return Recorded((graph,), None)
     try:
-        with _switched(root, not root.training):
-            other = record()
+        other = record(not root.training)
     except Exception as error:
         # what the other mode needs, such as larger batches for its statistics, the example inputs need not have
         mode = "evaluation" if root.training else "training"
-        return Recorded((graph,), f"it takes another way in {mode}, {decision}, which can't be recorded: {error}")
+        message = f"it takes another way in {mode}, {decision}, which can't be recorded: {error}"
+        needs_inputs = isinstance(error, NeedsInputsError)
+        return Recorded((graph,), NeedsInputsError(message) if needs_inputs else TraceError(message))
     return Recorded((other, graph) if root.training else (graph, other), None)
 
 
@@ -63,16 +64,3 @@ def _comes_from_training(node: fx.Node) -> bool:
     # beyond flags and numbers, the mode changes values but no decisions
     inputs = [source for source in node.all_input_nodes if isinstance(source.meta.get(VALUE), bool | int | float)]
     return any(_comes_from_training(source) for source in inputs)
-
-
-@contextlib.contextmanager
-def _switched(root: nn.Module, training: bool) -> Iterator[None]:
-    # not by `train`, which a class may override with more effects than these flags
-    before = {module: module.training for module in root.modules()}
-    for module in before:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module, was in before.items():
-            module.training = was

@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import copy
 import functools
+import os
 import random
 import sys
 from collections import deque
@@ -24,10 +25,12 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from graphpeft import in_place
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
+from graphpeft.tracing.source import uses_in_forward
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -40,6 +43,9 @@ _FACTORIES = (
 
 _SHARING = ("as_tensor", "asarray", "from_numpy")
 """Functions of `torch` that may give tensors which share the memory of what they were made of."""
+
+_SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
+"""Functions of `torch` that tell what is switched on around a call."""
 
 _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
@@ -58,6 +64,8 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
         for name in (*_FACTORIES, *_DTYPE_FACTS):
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
+        for name in _SWITCHES:
+            stack.enter_context(mock.patch.object(torch, name, _decided_switch(tracer, getattr(torch, name))))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
@@ -137,6 +145,23 @@ def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Ca
     return record
 
 
+def _decided_switch(tracer: ValueTracer, function: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(function)
+    def decide(*args: Any) -> bool:
+        # PyTorch's own code switches such things on and off by what this answers
+        asking = sys._getframe(1).f_code.co_filename
+        if tracer.is_running or asking.startswith(_PYTORCH) or guards.is_machinery(asking):
+            return function(*args)
+        answer = tracer.grad_mode if function.__name__ == "is_grad_enabled" else function(*args)
+        tracer.decide(tracer.create_proxy("call_function", function, args, {}), answer)
+        return answer
+
+    return decide
+
+
+_PYTORCH = os.path.dirname(torch.__file__)
+
+
 def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     ask = builtins.isinstance
 
@@ -161,14 +186,26 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     return isinstance
 
 
+def plain_or_proxy(tracer: ValueTracer, module: nn.Module, path: str, value: Any) -> Any:
+    """Returns the attribute at `path` as an input of the graph; plain where the code compares by identity."""
+    proxy = tracer.attribute(path)
+    if isinstance(proxy, fx.Proxy) and uses_in_forward(in_place.original_class(module)).compares_identity:
+        tracer.decide(proxy, value)
+        return value
+    return proxy
+
+
 def _training(tracer: ValueTracer, root: nn.Module) -> property:
     paths = {module: path for path, module in root.named_modules()}
 
     def get(module: nn.Module) -> Any:
         path = paths.get(module)
-        if tracer.is_running or path is None:
+        if path is None or not tracer.is_of_this_thread:
             return module.__dict__["training"]
-        return tracer.attribute(f"{path}.training" if path else "training")
+        value = module.__dict__["training"] if tracer.mode is None else tracer.mode
+        if tracer.is_running:
+            return value
+        return plain_or_proxy(tracer, module, f"{path}.training" if path else "training", value)
 
     def put(module: nn.Module, value: bool) -> None:
         module.__dict__["training"] = value
@@ -207,8 +244,7 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes, containers in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            _refill(module.__dict__, attributes)
             for container, content in containers:
                 _refill(container, content)
 
@@ -227,8 +263,16 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
-    else:
-        container.update(content)
+    """Puts back the content of a container, touching only what differs: other threads may run the model meanwhile."""
+    if isinstance(container, dict):
+        for key in [key for key in container if key not in content]:
+            del container[key]
+        for key, value in content.items():
+            if key not in container or container[key] is not value:
+                container[key] = value
+    elif len(container) != len(content) or any(now is not was for now, was in zip(container, content, strict=True)):
+        container.clear()
+        if isinstance(container, set):
+            container.update(content)
+        else:
+            container.extend(content)

@@ -28,21 +28,27 @@ class Uses(NamedTuple):
         called: The attributes of ``self`` that are called.
         read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
             ``layer.weight``, where ``layer`` may be a module inside.
+        compares_identity: Whether something is compared with True or False by ``is``, which no stand-in can answer.
     """
 
     read: dict[str, set[str]]
     called: set[str]
     read_elsewhere: set[str]
+    compares_identity: bool
 
 
 @functools.cache
 def uses_in_forward(cls: type) -> Uses:
     """Returns what `cls`'s forward uses; nothing of what has no source."""
-    uses = Uses({}, set(), set())
+    uses = Uses({}, set(), set(), False)
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
-        for path, is_call in _paths(getattr(cls, name, None)):
+        tree = _tree(getattr(cls, name, None))
+        if tree is None:
+            continue
+        uses = uses._replace(compares_identity=uses.compares_identity or any(map(_is_identity_test, ast.walk(tree))))
+        for path, is_call in _paths(tree):
             if path.startswith("*."):
                 uses.read_elsewhere.add(path[2:])
             elif not is_call:
@@ -55,18 +61,29 @@ def uses_in_forward(cls: type) -> Uses:
     return uses
 
 
-def _paths(method: object) -> list[tuple[str, bool]]:
+def _tree(method: object) -> ast.AST | None:
+    """Returns the syntax tree of a method of the user's, if it has source."""
+    method = inspect.unwrap(method) if callable(method) else method
+    if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
+        return None
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _is_identity_test(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Compare) or not any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+        return False
+    sides = (node.left, *node.comparators)
+    return any(isinstance(side, ast.Constant) and isinstance(side.value, bool) for side in sides)
+
+
+def _paths(tree: ast.AST) -> list[tuple[str, bool]]:
     """Returns the paths of attributes of ``self`` that a method loads, and whether each is called.
 
     What is loaded from something else than ``self`` has the path ``*.name``.
     """
-    method = inspect.unwrap(method) if callable(method) else method
-    if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
-        return []
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):
-        return []
     around = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     found = []
     for node in ast.walk(tree):

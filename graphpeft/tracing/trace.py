@@ -15,7 +15,7 @@ from torch import fx, nn
 from graphpeft import in_place
 from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
-from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Positional arguments as a tuple, or keyword arguments as a dict."""
@@ -69,8 +69,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     tracer = ValueTracer(keeps_whole=is_layer)
     # as a call does, with the model's own hooks
     entry = functools.partial(nn.Module._call_impl, model)
-    recorded = in_each_mode(model, lambda: tracer.trace_module(model, entry, args, kwargs))
-    return _graph_module(model, recorded, tracer)
+    with ONE_TRACE_AT_A_TIME:
+        recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
+        return _graph_module(model, recorded, tracer)
 
 
 def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
@@ -105,7 +106,7 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root = TracedModel(stands_for(model))
     root.train(model.training)
     root.kept = dict(tracer.kept)
-    root.other_mode_error = recorded.other_mode_error
+    root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
     for kind, path in _in_order(model, recorded.graphs):

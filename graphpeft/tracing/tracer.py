@@ -34,7 +34,8 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types of which a value can stand in generated code."""
 
 
-_ONE_TRACE_AT_A_TIME = threading.RLock()
+ONE_TRACE_AT_A_TIME = threading.RLock()
+"""What a trace exchanges for its time, others must not exchange meanwhile."""
 
 _READS = (getattr, operator.getitem)
 """Functions that take a value out of another one, which may be None."""
@@ -72,6 +73,8 @@ class ValueTracer(fx.Tracer):
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
         self._thread: int | None = None
+        self.mode: bool | None = None
+        self.grad_mode = True
         self._has_values = False
         self._decided: set[tuple[Any, str]] = set()
         self._attributes: dict[str, fx.Proxy] = {}
@@ -80,7 +83,12 @@ class ValueTracer(fx.Tracer):
     # the trace
 
     def trace_module(
-        self, root: nn.Module, entry: Callable[..., Any], args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+        self,
+        root: nn.Module,
+        entry: Callable[..., Any],
+        args: tuple[Any, ...] | None,
+        kwargs: dict[str, Any],
+        mode: bool | None = None,
     ) -> fx.Graph:
         """Records a call of `root`, leaving `root` as it is.
 
@@ -89,12 +97,15 @@ class ValueTracer(fx.Tracer):
             entry: What is called: its forward, or what runs its hooks as well.
             args: Example positional arguments, or None to trace without example values.
             kwargs: Example keyword arguments.
+            mode: Whether to record as if all modules were in training, or in evaluation; None takes each as it is.
 
         Raises:
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
         self._decided, self._attributes, self._copies = set(), {}, {}
+        self.mode = mode
+        self.grad_mode = torch.is_grad_enabled()
         self._has_values = args is not None
         self._call = (args or (), kwargs)
         self._entry = entry
@@ -103,7 +114,7 @@ class ValueTracer(fx.Tracer):
         self._names = {}
         for name, tensor in _named_tensors(root):
             self._names.setdefault(id(tensor), name)
-        with _ONE_TRACE_AT_A_TIME:
+        with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
                 with patches.recording(self, root), torch.enable_grad(), patches.no_random_python_numbers():
@@ -300,6 +311,11 @@ class ValueTracer(fx.Tracer):
         return self._running or self._thread != threading.get_ident()
 
     @property
+    def is_of_this_thread(self) -> bool:
+        """Whether a trace goes on in this thread."""
+        return self._thread == threading.get_ident()
+
+    @property
     def is_recording(self) -> bool:
         """Whether a trace goes on in this thread, and what is called now is recorded."""
         return self._thread is not None and not self.is_running
@@ -324,6 +340,8 @@ class ValueTracer(fx.Tracer):
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
         module = copy.deepcopy(self.root.get_submodule(path))
+        if self.mode is not None:
+            module.train(self.mode)
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
             value = module(*ones[0], **ones[1])
@@ -351,7 +369,8 @@ class ValueTracer(fx.Tracer):
         question = (proxy.node.target, proxy.node.args, answer) if proxy.node.op == "call_function" else answer
         key = (proxy.node.args[0] if proxy.node.op == "call_function" else proxy.node, repr(question))
         if key in self._decided:
-            self.graph.erase_node(proxy.node)
+            if not proxy.node.users:
+                self.graph.erase_node(proxy.node)
             return
         self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
@@ -359,10 +378,10 @@ class ValueTracer(fx.Tracer):
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
         line = guards.deciding_line()
-        because = f" ({error})" if error is not None else ""
+        decides = f"decides on its inputs at {line}" if error is None else f"can't run without any at {line} ({error})"
         return NeedsInputsError(
-            f"{type(self.root).__name__}'s forward decides on its inputs at {line}{because}; pass example_inputs: a "
-            "tuple of positional arguments or a dict of keyword arguments of the model"
+            f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
+            "a dict of keyword arguments of the model"
         )
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import in_place
+from graphpeft.tracing.graph_module import template_of
 from graphpeft.tracing.source import ABOUT
 
 aten = torch.ops.aten
@@ -94,8 +95,11 @@ def _only_asks(node: fx.Node) -> bool:
 
 def _module_linear(node: fx.Node, root: nn.Module) -> Linear | None:
     module = root.get_submodule(str(node.target))
-    # a forward of its own, of a subclass or of the instance, need not be linear
+    # a forward of its own, of a subclass or of the instance, need not be linear, nor need a graph that was edited
     if in_place.original_class(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+        return None
+    template = template_of(module)
+    if template is not None and not template.shared:
         return None
     x = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(x, fx.Node):

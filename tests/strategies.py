@@ -39,6 +39,10 @@ SPELLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "x @ w.T": lambda x, w: x @ w.T,
     "matmul w.t()": lambda x, w: torch.matmul(x, w.t()),
     "matmul w.transpose": lambda x, w: x.matmul(w.transpose(0, 1)),
+    "permute by keyword": lambda x, w: x @ w.permute(dims=(1, 0)),
+    "torch.t by keyword": lambda x, w: x @ torch.t(input=w),
+    "transpose by keyword": lambda x, w: x @ w.transpose(dim0=0, dim1=1),
+    "einsum from the left": lambda x, w: torch.einsum("oi,bti->bto", w, x),
     "w.mT.mT": lambda x, w: x @ w.mT.mT,
     "einsum": lambda x, w: torch.einsum("bti,oi->bto", x, w),
     "einsum transposed": lambda x, w: torch.einsum("...i,io->...o", x, w),
@@ -276,6 +280,11 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
             "prompt_position": st.sampled_from(["before", "after"]),
         }
     )
+
+
+def modes_of(config: PeftConfig) -> tuple[bool, ...]:
+    """Returns the modes in which an adapter draws no random numbers: evaluation, and training."""
+    return (False, True) if not getattr(config, "lora_dropout", 0.0) else (False,)
 
 
 class Method(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DIM, METHODS, NEED_A_CACHE, SPELLINGS, Case, Functional, Method, Model, cases
+from strategies import DIM, METHODS, NEED_A_CACHE, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
 from graphpeft import PeftConfig, PeftType, laws, trace
@@ -50,7 +50,7 @@ def test_methods_have_the_names_of_pefts():
 @given(data=st.data())
 def test_a_fresh_adapter_changes_no_output(method, data):
     case, config = data.draw(adaptations(method, identity=True))
-    laws.fresh_adapter_changes_no_output(case.build, config, case.inputs)
+    laws.fresh_adapter_changes_no_output(case.build, config, case.inputs, modes_of(config))
 
 
 @every_method
@@ -64,7 +64,7 @@ def test_exactly_the_adapter_is_trained(method, data):
 @given(data=st.data())
 def test_adapted_is_base_with_delta_and_unload_restores(method, data):
     case, config = data.draw(adaptations(method))
-    laws.adapted_is_base_with_delta(case.build, config, case.inputs)
+    laws.adapted_is_base_with_delta(case.build, config, case.inputs, modes_of(config))
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")

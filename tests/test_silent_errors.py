@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import random
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -73,6 +75,17 @@ def test_a_weight_that_a_module_around_reads_is_adapted_there():
 def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():
     model = module_of(lambda self, x: F.linear(self.fc(x), self.fc.weight), fc=nn.Linear(4, 4))
     assert_adapted_truly(model, "fc")
+
+
+def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
+    sub = module_of(lambda self, x: self.fc(x), fc=nn.Linear(4, 4))
+    model = module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub)
+    with pytest.raises(AdaptError, match="is read by the model, and its module is called by sub"):
+        get_peft_model(model, lora("fc"))
+    part = module_of(lambda self, x: F.linear(x, self.fc.weight), fc=nn.Linear(4, 4))
+    model = module_of(lambda self, x: self.part(x) + self.part.fc(x), part=part)
+    with pytest.raises(AdaptError, match="is read by part, and its module is called by the model"):
+        get_peft_model(model, lora("fc"))
 
 
 def test_a_weight_with_another_use_is_refused():
@@ -250,6 +263,112 @@ def test_a_global_that_changes_between_two_adaptations_is_recorded_anew(monkeypa
     get_peft_model(copy.deepcopy(model), lora("w"))
     monkeypatch.setitem(globals(), "FACTOR", 7.0)
     assert torch.equal(get_peft_model(copy.deepcopy(model), lora("w"))(X), model(X))
+
+
+def _scaled(x):
+    return x * FACTOR
+
+
+class AsksForBias(nn.Module):
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.w = weight()
+        self.register_parameter("bias", nn.Parameter(torch.randn(4)) if bias else None)
+
+
+class AsksItsDictionary(AsksForBias):
+    def forward(self, x):
+        bias = self._parameters["bias"]
+        return F.linear(x, self.w) if bias is None else F.linear(x, self.w, bias)
+
+
+class AsksItsParameters(AsksForBias):
+    def forward(self, x):
+        y = F.linear(x, self.w)
+        for name, parameter in self.named_parameters():
+            y = y + parameter if name == "bias" else y
+        return y
+
+
+class AsksBySettings(AsksForBias):
+    def forward(self, x):
+        return self.helper(F.linear(x, self.w))
+
+    def helper(self, x):
+        return _scaled(x)
+
+
+@pytest.mark.parametrize("cls", [AsksItsDictionary, AsksItsParameters])
+def test_modules_that_look_at_their_parameters_share_no_graph(cls):
+    model = nn.Sequential(cls(bias=False), cls(bias=True))
+    assert torch.equal(get_peft_model(copy.deepcopy(model), lora("w"))(X), model(X))
+
+
+def test_a_global_that_a_helper_reads_is_recorded_anew(monkeypatch):
+    model = nn.Sequential(AsksBySettings(bias=False))
+    get_peft_model(copy.deepcopy(model), lora("w"))
+    monkeypatch.setitem(globals(), "FACTOR", 7.0)
+    assert torch.equal(get_peft_model(copy.deepcopy(model), lora("w"))(X), model(X))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flags_that_are_compared_by_identity_are_checked(training):
+    def forward(self, x):
+        y = F.linear(x, self.w)
+        return -y if self.on is True else y * 2 if self.training is True else y
+
+    model: Any = nn.Sequential(module_of(forward, w=weight(), on=False)).train(training)
+    adapted, traced = get_peft_model(copy.deepcopy(model), lora("w")), trace(model, (X,))
+    for mode in (training, not training):
+        expected = model.train(mode)(X)
+        assert torch.equal(adapted.train(mode)(X), expected)
+        assert torch.equal(traced.train(mode)(X), expected)
+    adapted[0].on = True
+    with pytest.raises(GuardError, match=r"self\.on is True"):
+        adapted(X)
+
+
+def test_a_decision_on_the_gradient_mode_is_checked():
+    def forward(self, x):
+        return F.linear(x, self.w) * 2 if torch.is_grad_enabled() else F.linear(x, self.w)
+
+    model = nn.Sequential(module_of(forward, w=weight()))
+    for made in (get_peft_model(copy.deepcopy(model), lora("w")), trace(model, (X,))):
+        assert torch.equal(made(X), model(X))
+        with torch.no_grad(), pytest.raises(GuardError, match=r"torch\.is_grad_enabled"):
+            made(X)
+
+
+def test_a_model_that_threads_trace_and_run_meanwhile_stays_as_it_is():
+    def forward(self, x):
+        return F.linear(x, self.w) * 2 if self.training else F.linear(x, self.w)
+
+    model: Any = nn.Sequential(*(module_of(forward, w=weight()) for _ in range(3))).eval()
+    expected, wrong = model(X), []
+
+    def run():
+        for _ in range(200):
+            wrong.extend([] if torch.equal(model(X), expected) else [1])
+
+    threads = [threading.Thread(target=trace, args=(model, (X,))) for _ in range(4)]
+    threads += [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_other_mode_is_recorded_with_the_example_inputs():
+    def forward(self, x):
+        y = F.linear(x, self.w)
+        return y * 2 if self.training and x.shape[0] > 1 else y
+
+    model = nn.Sequential(module_of(forward, w=weight())).eval()
+    adapted = get_peft_model(copy.deepcopy(model), lora("w"), example_inputs=(X,))
+    for mode in (True, False):
+        assert torch.equal(adapted.train(mode)(X), model.train(mode)(X))
 
 
 def test_a_dtype_that_the_forward_asks_for_follows_the_module():
@@ -481,6 +600,76 @@ def test_a_replaced_child_does_not_stop_unloading():
     adapted[1] = nn.Linear(4, 4)
     assert not isinstance(adapted.unload(), PeftModel)
     assert [type(layer) for layer in adapted] == [nn.Linear, nn.Linear]
+
+
+def test_a_replaced_child_stops_neither_switching_nor_deleting():
+    adapted = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)), lora("0.0", "1"))
+    adapted.add_adapter("other", lora("1"))
+    adapted[0] = nn.Identity()
+    adapted.set_adapter("other")
+    adapted.set_adapter("default")
+    with pytest.raises(AdaptError, match=r"0\.0\.lora_A_default of adapter 'default' is gone"):
+        adapted.save_pretrained("nowhere")
+    adapted.delete_adapter("default")
+    assert list(adapted.peft_config) == ["other"]
+
+
+def test_an_attribute_of_the_class_in_an_adapters_place_is_noticed():
+    Occupied = type("Occupied", (nn.Linear,), {"lora_A_default": property(lambda self: self.weight)})
+    with pytest.raises(AdaptError, match="has an attribute 'lora_A_default' already"):
+        get_peft_model(nn.Sequential(Occupied(4, 4)), lora("0"))
+
+
+def test_a_weight_that_is_named_twice_is_refused():
+    class Two(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            layer = dict(self._parameters)
+            self._parameters.clear()
+            self._parameters.update({"a": weight(), **layer})
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return F.linear(F.linear(input, self.get_parameter("a")), self.weight)
+
+    with pytest.raises(AdaptError, match="both target_modules and target_parameters name its weight"):
+        get_peft_model(nn.Sequential(Two()), lora("0", target_parameters=["0.a", "0.weight"]))
+
+
+@pytest.mark.parametrize("name", ["1.weight", "1.bias"])
+def test_a_weight_that_is_named_by_its_own_path_is_warned_of(name):
+    with pytest.warns(UserWarning, match=f"'{name}' in target_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", name))
+
+
+@pytest.mark.parametrize(("name", "value"), [("lora_dropout", 1.5), ("layers_to_transform", [1])])
+def test_values_that_are_set_on_a_config_afterwards_are_checked(name, value):
+    config = LoraConfig(r=2, target_modules="0")
+    setattr(config, name, value)
+    with pytest.raises(AdaptError, match=name):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+
+
+def test_a_graph_that_was_exchanged_is_an_error():
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("x"))
+    adapted[0].graph = graph
+    adapted.set_adapter([])
+    with pytest.raises(AdaptError, match="the graph of 0 was exchanged since it was adapted"):
+        adapted.set_adapter("default")
+    with pytest.raises(AdaptError, match="no operation that a rule adapts uses its weight"):
+        get_peft_model(adapted, lora("0"), "other")
+
+
+def test_dropped_models_leave_no_graphs_behind():
+    references = []
+    for _ in range(4):
+        traced: Any = trace(nn.Sequential(nn.Linear(4, 4)))
+        references.append(weakref.ref(traced.graph))
+    # first the models with their classes, then what was kept under these
+    gc.collect()
+    gc.collect()
+    assert [reference() for reference in references[:-1]] == [None] * 3
 
 
 def test_a_replaced_child_is_not_merged_in_part():

@@ -274,6 +274,25 @@ def test_editing_a_graph_acts_in_its_mode():
     assert torch.equal(copy.deepcopy(traced).eval()(X), -X)
 
 
+def test_passes_of_fx_work_on_a_graph_for_each_mode():
+    def forward(self, x):
+        self.unused(x)
+        return self.trained(x) if self.training else self.evaluated(x)
+
+    layers = {name: nn.Linear(8, 8) for name in ("trained", "evaluated", "unused")}
+    model = module_of(forward, **layers)
+    traced: Any = trace(model, (X,))
+    for graph in traced.graphs:
+        assert graph.eliminate_dead_code()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    traced.meta["seen"] = True
+    assert traced.meta == {"seen": True}
+    assert [name for name, _ in traced.named_children()] == ["trained", "evaluated"]
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(X), model.train(mode)(X))
+
+
 def test_a_mode_that_cannot_be_recorded_is_refused_when_it_is_run():
     model = module_of(lambda self, x: x * 2 if self.training and x.sum() > 0 else x)
     traced: Any = trace(model.eval(), (X,))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, cast
 
@@ -180,8 +181,9 @@ class GraphForward(fx.GraphModule):
         if self._graphpeft_template.shared:
             wear_template(self, Template(self._graphpeft_template.copied_graphs(), shared=False))
         for graph in self._graphpeft_template.graphs:
-            # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls
-            graph.owning_module = self
+            # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls; it is
+            # weak, or a graph, which its module's class keeps, would keep the module
+            graph.owning_module = cast(Any, weakref.proxy(self))
         return self._graphpeft_template.graphs
 
     @property

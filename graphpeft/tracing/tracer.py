@@ -366,8 +366,11 @@ class ValueTracer(fx.Tracer):
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
         """Puts a check into the graph that `proxy` is `answer` in every run."""
-        question = (proxy.node.target, proxy.node.args, answer) if proxy.node.op == "call_function" else answer
-        key = (proxy.node.args[0] if proxy.node.op == "call_function" else proxy.node, repr(question))
+        node = proxy.node
+        if node.op == "call_function":
+            key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)))
+        else:
+            key = (node, repr(answer))
         if key in self._decided:
             if not proxy.node.users:
                 self.graph.erase_node(proxy.node)

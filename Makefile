@@ -25,7 +25,7 @@ format: .venv/.installed  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## compare speed and memory with PEFT
+bench: .venv/.installed  ## compare speed with PEFT
 	$(BIN)/python benchmarks/run.py
 
 docs: .venv/.docs  ## build the documentation into site/

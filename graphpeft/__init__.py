@@ -2,7 +2,9 @@
 
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType
+from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import LoraConfig
+from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
@@ -20,9 +22,11 @@ from graphpeft.tracing.trace import trace
 
 __all__ = [
     "AdaptError",
+    "CPTConfig",
     "CheckpointError",
     "GuardError",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "PeftConfig",
     "PeftModel",

@@ -63,6 +63,15 @@ class Adapter:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
+    def frozen_names(self) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor that is never trained."""
+        return {
+            (adapted.site.owner, adapted.names[name])
+            for adapted in self.sites
+            for name, spec in adapted.specs.items()
+            if not spec.is_trained
+        }
+
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""
         for adapted in self.sites:
@@ -167,7 +176,9 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         else:
             drawn = _first_values(adapted, plan.config, modules[beside], device)
         for local, tensor in drawn.items():
-            made[site.owner, adapted.names[local]] = nn.Parameter(tensor.to(device, adapted.dtype))
+            made[site.owner, adapted.names[local]] = nn.Parameter(
+                tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
+            )
     return made
 
 
@@ -444,8 +455,10 @@ def set_trainable(modules: Modules, adapters: Adapters) -> None:
     """Makes the tensors of active adapters require grad, and those of the others not; the base's stay as they are."""
     for name, adapter in adapters.by_name.items():
         trains = name in adapters.active and not adapter.config.inference_mode
+        frozen = adapter.frozen_names()
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
             parameter = modules[path]._parameters.get(attribute) if path in modules else None
-            if parameter is not None and parameter.requires_grad != (trains and parameter.is_floating_point()):
-                parameter.requires_grad_(trains)
+            wanted = trains and (path, attribute) not in frozen
+            if parameter is not None and parameter.requires_grad != (wanted and parameter.is_floating_point()):
+                parameter.requires_grad_(wanted)

@@ -160,6 +160,8 @@ class PromptLearningConfig(PeftConfig):
 class Table:
     """Virtual tokens that are parameters themselves."""
 
+    asks: ClassVar[tuple[str, ...]] = ()
+
     def parameters(self, config: PromptLearningConfig) -> Mapping[str, ParameterSpec]:
         """Returns the table of tokens."""
         assert config.token_dim is not None
@@ -171,7 +173,7 @@ class Table:
         """Draws the table as ``nn.Embedding`` does."""
         nn.init.normal_(parameters["prompt_embeddings"])
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the table."""
         return parameters["prompt_embeddings"]
 

@@ -45,6 +45,8 @@ class ScopePrompt:
     position: str
     sequence: str
 
+    more_inputs = ()
+
     def check(self, site: CallSite, config: Any) -> str | None:
         """Which modules have a sequence is known when they are found."""
         return None

@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.fx as fx
@@ -36,7 +36,13 @@ CACHES = ("cache", "past_key_values")
 
 
 class Encoder(Protocol):
-    """What computes the virtual tokens: a frozen value, such as a table or a small network."""
+    """What computes the virtual tokens: a frozen value, such as a table or a small network.
+
+    Attributes:
+        asks: The names of arguments that the model gets for it, beside its own.
+    """
+
+    asks: ClassVar[tuple[str, ...]]
 
     def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns its parameters by name."""
@@ -46,8 +52,14 @@ class Encoder(Protocol):
         """Fills new parameters with their first values; `embedding` is the model's word embedding."""
         ...
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
-        """Returns the virtual tokens, of shape (tokens, dim); it is run on proxies, and on tensors."""
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
+        """Returns the virtual tokens, (tokens, dim) or (batch, tokens, dim); it is run on proxies, and on tensors.
+
+        Args:
+            parameters: Its parameters by name.
+            training: Whether the model is trained.
+            asked: The arguments for which it asks.
+        """
         ...
 
 
@@ -64,6 +76,11 @@ class Prompt:
     encoder: Encoder
     tokens: int
     labels: bool
+
+    @property
+    def more_inputs(self) -> tuple[str, ...]:
+        """What the encoder asks for."""
+        return self.encoder.asks
 
     def check(self, site: CallSite, config: Any) -> str | None:
         """Returns why the module can't take a prompt, or None."""
@@ -87,7 +104,7 @@ class Prompt:
     ) -> dict[str, Any]:
         """Puts the virtual tokens in front of the inputs."""
         past = next((inputs[name] for name in CACHES if name in inputs), None)
-        prompt = self.encoder.encode(parameters, training)
+        prompt = self.encoder.encode(parameters, training, **{name: inputs[name] for name in self.encoder.asks})
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
         changed = {
             "input_ids": absent(inputs["input_ids"]),
@@ -120,6 +137,8 @@ class LongerEncoding:
     """
 
     tokens: int
+
+    more_inputs = ()
 
     def check(self, site: CallSite, config: Any) -> str | None:
         """Returns why the decoder can't read a longer encoding, or None."""
@@ -251,10 +270,10 @@ def embeddings_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, word_e
 
 @recorded
 def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any) -> Tensor:
-    """Puts the first virtual tokens of a table in front of each sequence, unless the cache has them already."""
+    """Puts the first virtual tokens in front of each sequence, unless the cache has them already."""
     if has_tokens(cache):
         return embeddings
-    batch = prompt[:tokens].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
+    batch = prompt[..., :tokens, :].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
     return torch.cat((batch, embeddings), dim=1)
 
 

@@ -32,10 +32,12 @@ class ParameterSpec(NamedTuple):
     Attributes:
         shape: Its shape.
         key: Its name in PEFT's files, behind the name of the module.
+        is_trained: Whether it is trained, where the adapter is.
     """
 
     shape: tuple[int, ...]
     key: str
+    is_trained: bool = True
 
 
 class Rule(Protocol):
@@ -92,6 +94,11 @@ class LinearRule(Rule, Protocol):
 
 class BoundaryRule(Rule, Protocol):
     """How one method adapts what a module is given and what it returns."""
+
+    @property
+    def more_inputs(self) -> tuple[str, ...]:
+        """The names of arguments that the forward gets beside its own; they are None unless they are given."""
+        ...
 
     @property
     def enter(self) -> Callable[..., Mapping[str, Any]]:
@@ -179,6 +186,7 @@ def _at_boundary(
     """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
     tracer = GraphAppendingTracer(graph)
     inputs = {name: fx.Proxy(top(graph, node), tracer) for name, node in op.inputs.items()}
+    inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}
     with graph.inserting_before(next(node for node in graph.nodes if node in op.inside)):
         entered: Mapping[str, fx.Proxy] = _call(rule.enter, graph, {}, attributes, {"inputs": inputs})
     replaced = {}
@@ -209,6 +217,13 @@ def remove(graph: fx.Graph, adapter: str) -> None:
                 if TAG in other.meta and other.meta[TAG].over == node.name:
                     other.meta[TAG] = dataclasses.replace(other.meta[TAG], over=tag.over)
         graph.erase_node(node)
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Adds an argument that may be absent, behind those with names."""
+    behind = next(node for node in graph.nodes if node.op != "placeholder" or str(node.target).startswith("**"))
+    with graph.inserting_before(behind):
+        return graph.placeholder(name, default_value=None)
 
 
 def _call(

@@ -311,5 +311,5 @@ METHODS: dict[PeftType, Method] = {
 }
 """The methods that adapt any model."""
 
-NEED_A_CACHE = {PeftType.PREFIX_TUNING}
+NEED_TRANSFORMERS = {PeftType.PREFIX_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT}
 """The methods that only Transformers models take, which are tested with these."""

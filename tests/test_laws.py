@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DIM, METHODS, NEED_A_CACHE, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
+from strategies import DIM, METHODS, NEED_TRANSFORMERS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
 from graphpeft import PeftConfig, PeftType, laws, trace
@@ -39,7 +39,7 @@ SAME_COMPUTATION = [sorted(SPELLINGS.keys() - set(STORED_AS_IN_OUT)), STORED_AS_
 
 
 def test_every_registered_method_is_tested():
-    assert set(METHODS) | NEED_A_CACHE == set(registered())
+    assert set(METHODS) | NEED_TRANSFORMERS == set(registered())
 
 
 def test_methods_have_the_names_of_pefts():

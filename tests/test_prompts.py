@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "prompt-tuning": ("PromptTuningConfig", {}),
     "prompt-tuning-vocabulary": ("PromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "multitask": ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2, "num_transformer_submodules": 1}),
+    "cpt": (
+        "CPTConfig",
+        {
+            "cpt_token_ids": [5, 6, 7, 8],
+            "cpt_tokens_type_mask": [1, 2, 3, 4],
+            "opt_weighted_loss_type": "decay",
+            "opt_loss_decay_factor": 0.9,
+        },
+    ),
     "prefix": ("PrefixTuningConfig", {}),
     "prefix-projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
 }
@@ -120,8 +131,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def takes(base: Base, method: str) -> bool:
     """Tells whether PEFT can prompt this model so; with prefixes it can't where the head's forward takes no cache."""
+    if method == "cpt":
+        return base.task == "CAUSAL_LM"
     if not method.startswith("prefix"):
-        return True
+        # PEFT's classes for the other tasks don't hand task_ids on
+        return method != "multitask" or base.task in ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM")
     return base.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or (
         base.task == "FEATURE_EXTRACTION" and base.name != "debertav2"
     )
@@ -140,7 +154,9 @@ every_pair = pytest.mark.parametrize(
 
 def adapted(package: Any, base: Base, method: str, **more: Any) -> Any:
     name, options = METHODS[method]
-    config = getattr(package, name)(task_type=base.task, num_virtual_tokens=TOKENS, **options, **more)
+    # the tokens of a context are given one by one
+    number = {} if method == "cpt" else {"num_virtual_tokens": TOKENS}
+    config = getattr(package, name)(task_type=base.task, **number, **options, **more)
     model = base.build()
     torch.manual_seed(1)
     return package.get_peft_model(model, config).eval()
@@ -152,10 +168,12 @@ def padding(side: str) -> Tensor:
     return mask if side == "right" else mask.flip(1)
 
 
-def inputs_of(base: Base, side: str | None = "right") -> dict[str, Any]:
+def inputs_of(base: Base, side: str | None = "right", method: str = "") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
     given: dict[str, Any] = {"input_ids": ids} | ({} if side is None else {"attention_mask": padding(side)})
+    if method == "multitask":
+        given["task_ids"] = torch.tensor([2, 0, 1])
     if base.task == "CAUSAL_LM":
         given["labels"] = ids
     elif base.task == "SEQ_2_SEQ_LM":
@@ -175,8 +193,14 @@ def loss(called: Any) -> Tensor:
 
 def table_gradient(model: Any) -> Tensor:
     """Returns the gradient of the table from which the virtual tokens come."""
-    ends = ("prompt_embeddings_default", "prompt_embedding_weight_default", "prompt_encoder.default.embedding.weight")
-    found = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]
+    ends = (
+        "prompt_embeddings_default",
+        "prompt_embedding_weight_default",
+        "prompt_delta_default",
+        "prompt_encoder.default.embedding.weight",
+        "prompt_encoder.default.delta_embedding.weight",
+    )
+    found = [p for name, p in model.named_parameters() if name.endswith(ends) and p.requires_grad]
     assert len(found) == 1
     assert found[0].grad is not None
     return found[0].grad
@@ -191,7 +215,7 @@ def test_outputs_losses_and_gradients_are_pefts(base: Base, method: str) -> None
     ours, theirs = adapted(graphpeft, base, method), adapted(peft, base, method)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     for side in (None, "right", "left"):
-        called, expected = ours(**inputs_of(base, side)), theirs(**inputs_of(base, side))
+        called, expected = ours(**inputs_of(base, side, method)), theirs(**inputs_of(base, side, method))
         assert equal(result(called), result(expected))
         assert equal(loss(called), loss(expected))
         loss(called).backward()
@@ -205,38 +229,98 @@ def test_files_go_both_ways(base: Base, method: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(base.build(), tmp_path / "ours").eval()
     with torch.no_grad():
-        expected = result(ours(**inputs_of(base)))
-        assert equal(result(loaded(**inputs_of(base))), expected)
+        expected = result(ours(**inputs_of(base, method=method)))
+        assert equal(result(loaded(**inputs_of(base, method=method))), expected)
         adapted(peft, base, method).save_pretrained(tmp_path / "theirs")
         loaded = PeftModel.from_pretrained(base.build(), tmp_path / "theirs")
-        assert equal(result(loaded(**inputs_of(base))), expected)
+        assert equal(result(loaded(**inputs_of(base, method=method))), expected)
         trained_on = PeftModel.from_pretrained(base.build(), tmp_path / "ours", is_trainable=True).eval()
-        assert equal(result(trained_on(**inputs_of(base))), expected)
+        assert equal(result(trained_on(**inputs_of(base, method=method))), expected)
     names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     assert [name for name, parameter in trained_on.named_parameters() if parameter.requires_grad] == names
 
 
-def greedily(model: Any, ids: Tensor, steps: int) -> Tensor:
+def greedily(model: Any, ids: Tensor, steps: int, **more: Any) -> Tensor:
     """Returns `ids` with the likeliest tokens, by forwards alone."""
     for _ in range(steps):
-        following = model(input_ids=ids).logits[:, -1].argmax(-1)
+        following = model(input_ids=ids, **more).logits[:, -1].argmax(-1)
         ids = torch.cat((ids, following[:, None]), dim=1)
     return ids
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("base", [base for base in BASES if base.task.endswith("LM")], ids=lambda base: base.name)
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        pytest.param(base, method, id=f"{base.name}-{method}")
+        for base in BASES
+        for method in METHODS
+        if base.task.endswith("LM") and takes(base, method)
+    ],
+)
 def test_generated_tokens_are_pefts(base: Base, method: str) -> None:
     ours = adapted(graphpeft, base, method)
-    given = {name: value for name, value in inputs_of(base, "left").items() if name != "labels"}
+    given = {name: value for name, value in inputs_of(base, "left", method).items() if name != "labels"}
+    more = {name: value for name, value in given.items() if name == "task_ids"}
     length: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5}
     for beams in (1, 3):
         tokens = [ours.generate(**given, num_beams=beams, use_cache=cache, **length) for cache in (True, False)]
         assert torch.equal(*tokens)
     if base.task == "CAUSAL_LM":
         # PEFT's own generate doesn't know a cache by the name that Transformers has for it now
-        expected = greedily(adapted(peft, base, method), given["input_ids"], 5)
-        assert torch.equal(ours.generate(input_ids=given["input_ids"], eos_token_id=None, max_new_tokens=5), expected)
+        expected = greedily(adapted(peft, base, method), given["input_ids"], 5, **more)
+        found = ours.generate(input_ids=given["input_ids"], eos_token_id=None, max_new_tokens=5, **more)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("begins", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
+def test_a_multitask_prompt_begins_as_pefts_with_a_trained_one(begins: str, tmp_path: Path) -> None:
+    base = BASES[0]
+    adapted(peft, base, "multitask").save_pretrained(tmp_path)
+    options = {
+        "prompt_tuning_init": begins,
+        "prompt_tuning_init_state_dict_path": str(tmp_path / "adapter_model.safetensors"),
+        "prompt_tuning_init_task": 1,
+        "num_tasks": 1,
+    }
+    given = inputs_of(base, method="multitask") | {"task_ids": torch.zeros(3, dtype=torch.long)}
+    called = []
+    for package in (graphpeft, peft):
+        torch.manual_seed(0)
+        config = package.MultitaskPromptTuningConfig(
+            task_type=base.task, num_virtual_tokens=TOKENS, num_ranks=2, **options
+        )
+        called.append(result(package.get_peft_model(base.build(), config).eval()(**given)))
+    assert equal(*called)
+
+
+def test_a_context_is_trained_as_pefts_is() -> None:
+    base = BASES[0]
+    types = torch.tensor([[1, 1, 2, 2, 3, 4, 4]] * 3)
+    losses = []
+    for package in (graphpeft, peft):
+        model = adapted(package, base, "cpt").train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            loss = model(**inputs_of(base), input_type_mask=types.clone()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    ours, theirs = losses[:3], losses[3:]
+    assert all(map(equal, ours, theirs))
+    assert not equal(ours[0], ours[2])
+
+
+def test_a_task_must_be_told() -> None:
+    with pytest.raises(ValueError, match="pass task_ids"):
+        adapted(graphpeft, BASES[0], "multitask")(**inputs_of(BASES[0]))
+
+
+def test_an_argument_of_a_prompt_goes_with_it() -> None:
+    model = adapted(graphpeft, BASES[0], "multitask")
+    assert "task_ids" in inspect.signature(model.forward).parameters
+    model.unload()
+    assert "task_ids" not in inspect.signature(model.forward).parameters
 
 
 def test_labels_of_tokens_move_behind_the_prompt() -> None:

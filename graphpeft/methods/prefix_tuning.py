@@ -101,6 +101,8 @@ class Prefix:
     layers: int
     heads: int
 
+    more_inputs = ()
+
     def check(self, site: CallSite, config: Any) -> str | None:
         """Any module that takes a cache takes a prefix."""
         return None
@@ -142,6 +144,8 @@ class Prefix:
 class PrefixTable:
     """Keys and values that are parameters themselves."""
 
+    asks: ClassVar[tuple[str, ...]] = ()
+
     def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
         """Returns the table of keys and values."""
         return {"prompt_embeddings": ParameterSpec((config.num_virtual_tokens or 0, _width(config)), EMBEDDINGS_KEY)}
@@ -152,7 +156,7 @@ class PrefixTable:
         if config.init_weights == "zero":
             nn.init.zeros_(parameters["prompt_embeddings"])
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the table."""
         return parameters["prompt_embeddings"]
 
@@ -160,6 +164,8 @@ class PrefixTable:
 @dataclass(frozen=True)
 class Projection:
     """Keys and values that a perceptron with one hidden layer computes."""
+
+    asks: ClassVar[tuple[str, ...]] = ()
 
     def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
         """Returns the learned tokens and the perceptron's weights."""
@@ -176,7 +182,7 @@ class Projection:
             if config.init_weights == "zero" and name.startswith("transform.2"):
                 parameters[_local(name)].zero_()
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the keys and values, (tokens, 2 · layers · heads · head size)."""
         linear = torch.nn.functional.linear
         w1, b1 = parameters["prompt_transform_0_weight"], parameters["prompt_transform_0_bias"]

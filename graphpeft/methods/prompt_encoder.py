@@ -74,6 +74,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 class MLP:
     """Computes virtual tokens by a perceptron with two hidden layers."""
 
+    asks: ClassVar[tuple[str, ...]] = ()
+
     def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
         """Returns the learned tokens and the perceptron's weights."""
         return _specs(_mlp_modules(config, "meta"))
@@ -82,7 +84,7 @@ class MLP:
         """Draws them in the order in which PEFT does."""
         _fill(parameters, _mlp_modules(config, "cpu"))
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
         h = F.relu(_linear("mlp_head_0", parameters["prompt_embedding_weight"], parameters))
         return _linear("mlp_head_4", F.relu(_linear("mlp_head_2", h, parameters)), parameters)
@@ -97,6 +99,8 @@ class LSTM:
         dropout: The probability of dropping an element between them.
     """
 
+    asks: ClassVar[tuple[str, ...]] = ()
+
     layers: int
     dropout: float
 
@@ -108,7 +112,7 @@ class LSTM:
         """Draws them in the order in which PEFT does."""
         _fill(parameters, _lstm_modules(config, "cpu"))
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
         weights = [value for name, value in parameters.items() if name.startswith("prompt_lstm_head")]
         h = lstm(parameters["prompt_embedding_weight"], weights, self.layers, self.dropout, training)

@@ -50,32 +50,40 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def encoder(self) -> Encoder:
         """Returns the table of virtual tokens."""
-        return TokenTable()
+        return TokenTable(self.prompt_tuning_init)
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Virtual tokens that can begin as the embeddings of real ones."""
+    """Virtual tokens that can begin as the embeddings of real ones.
 
-    def parameters(self, config: PromptTuningConfig) -> Mapping[str, ParameterSpec]:
+    Attributes:
+        begins: How: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` or ``"TEXT"``.
+    """
+
+    asks: ClassVar[tuple[str, ...]] = ()
+
+    begins: str = "RANDOM"
+
+    def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the table."""
         return Table().parameters(config)
 
-    def initialise(self, parameters: Mapping[str, Tensor], config: PromptTuningConfig, embedding: nn.Module) -> None:
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
         """Draws the table, and puts real tokens into it."""
         Table().initialise(parameters, config, embedding)
-        if config.prompt_tuning_init != "RANDOM":
+        if self.begins != "RANDOM":
             ids = _first_tokens(config, embedding)
             weight: Any = embedding.weight
             with torch.no_grad():
                 parameters["prompt_embeddings"].copy_(embedding(ids.to(weight.device)))
 
-    def encode(self, parameters: Mapping[str, Any], training: Any) -> Any:
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the table."""
         return Table().encode(parameters, training)
 
 
-def _first_tokens(config: PromptTuningConfig, embedding: Any) -> Tensor:
+def _first_tokens(config: Any, embedding: Any) -> Tensor:
     """Returns the ids, (tokens,), of the tokens with which the prompt begins."""
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
         return torch.randint(0, embedding.num_embeddings, (config.total_tokens,))

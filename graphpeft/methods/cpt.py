@@ -1,0 +1,242 @@
+"""Context-aware prompt tuning: the embeddings of given tokens, moved by a learned change of bounded length.
+
+    tokens = E[ids] + δ,        ‖δᵢ‖ ≤ ε(type of token i) · √(dim / 2048)
+
+Types are by token, for groups of four numbers: 1 and 3 modulo 4 are templates, 2 an input, 0 (of 4, 8, …) a label. The
+loss is taken over labels, of the context and of the input, earlier ones weighing less by a factor for each step. The
+model gets one more argument, `input_type_mask`, (batch, tokens). Source: Blau et al., "Context-aware Prompt Tuning",
+arXiv 2410.17222; the numbers are those of PEFT's ``tuners/cpt/model.py`` and ``peft_model.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.config import PeftType, TaskType, register
+from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
+from graphpeft.prompting import Encoder, Prompt, recorded
+from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites import CallSite
+
+_SMALLEST = 1e-10
+"""The bound of tokens that aren't moved."""
+
+
+@register
+@dataclass(kw_only=True)
+class CPTConfig(PromptLearningConfig):
+    """The options of context-aware prompt tuning; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        cpt_token_ids: The tokens of the context.
+        cpt_mask: Read and written as PEFT does, which doesn't use it.
+        cpt_tokens_type_mask: Their types.
+        opt_weighted_loss_type: ``"decay"`` weighs earlier labels less, ``"none"`` doesn't.
+        opt_loss_decay_factor: The factor for each step.
+        opt_projection_epsilon: ε for inputs.
+        opt_projection_format_epsilon: ε for templates.
+        tokenizer_name_or_path: Read and written as PEFT does, which doesn't use it.
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.CPT
+
+    cpt_token_ids: list[int] | None = None
+    cpt_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[int] | None = None
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
+    opt_loss_decay_factor: float | None = 1.0
+    opt_projection_epsilon: float | None = 0.1
+    opt_projection_format_epsilon: float | None = 0.1
+    tokenizer_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ValueError(f"a CPTConfig is for task_type='CAUSAL_LM', not {self.task_type!r}")
+        self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        self.num_virtual_tokens = len(self.cpt_token_ids)
+        self.num_transformer_submodules = 1
+        for name in ("cpt_mask", "cpt_tokens_type_mask"):
+            if getattr(self, name) is None:
+                setattr(self, name, [1] * self.num_virtual_tokens)
+            if len(getattr(self, name)) != self.num_virtual_tokens:
+                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.num_virtual_tokens} tokens")
+        super().__post_init__()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether something computes the virtual tokens in training."""
+        return True
+
+    def encoder(self) -> Encoder:
+        """Returns what moves the tokens of the context."""
+        return Context(
+            tuple(self.cpt_tokens_type_mask or ()),
+            self.opt_projection_epsilon or 0.0,
+            self.opt_projection_format_epsilon or 0.0,
+        )
+
+    def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
+        """Returns the rule for the model's boundary."""
+        prompt = super().rule_for(site, dtype)
+        assert isinstance(prompt, Prompt)
+        decay = self.opt_loss_decay_factor if self.opt_weighted_loss_type == "decay" else 1.0
+        return ContextPrompt(
+            prompt, tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ()), decay or 0.0
+        )
+
+
+@dataclass(frozen=True)
+class ContextPrompt:
+    """The rule that puts a context in front, and takes the loss over labels of both.
+
+    Attributes:
+        prompt: The rule that puts the tokens in front.
+        ids: The tokens of the context.
+        types: Their types.
+        decay: By which factor each step back weighs less.
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    decay: float
+
+    more_inputs = ("input_type_mask",)
+
+    def check(self, site: CallSite, config: Any) -> str | None:
+        """Returns why the module can't take a prompt, or None."""
+        return self.prompt.check(site, config)
+
+    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the context and its change."""
+        return self.prompt.parameters(site, config)
+
+    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
+        """Fills new parameters with the context's embeddings, and with no change."""
+        self.prompt.initialise(parameters, config, module)
+
+    def enter(
+        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, **parameters: Any
+    ) -> dict[str, Any]:
+        """Puts the context in front, with its labels."""
+        changed = self.prompt.enter(inputs, training, word_embeddings, **parameters)
+        changed["labels"] = labels_with_context(inputs["labels"], inputs["input_type_mask"], self.ids, self.types)
+        return changed
+
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
+        """Takes the loss over labels, weighed by their distance from the end."""
+        return with_loss(output, entered["labels"], inputs["input_type_mask"], self.types, self.decay)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tokens of a context with their change.
+
+    Attributes:
+        types: The types of the tokens.
+        epsilon: ε for inputs.
+        format_epsilon: ε for templates.
+    """
+
+    asks: ClassVar[tuple[str, ...]] = ()
+
+    types: tuple[int, ...]
+    epsilon: float
+    format_epsilon: float
+
+    def parameters(self, config: CPTConfig) -> Mapping[str, ParameterSpec]:
+        """Returns the embeddings, which aren't trained, and their change, which is."""
+        table = Table().parameters(config)["prompt_embeddings"]
+        return {
+            "prompt_embedding": table._replace(key=f"{ENCODER_PREFIX}embedding.weight", is_trained=False),
+            "prompt_delta": table._replace(key=f"{ENCODER_PREFIX}delta_embedding.weight"),
+        }
+
+    @torch.no_grad()
+    def initialise(self, parameters: Mapping[str, Tensor], config: CPTConfig, embedding: nn.Module) -> None:
+        """Takes the embeddings of the context's tokens, and no change."""
+        weight: Any = embedding.weight
+        parameters["prompt_embedding"].copy_(embedding(torch.tensor(config.cpt_token_ids, device=weight.device)))
+        parameters["prompt_delta"].zero_()
+
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
+        """Returns the moved tokens."""
+        epsilons = (self.epsilon, self.format_epsilon)
+        return parameters["prompt_embedding"] + bounded(parameters["prompt_delta"], self.types, epsilons, training)
+
+
+@recorded
+def bounded(delta: Tensor, types: tuple[int, ...], epsilons: tuple[float, float], training: bool) -> Tensor:
+    """Returns a change whose rows are no longer than the bounds of their types; only those with a bound are trained.
+
+    In training the parameter itself is shortened, as in PEFT, so that the optimizer goes on from there.
+    """
+    scale = math.sqrt(delta.shape[1] / 2048)
+    by_type = (_SMALLEST, epsilons[1] * scale, epsilons[0] * scale, epsilons[1] * scale)
+    bounds = delta.new_tensor([by_type[kind % 4] if kind > 0 else _SMALLEST for kind in types])
+    with torch.no_grad():
+        lengths = delta.norm(dim=1)
+        shortened = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None] * delta
+        if training:
+            delta.copy_(shortened)
+    moves = delta.new_tensor([kind % 4 != 0 for kind in types])[:, None]
+    # the values are the shortened ones, and the gradients those of the rows that move
+    return shortened + moves * (delta - delta.detach())
+
+
+@recorded
+def labels_with_context(
+    labels: Tensor | None, input_types: Tensor | None, ids: tuple[int, ...], types: tuple[int, ...]
+) -> Tensor | None:
+    """Puts the context's tokens in front of the labels, (batch, tokens), and keeps those that are labels by type."""
+    if labels is None:
+        return None
+    all_types = types_with_context(labels, input_types, types)
+    context = labels.new_tensor(ids).expand(labels.shape[0], -1)
+    is_label = (all_types > 0) & (all_types % 4 == 0)
+    return torch.cat((context, labels), dim=1).masked_fill(~is_label, -100)
+
+
+def types_with_context(labels: Tensor, input_types: Tensor | None, types: tuple[int, ...]) -> Tensor:
+    """Returns the types of the context's tokens and of the input's, which are numbered on, (batch, tokens)."""
+    given = torch.full_like(labels, 4) if input_types is None else input_types.to(labels.device)
+    context = given.new_tensor(types).expand(labels.shape[0], -1)
+    return torch.cat((context, torch.where(given > 0, given + max(types), given)), dim=1)
+
+
+@recorded
+def with_loss(
+    output: Any, labels: Tensor | None, input_types: Tensor | None, types: tuple[int, ...], decay: float
+) -> Any:
+    """Returns a model's output with the mean loss of its labels, each label weighed by how far from the last it is.
+
+    Args:
+        output: The output, with `logits` of shape (batch, tokens, vocabulary).
+        labels: The labels with those of the context, (batch, tokens), or None.
+        input_types: The types of the input's tokens, or None.
+        types: Those of the context's.
+        decay: The factor for each step back.
+    """
+    if labels is None:
+        return output
+    all_types = types_with_context(labels[:, len(types) :], input_types, types)[:, 1:]
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    weights = torch.ones_like(losses)
+    for row, kinds in zip(weights, all_types, strict=True):
+        last_first = kinds[(kinds > 0) & (kinds % 4 == 0)].unique().flip(0)
+        for steps, kind in enumerate(last_first):
+            row[kinds == kind] = decay**steps
+    output.loss = (losses * weights)[targets != -100].mean()
+    return output

@@ -98,7 +98,7 @@ class PromptLearningConfig(PeftConfig):
         if site.role == prompting.DECODER:
             return LongerEncoding(self.num_virtual_tokens)
         has_labels = site.role == prompting.LABELS_TOKENS
-        return Prompt(self._encoder_in_use(), self.num_virtual_tokens, has_labels)
+        return Prompt(self._encoder_in_use(), self.num_virtual_tokens, has_labels, site.positions)
 
     @property
     def holds_table(self) -> bool:

@@ -71,11 +71,13 @@ class Prompt:
         encoder: What computes them.
         tokens: How many there are.
         labels: Whether labels are by token, and lengthened too.
+        positions: How many positions the model has a table for; None without a table.
     """
 
     encoder: Encoder
     tokens: int
     labels: bool
+    positions: int | None
 
     @property
     def more_inputs(self) -> tuple[str, ...]:
@@ -84,6 +86,8 @@ class Prompt:
 
     def check(self, site: CallSite, config: Any) -> str | None:
         """Returns why the module can't take a prompt, or None."""
+        if self.positions is not None and self.tokens >= self.positions:
+            return f"a prompt of {self.tokens} tokens leaves no room in its table of {self.positions} positions"
         takes_embeddings = "inputs_embeds" in site.arguments
         return None if takes_embeddings else "its forward has no argument inputs_embeds"
 
@@ -108,7 +112,7 @@ class Prompt:
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
         changed = {
             "input_ids": absent(inputs["input_ids"]),
-            "inputs_embeds": prepended(prompt, self.tokens, embedded, past),
+            "inputs_embeds": prepended(prompt, self.tokens, embedded, past, self.positions),
         }
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
@@ -222,7 +226,22 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
     reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())), ("config", "config"))
     arguments = tuple(inspect.signature(module.forward).parameters)
-    return CallSite(owner, role, beside, torch.get_default_dtype(), arguments, reads)
+    return CallSite(owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module))
+
+
+def _positions(module: Any) -> int | None:
+    """Returns how many positions a module has a table for; None if it computes them."""
+    tables = [
+        inner
+        for path, inner in module.named_modules()
+        if isinstance(inner, nn.Embedding) and any(word in path for word in ("position", "wpe"))
+    ]
+    most = getattr(module.config, "max_position_embeddings", None)
+    if not tables or most is None:
+        return None
+    # the first positions of such a table are for padding
+    reserved = max(0 if table.padding_idx is None else table.padding_idx + 1 for table in tables)
+    return min(most, *(table.num_embeddings for table in tables)) - reserved
 
 
 def _path_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
@@ -269,10 +288,26 @@ def embeddings_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, word_e
 
 
 @recorded
-def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any) -> Tensor:
-    """Puts the first virtual tokens in front of each sequence, unless the cache has them already."""
+def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any, positions: int | None) -> Tensor:
+    """Puts the first virtual tokens in front of each sequence, unless the cache has them already.
+
+    Args:
+        prompt: The virtual tokens, (tokens, dim) or (batch, tokens, dim).
+        tokens: How many of them.
+        embeddings: The sequences, (batch, length, dim).
+        cache: The model's cache, or None.
+        positions: The number of positions for which the model has a table, or None.
+
+    Raises:
+        ValueError: If there are more tokens than positions.
+    """
     if has_tokens(cache):
         return embeddings
+    if positions is not None and tokens + embeddings.shape[1] > positions:
+        raise ValueError(
+            f"{tokens} virtual tokens and {embeddings.shape[1]} of the input are more than the {positions} positions "
+            "that the model has a table for; shorten the input"
+        )
     batch = prompt[..., :tokens, :].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
     return torch.cat((batch, embeddings), dim=1)
 

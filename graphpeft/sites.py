@@ -105,6 +105,7 @@ class CallSite(NamedTuple):
         arguments: The names of the forward's arguments.
         reads: What else a rule may read, by its name for it: paths, seen from the module.
         file_path: What the names of its tensors begin with in files.
+        positions: How many positions of tokens the module has a table for; None without a table.
     """
 
     owner: str
@@ -114,6 +115,7 @@ class CallSite(NamedTuple):
     arguments: tuple[str, ...]
     reads: tuple[tuple[str, str], ...] = ()
     file_path: str = ""
+    positions: int | None = None
 
     op = Boundary
     prefix = ""

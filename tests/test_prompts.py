@@ -47,8 +47,8 @@ PAIR_SIZES: dict[str, Any] = {
     "decoder_ffn_dim": 48,
 }
 TOKENS = 4
-ACCURACY = 0.75
-"""What prompts in an untrained ViT reach, with its head, on real scans of four digits, where chance is 0.25."""
+ACCURACY = 0.72
+"""What prompts and a head in an untrained ViT exceed on real scans of four digits; the head alone reaches 0.68."""
 
 
 class Base(NamedTuple):

@@ -14,8 +14,8 @@ from torch import nn
 from graphpeft import prompting
 from graphpeft.config import OWN, PeftConfig, TaskType
 from graphpeft.paths import join
-from graphpeft.prompt_scopes import SCOPE, ScopePrompt, scope_sites
-from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, LongerEncoding, Prompt
+from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
+from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite, SiteFinder
@@ -93,19 +93,25 @@ class PromptLearningConfig(PeftConfig):
         """Returns the rule for a boundary."""
         assert self.num_virtual_tokens is not None
         if site.role == SCOPE:
-            encoder = self._encoder_in_use()
-            return ScopePrompt(encoder, self.num_virtual_tokens, self.prompt_position, site.arguments[0])
+            encoder = self.encoder_in_use()
+            scope = InScope(self.num_virtual_tokens, self.prompt_position, site.arguments[0])
+            return PromptRule(encoder, scope)
         if site.role == prompting.DECODER:
-            return LongerEncoding(self.num_virtual_tokens)
-        has_labels = site.role == prompting.LABELS_TOKENS
-        return Prompt(self._encoder_in_use(), self.num_virtual_tokens, has_labels, site.positions)
+            return PromptRule(Nothing(), InEncoding(self.num_virtual_tokens))
+        return PromptRule(self.encoder_in_use(), self.in_front(site))
+
+    def in_front(self, site: CallSite) -> InFront:
+        """Returns where the virtual tokens go in a Transformers model."""
+        assert self.num_virtual_tokens is not None
+        return InFront(self.num_virtual_tokens, site.role == prompting.LABELS_TOKENS, site.positions)
 
     @property
     def holds_table(self) -> bool:
         """Whether the adapter has the virtual tokens themselves, and not what computes them, as PEFT's files do."""
         return self.inference_mode or self._encoder_is_lost
 
-    def _encoder_in_use(self) -> Encoder:
+    def encoder_in_use(self) -> Encoder:
+        """Returns what computes the virtual tokens now."""
         return Table() if self.holds_table else self.encoder()
 
     def resolved(self, model: nn.Module) -> PromptLearningConfig:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft import targets
-from graphpeft.prompting import Encoder, recorded
+from graphpeft.prompting import recorded
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import CallSite, SiteFinder
 from graphpeft.tracing.errors import TraceError
 
@@ -30,49 +29,36 @@ SCOPE = "scope"
 
 
 @dataclass(frozen=True)
-class ScopePrompt:
-    """The rule that puts virtual tokens into a module's sequence and takes them out.
+class InScope:
+    """Into a module's token sequence, and out of what it returns.
 
     Attributes:
-        encoder: What computes them.
         tokens: How many there are.
         position: Whether they stand ``"before"`` or ``"after"`` the module's own tokens.
         sequence: The name of the argument that is the sequence.
     """
 
-    encoder: Encoder
+    asks: ClassVar[tuple[str, ...]] = ()
+
     tokens: int
     position: str
     sequence: str
 
-    more_inputs = ()
-
-    def check(self, site: CallSite, config: Any) -> str | None:
+    def check(self, site: CallSite) -> str | None:
         """Which modules have a sequence is known when they are found."""
         return None
 
-    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the encoder's parameters."""
-        return self.encoder.parameters(config)
-
-    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
-        """Returns none."""
-        return {}
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
-        """Fills new parameters with the encoder's first values."""
-        self.encoder.initialise(parameters, config, module)
-
-    def enter(self, inputs: Mapping[str, Any], training: Any, **parameters: Any) -> dict[str, Any]:
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Puts the virtual tokens into the sequence, and lengthens the masks that go along."""
-        prompt = self.encoder.encode(parameters, training)
-        changed = {self.sequence: inserted(prompt, inputs[self.sequence], self.position)}
-        for name in inputs:
-            if "mask" in name:
-                changed[name] = mask_with_tokens(inputs[name], name, inputs[self.sequence], self.tokens, self.position)
-        return changed
+        sequence = inputs[self.sequence]
+        masks = {
+            name: mask_with_tokens(mask, name, sequence, self.tokens, self.position)
+            for name, mask in inputs.items()
+            if "mask" in name
+        }
+        return {self.sequence: inserted(prompt, sequence, self.position), **masks}
 
-    def leave(self, output: Any, inputs: Mapping[str, Any]) -> Any:
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Takes the virtual tokens out."""
         return taken_out(output, inputs[self.sequence], self.tokens, self.position)
 

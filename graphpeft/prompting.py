@@ -63,33 +63,55 @@ class Encoder(Protocol):
         ...
 
 
+class Placement(Protocol):
+    """Where virtual tokens go at a boundary: a frozen value.
+
+    Attributes:
+        asks: The names of arguments that the module gets for it, beside its own.
+    """
+
+    asks: ClassVar[tuple[str, ...]]
+
+    def check(self, site: CallSite) -> str | None:
+        """Returns why the module can't take them, or None."""
+        ...
+
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
+        """Returns the new values of arguments, by name; it is run on proxies.
+
+        Args:
+            prompt: The virtual tokens.
+            inputs: The arguments by name.
+            word_embeddings: The module that embeds tokens, or None in a scope.
+            config: The model's config, or None in a scope.
+        """
+        ...
+
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
+        """Returns the new value of what the module returned."""
+        ...
+
+
 @dataclass(frozen=True)
-class Prompt:
-    """The rule that puts virtual tokens in front.
+class PromptRule:
+    """The rule of all prompt methods: something computes virtual tokens, and they go somewhere.
 
     Attributes:
         encoder: What computes them.
-        tokens: How many there are.
-        labels: Whether labels are by token, and lengthened too.
-        positions: How many positions the model has a table for; None without a table.
+        placement: Where they go.
     """
 
     encoder: Encoder
-    tokens: int
-    labels: bool
-    positions: int | None
+    placement: Placement
 
     @property
     def more_inputs(self) -> tuple[str, ...]:
-        """What the encoder asks for."""
-        return self.encoder.asks
+        """What both ask for."""
+        return (*self.encoder.asks, *self.placement.asks)
 
     def check(self, site: CallSite, config: Any) -> str | None:
-        """Returns why the module can't take a prompt, or None."""
-        if self.positions is not None and self.tokens >= self.positions:
-            return f"a prompt of {self.tokens} tokens leaves no room in its table of {self.positions} positions"
-        takes_embeddings = "inputs_embeds" in site.arguments
-        return None if takes_embeddings else "its forward has no argument inputs_embeds"
+        """Returns why the module can't take the virtual tokens, or None."""
+        return self.placement.check(site)
 
     def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the encoder's parameters."""
@@ -104,11 +126,44 @@ class Prompt:
         self.encoder.initialise(parameters, config, module)
 
     def enter(
-        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, **parameters: Any
+        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, config: Any, **parameters: Any
     ) -> dict[str, Any]:
-        """Puts the virtual tokens in front of the inputs."""
+        """Computes the virtual tokens and places them."""
+        asked = {name: inputs[name] for name in self.encoder.asks}
+        prompt = self.encoder.encode(parameters, training, **asked)
+        return self.placement.enter(prompt, inputs, word_embeddings, config)
+
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
+        """Returns what the placement makes of the output."""
+        return self.placement.leave(output, inputs, entered)
+
+
+@dataclass(frozen=True)
+class InFront:
+    """In front of the tokens that a Transformers model reads.
+
+    Attributes:
+        tokens: How many there are.
+        labels: Whether labels are by token, and lengthened too.
+        positions: How many positions the model has a table for; None without a table.
+    """
+
+    asks: ClassVar[tuple[str, ...]] = ()
+
+    tokens: int
+    labels: bool
+    positions: int | None
+
+    def check(self, site: CallSite) -> str | None:
+        """Returns why the module can't take a prompt, or None."""
+        if self.positions is not None and self.tokens >= self.positions:
+            return f"a prompt of {self.tokens} tokens leaves no room in its table of {self.positions} positions"
+        takes_embeddings = "inputs_embeds" in site.arguments
+        return None if takes_embeddings else "its forward has no argument inputs_embeds"
+
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
+        """Puts the virtual tokens in front, and lengthens what goes along."""
         past = next((inputs[name] for name in CACHES if name in inputs), None)
-        prompt = self.encoder.encode(parameters, training, **{name: inputs[name] for name in self.encoder.asks})
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
         changed = {
             "input_ids": absent(inputs["input_ids"]),
@@ -127,46 +182,53 @@ class Prompt:
                 changed[name] = shifted(inputs[name], self.tokens)
         return changed
 
-    def leave(self, output: Any) -> Any:
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Returns the output as it is."""
         return output
 
 
 @dataclass(frozen=True)
-class LongerEncoding:
-    """The rule for a decoder whose encoder has a prompt: what it reads there is longer.
+class InEncoding:
+    """In what a decoder reads from its encoder, which has the virtual tokens: the mask for it gets longer.
 
     Attributes:
         tokens: By how many tokens.
     """
 
+    asks: ClassVar[tuple[str, ...]] = ()
+
     tokens: int
 
-    more_inputs = ()
-
-    def check(self, site: CallSite, config: Any) -> str | None:
+    def check(self, site: CallSite) -> str | None:
         """Returns why the decoder can't read a longer encoding, or None."""
         has_mask = "encoder_attention_mask" in site.arguments
         return None if has_mask else "its forward has no argument encoder_attention_mask"
 
-    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns none."""
-        return {}
-
-    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
-        """Returns none."""
-        return {}
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
-        """Has nothing to fill."""
-
-    def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Lengthens the mask for the encoder's tokens."""
         return {"encoder_attention_mask": lengthened(inputs["encoder_attention_mask"], self.tokens, 1)}
 
-    def leave(self, output: Any) -> Any:
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Returns the output as it is."""
         return output
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No virtual tokens: those of another module reach this one."""
+
+    asks: ClassVar[tuple[str, ...]] = ()
+
+    def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns none."""
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
+        """Has nothing to fill."""
+
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
+        """Returns None."""
+        return None
 
 
 # where prompts go in

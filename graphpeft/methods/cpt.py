@@ -10,6 +10,7 @@ arXiv 2410.17222; the numbers are those of PEFT's ``tuners/cpt/model.py`` and ``
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.config import PeftType, TaskType, register
 from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
-from graphpeft.prompting import Encoder, Prompt, recorded
+from graphpeft.prompting import Encoder, InFront, PromptRule, recorded
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite
 
@@ -84,53 +85,38 @@ class CPTConfig(PromptLearningConfig):
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
         """Returns the rule for the model's boundary."""
-        prompt = super().rule_for(site, dtype)
-        assert isinstance(prompt, Prompt)
         decay = self.opt_loss_decay_factor if self.opt_weighted_loss_type == "decay" else 1.0
-        return ContextPrompt(
-            prompt, tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ()), decay or 0.0
-        )
+        ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())
+        # the context has labels of its own
+        in_front = dataclasses.replace(self.in_front(site), labels=False)
+        return PromptRule(self.encoder_in_use(), ContextInFront(in_front, ids, types, decay or 0.0))
 
 
 @dataclass(frozen=True)
-class ContextPrompt:
-    """The rule that puts a context in front, and takes the loss over labels of both.
+class ContextInFront:
+    """In front of what the model reads, with labels of their own, and with a loss over both.
 
     Attributes:
-        prompt: The rule that puts the tokens in front.
+        in_front: Where the tokens go.
         ids: The tokens of the context.
         types: Their types.
         decay: By which factor each step back weighs less.
     """
 
-    prompt: Prompt
+    asks: ClassVar[tuple[str, ...]] = ("input_type_mask",)
+
+    in_front: InFront
     ids: tuple[int, ...]
     types: tuple[int, ...]
     decay: float
 
-    more_inputs = ("input_type_mask",)
-
-    def check(self, site: CallSite, config: Any) -> str | None:
+    def check(self, site: CallSite) -> str | None:
         """Returns why the module can't take a prompt, or None."""
-        return self.prompt.check(site, config)
+        return self.in_front.check(site)
 
-    def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the context and its change."""
-        return self.prompt.parameters(site, config)
-
-    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
-        """Returns none."""
-        return {}
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
-        """Fills new parameters with the context's embeddings, and with no change."""
-        self.prompt.initialise(parameters, config, module)
-
-    def enter(
-        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, **parameters: Any
-    ) -> dict[str, Any]:
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Puts the context in front, with its labels."""
-        changed = self.prompt.enter(inputs, training, word_embeddings, **parameters)
+        changed = self.in_front.enter(prompt, inputs, word_embeddings, config)
         changed["labels"] = labels_with_context(inputs["labels"], inputs["input_type_mask"], self.ids, self.types)
         return changed
 

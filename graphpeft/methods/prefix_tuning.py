@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graphpeft import prompting
 from graphpeft.config import PeftType, register
 from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
-from graphpeft.prompting import CACHES, EMBEDDINGS_KEY, Encoder, has_tokens, lengthened, recorded, shifted
+from graphpeft.prompting import CACHES, EMBEDDINGS_KEY, Encoder, PromptRule, has_tokens, lengthened, recorded, shifted
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite, SiteFinder
@@ -82,59 +82,42 @@ class PrefixTuningConfig(PromptLearningConfig):
         assert self.num_layers is not None
         assert self.num_attention_heads is not None
         encoder = PrefixTable() if self.holds_table else self.encoder()
-        return Prefix(encoder, self.num_virtual_tokens, self.num_layers, self.num_attention_heads)
+        return PromptRule(encoder, InCache(self.num_virtual_tokens, self.num_layers, self.num_attention_heads))
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """The rule that fills an empty cache.
+class InCache:
+    """Into an empty cache, as what it holds before the first token.
 
     Attributes:
-        encoder: What computes the keys and values.
         tokens: The number of virtual tokens.
         layers: The number of layers.
         heads: The number of heads that have keys.
     """
 
-    encoder: Encoder
+    asks: ClassVar[tuple[str, ...]] = ()
+
     tokens: int
     layers: int
     heads: int
 
-    more_inputs = ()
-
-    def check(self, site: CallSite, config: Any) -> str | None:
+    def check(self, site: CallSite) -> str | None:
         """Any module that takes a cache takes a prefix."""
         return None
 
-    def parameters(self, site: CallSite, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the encoder's parameters."""
-        return self.encoder.parameters(config)
-
-    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
-        """Returns none."""
-        return {}
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, module: nn.Module) -> None:
-        """Fills new parameters with the encoder's first values."""
-        self.encoder.initialise(parameters, config, module)
-
-    def enter(
-        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, config: Any, **parameters: Any
-    ) -> dict[str, Any]:
+    def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Fills the cache, and lengthens the mask and moves the positions accordingly."""
         name = next(name for name in CACHES if name in inputs)
-        prefix = self.encoder.encode(parameters, training)
         tokens = (inputs.get("input_ids"), inputs.get("inputs_embeds"))
         sizes = (self.layers, self.heads)
-        changed = {name: filled(inputs[name], prefix, tokens, sizes, word_embeddings, config)}
+        changed = {name: filled(inputs[name], prompt, tokens, sizes, word_embeddings, config)}
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
         if "position_ids" in inputs:
             changed["position_ids"] = shifted(inputs["position_ids"], self.tokens)
         return changed
 
-    def leave(self, output: Any, inputs: Mapping[str, Any]) -> Any:
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Takes the cache out of the output where none was asked for."""
         name = next(name for name in CACHES if name in inputs)
         return without_cache(output, inputs[name], inputs["use_cache"]) if "use_cache" in inputs else output

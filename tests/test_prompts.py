@@ -565,6 +565,22 @@ def test_a_prompt_cannot_be_merged() -> None:
         adapted(graphpeft, BASES[0], "prompt-tuning").merge_and_unload()
 
 
+def test_a_prompted_model_is_traced_whole() -> None:
+    model = adapted(graphpeft, BASES[0], "p-tuning-mlp")
+    given = {"input_ids": inputs_of(BASES[0])["input_ids"], "use_cache": False}
+    traced = graphpeft.trace(model, given)
+    assert traced.kept == {}
+    shorter = {"input_ids": given["input_ids"][:2, :5], "use_cache": False}
+    assert equal(traced(**shorter).logits, model(**shorter).logits)
+
+
+def test_a_prompted_model_compiles_into_one_graph() -> None:
+    model = adapted(graphpeft, BASES[0], "prompt-tuning")
+    given = inputs_of(BASES[0])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert equal(compiled(**given).logits, model(**given).logits)
+
+
 def test_a_prompted_model_is_copied_and_generates_on_its_own() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
     copied = copy.deepcopy(model)

@@ -50,6 +50,8 @@ class ValueProxy(fx.Proxy):
             if isinstance(attribute, int | torch.Size):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if not isinstance(read, fx.Proxy):
+            return read  # None or a string, which the tracer has noted already
         if name not in _STATIC and isinstance(attribute, _TRACED) and not isinstance(attribute, bool):
             return read
         self.tracer.decide(read, attribute)

@@ -37,8 +37,8 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
 
-_READS = (getattr, operator.getitem)
-"""Functions that take a value out of another one, which may be None."""
+_EFFECTS = (guards.expect, guards.expect_present, operator.setitem)
+"""Functions that are called for what they do; that they return None decides nothing."""
 
 
 def _of_the_arguments(node: fx.Node) -> bool:
@@ -204,7 +204,7 @@ class ValueTracer(fx.Tracer):
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
         value = proxy.node.meta.get(VALUE, proxy)
-        if (value is None or isinstance(value, str)) and (target in _READS or kind != "call_function"):
+        if (value is None or isinstance(value, str)) and target not in _EFFECTS:
             self.decide(proxy, value)
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from graphpeft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 
@@ -285,6 +285,22 @@ def test_training_that_resumes_from_a_checkpoint_ends_where_it_would_have_ended(
     expected = get_peft_model_state_dict(uninterrupted)
     for key, tensor in get_peft_model_state_dict(resumed).items():
         torch.testing.assert_close(tensor, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_training_of_a_prompt_resumes_with_its_encoder(tmp_path: Path) -> None:
+    def prompted() -> Any:
+        torch.manual_seed(0)
+        config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)  # type: ignore[arg-type]
+        return get_peft_model(LLAMA.build(), config)
+
+    through, resumed = prompted(), prompted()
+    first = prompted().state_dict()
+    trainer_of(through, tmp_path).train()
+    trainer_of(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    changed = [name for name, tensor in through.state_dict().items() if not torch.equal(tensor, first[name])]
+    assert all(name.startswith("prompt_") for name in changed)
+    assert changed
+    assert all(torch.equal(tensor, through.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 
 
 def test_an_adapted_model_is_saved_by_trainer_as_an_adapter(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
-    known = {*named, *_names_of_second_paths(named, modules)}
+    known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
     needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
     misshapen = [
@@ -171,14 +171,14 @@ _REDUNDANT = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 """What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained."""
 
 
-def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules) -> Iterator[str]:
+def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
     """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
     first = {id(module): path for path, module in modules.items()}
     for path, module in modules[""].named_modules(remove_duplicate=False):
         owner = first[id(module)]
         if path != owner:
             keys_of_owner = [key for key, place in named.items() if place[0] == owner]
-            yield from (key.replace(f".{owner}.", f".{path}.", 1) for key in keys_of_owner)
+            yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:

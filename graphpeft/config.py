@@ -95,7 +95,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-OWN = {"of PEFT's": False}
+OWN = {"is_of_peft": False}
 """The metadata of an option that PEFT doesn't have: files hold it only where it is set."""
 
 

@@ -143,31 +143,49 @@ def inserted(prompt: Tensor, sequence: Tensor, position: str) -> Tensor:
     return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)
 
 
+_BY_PAIR = ("src_mask", "attn_mask")
+_BY_TOKEN = ("src_key_padding_mask", "key_padding_mask")
+"""The names of masks of PyTorch's layers, whose True leaves a token out, and whose numbers are added."""
+
+
 @recorded
 def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: int, position: str) -> Tensor | None:
     """Lengthens a mask so that every token sees the virtual ones.
 
     Args:
         mask: None, or a mask by token, (batch, length), or by pairs of tokens, (…, length, length).
-        name: The argument's name: PyTorch's padding masks are true where a token is left out.
+        name: The argument's name, which tells what the values mean if it is one of PyTorch's.
         sequence: The sequence without virtual tokens.
         tokens: The number of virtual tokens.
         position: Where they stand.
+
+    Raises:
+        ValueError: If the mask has another shape, or what its values mean isn't known.
     """
     if mask is None:
         return None
     around = (tokens, 0) if position == "before" else (0, tokens)
     length = sequence.shape[1]
-    hides = mask.is_floating_point() or name in ("src_mask", "src_key_padding_mask", "key_padding_mask", "attn_mask")
-    value = 0 if hides else 1
-    if mask.shape[-2:] == (length, length) and mask.shape != sequence.shape[:2]:
-        return F.pad(mask, around * 2, value=value)
-    if mask.shape == sequence.shape[:2]:
-        return F.pad(mask, around, value=0 if "padding" in name else 1)
+    if mask.shape == sequence.shape[:2] and name not in _BY_PAIR:
+        return F.pad(mask, around, value=_visible(mask, name, is_by_pair=False))
+    if mask.shape[-2:] == (length, length):
+        return F.pad(mask, around * 2, value=_visible(mask, name, is_by_pair=True))
     raise ValueError(
         f"{name} has shape {tuple(mask.shape)}; a prompt can only lengthen masks of shape (batch, {length}) or "
         f"(…, {length}, {length})"
     )
+
+
+def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
+    """Returns the value by which a mask lets a token be seen."""
+    if name in (*_BY_PAIR, *_BY_TOKEN) or (mask.is_floating_point() and is_by_pair):
+        return 0
+    if mask.is_floating_point() or mask.dtype == torch.bool:
+        raise ValueError(
+            f"{name} is of {mask.dtype}, and what its values mean for the virtual tokens isn't known; pass an integer "
+            "mask, where 1 keeps a token, or a float mask by pairs of tokens, which is added"
+        )
+    return 1
 
 
 @recorded

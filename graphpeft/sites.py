@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import boundaries, dataflow, ops
+from graphpeft import boundaries, dataflow, in_place, ops
 from graphpeft.boundaries import Boundary, boundary_of, call_through
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import Template, template_of
-from graphpeft.tracing.lift import lift
+from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
 
@@ -160,7 +160,7 @@ class SiteFinder:
         self.known = known
         self.example_inputs = example_inputs
         self.templates: dict[str, Template] = {}
-        self._graphs = {path for path, module in self.modules.items() if isinstance(module, fx.GraphModule)}
+        self._graphs = {path for path, module in self.modules.items() if _runs_graph(module)}
         self._errors: dict[str, TraceError] = {}
         self._layer_classes = layer_classes()
         self._readers = _readers(self.modules)
@@ -206,8 +206,10 @@ class SiteFinder:
         """
         if path not in self.templates:
             module = self.modules[path]
-            is_graph = isinstance(module, fx.GraphModule)
-            found = template_of(module) or self.known.get(path) or (lift(module) if is_graph else call_through(module))
+            found = template_of(module) or self.known.get(path)
+            if found is None:
+                refuse_what_a_graph_cannot_replace(module)
+                found = lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
             for graph in found.graphs:
                 boundary_of(graph)
             self.templates[path] = found
@@ -232,7 +234,7 @@ class SiteFinder:
         path, inside = self._around(owner)
         if path is None or path not in self._may_read:
             return []
-        uses = uses_in_forward(type(self.modules[path]))
+        uses = uses_in_forward(in_place.original_class(self.modules[path]))
         if attribute not in uses.read_elsewhere and inside not in uses.read:
             return []
         template = self._template(path)
@@ -258,7 +260,10 @@ class SiteFinder:
             is_inside = path.startswith(f"{region}.") if region else True
             if is_inside and within(path, region) in called:
                 return path
-            if not is_inside and within(owner, path) in uses_in_forward(type(self.modules[path])).called:
+            if (
+                not is_inside
+                and within(owner, path) in uses_in_forward(in_place.original_class(self.modules[path])).called
+            ):
                 return path
         return None
 
@@ -290,9 +295,9 @@ class SiteFinder:
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
-        if region != owner or isinstance(self.modules[region], fx.GraphModule):
+        if region != owner or _runs_graph(self.modules[region]):
             return
-        cls = type(self.modules[region])
+        cls = in_place.original_class(self.modules[region])
         methods = uses_in_forward(cls).read.get(attribute, set())
         public = sorted(name for name in methods if name != "forward" and not name.startswith("_"))
         if public:
@@ -322,7 +327,13 @@ class SiteFinder:
         if path not in self.templates and path not in self._errors:
             module = self.modules[path]
             try:
-                self.templates[path] = template_of(module) or self.known.get(path) or self._lift(module)
+                found = template_of(module) or self.known.get(path) or self._lift(module)
+                if found.calls_own_forward:
+                    raise TraceError(
+                        "an adapter changes what it is given, so that its graph only calls its code; unload that "
+                        "adapter, put this one on first, and then that one"
+                    )
+                self.templates[path] = found
             except TraceError as error:
                 self._errors[path] = error
         return self.templates.get(path)
@@ -385,9 +396,9 @@ def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str
     """Returns, by owner and name, the weights that modules around their owner read, with the paths of these modules."""
     found: dict[tuple[str, str], list[str]] = {}
     for path, module in modules.items():
-        if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
+        if _runs_graph(module) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
-        for read in uses_in_forward(type(module)).read:
+        for read in uses_in_forward(in_place.original_class(module)).read:
             inside, _, name = read.rpartition(".")
             owner = join(path, inside)
             if inside and owner in modules and name in modules[owner]._parameters:
@@ -399,12 +410,18 @@ def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
     """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it."""
     found = set()
     for path, module in modules.items():
-        if isinstance(module, fx.GraphModule) or not module._modules or _is_off(module):
+        if _runs_graph(module) or not module._modules or _is_off(module):
             continue
-        uses = uses_in_forward(type(module))
+        uses = uses_in_forward(in_place.original_class(module))
         if uses.read_elsewhere or any(join(path, read) in modules for read in uses.read):
             found.add(path)
     return found
+
+
+def _runs_graph(module: nn.Module) -> bool:
+    """Tells whether a graph is all that a module runs, and not only what stands around its own code."""
+    template = template_of(module)
+    return isinstance(module, fx.GraphModule) and (template is None or not template.calls_own_forward)
 
 
 def _is_off(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -590,3 +591,23 @@ def test_disabled_and_merged_models_are_pefts() -> None:
     with ours.disable_adapter(), theirs.disable_adapter():
         assert_same_outputs(ours, theirs, LLAMA)
     assert_same_outputs(ours.merge_and_unload(), theirs.merge_and_unload(), LLAMA)
+
+
+def test_a_shared_module_called_model_is_known_by_its_second_name(tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.model = nn.Linear(4, 4), nn.LayerNorm(4)
+            self.again = self.model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(self.linear(self.model(x)))
+
+    torch.manual_seed(0)
+    config: dict[str, Any] = {"r": 2, "target_modules": ["linear"], "bias": "all", "init_lora_weights": False}
+    base, x = Shared(), torch.randn(2, 4)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config)).eval()
+    theirs.save_pretrained(str(tmp_path))
+    assert any(".again." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = graphpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert (ours(x) - theirs(x)).abs().max() <= 1e-6

@@ -482,7 +482,80 @@ def test_masked_virtual_tokens_change_nothing() -> None:
     assert equal(get_peft_model(model, config)(x, mask), base)
 
 
+class Reading(nn.Module):
+    """An attention that reads the weight of a layer which it doesn't call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.fc.weight, self.fc.bias)
+        return (y @ y.mT).softmax(-1) @ y
+
+
+SCOPED: dict[str, Any] = {"num_virtual_tokens": 2, "token_dim": 8, "prompt_scope": ["0"]}
+
+
+def test_lora_acts_inside_a_scope_in_one_order_and_is_refused_in_the_other() -> None:
+    x, lora = torch.randn(2, 3, 8), LoraConfig(target_modules=["fc"], init_lora_weights=False)
+    model: Any = get_peft_model(nn.Sequential(Reading()), lora, "lora")
+    adapted_alone = model(x)
+    model.add_adapter("prompt", graphpeft.PromptTuningConfig(**SCOPED))
+    model.set_adapter("prompt")
+    prompted_alone = model(x)
+    model.set_adapter(["lora", "prompt"])
+    assert not any(torch.equal(model(x), alone) for alone in (adapted_alone, prompted_alone))
+    model = get_peft_model(nn.Sequential(Reading()), graphpeft.PromptTuningConfig(**SCOPED), "prompt")
+    with pytest.raises(AdaptError, match=r"an adapter changes what it is given.*put this one on first"):
+        model.add_adapter("lora", lora)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_whose_values_could_mean_either_is_refused(dtype: torch.dtype) -> None:
+    class Masking(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = Masking(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.head(self.inner(x, mask))
+
+    model = get_peft_model(Around(), graphpeft.PromptTuningConfig(**{**SCOPED, "prompt_scope": "inner"}))
+    with pytest.raises(ValueError, match="what its values mean for the virtual tokens isn't known"):
+        model(torch.randn(2, 3, 8), torch.ones(2, 3).to(dtype))
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_masks_of_pytorchs_layers_let_virtual_tokens_be_seen(batch: int) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x, hidden = torch.randn(batch, 3, 8), torch.zeros(batch, 3, dtype=torch.bool)
+    hidden[0, 2] = True
+    causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    model: Any = get_peft_model(nn.Sequential(layer).train(), graphpeft.PromptTuningConfig(**SCOPED))
+    found = model[0](x, src_mask=causal, src_key_padding_mask=hidden)
+    table = model[0].prompt_embeddings_default.detach().expand(batch, -1, -1)
+    model.unload()
+    expected = layer(
+        torch.cat((table, x), dim=1),
+        src_mask=nn.functional.pad(causal, (2, 0, 2, 0)),
+        src_key_padding_mask=nn.functional.pad(hidden, (2, 0)),
+    )
+    assert equal(found, expected[:, 2:])
+
+
 # refusals
+
+
+def test_a_module_whose_forward_was_set_on_the_instance_takes_no_prompt() -> None:
+    model: Any = nn.Sequential(Reading())
+    model[0].forward = lambda x: x
+    with pytest.raises(AdaptError, match="its forward was set on the instance"):
+        get_peft_model(model, graphpeft.PromptTuningConfig(**SCOPED))
 
 
 @pytest.mark.parametrize(

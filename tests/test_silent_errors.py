@@ -337,6 +337,9 @@ def test_a_decision_on_the_gradient_mode_is_checked():
         assert torch.equal(made(X), model(X))
         with torch.no_grad(), pytest.raises(GuardError, match=r"torch\.is_grad_enabled"):
             made(X)
+    with torch.no_grad():
+        other = get_peft_model(copy.deepcopy(model), lora("w"))
+        assert torch.equal(other(X), model(X))
 
 
 def test_a_model_that_threads_trace_and_run_meanwhile_stays_as_it_is():

@@ -60,6 +60,11 @@ class Template:
         recipe = (_layer_of, (self,))
         self.layer = in_place.Layer("graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer)
 
+    @functools.cached_property
+    def calls_own_forward(self) -> bool:
+        """Whether the graphs only stand around the forward of the module's own class, which runs as it is."""
+        return any(node.target == OWN_FORWARD for graph in self.graphs for node in graph.nodes)
+
     def index(self, module: nn.Module) -> int:
         """Returns which of the graphs `module` runs in its mode."""
         return int(module.training and len(self.graphs) > 1)

@@ -86,7 +86,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
         return worn
     if isinstance(module, fx.GraphModule):
         return Template((copy_graph(module.graph),), shared=False)
-    _refuse_what_a_graph_cannot_replace(module)
+    refuse_what_a_graph_cannot_replace(module)
     known = _LIFTED.setdefault(in_place.original_class(module), [])
     for lifted in known:
         if lifted.holds_for(module):
@@ -99,7 +99,8 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     return template
 
 
-def _refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
+def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
+    """Raises TraceError if `module` would not run the forward of a graph that it wears."""
     if "forward" in module.__dict__:
         raise TraceError(
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "

@@ -152,8 +152,13 @@ def _decided_switch(tracer: ValueTracer, function: Callable[..., bool]) -> Calla
         asking = sys._getframe(1).f_code.co_filename
         if tracer.is_running or asking.startswith(_PYTORCH) or guards.is_machinery(asking):
             return function(*args)
+        # equal modules may be adapted while other things are switched on
+        tracer.specialised = True
         answer = tracer.grad_mode if function.__name__ == "is_grad_enabled" else function(*args)
-        tracer.decide(tracer.create_proxy("call_function", function, args, {}), answer)
+        asked = tracer.create_proxy("call_function", function, args, {})
+        # a trace runs with gradients, whatever is switched on around it
+        asked.node.meta[VALUE] = answer
+        tracer.decide(asked, answer)
         return answer
 
     return decide

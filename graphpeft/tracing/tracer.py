@@ -59,7 +59,7 @@ class ValueTracer(fx.Tracer):
     Attributes:
         kept: The modules that could not be inlined, with the reason.
         constants: Objects of the user's that the graph reads as attributes of its root.
-        specialised: Whether the graph holds a property of the root's tensors, such as a shape.
+        specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
     """
 
     proxy_buffer_attributes = True

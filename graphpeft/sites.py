@@ -420,8 +420,10 @@ def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
 
 def _runs_graph(module: nn.Module) -> bool:
     """Tells whether a graph is all that a module runs, and not only what stands around its own code."""
+    if not isinstance(module, fx.GraphModule):
+        return False
     template = template_of(module)
-    return isinstance(module, fx.GraphModule) and (template is None or not template.calls_own_forward)
+    return template is None or not template.calls_own_forward
 
 
 def _is_off(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from graphpeft.model import (
 )
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
+from graphpeft.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.tracing.trace import trace
 
@@ -36,8 +37,10 @@ __all__ = [
     "PromptTuningConfig",
     "Report",
     "TaskType",
+    "TokenSequence",
     "TraceError",
     "explain",
+    "find_token_sequence",
     "get_peft_model",
     "get_peft_model_state_dict",
     "set_peft_model_state_dict",

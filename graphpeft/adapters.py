@@ -23,6 +23,7 @@ from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
+from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
 
 Modules = Mapping[str, nn.Module]
@@ -308,12 +309,19 @@ def _with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = boundary_of(graph) if kind is Boundary else _op_at(named.get(node), module, region)
+                    op = _boundary(graph, node) if kind is Boundary else _op_at(named.get(node), module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
+
+
+def _boundary(graph: fx.Graph, name: str) -> Boundary:
+    try:
+        return boundary_of(graph, name)
+    except TraceError as error:
+        raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
 def _op_at(node: fx.Node | None, module: nn.Module, region: str) -> ops.Linear:
@@ -336,7 +344,8 @@ def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...
     if owner == region:
         return (*adapted.names.items(), *adapted.site.reads)
     relative = within(owner, region)
-    return tuple((local, join(relative, attribute)) for local, attribute in adapted.names.items())
+    names = tuple((local, join(relative, attribute)) for local, attribute in adapted.names.items())
+    return (*names, ("training", join(relative, "training")))
 
 
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:

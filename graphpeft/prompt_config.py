@@ -38,6 +38,8 @@ class PromptLearningConfig(PeftConfig):
             `target_modules` do. None for a Transformers model, which gets them where PEFT puts them. It isn't an option
             of PEFT's.
         prompt_position: Whether they stand ``"before"`` or ``"after"`` the tokens of a scope.
+        labels_include_prompt: Whether labels of tokens, and positions of answers, count the virtual tokens already, as
+            PEFT takes those of TOKEN_CLS and QUESTION_ANS. By default they are those of the input, and are moved.
     """
 
     file_prefix: ClassVar[str] = "base_model."
@@ -49,6 +51,7 @@ class PromptLearningConfig(PeftConfig):
     num_layers: int | None = None
     prompt_scope: str | list[str] | None = field(default=None, metadata=OWN)
     prompt_position: Literal["before", "after"] = field(default="before", metadata=OWN)
+    labels_include_prompt: bool = field(default=False, metadata=OWN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +106,9 @@ class PromptLearningConfig(PeftConfig):
     def in_front(self, site: CallSite) -> InFront:
         """Returns where the virtual tokens go in a Transformers model."""
         assert self.num_virtual_tokens is not None
-        return InFront(self.num_virtual_tokens, site.role == prompting.LABELS_TOKENS, site.positions)
+        labels = (prompting.LABELS,) if site.role == prompting.LABELS_TOKENS else ()
+        follows = () if self.labels_include_prompt else (*labels, *prompting.POSITIONS)
+        return InFront(self.num_virtual_tokens, follows, site.positions)
 
     @property
     def holds_table(self) -> bool:

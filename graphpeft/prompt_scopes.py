@@ -9,13 +9,13 @@ arXiv 2203.12119.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphpeft import targets
@@ -85,7 +85,7 @@ def scope_sites(
         try:
             site, size = _scope_site(path, finder, dtype)
         except TraceError as error:
-            report.refused.append(Refusal(path, str(error), "name another module in prompt_scope"))
+            report.refused.append(Refusal(path, str(error), _way_out(finder.modules[path], path)))
             continue
         sites.append(site)
         sizes += size
@@ -93,28 +93,33 @@ def scope_sites(
 
 
 def _scope_site(path: str, finder: SiteFinder, dtype: torch.dtype) -> tuple[CallSite, list[int]]:
-    module = finder.modules[path]
-    if type(module).forward is nn.Module.forward:
-        inside = [f"{path}.{name}" for name, _ in module.named_children()]
-        raise TraceError(f"a {type(module).__name__} is never called; name modules inside, such as {listed(inside)}")
-    finder.boundary(path)
-    arguments = tuple(inspect.signature(module.forward).parameters)
-    if not arguments:
+    crossing = finder.boundary(path)
+    if not crossing.arguments:
         raise TraceError("its forward takes no arguments")
-    inputs = finder.inputs_of(path)
-    size = [] if inputs is None else [_token_size(inputs, arguments[0])]
+    sequence = crossing.arguments[0]
+    inputs = crossing.values or finder.inputs_of(path)
+    size = [] if inputs is None else [_token_size(inputs, sequence)]
     beside = next(((owner, name) for owner, name in _tensors(path, finder.modules)), None)
     if beside is None:
         raise TraceError("the model has no parameters, which would tell the device of virtual tokens")
-    return CallSite(path, SCOPE, beside, dtype, arguments, file_path=path), size
+    region, nodes, arguments, _ = crossing
+    return CallSite(region, nodes, path, SCOPE, beside, dtype, arguments, file_path=path), size
 
 
 def _token_size(inputs: Any, name: str) -> int:
-    value = inputs[name] if isinstance(inputs, dict) else inputs[0]
+    value = inputs.get(name) if isinstance(inputs, dict) else inputs[0]
     if not isinstance(value, Tensor) or value.ndim != 3:
         what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"that is a {type(value).__name__}"
         raise TraceError(f"it is given {name} {what}, which is no token sequence (batch, tokens, dim)")
     return value.shape[-1]
+
+
+def _way_out(module: nn.Module, path: str) -> str:
+    inside = [f"{path}.{name}" for name, _ in module.named_children()]
+    is_container = inside and type(module).forward is nn.Module.forward
+    return (
+        f"name modules inside it, such as {listed(inside)}" if is_container else "name another module in prompt_scope"
+    )
 
 
 def _tensors(path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
@@ -143,9 +148,11 @@ def inserted(prompt: Tensor, sequence: Tensor, position: str) -> Tensor:
     return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)
 
 
-_BY_PAIR = ("src_mask", "attn_mask")
-_BY_TOKEN = ("src_key_padding_mask", "key_padding_mask")
-"""The names of masks of PyTorch's layers, whose True leaves a token out, and whose numbers are added."""
+_LEAVE_OUT = {"src_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
+"""Masks of PyTorch's layers whose True leaves a token out, and whose numbers are added; whether they are by pairs."""
+
+_KEEP = "attention_mask"
+"""The mask of Transformers models, whose True keeps a token."""
 
 
 @recorded
@@ -166,7 +173,8 @@ def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: i
         return None
     around = (tokens, 0) if position == "before" else (0, tokens)
     length = sequence.shape[1]
-    if mask.shape == sequence.shape[:2] and name not in _BY_PAIR:
+    # as many sequences as tokens are no reason to take the one for the other
+    if mask.shape == sequence.shape[:2] and not _LEAVE_OUT.get(name, False):
         return F.pad(mask, around, value=_visible(mask, name, is_by_pair=False))
     if mask.shape[-2:] == (length, length):
         return F.pad(mask, around * 2, value=_visible(mask, name, is_by_pair=True))
@@ -178,9 +186,9 @@ def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: i
 
 def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
     """Returns the value by which a mask lets a token be seen."""
-    if name in (*_BY_PAIR, *_BY_TOKEN) or (mask.is_floating_point() and is_by_pair):
+    if name in _LEAVE_OUT or (mask.is_floating_point() and is_by_pair):
         return 0
-    if mask.is_floating_point() or mask.dtype == torch.bool:
+    if mask.is_floating_point() or (mask.dtype == torch.bool and name != _KEEP):
         raise ValueError(
             f"{name} is of {mask.dtype}, and what its values mean for the virtual tokens isn't known; pass an integer "
             "mask, where 1 keeps a token, or a float mask by pairs of tokens, which is added"
@@ -190,14 +198,23 @@ def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
 
 @recorded
 def taken_out(output: Any, sequence: Tensor, tokens: int, position: str) -> Any:
-    """Takes the virtual tokens out of what a module returned: a sequence, or a container that begins with one."""
-    if isinstance(output, tuple | list):
-        return type(output)((taken_out(output[0], sequence, tokens, position), *output[1:]))
-    length = sequence.shape[1]
-    if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[1] != length + tokens:
-        what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    """Takes the virtual tokens out of what a module returned: a sequence, or a container that begins with one.
+
+    What else in the container is a sequence of as many tokens loses them too.
+    """
+    leaves, structure = pytree.tree_flatten(output)
+    batch, length = sequence.shape[:2]
+    prompted = (batch, length + tokens)
+    if not leaves or not _is_sequence(leaves[0], prompted):
+        first = leaves[0] if leaves else None
+        what = f"of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
         raise ValueError(
             f"a module with a prompt returned {what}, where the prompt can't be found; it must return a sequence of "
             f"{length} + {tokens} tokens"
         )
-    return output[:, tokens:] if position == "before" else output[:, :length]
+    kept = slice(tokens, None) if position == "before" else slice(length)
+    return structure.unflatten([leaf[:, kept] if _is_sequence(leaf, prompted) else leaf for leaf in leaves])
+
+
+def _is_sequence(value: Any, shape: tuple[int, int]) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == shape

@@ -35,6 +35,10 @@ CACHES = ("cache", "past_key_values")
 """What the forwards of Transformers models call their cache, the newer ones first."""
 
 
+LABELS, POSITIONS = "labels", ("start_positions", "end_positions")
+"""The arguments that say what is right of tokens, and of answers."""
+
+
 class Encoder(Protocol):
     """What computes the virtual tokens: a frozen value, such as a table or a small network.
 
@@ -144,14 +148,15 @@ class InFront:
 
     Attributes:
         tokens: How many there are.
-        labels: Whether labels are by token, and lengthened too.
+        follows: The names of arguments that say something of tokens behind the prompt, and are moved there: labels
+            by token, and positions.
         positions: How many positions the model has a table for; None without a table.
     """
 
     asks: ClassVar[tuple[str, ...]] = ()
 
     tokens: int
-    labels: bool
+    follows: tuple[str, ...]
     positions: int | None
 
     def check(self, site: CallSite) -> str | None:
@@ -175,10 +180,10 @@ class InFront:
             changed["token_type_ids"] = lengthened_at_first(inputs["token_type_ids"], self.tokens, 0, past)
         if "position_ids" in inputs:
             changed["position_ids"] = absent(inputs["position_ids"])
-        if self.labels and "labels" in inputs:
-            changed["labels"] = lengthened_at_first(inputs["labels"], self.tokens, -100, past)
-        for name in ("start_positions", "end_positions"):
-            if name in inputs:
+        if LABELS in self.follows and LABELS in inputs:
+            changed[LABELS] = lengthened_at_first(inputs[LABELS], self.tokens, -100, past)
+        for name in POSITIONS:
+            if name in self.follows and name in inputs:
                 changed[name] = shifted(inputs[name], self.tokens)
         return changed
 
@@ -279,7 +284,7 @@ def _is_pair(model: Any) -> bool:
 def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSite | None:
     owner = _path_of(module, finder.modules)
     try:
-        finder.boundary(owner)
+        region, nodes, arguments, _ = finder.boundary(owner)
     except TraceError as error:
         way_out = "give its forward arguments with names and plain defaults"
         report.refused.append(Refusal(owner or "the model", str(error), way_out))
@@ -287,8 +292,9 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     model: Any = finder.modules[""]
     beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
     reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())), ("config", "config"))
-    arguments = tuple(inspect.signature(module.forward).parameters)
-    return CallSite(owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module))
+    return CallSite(
+        region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
+    )
 
 
 def _positions(module: Any) -> int | None:

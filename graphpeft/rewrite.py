@@ -20,6 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from graphpeft.boundaries import Boundary
 from graphpeft.ops import Linear
 from graphpeft.tags import TAG, Tag, top
+from graphpeft.tracing.calls import CALLS, calls_of
 
 if TYPE_CHECKING:
     from graphpeft.sites import CallSite, Site
@@ -160,12 +161,14 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], ad
         replaced = _at_boundary(graph, op, rule, attributes)
     else:
         replaced = _behind(graph, op, rule, attributes)
+    calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
     for node in [node for node in graph.nodes if node not in before]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         else:
             over = replaced[node].name if node in replaced else None
             node.meta[TAG] = Tag(adapter, method, op.name, over)
+            node.meta[CALLS] = calls
 
 
 def _behind(graph: fx.Graph, op: Linear, rule: LinearRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
@@ -176,7 +179,7 @@ def _behind(graph: fx.Graph, op: Linear, rule: LinearRule, attributes: Mapping[s
     paths = {"weight": op.weight, "bias": op.bias, **attributes}
     with graph.inserting_before(current.next):
         result = _call(rule.rewrite, graph, given, paths, {"transposed": op.transposed}).node
-    current.replace_all_uses_with(result, delete_user_cb=lambda user: user in before)
+    _replace(current, result, before.__contains__)
     return {result: current}
 
 
@@ -185,23 +188,31 @@ def _at_boundary(
 ) -> dict[fx.Node, fx.Node]:
     """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
     tracer = GraphAppendingTracer(graph)
-    inputs = {name: fx.Proxy(top(graph, node), tracer) for name, node in op.inputs.items()}
+    inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}
     with graph.inserting_before(next(node for node in graph.nodes if node in op.inside)):
         entered: Mapping[str, fx.Proxy] = _call(rule.enter, graph, {}, attributes, {"inputs": inputs})
     replaced = {}
     for name, new in entered.items():
         old = inputs[name].node
-        old.replace_all_uses_with(new.node, delete_user_cb=op.inside.__contains__)
+        _replace(old, new.node, op.inside.__contains__)
         replaced[new.node] = old
-    current, output = top(graph, op.output), graph.output_node()
-    with graph.inserting_before(output):
-        given = {"output": fx.Proxy(current, tracer), "inputs": inputs, "entered": entered}
+    outside = {user for user in op.output.users if user not in op.inside}
+    with graph.inserting_before(op.output.next):
+        given = {"output": fx.Proxy(op.output, tracer), "inputs": inputs, "entered": entered}
         left = _call(rule.leave, graph, {}, attributes, given)
     if left is not given["output"]:
-        current.replace_all_uses_with(left.node, delete_user_cb=lambda user: user is output)
-        replaced[left.node] = current
+        _replace(op.output, left.node, outside.__contains__)
+        replaced[left.node] = op.output
     return replaced
+
+
+def _replace(old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool]) -> None:
+    """Lets those users of `old` for which `where` holds use `new`, and stand in its place if they stood in `old`'s."""
+    for user in list(filter(where, old.users)):
+        user.replace_input_with(old, new)
+        if TAG in user.meta and user.meta[TAG].over == old.name:
+            user.meta[TAG] = dataclasses.replace(user.meta[TAG], over=new.name)
 
 
 def remove(graph: fx.Graph, adapter: str) -> None:

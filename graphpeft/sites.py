@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import boundaries, dataflow, in_place, ops
-from graphpeft.boundaries import Boundary, boundary_of, call_through
+from graphpeft import dataflow, in_place, ops
+from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of, call_through
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
-from graphpeft.tracing.graph_module import Template, template_of
+from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
@@ -98,7 +98,9 @@ class CallSite(NamedTuple):
     """The boundary of one module's forward.
 
     Attributes:
-        owner: The path of the module, which is the region too, and where an adapter's tensors live; "" is the model.
+        region: The path of the module whose graph has the boundary: the module itself, or a flat graph around it.
+        nodes: The names of the boundaries, one for each call of the module, for each graph that the region has.
+        owner: The path of the module, where an adapter's tensors live; "" is the model.
         role: What the module is for an adapter that has several such sites, such as "encoder".
         beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
         dtype: The dtype of an adapter's tensors.
@@ -108,6 +110,8 @@ class CallSite(NamedTuple):
         positions: How many positions of tokens the module has a table for; None without a table.
     """
 
+    region: str
+    nodes: tuple[tuple[str, ...], ...]
     owner: str
     role: str
     beside: tuple[str, str]
@@ -121,16 +125,6 @@ class CallSite(NamedTuple):
     prefix = ""
 
     @property
-    def region(self) -> str:
-        """The path of the module."""
-        return self.owner
-
-    @property
-    def nodes(self) -> tuple[tuple[str, ...], ...]:
-        """The name of the boundary in the one graph, or in each of two."""
-        return ((boundaries.NAME,),) * 2
-
-    @property
     def name(self) -> str:
         """The path of the module, for a person to read."""
         return self.owner or "the model"
@@ -139,6 +133,22 @@ class CallSite(NamedTuple):
     def size(self) -> str:
         """What the module is for the adapter, for a person to read."""
         return self.role
+
+
+class Crossing(NamedTuple):
+    """Where the boundary of one module's forward is.
+
+    Attributes:
+        region: The path of the module whose graph has it.
+        nodes: The names of the boundaries, for each graph that the region has.
+        arguments: The names of the forward's arguments.
+        values: Examples of those of them that the graph has, by name, as far as it knows them.
+    """
+
+    region: str
+    nodes: tuple[tuple[str, ...], ...]
+    arguments: tuple[str, ...]
+    values: Mapping[str, Any]
 
 
 class SiteFinder:
@@ -198,22 +208,34 @@ class SiteFinder:
                 return self._site(region, owner, attribute, weight, uses)
         return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
 
-    def boundary(self, path: str) -> Template:
-        """Returns the template of the module at `path` as a graph with a boundary, which need not be traced.
+    def boundary(self, path: str) -> Crossing:
+        """Returns where the boundary of the forward of the module at `path` is; the module need not be traced.
 
         Raises:
-            TraceError: If there can't be such a graph.
+            TraceError: If there can't be such a graph, or the module is never called.
         """
+        module = self.modules[path]
+        if not self._is_called(path):
+            return self._boundary_inside(path)
         if path not in self.templates:
-            module = self.modules[path]
             found = template_of(module) or self.known.get(path)
             if found is None:
                 refuse_what_a_graph_cannot_replace(module)
                 found = lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
-            for graph in found.graphs:
-                boundary_of(graph)
             self.templates[path] = found
-        return self.templates[path]
+        template = self.templates[path]
+        return _crossing(path, template.graphs, ((NAME,),) * len(template.graphs))
+
+    def _boundary_inside(self, path: str) -> Crossing:
+        """Returns the boundaries of the calls of a module that were inlined into a flat graph."""
+        around = next((region for region in self._graphs if not region or path.startswith(f"{region}.")), None)
+        template = self._template(around) if around is not None else None
+        if around is None or template is None:
+            raise TraceError(f"a {type(self.modules[path]).__name__} is never called")
+        names = tuple(boundaries_inside(graph, within(path, around)) for graph in template.graphs)
+        if not all(names):
+            raise TraceError(f"a {stands_for(self.modules[path]).__name__} isn't called in the graph")
+        return _crossing(around, template.graphs, names)
 
     def inputs_of(self, path: str) -> ExampleInputs | None:
         """Returns what the example inputs of the model give the module at `path`; None without example inputs.
@@ -345,6 +367,12 @@ class SiteFinder:
             if self.example_inputs is None:
                 raise
             return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
+
+
+def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:
+    found = [boundary_of(graph, name) for graph, of_graph in zip(graphs, names, strict=True) for name in of_graph]
+    values = {name: node.meta[VALUE] for name, node in found[0].inputs.items() if VALUE in node.meta}
+    return Crossing(region, names, found[0].arguments, values)
 
 
 class _WeightUses(NamedTuple):

@@ -28,8 +28,9 @@ class Tag:
 
 
 def top(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Returns the node that stands in the place of `node` after all adapters that are there, or `node` itself."""
-    over = {other.meta[TAG].over: other for other in graph.nodes if TAG in other.meta and other.meta[TAG].over}
+    """Returns what stands in the place of an operation's `node` after all adapters of it, or `node` itself."""
+    tags = ((other, other.meta[TAG]) for other in graph.nodes if TAG in other.meta)
+    over = {tag.over: other for other, tag in tags if tag.over and tag.site == node.name}
     while node.name in over:
         node = over[node.name]
     return node

@@ -61,6 +61,11 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
+def equal(found: Tensor, expected: Tensor) -> bool:
+    """Tells whether two tensors are equal within 1e-6 of the largest value."""
+    return bool((found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max()))
+
+
 def output(model: nn.Module, inputs: Any) -> Tensor:
     """Returns the main result of a call of a model, without gradients."""
     with torch.no_grad():

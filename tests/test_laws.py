@@ -94,7 +94,7 @@ def test_copies_stay_adapted(method, data):
     laws.copies_stay_adapted(case.build, config, case.inputs)
 
 
-@every_method_that(lambda method: method.merges)
+@every_method
 @given(data=st.data())
 def test_a_traced_model_is_adapted_as_the_model_is(method, data):
     case, config = data.draw(adaptations(method))

@@ -88,7 +88,7 @@ class CPTConfig(PromptLearningConfig):
         decay = self.opt_loss_decay_factor if self.opt_weighted_loss_type == "decay" else 1.0
         ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())
         # the context has labels of its own
-        in_front = dataclasses.replace(self.in_front(site), labels=False)
+        in_front = dataclasses.replace(self.in_front(site), follows=())
         return PromptRule(self.encoder_in_use(), ContextInFront(in_front, ids, types, decay or 0.0))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphpeft import in_place
+from graphpeft.tracing.calls import calls_of
 from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
@@ -21,8 +22,12 @@ ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Positional arguments as a tuple, or keyword arguments as a dict."""
 
 
+INLINED = "inlined"
+"""What a module is to a graph that has its forward's nodes instead of a call."""
+
+
 class Place(nn.Module):
-    """Holds, in a traced model, the tensors of a module whose forward was inlined.
+    """Holds, in a traced model, the place and the tensors of a module whose forward was inlined.
 
     Attributes:
         cls: The class of that module.
@@ -110,7 +115,9 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
     for kind, path in _in_order(model, recorded.graphs):
-        if kind == "call_module":
+        if kind == INLINED:
+            _container(root, model, path)
+        elif kind == "call_module":
             _place(root, model, path, _sharing_copy(model, path))
         elif path in tracer.constants:
             setattr(root, path, tracer.constants[path])
@@ -132,12 +139,13 @@ def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:
 
     def place(used: tuple[str, str]) -> tuple[int, str, int]:
         kind, path = used
-        module = path if kind == "call_module" or path in modules else path.rpartition(".")[0]
+        module = path if path in modules else path.rpartition(".")[0]
         return modules[module], kind, tensors.get(path, len(tensors))
 
-    nodes = (node for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr"))
-    used = dict.fromkeys((node.op, str(node.target)) for node in nodes)
-    return sorted(used, key=place)
+    nodes = [node for graph in graphs for node in graph.nodes]
+    used = dict.fromkeys((node.op, str(node.target)) for node in nodes if node.op in ("call_module", "get_attr"))
+    inlined = dict.fromkeys((INLINED, call.path) for node in nodes for call in calls_of(node))
+    return sorted(used | inlined, key=place)
 
 
 def _output_head(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ it as one call of the graph, and `ValueTracer.kept` says why.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
@@ -26,6 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
 from graphpeft.tracing import guards, patches
+from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
@@ -76,7 +78,9 @@ class ValueTracer(fx.Tracer):
         self.mode: bool | None = None
         self.grad_mode = True
         self._has_values = False
-        self._decided: set[tuple[Any, str]] = set()
+        self._decided: set[tuple[Any, str, Call | None]] = set()
+        self._calls: tuple[Call, ...] = ()
+        self._called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
 
@@ -104,6 +108,7 @@ class ValueTracer(fx.Tracer):
             TraceError: If the forward itself can't be recorded.
         """
         self._decided, self._attributes, self._copies = set(), {}, {}
+        self._calls, self._called = (), collections.Counter()
         self.mode = mode
         self.grad_mode = torch.is_grad_enabled()
         self._has_values = args is not None
@@ -190,7 +195,9 @@ class ValueTracer(fx.Tracer):
         """Records one call, unless it runs in a context that a graph can't hold."""
         if not torch.is_grad_enabled() and not self.is_running:
             raise TraceError(f"{guards.deciding_line()} runs under torch.no_grad(), which a graph can't hold")
-        return super().create_node(kind, target, args, kwargs, name, type_expr)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta[CALLS] = self._calls
+        return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """Records one call and runs it on the example values; a result of None or a string is a plain value."""
@@ -238,13 +245,25 @@ class ValueTracer(fx.Tracer):
         before = next(iter(reversed(self.graph.nodes)))
         try:
             with patches.no_random_python_numbers():
-                return forward(*args, **kwargs)
+                return self._inlined(m, forward, args, kwargs)
         except Exception as error:
             if not self._has_values:
                 raise
             self._forget_after(before)
             self.kept[path] = str(error)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        call = Call.of(path, self._called[path], m.forward, args, kwargs)
+        self._called[path] += 1
+        around, self._calls = self._calls, (*self._calls, call)
+        try:
+            result = call_m(*args, **kwargs)
+        finally:
+            self._calls = around
+        call.returns(result)
+        return result
 
     def _forget_after(self, node: fx.Node) -> None:
         while (last := next(iter(reversed(self.graph.nodes)))) is not node:
@@ -367,10 +386,12 @@ class ValueTracer(fx.Tracer):
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
         """Puts a check into the graph that `proxy` is `answer` in every run."""
         node = proxy.node
+        # once in each call of a module, since an edit may give that call another value
+        call = self._calls[-1] if self._calls else None
         if node.op == "call_function":
-            key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)))
+            key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)), call)
         else:
-            key = (node, repr(answer))
+            key = (node, repr(answer), call)
         if key in self._decided:
             if not proxy.node.users:
                 self.graph.erase_node(proxy.node)

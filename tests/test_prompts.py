@@ -269,6 +269,65 @@ def test_generated_tokens_are_pefts(base: Base, method: str) -> None:
         assert torch.equal(found, expected)
 
 
+def test_sampled_tokens_are_those_of_a_run_without_cache() -> None:
+    model = adapted(graphpeft, BASES[0], "p-tuning-mlp")
+    given = {name: value for name, value in inputs_of(BASES[0], "left").items() if name != "labels"}
+    sampled = []
+    for cache in (True, False):
+        torch.manual_seed(0)
+        sampled.append(model.generate(**given, do_sample=True, top_k=20, max_new_tokens=8, use_cache=cache))
+    assert torch.equal(*sampled)
+    torch.manual_seed(1)
+    assert not torch.equal(model.generate(**given, do_sample=True, top_k=20, max_new_tokens=8), sampled[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_prefix_goes_into_the_backbone_of_a_head_that_takes_no_cache(name: str) -> None:
+    base = next(base for base in BASES if base.name == name and base.task == "SEQ_CLS")
+    ours = adapted(graphpeft, base, "prefix")
+    # PEFT can't call such a model any more; its prefix in the backbone alone, it can
+    backbone = peft.get_peft_model(
+        getattr(base.build(), name), peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=TOKENS)
+    )
+    table = next(p for n, p in ours.named_parameters() if n.endswith("prompt_embeddings_default"))
+    with torch.no_grad():
+        backbone.prompt_encoder["default"].embedding.weight.copy_(table)
+        given = {key: value for key, value in inputs_of(base).items() if key != "labels"}
+        hidden = backbone.eval()(**given).last_hidden_state
+        plain: Any = base.build()
+        head = plain.classifier
+        expected = head(plain.bert.pooler(hidden) if name == "bert" else hidden)
+        assert equal(ours(**given).logits, expected)
+        assert not equal(plain(**given).logits, expected)
+
+
+def test_prompts_of_several_tasks_take_turns(tmp_path: Path) -> None:
+    base = BASES[0]
+    given = inputs_of(base)
+    model: Any = base.build()
+    plain = result(model(**given))
+    get_peft_model(model, graphpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "first")  # type: ignore[arg-type]
+    first = result(model(**given))
+    model.add_adapter("second", graphpeft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    assert torch.equal(result(model(**given)), first)
+    model.set_adapter("second")
+    second = result(model(**given))
+    assert (first.shape[1], second.shape[1]) == (7 + 2, 7 + 5)
+    with model.disable_adapter():
+        assert torch.equal(result(model(**given)), plain)
+    model.set_adapter(["first", "second"])
+    assert result(model(**given)).shape[1] == 7 + 2 + 5
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(base.build(), tmp_path / "first", "first")
+    loaded.load_adapter(tmp_path / "second", "second")
+    assert torch.equal(result(loaded(**given)), first)
+    loaded.set_adapter("second")
+    assert equal(result(loaded(**given)), second)
+    model.delete_adapter("second")
+    model.set_adapter("first")
+    assert torch.equal(result(model(**given)), first)
+
+
 @pytest.mark.parametrize("begins", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
 def test_a_multitask_prompt_begins_as_pefts_with_a_trained_one(begins: str, tmp_path: Path) -> None:
     base = BASES[0]

@@ -94,6 +94,11 @@ def _of_call(graph: fx.Graph, name: str) -> Boundary:
     while (over := _over(graph, output, inside.__contains__)) is not None:
         output = over
     given = {argument: nodes[node] for argument, node in call.arguments.items() if node in nodes}
+    if len(set(given.values())) < len(given):
+        raise TraceError(
+            f"one value is given as several of its arguments ({', '.join(given)}), which its graph doesn't tell apart; "
+            "adapt the model itself"
+        )
     return Boundary(name, tuple(call.arguments), _as_given(graph, given, inside), output, inside, around)
 
 

@@ -97,7 +97,7 @@ def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: b
     rule = config.rule_for(site, dtype)
     reason = rule.check(site, config)
     if reason is not None:
-        plan.report.refused.append(Refusal(site.name, reason))
+        plan.report.refused.append(Refusal(site.name, reason, site.way_out))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)

@@ -15,7 +15,7 @@ from graphpeft import prompting
 from graphpeft.config import OWN, PeftConfig, TaskType
 from graphpeft.paths import join
 from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
-from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule
+from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule, other_cache_names
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite, SiteFinder
@@ -78,10 +78,20 @@ class PromptLearningConfig(PeftConfig):
             reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"
             report.refused.append(Refusal("the model", reason, "name the module to prompt in prompt_scope"))
             return []
+        if not self._fits_embedding(model, report):
+            return []
         return prompting.transformers_sites(finder, report, self.task_type)
 
+    def _fits_embedding(self, model: Any, report: Report) -> bool:
+        """Tells whether virtual tokens are as long as embeddings of tokens, and reports if they aren't."""
+        size = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", (self.token_dim,))[-1]
+        if self.token_dim is not None and size != self.token_dim:
+            reason = f"token_dim is {self.token_dim}, and the embedding of a token has {size} values"
+            report.refused.append(Refusal("the model", reason, f"set token_dim={size}"))
+        return size == self.token_dim
+
     def _find_scopes(self, scope: str | list[str], finder: SiteFinder, report: Report) -> list[CallSite]:
-        sites, sizes = scope_sites(scope, finder, report, torch.get_default_dtype())
+        sites, sizes = scope_sites(scope, self.prompt_position, finder, report, torch.get_default_dtype())
         if self.token_dim is None and sites:
             if len(set(sizes)) != 1:
                 told = (
@@ -90,6 +100,10 @@ class PromptLearningConfig(PeftConfig):
                 report.refused.append(Refusal("prompt_scope", told, "pass example_inputs, or set token_dim"))
                 return []
             self.token_dim = sizes[0]
+        elif set(sizes) - {self.token_dim}:
+            reason = f"token_dim is {self.token_dim}, and tokens have {sorted(set(sizes))} values"
+            report.refused.append(Refusal("prompt_scope", reason, "leave token_dim out"))
+            return []
         return sites
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
@@ -108,7 +122,7 @@ class PromptLearningConfig(PeftConfig):
         assert self.num_virtual_tokens is not None
         labels = (prompting.LABELS,) if site.role == prompting.LABELS_TOKENS else ()
         follows = () if self.labels_include_prompt else (*labels, *prompting.POSITIONS)
-        return InFront(self.num_virtual_tokens, follows, site.positions)
+        return InFront(self.num_virtual_tokens, follows, site.positions, other_cache_names(site.arguments))
 
     @property
     def holds_table(self) -> bool:
@@ -126,6 +140,8 @@ class PromptLearningConfig(PeftConfig):
         for name, sizes in _sizes(model).items():
             if getattr(config, name) is None:
                 setattr(config, name, next(iter(sizes), None))
+        if config.prompt_scope is not None:
+            config.num_transformer_submodules = 1
         if config.num_transformer_submodules is None:
             config.num_transformer_submodules = 2 if config.task_type is TaskType.SEQ_2_SEQ_LM else 1
         return config

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +38,17 @@ class InScope:
         sequence: The name of the argument that is the sequence.
     """
 
-    asks: ClassVar[tuple[str, ...]] = ()
-
     tokens: int
     position: str
     sequence: str
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def check(self, site: CallSite) -> str | None:
-        """Which modules have a sequence is known when they are found."""
+        """Which modules take virtual tokens is known when they are found."""
         return None
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
@@ -54,22 +57,28 @@ class InScope:
         masks = {
             name: mask_with_tokens(mask, name, sequence, self.tokens, self.position)
             for name, mask in inputs.items()
-            if "mask" in name
+            if "mask" in name and not name.startswith(_OF_OTHERS)
         }
-        return {self.sequence: inserted(prompt, sequence, self.position), **masks}
+        caches = [value for name, value in inputs.items() if "cache" in name or "past" in name or name == "kwargs"]
+        changed = {self.sequence: inserted(prompt, sequence, self.position, *caches), **masks}
+        if CAUSAL in inputs:
+            changed[CAUSAL] = causal_with_tokens(inputs[CAUSAL], self.position, *masks.values())
+        return changed
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Takes the virtual tokens out."""
-        return taken_out(output, inputs[self.sequence], self.tokens, self.position)
+        others = [value for name, value in inputs.items() if name != self.sequence]
+        return taken_out(output, inputs[self.sequence], self.tokens, self.position, *others)
 
 
 def scope_sites(
-    scope: str | Sequence[str], finder: SiteFinder, report: Report, dtype: torch.dtype
+    scope: str | Sequence[str], position: str, finder: SiteFinder, report: Report, dtype: torch.dtype
 ) -> tuple[list[CallSite], list[int]]:
     """Returns the boundaries of the modules that a scope names, and the sizes of a token that example inputs show.
 
     Args:
         scope: Names of modules, matched as `target_modules` are.
+        position: Whether virtual tokens stand ``"before"`` or ``"after"`` the tokens.
         finder: Finds sites in the model.
         report: Gets what can't take virtual tokens.
         dtype: The dtype of the virtual tokens.
@@ -83,6 +92,7 @@ def scope_sites(
     sites, sizes = [], []
     for path in paths:
         try:
+            _refuse_what_cannot_see(finder.modules[path], position)
             site, size = _scope_site(path, finder, dtype)
         except TraceError as error:
             report.refused.append(Refusal(path, str(error), _way_out(finder.modules[path], path)))
@@ -104,6 +114,18 @@ def _scope_site(path: str, finder: SiteFinder, dtype: torch.dtype) -> tuple[Call
         raise TraceError("the model has no parameters, which would tell the device of virtual tokens")
     region, nodes, arguments, _ = crossing
     return CallSite(region, nodes, path, SCOPE, beside, dtype, arguments, file_path=path), size
+
+
+def _refuse_what_cannot_see(module: nn.Module, position: str) -> None:
+    """Raises TraceError if the attentions in a module would not see virtual tokens at `position`."""
+    for path, inner in module.named_modules():
+        if getattr(inner, "batch_first", True) is False:
+            raise TraceError(
+                f"{path or 'it'} takes sequences of shape (tokens, batch, dim), and a prompt goes into (batch, tokens, "
+                "dim); build it with batch_first=True"
+            )
+        if position == "after" and getattr(inner, CAUSAL, False) is True:
+            raise TraceError(f"{path or 'it'} is causal: no token sees what stands after it; put the prompt before")
 
 
 def _token_size(inputs: Any, name: str) -> int:
@@ -136,9 +158,28 @@ def _tensors(path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, str
 # nodes
 
 
+CAUSAL = "is_causal"
+"""The argument, or attribute, by which attentions are told that no token sees those after it."""
+
+_OF_OTHERS = ("memory_", "encoder_", "cross_")
+"""What the names of masks of other sequences begin with."""
+
+
 @recorded
-def inserted(prompt: Tensor, sequence: Tensor, position: str) -> Tensor:
+def inserted(prompt: Tensor, sequence: Tensor, position: str, *caches: Any) -> Tensor:
     """Puts virtual tokens, (tokens, dim), before or after each sequence, (batch, length, dim)."""
+    if any(map(_is_cache, caches)):
+        raise ValueError(
+            "a module with a prompt in its scope is given a cache, which would keep the virtual tokens; pass "
+            "use_cache=False"
+        )
+    if not isinstance(sequence, Tensor):
+        raise ValueError(f"a module with a prompt is given a {type(sequence).__name__}, which is no token sequence")
+    if sequence.is_nested:
+        raise ValueError(
+            "a module with a prompt is given a nested tensor; build nn.TransformerEncoder with "
+            "enable_nested_tensor=False"
+        )
     if sequence.ndim != 3 or sequence.shape[-1] != prompt.shape[-1]:
         raise ValueError(
             f"a prompt of {prompt.shape[0]} tokens of size {prompt.shape[1]} can't go into an input of shape "
@@ -148,7 +189,30 @@ def inserted(prompt: Tensor, sequence: Tensor, position: str) -> Tensor:
     return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)
 
 
-_LEAVE_OUT = {"src_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
+def _is_cache(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_cache, value.values()))
+    # a flag, such as use_cache, is none
+    return hasattr(value, "get_seq_length") or (isinstance(value, tuple | list) and len(value) > 0)
+
+
+@recorded
+def causal_with_tokens(is_causal: bool | None, position: str, *masks: Tensor | None) -> bool | None:
+    """Returns whether an attention is causal: a lengthened mask tells it, and the hint is no longer true."""
+    if any(mask is not None for mask in masks):
+        return None if is_causal is None else False
+    if is_causal and position == "after":
+        raise ValueError("no token of a causal module sees a prompt after it; put the prompt before")
+    return is_causal
+
+
+_LEAVE_OUT = {
+    "src_mask": True,
+    "tgt_mask": True,
+    "src_key_padding_mask": False,
+    "tgt_key_padding_mask": False,
+    "key_padding_mask": False,
+}
 """Masks of PyTorch's layers whose True leaves a token out, and whose numbers are added; whether they are by pairs."""
 
 _KEEP = "attention_mask"
@@ -169,8 +233,8 @@ def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: i
     Raises:
         ValueError: If the mask has another shape, or what its values mean isn't known.
     """
-    if mask is None:
-        return None
+    if not isinstance(mask, Tensor):
+        return mask
     around = (tokens, 0) if position == "before" else (0, tokens)
     length = sequence.shape[1]
     # as many sequences as tokens are no reason to take the one for the other
@@ -188,7 +252,8 @@ def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
     """Returns the value by which a mask lets a token be seen."""
     if name in _LEAVE_OUT or (mask.is_floating_point() and is_by_pair):
         return 0
-    if mask.is_floating_point() or (mask.dtype == torch.bool and name != _KEEP):
+    means_either = mask.dtype == torch.bool or "pad" in name
+    if mask.is_floating_point() or (means_either and name != _KEEP):
         raise ValueError(
             f"{name} is of {mask.dtype}, and what its values mean for the virtual tokens isn't known; pass an integer "
             "mask, where 1 keeps a token, or a float mask by pairs of tokens, which is added"
@@ -197,10 +262,11 @@ def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
 
 
 @recorded
-def taken_out(output: Any, sequence: Tensor, tokens: int, position: str) -> Any:
+def taken_out(output: Any, sequence: Tensor, tokens: int, position: str, *others: Any) -> Any:
     """Takes the virtual tokens out of what a module returned: a sequence, or a container that begins with one.
 
-    What else in the container is a sequence of as many tokens loses them too.
+    What else in the container is a sequence of as many tokens loses them too, unless it is one of the `others` that the
+    module was given.
     """
     leaves, structure = pytree.tree_flatten(output)
     batch, length = sequence.shape[:2]
@@ -213,7 +279,10 @@ def taken_out(output: Any, sequence: Tensor, tokens: int, position: str) -> Any:
             f"{length} + {tokens} tokens"
         )
     kept = slice(tokens, None) if position == "before" else slice(length)
-    return structure.unflatten([leaf[:, kept] if _is_sequence(leaf, prompted) else leaf for leaf in leaves])
+    given = {id(other) for other in others}
+    return structure.unflatten(
+        [leaf[:, kept] if _is_sequence(leaf, prompted) and id(leaf) not in given else leaf for leaf in leaves]
+    )
 
 
 def _is_sequence(value: Any, shape: tuple[int, int]) -> bool:

@@ -3,16 +3,17 @@
     inputs_embeds  = [prompt; embedding(input_ids)]
     attention_mask = [1 … 1; attention_mask]          labels = [-100 … -100; labels], where the outputs are tokens
 
-Inputs that aren't given stay absent. While text is generated, the prompt goes in when the cache is empty; the attention
-mask is lengthened at each step. In a model with an encoder and a decoder the prompt goes into the encoder, and the
-decoder gets a longer mask for what it reads there. The numbers are those of PEFT's ``peft_model.py``.
+Inputs that aren't given stay absent; `position_ids` are dropped, and the model counts the longer sequence itself. While
+text is generated, the prompt goes in when the cache is empty; the attention mask is lengthened at each step. In a model
+with an encoder and a decoder the prompt goes into the encoder, and the decoder gets a longer mask for what it reads
+there. The numbers are those of PEFT's ``peft_model.py``.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -68,13 +69,12 @@ class Encoder(Protocol):
 
 
 class Placement(Protocol):
-    """Where virtual tokens go at a boundary: a frozen value.
+    """Where virtual tokens go at a boundary: a frozen value."""
 
-    Attributes:
-        asks: The names of arguments that the module gets for it, beside its own.
-    """
-
-    asks: ClassVar[tuple[str, ...]]
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The names of arguments that the module gets for it, beside its own."""
+        ...
 
     def check(self, site: CallSite) -> str | None:
         """Returns why the module can't take them, or None."""
@@ -151,35 +151,33 @@ class InFront:
         follows: The names of arguments that say something of tokens behind the prompt, and are moved there: labels
             by token, and positions.
         positions: How many positions the model has a table for; None without a table.
+        asks: The other name of its cache, if its forward takes one.
     """
-
-    asks: ClassVar[tuple[str, ...]] = ()
 
     tokens: int
     follows: tuple[str, ...]
     positions: int | None
+    asks: tuple[str, ...] = ()
 
     def check(self, site: CallSite) -> str | None:
         """Returns why the module can't take a prompt, or None."""
-        if self.positions is not None and self.tokens >= self.positions:
-            return f"a prompt of {self.tokens} tokens leaves no room in its table of {self.positions} positions"
-        takes_embeddings = "inputs_embeds" in site.arguments
-        return None if takes_embeddings else "its forward has no argument inputs_embeds"
+        if "inputs_embeds" not in site.arguments:
+            return "its forward has no argument inputs_embeds"
+        return no_room(self.tokens, self.positions)
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Puts the virtual tokens in front, and lengthens what goes along."""
-        past = next((inputs[name] for name in CACHES if name in inputs), None)
+        past = cache_of(inputs)
+        changed = under_one_name(past, inputs) if self.asks else {}
         embedded = embeddings_of(inputs["input_ids"], inputs["inputs_embeds"], word_embeddings)
-        changed = {
-            "input_ids": absent(inputs["input_ids"]),
-            "inputs_embeds": prepended(prompt, self.tokens, embedded, past, self.positions),
-        }
+        changed["input_ids"] = absent(inputs["input_ids"])
+        changed["inputs_embeds"] = prepended(prompt, self.tokens, embedded, past, self.positions)
         if "attention_mask" in inputs:
-            changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
+            changed["attention_mask"] = lengthened_for(inputs["attention_mask"], self.tokens, embedded, past)
         if "token_type_ids" in inputs:
             changed["token_type_ids"] = lengthened_at_first(inputs["token_type_ids"], self.tokens, 0, past)
         if "position_ids" in inputs:
-            changed["position_ids"] = absent(inputs["position_ids"])
+            changed["position_ids"] = absent(checked_positions(inputs["position_ids"], self.tokens, embedded, past))
         if LABELS in self.follows and LABELS in inputs:
             changed[LABELS] = lengthened_at_first(inputs[LABELS], self.tokens, -100, past)
         for name in POSITIONS:
@@ -200,9 +198,12 @@ class InEncoding:
         tokens: By how many tokens.
     """
 
-    asks: ClassVar[tuple[str, ...]] = ()
-
     tokens: int
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def check(self, site: CallSite) -> str | None:
         """Returns why the decoder can't read a longer encoding, or None."""
@@ -234,6 +235,33 @@ class Nothing:
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns None."""
         return None
+
+
+def no_room(tokens: int, positions: int | None) -> str | None:
+    """Returns why a prompt doesn't fit into a table of positions, or None; without a table (None) it does."""
+    if positions is None or tokens < positions:
+        return None
+    return f"a prompt of {tokens} tokens leaves no room in its table of {positions} positions"
+
+
+# caches
+
+
+def other_cache_names(arguments: Collection[str]) -> tuple[str, ...]:
+    """Returns the names under which a forward gets its cache by keyword, beside that in its signature."""
+    return CACHES[1:] if CACHES[0] in arguments and set(CACHES[1:]).isdisjoint(arguments) else ()
+
+
+def cache_of(inputs: Mapping[str, Any]) -> Any:
+    """Returns the cache, under whichever name it is given; None if the forward takes none."""
+    given = [inputs[name] for name in CACHES if name in inputs]
+    return the_given(*given) if len(given) > 1 else next(iter(given), None)
+
+
+def under_one_name(cache: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of the arguments for a cache: the first of them gets it."""
+    first, *others = (name for name in CACHES if name in inputs)
+    return {first: cache} | {name: absent(inputs[name]) for name in others}
 
 
 # where prompts go in
@@ -291,7 +319,8 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
         return None
     model: Any = finder.modules[""]
     beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
-    reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())), ("config", "config"))
+    reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
+    reads += (("config", "config"),) if hasattr(module, "config") else ()
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )
@@ -304,7 +333,7 @@ def _positions(module: Any) -> int | None:
         for path, inner in module.named_modules()
         if isinstance(inner, nn.Embedding) and any(word in path for word in ("position", "wpe"))
     ]
-    most = getattr(module.config, "max_position_embeddings", None)
+    most = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     if not tables or most is None:
         return None
     # the first positions of such a table are for padding
@@ -348,6 +377,12 @@ def absent(value: object) -> None:
 
 
 @recorded
+def the_given(*values: Any) -> Any:
+    """Returns the first of `values` that isn't None."""
+    return next((value for value in values if value is not None), None)
+
+
+@recorded
 def embeddings_of(input_ids: Tensor | None, inputs_embeds: Tensor | None, word_embeddings: nn.Module) -> Tensor:
     """Returns the embeddings of the tokens, (batch, tokens, dim), whichever way they were given."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -387,9 +422,53 @@ def lengthened(mask: Tensor | None, tokens: int, value: int) -> Tensor | None:
         return None
     if mask.ndim != 2:
         raise ValueError(
-            f"the attention mask has shape {tuple(mask.shape)}, and a prompt lengthens masks of (batch, tokens) only"
+            f"the attention mask has shape {tuple(mask.shape)}, and a prompt lengthens masks of (batch, tokens) only; "
+            "a static cache makes other ones: leave cache_implementation out"
         )
     return F.pad(mask, (tokens, 0), value=value)
+
+
+@recorded
+def lengthened_for(mask: Tensor | None, tokens: int, embeddings: Tensor, cache: Any) -> Tensor | None:
+    """Does as `lengthened`, for a mask of what the cache has, and of the sequences, (batch, length, …).
+
+    Raises:
+        ValueError: If it is of more or fewer tokens.
+    """
+    longer = lengthened(mask, tokens, 1)
+    if longer is not None and longer.shape[1] != _length(embeddings, cache, longer.shape[1]):
+        raise ValueError(_cut(longer.shape[1], _length(embeddings, cache, 0), "the attention mask"))
+    return longer
+
+
+@recorded
+def checked_positions(position_ids: Tensor | None, tokens: int, embeddings: Tensor, cache: Any) -> Tensor | None:
+    """Returns positions as they are, (batch, length).
+
+    Raises:
+        ValueError: If they go beyond the last token.
+    """
+    # the largest position is a tensor's value, which no compiled graph can ask for
+    if position_ids is None or not has_tokens(cache) or torch.compiler.is_compiling():
+        return position_ids
+    most = int(position_ids.max()) + 1 + tokens
+    if most > _length(embeddings, cache, most):
+        raise ValueError(_cut(most, _length(embeddings, cache, most), "position_ids"))
+    return position_ids
+
+
+def _length(embeddings: Tensor, cache: Any, unknown: int) -> int:
+    """Returns how many tokens there are, with those of a cache; `unknown` if that doesn't tell."""
+    if not has_tokens(cache) or not hasattr(cache, "get_seq_length"):
+        return unknown
+    return cache.get_seq_length() + embeddings.shape[1]
+
+
+def _cut(told: int, there: int, by: str) -> str:
+    return (
+        f"there are {told} tokens by {by}, and {there} in the cache and the input, with those of the prompt: generate "
+        "cuts off as many tokens as a cache has, of which some are virtual; call generate without a cache"
+    )
 
 
 @recorded

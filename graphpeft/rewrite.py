@@ -222,6 +222,11 @@ def remove(graph: fx.Graph, adapter: str) -> None:
         tag = node.meta.get(TAG)
         if tag is None or tag.adapter != adapter:
             continue
+        if node.op == "placeholder" and node.users:
+            # another adapter asks for this argument, too
+            node.meta[TAG] = next(user.meta[TAG] for user in node.users if TAG in user.meta)
+            node.meta[TAG] = dataclasses.replace(node.meta[TAG], over=None)
+            continue
         if tag.over is not None:
             node.replace_all_uses_with(nodes[tag.over])
             for other in graph.nodes:
@@ -231,7 +236,10 @@ def remove(graph: fx.Graph, adapter: str) -> None:
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """Adds an argument that may be absent, behind those with names."""
+    """Returns an argument that may be absent; unless it is there already, it is added behind those with names."""
+    there = next((node for node in graph.nodes if node.op == "placeholder" and node.target == name), None)
+    if there is not None:
+        return there
     behind = next(node for node in graph.nodes if node.op != "placeholder" or str(node.target).startswith("**"))
     with graph.inserting_before(behind):
         return graph.placeholder(name, default_value=None)

@@ -53,6 +53,8 @@ class Site(NamedTuple):
     transposed: bool
     is_layer: bool
 
+    way_out = "leave targets out with exclude_modules, or narrow target_modules"
+
     @property
     def beside(self) -> tuple[str, str]:
         """The tensor with whose device an adapter's tensors go: the path of its module, and its name."""
@@ -123,6 +125,7 @@ class CallSite(NamedTuple):
 
     op = Boundary
     prefix = ""
+    way_out = "name another module in prompt_scope"
 
     @property
     def name(self) -> str:
@@ -371,6 +374,8 @@ class SiteFinder:
 
 def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:
     found = [boundary_of(graph, name) for graph, of_graph in zip(graphs, names, strict=True) for name in of_graph]
+    if found[0].arguments and found[0].arguments[0] not in found[0].inputs:
+        raise TraceError(f"its first argument, {found[0].arguments[0]}, isn't one value of the graph")
     values = {name: node.meta[VALUE] for name, node in found[0].inputs.items() if VALUE in node.meta}
     return Crossing(region, names, found[0].arguments, values)
 

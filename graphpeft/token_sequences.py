@@ -66,6 +66,9 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     _refuse_hidden_attentions(traced, graph)
     ran = _run(traced, graph, example_inputs)
     dominating = _dominating(ran, _queries(ran))
+    if isinstance(model, fx.GraphModule) and not any(map(calls_of, graph.nodes)):
+        reason = "the graph doesn't tell which of its nodes belong to which module, as one by graphpeft.trace does"
+        raise TraceError(f"{reason}; trace the model that it was made of")
     if not dominating:
         reason = f"no attention reads what a {stands_for(model).__name__} is given"
         raise TraceError(f"{reason}; name a module in prompt_scope yourself")
@@ -141,19 +144,20 @@ def _is_sequence(value: Any) -> bool:
 
 # attentions
 
+_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "__matmul__")
 
 
-def _queries(ran: _Ran) -> list[fx.Node]:
-    """Returns the queries of all attentions."""
-    found = (_query(node, ran) for node in ran.graph.nodes)
-    return list(dict.fromkeys(query for query in found if query is not None))
+def _queries(ran: _Ran) -> dict[fx.Node, fx.Node]:
+    """Returns all attentions with their queries."""
+    found = {node: _query(node, ran) for node in ran.graph.nodes}
+    return {node: query for node, query in found.items() if query is not None}
 
 
 def _query(node: fx.Node, ran: _Ran) -> fx.Node | None:
     """Returns the query if `node` is an attention: a layer, a function that is called so, or a softmax of products."""
     layer = ran.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(layer, nn.MultiheadAttention) or _name(node).endswith(("attention", "multi_head_attention_forward")):
+    if isinstance(layer, _LAYERS) or _name(node).endswith(("attention", "multi_head_attention_forward")):
         first = node.args[0] if node.args else node.kwargs.get("query")
         return first if isinstance(first, fx.Node) else None
     is_softmax = isinstance(layer, nn.Softmax) or _name(node) == "softmax"
@@ -188,6 +192,8 @@ def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_module" or node.target not in kept:
             continue
+        if isinstance(root.get_submodule(str(node.target)), _LAYERS):
+            continue
         if any(_is_sequence(given.meta.get(VALUE)) for given in node.all_input_nodes):
             raise TraceError(
                 f"{node.target} may hold an attention, but stays one call, since {kept[str(node.target)]}; name a "
@@ -195,10 +201,10 @@ def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
             )
 
 
-def _dominating(ran: _Ran, queries: list[fx.Node]) -> dict[fx.Node, set[str]]:
-    """Returns the names of the nodes that are on each way of tensors from the inputs to a query.
+def _dominating(ran: _Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, set[str]]:
+    """Returns for each attention the names of the nodes that are on each way of tensors from the inputs to its query.
 
-    A query to which no way leads, such as that of a pooling which is a parameter, is left out.
+    An attention to whose query no way leads, such as that of a pooling which is a parameter, is left out.
     """
     flow = as_digraph(ran.graph)
     # a parameter that is read, or a shape that is asked for, brings no tokens
@@ -212,7 +218,7 @@ def _dominating(ran: _Ran, queries: list[fx.Node]) -> dict[fx.Node, set[str]]:
             yield node.name
             node = immediate[node]
 
-    return {query: set(chain(query)) for query in queries if query in immediate}
+    return {attention: set(chain(query)) for attention, query in queries.items() if query in immediate}
 
 
 def _has_tensors(value: Any) -> bool:
@@ -230,10 +236,10 @@ def _candidates(ran: _Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[l
 
     Args:
         ran: The graph.
-        dominating: The names of the nodes that dominate each query.
+        dominating: The names of the nodes that dominate the query of each attention.
     """
     common = set.intersection(*dominating.values())
-    around = [[call for call in calls_of(query) if _keeps_sequence(ran, call)] for query in dominating]
+    around = [[call for call in calls_of(node) if _keeps_sequence(ran, call)] for node in dominating]
     counted = Counter(call for calls in around for call in reversed(calls))
     for call, count in counted.most_common():
         if 2 * count > len(around) and next(iter(call.arguments.values())) in common:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from hypothesis import given
 from hypothesis import strategies as st
 from models import BERT, GPT2, LLAMA, MIXER, SWIN, TORCHVISION_VIT, VIT, Example, equal, output
@@ -30,6 +33,10 @@ from graphpeft.prompt_scopes import mask_with_tokens
 
 ACCURACY = 0.72
 """What prompts and a head in an untrained ViT exceed on real scans of four digits; the head alone reaches 0.68."""
+
+
+def pickle_again(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
 
 
 SCOPES = [
@@ -166,6 +173,141 @@ def test_a_decision_inside_a_scope_is_taken_on_the_longer_sequence() -> None:
     traced: Any = get_peft_model(trace(Deciding(), (x,)), scoped("body", token_dim=8))
     with pytest.raises(graphpeft.GuardError, match=r"x\.flip\(1\)"):
         traced(x)
+
+
+class Qkv(nn.Module):
+    """An attention whose arguments can be one value."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v + q
+
+
+def around(body: nn.Module, call: Callable[[nn.Module, Tensor], Any] = lambda body, x: body(x)) -> Any:
+    """Returns a model with a head behind `body`."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(call(self.body, x))
+
+    return Around().eval()
+
+
+def test_arguments_that_a_flat_graph_cannot_tell_apart_are_refused() -> None:
+    x = torch.randn(2, 5, 8)
+    traced = trace(around(Qkv(), lambda body, x: body(x, x, x)), (x,))
+    with pytest.raises(AdaptError, match=r"one value is given as several of its arguments \(q, k, v\)"):
+        get_peft_model(traced, scoped("body", token_dim=8))
+    apart = around(Qkv(), lambda body, x: body(x, x + 0, x * 1))
+    traced = trace(apart, (x,))
+    get_peft_model(apart, scoped("body", token_dim=8))
+    get_peft_model(traced, scoped("body", token_dim=8)).load_state_dict(apart.state_dict())
+    assert equal(traced(x), apart(x))
+
+
+def test_what_a_module_is_given_and_returns_keeps_its_tokens() -> None:
+    class Beside(nn.Module):
+        def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return x * 2, memory, x * 3
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Beside(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Any:
+            return self.body(self.head.weight.sum() + x, memory)
+
+    model = get_peft_model(Around(), scoped("body", token_dim=8))
+    # as many tokens as the input has with those of the prompt
+    shapes = [tensor.shape[1] for tensor in model(torch.randn(2, 5, 8), torch.randn(2, 8, 8))]
+    assert shapes == [5, 8, 5]
+
+
+def test_a_causal_hint_goes_when_the_mask_gets_longer() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    model = around(layer, lambda body, x: body(x, src_mask=causal, is_causal=True))
+    x = torch.randn(2, 5, 8)
+    base = model(x)
+    for position in ("before", "after"):
+        get_peft_model(model, scoped("body", token_dim=8, prompt_position=position))
+        assert not equal(model(x), base)
+        model.unload()
+    assert equal(model(x), base)
+
+
+def test_a_scope_keeps_no_virtual_tokens_in_a_cache() -> None:
+    model: Any = get_peft_model(GPT2.build(), scoped(r"transformer\.h\.\d+", token_dim=32))
+    ids = torch.randint(3, 60, (1, 5))
+    with pytest.raises(ValueError, match="pass use_cache=False"):
+        model.generate(ids, max_new_tokens=3)
+    model.generate(ids, max_new_tokens=3, use_cache=False)
+
+
+def test_masks_of_other_sequences_and_flags_stay_as_they_are() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, memory_mask: Tensor, use_causal_mask: bool = False) -> Tensor:
+            return x + memory_mask.sum()
+
+    model = get_peft_model(around(Masked(), lambda body, x: body(x, torch.ones(5, 5) > 0)), scoped("body", token_dim=8))
+    assert model(torch.randn(2, 5, 8)).shape == (2, 5, 2)
+
+
+def test_a_post_norm_attention_is_inside_its_block() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mha = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.mha(x, x, x, need_weights=False)[0])
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.blocks = nn.Sequential(nn.Linear(8, 8)), nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.scale(x)
+            for block in self.blocks:
+                x = block(x)
+            return x.mean(1)
+
+    x = torch.randn(2, 5, 8)
+    assert find_token_sequence(Blocks().eval(), (x,)) == TokenSequence(r"blocks\.\d+", 8, 5)
+
+
+def test_a_graph_that_tells_of_no_modules_is_no_place() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT).softmax(-1) @ x
+
+    graph_module = torch.fx.symbolic_trace(nn.Sequential(Plain()))
+    with pytest.raises(TraceError, match="doesn't tell which of its nodes belong to which module"):
+        find_token_sequence(graph_module, (torch.randn(2, 3, 8),))
+
+
+@pytest.mark.parametrize("again", [pickle_again, copy.deepcopy], ids=["pickled", "copied"])
+def test_copies_of_a_flat_graph_keep_the_places_of_prompts(again: Callable[[Any], Any]) -> None:
+    inputs = VIT.inputs()
+    traced: Any = get_peft_model(trace(VIT.build(), inputs), scoped("blocks", token_dim=32))
+    copied = again(traced)
+    assert torch.equal(output(copied, inputs), output(traced, inputs))
+    get_peft_model(copied, scoped(r"blocks\.\d+", token_dim=32), "deep").set_adapter(["default", "deep"])
+    assert not equal(output(copied, inputs), output(traced, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scope_of_half_precision_takes_a_prompt(dtype: torch.dtype) -> None:
+    model: Any = VIT.build().to(dtype)
+    (images,) = VIT.inputs()
+    get_peft_model(model, scoped("blocks", token_dim=32))
+    assert model.blocks.prompt_embeddings_default.dtype == torch.float32
+    assert model(images.to(dtype)).dtype == dtype
 
 
 # where a prompt can go
@@ -368,6 +510,23 @@ def test_what_takes_no_prompt_is_refused(options: dict[str, Any], words: list[st
         )
     for word in words:
         assert word in str(caught.value)
+    laws.require_unchanged(model, before, "a refused prompt")
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "words"),
+    [
+        (nn.TransformerEncoderLayer(8, 2, 16), {}, "batch_first=True"),
+        (Qkv(), {"token_dim": 5}, "token_dim is 5, and tokens have [8] values"),
+    ],
+    ids=["batch second", "token_dim"],
+)
+def test_a_scope_that_would_not_see_the_prompt_is_refused(body: nn.Module, options: Any, words: str) -> None:
+    model = around(body, lambda body, x: body(x, x, x) if isinstance(body, Qkv) else body(x))
+    before = laws.snapshot(model)
+    with pytest.raises(AdaptError) as caught:
+        get_peft_model(model, scoped("body", **options), example_inputs=(torch.randn(2, 5, 8),))
+    assert words in str(caught.value)
     laws.require_unchanged(model, before, "a refused prompt")
 
 

@@ -18,7 +18,7 @@ from models import LLAMA, VOCABULARY, equal, output
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model, laws
 from graphpeft.tags import TAG
 
 pytestmark = [
@@ -47,6 +47,7 @@ PAIR_SIZES: dict[str, Any] = {
     "decoder_ffn_dim": 48,
 }
 TOKENS = 4
+CAUSAL_LM = graphpeft.TaskType.CAUSAL_LM
 
 
 class Base(NamedTuple):
@@ -290,8 +291,9 @@ def test_a_prefix_goes_into_the_backbone_of_a_head_that_takes_no_cache(name: str
         getattr(base.build(), name), peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=TOKENS)
     )
     table = next(p for n, p in ours.named_parameters() if n.endswith("prompt_embeddings_default"))
+    encoder: Any = backbone.prompt_encoder["default"]
     with torch.no_grad():
-        backbone.prompt_encoder["default"].embedding.weight.copy_(table)
+        encoder.embedding.weight.copy_(table)
         given = {key: value for key, value in inputs_of(base).items() if key != "labels"}
         hidden = backbone.eval()(**given).last_hidden_state
         plain: Any = base.build()
@@ -306,9 +308,9 @@ def test_prompts_of_several_tasks_take_turns(tmp_path: Path) -> None:
     given = inputs_of(base)
     model: Any = base.build()
     plain = result(model(**given))
-    get_peft_model(model, graphpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "first")  # type: ignore[arg-type]
+    get_peft_model(model, graphpeft.PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=2), "first")
     first = result(model(**given))
-    model.add_adapter("second", graphpeft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    model.add_adapter("second", graphpeft.PromptEncoderConfig(task_type=CAUSAL_LM, num_virtual_tokens=5))
     assert torch.equal(result(model(**given)), first)
     model.set_adapter("second")
     second = result(model(**given))
@@ -365,6 +367,97 @@ def test_a_context_is_trained_as_pefts_is() -> None:
     ours, theirs = losses[:3], losses[3:]
     assert all(map(equal, ours, theirs))
     assert not equal(ours[0], ours[2])
+
+
+with_caches = pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        pytest.param(base, method, id=f"{base.name}-{method}")
+        for base in BASES
+        for method in ("prompt-tuning", "prefix")
+        if base.task == "CAUSAL_LM"
+    ],
+)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@with_caches
+def test_a_cache_is_seen_by_either_name(base: Base, method: str, name: str) -> None:
+    model = adapted(graphpeft, base, method)
+    ids = inputs_of(base)["input_ids"]
+    whole = model(input_ids=ids).logits[:, -3:]
+    cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    assert equal(model(input_ids=ids[:, 4:], **{name: cache}).logits, whole)
+
+
+@with_caches
+def test_a_cache_whose_virtual_tokens_would_be_counted_as_the_inputs_is_refused(base: Base, method: str) -> None:
+    model = adapted(graphpeft, base, method)
+    ids = inputs_of(base)["input_ids"][:1]
+    steps: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3}
+    first = model.generate(ids, return_dict_in_generate=True, **steps)
+    longer = torch.cat((first.sequences, ids), dim=1)
+    with pytest.raises(ValueError, match="call generate without a cache"):
+        model.generate(longer, past_key_values=first.past_key_values, **steps)
+    assert model.generate(longer, **steps).shape[1] == longer.shape[1] + 3
+
+
+@with_caches
+def test_guessed_tokens_change_nothing(base: Base, method: str) -> None:
+    model = adapted(graphpeft, base, method)
+    ids = inputs_of(base)["input_ids"][:1]
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=6, prompt_lookup_num_tokens=2), model.generate(ids, max_new_tokens=6)
+    )
+
+
+def test_a_prefix_must_leave_room_for_the_input() -> None:
+    base = next(base for base in BASES if base.name == "gpt2")
+    with pytest.raises(AdaptError, match="a prompt of 70 tokens leaves no room in its table of 64 positions"):
+        get_peft_model(base.build(), graphpeft.PrefixTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=70))
+
+
+def test_two_prompts_may_ask_for_the_same_argument() -> None:
+    base = BASES[0]
+    model: Any = adapted(graphpeft, base, "multitask")
+    given = inputs_of(base, method="multitask")
+    alone = result(model(**given))
+    name, options = METHODS["multitask"]
+    config = getattr(graphpeft, name)(task_type=CAUSAL_LM, num_virtual_tokens=TOKENS, **options)
+    model.add_adapter("second", config)
+    model.set_adapter(["default", "second"])
+    assert result(model(**given)).shape[1] == 7 + 2 * TOKENS
+    model.set_adapter("second")
+    assert "task_ids" in inspect.signature(model.forward).parameters
+    model.set_adapter("default")
+    assert torch.equal(result(model(**given)), alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("PromptTuningConfig", {"token_dim": 16}, "token_dim is 16, and the embedding of a token has 32 values"),
+        ("CPTConfig", {"cpt_token_ids": [5, 999], "cpt_tokens_type_mask": [1, 2]}, "tokens outside of the vocabulary"),
+        ("CPTConfig", {"cpt_token_ids": [5], "cpt_tokens_type_mask": [1], "prompt_scope": "model"}, "no place for a"),
+        ("PromptTuningConfig", {"prompt_scope": "model", "prompt_tuning_init": "SAMPLE_VOCAB"}, "a scope has none"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(name: str, options: dict[str, Any], words: str) -> None:
+    number = {} if name == "CPTConfig" else {"num_virtual_tokens": 2}
+    model = BASES[0].build()
+    before = laws.snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(model, getattr(graphpeft, name)(task_type=CAUSAL_LM, **number, **options))
+    laws.require_unchanged(model, before, "a refused prompt")
+
+
+def test_a_context_needs_labels_and_named_outputs() -> None:
+    base = BASES[0]
+    name, options = METHODS["cpt"]
+    with pytest.raises(AdaptError, match="takes no labels"):
+        get_peft_model(base.build().model, getattr(graphpeft, name)(task_type=CAUSAL_LM, **options))
+    with pytest.raises(ValueError, match="pass return_dict=True"):
+        adapted(graphpeft, base, "cpt")(**inputs_of(base), return_dict=False)
 
 
 def test_a_task_must_be_told() -> None:
@@ -473,13 +566,8 @@ def test_a_prompt_is_nodes_at_the_boundary() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
     tagged = [node.name for node in model.graph.nodes if TAG in node.meta]
     assert tagged == [
-        "model_embed_tokens",
-        "prompt_embeddings_default",
-        "embeddings_of",
-        "absent",
-        "prepended",
-        "lengthened",
-        "absent_1",
+        *("past_key_values", "model_embed_tokens", "prompt_embeddings_default", "the_given", "absent"),
+        *("embeddings_of", "absent_1", "prepended", "lengthened_for", "checked_positions", "absent_2"),
         "lengthened_at_first",
     ]
     assert "the model" in str(model.adapter_report())

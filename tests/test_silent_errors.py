@@ -481,7 +481,7 @@ def test_hooks_of_the_model_itself_act():
 def test_an_attribute_set_on_a_value_is_an_error():
     def forward(self, x):
         y = x * 1
-        y.requires_grad = True
+        y.grad = x
         return y
 
     with pytest.raises(TraceError, match="sets an attribute"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 from typing import Any
 
@@ -359,18 +360,100 @@ def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
     assert model.cache == {}
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_regions_that_a_graph_cannot_hold_stay_calls(context):
+def test_a_region_under_autocast_stays_a_call():
     def forward(self, x):
-        with context():
+        with torch.autocast("cpu", torch.bfloat16):
             return self.linear(x) * 2
 
     model = nn.Sequential(nn.Linear(8, 8), module_of(forward, linear=nn.Linear(8, 8)))
     traced: Any = trace(model, (X,))
     assert list(traced.kept) == ["1"]
-    found, expected = traced(X), model(X)
-    assert torch.equal(found, expected)
-    assert found.requires_grad == expected.requires_grad
+    assert torch.equal(traced(X), model(X))
+
+
+def test_no_gradient_goes_through_a_region_under_no_grad():
+    def forward(self, x):
+        with torch.no_grad():
+            scale, first = self.linear(x).softmax(-1), self.w * 2
+        return self.linear(x) * scale + first
+
+    model = module_of(forward, linear=nn.Linear(8, 8), w=nn.Parameter(torch.ones(8)))
+    traced: Any = trace(model, (X,))
+    gradients = []
+    for module in (model, traced):
+        module.zero_grad()
+        module(X).sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    laws.require_equal(traced(X), model(X), "the traced model")
+    laws.require_equal(gradients[1], gradients[0], "its gradients")
+    assert traced.w.grad is None
+
+
+def test_a_write_under_no_grad_keeps_the_module_a_call():
+    def forward(self, x):
+        y = self.linear(x)
+        with torch.no_grad():
+            y[:, 0] = 0
+        return y
+
+    model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8)))
+    traced: Any = trace(model, (X,))
+    assert "writes under torch.no_grad()" in traced.kept["0"]
+    assert torch.equal(traced(X), model(X))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, factor):  # type: ignore[override]
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        return grad * 10 * ctx.factor, None
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x) -> Any:
+        return Doubled.apply(self.linear(x), 2)
+
+
+def test_a_forward_with_its_own_gradient_keeps_it():
+    model: Any = Doubling()
+    traced: Any = trace(model, (X,))
+    assert any(node.name.startswith("doubled_apply") for node in traced.graph.nodes)
+    copies = [traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))]
+    model(X).sum().backward()
+    expected = model.linear.weight.grad.clone()
+    for module in copies:
+        module.zero_grad()
+        module(X).sum().backward()
+        assert torch.equal(module.get_parameter("linear.weight").grad, expected)
+
+
+@functools.lru_cache
+def _steps(length) -> Any:
+    return torch.arange(length)[:, None] * 1.0
+
+
+def test_a_function_with_a_cache_keeps_nothing_of_a_trace():
+    model = module_of(lambda self, x: x + _steps(x.shape[1]))
+    traced: Any = trace(model, (X,))
+    assert _steps.cache_info().currsize == 0
+    assert torch.equal(model(X), traced(X))
+    assert torch.equal(traced(X[:, :3]), model(X[:, :3]))
+
+
+def test_sets_of_the_model_keep_their_order():
+    names = {f"layer {i}" for i in range(50)}
+    model = module_of(lambda self, x: x, names=names)
+    before = list(names)
+    trace(model, (X,))
+    assert list(names) == before
 
 
 def test_a_trace_under_no_grad_gives_a_graph_that_trains():

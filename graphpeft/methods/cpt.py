@@ -75,6 +75,12 @@ class CPTConfig(PromptLearningConfig):
         """Whether something computes the virtual tokens in training."""
         return True
 
+    def check(self) -> None:
+        """Raises ValueError for options that can't be."""
+        super().check()
+        if self.prompt_scope is not None:
+            raise ValueError("prompt_scope has no place for a context, which is text; use prompt tuning")
+
     def encoder(self) -> Encoder:
         """Returns what moves the tokens of the context."""
         return Context(
@@ -103,15 +109,20 @@ class ContextInFront:
         decay: By which factor each step back weighs less.
     """
 
-    asks: ClassVar[tuple[str, ...]] = ("input_type_mask",)
-
     in_front: InFront
     ids: tuple[int, ...]
     types: tuple[int, ...]
     decay: float
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The types of the input's tokens, and what else the place in front needs."""
+        return ("input_type_mask", *self.in_front.asks)
+
     def check(self, site: CallSite) -> str | None:
         """Returns why the module can't take a prompt, or None."""
+        if "labels" not in site.arguments:
+            return "its forward takes no labels, over which a context is trained"
         return self.in_front.check(site)
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
@@ -153,6 +164,8 @@ class Context:
     def initialise(self, parameters: Mapping[str, Tensor], config: CPTConfig, embedding: nn.Module) -> None:
         """Takes the embeddings of the context's tokens, and no change."""
         weight: Any = embedding.weight
+        if not all(0 <= token < weight.shape[0] for token in config.cpt_token_ids or ()):
+            raise ValueError(f"cpt_token_ids has tokens outside of the vocabulary, which has {weight.shape[0]}")
         parameters["prompt_embedding"].copy_(embedding(torch.tensor(config.cpt_token_ids, device=weight.device)))
         parameters["prompt_delta"].zero_()
 
@@ -216,6 +229,8 @@ def with_loss(
     """
     if labels is None:
         return output
+    if isinstance(output, tuple):
+        raise ValueError("a model with a context computes its own loss from the output's logits; pass return_dict=True")
     all_types = types_with_context(labels[:, len(types) :], input_types, types)[:, 1:]
     targets = labels[:, 1:]
     losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="none")

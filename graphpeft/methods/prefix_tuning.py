@@ -19,7 +19,22 @@ from torch import Tensor, nn
 from graphpeft import prompting
 from graphpeft.config import PeftType, register
 from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
-from graphpeft.prompting import CACHES, EMBEDDINGS_KEY, Encoder, PromptRule, has_tokens, lengthened, recorded, shifted
+from graphpeft.prompting import (
+    CACHES,
+    EMBEDDINGS_KEY,
+    Encoder,
+    PromptRule,
+    cache_of,
+    checked_positions,
+    has_tokens,
+    lengthened_for,
+    no_room,
+    other_cache_names,
+    recorded,
+    shifted,
+    the_given,
+    under_one_name,
+)
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite, SiteFinder
@@ -82,7 +97,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         assert self.num_layers is not None
         assert self.num_attention_heads is not None
         encoder = PrefixTable() if self.holds_table else self.encoder()
-        return PromptRule(encoder, InCache(self.num_virtual_tokens, self.num_layers, self.num_attention_heads))
+        sizes = (self.num_virtual_tokens, self.num_layers, self.num_attention_heads)
+        return PromptRule(encoder, InCache(*sizes, other_cache_names(site.arguments)))
 
 
 @dataclass(frozen=True)
@@ -93,34 +109,35 @@ class InCache:
         tokens: The number of virtual tokens.
         layers: The number of layers.
         heads: The number of heads that have keys.
+        asks: The other name of the cache.
     """
-
-    asks: ClassVar[tuple[str, ...]] = ()
 
     tokens: int
     layers: int
     heads: int
+    asks: tuple[str, ...]
 
     def check(self, site: CallSite) -> str | None:
-        """Any module that takes a cache takes a prefix."""
-        return None
+        """Returns why the module can't take a prefix, or None."""
+        return no_room(self.tokens, site.positions)
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Fills the cache, and lengthens the mask and moves the positions accordingly."""
-        name = next(name for name in CACHES if name in inputs)
-        tokens = (inputs.get("input_ids"), inputs.get("inputs_embeds"))
-        sizes = (self.layers, self.heads)
-        changed = {name: filled(inputs[name], prompt, tokens, sizes, word_embeddings, config)}
+        changed, cache = {}, cache_of(inputs)
+        tokens = the_given(inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        # before the cache is filled
         if "attention_mask" in inputs:
-            changed["attention_mask"] = lengthened(inputs["attention_mask"], self.tokens, 1)
+            changed["attention_mask"] = lengthened_for(inputs["attention_mask"], self.tokens, tokens, cache)
         if "position_ids" in inputs:
-            changed["position_ids"] = shifted(inputs["position_ids"], self.tokens)
+            checked = checked_positions(inputs["position_ids"], self.tokens, tokens, cache)
+            changed["position_ids"] = shifted(checked, self.tokens)
+        cache = filled(cache, prompt, tokens, (self.layers, self.heads), word_embeddings, config)
+        changed |= under_one_name(cache, inputs)
         return changed
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Takes the cache out of the output where none was asked for."""
-        name = next(name for name in CACHES if name in inputs)
-        return without_cache(output, inputs[name], inputs["use_cache"]) if "use_cache" in inputs else output
+        return without_cache(output, cache_of(inputs), inputs["use_cache"]) if "use_cache" in inputs else output
 
 
 @dataclass(frozen=True)
@@ -177,7 +194,7 @@ class Projection:
 def filled(
     cache: Any,
     prefix: Tensor,
-    inputs: tuple[Tensor | None, Tensor | None],
+    tokens: Tensor,
     sizes: tuple[int, int],
     word_embeddings: Any,
     config: Any,
@@ -187,7 +204,7 @@ def filled(
     Args:
         cache: A cache of Transformers; None makes one.
         prefix: Keys and values, (tokens, 2 · layers · heads · head size).
-        inputs: The ids and the embeddings of the input, of which one is given.
+        tokens: The ids or the embeddings of the input, (batch, length, …).
         sizes: The number of layers, and that of heads that have keys.
         word_embeddings: The model's word embedding, whose dtype the cache gets.
         config: The model's config.
@@ -196,10 +213,9 @@ def filled(
         return cache
     from transformers import DynamicCache, EncoderDecoderCache
 
-    batch = next(given for given in inputs if given is not None).shape[0]
     layers, heads = sizes
     by_layer = prefix.to(word_embeddings.weight.dtype).view(prefix.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
-    by_layer = by_layer[:, None].expand(-1, batch, -1, -1, -1)
+    by_layer = by_layer[:, None].expand(-1, tokens.shape[0], -1, -1, -1)
     if cache is None and config.is_encoder_decoder:
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
     elif cache is None:

@@ -48,6 +48,15 @@ class PromptTuningConfig(PromptLearningConfig):
         if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
             raise ValueError("tokenizer_kwargs has no effect unless prompt_tuning_init is 'TEXT'")
 
+    def check(self) -> None:
+        """Raises ValueError for options that can't be."""
+        super().check()
+        if self.prompt_scope is not None and self.prompt_tuning_init != "RANDOM":
+            raise ValueError(
+                f"prompt_tuning_init={self.prompt_tuning_init!r} takes embeddings of tokens, and a scope has none; use "
+                "'RANDOM'"
+            )
+
     def encoder(self) -> Encoder:
         """Returns the table of virtual tokens."""
         return TokenTable(self.prompt_tuning_init)

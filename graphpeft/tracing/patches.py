@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.source import uses_in_forward
@@ -70,6 +71,9 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
         stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refused_autocast(tracer)))
+        apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
+        stack.enter_context(_uncached(root))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
@@ -228,6 +232,54 @@ def _refused_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., N
     return refuse
 
 
+def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[..., Any]:
+    def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        holds_proxy = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+        if tracer.is_running or not holds_proxy:
+            return apply(function, *args, **kwargs)
+        return tracer.create_proxy("call_function", Applied(function), args, kwargs)
+
+    return record
+
+
+@contextlib.contextmanager
+def _uncached(root: nn.Module) -> Iterator[None]:
+    """Lets functions with a cache compute anew: a cache would keep what belongs to the trace, or freeze what it has."""
+    with contextlib.ExitStack() as stack:
+        for holder in {owner for module in root.modules() for cls in type(module).__mro__ for owner in _holders(cls)}:
+            for name, value in list(vars(holder).items()):
+                if builtins.isinstance(value, _CACHED):
+                    stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
+                for cell in getattr(value, "__closure__", None) or ():
+                    stack.enter_context(_uncached_cell(cell))
+        yield
+
+
+_CACHED = functools._lru_cache_wrapper
+
+
+def _holders(cls: type) -> tuple[Any, ...]:
+    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
+    module = sys.modules.get(cls.__module__)
+    return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
+
+
+@contextlib.contextmanager
+def _uncached_cell(cell: Any) -> Iterator[None]:
+    try:
+        cached = cell.cell_contents
+    except ValueError:
+        cached = None  # an empty cell
+    if not builtins.isinstance(cached, _CACHED):
+        yield
+        return
+    cell.cell_contents = cached.__wrapped__
+    try:
+        yield
+    finally:
+        cell.cell_contents = cached
+
+
 def _refused_autocast(tracer: ValueTracer) -> Callable[..., Any]:
     enter = torch.autocast.__enter__
 
@@ -273,9 +325,10 @@ def _refill(container: Any, content: Any) -> None:
         for key, value in content.items():
             if key not in container or container[key] is not value:
                 container[key] = value
+    elif isinstance(container, set):
+        if container != content:
+            container.clear()
+            container.update(content)
     elif len(container) != len(content) or any(now is not was for now, was in zip(container, content, strict=True)):
         container.clear()
-        if isinstance(container, set):
-            container.update(content)
-        else:
-            container.extend(content)
+        container.extend(content)

@@ -58,6 +58,9 @@ class ValueProxy(fx.Proxy):
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad":
+            self._call_method("requires_grad_", value)
+            return
         if name not in ("node", "tracer"):
             raise TraceError(f"{guards.deciding_line()} sets an attribute of a traced value, which a graph can't hold")
         super().__setattr__(name, value)

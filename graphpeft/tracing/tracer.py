@@ -2,7 +2,7 @@
 
 After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
 code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
-tensor values, a region under ``no_grad`` or ``autocast``, a forward that changes its module) keeps the module that does
+tensor values, a region under ``autocast``, a forward that changes its module) keeps the module that does
 it as one call of the graph, and `ValueTracer.kept` says why.
 """
 
@@ -29,6 +29,8 @@ from torch.fx.node import map_arg
 from graphpeft.tracing import guards, patches
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
+from graphpeft.tracing.fakes import FAKES
+from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
 
@@ -192,9 +194,7 @@ class ValueTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> Any:
-        """Records one call, unless it runs in a context that a graph can't hold."""
-        if not torch.is_grad_enabled() and not self.is_running:
-            raise TraceError(f"{guards.deciding_line()} runs under torch.no_grad(), which a graph can't hold")
+        """Records one call, with the calls of modules in which it is."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta[CALLS] = self._calls
         return node
@@ -206,6 +206,8 @@ class ValueTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
+        if writes(target) and not torch.is_grad_enabled() and any(map(_may_require_grad, proxy.node.all_input_nodes)):
+            raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
         self._evaluate(proxy.node)
         if writes(target) and proxy.node.all_input_nodes:
             written = proxy.node.all_input_nodes[0]
@@ -216,7 +218,14 @@ class ValueTracer(fx.Tracer):
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):
             self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
-        return proxy
+        return proxy if torch.is_grad_enabled() else self._without_grad(proxy)
+
+    def _without_grad(self, proxy: fx.Proxy) -> fx.Proxy:
+        """Records that no gradient goes through a value that is computed under ``torch.no_grad()``."""
+        node = proxy.node
+        if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
+            return proxy
+        return self.create_proxy("call_function", detached, (proxy,), {})
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Gives a proxy for a parameter or buffer that a forward reads."""
@@ -355,6 +364,11 @@ class ValueTracer(fx.Tracer):
                 if node.op != "call_module":
                     raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
                 node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+            except Exception:
+                # a module that is kept since the trace can't follow it may not run on fake tensors either
+                if node.op != "call_module" or node.target not in self.kept:
+                    raise
+                node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
@@ -379,7 +393,7 @@ class ValueTracer(fx.Tracer):
                 return torch.func.functional_call(module, tensors, args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
+        return FAKES[target](*args, **kwargs) if target in FAKES else target(*args, **kwargs)
 
     # decisions
 
@@ -419,6 +433,13 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _attribute_at(root: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), root)
+
+
+def _may_require_grad(node: fx.Node) -> bool:
+    if VALUE not in node.meta:
+        return True
+    leaves = pytree.tree_leaves(node.meta[VALUE])
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 
 def _holds_proxy(value: Any, depth: int = 4) -> bool:

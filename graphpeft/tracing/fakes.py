@@ -1,0 +1,26 @@
+"""What functions return on fake tensors, where PyTorch's own fake kernels refuse what its real ones take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    # as aten::_grouped_mm, whose fake kernel takes bfloat16 alone
+    if mat_a.ndim == 2 and mat_b.ndim == 2:
+        assert offs is not None
+        return mat_a.new_empty(offs.shape[0], mat_a.shape[0], mat_b.shape[1])
+    return mat_a.new_empty(*mat_a.shape[:-1], mat_b.shape[-1])
+
+
+FAKES: dict[Any, Callable[..., Any]] = {
+    function: _grouped_mm
+    for function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
+    if function is not None
+}
+"""What stands for functions while fake tensors are given to them."""

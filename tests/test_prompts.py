@@ -238,12 +238,34 @@ def test_files_go_both_ways(base: Base, method: str, tmp_path: Path) -> None:
     assert [name for name, parameter in trained_on.named_parameters() if parameter.requires_grad] == names
 
 
-def greedily(model: Any, ids: Tensor, steps: int, **more: Any) -> Tensor:
-    """Returns `ids` with the likeliest tokens, by forwards alone."""
+def lively(base: Base) -> Base:
+    """Returns the model with weights of such a size that it doesn't say the same again and again."""
+
+    def make() -> Any:
+        model = base.make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    return base._replace(make=make)
+
+
+def greedily(model: Any, given: dict[str, Any], steps: int) -> Tensor:
+    """Returns the tokens that are likeliest one after the other, by forwards alone."""
+    if not model.config.is_encoder_decoder:
+        ids = given["input_ids"]
+        for _ in range(steps):
+            following = model(**{**given, "input_ids": ids}).logits[:, -1].argmax(-1)
+            ids = torch.cat((ids, following[:, None]), dim=1)
+        return ids
+    # the decoder is given the labels one place later, behind its first token
+    labels = torch.zeros(3, 1, dtype=torch.long)
     for _ in range(steps):
-        following = model(input_ids=ids, **more).logits[:, -1].argmax(-1)
-        ids = torch.cat((ids, following[:, None]), dim=1)
-    return ids
+        labels[:, -1] = model(**given, labels=labels).logits[:, -1].argmax(-1)
+        labels = torch.cat((labels, labels[:, -1:]), dim=1)
+    start = torch.full((3, 1), model.config.decoder_start_token_id)
+    return torch.cat((start, labels[:, :-1]), dim=1)
 
 
 @pytest.mark.parametrize(
@@ -256,18 +278,20 @@ def greedily(model: Any, ids: Tensor, steps: int, **more: Any) -> Tensor:
     ],
 )
 def test_generated_tokens_are_pefts(base: Base, method: str) -> None:
+    base = lively(base)
     ours = adapted(graphpeft, base, method)
     given = {name: value for name, value in inputs_of(base, "left", method).items() if name != "labels"}
-    more = {name: value for name, value in given.items() if name == "task_ids"}
     length: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5}
     for beams in (1, 3):
         tokens = [ours.generate(**given, num_beams=beams, use_cache=cache, **length) for cache in (True, False)]
         assert torch.equal(*tokens)
-    if base.task == "CAUSAL_LM":
-        # PEFT's own generate doesn't know a cache by the name that Transformers has for it now
-        expected = greedily(adapted(peft, base, method), given["input_ids"], 5, **more)
-        found = ours.generate(input_ids=given["input_ids"], eos_token_id=None, max_new_tokens=5, **more)
-        assert torch.equal(found, expected)
+    # PEFT's own generate doesn't know a cache by the name that Transformers has for it now
+    given = {name: value for name, value in given.items() if name != "attention_mask"}
+    found = ours.generate(**given, eos_token_id=None, forced_eos_token_id=None, max_new_tokens=5)
+    assert torch.equal(found, greedily(adapted(peft, base, method), given, 5))
+    plain = {name: value for name, value in given.items() if name != "task_ids"}
+    unprompted = base.build().generate(**plain, eos_token_id=None, forced_eos_token_id=None, max_new_tokens=5)
+    assert not torch.equal(found, unprompted)
 
 
 def test_sampled_tokens_are_those_of_a_run_without_cache() -> None:

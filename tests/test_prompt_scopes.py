@@ -31,9 +31,6 @@ from graphpeft import (
 )
 from graphpeft.prompt_scopes import mask_with_tokens
 
-ACCURACY = 0.72
-"""What prompts and a head in an untrained ViT exceed on real scans of four digits; the head alone reaches 0.68."""
-
 
 def pickle_again(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
@@ -482,6 +479,86 @@ def test_masks_of_pytorchs_layers_let_virtual_tokens_be_seen(batch: int) -> None
     assert equal(found, expected[:, 2:])
 
 
+# real data
+
+
+class HandWrittenBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(32), nn.Linear(32, 96)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + nn.functional.scaled_dot_product_attention(*self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.mlp(x)
+
+
+class HandWrittenEncoder(nn.Module):
+    """An encoder of patches, (batch, 3, 32, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(48, 32), nn.Parameter(0.1 * torch.randn(64, 32))
+        self.blocks, self.head = nn.Sequential(HandWrittenBlock(), HandWrittenBlock()), nn.Linear(32, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = nn.functional.unfold(images, 4, stride=4).mT
+        return self.head(self.blocks(self.embed(patches) + self.place).mean(1))
+
+
+def digits(first: int) -> tuple[Tensor, Tensor]:
+    """Returns scans of four digits, (n, 3, 32, 32), with their numbers from the first on, (n,)."""
+    scans: Any = load_digits()
+    chosen = (scans.target >= first) & (scans.target < first + 4)
+    images = torch.tensor(scans.images[chosen], dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
+    return nn.functional.interpolate(images, (32, 32)), torch.tensor(scans.target[chosen]) - first
+
+
+def fit(model: Any, images: Tensor, labels: Tensor, rate: float) -> float:
+    """Trains a model on all scans but the last, and returns its accuracy on those."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    model.train()
+    for step in range(120):
+        batch = torch.arange(step * 64, step * 64 + 64) % 600
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return float((model.eval()(images[600:]).argmax(-1) == labels[600:]).float().mean())
+
+
+@pytest.mark.parametrize(
+    ("build", "head", "scopes", "accuracy"),
+    [
+        pytest.param(VIT.build, "head", ("blocks", r"blocks\.\d+"), 0.59, id="timm-vit"),
+        pytest.param(
+            TORCHVISION_VIT.build,
+            "heads.head",
+            ("encoder.layers", r"encoder\.layers\.encoder_layer_\d+"),
+            0.63,
+            id="torchvision-vit",
+        ),
+        pytest.param(HandWrittenEncoder, "head", ("blocks", r"blocks\.\d+"), 0.84, id="hand-written"),
+    ],
+)
+def test_prompts_teach_a_model_other_digits(build: Any, head: str, scopes: tuple[str, str], accuracy: float) -> None:
+    # on one machine: 0.61 by a head alone and 0.63, 0.62 by prompts; 0.59 and 0.66, 0.72; 0.76 and 0.88, 0.87
+    torch.manual_seed(0)
+    base = build()
+    assert fit(base, *digits(0), rate=3e-3) > 0.8
+    others = digits(4)
+    alone = copy.deepcopy(base).requires_grad_(False)
+    alone.get_submodule(head).requires_grad_(True)
+    of_head = fit(alone, *others, rate=0.03)
+    for scope in scopes:
+        torch.manual_seed(0)
+        config = scoped(scope, num_virtual_tokens=8, modules_to_save=[head])
+        model = get_peft_model(copy.deepcopy(base), config, example_inputs=(others[0][:2],))
+        found = fit(model, *others, rate=0.1)
+        assert found > accuracy
+        assert found > of_head
+
+
 # refusals
 
 
@@ -534,22 +611,3 @@ def test_without_example_inputs_the_size_of_a_token_must_be_given() -> None:
     config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, prompt_scope="blocks")
     with pytest.raises(AdaptError, match=r"size of a token isn't known.*example_inputs, or set token_dim"):
         get_peft_model(VIT.build(), config)
-
-
-@pytest.mark.parametrize("scope", ["blocks", r"blocks\.\d+"], ids=["shallow", "deep"])
-def test_prompts_learn_to_tell_real_digits_apart(scope: str) -> None:
-    digits: Any = load_digits(n_class=4)
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
-    images, labels = nn.functional.interpolate(images, (32, 32)), torch.tensor(digits.target)
-    model: Any = VIT.build()
-    config = graphpeft.PromptTuningConfig(num_virtual_tokens=4, prompt_scope=scope, modules_to_save=["head"])
-    get_peft_model(model, config, example_inputs=(images[:2],)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for step in range(40):
-        batch = torch.arange(step * 64, step * 64 + 64) % 600
-        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        accuracy = (model.eval()(images[600:]).argmax(-1) == labels[600:]).float().mean()
-    assert accuracy > ACCURACY

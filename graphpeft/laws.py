@@ -20,6 +20,7 @@ from torch import nn
 from graphpeft import adapters
 from graphpeft.config import PeftConfig
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.paths import join
 from graphpeft.tracing.errors import GuardError
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
 
@@ -58,12 +59,13 @@ def fresh_adapter_changes_no_output(
 
 def only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
-    base = {path for path, _ in build().named_parameters()}
+    frozen = {path for path, _ in build().named_parameters()}
     adapted = perturbed(get_peft_model(build().train(), config, example_inputs=inputs))
+    frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names()}
     loss_of(run(adapted, inputs)).backward()
     for path, parameter in adapted.named_parameters():
-        if parameter.requires_grad == (path in base):
-            raise LawError(f"{path} {'requires' if path in base else 'does not require'} grad")
+        if parameter.requires_grad == (path in frozen):
+            raise LawError(f"{path} {'requires' if path in frozen else 'does not require'} grad")
         if parameter.requires_grad and parameter.grad is None:
             raise LawError(f"{path} gets no gradient")
         if not parameter.requires_grad and parameter.grad is not None:
@@ -331,6 +333,13 @@ class _FailingRule:
 
 
 def _with_failing_rules(config: PeftConfig) -> PeftConfig:
+    of_its_class = type(config).rule_for
+
+    # on the class, since the config is copied before it is asked for rules
+    class Failing(type(config)):
+        def rule_for(self, site: Any, dtype: Any) -> Any:
+            return _FailingRule(of_its_class(self, site, dtype))
+
     failing = copy.deepcopy(config)
-    failing.rule_for = lambda site, dtype: _FailingRule(config.rule_for(site, dtype))  # type: ignore[method-assign]
+    failing.__class__ = Failing
     return failing

@@ -310,6 +310,3 @@ METHODS: dict[PeftType, Method] = {
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }
 """The methods that adapt any model."""
-
-NEED_TRANSFORMERS = {PeftType.PREFIX_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT}
-"""The methods that only Transformers models take, which are tested with these."""

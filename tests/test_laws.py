@@ -11,10 +11,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DIM, METHODS, NEED_TRANSFORMERS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
+from models import GPT2, LLAMA, Example
+from strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
-from graphpeft import PeftConfig, PeftType, laws, trace
+from graphpeft import (
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PeftType,
+    PrefixTuningConfig,
+    TaskType,
+    laws,
+    trace,
+)
 from graphpeft.config import registered
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
@@ -32,6 +42,35 @@ def adaptations(draw: Any, method: PeftType, identity: bool = False) -> tuple[Ca
     return case, draw(METHODS[method].configs(case.build(), identity=identity))
 
 
+IN_FRONT: dict[PeftType, PeftConfig] = {
+    PeftType.PREFIX_TUNING: PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, num_tasks=2
+    ),
+    PeftType.CPT: CPTConfig(task_type=TaskType.CAUSAL_LM, cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 3]),
+}
+"""Configs of the methods that only Transformers models take."""
+
+
+@pytest.mark.parametrize("method", IN_FRONT, ids=lambda method: method.value)
+@pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
+def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, example: Example) -> None:
+    inputs: dict[str, Any]
+    config, inputs = IN_FRONT[method], {"input_ids": torch.randint(3, 60, (2, 5)), "use_cache": False}
+    if method is PeftType.MULTITASK_PROMPT_TUNING:
+        inputs["task_ids"] = torch.tensor([1, 0])
+    for law in (
+        laws.only_the_adapter_is_trained,
+        laws.adapted_is_base_with_delta,
+        laws.saved_is_loaded,
+        laws.dry_runs_change_nothing,
+        laws.copies_stay_adapted,
+    ):
+        law(example.build, config, inputs)
+
+
 X = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0))
 
 STORED_AS_IN_OUT = ["x @ w", "w.mT.mT", "einsum transposed", "addmm"]
@@ -39,7 +78,7 @@ SAME_COMPUTATION = [sorted(SPELLINGS.keys() - set(STORED_AS_IN_OUT)), STORED_AS_
 
 
 def test_every_registered_method_is_tested():
-    assert set(METHODS) | NEED_TRANSFORMERS == set(registered())
+    assert set(METHODS) | set(IN_FRONT) == set(registered())
 
 
 def test_methods_have_the_names_of_pefts():

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from case import Case
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from graphpeft import GuardError, LoraConfig, TraceError, explain, trace
-from graphpeft.laws import snapshot, require_unchanged, LawError
+from graphpeft import GuardError, LoraConfig, explain, trace
+from graphpeft.laws import LawError, require_unchanged, snapshot
 from graphpeft.sites import layer_classes
 from graphpeft.tracing.graph_module import template_of
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import prompting
@@ -220,3 +221,30 @@ def _sizes(model: nn.Module) -> dict[str, list[int]]:
     }
     values = {name: [getattr(config, option, None) for option in options] for name, options in asked.items()}
     return {name: [value for value in of_name if value is not None] for name, of_name in values.items()}
+
+
+# networks that compute virtual tokens
+
+
+def network_parameters(network: nn.Module) -> dict[str, ParameterSpec]:
+    """Returns the weights of a network as parameters of an adapter, which files name as PEFT's encoder does."""
+    return {
+        _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
+        for name, parameter in network.named_parameters()
+    }
+
+
+@torch.no_grad()
+def fill_from(parameters: Mapping[str, torch.Tensor], network: nn.Module) -> None:
+    """Gives parameters the values of a network's weights."""
+    for name, value in network.named_parameters():
+        parameters[_local(name)].copy_(value)
+
+
+def linear_by(name: str, x: Any, parameters: Mapping[str, Any]) -> Any:
+    """Returns what the network's layer `name`, its dots as underscores, makes of `x`."""
+    return F.linear(x, parameters[f"prompt_{name}_weight"], parameters[f"prompt_{name}_bias"])
+
+
+def _local(name: str) -> str:
+    return f"prompt_{name.replace('.', '_')}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft import prompting
 from graphpeft.config import PeftType, register
-from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
+from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.prompting import (
     CACHES,
     EMBEDDINGS_KEY,
@@ -169,25 +169,20 @@ class Projection:
 
     def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
         """Returns the learned tokens and the perceptron's weights."""
-        return {
-            _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
-            for name, parameter in _modules(config, "meta").named_parameters()
-        }
+        return network_parameters(_modules(config, "meta"))
 
-    @torch.no_grad()
     def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, embedding: nn.Module) -> None:
         """Draws them in the order in which PEFT does."""
-        for name, value in _modules(config, "cpu").named_parameters():
-            parameters[_local(name)].copy_(value)
-            if config.init_weights == "zero" and name.startswith("transform.2"):
-                parameters[_local(name)].zero_()
+        network = _modules(config, "cpu")
+        if config.init_weights == "zero":
+            for parameter in network.get_submodule("transform.2").parameters():
+                nn.init.zeros_(parameter)
+        fill_from(parameters, network)
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the keys and values, (tokens, 2 · layers · heads · head size)."""
-        linear = torch.nn.functional.linear
-        w1, b1 = parameters["prompt_transform_0_weight"], parameters["prompt_transform_0_bias"]
-        w2, b2 = parameters["prompt_transform_2_weight"], parameters["prompt_transform_2_bias"]
-        return linear(torch.tanh(linear(parameters["prompt_embedding_weight"], w1, b1)), w2, b2)
+        hidden = torch.tanh(linear_by("transform_0", parameters["prompt_embedding_weight"], parameters))
+        return linear_by("transform_2", hidden, parameters)
 
 
 @recorded
@@ -263,7 +258,3 @@ def _modules(config: PrefixTuningConfig, device: str) -> nn.ModuleDict:
         embedding = nn.Embedding(tokens, dim)
         layers = (nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, _width(config)))
     return nn.ModuleDict({"embedding": embedding, "transform": nn.Sequential(*layers)})
-
-
-def _local(name: str) -> str:
-    return f"prompt_{name.replace('.', '_')}"

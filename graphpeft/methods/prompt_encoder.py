@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
-from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig
+from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.prompting import Encoder, recorded
 from graphpeft.rewrite import ParameterSpec
 
@@ -78,16 +78,16 @@ class MLP:
 
     def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
         """Returns the learned tokens and the perceptron's weights."""
-        return _specs(_mlp_modules(config, "meta"))
+        return network_parameters(_mlp_modules(config, "meta"))
 
     def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
         """Draws them in the order in which PEFT does."""
-        _fill(parameters, _mlp_modules(config, "cpu"))
+        fill_from(parameters, _mlp_modules(config, "cpu"))
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
-        h = F.relu(_linear("mlp_head_0", parameters["prompt_embedding_weight"], parameters))
-        return _linear("mlp_head_4", F.relu(_linear("mlp_head_2", h, parameters)), parameters)
+        h = F.relu(linear_by("mlp_head_0", parameters["prompt_embedding_weight"], parameters))
+        return linear_by("mlp_head_4", F.relu(linear_by("mlp_head_2", h, parameters)), parameters)
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,17 @@ class LSTM:
 
     def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
         """Returns the learned tokens and the weights of both networks."""
-        return _specs(_lstm_modules(config, "meta"))
+        return network_parameters(_lstm_modules(config, "meta"))
 
     def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
         """Draws them in the order in which PEFT does."""
-        _fill(parameters, _lstm_modules(config, "cpu"))
+        fill_from(parameters, _lstm_modules(config, "cpu"))
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
         weights = [value for name, value in parameters.items() if name.startswith("prompt_lstm_head")]
         h = lstm(parameters["prompt_embedding_weight"], weights, self.layers, self.dropout, training)
-        return _linear("mlp_head_2", F.relu(_linear("mlp_head_0", h, parameters)), parameters)
+        return linear_by("mlp_head_2", F.relu(linear_by("mlp_head_0", h, parameters)), parameters)
 
 
 @recorded
@@ -133,10 +133,6 @@ def lstm(tokens: Tensor, weights: list[Tensor], layers: int, dropout: float, tra
     hidden = weights[1].shape[1]
     state = tokens.new_zeros(2 * layers, 1, hidden)
     return torch.lstm(tokens[None], (state, state), weights, True, layers, dropout, training, True, True)[0][0]
-
-
-def _linear(name: str, x: Any, parameters: Mapping[str, Any]) -> Any:
-    return F.linear(x, parameters[f"prompt_{name}_weight"], parameters[f"prompt_{name}_bias"])
 
 
 def _mlp_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
@@ -159,20 +155,3 @@ def _lstm_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
         recurrent = nn.LSTM(dim, hidden, config.encoder_num_layers, **options)
         layers = (nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
     return nn.ModuleDict({"embedding": embedding, "lstm_head": recurrent, "mlp_head": nn.Sequential(*layers)})
-
-
-def _specs(modules: nn.Module) -> dict[str, ParameterSpec]:
-    return {
-        _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
-        for name, parameter in modules.named_parameters()
-    }
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], modules: nn.Module) -> None:
-    for name, value in modules.named_parameters():
-        parameters[_local(name)].copy_(value)
-
-
-def _local(name: str) -> str:
-    return f"prompt_{name.replace('.', '_')}"

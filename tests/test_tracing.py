@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from models import EXAMPLES, LLAMA, MLP, VIT, Example
 from torch import nn
 
-from graphpeft import GuardError, NeedsInputsError, TraceError, laws, trace
+from graphpeft import GuardError, LoraConfig, NeedsInputsError, TraceError, get_peft_model, laws, trace
 from graphpeft.tracing.graph_module import GraphForward
 
 
@@ -360,15 +360,36 @@ def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
     assert model.cache == {}
 
 
-def test_a_region_under_autocast_stays_a_call():
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.linear(x) * 2
+def in_half(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = self.linear(x)
+        with torch.autocast("cpu", enabled=False):
+            z = self.linear(x) @ x.mT
+        assert x.shape[1] == 5
+    return y, z, self.linear(x)
 
-    model = nn.Sequential(nn.Linear(8, 8), module_of(forward, linear=nn.Linear(8, 8)))
+
+def test_regions_under_autocast_are_nodes():
+    model = nn.Sequential(module_of(in_half, linear=nn.Linear(8, 8)))
     traced: Any = trace(model, (X,))
-    assert list(traced.kept) == ["1"]
-    assert torch.equal(traced(X), model(X))
+    assert traced.kept == {}
+    for outside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            found, expected = traced(X), model(X)
+        laws.require_equal(found, expected, "the traced model")
+        assert [y.dtype == torch.bfloat16 for y in found] == [True, False, outside]
+    compiled: Any = torch.compile(traced, fullgraph=True, backend="eager")
+    laws.require_equal(compiled(X), model(X), "compiled")
+    get_peft_model(traced, LoraConfig(target_modules=["linear"], init_lora_weights=False))
+    assert [y.dtype == torch.bfloat16 for y in traced(X)] == [True, False, False]
+
+
+def test_a_run_that_raises_leaves_no_autocast_behind():
+    traced: Any = trace(module_of(in_half, linear=nn.Linear(8, 8)), (X,))
+    with pytest.raises(GuardError):
+        traced(X[:, :3])
+    assert not torch.is_autocast_enabled("cpu")
+    laws.require_equal(traced(X), traced(X), "the traced model")
 
 
 def test_no_gradient_goes_through_a_region_under_no_grad():

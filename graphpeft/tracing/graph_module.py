@@ -21,6 +21,7 @@ from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
 from graphpeft import in_place
+from graphpeft.tracing.autocast import closing_regions
 
 VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
@@ -52,7 +53,10 @@ class Template:
         self.facts: dict[Hashable, Any] = {}
         self.meta: dict[str, Any] = {}
         self._derived: dict[Hashable, Template] = {}
-        forwards = [_forward_from_src(code.src, code.globals) for code in self.codes]
+        forwards = [
+            closing_regions(graph, _forward_from_src(code.src, code.globals))
+            for graph, code in zip(graphs, self.codes, strict=True)
+        ]
         namespace = {
             "_graphpeft_template": self,
             "forward": forwards[0] if len(forwards) == 1 else _by_mode(*forwards),

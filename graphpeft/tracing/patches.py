@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
+from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
@@ -70,7 +71,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
-        stack.enter_context(mock.patch.object(torch.autocast, "__enter__", _refused_autocast(tracer)))
+        stack.enter_context(_recorded_autocast(tracer))
         apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
         stack.enter_context(_uncached(root))
@@ -280,15 +281,30 @@ def _uncached_cell(cell: Any) -> Iterator[None]:
         cell.cell_contents = cached
 
 
-def _refused_autocast(tracer: ValueTracer) -> Callable[..., Any]:
-    enter = torch.autocast.__enter__
+@contextlib.contextmanager
+def _recorded_autocast(tracer: ValueTracer) -> Iterator[None]:
+    """Records where regions under ``torch.autocast`` begin and end; the example runs under it, too."""
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    inside: list[tuple[torch.autocast, fx.Proxy]] = []
 
-    def refuse(context: Any) -> Any:
-        if not tracer.is_running:
-            raise TraceError("a region under torch.autocast can't be held by a graph")
-        return enter(context)
+    def record_enter(context: Any) -> Any:
+        if tracer.is_running:
+            return enter(context)
+        options = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+        inside.append((context, tracer.create_proxy("call_function", enter_autocast, options, {})))
+        return context
 
-    return refuse
+    def record_leave(context: Any, *error: Any) -> Any:
+        if tracer.is_running or not inside or inside[-1][0] is not context:
+            return leave(context, *error)
+        tracer.create_proxy("call_function", leave_autocast, (inside.pop()[1],), {})
+        return None
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", record_enter),
+        mock.patch.object(torch.autocast, "__exit__", record_leave),
+    ):
+        yield
 
 
 @contextlib.contextmanager

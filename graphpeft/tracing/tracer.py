@@ -2,7 +2,7 @@
 
 After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
 code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
-tensor values, a region under ``autocast``, a forward that changes its module) keeps the module that does
+tensor values, a write under ``no_grad``, a forward that changes its module) keeps the module that does
 it as one call of the graph, and `ValueTracer.kept` says why.
 """
 
@@ -27,6 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
 from graphpeft.tracing import guards, patches
+from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.fakes import FAKES
@@ -41,7 +42,7 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
 
-_EFFECTS = (guards.expect, guards.expect_present, operator.setitem)
+_EFFECTS = (guards.expect, guards.expect_present, operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
 
 

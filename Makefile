@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Nothing here may depend on a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check format bench docs clean
+.PHONY: help demo test check format bench coverage docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -27,6 +27,9 @@ format: .venv/.installed  ## format, and mend what the linter can
 
 bench: .venv/.installed  ## compare speed with PEFT
 	$(BIN)/python benchmarks/run.py
+
+coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
+	$(BIN)/python coverage/run.py $(ARGS)
 
 docs: .venv/.docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

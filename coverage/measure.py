@@ -20,13 +20,8 @@ Row = dict[str, Any]
 """What was measured of one case."""
 
 
-def measure(case: Case, with_export: bool) -> Row:
-    """Returns what there is to say of a case.
-
-    Args:
-        case: The model.
-        with_export: Whether to trace it by ``torch.export`` too, for its time.
-    """
+def measure(case: Case) -> Row:
+    """Returns what there is to say of a case."""
     torch.manual_seed(0)
     model = case.build().eval()
     inputs = case.inputs(2, 1)
@@ -54,8 +49,7 @@ def measure(case: Case, with_export: bool) -> Row:
         row["kept"] = traced.kept
         row["other mode"] = traced.other_mode_error
     row |= _sites(model, inputs)
-    if with_export:
-        row["export"] = _export_seconds(model, inputs)
+    row["export"] = _export_seconds(model, inputs)
     gc.collect()
     return row
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -179,6 +180,20 @@ def test_a_decision_on_tensor_values_keeps_the_module_that_takes_it_as_a_call():
         assert torch.equal(traced(x), model(x))
     with pytest.raises(TraceError, match="values of a tensor"):
         trace(decides, (X,))
+
+
+def test_a_report_lists_decisions_with_their_lines_and_what_was_kept():
+    decides = module_of(lambda self, x: x if x.sum() > 0 else -x)
+    shaped = module_of(lambda self, x: x * 2 if x.shape[1] % 5 == 0 else x)
+    traced: Any = trace(nn.Sequential(decides, shaped), (X,))
+    lines = str(traced.report).splitlines()
+    assert re.match(r"\d+ nodes, 1 modules kept as calls", lines[0])
+    assert "0: " in lines[1]
+    assert "depends on the values of a tensor" in lines[1]
+    assert any("x.shape[1] % 5 == 0" in line and line.endswith("): True") for line in lines)
+    with pytest.raises(TraceError, match=r"not all of the model becomes a graph: 0: .*values of a tensor"):
+        trace(nn.Sequential(decides, shaped), (X,), strict=True)
+    assert trace(nn.Sequential(shaped), (X,), strict=True)
 
 
 def test_without_example_inputs_a_decision_asks_for_them():

@@ -14,8 +14,10 @@ from torch import fx, nn
 
 from graphpeft import in_place
 from graphpeft.tracing.calls import calls_of
-from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, wear_template
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, template_of, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
+from graphpeft.tracing.trace_report import TraceReport
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
@@ -53,8 +55,15 @@ class TracedModel(Place):
     config: Any
     output_head: str | None
 
+    @property
+    def report(self) -> TraceReport:
+        """What the trace came to: what it decided, and what stays a call. It can be printed."""
+        template = template_of(self)
+        assert template is not None
+        return TraceReport.of(template.graphs, self.kept, self.other_mode_error)
 
-def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+
+def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> fx.GraphModule:
     """Returns one flat graph module of `model`, called as the model is, that shares the model's tensors.
 
     Where the model's code goes another way in training than in evaluation it has a graph for each, see `graphs`.
@@ -65,10 +74,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
         model: Any module.
         example_inputs: A tuple of positional or a dict of keyword arguments. Without them, what can be decided
             symbolically is.
+        strict: Whether a module that can't be inlined is an error; else it stays a call, and the result's `report` says
+            why.
 
     Raises:
         NeedsInputsError: If the model decides on its inputs and none were given.
-        TraceError: If the model's own forward can't be recorded truthfully.
+        TraceError: If the model's own forward can't be recorded truthfully; with `strict`, if that of any module can't.
     """
     args, kwargs = split_inputs(example_inputs)
     tracer = ValueTracer(keeps_whole=is_layer)
@@ -76,6 +87,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     entry = functools.partial(nn.Module._call_impl, model)
     with ONE_TRACE_AT_A_TIME:
         recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
+        if strict and tracer.kept:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.kept.items())
+            raise TraceError(f"not all of the model becomes a graph: {reasons}")
+        if strict and recorded.other_mode_error is not None:
+            raise recorded.other_mode_error
         return _graph_module(model, recorded, tracer)
 
 

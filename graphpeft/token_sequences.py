@@ -31,6 +31,7 @@ from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE, copy_graph, template_of
 from graphpeft.tracing.patches import random_python_states_kept
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for, trace
+from graphpeft.tracing.tracer import faked
 
 
 class TokenSequence(NamedTuple):
@@ -121,7 +122,7 @@ def _run(root: nn.Module, graph: fx.Graph, example_inputs: ExampleInputs) -> _Ra
             values[n.name] = super().run_node(n)
             return values[n.name]
 
-    given = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in bound.arguments.values()]
+    given = [faked(value, mode.from_tensor) for value in bound.arguments.values()]
     with mode, random_python_states_kept(), _quiet_fake_tensors():
         Noting(root, garbage_collect_values=False, graph=graph).run(*given)
     return _Ran(root, graph, values)

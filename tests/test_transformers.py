@@ -447,3 +447,38 @@ def test_it_compiles_into_one_graph(example: Example, training: bool) -> None:
         warnings.simplefilter("ignore")  # what the compiler warns of is its own
         compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(output(compiled, inputs), expected)
+
+
+# traced
+
+
+@pytest.mark.parametrize("example", [LLAMA, GPT2, OPT], ids=str)
+def test_a_decoder_that_is_traced_with_a_cache_decodes_as_the_model_does(example: Example) -> None:
+    model: Any = example.build()
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def step(called: Any, cache: Any, place: int) -> Tensor:
+        return called(input_ids=ids[:, place : place + 1], cache=cache, use_cache=True).logits
+
+    def cache_of_four() -> Any:
+        return model(input_ids=ids[:, :4], use_cache=True).past_key_values
+
+    given = cache_of_four()
+    traced = graphpeft.trace(model, {"input_ids": ids[:, 4:5], "cache": given, "use_cache": True}, strict=True)
+    # the example is as it was
+    assert given.get_seq_length() == 4
+    caches = cache_of_four(), cache_of_four()
+    for place in range(4, 9):
+        found, expected = step(traced, caches[0], place), step(model, caches[1], place)
+        assert (found - expected).abs().max() < 1e-6
+    assert caches[0].get_seq_length() == 9
+
+
+def test_an_adapted_model_that_is_traced_is_adapted_again_as_the_model_is() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted: Any = get_peft_model(LLAMA.build(), config)
+    traced: Any = graphpeft.trace(adapted, LLAMA.inputs())
+    assert torch.equal(output(traced, LLAMA.inputs()), output(adapted, LLAMA.inputs()))
+    get_peft_model(traced, config, "second")
+    expected = get_peft_model_state_dict(adapted)
+    assert get_peft_model_state_dict(traced, adapter_name="second").keys() == expected.keys()

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.fx as fx
@@ -177,7 +178,7 @@ class ValueTracer(fx.Tracer):
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
-        placeholder.node.meta[VALUE] = pytree.tree_map_only(torch.Tensor, self._fake, example)
+        placeholder.node.meta[VALUE] = faked(example, self._fake)
         return self._present(placeholder, f"the argument {name!r}")
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
@@ -434,6 +435,24 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _attribute_at(root: nn.Module, path: str) -> Any:
     return functools.reduce(getattr, path.split("."), root)
+
+
+def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Returns an example with fake tensors, on which code can run without changing the example.
+
+    Args:
+        example: Any value; objects in it that aren't containers, such as caches, are copied.
+        fake: Makes a fake tensor of one.
+    """
+
+    def stand_in(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return fake(leaf)
+        return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
+
+    # those inside of objects, too; results of a computation couldn't be copied by themselves
+    with mock.patch.object(torch.Tensor, "__deepcopy__", lambda tensor, _: fake(tensor)):
+        return pytree.tree_map(stand_in, example)
 
 
 def _may_require_grad(node: fx.Node) -> bool:

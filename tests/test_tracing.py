@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import pickle
 import re
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import pytest
@@ -246,6 +247,18 @@ def test_nested_inputs_varied_arguments_and_structured_outputs():
     laws.require_equal((found.y, found.rest), (expected.y, expected.rest), "the output")
     traced: Any = trace(model, {"batch": inputs, "factor": 2})
     assert torch.equal(traced(batch=inputs, factor=3).y, model(inputs, factor=3).y)
+
+
+def test_a_mapping_keeps_its_type_and_order():
+    def forward(self, x):
+        return OrderedDict([("b", x + 1), ("a", {"x": x, "inner": OrderedDict(c=x)})])
+
+    found = trace(module_of(forward), (X,))(X)
+    assert type(found) is OrderedDict
+    assert list(found) == ["b", "a"]
+    assert type(found["a"]["inner"]) is OrderedDict
+    with pytest.raises(TraceError, match="a defaultdict goes through the graph"):
+        trace(module_of(lambda self, x: defaultdict(list, a=x)), (X,))
 
 
 # state and effects

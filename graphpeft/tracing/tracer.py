@@ -301,6 +301,10 @@ class ValueTracer(fx.Tracer):
                 values = {name: v for name, v in values.items() if v is not None or name not in defaults}
                 return self.create_proxy("call_function", type(a), (), values).node
             return self._constant(a)
+        if isinstance(a, dict) and type(a) is not dict:
+            if isinstance(a, collections.defaultdict):
+                raise TraceError("a defaultdict goes through the graph, which can't hold its function; use a dict")
+            return self.create_proxy("call_function", type(a), (dict(a),), {}).node
         try:
             return super().create_arg(a)
         except NotImplementedError:
@@ -351,6 +355,8 @@ class ValueTracer(fx.Tracer):
         return self._thread is not None and not self.is_running
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_leaf:
+            tensor = tensor.detach().requires_grad_()
         return self._mode.from_tensor(tensor)
 
     def _evaluate(self, node: fx.Node) -> None:

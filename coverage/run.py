@@ -76,9 +76,10 @@ another batch size, and with another length or resolution. It was run with {used
 
 - *equal* is bit for bit; *guard* is an error that names the decision which was another; *model* is an error of the
   model itself, which doesn't take such inputs.
-- *kept* are modules that stay calls, with the reason below the table.
+- *kept* are modules that stay calls in one of the modes, with the reason below the table.
 - *sites* are the linear layers that LoRA adapts, of those that there are.
-- *×* is the time of the trace beside that of `torch.export.export` in the same process.
+- *×* is the time of the trace beside that of `torch.export.export` in the same process. Where the code goes another
+  way in training, the trace records two graphs, and the export one.
 
 {"".join(sections)}"""
 

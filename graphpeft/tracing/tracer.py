@@ -380,10 +380,10 @@ class ValueTracer(fx.Tracer):
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
-        module = copy.deepcopy(self.root.get_submodule(path))
-        if self.mode is not None:
-            module.train(self.mode)
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            module = copy.deepcopy(self.root.get_submodule(path))
+            if self.mode is not None:
+                module.train(self.mode)
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
             value = module(*ones[0], **ones[1])
         return pytree.tree_map_only(torch.Tensor, self._fake, value)

@@ -92,11 +92,11 @@ def _section(library: str, rows: list[Row]) -> str:
     ratios = [ratio for row in own if (ratio := _ratio(row)) is not None]
     middle = f"{statistics.median(ratios):.2f}" if ratios else "-"
     found, there = (sum(row.get(key, 0) for row in own) for key in ("adaptable", "linears"))
-    differing = sum(any(str(row.get(key)).startswith("DIFFERENT") for key in _COLUMNS) for row in own)
+    wrong = sum(bool(_wrong(row)) for row in own)
     lines = [
         f"## {library}",
         "",
-        f"{len(whole)} of {len(own)} whole; {differing} that differ; {found:,} of {there:,} sites; the trace takes "
+        f"{len(whole)} of {len(own)} whole; {wrong} that differ or fail; {found:,} of {there:,} sites; the trace takes "
         f"{middle} × the time of `torch.export.export` (median of {len(ratios)}).",
         "",
         "| model | nodes | guards | kept | eval | train | batch | size | sites | s | × |",
@@ -141,8 +141,18 @@ def _notes(row: Row) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for path, reason in (*row["kept"].items(), *row["refused"].items()):
         by_reason.setdefault(reason, []).append(path)
-    notes = [f"{name}: {paths[0]}{_more(paths)}: {_plain(reason)}" for reason, paths in by_reason.items()]
-    return notes + [f"{name}: {_plain(row['other mode'])}" for _ in range(1) if row["other mode"]]
+    notes = [f"{paths[0]}{_more(paths)}: {reason}" for reason, paths in by_reason.items()]
+    notes += [row["other mode"]] if row["other mode"] else []
+    return [f"{name}: {_plain(note)}" for note in (*_wrong(row), *notes)]
+
+
+def _wrong(row: Row) -> list[str]:
+    """Returns where a graph answers otherwise than its model, without a guard's error, and what the trace changed."""
+    verdicts = [f"{key}: {row[key]}" for key in _COLUMNS if key in row and not row[key].startswith(_RIGHT)]
+    return verdicts + ([f"the model: {row['changed']}"] if row.get("changed") else [])
+
+
+_RIGHT = ("equal", "guard", "refused by the model")
 
 
 def _more(paths: list[str]) -> str:

@@ -69,12 +69,11 @@ def _pair(batch: int, scale: float) -> dict[str, Any]:
     return given | {"use_cache": False}
 
 
-def _pixels(batch: int, scale: float) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(batch, 3, int(32 * scale), int(32 * scale))}
-
-
 def _pictures(size: int) -> Callable[[int, float], dict[str, Any]]:
     return lambda batch, scale: {"pixel_values": torch.randn(batch, 3, int(size * scale), int(size * scale))}
+
+
+_pixels = _pictures(32)
 
 
 def _wave(batch: int, scale: float) -> dict[str, Any]:
@@ -311,10 +310,10 @@ WAVE_MODELS: dict[str, dict[str, Any]] = {
 def cases() -> Iterator[Case]:
     """Yields a model of each architecture that the installed Transformers has."""
     for name, more in DECODERS.items():
-        suffix = "LMHeadModel" if name in ("GPT2",) else "ForCausalLM"
+        suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
         yield from _case(name, suffix, more, _text)
     for name, more in ENCODERS.items():
-        yield from _case(name, "Model", more, _encoded if name not in ("FNet",) else _unmasked)
+        yield from _case(name, "Model", more, _unmasked if name == "FNet" else _encoded)
     for name, more in PAIRS.items():
         yield from _case(name, "ForConditionalGeneration", more, _pair)
     for name, more in VISIONS.items():

@@ -231,7 +231,8 @@ class SiteFinder:
 
     def _boundary_inside(self, path: str) -> Crossing:
         """Returns the boundaries of the calls of a module that were inlined into a flat graph."""
-        around = next((region for region in self._graphs if not region or path.startswith(f"{region}.")), None)
+        graphs = [region for region in self._graphs if not region or path.startswith(f"{region}.")]
+        around = max(graphs, key=len, default=None)
         template = self._template(around) if around is not None else None
         if around is None or template is None:
             raise TraceError(f"a {type(self.modules[path]).__name__} is never called")

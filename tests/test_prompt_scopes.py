@@ -542,7 +542,7 @@ def fit(model: Any, images: Tensor, labels: Tensor, rate: float) -> float:
     ],
 )
 def test_prompts_teach_a_model_other_digits(build: Any, head: str, scopes: tuple[str, str], accuracy: float) -> None:
-    # on one machine: 0.61 by a head alone and 0.63, 0.62 by prompts; 0.59 and 0.66, 0.72; 0.76 and 0.88, 0.87
+    # measured: 0.61 by a head alone and 0.63, 0.62 by prompts; 0.59 and 0.66, 0.72; 0.76 and 0.88, 0.87
     torch.manual_seed(0)
     base = build()
     assert fit(base, *digits(0), rate=3e-3) > 0.8

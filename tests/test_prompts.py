@@ -633,7 +633,7 @@ def test_a_prompt_must_leave_room_for_the_input(name: str) -> None:
     with pytest.raises(AdaptError, match=f"a prompt of {room} tokens leaves no room in its table of {room} positions"):
         get_peft_model(
             base.build(),
-            graphpeft.PromptTuningConfig(task_type=base.task, num_virtual_tokens=room),  # type: ignore[arg-type]
+            graphpeft.PromptTuningConfig(task_type=graphpeft.TaskType(base.task), num_virtual_tokens=room),
         )
     model = adapted(graphpeft, base, "prompt-tuning")
     fits = torch.full((1, room - TOKENS), 5)

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict, defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.fx as fx
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from models import EXAMPLES, LLAMA, MLP, VIT, Example
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from graphpeft import GuardError, LoraConfig, NeedsInputsError, TraceError, get_peft_model, laws, trace
 from graphpeft.tracing.graph_module import GraphForward
@@ -408,6 +410,9 @@ def test_regions_under_autocast_are_nodes():
         assert [y.dtype == torch.bfloat16 for y in found] == [True, False, outside]
     compiled: Any = torch.compile(traced, fullgraph=True, backend="eager")
     laws.require_equal(compiled(X), model(X), "compiled")
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    laws.require_equal(traced(X), model(X), "without dead code")
     get_peft_model(traced, LoraConfig(target_modules=["linear"], init_lora_weights=False))
     assert [y.dtype == torch.bfloat16 for y in traced(X)] == [True, False, False]
 
@@ -438,6 +443,22 @@ def test_no_gradient_goes_through_a_region_under_no_grad():
     assert traced.w.grad is None
 
 
+def test_no_gradient_goes_through_complex_numbers_under_no_grad():
+    def forward(self, x):
+        with torch.no_grad():
+            z = self.w * 2
+        return (z * x * self.w).abs()
+
+    model = module_of(forward, w=nn.Parameter(torch.randn(8, dtype=torch.complex64)))
+    traced: Any = trace(model, (X,))
+    for module in (model, traced):
+        module(X).sum().backward()
+    expected, model.w.grad = model.w.grad.clone(), None
+    traced(X).sum().backward()
+    assert model.w.grad is not None
+    assert torch.allclose(torch.add(model.w.grad, model.w.grad), expected)
+
+
 def test_a_write_under_no_grad_keeps_the_module_a_call():
     def forward(self, x):
         y = self.linear(x)
@@ -453,13 +474,13 @@ def test_a_write_under_no_grad_keeps_the_module_a_call():
 
 class Doubled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, factor):  # type: ignore[override]
-        ctx.factor = factor
-        return x * factor
+    def forward(ctx: Any, *args: Any, **_: Any) -> Any:
+        x, ctx.factor = args
+        return x * ctx.factor
 
     @staticmethod
-    def backward(ctx: Any, grad):  # type: ignore[override]
-        return grad * 10 * ctx.factor, None
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0] * 10 * ctx.factor, None
 
 
 class Doubling(nn.Module):
@@ -482,6 +503,22 @@ def test_a_forward_with_its_own_gradient_keeps_it():
         module.zero_grad()
         module(X).sum().backward()
         assert torch.equal(module.get_parameter("linear.weight").grad, expected)
+
+
+def test_a_function_that_recomputes_others_keeps_the_module_a_call():
+    def forward(self, x):
+        return checkpoint(lambda y: self.linear(y) * 2, x, use_reentrant=True)
+
+    model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8)))
+    x = X.clone().requires_grad_()
+    traced: Any = trace(model, (x,))
+    assert "is given a function" in traced.kept["0"]
+    assert torch.equal(traced(x), model(x))
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = module_of(lambda self, x: x * np.float64(0.1) + np.log(3.0))
+    assert torch.equal(trace(model, (X,))(X), model(X))
 
 
 @functools.lru_cache

@@ -290,7 +290,9 @@ def test_training_that_resumes_from_a_checkpoint_ends_where_it_would_have_ended(
 def test_training_of_a_prompt_resumes_with_its_encoder(tmp_path: Path) -> None:
     def prompted() -> Any:
         torch.manual_seed(0)
-        config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)  # type: ignore[arg-type]
+        config = PromptEncoderConfig(
+            task_type=graphpeft.TaskType.CAUSAL_LM, num_virtual_tokens=4, encoder_hidden_size=8
+        )
         return get_peft_model(LLAMA.build(), config)
 
     through, resumed = prompted(), prompted()

@@ -235,9 +235,12 @@ def _refused_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., N
 
 def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[..., Any]:
     def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        holds_proxy = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-        if tracer.is_running or not holds_proxy:
+        given = pytree.tree_leaves((args, kwargs))
+        if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy) for leaf in given):
             return apply(function, *args, **kwargs)
+        # a module is known to the graph; of a function it would hold the model's own modules, out of reach
+        if any(callable(leaf) and not builtins.isinstance(leaf, fx.Proxy | nn.Module) for leaf in given):
+            raise TraceError(f"{function.__name__} is given a function, whose code a graph can't hold")
         return tracer.create_proxy("call_function", Applied(function), args, kwargs)
 
     return record

@@ -301,6 +301,8 @@ class ValueTracer(fx.Tracer):
                 values = {name: v for name, v in values.items() if v is not None or name not in defaults}
                 return self.create_proxy("call_function", type(a), (), values).node
             return self._constant(a)
+        if type(a).__module__ == "numpy" and isinstance(a, int | float):
+            return float(a) if isinstance(a, float) else int(a)  # generated code doesn't know numpy's names
         if isinstance(a, dict) and type(a) is not dict:
             if isinstance(a, collections.defaultdict):
                 raise TraceError("a defaultdict goes through the graph, which can't hold its function; use a dict")
@@ -456,8 +458,13 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return fake(leaf)
         return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
 
+    thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
+
+    def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:
+        return fake(tensor) if threading.get_ident() == thread else copy_tensor(tensor, memo)
+
     # those inside of objects, too; results of a computation couldn't be copied by themselves
-    with mock.patch.object(torch.Tensor, "__deepcopy__", lambda tensor, _: fake(tensor)):
+    with mock.patch.object(torch.Tensor, "__deepcopy__", fake_here):
         return pytree.tree_map(stand_in, example)
 
 
@@ -465,7 +472,7 @@ def _may_require_grad(node: fx.Node) -> bool:
     if VALUE not in node.meta:
         return True
     leaves = pytree.tree_leaves(node.meta[VALUE])
-    return any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
+    return any(isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def _holds_proxy(value: Any, depth: int = 4) -> bool:

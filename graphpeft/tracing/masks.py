@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 
 _SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
+ASKED_ABOUT = ("inputs_embeds", "input_embeds")
+"""Arguments of which a mask function uses no values, only the shape, the dtype and the device."""
 
 
 def attention_mask(create: str, *args: Any, **kwargs: Any) -> Any:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
 import functools
 import os
 import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -33,6 +31,7 @@ from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.state import Snapshot
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -46,6 +45,12 @@ _FACTORIES = (
 _SHARING = ("as_tensor", "asarray", "from_numpy")
 """Functions of `torch` that may give tensors which share the memory of what they were made of."""
 
+_SIZED = (
+    "as_strided", "broadcast_to", "narrow", "permute", "reshape", "roll", "select", "tile", "topk", "tril", "triu",
+    "unflatten",
+)  # fmt: skip
+"""Functions of `torch` that read the numbers which they are given before they ask whose call it is."""
+
 _SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
 """Functions of `torch` that tell what is switched on around a call."""
 
@@ -54,22 +59,27 @@ _DTYPE_FACTS = ("finfo", "iinfo")
 
 
 @contextlib.contextmanager
-def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
-    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
+def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Snapshot]:
+    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was.
+
+    Yields the snapshot of `root` that it is put back to.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_unchanged(root))
+        snapshot = Snapshot(root)
+        stack.callback(snapshot.put_back)
         makers = [getattr(torch, name) for name in (*_FACTORIES, *_SHARING)]
         stack.enter_context(_RecordsMakers(tracer, makers))
         for name in _SHARING:
             recorded = _copied_if_constant(tracer, getattr(torch, name))
             stack.enter_context(mock.patch.object(torch, name, recorded))
-        for name in (*_FACTORIES, *_DTYPE_FACTS):
+        for name in (*_FACTORIES, *_SIZED, *_DTYPE_FACTS):
             function = getattr(torch, name)
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
         for name in _SWITCHES:
             stack.enter_context(mock.patch.object(torch, name, _decided_switch(tracer, getattr(torch, name))))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
-        stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _refused_assignment(tracer, root)))
+        stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _noted_assignment(tracer, root)))
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _refused_conversion(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
         stack.enter_context(_recorded_autocast(tracer))
         apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
@@ -78,7 +88,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
-        yield
+        yield snapshot
 
 
 class _RecordsMakers(TorchFunctionMode):
@@ -221,14 +231,34 @@ def _training(tracer: ValueTracer, root: nn.Module) -> property:
     return property(get, put)
 
 
-def _refused_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., None]:
+def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., None]:
     assign = nn.Module.__setattr__
     modules = set(root.modules())
 
-    def refuse(module: nn.Module, name: str, value: Any) -> None:
+    def note(module: nn.Module, name: str, value: Any) -> None:
         if not tracer.is_running and module in modules:
-            raise TraceError(f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold")
+            if name in module._modules and module._modules[name] is value:
+                return
+            # the copy of a module whose call stays one would not be assigned to
+            owned = {**module._parameters, **module._modules, "training": True}
+            if tracer.keeps_whole(module) or name in owned or builtins.isinstance(value, nn.Parameter | nn.Module):
+                raise TraceError(f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold")
+            tracer.note_assignment(module, name)
         assign(module, name, value)
+
+    return note
+
+
+def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., nn.Module]:
+    convert = nn.Module._apply
+    modules = set(root.modules())
+
+    def refuse(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
+        if tracer.is_running or module not in modules:
+            return convert(module, function, *args, **kwargs)
+        if any(function(tensor) is not tensor for tensor in (*module.parameters(), *module.buffers())):
+            raise TraceError(f"a {type(module).__name__} is converted in a forward, which a graph can't hold")
+        return module
 
     return refuse
 
@@ -308,46 +338,3 @@ def _recorded_autocast(tracer: ValueTracer) -> Iterator[None]:
         mock.patch.object(torch.autocast, "__exit__", record_leave),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Puts back, at the end, whatever was assigned or cached on the modules of `root`."""
-    before = [(module, dict(module.__dict__), _containers(module)) for module in root.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, containers in before:
-            _refill(module.__dict__, attributes)
-            for container, content in containers:
-                _refill(container, content)
-
-
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
-    waiting = list(module.__dict__.values())
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, tuple):
-            waiting += value
-        elif isinstance(value, dict | list | set | deque) and not any(value is known for known, _ in found):
-            found.append((value, copy.copy(value)))
-            waiting += value.values() if isinstance(value, dict) else value
-    return found
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Puts back the content of a container, touching only what differs: other threads may run the model meanwhile."""
-    if isinstance(container, dict):
-        for key in [key for key in container if key not in content]:
-            del container[key]
-        for key, value in content.items():
-            if key not in container or container[key] is not value:
-                container[key] = value
-    elif isinstance(container, set):
-        if container != content:
-            container.clear()
-            container.update(content)
-    elif len(container) != len(content) or any(now is not was for now, was in zip(container, content, strict=True)):
-        container.clear()
-        container.extend(content)

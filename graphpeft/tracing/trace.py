@@ -45,12 +45,14 @@ class TracedModel(Place):
 
     Attributes:
         kept: The modules (by path) that could not be inlined, with the reason.
+        not_kept: The paths of attributes that the model sets, of which its next call makes no use; the graph doesn't.
         other_mode_error: Why the graph is only that of the mode in which the model was traced, if it is.
         config: The model's config, if it has one: targets are chosen by its `model_type`.
         output_head: The path of the model's output head, if it names one.
     """
 
     kept: dict[str, str]
+    not_kept: tuple[str, ...]
     other_mode_error: str | None
     config: Any
     output_head: str | None
@@ -60,7 +62,7 @@ class TracedModel(Place):
         """What the trace came to: what it decided, and what stays a call. It can be printed."""
         template = template_of(self)
         assert template is not None
-        return TraceReport.of(template.graphs, self.kept, self.other_mode_error)
+        return TraceReport.of(template.graphs, self.kept, self.not_kept, self.other_mode_error)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> fx.GraphModule:
@@ -127,6 +129,7 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root = TracedModel(stands_for(model))
     root.train(model.training)
     root.kept = dict(tracer.kept)
+    root.not_kept = tuple(tracer.not_kept)
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)

@@ -35,16 +35,20 @@ class TraceReport:
         nodes: The number of nodes: of the graph, or of those of evaluation and of training.
         decisions: What was decided, in the order of the code.
         kept: The modules that stay calls, with the reason.
+        not_kept: The attributes that the model sets, and the graph computes in each run without setting them.
         other_mode_error: Why there is no graph of the other mode, if there should be one.
     """
 
     nodes: tuple[int, ...]
     decisions: tuple[Decision, ...]
     kept: Mapping[str, str]
+    not_kept: tuple[str, ...]
     other_mode_error: str | None
 
     @classmethod
-    def of(cls, graphs: Graphs, kept: Mapping[str, str], other_mode_error: str | None) -> TraceReport:
+    def of(
+        cls, graphs: Graphs, kept: Mapping[str, str], not_kept: tuple[str, ...], other_mode_error: str | None
+    ) -> TraceReport:
         """Returns the report on `graphs`."""
         found: dict[tuple[str, str], int] = {}
         for graph in graphs:
@@ -53,11 +57,13 @@ class TraceReport:
                 if key is not None:
                     found[key] = found.get(key, 0) + 1
         decisions = tuple(Decision(line, taken, times) for (line, taken), times in found.items())
-        return cls(tuple(len(graph.nodes) for graph in graphs), decisions, kept, other_mode_error)
+        return cls(tuple(len(graph.nodes) for graph in graphs), decisions, kept, not_kept, other_mode_error)
 
     def __str__(self) -> str:
         lines = [f"{' and '.join(map(str, self.nodes))} nodes, {len(self.kept)} modules kept as calls"]
         lines += [f"  {path or 'the model'}: {reason}" for path, reason in self.kept.items()]
+        if self.not_kept:
+            lines.append(f"set by the model and not by the graph: {', '.join(self.not_kept)}")
         if self.other_mode_error is not None:
             lines.append(f"one graph, for the present mode alone: {self.other_mode_error}")
         lines.append(f"{len(self.decisions)} decisions, which each run checks")

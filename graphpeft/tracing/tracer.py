@@ -15,7 +15,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 from unittest import mock
@@ -27,7 +27,8 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
-from graphpeft.tracing import guards, patches
+from graphpeft.paths import join
+from graphpeft.tracing import guards, patches, state
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
@@ -65,6 +66,7 @@ class ValueTracer(fx.Tracer):
     Attributes:
         kept: The modules that could not be inlined, with the reason.
         constants: Objects of the user's that the graph reads as attributes of its root.
+        not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
         specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
     """
 
@@ -75,6 +77,7 @@ class ValueTracer(fx.Tracer):
         self.keeps_whole = keeps_whole
         self.kept: dict[str, str] = {}
         self.constants: dict[str, Any] = {}
+        self.not_kept: dict[str, None] = {}
         self.specialised = False
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
@@ -82,11 +85,19 @@ class ValueTracer(fx.Tracer):
         self.mode: bool | None = None
         self.grad_mode = True
         self._has_values = False
+        self._changing: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forgets what belongs to a recording."""
         self._decided: set[tuple[Any, str, Call | None]] = set()
         self._calls: tuple[Call, ...] = ()
         self._called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
+        self._examples: dict[fx.Node, Any] = {}
+        self._assigners: dict[state.Attribute, list[str]] = {}
+        self._left: dict[fx.Node, fx.Node] | None = None
 
     # the trace
 
@@ -111,8 +122,6 @@ class ValueTracer(fx.Tracer):
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
-        self._decided, self._attributes, self._copies = set(), {}, {}
-        self._calls, self._called = (), collections.Counter()
         self.mode = mode
         self.grad_mode = torch.is_grad_enabled()
         self._has_values = args is not None
@@ -126,8 +135,9 @@ class ValueTracer(fx.Tracer):
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
-                with patches.recording(self, root), torch.enable_grad(), patches.no_random_python_numbers():
-                    return self.trace(root)
+                while (graph := self._recorded(root)) is None:
+                    pass  # each time, more modules are kept
+                return graph
             except TraceError:
                 raise
             except Exception as error:
@@ -136,6 +146,80 @@ class ValueTracer(fx.Tracer):
                 raise
             finally:
                 self._thread = None
+
+    def _recorded(self, root: nn.Module) -> fx.Graph | None:
+        """Records `root` once; returns None if that showed that further modules have to stay calls."""
+        self._begin()
+        with (
+            patches.recording(self, root) as self._before,
+            torch.enable_grad(),
+            patches.no_random_python_numbers(),
+        ):
+            graph = self.trace(root)
+            changed = self._before.changed()
+            changing = self._changing_modules(root, graph, changed) if changed else {}
+        self._changing |= changing
+        if not changing:
+            paths = {module: path for path, module in root.named_modules()}
+            self.not_kept |= dict.fromkeys(join(paths[module], name) for module, name in changed)
+        return graph if not changing else None
+
+    def _changing_modules(self, root: nn.Module, graph: fx.Graph, changed: list[state.Attribute]) -> dict[str, str]:
+        """Records `root` again, from the state in which it is left, to see whether a graph can do without that state.
+
+        Returns:
+            The modules that a graph can't hold for what they leave for later calls, with the reason.
+
+        Raises:
+            TraceError: If that is the root.
+        """
+        left = {attribute: state.value_of(attribute) for attribute in changed}
+        assigners, called, kept = self._assigners, self._called, dict(self.kept)
+        self._begin()
+        self._left = {}
+        try:
+            again = self.trace(root)
+        except Exception as error:
+            unsettled, why = changed, f" ({error})"
+        else:
+            of_the_state = set(self._left.values())
+            later = {
+                attribute: state.value_of(attribute) for attribute in {**left, **dict.fromkeys(self._before.changed())}
+            }
+            unsettled = [
+                attribute
+                for attribute, value in later.items()
+                if attribute not in left
+                or not state.is_settled(
+                    left[attribute], value, lambda node: not of_the_state.isdisjoint(state.above(node))
+                )
+            ]
+            if not unsettled and str(graph) != str(again):
+                unsettled = [
+                    attribute
+                    for attribute, value in left.items()
+                    if any(state.varies(node) for proxy in state.proxies_in(value) for node in state.above(proxy.node))
+                ]
+            why = ""
+        self.kept = kept
+        paths = {module: path for path, module in root.named_modules()}
+        changing = {}
+        for module, name in unsettled:
+            writers = assigners.get(state.Attribute(module, name), [])
+            path = _around(called, [paths[module], *writers])
+            does = "assigns" if writers else "changes"
+            reason = (
+                f"{type(module).__name__}'s forward {does} self.{name} for its next call, which a graph can't hold{why}"
+            )
+            if not path:
+                raise TraceError(reason)
+            changing.setdefault(path, reason)
+        return changing
+
+    def note_assignment(self, module: nn.Module, name: str) -> None:
+        """Notes which module's code assigns an attribute."""
+        path = self._calls[-1].path if self._calls else ""
+        self._assigners.setdefault(state.Attribute(module, name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -179,6 +263,7 @@ class ValueTracer(fx.Tracer):
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         placeholder.node.meta[VALUE] = faked(example, self._fake)
+        self._examples[placeholder.node] = example
         return self._present(placeholder, f"the argument {name!r}")
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
@@ -253,6 +338,8 @@ class ValueTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.keeps_whole(m):
             return self.create_proxy("call_module", path, args, kwargs)
+        if path in self._changing:
+            return self._kept(m, path, self._changing[path], args, kwargs)
         before = next(iter(reversed(self.graph.nodes)))
         try:
             with patches.no_random_python_numbers():
@@ -261,8 +348,19 @@ class ValueTracer(fx.Tracer):
             if not self._has_values:
                 raise
             self._forget_after(before)
-            self.kept[path] = str(error)
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._kept(m, path, str(error), args, kwargs)
+
+    def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Records one call of a submodule, without what was recorded of its code."""
+        inside = set(m.modules())
+        for (module, name), writers in self._assigners.items():
+            if module in inside and any(not f"{writer}.".startswith(f"{path}.") for writer in writers):
+                raise TraceError(
+                    f"self.{name} is assigned to a {type(module).__name__} that stays a call, which a graph can't hold"
+                )
+        self._before.put_back(m)
+        self.kept[path] = reason
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
@@ -287,7 +385,7 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Turns an object seen as an argument into one that a node can hold."""
         if isinstance(a, fx.Proxy):
-            return a.node
+            return a.node if a.node.graph is self.graph else self._of_the_state(a.node)
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a))
             return self.attribute(name).node if name is not None else self._constant(a)
@@ -316,6 +414,16 @@ class ValueTracer(fx.Tracer):
                     "it is a cache, pass use_cache=False in example_inputs"
                 ) from None
             return self._constant(a)
+
+    def _of_the_state(self, node: fx.Node) -> fx.Node:
+        """Returns what stands for a value that an earlier recording has left on a module."""
+        if self._left is None:
+            raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
+        if node not in self._left:
+            name = f"_left_{len(self._left)}"
+            self._left[node] = self.create_node("get_attr", name, (), {})
+            self._left[node].meta[VALUE] = node.meta.get(VALUE)
+        return self._left[node]
 
     def _constant(self, value: Any) -> fx.Node:
         name = next((name for name, constant in self.constants.items() if constant is value), None)
@@ -358,7 +466,8 @@ class ValueTracer(fx.Tracer):
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_leaf:
-            tensor = tensor.detach().requires_grad_()
+            with fake_tensor.unset_fake_temporarily():
+                tensor = tensor.detach().requires_grad_()
         return self._mode.from_tensor(tensor)
 
     def _evaluate(self, node: fx.Node) -> None:
@@ -370,15 +479,63 @@ class ValueTracer(fx.Tracer):
                 node.meta[VALUE] = self._run(node, args, kwargs)
             except fake_tensor.UnsupportedFakeTensorException as error:
                 raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
-            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
-                if node.op != "call_module":
-                    raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor") from error
-                node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+                if node.op == "call_module":
+                    node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+                else:
+                    node.meta[VALUE] = self._from_whole_numbers(node)
             except Exception:
                 # a module that is kept since the trace can't follow it may not run on fake tensors either
                 if node.op != "call_module" or node.target not in self.kept:
                     raise
                 node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+
+    def _from_whole_numbers(self, node: fx.Node) -> Any:
+        """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
+
+        Masks, ids and lengths are of a few kinds, and a decision on them is one that a check can hold. A decision on
+        what a layer computes would be another one in most calls.
+
+        Raises:
+            TraceError: If it doesn't.
+        """
+        above = self._above_with_writes(node)
+        if any(map(_is_not_whole, above)):
+            raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
+        values: dict[fx.Node, Any] = {}
+
+        def value_of(source: fx.Node) -> Any:
+            if source in values:
+                return values[source]
+            return pytree.tree_map_only(torch.Tensor, _empty, source.meta[VALUE])
+
+        with fake_tensor.unset_fake_temporarily():
+            for source in (other for other in self.graph.nodes if other in above):
+                if source in self._examples:
+                    values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self._examples[source])
+                else:
+                    args, kwargs = map_arg((source.args, source.kwargs), value_of)
+                    values[source] = self._computed(source, args, kwargs)
+        return faked(values[node], self._fake)
+
+    def _above_with_writes(self, node: fx.Node) -> set[fx.Node]:
+        """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
+        above: set[fx.Node] = set()
+        new = state.above(node)
+        while not new <= above:
+            above |= new
+            memory = {part for source in above for part in _memory(source)}
+            written = ((other, other.args[0]) for other in self.graph.nodes if writes(other.target) and other.args)
+            new = set().union(
+                *(state.above(w) for w, into in written if isinstance(into, fx.Node) and _memory(into) & memory)
+            )
+        return above
+
+    def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "get_attr":
+            return self.constants[target] if target in self.constants else _attribute_at(self.root, target)
+        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
@@ -393,17 +550,15 @@ class ValueTracer(fx.Tracer):
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         if node.op == "get_attr":
-            value = self.constants[target] if target in self.constants else _attribute_at(self.root, target)
+            value = self._computed(node, args, kwargs)
             return self._fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
             module = self.root.get_submodule(target)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept():
+            with patches.random_python_states_kept(), state.unchanged(module):
                 return torch.func.functional_call(module, tensors, args, kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return FAKES[target](*args, **kwargs) if target in FAKES else target(*args, **kwargs)
+        return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
 
     # decisions
 
@@ -466,6 +621,32 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     # those inside of objects, too; results of a computation couldn't be copied by themselves
     with mock.patch.object(torch.Tensor, "__deepcopy__", fake_here):
         return pytree.tree_map(stand_in, example)
+
+
+def _is_not_whole(node: fx.Node) -> bool:
+    """Tells whether a node brings fractions, random numbers or what a layer computes into a value."""
+    if node.op == "placeholder" or node.op == "get_attr":
+        leaves = pytree.tree_leaves(node.meta.get(VALUE))
+        return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
+    return state.varies(node)
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Returns what tells the memory of a value's tensors from that of others; views share it."""
+    leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _around(called: Collection[str], paths: list[str]) -> str:
+    """Returns the path of the innermost module, among those `called`, that is or is around all of `paths`."""
+    first, *others = paths
+    around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
+    found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
+    return next(found, "")
 
 
 def _may_require_grad(node: fx.Node) -> bool:

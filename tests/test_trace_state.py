@@ -1,0 +1,266 @@
+"""What a forward leaves on its modules: a graph does without it, or the module stays a call; never a wrong answer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_tracing import X, module_of
+from torch import nn
+
+from graphpeft import GuardError, TraceError, laws, trace
+
+
+def traced_inside(model, *inputs) -> Any:
+    """Returns the trace of `model` in a container, so that what can't be inlined can stay a call."""
+    return trace(nn.Sequential(model), inputs or (X,))
+
+
+def assert_history_is_that_of(model, traced, *calls) -> None:
+    """Checks that both give the same answers in a row of calls."""
+    fresh = copy.deepcopy(nn.Sequential(model))
+    for x in calls:
+        laws.require_equal(traced(x), fresh(x), "the traced model")
+
+
+# what is of no use to the next call
+
+
+def test_what_is_set_before_it_is_read_is_a_value_of_the_graph():
+    def forward(self, x):
+        self.pooled = x.mean(1)
+        self.steps = 1
+        for _ in range(2):
+            self.steps *= 2
+        return x + self.pooled[:, None] * self.steps
+
+    model = module_of(forward)
+    traced = traced_inside(model)
+    assert traced.kept == {}
+    assert traced.report.not_kept == ("0.pooled", "0.steps")
+    assert "set by the model and not by the graph: 0.pooled, 0.steps" in str(traced.report)
+    assert not hasattr(model, "pooled")
+    assert_history_is_that_of(model, traced, X, 2 * X, X[:1])
+
+
+def test_a_module_may_read_what_another_one_has_set():
+    def forward(self, x):
+        self.inner.factor = x.sum(-1, keepdim=True)
+        return self.inner(x)
+
+    inner = module_of(lambda self, x: x * self.factor)
+    model = module_of(forward, inner=inner)
+    assert traced_inside(model).kept == {}
+    assert_history_is_that_of(model, traced_inside(model), X, X[:1])
+
+
+def test_a_list_that_is_made_anew_in_each_call_is_no_state():
+    def forward(self, x):
+        self.pyramid = [x]
+        for _ in range(2):
+            self.pyramid.append(self.pyramid[-1][:, ::2])
+        return torch.cat(self.pyramid, 1)
+
+    model = module_of(forward, pyramid=[torch.zeros(())])
+    assert traced_inside(model).kept == {}
+    assert_history_is_that_of(model, traced_inside(model), X, X[:, :4])
+
+
+# caches
+
+
+class Positions(nn.Module):
+    """Keeps positions of its last length, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positions", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if self.positions.shape[0] != x.shape[1]:
+            self.positions = torch.arange(x.shape[1]) * 1.0
+        return x + self.positions[:, None]
+
+
+def test_a_cache_of_what_follows_from_sizes_is_computed_in_each_run():
+    model = Positions()
+    traced = traced_inside(model)
+    assert traced.kept == {}
+    assert model.positions.shape == (1,)
+    assert_history_is_that_of(model, traced, X, X[:, :3], X)
+
+
+def test_a_cache_that_is_filled_already_is_read_and_its_use_is_checked():
+    model = Positions()
+    model(X)
+    traced = traced_inside(model)
+    assert traced.report.not_kept == ()
+    assert torch.equal(traced(X), model(X))
+    with pytest.raises(GuardError, match=r"self\.positions\.shape\[0\] != x\.shape\[1\]"):
+        traced(X[:, :3])
+
+
+def test_a_cache_of_parameters_follows_the_parameters():
+    def forward(self, x):
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = self.w[: x.shape[1]] * 2
+        return x + self.cache[x.shape[1]][:, None]
+
+    model = module_of(forward, w=nn.Parameter(torch.randn(9)), cache={})
+    traced: Any = trace(model, (X,))
+    with torch.no_grad():
+        model.w.zero_()
+    assert torch.equal(traced(X), X)
+    assert model.cache == {}
+
+
+# what the next call depends on
+
+
+def counting(self, x):
+    self.count = self.count + 1
+    return x * self.count
+
+
+def remembering(self, x):
+    y = x if self.last is None else x + self.last
+    self.last = x.mean()
+    return y
+
+
+def collecting(self, x):
+    self.seen.append(x.mean())
+    return x * len(self.seen)
+
+
+def averaging(self, x):
+    self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+    return x - self.mean
+
+
+def logging(self, x):
+    self.seen.append(x.detach())
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "members", "name"),
+    [
+        (counting, {"count": 0}, "count"),
+        (counting, {"count": torch.zeros(())}, "count"),
+        (remembering, {"last": None}, "last"),
+        (collecting, {"seen": []}, "seen"),
+        (averaging, {"mean": torch.zeros(8)}, "mean"),
+        (logging, {"seen": []}, "seen"),
+    ],
+    ids=["a number", "a buffer", "a value", "a list", "an average", "a list that is only filled"],
+)
+def test_what_changes_with_each_call_keeps_the_module_a_call(forward, members, name):
+    model = module_of(forward, **members)
+    before = laws.snapshot(model)
+    traced = traced_inside(copy.deepcopy(model))
+    assert f"self.{name} for its next call, which a graph can't hold" in traced.kept["0"]
+    assert_history_is_that_of(model, traced, X, 2 * X, X)
+    with pytest.raises(TraceError, match=rf"self\.{name} for its next call"):
+        trace(model, (X,))
+    laws.require_unchanged(model, before, "a failed trace")
+
+
+def test_what_one_module_sets_on_another_keeps_both_in_one_call():
+    def forward(self, x):
+        if self.inner.last is None:
+            self.inner.last = x.mean()
+        return self.inner(x)
+
+    model = module_of(forward, inner=module_of(lambda self, x: x + self.last, last=None))
+    traced = traced_inside(model)
+    assert list(traced.kept) == ["0"]
+    assert_history_is_that_of(model, traced, X, 2 * X)
+
+
+def test_what_is_set_on_a_layer_keeps_the_module_a_call():
+    def forward(self, x):
+        self.dropout.p = x.shape[1] / 10
+        return self.dropout(x)
+
+    model = module_of(forward, dropout=nn.Dropout(0.1))
+    traced = traced_inside(model)
+    assert "assigns self.p" in traced.kept["0"]
+    assert torch.equal(laws.run(traced.train(), (X,)), laws.run(nn.Sequential(model).train(), (X,)))
+
+
+def test_what_is_set_on_a_module_that_stays_a_call_keeps_the_one_around_it_too():
+    inner = module_of(lambda self, x: x * self.factor if x.sum() > 0 else x, factor=1)
+
+    def forward(self, x):
+        self.inner.factor = 3
+        return self.inner(x)
+
+    model = module_of(forward, inner=inner)
+    traced = traced_inside(model)
+    assert list(traced.kept) == ["0"]
+    assert_history_is_that_of(model, traced, X, -X)
+
+
+def test_a_layer_that_a_forward_assigns_anew_or_converts_keeps_the_module_a_call():
+    def assigning(self, x):
+        self.linear = self.other
+        return self.linear(x)
+
+    def converting(self, x):
+        return self.linear.double()(x.double())
+
+    def keeping(self, x):
+        self.linear = self.linear.to(torch.float32)
+        return self.linear(x)
+
+    for forward, reason in ((assigning, "assigns self.linear"), (converting, "a Linear is converted in a forward")):
+        assert reason in traced_inside(module_of(forward, linear=nn.Linear(8, 8), other=nn.Linear(8, 8))).kept["0"]
+    model = module_of(keeping, linear=nn.Linear(8, 8))
+    assert traced_inside(model).kept == {}
+    assert_history_is_that_of(model, traced_inside(model), X)
+
+
+# decisions on whole numbers
+
+
+def masked(self, x, mask):
+    if mask.any().item():
+        x = x.masked_fill(mask[..., None], 0.0)
+    return x + 1
+
+
+def test_a_decision_on_a_mask_is_checked_in_each_run():
+    none, some = torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool).tril()
+    model = module_of(masked)
+    for given, other in ((none, some), (some, none)):
+        traced: Any = trace(module_of(lambda self, x, mask: self.inner(x, mask), inner=model), (X, given))
+        assert traced.kept == {}
+        assert torch.equal(traced(X, given), model(X, given))
+        with pytest.raises(GuardError, match=r"mask\.any\(\)\.item\(\)"):
+            traced(X, other)
+
+
+def test_a_decision_on_a_mask_sees_what_was_written_into_it():
+    def forward(self, x, mask):
+        lengths = mask.long()
+        lengths[:, 0] = 7
+        return x * 2 if lengths.max() > 3 else x
+
+    model = module_of(forward)
+    mask = torch.zeros(2, 5)
+    traced: Any = trace(model, (X, mask.long()))
+    assert torch.equal(traced(X, mask.long()), X * 2)
+    assert torch.equal(mask, torch.zeros(2, 5))
+
+
+def test_sizes_that_follow_from_ids_stay_dynamic_where_nothing_is_decided_on_them():
+    def forward(self, x, ids):
+        return x[:, ids.nonzero().flatten()]
+
+    model = module_of(forward)
+    traced: Any = trace(model, (X, torch.tensor([0, 1, 1, 0, 1])))
+    for ids in ([1, 0, 0, 0, 0], [1, 1, 1, 1, 1]):
+        assert torch.equal(traced(X, torch.tensor(ids)), model(X, torch.tensor(ids)))

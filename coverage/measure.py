@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphpeft import GuardError, LoraConfig, explain, trace
 from graphpeft.laws import LawError, require_unchanged, snapshot
-from graphpeft.sites import layer_classes
+from graphpeft.sites import linear_classes
 from graphpeft.tracing.graph_module import template_of
 
 Row = dict[str, Any]
@@ -112,7 +112,7 @@ def _output(module: nn.Module, inputs: Any) -> Any:
 
 def _sites(model: nn.Module, inputs: Any) -> Row:
     """Returns how many linear layers there are, how many LoRA can adapt, and why not the others."""
-    names = [path for path, module in model.named_modules() if isinstance(module, layer_classes())]
+    names = [path for path, module in model.named_modules() if isinstance(module, linear_classes())]
     if not names:
         return {"linears": 0, "adaptable": 0, "refused": {}}
     report = explain(model.eval(), LoraConfig(target_modules=names), example_inputs=inputs)

@@ -190,7 +190,7 @@ def _first_values(
         return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
-    adapted.rule.initialise(drawn, config, module)
+    adapted.rule.initialise(drawn, adapted.site, config, module)
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn
     # through the weight's dtype, in which PEFT has them for a moment
@@ -309,7 +309,7 @@ def _with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = _boundary(graph, node) if kind is Boundary else _op_at(named.get(node), module, region)
+                    op = _boundary(graph, node) if kind is Boundary else _op_at(named.get(node), kind, module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
@@ -324,8 +324,10 @@ def _boundary(graph: fx.Graph, name: str) -> Boundary:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
-def _op_at(node: fx.Node | None, module: nn.Module, region: str) -> ops.Linear:
-    op = ops.read_op(node, module) if node is not None else None
+def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
+    op = None
+    if node is not None:
+        op = ops.weight_at(node) if kind is ops.Weight else ops.read_op(node, module)
     if op is None:
         raise AdaptError(
             f"the graph of {region or 'the model'} was exchanged since it was adapted, and lacks an adapted operation; "
@@ -403,6 +405,12 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
             f"adapter {name!r} changes what modules are given, not weights, so it can't be merged; keep it, or take it "
             "off with unload()"
         )
+    for adapted in adapter.weight_sites:
+        reason = adapted.rule.unmergeable(adapted.site)
+        if reason is not None:
+            raise AdaptError(
+                f"{adapted.site.name} of adapter {name!r} can't be merged: {reason}; take it off with unload()"
+            )
 
 
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
@@ -437,10 +445,13 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
 
 def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     """Returns the change of a site's weight, in the shape in which it is stored."""
+    assert isinstance(adapted.site, Site)
     owner = modules[adapted.site.owner]
     asked = inspect.signature(adapted.rule.delta).parameters
-    values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "site"}
-    return adapted.rule.delta(site=adapted.site, **values)
+    values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "weight"}
+    if "weight" in asked:
+        values["weight"] = owner._parameters[adapted.site.attribute]
+    return adapted.rule.delta(**values)
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:

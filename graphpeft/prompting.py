@@ -125,7 +125,7 @@ class PromptRule:
         """Returns none."""
         return {}
 
-    def initialise(self, parameters: Mapping[str, Tensor], config: Any, module: nn.Module) -> None:
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Fills new parameters with the encoder's first values."""
         self.encoder.initialise(parameters, config, module)
 

@@ -18,13 +18,14 @@ from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
 from graphpeft.boundaries import Boundary
-from graphpeft.ops import Linear
+from graphpeft.ops import Operation, Weight
 from graphpeft.tags import TAG, Tag, top
 from graphpeft.tracing.calls import CALLS, calls_of
 
 if TYPE_CHECKING:
     from graphpeft.sites import CallSite, Site
-Op = Linear | Boundary
+
+Op = Operation | Boundary
 
 
 class ParameterSpec(NamedTuple):
@@ -60,35 +61,42 @@ class Rule(Protocol):
         """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
         ...
 
-    def initialise(self, parameters: Mapping[str, torch.Tensor], config: Any, module: nn.Module) -> None:
+    def initialise(self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Fills new parameters, on the CPU, with their first values.
 
         Args:
             parameters: The parameters by name, without values.
+            site: The site.
             config: The config.
             module: The module of the weight beside which they live.
         """
         ...
 
 
-class LinearRule(Rule, Protocol):
-    """How one method adapts linear operations."""
+class WeightRule(Rule, Protocol):
+    """How one method adapts operations that use a weight."""
 
     @property
     def rewrite(self) -> Callable[..., Any]:
-        """A function that returns the new value of the operation.
+        """A function that returns the new value of the operation; it is not asked where the weight itself is the site.
 
         The names of its arguments say what it is given: ``x`` and ``y``, the operation's input and its value so far;
-        ``weight`` and ``bias``; ``training``; ``transposed``, whether the weight is stored as (in, out); and the
-        parameters and constants that the rule declares (None for one that it doesn't). It is run on proxies.
+        ``weight`` and ``bias``; ``operation``, which has ``apply(x, weight)``: the same operation with other operands;
+        ``training``; and the parameters and constants that the rule declares (None for one that it doesn't). It is run
+        on proxies.
         """
         ...
 
-    @property
-    def delta(self) -> Callable[..., torch.Tensor]:
-        """A function of the site, the parameters and the constants, by name, that returns the weight's change.
+    def unmergeable(self, site: Any) -> str | None:
+        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight, or None."""
+        ...
 
-        It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training.
+    @property
+    def delta(self) -> Callable[..., Any]:
+        """A function of the ``weight``, the parameters and the constants, by name, that returns the weight's change.
+
+        It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
+        tensors, and on proxies where the weight itself is the site.
         """
         ...
 
@@ -171,16 +179,20 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], ad
             node.meta[CALLS] = calls
 
 
-def _behind(graph: fx.Graph, op: Linear, rule: LinearRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
     """Emits the operation's new value, and returns for it the node in whose place it is."""
     current = top(graph, op.node)
     before = set(graph.nodes)
-    given = {"x": op.x, "y": current}
-    paths = {"weight": op.weight, "bias": op.bias, **attributes}
     with graph.inserting_before(current.next):
-        result = _call(rule.rewrite, graph, given, paths, {"transposed": op.transposed}).node
-    _replace(current, result, before.__contains__)
-    return {result: current}
+        if isinstance(op, Weight):
+            change = _call(rule.delta, graph, {"weight": current}, attributes, {})
+            weight = fx.Proxy(current, change.tracer)
+            result = weight + change.to(weight.dtype)
+        else:
+            paths = {"weight": op.weight, "bias": op.bias, **attributes}
+            result = _call(rule.rewrite, graph, {"x": op.x, "y": current}, paths, {"operation": op})
+    _replace(current, result.node, before.__contains__)
+    return {result.node: current}
 
 
 def _at_boundary(

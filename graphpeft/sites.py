@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import operator
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from graphpeft import dataflow, in_place, ops
 from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of, call_through
+from graphpeft.ops import convolution, embedding
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
@@ -34,13 +36,14 @@ class Site(NamedTuple):
     Attributes:
         region: The path of the module whose graph holds the operations; "" is the model.
         nodes: The names of the operations' nodes, for each graph that the region has.
-        op: The kind of operation, such as ``ops.Linear``.
+        op: The kind of operation, such as ``ops.Linear``; ``ops.Weight`` where no one kind describes its use.
         owner: The path of the module that owns the weight.
         attribute: The weight's name in its owner.
         shape: The weight's shape as it is stored.
         dtype: The weight's dtype.
         transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
+        groups: Into how many groups a convolution's features are divided.
     """
 
     region: str
@@ -52,6 +55,7 @@ class Site(NamedTuple):
     dtype: torch.dtype
     transposed: bool
     is_layer: bool
+    groups: int = 1
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
 
@@ -83,17 +87,7 @@ class Site(NamedTuple):
     @property
     def size(self) -> str:
         """Its features, for a person to read."""
-        return f"{self.in_features} → {self.out_features}"
-
-    @property
-    def in_features(self) -> int:
-        """The size of the last dimension of the operation's input."""
-        return self.shape[0] if self.transposed else self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """The size of the last dimension of the operation's result."""
-        return self.shape[1] if self.transposed else self.shape[0]
+        return self.op.size(self.shape, self.transposed)
 
 
 class CallSite(NamedTuple):
@@ -175,7 +169,6 @@ class SiteFinder:
         self.templates: dict[str, Template] = {}
         self._graphs = {path for path, module in self.modules.items() if _runs_graph(module)}
         self._errors: dict[str, TraceError] = {}
-        self._layer_classes = layer_classes()
         self._readers = _readers(self.modules)
         self._may_read = _may_read(self.modules)
 
@@ -304,20 +297,20 @@ class SiteFinder:
         return None, inside
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site | str:
-        if uses.others or weight.ndim != 2:
-            shape = "×".join(map(str, weight.shape))
-            using = ", ".join(uses.others) or "a linear operation"
-            return f"its {attribute} ({shape}) is used in {using}, which no rule adapts"
+        if uses.is_called_beside:
+            return f"its {attribute} is used in {', '.join(uses.others)}, and its module is called as well"
         if uses.is_unused:
             return f"no output depends on what is computed with its {attribute}"
         cls = stands_for(self.modules[owner])
-        is_layer = attribute == "weight" and issubclass(cls, self._layer_classes)
+        is_layer = attribute == "weight" and issubclass(cls, layer_classes())
         if not is_layer:
             self._warn_of_other_entries(region, owner, attribute)
-        # of the layers, only Conv1D stores its weight as (in, out)
-        transposed = not issubclass(cls, nn.Linear) if is_layer else uses.transposed
-        shape = tuple(weight.shape)
-        return Site(region, uses.nodes, ops.Linear, owner, attribute, shape, weight.dtype, transposed, is_layer)
+        transposed = issubclass(cls, _stored_transposed()) if is_layer else uses.transposed
+        if uses.op is ops.Weight and weight.ndim == 3:
+            # how PEFT knows the modules that have experts as (experts, in, out)
+            transposed = getattr(self.modules[owner], "is_transposed", False)
+        shape, groups = tuple(weight.shape), uses.groups
+        return Site(region, uses.nodes, uses.op, owner, attribute, shape, weight.dtype, transposed, is_layer, groups)
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
@@ -385,15 +378,21 @@ class _WeightUses(NamedTuple):
     """What a graph does with one weight.
 
     Attributes:
-        nodes: The names of the operations that use it, in each graph.
+        op: The kind of the operations that use it, or ``ops.Weight`` if they are of several kinds, or of none.
+        nodes: The names of the operations that use it, in each graph; or of the nodes that read it.
         transposed: Whether the first of them reads it as (in, out).
+        groups: Into how many groups they divide their features.
         others: What else uses it.
-        is_unused: Whether no operation's result reaches an output.
+        is_called_beside: Whether it is used by calls of its module and in another way, too.
+        is_unused: Whether nothing that is computed with it reaches an output.
     """
 
+    op: Any
     nodes: tuple[tuple[str, ...], ...]
     transposed: bool
+    groups: int
     others: tuple[str, ...]
+    is_called_beside: bool
     is_unused: bool
 
 
@@ -405,25 +404,48 @@ def _uses(template: Template, module: nn.Module) -> dict[str, _WeightUses]:
         alive = set().union(*(dataflow.reaching_output(graph) for graph in template.graphs))
         paths = [op.weight for of_graph in found for op in of_graph]
         paths += [str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "get_attr"]
-        uses = {path: _uses_of(path, template, found, alive) for path in dict.fromkeys(paths)}
+        uses = {path: _uses_of(path, template, module, found, alive) for path in dict.fromkeys(paths)}
         template.facts["uses"] = uses
     return uses
 
 
-def _uses_of(path: str, template: Template, found: list[list[ops.Linear]], alive: set[fx.Node]) -> _WeightUses:
+def _uses_of(
+    path: str, template: Template, module: nn.Module, found: list[list[ops.Computation]], alive: set[fx.Node]
+) -> _WeightUses:
     own = [[op for op in of_graph if op.weight == path] for of_graph in found]
     all_own = [op for of_graph in own for op in of_graph]
-    nodes = tuple(tuple(op.node.name for op in of_graph) for of_graph in own)
-    others = (ops.other_uses(graph, path, using) for graph, using in zip(template.graphs, own, strict=True))
-    is_unused = bool(all_own) and not any(op.node in alive for op in all_own)
+    by_graph = zip(template.graphs, own, strict=True)
+    others = tuple(dict.fromkeys(itertools.chain(*(ops.other_uses(graph, path, using) for graph, using in by_graph))))
+    kinds = {(type(op), _number(op.groups, module)) for op in all_own}
+    is_of_one_kind = len(kinds) == 1 and not others
+    places = own if is_of_one_kind else [ops.reads(graph, path) for graph in template.graphs]
+    nodes = tuple(tuple(op.name for op in of_graph) for of_graph in places)
+    op, groups = next(iter(kinds)) if is_of_one_kind else (ops.Weight, 1)
+    is_unused = not any(op.node in alive for of_graph in places for op in of_graph)
+    is_called_beside = not is_of_one_kind and any(op.node.op == "call_module" for op in all_own)
     transposed = bool(all_own) and all_own[0].transposed
-    return _WeightUses(nodes, transposed, tuple(dict.fromkeys(itertools.chain(*others))), is_unused)
+    return _WeightUses(op, nodes, transposed, groups, others, is_called_beside, is_unused)
 
 
-def layer_classes() -> tuple[type, ...]:
+def _number(value: Any, module: nn.Module) -> int:
+    """Returns a number that a graph has, or reads from the module."""
+    return operator.attrgetter(str(value.target))(module) if isinstance(value, fx.Node) else value
+
+
+def linear_classes() -> tuple[type, ...]:
     """Returns the classes that PEFT adapts as modules with a linear weight."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def layer_classes() -> tuple[type, ...]:
+    """Returns the classes of layers that have a weight which is named by the layer."""
+    return (*linear_classes(), *convolution.LAYERS, *embedding.LAYERS)
+
+
+def _stored_transposed() -> tuple[type, ...]:
+    """Returns the classes of layers that store their weight as (in, out)."""
+    return (*linear_classes()[1:], *(cls for cls in convolution.LAYERS if "Transpose" in cls.__name__))
 
 
 def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from graphpeft.sites import layer_classes
+from graphpeft.sites import linear_classes
 from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         module used in several places is listed under its first name.
     """
     head = output_head(model, task_type)
-    linear = layer_classes()
+    linear = linear_classes()
     return [
         name
         for name, module in model.named_modules()

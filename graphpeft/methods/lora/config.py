@@ -1,30 +1,24 @@
-"""LoRA: adds a low-rank product to a linear operation.
-
-    y = x Wᵀ + b + (α / r) · dropout(x) Aᵀ Bᵀ        A of shape (r, in), B of shape (out, r)
-
-with α/√r instead of α/r for rank-stabilised LoRA. Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language
-Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv
-2312.03732; the numbers are those of PEFT's ``tuners/lora/layer.py``.
-"""
+"""LoRA's options, by PEFT's names, and which of its rules adapts which site."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from graphpeft import targets
+from graphpeft import ops, targets
 from graphpeft.config import PeftConfig, PeftType, register
+from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.report import Report
-from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.rewrite import Rule
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targeting import targeted_sites
 
@@ -162,8 +156,17 @@ class LoraConfig(PeftConfig):
         return targeted_sites(self, finder, report, owned)
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
-        """Returns the rule for a linear operation."""
-        return _branch(site.is_layer and site.transposed, self.lora_dropout > 0, site.dtype != dtype)
+        """Returns the rule for the kind of operation that uses the weight."""
+        drops, casts = self.lora_dropout > 0, site.dtype != dtype
+        if site.op is ops.Convolution:
+            return LoraConvolution(site.transposed, drops, casts)
+        if site.op is ops.Embedding:
+            return LoraEmbedding(casts)
+        if site.op is ops.Weight and len(site.shape) == 3:
+            return LoraExperts(site.transposed)
+        if site.op is ops.Weight:
+            return LoraMatrix(site.is_layer and site.transposed)
+        return LoraLinear(site.is_layer and site.transposed, drops, casts)
 
 
 _UNSUPPORTED = (
@@ -190,84 +193,6 @@ _UNSUPPORTED = (
 """Options of PEFT's of which only the default is supported."""
 
 
-@dataclass(frozen=True)
-class LoraBranch:
-    """The branch of a linear operation.
-
-    The weight is (m, n), A is (r, n) and B is (m, r), so that ΔW = (α / r) B A. A layer that stores its weight as (in,
-    out) has the shapes of its transpose, and so A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain
-    parameter they don't depend on how it is used, as in PEFT's `target_parameters`.
-
-    Attributes:
-        flipped: Whether A and B are those of the weight's transpose.
-        drops: Whether the branch has dropout.
-        casts: Whether the dtype of A and B differs from the weight's.
-    """
-
-    flipped: bool
-    drops: bool
-    casts: bool
-
-    def check(self, site: Site, config: LoraConfig) -> str | None:
-        """Every linear operation can be adapted."""
-        return None
-
-    def parameters(self, site: Site, config: LoraConfig) -> Mapping[str, ParameterSpec]:
-        """Returns A and B."""
-        rank = _rank(site, config)
-        rows, columns = reversed(site.shape) if self.flipped else site.shape
-        return _factors(rank, rows, columns)
-
-    def constants(self, site: Site, config: LoraConfig) -> Mapping[str, float]:
-        """Returns the scale, and the probability of dropout if there is one."""
-        rank = _rank(site, config)
-        alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        return {"lora_scaling": scaling} | ({"lora_dropout": config.lora_dropout} if self.drops else {})
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: LoraConfig, module: nn.Module) -> None:
-        """Draws A and B as PEFT does, so that equal seeds give equal values."""
-        A, B = parameters["lora_A"], parameters["lora_B"]
-        # PEFT builds two nn.Linear first, whose own draws come before its own: they are drawn here too
-        _draw_as_linear(A)
-        _draw_as_linear(B)
-        if config.init_lora_weights is False:
-            return
-        if config.init_lora_weights == "gaussian":
-            A.normal_(std=1 / A.shape[0])
-        else:
-            _draw_as_linear(A)
-        B.zero_()
-
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        lora_A: Any,
-        lora_B: Any,
-        lora_scaling: Any,
-        lora_dropout: Any,
-        training: Any,
-        transposed: bool,
-    ) -> Any:
-        """Adds the branch to the operation's value."""
-        h = x.to(lora_A.dtype) if self.casts else x
-        if self.drops:
-            h = F.dropout(h, lora_dropout, training)
-        # an operation that multiplies by the matrix as A and B have it multiplies by them in turn
-        product = h @ lora_B @ lora_A if transposed != self.flipped else F.linear(F.linear(h, lora_A), lora_B)
-        result = torch.add(y, product, alpha=lora_scaling)
-        return result.to(y.dtype) if self.casts else result
-
-    def delta(self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_scaling: float) -> Tensor:
-        """Returns (α / r) B A, transposed where A and B are those of the transpose."""
-        delta = lora_B @ lora_A * lora_scaling
-        return delta.T if self.flipped else delta
-
-
-_branch = functools.cache(LoraBranch)
-
-
 def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
     try:
         default = targets.default_target_modules(model)
@@ -276,21 +201,3 @@ def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
             return set()
         raise
     return default if isinstance(default, str) else set(default)
-
-
-@functools.lru_cache(maxsize=1024)
-def _factors(rank: int, rows: int, columns: int) -> Mapping[str, ParameterSpec]:
-    return {
-        "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
-        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
-    }
-
-
-def _rank(site: Site, config: LoraConfig) -> int:
-    return targets.pattern_value(config.rank_pattern, site.name, config.r)
-
-
-def _draw_as_linear(weight: Tensor) -> None:
-    """Fills a weight as ``nn.Linear`` does: uniform within ±1/√in, which is Kaiming's bound for a = √5."""
-    bound = 1 / math.sqrt(weight.shape[1])
-    weight.uniform_(-bound, bound)

@@ -1,0 +1,12 @@
+"""LoRA: adds a low-rank product to what a weight does.
+
+    y = x Wᵀ + b + (α / r) · dropout(x) Aᵀ Bᵀ        A of shape (r, in), B of shape (out, r)
+
+with α/√r instead of α/r for rank-stabilised LoRA. Each kind of operation has a file with its rule. Sources: Hu et al.,
+"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling
+Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the numbers are those of PEFT's ``tuners/lora/layer.py``.
+"""
+
+from graphpeft.methods.lora.config import LoraConfig
+
+__all__ = ["LoraConfig"]

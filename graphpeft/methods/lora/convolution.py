@@ -1,0 +1,95 @@
+"""LoRA at a convolution.
+
+    y = W ∗ x + b + s · B ∗ (A ∗ dropout(x))
+
+A has the convolution's kernel, stride, padding and dilation and gives r features from all of its input; B has a kernel
+of one position, and the convolution's groups. PEFT's A has no dilation and pads with zeros alone (its issue 3697).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.rewrite import ParameterSpec
+from graphpeft.sites import Site
+
+
+@dataclass(frozen=True)
+class LoraConvolution:
+    """The branch of a convolution.
+
+    Attributes:
+        transposed: Whether it is a transposed one.
+        drops: Whether the branch has dropout.
+        casts: Whether the dtype of A and B differs from the weight's.
+    """
+
+    transposed: bool
+    drops: bool
+    casts: bool
+
+    def check(self, site: Site, config: Any) -> str | None:
+        """Refuses a rank that the groups don't divide."""
+        rank = rank_of(site, config)
+        if rank % site.groups:
+            return (
+                f"its features are in {site.groups} groups, which don't divide the rank {rank}; choose a multiple as r"
+            )
+        return None
+
+    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A and B."""
+        rank, kernel = rank_of(site, config), site.shape[2:]
+        if self.transposed:
+            a_shape, out = (site.shape[0], rank, *kernel), site.shape[1] * site.groups
+        else:
+            a_shape, out = (rank, site.shape[1] * site.groups, *kernel), site.shape[0]
+        return {
+            "lora_A": ParameterSpec(a_shape, key="lora_A.weight"),
+            "lora_B": ParameterSpec((out, rank // site.groups, *(1 for _ in kernel)), key="lora_B.weight"),
+        }
+
+    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
+        """Returns the scale, and the probability of dropout if there is one."""
+        return constants_of(site, config, self.drops)
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws A and B as PEFT does."""
+        initialise(parameters, site, config)
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        lora_A: Any,
+        lora_B: Any,
+        lora_scaling: Any,
+        lora_dropout: Any,
+        training: Any,
+    ) -> Any:
+        """Adds the branch to the operation's value."""
+        h = x.to(lora_A.dtype) if self.casts else x
+        if self.drops:
+            h = F.dropout(h, lora_dropout, training)
+        down = operation.apply(h, lora_A, groups=1)
+        result = torch.add(y, operation.pointwise(down, lora_B), alpha=lora_scaling)
+        return result.to(y.dtype) if self.casts else result
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Refuses groups: the branch has an effect across them, which the weight can't have."""
+        if site.groups == 1:
+            return None
+        return f"its features are in {site.groups} groups, and LoRA's change of them goes across groups"
+
+    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B A, in the shape of the weight."""
+        equation = "irk,or->iok" if self.transposed else "rik,or->oik"
+        return torch.einsum(equation, lora_A.flatten(2), lora_B.flatten(1)).reshape(weight.shape) * lora_scaling

@@ -1,0 +1,56 @@
+"""The rank and the scale of a site, and the first values of the factors A and B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from graphpeft import targets
+from graphpeft.sites import Site
+
+
+def rank_of(site: Site, config: Any) -> int:
+    """Returns the rank of A and B at `site`."""
+    return targets.pattern_value(config.rank_pattern, site.name, config.r)
+
+
+def scaling_of(site: Site, config: Any) -> float:
+    """Returns α/r, or α/√r with rank-stabilised LoRA."""
+    rank = rank_of(site, config)
+    alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def constants_of(site: Site, config: Any, drops: bool = False) -> Mapping[str, float]:
+    """Returns the numbers that a branch reads: the scale, and the probability of dropout if there is one."""
+    return {"lora_scaling": scaling_of(site, config)} | ({"lora_dropout": config.lora_dropout} if drops else {})
+
+
+def initialise(parameters: Mapping[str, Tensor], site: Site, config: Any) -> None:
+    """Draws A and B as PEFT does, so that equal seeds give equal values.
+
+    Args:
+        parameters: `lora_A`, the factor that is applied first, and `lora_B`; filled in place.
+        site: Their site.
+        config: The config.
+    """
+    A, B, kind = parameters["lora_A"], parameters["lora_B"], config.init_lora_weights
+    # PEFT builds two layers first, whose own draws come before its own: they are drawn here too
+    draw_as_layer(A)
+    draw_as_layer(B)
+    if kind is False:
+        return
+    if kind == "gaussian":
+        A.normal_(std=1 / rank_of(site, config))
+    else:
+        draw_as_layer(A)
+    B.zero_()
+
+
+def draw_as_layer(weight: Tensor) -> None:
+    """Fills a weight as ``nn.Linear`` and ``nn.Conv2d`` do: uniform within ±1/√(inputs), Kaiming's bound for a = √5."""
+    bound = 1 / math.sqrt(weight[0].numel())
+    weight.uniform_(-bound, bound)

@@ -1,0 +1,109 @@
+"""LoRA of a weight itself, whatever is done with it.
+
+    W' = W + s · B A                     W of shape (m, n)
+    W'_e = W_e + s · B_e A_e             W of shape (experts, out, in), or (experts, in, out) where it is transposed
+
+The latter is PEFT's `target_parameters` for experts, whose factors lie in two matrices: A of shape (experts · r, in)
+and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. There
+is no input that dropout could drop elements of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
+from graphpeft.rewrite import ParameterSpec
+from graphpeft.sites import Site
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """The change of a matrix.
+
+    Attributes:
+        flipped: Whether A and B are those of the weight's transpose, as in a layer that stores it as (in, out).
+    """
+
+    flipped: bool
+
+    def check(self, site: Site, config: Any) -> str | None:
+        """Refuses what is no matrix, and dropout."""
+        if len(site.shape) != 2:
+            return f"LoRA adapts matrices, and {site.attribute} is {site.size}"
+        return refused_dropout(site, config)
+
+    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A and B."""
+        return matrix_factors(rank_of(site, config), *(reversed(site.shape) if self.flipped else site.shape))
+
+    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
+        """Returns the scale."""
+        return constants_of(site, config)
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws A and B as PEFT does."""
+        initialise(parameters, site, config)
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Every change can be merged."""
+        return None
+
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B A, transposed where A and B are those of the transpose."""
+        return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
+
+
+@dataclass(frozen=True)
+class LoraExperts:
+    """The change of a stack of matrices, one for each expert.
+
+    Attributes:
+        transposed: Whether each is stored as (in, out).
+    """
+
+    transposed: bool
+
+    def check(self, site: Site, config: Any) -> str | None:
+        """Refuses dropout."""
+        return refused_dropout(site, config)
+
+    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A and B."""
+        experts, *sides = site.shape
+        rows, columns = reversed(sides) if self.transposed else sides
+        return matrix_factors(rank_of(site, config) * experts, rows, columns)
+
+    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
+        """Returns the scale."""
+        return constants_of(site, config)
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws A and B as PEFT does."""
+        initialise(parameters, site, config)
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Every change can be merged."""
+        return None
+
+    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B_e A_e of each expert."""
+        experts = weight.shape[0]
+        A = lora_A.reshape(experts, -1, lora_A.shape[-1])
+        B = lora_B.reshape(lora_B.shape[0], -1, experts)
+        equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
+        return torch.einsum(equation, B, A) * lora_scaling
+
+
+def refused_dropout(site: Site, config: Any) -> str | None:
+    """Returns the reason why a weight's change can't have dropout, if it should."""
+    if not config.lora_dropout:
+        return None
+    use = f"the use of its {site.attribute} has none that is known"
+    return f"lora_dropout={config.lora_dropout} drops elements of an operation's input, and {use}; set lora_dropout=0"

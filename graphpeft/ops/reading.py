@@ -1,0 +1,38 @@
+"""How the operations of a graph are read: their arguments, by position or by name, and the layers that they call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.tracing.graph_module import template_of
+
+
+def in_graph(value: Any, beside: fx.Proxy) -> Any:
+    """Returns an option of an operation as code on proxies wants it: a number, or a proxy for a node."""
+    return fx.Proxy(value, beside.tracer) if isinstance(value, fx.Node) else value
+
+
+def arguments_of(node: fx.Node, *names: str) -> list[Any]:
+    """Returns the arguments of a call in the order of `names`, whether they were given by position or by name."""
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name) for name in names]
+
+
+def path_of(value: Any) -> str | None:
+    """Returns the path of the attribute that a node reads, or None."""
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn.Module | None:
+    """Returns the module that a node calls, if it computes what one of `classes` does; else None."""
+    module = root.get_submodule(str(node.target))
+    forward = in_place.original_class(module).forward
+    # a forward of its own, of a subclass or of the instance, need not be the class's, nor need a graph that was edited
+    if all(forward is not cls.forward for cls in classes) or "forward" in module.__dict__:
+        return None
+    template = template_of(module)
+    return module if template is None or template.shared else None

@@ -1,0 +1,34 @@
+"""A weight as such, whatever is done with it: the place where a graph reads it.
+
+This is how a method that can say how it changes a weight adapts what no other operation describes: a weight inside a
+fused function, one with an index for experts, one that several operations share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a graph reads.
+
+    Attributes:
+        node: The node whose value is the weight.
+        weight: Its path in the module that owns the graph.
+    """
+
+    node: fx.Node
+    weight: str
+
+    @property
+    def name(self) -> str:
+        """What the operation is called in sites and tags."""
+        return self.node.name
+
+    @staticmethod
+    def size(shape: tuple[int, ...], transposed: bool) -> str:
+        """Returns its shape, for a person to read."""
+        return "×".join(map(str, shape))

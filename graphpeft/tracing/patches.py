@@ -16,6 +16,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
@@ -54,12 +55,16 @@ _DTYPE_FACTS = ("finfo", "iinfo")
 
 
 @contextlib.contextmanager
-def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
-    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
+def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was.
+
+    Yields:
+        What a call that isn't recorded runs under, so that it doesn't go through the costliest of these.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged(root))
-        makers = [getattr(torch, name) for name in (*_FACTORIES, *_SHARING)]
-        stack.enter_context(_RecordsMakers(tracer, makers))
+        makers = stack.enter_context(_RecordsMakers(tracer))
+        ask = builtins.isinstance
         for name in _SHARING:
             recorded = _copied_if_constant(tracer, getattr(torch, name))
             stack.enter_context(mock.patch.object(torch, name, recorded))
@@ -78,15 +83,29 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[None]:
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
-        yield
+        yield functools.partial(_set_aside, makers, ask)
+
+
+@contextlib.contextmanager
+def _set_aside(makers: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Iterator[None]:
+    """Takes away what PyTorch itself would go through thousands of times in a trace, without anything to record."""
+    truthful, builtins.isinstance = builtins.isinstance, ask  # type: ignore[assignment]
+    try:
+        # a mode that the forward has entered goes first, and stays where it is
+        is_first = _get_current_function_mode() is makers
+        with _pop_mode_temporarily() if is_first else contextlib.nullcontext():
+            yield
+    finally:
+        builtins.isinstance = truthful
 
 
 class _RecordsMakers(TorchFunctionMode):
     """Records functions that make tensors when they are called by another name than that in `torch`."""
 
-    def __init__(self, tracer: ValueTracer, makers: list[Callable[..., Any]]) -> None:
+    def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
-        self._tracer, self._makers = tracer, makers
+        self._tracer = tracer
+        self._makers = frozenset(getattr(torch, name) for name in (*_FACTORIES, *_SHARING))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._makers and not self._tracer.is_running:

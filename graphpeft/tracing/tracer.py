@@ -78,6 +78,7 @@ class ValueTracer(fx.Tracer):
         self.specialised = False
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
+        self._set_aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._thread: int | None = None
         self.mode: bool | None = None
         self.grad_mode = True
@@ -126,7 +127,11 @@ class ValueTracer(fx.Tracer):
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
-                with patches.recording(self, root), torch.enable_grad(), patches.no_random_python_numbers():
+                with (
+                    patches.recording(self, root) as self._set_aside,
+                    torch.enable_grad(),
+                    patches.no_random_python_numbers(),
+                ):
                     return self.trace(root)
             except TraceError:
                 raise
@@ -136,6 +141,7 @@ class ValueTracer(fx.Tracer):
                 raise
             finally:
                 self._thread = None
+                self._set_aside = contextlib.nullcontext
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -336,7 +342,7 @@ class ValueTracer(fx.Tracer):
         """Runs code on example values: nothing that it calls is recorded."""
         was, self._running = self._running, True
         try:
-            with self._mode:
+            with self._set_aside(), self._mode:
                 yield
         finally:
             self._running = was

@@ -15,7 +15,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 from unittest import mock
@@ -32,7 +32,7 @@ from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.fakes import FAKES
-from graphpeft.tracing.gradients import detached
+from graphpeft.tracing.gradients import Applied, detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
 
@@ -43,8 +43,14 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
 
-_EFFECTS = (guards.expect, guards.expect_present, operator.setitem, leave_autocast)
+_GUARDS = (guards.expect, guards.expect_present)
+"""Functions that check a decision."""
+
+_EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
+
+_PLAIN = (*SIMPLE, torch.Size, fake_tensor.FakeTensor)
+"""Types of values that don't have a say in how a function is called with them."""
 
 
 def _of_the_arguments(node: fx.Node) -> bool:
@@ -213,6 +219,9 @@ class ValueTracer(fx.Tracer):
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
+            return proxy
+        if target in _GUARDS:
+            proxy.node.meta[VALUE] = None  # what is checked is what the example has
             return proxy
         if writes(target) and not torch.is_grad_enabled() and any(map(_may_require_grad, proxy.node.all_input_nodes)):
             raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
@@ -405,11 +414,13 @@ class ValueTracer(fx.Tracer):
             module = self.root.get_submodule(target)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept():
+            is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+            with patches.random_python_states_kept(), _directly(node, tensors.values(), is_layer):
                 return torch.func.functional_call(module, tensors, args, kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return FAKES[target](*args, **kwargs) if target in FAKES else target(*args, **kwargs)
+        with _directly(node, (), not isinstance(target, Applied)):
+            if node.op == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return FAKES[target](*args, **kwargs) if target in FAKES else target(*args, **kwargs)
 
     # decisions
 
@@ -437,6 +448,21 @@ class ValueTracer(fx.Tracer):
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
         )
+
+
+def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns what a node's call on its example values runs under.
+
+    For each call on a fake tensor, PyTorch would ask its type how to go on, only to go on as if it hadn't.
+
+    Args:
+        node: The node.
+        tensors: What else the call reads.
+        is_known: Whether what is called is PyTorch's own, and makes no tensors of types that have a say.
+    """
+    values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
+    is_plain = is_known and all(type(value) in _PLAIN for value in values)
+    return torch._C.DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

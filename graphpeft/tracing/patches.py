@@ -116,23 +116,24 @@ class _RecordsMakers(TorchFunctionMode):
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
     """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
-    with random_python_states_kept():
-        before = _random_python_states()
+    before = _random_python_states()
+    try:
         yield
-        if _random_python_states() != before:
-            raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
+    finally:
+        after = _random_python_states()
+        _put_back(before, after)
+    if after != before:
+        raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
 
 
 @contextlib.contextmanager
 def random_python_states_kept() -> Iterator[None]:
     """Sets Python's and NumPy's generators back at the end."""
-    python, numpy = _random_python_states()
+    before = _random_python_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            sys.modules["numpy"].random.set_state(numpy)
+        _put_back(before, _random_python_states())
 
 
 def _random_python_states() -> tuple[Any, Any]:
@@ -140,7 +141,16 @@ def _random_python_states() -> tuple[Any, Any]:
     if numpy is None:
         return random.getstate(), None
     name, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (name, tuple(keys.tolist()), *rest)
+    return random.getstate(), (name, keys.tobytes(), *rest)
+
+
+def _put_back(states: tuple[Any, Any], now: tuple[Any, Any]) -> None:
+    if now[0] != states[0]:
+        random.setstate(states[0])
+    if now[1] != states[1] and states[1] is not None:
+        numpy = sys.modules["numpy"]
+        name, keys, *rest = states[1]
+        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def _recorded(
@@ -343,16 +353,17 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
+    found: dict[int, tuple[Any, Any]] = {}
     waiting = list(module.__dict__.values())
     while waiting:
         value = waiting.pop()
         if isinstance(value, tuple):
             waiting += value
-        elif isinstance(value, dict | list | set | deque) and not any(value is known for known, _ in found):
-            found.append((value, copy.copy(value)))
+        elif isinstance(value, dict | list | set | deque) and id(value) not in found:
+            # most are the empty tables of hooks, which are ordered dicts and slow to copy
+            found[id(value)] = (value, copy.copy(value) if len(value) else {})
             waiting += value.values() if isinstance(value, dict) else value
-    return found
+    return list(found.values())
 
 
 def _refill(container: Any, content: Any) -> None:

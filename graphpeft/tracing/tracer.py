@@ -49,7 +49,13 @@ _GUARDS = (guards.expect, guards.expect_present)
 _EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
 
-_PLAIN = (*SIMPLE, torch.Size, fake_tensor.FakeTensor)
+_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {getattr, len, int, float, tuple, guards.kind}
+"""Functions that compute nothing themselves: what they are given does."""
+
+_NUMBERS = (*SIMPLE, torch.Size)
+"""Types of values that have to do with no tensor."""
+
+_PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
 """Types of values that don't have a say in how a function is called with them."""
 
 
@@ -347,11 +353,15 @@ class ValueTracer(fx.Tracer):
     # example values
 
     @contextlib.contextmanager
-    def real_calls(self) -> Iterator[None]:
-        """Runs code on example values: nothing that it calls is recorded."""
+    def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
+        """Runs code on example values: nothing that it calls is recorded.
+
+        Args:
+            makes_tensors: Whether the code may make tensors, which must be fake, too.
+        """
         was, self._running = self._running, True
         try:
-            with self._set_aside(), self._mode:
+            with self._set_aside(), self._mode if makes_tensors else contextlib.nullcontext():
                 yield
         finally:
             self._running = was
@@ -380,7 +390,7 @@ class ValueTracer(fx.Tracer):
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
             return
         args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
-        with self.real_calls():
+        with self.real_calls(makes_tensors=_may_make_tensors(node)):
             try:
                 node.meta[VALUE] = self._run(node, args, kwargs)
             except fake_tensor.UnsupportedFakeTensorException as error:
@@ -448,6 +458,13 @@ class ValueTracer(fx.Tracer):
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
         )
+
+
+def _may_make_tensors(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return False
+    values = (argument.meta[VALUE] for argument in node.all_input_nodes)
+    return node.target not in _READS or not all(type(value) in _NUMBERS for value in values)
 
 
 def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:

@@ -309,6 +309,8 @@ class ValueTracer(fx.Tracer):
         """Turns an object seen as an argument into one that a node can hold."""
         if isinstance(a, fx.Proxy):
             return a.node
+        if type(a) in SIMPLE:
+            return a
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a))
             return self.attribute(name).node if name is not None else self._constant(a)
@@ -423,9 +425,12 @@ class ValueTracer(fx.Tracer):
         if node.op == "call_module":
             module = self.root.get_submodule(target)
             # on fake tensors of its own, so that what it writes into its buffers is lost
+            if _is_simple_layer(module):
+                layer = _on_other_tensors(module, self._fake)
+                with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
+                    return layer(*args, **kwargs)
             tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            is_layer = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-            with patches.random_python_states_kept(), _directly(node, tensors.values(), is_layer):
+            with patches.random_python_states_kept():
                 return torch.func.functional_call(module, tensors, args, kwargs)
         with _directly(node, (), not isinstance(target, Applied)):
             if node.op == "call_method":
@@ -458,6 +463,22 @@ class ValueTracer(fx.Tracer):
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
         )
+
+
+def _is_simple_layer(module: nn.Module) -> bool:
+    """Tells whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
+    is_own = type(module).__module__.startswith("torch.nn.modules.")
+    return is_own and not module._modules and not isinstance(module, nn.RNNBase)
+
+
+def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
+    copied = type(layer).__new__(type(layer))
+    copied.__dict__.update(layer.__dict__, training=layer.training)
+    for kind in ("_parameters", "_buffers"):
+        tensors = layer.__dict__[kind].items()
+        copied.__dict__[kind] = {name: tensor if tensor is None else other(tensor) for name, tensor in tensors}
+    return copied
 
 
 def _may_make_tensors(node: fx.Node) -> bool:

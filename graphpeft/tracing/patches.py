@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import DrawsNumbersError, TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
@@ -116,14 +116,19 @@ class _RecordsMakers(TorchFunctionMode):
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
     """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
-    before = _random_python_states()
+    before, failed = _random_python_states(), None
     try:
         yield
-    finally:
-        after = _random_python_states()
-        _put_back(before, after)
+    except Exception as error:
+        failed = error
+    after = _random_python_states()
+    _put_back(before, after)
     if after != before:
-        raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
+        # what else fails may come of the drawn numbers
+        message = "it draws random numbers with Python's random or NumPy, which a graph can't hold"
+        raise DrawsNumbersError(message) from failed
+    if failed is not None:
+        raise failed
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from graphpeft.tracing import guards, patches
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
+from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied, detached
 from graphpeft.tracing.graph_module import VALUE
@@ -49,7 +49,14 @@ _GUARDS = (guards.expect, guards.expect_present)
 _EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
 
-_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {getattr, len, int, float, tuple, guards.kind}
+_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
+    getattr,
+    len,
+    int,
+    float,
+    tuple,
+    guards.kind,
+}
 """Functions that compute nothing themselves: what they are given does."""
 
 _NUMBERS = (*SIMPLE, torch.Size)
@@ -124,6 +131,24 @@ class ValueTracer(fx.Tracer):
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
+        kept = dict(self.kept)
+        try:
+            return self._trace_module(root, entry, args, kwargs, mode, watches_draws=False)
+        except DrawsNumbersError:
+            # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
+            self.kept = kept
+            return self._trace_module(root, entry, args, kwargs, mode, watches_draws=True)
+
+    def _trace_module(
+        self,
+        root: nn.Module,
+        entry: Callable[..., Any],
+        args: tuple[Any, ...] | None,
+        kwargs: dict[str, Any],
+        mode: bool | None,
+        watches_draws: bool,
+    ) -> fx.Graph:
+        self._watches_draws = watches_draws
         self._decided, self._attributes, self._copies = set(), {}, {}
         self._calls, self._called = (), collections.Counter()
         self.mode = mode
@@ -276,7 +301,7 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         before = next(iter(reversed(self.graph.nodes)))
         try:
-            with patches.no_random_python_numbers():
+            with patches.no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
         except Exception as error:
             if not self._has_values:
@@ -309,8 +334,11 @@ class ValueTracer(fx.Tracer):
         """Turns an object seen as an argument into one that a node can hold."""
         if isinstance(a, fx.Proxy):
             return a.node
+        # most arguments are of these types, about which fx asks a dozen questions
         if type(a) in SIMPLE:
             return a
+        if type(a) in (tuple, list):
+            return type(a)([self.create_arg(part) for part in a])
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a))
             return self.attribute(name).node if name is not None else self._constant(a)

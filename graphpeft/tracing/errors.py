@@ -9,5 +9,9 @@ class NeedsInputsError(TraceError):
     """A forward that decides on its inputs, traced without any."""
 
 
+class DrawsNumbersError(TraceError):
+    """A forward that draws random numbers by other means than PyTorch's."""
+
+
 class GuardError(RuntimeError):
     """A traced graph was called with inputs for which the model would have decided otherwise."""

@@ -14,19 +14,20 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import DrawsNumbersError, TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy
@@ -58,17 +59,26 @@ _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
 
 
-@contextlib.contextmanager
-def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Snapshot]:
-    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was.
+class Recording(NamedTuple):
+    """A recording that goes on.
 
-    Yields the snapshot of `root` that it is put back to.
+    Attributes:
+        before: What the modules were before it, and are put back to.
+        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
     """
+
+    before: Snapshot
+    set_aside: Callable[[], AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
+    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
-        snapshot = Snapshot(root)
-        stack.callback(snapshot.put_back)
-        makers = [getattr(torch, name) for name in (*_FACTORIES, *_SHARING)]
-        stack.enter_context(_RecordsMakers(tracer, makers))
+        before = Snapshot(root)
+        stack.callback(before.put_back)
+        makers = stack.enter_context(_RecordsMakers(tracer))
+        ask = builtins.isinstance
         for name in _SHARING:
             recorded = _copied_if_constant(tracer, getattr(torch, name))
             stack.enter_context(mock.patch.object(torch, name, recorded))
@@ -88,15 +98,29 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Snapshot]:
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
-        yield snapshot
+        yield Recording(before, functools.partial(_set_aside, makers, ask))
+
+
+@contextlib.contextmanager
+def _set_aside(makers: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Iterator[None]:
+    """Takes away what PyTorch itself would go through thousands of times in a trace, without anything to record."""
+    truthful, builtins.isinstance = builtins.isinstance, ask  # type: ignore[assignment]
+    try:
+        # a mode that the forward has entered goes first, and stays where it is
+        is_first = _get_current_function_mode() is makers
+        with _pop_mode_temporarily() if is_first else contextlib.nullcontext():
+            yield
+    finally:
+        builtins.isinstance = truthful
 
 
 class _RecordsMakers(TorchFunctionMode):
     """Records functions that make tensors when they are called by another name than that in `torch`."""
 
-    def __init__(self, tracer: ValueTracer, makers: list[Callable[..., Any]]) -> None:
+    def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
-        self._tracer, self._makers = tracer, makers
+        self._tracer = tracer
+        self._makers = frozenset(getattr(torch, name) for name in (*_FACTORIES, *_SHARING))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._makers and not self._tracer.is_running:
@@ -107,23 +131,29 @@ class _RecordsMakers(TorchFunctionMode):
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
     """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
-    with random_python_states_kept():
-        before = _random_python_states()
+    before, failed = _random_python_states(), None
+    try:
         yield
-        if _random_python_states() != before:
-            raise TraceError("it draws random numbers with Python's random or NumPy, which a graph can't hold")
+    except Exception as error:
+        failed = error
+    after = _random_python_states()
+    _put_back(before, after)
+    if after != before:
+        # what else fails may come of the drawn numbers
+        message = "it draws random numbers with Python's random or NumPy, which a graph can't hold"
+        raise DrawsNumbersError(message) from failed
+    if failed is not None:
+        raise failed
 
 
 @contextlib.contextmanager
 def random_python_states_kept() -> Iterator[None]:
     """Sets Python's and NumPy's generators back at the end."""
-    python, numpy = _random_python_states()
+    before = _random_python_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            sys.modules["numpy"].random.set_state(numpy)
+        _put_back(before, _random_python_states())
 
 
 def _random_python_states() -> tuple[Any, Any]:
@@ -131,7 +161,16 @@ def _random_python_states() -> tuple[Any, Any]:
     if numpy is None:
         return random.getstate(), None
     name, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (name, tuple(keys.tolist()), *rest)
+    return random.getstate(), (name, keys.tobytes(), *rest)
+
+
+def _put_back(states: tuple[Any, Any], now: tuple[Any, Any]) -> None:
+    if now[0] != states[0]:
+        random.setstate(states[0])
+    if now[1] != states[1] and states[1] is not None:
+        numpy = sys.modules["numpy"]
+        name, keys, *rest = states[1]
+        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def _recorded(

@@ -39,9 +39,12 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if VALUE not in self.node.meta:
             return super().__getattr__(name)
+        value = self.node.meta[VALUE]
+        if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
+            return functools.partial(self._call_method, name)
         with self.tracer.real_calls():
-            attribute = getattr(self.node.meta[VALUE], name)
-        if isinstance(self.node.meta[VALUE], dict) and name in ("items", "values"):
+            attribute = getattr(value, name)
+        if isinstance(value, dict) and name in ("items", "values"):
             return functools.partial(self._pairs if name == "items" else self._values)
         if callable(attribute) and not isinstance(attribute, torch.Tensor):
             return functools.partial(self._call_method, name)

@@ -10,7 +10,7 @@ import copy
 import functools
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphpeft import in_place
 from graphpeft.tracing.calls import calls_of
@@ -133,17 +133,19 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
     root.output_head = _output_head(model)
+    # found once, since a model has hundreds of layers, each with a few of its tensors
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for kind, path in _in_order(model, recorded.graphs):
         if kind == INLINED:
             _container(root, model, path)
         elif kind == "call_module":
-            _place(root, model, path, _sharing_copy(model, path))
+            _place(root, model, path, _sharing_copy(model.get_submodule(path), tensors))
         elif path in tracer.constants:
             setattr(root, path, tracer.constants[path])
         elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
         else:
-            _share_attribute(root, model, path)
+            _share_attribute(root, model, path, tensors)
     wear_template(root, Template(recorded.graphs, shared=False))
     return root  # type: ignore[return-value]
 
@@ -189,7 +191,7 @@ def _place(root: nn.Module, model: nn.Module, path: str, module: nn.Module) -> N
     _container(root, model, owner)._modules[name] = module
 
 
-def _share_attribute(root: nn.Module, model: nn.Module, path: str) -> None:
+def _share_attribute(root: nn.Module, model: nn.Module, path: str, tensors: dict[int, Tensor]) -> None:
     owner_path, _, name = path.rpartition(".")
     owner, original = _container(root, model, owner_path), model.get_submodule(owner_path)
     if name in original._parameters:
@@ -197,12 +199,11 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str) -> None:
     elif name in original._buffers:
         owner.register_buffer(name, original._buffers[name], name not in original._non_persistent_buffers_set)
     elif name in original._modules:
-        owner._modules[name] = _sharing_copy(model, path)
+        owner._modules[name] = _sharing_copy(original.get_submodule(name), tensors)
     else:
         setattr(owner, name, getattr(original, name))
 
 
-def _sharing_copy(model: nn.Module, path: str) -> nn.Module:
-    """Copies a module but not the tensors, so that what is added to the copy isn't added to the original."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model.get_submodule(path), shared)
+def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    """Copies a module but none of `tensors`, so that what is added to the copy isn't added to the original."""
+    return copy.deepcopy(module, dict(tensors))

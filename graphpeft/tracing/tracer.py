@@ -15,7 +15,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 from unittest import mock
@@ -31,9 +31,9 @@ from graphpeft.paths import join
 from graphpeft.tracing import guards, patches, state
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
+from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.fakes import FAKES
-from graphpeft.tracing.gradients import detached
+from graphpeft.tracing.gradients import Applied, detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
 
@@ -44,8 +44,27 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
 
-_EFFECTS = (guards.expect, guards.expect_present, operator.setitem, leave_autocast)
+_GUARDS = (guards.expect, guards.expect_present)
+"""Functions that check a decision."""
+
+_EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
+
+_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
+    getattr,
+    len,
+    int,
+    float,
+    tuple,
+    guards.kind,
+}
+"""Functions that compute nothing themselves: what they are given does."""
+
+_NUMBERS = (*SIMPLE, torch.Size)
+"""Types of values that have to do with no tensor."""
+
+_PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
+"""Types of values that don't have a say in how a function is called with them."""
 
 
 def _of_the_arguments(node: fx.Node) -> bool:
@@ -81,6 +100,8 @@ class ValueTracer(fx.Tracer):
         self.specialised = False
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._running = False
+        self._recording: patches.Recording | None = None
+        self._watches_draws = False
         self._thread: int | None = None
         self.mode: bool | None = None
         self.grad_mode = True
@@ -136,7 +157,7 @@ class ValueTracer(fx.Tracer):
             self._thread = threading.get_ident()
             try:
                 while (graph := self._recorded(root)) is None:
-                    pass  # each time, more modules are kept
+                    pass  # each time, more is known about the modules
                 return graph
             except TraceError:
                 raise
@@ -150,21 +171,34 @@ class ValueTracer(fx.Tracer):
     def _recorded(self, root: nn.Module) -> fx.Graph | None:
         """Records `root` once; returns None if that showed that further modules have to stay calls."""
         self._begin()
-        with (
-            patches.recording(self, root) as self._before,
-            torch.enable_grad(),
-            patches.no_random_python_numbers(),
-        ):
-            graph = self.trace(root)
-            changed = self._before.changed()
-            changing = self._changing_modules(root, graph, changed) if changed else {}
+        kept = dict(self.kept)
+        try:
+            with (
+                patches.recording(self, root) as recording,
+                torch.enable_grad(),
+                patches.no_random_python_numbers(),
+            ):
+                self._recording = recording
+                graph = self.trace(root)
+                changed = recording.before.changed()
+                changing = self._changing_modules(root, graph, changed, recording.before) if changed else {}
+        except DrawsNumbersError:
+            if self._watches_draws:
+                raise
+            # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
+            self._watches_draws, self.kept = True, kept
+            return None
+        finally:
+            self._recording = None
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
             self.not_kept |= dict.fromkeys(join(paths[module], name) for module, name in changed)
         return graph if not changing else None
 
-    def _changing_modules(self, root: nn.Module, graph: fx.Graph, changed: list[state.Attribute]) -> dict[str, str]:
+    def _changing_modules(
+        self, root: nn.Module, graph: fx.Graph, changed: list[state.Attribute], before: state.Snapshot
+    ) -> dict[str, str]:
         """Records `root` again, from the state in which it is left, to see whether a graph can do without that state.
 
         Returns:
@@ -183,9 +217,7 @@ class ValueTracer(fx.Tracer):
             unsettled, why = changed, f" ({error})"
         else:
             of_the_state = set(self._left.values())
-            later = {
-                attribute: state.value_of(attribute) for attribute in {**left, **dict.fromkeys(self._before.changed())}
-            }
+            later = {attribute: state.value_of(attribute) for attribute in {**left, **dict.fromkeys(before.changed())}}
             unsettled = [
                 attribute
                 for attribute, value in later.items()
@@ -293,6 +325,9 @@ class ValueTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
+        if target in _GUARDS:
+            proxy.node.meta[VALUE] = None  # what is checked is what the example has
+            return proxy
         if writes(target) and not torch.is_grad_enabled() and any(map(_may_require_grad, proxy.node.all_input_nodes)):
             raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
         self._evaluate(proxy.node)
@@ -342,7 +377,7 @@ class ValueTracer(fx.Tracer):
             return self._kept(m, path, self._changing[path], args, kwargs)
         before = next(iter(reversed(self.graph.nodes)))
         try:
-            with patches.no_random_python_numbers():
+            with patches.no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
         except Exception as error:
             if not self._has_values:
@@ -358,7 +393,8 @@ class ValueTracer(fx.Tracer):
                 raise TraceError(
                     f"self.{name} is assigned to a {type(module).__name__} that stays a call, which a graph can't hold"
                 )
-        self._before.put_back(m)
+        assert self._recording is not None
+        self._recording.before.put_back(m)
         self.kept[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -386,6 +422,11 @@ class ValueTracer(fx.Tracer):
         """Turns an object seen as an argument into one that a node can hold."""
         if isinstance(a, fx.Proxy):
             return a.node if a.node.graph is self.graph else self._of_the_state(a.node)
+        # most arguments are of these types, about which fx asks a dozen questions
+        if type(a) in SIMPLE:
+            return a
+        if type(a) in (tuple, list):
+            return type(a)([self.create_arg(part) for part in a])
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a))
             return self.attribute(name).node if name is not None else self._constant(a)
@@ -440,11 +481,16 @@ class ValueTracer(fx.Tracer):
     # example values
 
     @contextlib.contextmanager
-    def real_calls(self) -> Iterator[None]:
-        """Runs code on example values: nothing that it calls is recorded."""
+    def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
+        """Runs code on example values: nothing that it calls is recorded.
+
+        Args:
+            makes_tensors: Whether the code may make tensors, which must be fake, too.
+        """
         was, self._running = self._running, True
         try:
-            with self._mode:
+            set_aside = self._recording.set_aside() if self._recording is not None else contextlib.nullcontext()
+            with set_aside, self._mode if makes_tensors else contextlib.nullcontext():
                 yield
         finally:
             self._running = was
@@ -474,7 +520,7 @@ class ValueTracer(fx.Tracer):
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
             return
         args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
-        with self.real_calls():
+        with self.real_calls(makes_tensors=_may_make_tensors(node)):
             try:
                 node.meta[VALUE] = self._run(node, args, kwargs)
             except fake_tensor.UnsupportedFakeTensorException as error:
@@ -555,10 +601,15 @@ class ValueTracer(fx.Tracer):
         if node.op == "call_module":
             module = self.root.get_submodule(target)
             # on fake tensors of its own, so that what it writes into its buffers is lost
+            if _is_simple_layer(module):
+                layer = _on_other_tensors(module, self._fake)
+                with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
+                    return layer(*args, **kwargs)
             tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
             with patches.random_python_states_kept(), state.unchanged(module):
                 return torch.func.functional_call(module, tensors, args, kwargs)
-        return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
+        with _directly(node, (), not isinstance(target, Applied)):
+            return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
 
     # decisions
 
@@ -586,6 +637,44 @@ class ValueTracer(fx.Tracer):
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
         )
+
+
+def _is_simple_layer(module: nn.Module) -> bool:
+    """Tells whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
+    is_own = type(module).__module__.startswith("torch.nn.modules.")
+    return is_own and not module._modules and not isinstance(module, nn.RNNBase)
+
+
+def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
+    copied = type(layer).__new__(type(layer))
+    copied.__dict__.update(layer.__dict__, training=layer.training)
+    for kind in ("_parameters", "_buffers"):
+        tensors = layer.__dict__[kind].items()
+        copied.__dict__[kind] = {name: tensor if tensor is None else other(tensor) for name, tensor in tensors}
+    return copied
+
+
+def _may_make_tensors(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return False
+    values = (argument.meta[VALUE] for argument in node.all_input_nodes)
+    return node.target not in _READS or not all(type(value) in _NUMBERS for value in values)
+
+
+def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns what a node's call on its example values runs under.
+
+    For each call on a fake tensor, PyTorch would ask its type how to go on, only to go on as if it hadn't.
+
+    Args:
+        node: The node.
+        tensors: What else the call reads.
+        is_known: Whether what is called is PyTorch's own, and makes no tensors of types that have a say.
+    """
+    values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
+    is_plain = is_known and all(type(value) in _PLAIN for value in values)
+    return torch._C.DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

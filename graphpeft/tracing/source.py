@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from types import CodeType
 from typing import NamedTuple
 
 from torch import nn
@@ -59,6 +60,27 @@ def uses_in_forward(cls: type) -> Uses:
                     seen.add(path)
                     waiting.append(path)
     return uses
+
+
+_TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
+"""Names of functions whose arguments are for a person to read."""
+
+
+@functools.cache
+def only_tells(code: CodeType, line: int) -> bool:
+    """Tells whether what `code` does at `line` of its file is no more than to tell a person something."""
+    try:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    here = line - max(start, 1) + 1
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= here <= (n.end_lineno or n.lineno)]
+    innermost = min(around, key=lambda n: (n.end_lineno or n.lineno) - n.lineno, default=None)
+    if not isinstance(innermost, ast.Expr) or not isinstance(innermost.value, ast.Call):
+        return False
+    function = innermost.value.func
+    return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
 
 
 def _tree(method: object) -> ast.AST | None:

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint as recomputation
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -84,6 +85,8 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Snapshot]:
         stack.enter_context(_recorded_autocast(tracer))
         apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
+        stack.enter_context(_decided_grad_mode(tracer))
+        stack.enter_context(mock.patch.object(recomputation, _RECOMPUTES, _refused_recomputation(tracer)))
         stack.enter_context(_uncached(root))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
@@ -274,6 +277,31 @@ def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[
         return tracer.create_proxy("call_function", Applied(function), args, kwargs)
 
     return record
+
+
+def _decided_grad_mode(tracer: ValueTracer) -> Any:
+    """Decides for ``torch.set_grad_enabled(self.training)``, whose argument PyTorch would hand on to a graph."""
+    init = torch.set_grad_enabled.__init__
+
+    def decide(context: Any, mode: Any) -> None:
+        init(context, mode if tracer.is_running else bool(mode))
+
+    return mock.patch.object(torch.set_grad_enabled, "__init__", decide)
+
+
+_RECOMPUTES = "_checkpoint_without_reentrant_generator"
+"""What ``torch.utils.checkpoint.checkpoint`` calls with ``use_reentrant=False``."""
+
+
+def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
+    recompute = getattr(recomputation, _RECOMPUTES)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running:
+            return recompute(*args, **kwargs)
+        raise TraceError(f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold")
+
+    return refuse
 
 
 @contextlib.contextmanager

@@ -290,11 +290,11 @@ class ValueTracer(fx.Tracer):
         """Records one call and runs it on the example values; a result of None or a string is a plain value."""
         if self._thread is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
+        if not torch.is_grad_enabled() and (writes(target) or kwargs.get("out") is not None):
+            args, kwargs = self._written_without_grad(args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
-        if writes(target) and not torch.is_grad_enabled() and any(map(_may_require_grad, proxy.node.all_input_nodes)):
-            raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
         self._evaluate(proxy.node)
         if writes(target) and proxy.node.all_input_nodes:
             written = proxy.node.all_input_nodes[0]
@@ -312,7 +312,19 @@ class ValueTracer(fx.Tracer):
         node = proxy.node
         if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
             return proxy
-        return self.create_proxy("call_function", detached, (proxy,), {})
+        return self.create_proxy("call_function", detached, (proxy, *map(self.proxy, node.all_input_nodes)), {})
+
+    def _written_without_grad(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too."""
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+        if not any(_may_require_grad(leaf.node) for leaf in leaves):
+            return args, kwargs
+        # a value that requires grad, even if only in another run, would get other gradients than it should
+        written = kwargs["out"] if "out" in kwargs else args[0] if args else None
+        name = _tensor_of_the_module(written)
+        if name is None or self.attribute(name).requires_grad:
+            raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
+        return pytree.tree_map_only(fx.Proxy, lambda x: x if x is written else detached(x), (args, kwargs))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Gives a proxy for a parameter or buffer that a forward reads."""
@@ -465,10 +477,13 @@ class ValueTracer(fx.Tracer):
         return self._thread is not None and not self.is_running
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_leaf:
-            with fake_tensor.unset_fake_temporarily():
-                tensor = tensor.detach().requires_grad_()
-        return self._mode.from_tensor(tensor)
+        if tensor.is_leaf:
+            return self._mode.from_tensor(tensor)
+        with fake_tensor.unset_fake_temporarily():
+            leaf = tensor.detach().requires_grad_()
+        # what was computed can be written into, as a leaf that requires grad can't
+        with self._mode, torch.enable_grad():
+            return self._mode.from_tensor(leaf).clone()
 
     def _evaluate(self, node: fx.Node) -> None:
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
@@ -647,6 +662,14 @@ def _around(called: Collection[str], paths: list[str]) -> str:
     around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
     found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
     return next(found, "")
+
+
+def _tensor_of_the_module(value: Any) -> str | None:
+    """Returns the path of the tensor of a module that `value` is, or is a part of, or None if it is none."""
+    node: Any = value.node if isinstance(value, fx.Proxy) else None
+    while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def _may_require_grad(node: fx.Node) -> bool:

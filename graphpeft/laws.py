@@ -209,7 +209,7 @@ def traced_trains_as_the_model(
     for training in modes:
         original, model = (build().train(training) for _ in range(2))
         before = snapshot(model)
-        traced = trace(model, _differentiable(inputs)[1], strict=strict)
+        traced = trace(model, differentiable(inputs)[1], strict=strict)
         require_unchanged(model, before, "tracing")
         for given, mode in itertools.product((inputs, *others), (training, not training)):
             expected = _left_by(original.train(mode), original, given)
@@ -261,7 +261,7 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
 
 def _left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
     """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
-    leaves, given = _differentiable(inputs)
+    leaves, given = differentiable(inputs)
     outputs = run(model, given)
     parameters = dict(owner.named_parameters())
     buffers = {**dict(owner.named_buffers()), **dict(model.named_buffers())}
@@ -288,7 +288,7 @@ def _gradients(outputs: Any, tensors: list[torch.Tensor]) -> Any:
         return "values were overwritten that they need"
 
 
-def _differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
+def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
     """Returns new tensors that require grad, and `inputs` computed from them, into which a model can write."""
     leaves: list[torch.Tensor] = []
 
@@ -352,10 +352,13 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
+    named = [*module._parameters.items(), *module._buffers.items()]
+    others = {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers")}
+    named += [(pytree.keystr(path), value) for path, value in pytree.tree_leaves_with_path(others)]
     tensors = {
-        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
+        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None)
+        for name, tensor in named
+        if isinstance(tensor, torch.Tensor)
     }
     attributes = {name: (id(value), _content(value)) for name, value in module.__dict__.items()}
     return {"class": type(module), "attributes": attributes, "tensors": tensors}

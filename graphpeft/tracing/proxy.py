@@ -19,7 +19,7 @@ import torch.fx as fx
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.source import only_tells
+from graphpeft.tracing.source import only_tells, tests_identity
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -64,6 +64,9 @@ class ValueProxy(fx.Proxy):
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not isinstance(read, fx.Proxy):
             return read  # None or a string, which the tracer has noted already
+        if name in ("dtype", "device") and tests_identity(sys._getframe(1).f_code):
+            self.tracer.decide(read, attribute)
+            return attribute
         if name not in _STATIC and isinstance(attribute, _TRACED) and not isinstance(attribute, bool):
             return read
         self.tracer.decide(read, attribute)
@@ -203,6 +206,11 @@ def writes(target: Any) -> bool:
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def writes_by_method(name: str) -> bool:
+    """Tells whether a tensor's method of this name changes it."""
+    return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)
 
 
 def _in_place(name: str, otherwise: Any) -> Any:

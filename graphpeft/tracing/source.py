@@ -8,8 +8,10 @@ to read.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
+import itertools
 import textwrap
 from types import CodeType
 from typing import NamedTuple
@@ -60,6 +62,16 @@ def uses_in_forward(cls: type) -> Uses:
                     seen.add(path)
                     waiting.append(path)
     return uses
+
+
+@functools.cache
+def tests_identity(code: CodeType) -> bool:
+    """Tells whether `code` asks whether something is another object than None."""
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
+        for before, after in itertools.pairwise(instructions)
+    )
 
 
 _TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}

@@ -186,6 +186,18 @@ def test_the_text_of_a_shape_or_a_dtype_is_a_decision():
             trace(model, (X,))(other)
 
 
+def test_dtypes_can_be_compared_by_identity():
+    model = module_of(lambda self, x: x * 2 if x.dtype is torch.float32 else x)
+    assert torch.equal(trace(model, (X,))(X), 2 * X)
+    with pytest.raises(GuardError, match=r"x\.dtype is torch\.float32"):
+        trace(model, (X,))(X.double())
+
+
+def test_shapes_are_broadcast():
+    model = module_of(lambda self, x: x.expand(torch.broadcast_shapes(x.shape, (x.shape[0], 1, 8))))
+    laws.traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
+
+
 def test_a_message_that_tells_of_a_shape_decides_nothing():
     def forward(self, x):
         torch._assert(
@@ -432,6 +444,38 @@ def test_a_forward_that_changes_its_module_stays_a_call():
     assert torch.equal(traced(X), copy.deepcopy(model)(X))
 
 
+def test_tensors_that_a_forward_finds_by_itself_are_inputs_of_the_graph():
+    def forward(self, x):
+        for name, parameter in self.linear.named_parameters():
+            x = x + parameter.abs().mean() * len(name)
+        return x * next(self.parameters()).sum() + self._buffers["scale"].exp() + self.plain.exp() * self.plain.shape[0]
+
+    members = {"linear": nn.Linear(8, 8), "scale": torch.ones(8), "plain": None}
+    model = module_of(forward, **members)
+    model.plain = torch.ones(8)
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    traced: Any = trace(model, (X,))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers(), model.plain):
+            tensor.add_(1)
+    assert torch.equal(traced(X), model(X))
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_tensors_that_a_module_holds_anywhere_are_written_in_each_run(is_kept):
+    def forward(self, x):
+        self._buffers["scale"].add_(1)
+        self.held["a"][0].mul_(2)
+        self.held["b"][1:] += 1
+        if is_kept and x.sum() > 1e6:
+            x = x + 1
+        return x * self.scale + self.held["a"][0] + self.held["b"]
+
+    held = {"a": [torch.ones(8)], "b": torch.ones(8)}
+    model = nn.Sequential(module_of(forward, scale=torch.ones(8), held=held))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
 def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
     def forward(self, x):
         if x.shape[1] not in self.cache:
@@ -579,6 +623,31 @@ def test_a_write_under_no_grad_keeps_the_module_a_call():
     traced: Any = trace(model, (X,))
     assert "writes under torch.no_grad()" in traced.kept["0"]
     assert torch.equal(traced(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda y: F.leaky_relu(y, 0.1, True), nn.ELU(inplace=True)], ids=["function", "layer"]
+)
+def test_a_write_by_an_option_under_no_grad_keeps_the_module_a_call(write):
+    def forward(self, x):
+        y = self.linear(x)
+        with torch.no_grad():
+            self.write(y)
+        return y
+
+    model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8), write=write))
+    traced: Any = trace(model, (X,))
+    assert "writes under torch.no_grad()" in traced.kept["0"]
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,))
+
+
+def test_the_gradient_mode_within_a_region_is_the_regions_own():
+    def forward(self, x):
+        with torch.no_grad():
+            y = x * 2 if torch.is_grad_enabled() else x * 3
+        return x + y
+
+    laws.traced_trains_as_the_model(lambda: module_of(forward), (X,))
 
 
 class Doubled(torch.autograd.Function):

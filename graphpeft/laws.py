@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import tempfile
 from collections.abc import Callable, Sequence
@@ -185,6 +186,44 @@ def traced_is_the_model(build: Build, inputs: ExampleInputs, *others: ExampleInp
                 require_equal(found, expected, f"traced with training={training}, run with training={mode}")
 
 
+def traced_trains_as_the_model(
+    build: Build,
+    inputs: ExampleInputs,
+    *others: ExampleInputs,
+    may_refuse: bool = False,
+    modes: Sequence[bool] = BOTH_MODES,
+    strict: bool = False,
+) -> None:
+    """Law 7, for all that a run leaves: outputs, gradients, and what was written into buffers and into inputs.
+
+    The model and its graph run several times without being built anew, so that each run finds what the last one left.
+
+    Args:
+        build: Builds the model.
+        inputs: The example inputs.
+        others: Other inputs.
+        may_refuse: Whether the model decides on its inputs or its mode, so that a guard may refuse others.
+        modes: Whether to trace in evaluation (False), in training (True) or in each of them.
+        strict: Whether all modules must become nodes.
+    """
+    for training in modes:
+        original, model = (build().train(training) for _ in range(2))
+        before = snapshot(model)
+        traced = trace(model, differentiable(inputs)[1], strict=strict)
+        require_unchanged(model, before, "tracing")
+        for given, mode in itertools.product((inputs, *others), (training, not training)):
+            expected = _left_by(original.train(mode), original, given)
+            try:
+                found = _left_by(traced.train(mode), model, given)
+            except GuardError:
+                if may_refuse and (given is not inputs or mode != training):
+                    return  # the run that was refused may have written into buffers
+                raise
+            for what, value in expected.items():
+                law = f"traced with training={training}, run with training={mode}: {what}"
+                require_equal(found[what], value, law)
+
+
 def copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted."""
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
@@ -220,6 +259,48 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
     return model(*(args or ()), **kwargs)
 
 
+def _left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
+    leaves, given = differentiable(inputs)
+    outputs = run(model, given)
+    parameters = dict(owner.named_parameters())
+    buffers = {**dict(owner.named_buffers()), **dict(model.named_buffers())}
+    left = {
+        "the outputs": outputs,
+        "what of them requires grad": pytree.tree_map_only(torch.Tensor, lambda output: output.requires_grad, outputs),
+        "the inputs afterwards": given,
+        "the buffers": buffers,
+    }
+    # before the backward pass, which may fail where something was written in place
+    left = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), left)
+    return left | {"the gradients": _gradients(outputs, [*leaves, *parameters.values()])}
+
+
+def _gradients(outputs: Any, tensors: list[torch.Tensor]) -> Any:
+    loss = loss_of(outputs)
+    if not loss.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(loss, tensors, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return "values were overwritten that they need"
+
+
+def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
+    """Returns new tensors that require grad, and `inputs` computed from them, into which a model can write."""
+    leaves: list[torch.Tensor] = []
+
+    def fresh(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()
+
+    return leaves, pytree.tree_map_only(torch.Tensor, fresh, inputs)
+
+
 def perturbed(adapted: Any) -> Any:
     """Gives all trainable tensors values that matter, and returns the model."""
     generator = torch.Generator().manual_seed(1)
@@ -250,12 +331,19 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
         if isinstance(b, torch.Tensor):
             if a.dtype != b.dtype or a.shape != b.shape:
                 raise LawError(f"{law}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
-            scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-            difference = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
+            difference, scale = _difference(a, b) if b.numel() else (0.0, 1.0)
             if not difference <= tolerance * scale:
                 raise LawError(f"{law}: by {difference:.3g}")
         elif a != b:
             raise LawError(f"{law}: {a!r}, not {b!r}")
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Returns by how much two tensors differ, and how large the second is."""
+    dtype = torch.complex128 if b.is_complex() else torch.float64
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0, a - b).abs().max().item(), max(1.0, b.abs().nan_to_num().max().item())
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -264,10 +352,13 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
+    named = [*module._parameters.items(), *module._buffers.items()]
+    others = {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers")}
+    named += [(pytree.keystr(path), value) for path, value in pytree.tree_leaves_with_path(others)]
     tensors = {
-        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
+        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None)
+        for name, tensor in named
+        if isinstance(tensor, torch.Tensor)
     }
     attributes = {name: (id(value), _content(value)) for name, value in module.__dict__.items()}
     return {"class": type(module), "attributes": attributes, "tensors": tensors}

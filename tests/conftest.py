@@ -18,7 +18,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("ci", max_examples=40, **COMMON)
-settings.register_profile("fuzz", max_examples=5_000, **COMMON)
+settings.register_profile("fuzz", max_examples=10_000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

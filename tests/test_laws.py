@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from models import GPT2, LLAMA, Example
+from programs import ProgramCase, program_cases
 from strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
@@ -22,6 +23,7 @@ from graphpeft import (
     PeftType,
     PrefixTuningConfig,
     TaskType,
+    TraceError,
     laws,
     trace,
 )
@@ -126,6 +128,21 @@ def test_a_traced_model_is_the_model(case: Case):
     laws.traced_is_the_model(case.build, case.inputs, *case.others)
 
 
+@given(case=program_cases())
+def test_a_traced_program_trains_as_the_program(case: ProgramCase):
+    inputs, *others = case.inputs
+    # whatever it isn't known to refuse, the tracer records, with all modules inside
+    strict = not case.may_be_refused
+    try:
+        laws.traced_trains_as_the_model(
+            case.build, inputs, *others, may_refuse=True, modes=(case.training,), strict=strict
+        )
+    except TraceError:
+        event("refused")
+        if strict:
+            raise
+
+
 @every_method
 @given(data=st.data())
 def test_copies_stay_adapted(method, data):
@@ -152,6 +169,14 @@ def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph
     config = data.draw(METHODS[method].configs(build(spellings[0]), identity=False))
     first, *others = [functools.partial(build, spelling) for spelling in spellings]
     laws.spellings_are_adapted_alike(first, others, config, (X,))
+
+
+def test_numbers_that_are_not_finite_are_equal_to_themselves():
+    inf, nan = float("inf"), float("nan")
+    laws.require_equal(torch.tensor([inf, nan, 1]), torch.tensor([inf, nan, 1]), "a law")
+    for other in ([-inf, nan, 1], [inf, 0, 1]):
+        with pytest.raises(laws.LawError):
+            laws.require_equal(torch.tensor(other), torch.tensor([inf, nan, 1]), "a law")
 
 
 def test_a_law_that_does_not_hold_raises():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import pickle
 import re
 from collections import OrderedDict, defaultdict
@@ -171,6 +172,70 @@ def test_isinstance_len_and_iteration_are_answered_from_the_value():
         return first - second if len((first, second)) == 2 else x
 
     laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1],))
+
+
+def test_the_text_of_a_shape_or_a_dtype_is_a_decision():
+    def forward(self, x):
+        y = x * 2 if str(x.dtype) == "torch.float32" else x
+        return y * {"5 tokens": 3, "(5, 8)": 5}[f"{x.shape[1]} tokens"] + len(f"{x.shape[1]:>4}{tuple(x.shape)!r}")
+
+    model = module_of(forward)
+    laws.traced_is_the_model(lambda: model, (X,), (2 * X,))
+    for other, line in ((X.double(), "str"), (X[:, :3], "tokens")):
+        with pytest.raises(GuardError, match=line):
+            trace(model, (X,))(other)
+
+
+def test_dtypes_can_be_compared_by_identity():
+    model = module_of(lambda self, x: x * 2 if x.dtype is torch.float32 else x)
+    assert torch.equal(trace(model, (X,))(X), 2 * X)
+    with pytest.raises(GuardError, match=r"x\.dtype is torch\.float32"):
+        trace(model, (X,))(X.double())
+
+
+def test_shapes_are_broadcast():
+    model = module_of(lambda self, x: x.expand(torch.broadcast_shapes(x.shape, (x.shape[0], 1, 8))))
+    laws.traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
+
+
+def test_a_message_that_tells_of_a_shape_decides_nothing():
+    def forward(self, x):
+        torch._assert(
+            x.dim() == 3,
+            f"expected (batch, tokens, features), got {x.shape}",
+        )
+        logging.getLogger("graphpeft").warning("a batch of %s", x.shape[0])
+        return x * 2
+
+    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :3],))
+
+
+def test_python_rounds_divides_and_reverses_values():
+    def forward(self, x):
+        half, rest = divmod(x.shape[1], 2)
+        flipped: Any = reversed(x)
+        return flipped.mul(round(x.shape[0] / 3, 1)) + half + divmod(9, half)[1] * rest + len(list(reversed(x.shape)))
+
+    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :4],))
+
+
+@pytest.mark.parametrize("inputs", [(X,), None], ids=["with inputs", "without"])
+def test_numbers_and_tuples_that_are_counted_up_leave_their_other_names_alone(inputs):
+    def forward(self, x):
+        n = x.shape[1]
+        following, shape = n, x.shape
+        following += 1
+        longer = shape
+        longer += (1,)
+        y = name = x * 1
+        y += following
+        y @= self.w
+        return y + n, name.reshape(longer), name.reshape(shape)
+
+    model = module_of(forward, w=torch.randn(8, 8))
+    traced: Any = trace(model, inputs)
+    for given in (X, X[:, :3]):
+        laws.require_equal(traced(given), model(given), "the traced model")
 
 
 def test_a_decision_on_tensor_values_keeps_the_module_that_takes_it_as_a_call():
@@ -379,6 +444,38 @@ def test_a_forward_that_changes_its_module_stays_a_call():
     assert torch.equal(traced(X), copy.deepcopy(model)(X))
 
 
+def test_tensors_that_a_forward_finds_by_itself_are_inputs_of_the_graph():
+    def forward(self, x):
+        for name, parameter in self.linear.named_parameters():
+            x = x + parameter.abs().mean() * len(name)
+        return x * next(self.parameters()).sum() + self._buffers["scale"].exp() + self.plain.exp() * self.plain.shape[0]
+
+    members = {"linear": nn.Linear(8, 8), "scale": torch.ones(8), "plain": None}
+    model = module_of(forward, **members)
+    model.plain = torch.ones(8)
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    traced: Any = trace(model, (X,))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers(), model.plain):
+            tensor.add_(1)
+    assert torch.equal(traced(X), model(X))
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_tensors_that_a_module_holds_anywhere_are_written_in_each_run(is_kept):
+    def forward(self, x):
+        self._buffers["scale"].add_(1)
+        self.held["a"][0].mul_(2)
+        self.held["b"][1:] += 1
+        if is_kept and x.sum() > 1e6:
+            x = x + 1
+        return x * self.scale + self.held["a"][0] + self.held["b"]
+
+    held = {"a": [torch.ones(8)], "b": torch.ones(8)}
+    model = nn.Sequential(module_of(forward, scale=torch.ones(8), held=held))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
 def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
     def forward(self, x):
         if x.shape[1] not in self.cache:
@@ -425,6 +522,17 @@ def test_a_run_that_raises_leaves_no_autocast_behind():
     laws.require_equal(traced(X), traced(X), "the traced model")
 
 
+def test_regions_under_autocast_share_no_casts_of_weights():
+    def forward(self, x):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.linear(x).float() / 3
+        return x
+
+    model = module_of(forward, linear=nn.Linear(8, 8))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
 def test_no_gradient_goes_through_a_region_under_no_grad():
     def forward(self, x):
         with torch.no_grad():
@@ -459,6 +567,51 @@ def test_no_gradient_goes_through_complex_numbers_under_no_grad():
     assert torch.allclose(torch.add(model.w.grad, model.w.grad), expected)
 
 
+def test_what_is_handed_on_under_no_grad_keeps_its_gradient():
+    def forward(self, x):
+        with torch.no_grad():
+            y, z = F.dropout(self.linear(x).float(), 0.5, self.training), x.float()
+            w, a = self.idle(x), {"x": x}["x"].contiguous()
+        return self.linear(x) + y * z * w * a
+
+    model = module_of(forward, linear=nn.Linear(8, 8), idle=nn.Sequential(nn.Dropout(0.2), nn.Identity()))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
+def test_the_gradient_mode_can_follow_the_mode_of_a_module():
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            y = self.linear(x)
+        return y * self.linear(x)
+
+    model = module_of(forward, linear=nn.Linear(8, 8))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    trace(model.eval(), (X,))(X)
+    assert torch.is_grad_enabled()
+
+
+def test_buffers_are_written_under_no_grad():
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)
+                self.mean[0] = x[0, 0, 0]
+                self.mean[1:3].copy_(x[0, 0, 1:3])
+                torch.mul(x[0, 0], 2, out=self.last)
+        return self.linear(x) - self.mean + self.last
+
+    model = module_of(forward, linear=nn.Linear(8, 8), mean=torch.zeros(8), last=torch.zeros(8))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    model.mean.requires_grad_()
+    with pytest.raises(TraceError, match=r"writes under torch\.no_grad\(\)"):
+        trace(model, (X,))
+
+
+def test_what_was_computed_before_the_model_can_be_written_into():
+    model = module_of(lambda self, x: self.linear(x.mul_(2)), linear=nn.Linear(8, 8))
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
 def test_a_write_under_no_grad_keeps_the_module_a_call():
     def forward(self, x):
         y = self.linear(x)
@@ -470,6 +623,31 @@ def test_a_write_under_no_grad_keeps_the_module_a_call():
     traced: Any = trace(model, (X,))
     assert "writes under torch.no_grad()" in traced.kept["0"]
     assert torch.equal(traced(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda y: F.leaky_relu(y, 0.1, True), nn.ELU(inplace=True)], ids=["function", "layer"]
+)
+def test_a_write_by_an_option_under_no_grad_keeps_the_module_a_call(write):
+    def forward(self, x):
+        y = self.linear(x)
+        with torch.no_grad():
+            self.write(y)
+        return y
+
+    model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8), write=write))
+    traced: Any = trace(model, (X,))
+    assert "writes under torch.no_grad()" in traced.kept["0"]
+    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,))
+
+
+def test_the_gradient_mode_within_a_region_is_the_regions_own():
+    def forward(self, x):
+        with torch.no_grad():
+            y = x * 2 if torch.is_grad_enabled() else x * 3
+        return x + y
+
+    laws.traced_trains_as_the_model(lambda: module_of(forward), (X,))
 
 
 class Doubled(torch.autograd.Function):
@@ -505,14 +683,17 @@ def test_a_forward_with_its_own_gradient_keeps_it():
         assert torch.equal(module.get_parameter("linear.weight").grad, expected)
 
 
-def test_a_function_that_recomputes_others_keeps_the_module_a_call():
+@pytest.mark.parametrize(
+    ("use_reentrant", "reason"), [(True, "is given a function"), (False, "is computed again for gradients")]
+)
+def test_a_function_that_recomputes_others_keeps_the_module_a_call(use_reentrant, reason):
     def forward(self, x):
-        return checkpoint(lambda y: self.linear(y) * 2, x, use_reentrant=True)
+        return checkpoint(lambda y: self.linear(y) * 2, x, use_reentrant=use_reentrant)
 
     model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8)))
     x = X.clone().requires_grad_()
     traced: Any = trace(model, (x,))
-    assert "is given a function" in traced.kept["0"]
+    assert reason in traced.kept["0"]
     assert torch.equal(traced(x), model(x))
 
 

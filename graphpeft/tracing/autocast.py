@@ -19,16 +19,24 @@ __all__ = ["closing_regions", "enter_autocast", "leave_autocast"]
 
 def closing_regions(graph: fx.Graph, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the compiled `forward` of `graph` as one that ends its regions when it raises."""
-    for device in sorted({str(node.args[0]) for node in graph.nodes if node.target is enter_autocast}):
-        forward = _as_outside(device, forward)
-    return forward
+    if not any(node.target is enter_autocast for node in graph.nodes):
+        return forward
 
-
-def _as_outside(device: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    # a region around it would do that, but regions share the casts of weights with those that they are in
     @functools.wraps(forward)
     def close(*args: Any, **kwargs: Any) -> Any:
-        # leaving a region of the same settings as outside puts these back, whatever was begun inside
-        with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)):
+        try:
             return forward(*args, **kwargs)
+        except BaseException as error:
+            _leave_open_regions(error)
+            raise
 
     return close
+
+
+def _leave_open_regions(error: BaseException) -> None:
+    inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    # generated code forgets each value after its last use: the regions that it still has are those it hasn't left
+    values = list(inside.tb_frame.f_locals.values()) if inside is not None else []
+    for region in reversed([value for value in values if isinstance(value, torch.autocast)]):
+        leave_autocast(region)

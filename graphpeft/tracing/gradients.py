@@ -29,8 +29,14 @@ class Applied:
         return self.function.apply(*args, **kwargs)
 
 
-def detached(value: Any) -> Any:
-    """Returns `value` as if it had been computed under ``torch.no_grad()``: no gradient goes through its tensors."""
+def detached(value: Any, *given: Any) -> Any:
+    """Returns `value` as if it had been computed under ``torch.no_grad()``: no gradient goes through its tensors.
+
+    Args:
+        value: What was computed.
+        given: Of what. A tensor that was handed on, as ``x.float()`` may do, keeps its gradient.
+    """
     if isinstance(value, fx.Proxy):
-        return value.tracer.create_proxy("call_function", detached, (value,), {})
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
+        return value.tracer.create_proxy("call_function", detached, (value, *given), {})
+    handed_on = {id(leaf) for leaf in pytree.tree_leaves(given)}
+    return pytree.tree_map_only(torch.Tensor, lambda x: x if id(x) in handed_on else x.detach(), value)

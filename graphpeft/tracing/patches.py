@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint as recomputation
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
@@ -30,7 +31,7 @@ from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.errors import DrawsNumbersError, TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import ValueProxy
+from graphpeft.tracing.proxy import ValueProxy, writes_by_method
 from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.state import Snapshot
 
@@ -47,8 +48,8 @@ _SHARING = ("as_tensor", "asarray", "from_numpy")
 """Functions of `torch` that may give tensors which share the memory of what they were made of."""
 
 _SIZED = (
-    "as_strided", "broadcast_to", "narrow", "permute", "reshape", "roll", "select", "tile", "topk", "tril", "triu",
-    "unflatten",
+    "as_strided", "broadcast_shapes", "broadcast_to", "narrow", "permute", "reshape", "roll", "select", "tile", "topk",
+    "tril", "triu", "unflatten",
 )  # fmt: skip
 """Functions of `torch` that read the numbers which they are given before they ask whose call it is."""
 
@@ -77,7 +78,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         before = Snapshot(root)
         stack.callback(before.put_back)
-        makers = stack.enter_context(_RecordsMakers(tracer))
+        calls = stack.enter_context(_RecordsCalls(tracer))
         ask = builtins.isinstance
         for name in _SHARING:
             recorded = _copied_if_constant(tracer, getattr(torch, name))
@@ -94,28 +95,33 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         stack.enter_context(_recorded_autocast(tracer))
         apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
+        stack.enter_context(_decided_grad_mode(tracer))
+        stack.enter_context(mock.patch.object(recomputation, _RECOMPUTES, _refused_recomputation(tracer)))
         stack.enter_context(_uncached(root))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
-        yield Recording(before, functools.partial(_set_aside, makers, ask))
+        yield Recording(before, functools.partial(_set_aside, calls, ask))
 
 
 @contextlib.contextmanager
-def _set_aside(makers: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Iterator[None]:
+def _set_aside(calls: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Iterator[None]:
     """Takes away what PyTorch itself would go through thousands of times in a trace, without anything to record."""
     truthful, builtins.isinstance = builtins.isinstance, ask  # type: ignore[assignment]
     try:
         # a mode that the forward has entered goes first, and stays where it is
-        is_first = _get_current_function_mode() is makers
+        is_first = _get_current_function_mode() is calls
         with _pop_mode_temporarily() if is_first else contextlib.nullcontext():
             yield
     finally:
         builtins.isinstance = truthful
 
 
-class _RecordsMakers(TorchFunctionMode):
-    """Records functions that make tensors when they are called by another name than that in `torch`."""
+class _RecordsCalls(TorchFunctionMode):
+    """Records functions that make tensors by another name than that in `torch`, and those on tensors without a proxy.
+
+    Such are the tensors of ``self.parameters()``, and those in lists and dictionaries.
+    """
 
     def __init__(self, tracer: ValueTracer) -> None:
         super().__init__()
@@ -123,9 +129,40 @@ class _RecordsMakers(TorchFunctionMode):
         self._makers = frozenset(getattr(torch, name) for name in (*_FACTORIES, *_SHARING))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._makers and not self._tracer.is_running:
-            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._tracer.is_running:
+            return func(*args, **kwargs)
+        if func in self._makers:
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
+        # proxies record by themselves
+        if any(issubclass(kind, fx.Proxy) for kind in types) or func.__name__ in _OF_THE_OBJECT:
+            return func(*args, **kwargs)
+        if not any(map(_is_tensor, pytree.tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        return self._on_stand_ins(func, args, kwargs)
+
+    def _on_stand_ins(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        if not any(map(self._tracer.is_named, tensors)) and not (writes_by_method(func.__name__) or "out" in kwargs):
+            result = func(*args, **kwargs)
+            if not any(map(_is_tensor, pytree.tree_leaves(result))):
+                return result  # what a constant is like
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._tracer.stand_in, (args, kwargs))
+        if func.__name__ == "__get__":
+            return getattr(args[0], func.__self__.__name__)
+        if func.__name__ == "__set__":
+            return setattr(args[0], func.__self__.__name__, args[1])
+        if getattr(torch.Tensor, func.__name__, None) is func:
+            return getattr(args[0], func.__name__)(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+_OF_THE_OBJECT = ("__repr__", "__format__", "__deepcopy__", "__reduce_ex__")
+"""Methods of tensors that say nothing in terms of PyTorch's functions."""
+
+
+def _is_tensor(value: Any) -> bool:
+    return issubclass(type(value), torch.Tensor)
 
 
 @contextlib.contextmanager
@@ -206,6 +243,8 @@ def _decided_switch(tracer: ValueTracer, function: Callable[..., bool]) -> Calla
         asking = sys._getframe(1).f_code.co_filename
         if tracer.is_running or asking.startswith(_PYTORCH) or guards.is_machinery(asking):
             return function(*args)
+        if function is _IS_GRAD_ENABLED and not function():
+            return False  # within a region of the model's own, since a trace begins with gradients
         # equal modules may be adapted while other things are switched on
         tracer.specialised = True
         answer = tracer.grad_mode if function.__name__ == "is_grad_enabled" else function(*args)
@@ -218,6 +257,7 @@ def _decided_switch(tracer: ValueTracer, function: Callable[..., bool]) -> Calla
     return decide
 
 
+_IS_GRAD_ENABLED = torch.is_grad_enabled
 _PYTORCH = os.path.dirname(torch.__file__)
 
 
@@ -295,7 +335,10 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
     def refuse(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
         if tracer.is_running or module not in modules:
             return convert(module, function, *args, **kwargs)
-        if any(function(tensor) is not tensor for tensor in (*module.parameters(), *module.buffers())):
+        tensors = (*module.parameters(), *module.buffers())
+        with torch._C.DisableTorchFunction():
+            is_converted = any(function(tensor) is not tensor for tensor in tensors)
+        if is_converted:
             raise TraceError(f"a {type(module).__name__} is converted in a forward, which a graph can't hold")
         return module
 
@@ -313,6 +356,31 @@ def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[
         return tracer.create_proxy("call_function", Applied(function), args, kwargs)
 
     return record
+
+
+def _decided_grad_mode(tracer: ValueTracer) -> Any:
+    """Decides for ``torch.set_grad_enabled(self.training)``, whose argument PyTorch would hand on to a graph."""
+    init = torch.set_grad_enabled.__init__
+
+    def decide(context: Any, mode: Any) -> None:
+        init(context, mode if tracer.is_running else bool(mode))
+
+    return mock.patch.object(torch.set_grad_enabled, "__init__", decide)
+
+
+_RECOMPUTES = "_checkpoint_without_reentrant_generator"
+"""What ``torch.utils.checkpoint.checkpoint`` calls with ``use_reentrant=False``."""
+
+
+def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
+    recompute = getattr(recomputation, _RECOMPUTES)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running:
+            return recompute(*args, **kwargs)
+        raise TraceError(f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold")
+
+    return refuse
 
 
 @contextlib.contextmanager

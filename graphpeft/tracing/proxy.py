@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,18 +19,28 @@ import torch.fx as fx
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.source import only_tells, tests_identity
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
 
-IN_PLACE = ("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-"""The operators of `operator` that change their first argument."""
+IN_PLACE = {
+    "iadd": operator.add, "isub": operator.sub, "imul": operator.mul, "imatmul": operator.matmul,
+    "itruediv": operator.truediv, "ifloordiv": operator.floordiv, "imod": operator.mod, "ipow": operator.pow,
+    "iand": operator.and_, "ior": operator.or_, "ixor": operator.xor, "ilshift": operator.lshift,
+    "irshift": operator.rshift,
+}  # fmt: skip
+"""The operators of `operator` that change their first argument, with what they do to one that can't be changed."""
 
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
 
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
 """Types of attributes that stay proxies, so that they can differ from run to run."""
+
+
+_WRITTEN_OUT = (int, float, complex, torch.Size, torch.dtype, torch.device)
+"""Types of values whose text is a decision."""
 
 
 class ValueProxy(fx.Proxy):
@@ -55,6 +67,9 @@ class ValueProxy(fx.Proxy):
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not isinstance(read, fx.Proxy):
             return read  # None or a string, which the tracer has noted already
+        if name in ("dtype", "device") and tests_identity(sys._getframe(1).f_code):
+            self.tracer.decide(read, attribute)
+            return attribute
         if name not in _STATIC and isinstance(attribute, _TRACED) and not isinstance(attribute, bool):
             return read
         self.tracer.decide(read, attribute)
@@ -95,6 +110,24 @@ class ValueProxy(fx.Proxy):
             return hash(value)
         return super().__hash__()
 
+    def __str__(self) -> str:
+        return self._as_text(str)
+
+    def __repr__(self) -> str:
+        return self._as_text(repr)
+
+    def __format__(self, format_spec: str) -> str:
+        return self._as_text(format, format_spec)
+
+    def _as_text(self, function: Any, *options: str) -> str:
+        # names of layers and keys of tables are made of such values; a tensor's text is for a person
+        if self.tracer.is_recording and isinstance(self.node.meta.get(VALUE), _WRITTEN_OUT):
+            asking = sys._getframe(2)
+            is_logged = asking.f_globals.get("__name__") in ("logging", "warnings")
+            if not is_logged and not only_tells(asking.f_code, asking.f_lineno):
+                return self.tracer.create_proxy("call_function", function, (self, *options), {})
+        return fx.Proxy.__repr__(self)
+
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
 
@@ -104,6 +137,21 @@ class ValueProxy(fx.Proxy):
         if isinstance(self.node.meta[VALUE], dict):
             return iter(self.keys())
         return iter([self[index] for index in range(len(self))])
+
+    def __reversed__(self) -> Any:
+        # a tensor is a tensor then, too
+        if isinstance(self.node.meta.get(VALUE), torch.Tensor):
+            return self._call_method("__reversed__")
+        return reversed(list(self))
+
+    def __round__(self, *digits: Any) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, *digits), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (self, other), {})
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (other, self), {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -134,19 +182,53 @@ class ValueProxy(fx.Proxy):
 _WRITERS = (operator.setitem, *(getattr(operator, name) for name in IN_PLACE))
 
 
+@dataclass(frozen=True)
+class InPlace:
+    """An operator in place on a value of which isn't known whether it can be changed, as what a node calls.
+
+    Generated code has ``n += 1`` for `operator.iadd`. If that is a number, what had the name before is lost.
+
+    Attributes:
+        function: The operator.
+    """
+
+    function: Callable[[Any, Any], Any]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, value: Any, other: Any) -> Any:
+        """Returns `value`, changed, or a new value."""
+        return self.function(value, other)
+
+
 def writes(target: Any) -> bool:
     """Tells whether a call of `target`, a node's function or the name of a method, changes its first argument."""
+    if target in _WRITERS or isinstance(target, InPlace):
+        return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return target in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+    return name.endswith("_") and not name.endswith("__")
 
 
-def _in_place(function: Any) -> Any:
+def writes_by_method(name: str) -> bool:
+    """Tells whether a tensor's method of this name changes it."""
+    return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)
+
+
+def _in_place(name: str, otherwise: Any) -> Any:
+    function, method = getattr(operator, name), f"__{name}__"
+
     # without these, `y += 1` would make a new value and leave the other names of `y` behind
     def apply(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+        if VALUE not in self.node.meta:
+            target: Any = InPlace(function)
+        else:
+            target = function if hasattr(type(self.node.meta[VALUE]), method) else otherwise
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
 
     return apply
 
 
-for _name in IN_PLACE:
-    setattr(ValueProxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+for _name, _otherwise in IN_PLACE.items():
+    setattr(ValueProxy, f"__{_name}__", _in_place(_name, _otherwise))

@@ -8,9 +8,12 @@ to read.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
+import itertools
 import textwrap
+from types import CodeType
 from typing import NamedTuple
 
 from torch import nn
@@ -59,6 +62,37 @@ def uses_in_forward(cls: type) -> Uses:
                     seen.add(path)
                     waiting.append(path)
     return uses
+
+
+@functools.cache
+def tests_identity(code: CodeType) -> bool:
+    """Tells whether `code` asks whether something is another object than None."""
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
+        for before, after in itertools.pairwise(instructions)
+    )
+
+
+_TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
+"""Names of functions whose arguments are for a person to read."""
+
+
+@functools.cache
+def only_tells(code: CodeType, line: int) -> bool:
+    """Tells whether what `code` does at `line` of its file is no more than to tell a person something."""
+    try:
+        lines, start = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    here = line - max(start, 1) + 1
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= here <= (n.end_lineno or n.lineno)]
+    innermost = min(around, key=lambda n: (n.end_lineno or n.lineno) - n.lineno, default=None)
+    if not isinstance(innermost, ast.Expr) or not isinstance(innermost.value, ast.Call):
+        return False
+    function = innermost.value.func
+    return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
 
 
 def _tree(method: object) -> ast.AST | None:

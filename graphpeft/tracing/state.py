@@ -68,6 +68,12 @@ class Snapshot:
                     found[Attribute(module, name)] = None
         return list(found)
 
+    def holds(self, value: Any) -> bool:
+        """Tells whether `value` was in a container of a module."""
+        contents = (content for _, _, containers in self._before for _, _, content in containers)
+        parts = (part for content in contents for part in (content.values() if isinstance(content, dict) else content))
+        return any(part is value for part in parts)
+
     def put_back(self, inside: nn.Module | None = None) -> None:
         """Gives all modules, or those inside one, their attributes and these their content again."""
         wanted = set(inside.modules()) if inside is not None else None

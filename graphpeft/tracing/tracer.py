@@ -17,7 +17,7 @@ import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -65,6 +65,9 @@ _NUMBERS = (*SIMPLE, torch.Size)
 
 _PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
 """Types of values that don't have a say in how a function is called with them."""
+
+
+_WRITES_WITHOUT_GRAD = "{} writes under torch.no_grad(), which a graph can't hold"
 
 
 def _of_the_arguments(node: fx.Node) -> bool:
@@ -322,15 +325,18 @@ class ValueTracer(fx.Tracer):
         """Records one call and runs it on the example values; a result of None or a string is a plain value."""
         if self._thread is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
+        if not torch.is_grad_enabled() and (writes(target) or kwargs.get("out") is not None):
+            args, kwargs = self._written_without_grad(args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
         if target in _GUARDS:
             proxy.node.meta[VALUE] = None  # what is checked is what the example has
             return proxy
-        if writes(target) and not torch.is_grad_enabled() and any(map(_may_require_grad, proxy.node.all_input_nodes)):
-            raise TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
+        before = _versions(proxy.node)
         self._evaluate(proxy.node)
+        if before != _versions(proxy.node):
+            raise TraceError(_WRITES_WITHOUT_GRAD.format(guards.deciding_line()))
         if writes(target) and proxy.node.all_input_nodes:
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
@@ -347,7 +353,19 @@ class ValueTracer(fx.Tracer):
         node = proxy.node
         if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
             return proxy
-        return self.create_proxy("call_function", detached, (proxy,), {})
+        return self.create_proxy("call_function", detached, (proxy, *map(self.proxy, node.all_input_nodes)), {})
+
+    def _written_without_grad(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too."""
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+        if not any(_may_require_grad(leaf.node) for leaf in leaves):
+            return args, kwargs
+        # a value that requires grad, even if only in another run, would get other gradients than it should
+        written = kwargs["out"] if "out" in kwargs else args[0] if args else None
+        name = _tensor_of_the_module(written.node) if isinstance(written, fx.Proxy) else None
+        if name is None or self.attribute(name).requires_grad:
+            raise TraceError(_WRITES_WITHOUT_GRAD.format(guards.deciding_line()))
+        return pytree.tree_map_only(fx.Proxy, lambda x: x if x is written else detached(x), (args, kwargs))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Gives a proxy for a parameter or buffer that a forward reads."""
@@ -466,12 +484,24 @@ class ValueTracer(fx.Tracer):
             self._left[node].meta[VALUE] = node.meta.get(VALUE)
         return self._left[node]
 
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        """Tells whether a module of the root has held `tensor` before the recording."""
+        return self._recording is not None and self._recording.before.holds(tensor)
+
+    def is_named(self, tensor: torch.Tensor) -> bool:
+        """Tells whether `tensor` is one of the root's parameters, buffers or other attributes."""
+        return id(tensor) in self._names
+
+    def stand_in(self, tensor: torch.Tensor) -> fx.Proxy:
+        """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
+        return self.proxy(cast(fx.Node, self.create_arg(tensor)))
+
     def _constant(self, value: Any) -> fx.Node:
         name = next((name for name, constant in self.constants.items() if constant is value), None)
         if name is None:
             name = f"_constant_{len(self.constants)}"
             self.constants[name] = value
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or self._holds(value):
             return self.attribute(name).node
         # a copy in each run, since the forward may have made the tensor, and may write into it
         if name not in self._copies:
@@ -511,10 +541,14 @@ class ValueTracer(fx.Tracer):
         return self._thread is not None and not self.is_running
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_leaf:
+        with torch._C.DisableTorchFunction():
+            if tensor.is_leaf:
+                return self._mode.from_tensor(tensor)
             with fake_tensor.unset_fake_temporarily():
-                tensor = tensor.detach().requires_grad_()
-        return self._mode.from_tensor(tensor)
+                leaf = tensor.detach().requires_grad_()
+            # what was computed can be written into, as a leaf that requires grad can't
+            with self._mode, torch.enable_grad():
+                return self._mode.from_tensor(leaf).clone()
 
     def _evaluate(self, node: fx.Node) -> None:
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
@@ -593,6 +627,12 @@ class ValueTracer(fx.Tracer):
             value = module(*ones[0], **ones[1])
         return pytree.tree_map_only(torch.Tensor, self._fake, value)
 
+    def _with_fakes(self, module: nn.Module) -> nn.Module:
+        """Copies a module, with fake tensors in place of its own, those in its lists and dictionaries, too."""
+        tensors = {id(tensor): self._fake(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        with _tensors_copied_by(self._fake):
+            return copy.deepcopy(module, tensors)
+
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         if node.op == "get_attr":
@@ -600,6 +640,9 @@ class ValueTracer(fx.Tracer):
             return self._fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
             module = self.root.get_submodule(target)
+            if target in self.kept:
+                with patches.random_python_states_kept():
+                    return self._with_fakes(module)(*args, **kwargs)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             if _is_simple_layer(module):
                 layer = _on_other_tensors(module, self._fake)
@@ -702,14 +745,20 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return fake(leaf)
         return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
 
+    # those inside of objects, too; results of a computation couldn't be copied by themselves
+    with _tensors_copied_by(fake):
+        return pytree.tree_map(stand_in, example)
+
+
+@contextlib.contextmanager
+def _tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
 
     def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:
         return fake(tensor) if threading.get_ident() == thread else copy_tensor(tensor, memo)
 
-    # those inside of objects, too; results of a computation couldn't be copied by themselves
     with mock.patch.object(torch.Tensor, "__deepcopy__", fake_here):
-        return pytree.tree_map(stand_in, example)
+        yield
 
 
 def _is_not_whole(node: fx.Node) -> bool:
@@ -736,6 +785,32 @@ def _around(called: Collection[str], paths: list[str]) -> str:
     around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
     found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
     return next(found, "")
+
+
+def _tensor_of_the_module(node: Any) -> str | None:
+    """Returns the path of the tensor of a module that `node` stands for, or for a part of, or None if it does not."""
+    while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _versions(node: fx.Node) -> list[int]:
+    """Returns, under ``torch.no_grad()``, how often each tensor that `node` is given was written into.
+
+    Some functions write by an option, such as ``inplace=True``. The tensors of modules are left out.
+    """
+    if torch.is_grad_enabled():
+        return []
+    given = [
+        source for source in node.all_input_nodes if _may_require_grad(source) and _tensor_of_the_module(source) is None
+    ]
+    with torch._C.DisableTorchFunction():
+        leaves = pytree.tree_leaves([source.meta.get(VALUE) for source in given])
+        return [leaf._version for leaf in leaves if _is_versioned(leaf)]
+
+
+def _is_versioned(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()
 
 
 def _may_require_grad(node: fx.Node) -> bool:

@@ -419,6 +419,9 @@ class _FailingRule:
     def rewrite(self, x: Any, y: Any) -> Any:
         raise _RuleError
 
+    def delta(self, weight: Any) -> Any:
+        raise _RuleError
+
     def enter(self, inputs: Any) -> Any:
         raise _RuleError
 

@@ -9,11 +9,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
-from graphpeft import targets
+from graphpeft import ops, targets
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report
@@ -94,8 +95,10 @@ def make_plan(
 def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: bool) -> None:
     config = plan.config
     dtype = torch.float32 if autocast and site.dtype in _HALVES else site.dtype
-    rule = config.rule_for(site, dtype)
+    rule: Any = config.rule_for(site, dtype)
     reason = rule.check(site, config)
+    if reason is None and site.op is ops.Weight:
+        reason = rule.unmergeable(site)  # there, its change is all that a rule has
     if reason is not None:
         plan.report.refused.append(Refusal(site.name, reason, site.way_out))
         return

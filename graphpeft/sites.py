@@ -20,14 +20,15 @@ import torch
 from torch import fx, nn
 
 from graphpeft import dataflow, in_place, ops
-from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of, call_through
+from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of
 from graphpeft.ops import convolution, embedding
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
+from graphpeft.tracing.own_forward import call_on_weights, call_through
 from graphpeft.tracing.source import uses_in_forward
-from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for
+from graphpeft.tracing.trace import ExampleInputs, plain_attribute, split_inputs, stands_for
 
 
 class Site(NamedTuple):
@@ -41,6 +42,7 @@ class Site(NamedTuple):
         attribute: The weight's name in its owner.
         shape: The weight's shape as it is stored.
         dtype: The weight's dtype.
+        layout: The kind of operation for which it is stored: that of its layer, or `op`.
         transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
         groups: Into how many groups a convolution's features are divided.
@@ -53,6 +55,7 @@ class Site(NamedTuple):
     attribute: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layout: type
     transposed: bool
     is_layer: bool
     groups: int = 1
@@ -87,7 +90,7 @@ class Site(NamedTuple):
     @property
     def size(self) -> str:
         """Its features, for a person to read."""
-        return self.op.size(self.shape, self.transposed)
+        return self.layout.size(self.shape, self.transposed)  # type: ignore[attr-defined]
 
 
 class CallSite(NamedTuple):
@@ -187,22 +190,54 @@ class SiteFinder:
             if isinstance(readers, str):
                 return readers
         if len(readers) > 1:
+            outermost = min(readers, key=len)
+            if all(not outermost or path == outermost or path.startswith(f"{outermost}.") for path in readers):
+                site = self._site_of_a_call(outermost, owner, attribute, weight)
+                if site is not None:
+                    return site
             return f"its {attribute} is read by several modules: {', '.join(path or 'the model' for path in readers)}"
         reasons = []
         for region in readers or self._regions(owner):
             template = self._template(region)
             if template is None:
-                way_out = _way_out(self.modules[region])
-                reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}{way_out}")
+                reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}")
                 continue
             uses = _uses(template, self.modules[region]).get(join(within(owner, region), attribute))
             if uses is not None:
                 caller = self._caller_outside(region, owner, template) if region in readers else None
                 if caller is not None:
-                    reader = region or "the model"
-                    return f"its {attribute} is read by {reader}, and its module is called by {caller or 'the model'}"
+                    return _read_and_called(attribute, region, caller)
                 return self._site(region, owner, attribute, weight, uses)
-        return "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+        region = readers[0] if readers else owner
+        site = self._site_of_a_call(region, owner, attribute, weight) if region in self._errors else None
+        return site or "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+
+    def _site_of_a_call(self, region: str, owner: str, attribute: str, weight: torch.Tensor) -> Site | str | None:
+        """Returns the site of a weight where a module's own forward is called on what has become of its weights.
+
+        So all see the change that read the weight inside, and the module need not be traced.
+
+        Returns:
+            The site, or the reason why there is none, or None if that isn't the way to a site.
+        """
+        module = self.modules[region]
+        if not self._is_called(region):
+            return None
+        try:
+            refuse_what_a_graph_cannot_replace(module)
+            template = self.templates.get(region) or template_of(module) or call_on_weights(module)
+        except TraceError:
+            return None
+        if not template.calls_own_forward:
+            return None
+        uses = _uses(template, module).get(join(within(owner, region), attribute))
+        if uses is None:
+            return None
+        caller = self._caller_outside(region, owner, template) if owner != region else None
+        if caller is not None:
+            return _read_and_called(attribute, region, caller)
+        self.templates[region] = template
+        return self._site(region, owner, attribute, weight, uses)
 
     def boundary(self, path: str) -> Crossing:
         """Returns where the boundary of the forward of the module at `path` is; the module need not be traced.
@@ -301,16 +336,23 @@ class SiteFinder:
             return f"its {attribute} is used in {', '.join(uses.others)}, and its module is called as well"
         if uses.is_unused:
             return f"no output depends on what is computed with its {attribute}"
-        cls = stands_for(self.modules[owner])
-        is_layer = attribute == "weight" and issubclass(cls, layer_classes())
-        if not is_layer:
+        module = self.modules[owner]
+        kind = _kind_of_layer(stands_for(module)) if attribute == "weight" else None
+        if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
-        transposed = issubclass(cls, _stored_transposed()) if is_layer else uses.transposed
-        if uses.op is ops.Weight and weight.ndim == 3:
-            # how PEFT knows the modules that have experts as (experts, in, out)
-            transposed = getattr(self.modules[owner], "is_transposed", False)
-        shape, groups = tuple(weight.shape), uses.groups
-        return Site(region, uses.nodes, uses.op, owner, attribute, shape, weight.dtype, transposed, is_layer, groups)
+        return Site(
+            region=region,
+            nodes=uses.nodes,
+            op=uses.op,
+            owner=owner,
+            attribute=attribute,
+            shape=tuple(weight.shape),
+            dtype=weight.dtype,
+            layout=kind or uses.op,
+            transposed=_is_stored_transposed(module, weight, kind, uses),
+            is_layer=kind is not None,
+            groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else uses.groups,
+        )
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
@@ -364,6 +406,10 @@ class SiteFinder:
             if self.example_inputs is None:
                 raise
             return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
+
+
+def _read_and_called(attribute: str, reader: str, caller: str) -> str:
+    return f"its {attribute} is read by {reader or 'the model'}, and its module is called by {caller or 'the model'}"
 
 
 def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:
@@ -438,14 +484,23 @@ def linear_classes() -> tuple[type, ...]:
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
 
 
-def layer_classes() -> tuple[type, ...]:
-    """Returns the classes of layers that have a weight which is named by the layer."""
-    return (*linear_classes(), *convolution.LAYERS, *embedding.LAYERS)
+def _kind_of_layer(cls: type) -> type | None:
+    """Returns the kind of operation that a layer is, or None for other modules."""
+    kinds = {ops.Linear: linear_classes(), ops.Convolution: convolution.LAYERS, ops.Embedding: embedding.LAYERS}
+    return next((kind for kind, classes in kinds.items() if issubclass(cls, classes)), None)
 
 
-def _stored_transposed() -> tuple[type, ...]:
-    """Returns the classes of layers that store their weight as (in, out)."""
-    return (*linear_classes()[1:], *(cls for cls in convolution.LAYERS if "Transpose" in cls.__name__))
+def _is_stored_transposed(module: nn.Module, weight: torch.Tensor, kind: type | None, uses: _WeightUses) -> bool:
+    """Tells whether a weight is stored as (in, out)."""
+    cls = stands_for(module)
+    if kind is ops.Linear:
+        return not issubclass(cls, nn.Linear)  # of the layers, only Conv1D does
+    if kind is ops.Convolution:
+        return issubclass(cls, convolution.TRANSPOSED_LAYERS)
+    if uses.op is ops.Weight and weight.ndim == 3:
+        # so PEFT knows the modules that have experts as (experts, in, out)
+        return plain_attribute(module, "is_transposed", False)
+    return uses.transposed
 
 
 def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
@@ -485,12 +540,6 @@ def _runs_graph(module: nn.Module) -> bool:
 def _is_off(module: nn.Module) -> bool:
     """Tells whether the code of a module that reads weights without calling their modules is switched off."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()
-
-
-def _way_out(module: nn.Module) -> str:
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return " (or switch its fast path off for good, with torch.backends.mha.set_fastpath_enabled(False))"
-    return ""
 
 
 class _ReachedError(Exception):

@@ -25,6 +25,7 @@ from graphpeft import (
     TraceError,
     get_peft_model,
     laws,
+    ops,
     trace,
 )
 
@@ -88,10 +89,24 @@ def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
         get_peft_model(model, lora("fc"))
 
 
-def test_a_weight_with_another_use_is_refused():
-    model = module_of(lambda self, x: F.linear(x, self.w) / self.w.norm(), w=weight())
-    with pytest.raises(AdaptError, match="is used in norm, which no rule adapts"):
-        get_peft_model(nn.Sequential(model), lora("w"))
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: F.linear(x, self.w) / self.w.norm(),
+        lambda self, x: torch.einsum("ii,io->io", x[:, :4, 0], self.w),
+        lambda self, x: torch.cat([F.linear(x, self.w[:2]), x @ self.w.T], -1),
+    ],
+    ids=["beside its norm", "of a diagonal", "of a part and of the whole"],
+)
+def test_a_weight_with_other_uses_is_changed_for_all_of_them(forward):
+    made = nn.Sequential(module_of(forward, w=weight()))
+
+    def build():
+        return copy.deepcopy(made)
+
+    config = lora("w", init_lora_weights=False)
+    laws.adapted_is_base_with_delta(build, config, (torch.randn(4, 4, 4),))
+    assert get_peft_model(build(), config).adapter_report().adapted[0].site.op is ops.Weight
 
 
 def test_a_weight_whose_result_goes_nowhere_is_refused():
@@ -103,21 +118,31 @@ def test_a_weight_whose_result_goes_nowhere_is_refused():
         get_peft_model(nn.Sequential(module_of(forward, w=weight())), lora("w"))
 
 
-def test_layers_that_torch_reads_without_calling_them_are_refused():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
-    with pytest.raises(AdaptError, match=r"set_fastpath_enabled\(False\)"):
-        get_peft_model(encoder, lora("linear1"))
-    with pytest.raises(AdaptError, match="out_proj"):
-        get_peft_model(encoder, lora("out_proj"))
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        adapted = get_peft_model(encoder.eval(), lora("linear1", init_lora_weights=False))
-        with torch.no_grad():
-            acting = adapted(X)
-            with adapted.disable_adapter():
-                assert not torch.allclose(adapted(X), acting)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_layers_that_torch_reads_without_calling_them_are_adapted_in_what_reads_them(fast_path):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    targets = ("linear1", "linear2", "out_proj", "in_proj_weight")
+    for mode in (True, False):
+        model = get_peft_model(copy.deepcopy(encoder).eval(), lora(*targets, init_lora_weights=False))
+        regions = {adapted.site.region for adapted in model.adapter_report().adapted}
+        assert regions == {"layers.0", "layers.1"}
+        merged = copy.deepcopy(model).merge_and_unload()
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        try:
+            with torch.set_grad_enabled(mode):
+                laws.require_close(model(X), merged(X), 1e-5, "adapted and merged")
+                with model.disable_adapter():
+                    laws.require_close(model(X), encoder.eval()(X), 1e-5, "disabled and the base")
+                    assert not torch.allclose(model(X), merged(X))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_dropout_where_a_weight_has_no_input_is_refused():
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    with pytest.raises(AdaptError, match=r"lora_dropout=0\.5 drops elements.*set lora_dropout=0"):
+        get_peft_model(encoder, lora("linear1", lora_dropout=0.5))
 
 
 def test_a_method_that_uses_the_weight_beside_the_forward_is_warned_of():
@@ -515,12 +540,6 @@ def test_a_dataclass_with_an_absent_value_keeps_it_absent():
         extra: int | None = 7
 
     assert trace(module_of(lambda self, x: Out(x, None)), (X,))(X).extra is None
-
-
-def test_a_diagonal_is_no_linear_operation():
-    model = nn.Sequential(module_of(lambda self, x: torch.einsum("ii,io->io", x[:, :2, 0], self.w), w=weight()))
-    with pytest.raises(AdaptError, match="einsum"):
-        get_peft_model(model, lora("w"))
 
 
 def test_a_loss_made_inside_a_forward_is_traced():

@@ -104,6 +104,9 @@ _LAYERS = {
 LAYERS: tuple[type[nn.Module], ...] = tuple(_LAYERS)
 """The layers that are convolutions."""
 
+TRANSPOSED_LAYERS = LAYERS[3:]
+"""Those that are transposed ones."""
+
 _PLAIN = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _POINTWISE: dict[Any, Any] = dict(zip(_TRANSPOSED, _PLAIN, strict=True)) | {function: function for function in _PLAIN}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -18,7 +19,7 @@ from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, template_of, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
 from graphpeft.tracing.trace_report import TraceReport
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
+from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, SIMPLE, ValueTracer
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Positional arguments as a tuple, or keyword arguments as a dict."""
@@ -28,16 +29,31 @@ INLINED = "inlined"
 """What a module is to a graph that has its forward's nodes instead of a call."""
 
 
-class Place(nn.Module):
-    """Holds, in a traced model, the place and the tensors of a module whose forward was inlined.
+class Original(NamedTuple):
+    """What is known of a module whose forward was inlined.
 
     Attributes:
-        cls: The class of that module.
+        cls: Its class.
+        plain: Those of its attributes that are numbers, flags and the like.
     """
 
-    def __init__(self, cls: type) -> None:
-        super().__init__()
-        self.cls = cls
+    cls: type
+    plain: Mapping[str, Any]
+
+
+class Place(nn.Module):
+    """Holds, in a traced model, the place and the tensors of a module whose forward was inlined."""
+
+    # named so that no attribute of a model's own is called the same
+    _graphpeft_original_module: Original
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        """Returns the place of `module`, in its mode."""
+        place = cls().train(module.training)
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, SIMPLE)}
+        place._graphpeft_original_module = Original(stands_for(module), plain)
+        return place
 
 
 class TracedModel(Place):
@@ -113,7 +129,14 @@ def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] 
 
 def stands_for(module: nn.Module) -> type:
     """Returns the class of the model's module that `module` is, or holds the place of in a traced model."""
-    return module.cls if isinstance(module, Place) else in_place.original_class(module)
+    return module._graphpeft_original_module.cls if isinstance(module, Place) else in_place.original_class(module)
+
+
+def plain_attribute(module: nn.Module, name: str, default: Any) -> Any:
+    """Returns a number or a flag of a module, or of the one whose place in a traced model `module` holds."""
+    if isinstance(module, Place):
+        return module._graphpeft_original_module.plain.get(name, default)
+    return getattr(module, name, default)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -126,8 +149,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:
-    root = TracedModel(stands_for(model))
-    root.train(model.training)
+    root = TracedModel.of(model)
     root.kept = dict(tracer.kept)
     root.not_kept = tuple(tracer.not_kept)
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
@@ -181,7 +203,7 @@ def _container(root: nn.Module, model: nn.Module, path: str) -> nn.Module:
     for name in path.split(".") if path else ():
         original = original.get_submodule(name)
         if name not in here._modules:
-            here.add_module(name, Place(stands_for(original)).train(original.training))
+            here.add_module(name, Place.of(original))
         here = here.get_submodule(name)
     return here
 

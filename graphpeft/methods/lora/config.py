@@ -158,11 +158,11 @@ class LoraConfig(PeftConfig):
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight."""
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
-        if site.op is ops.Convolution:
+        if site.layout is ops.Convolution:
             return LoraConvolution(site.transposed, drops, casts)
-        if site.op is ops.Embedding:
+        if site.layout is ops.Embedding:
             return LoraEmbedding(casts)
-        if site.op is ops.Weight and len(site.shape) == 3:
+        if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(site.transposed)
         if site.op is ops.Weight:
             return LoraMatrix(site.is_layer and site.transposed)

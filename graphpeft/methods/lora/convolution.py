@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.methods.lora.factors import constants_of, initialise, rank_of, refused_dropout
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
@@ -36,13 +36,13 @@ class LoraConvolution:
     casts: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses a rank that the groups don't divide."""
+        """Refuses a rank that the groups don't divide, and dropout where there is no input."""
         rank = rank_of(site, config)
         if rank % site.groups:
             return (
                 f"its features are in {site.groups} groups, which don't divide the rank {rank}; choose a multiple as r"
             )
-        return None
+        return refused_dropout(site, config)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""

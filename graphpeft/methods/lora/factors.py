@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphpeft import targets
+from graphpeft import ops, targets
 from graphpeft.sites import Site
 
 
@@ -54,3 +54,11 @@ def draw_as_layer(weight: Tensor) -> None:
     """Fills a weight as ``nn.Linear`` and ``nn.Conv2d`` do: uniform within ±1/√(inputs), Kaiming's bound for a = √5."""
     bound = 1 / math.sqrt(weight[0].numel())
     weight.uniform_(-bound, bound)
+
+
+def refused_dropout(site: Site, config: Any) -> str | None:
+    """Returns the reason why there can be no dropout, if there should be: a weight as such has no input."""
+    if site.op is not ops.Weight or not config.lora_dropout:
+        return None
+    use = f"the use of its {site.attribute} has none that is known"
+    return f"lora_dropout={config.lora_dropout} drops elements of an operation's input, and {use}; set lora_dropout=0"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.methods.lora.factors import constants_of, initialise, rank_of, refused_dropout
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
@@ -36,7 +36,7 @@ class LoraMatrix:
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses what is no matrix, and dropout."""
         if len(site.shape) != 2:
-            return f"LoRA adapts matrices, and {site.attribute} is {site.size}"
+            return f"its {site.attribute} is no matrix, as LoRA's change is, but has the shape {site.shape}"
         return refused_dropout(site, config)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
@@ -99,11 +99,3 @@ class LoraExperts:
         B = lora_B.reshape(lora_B.shape[0], -1, experts)
         equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
         return torch.einsum(equation, B, A) * lora_scaling
-
-
-def refused_dropout(site: Site, config: Any) -> str | None:
-    """Returns the reason why a weight's change can't have dropout, if it should."""
-    if not config.lora_dropout:
-        return None
-    use = f"the use of its {site.attribute} has none that is known"
-    return f"lora_dropout={config.lora_dropout} drops elements of an operation's input, and {use}; set lora_dropout=0"

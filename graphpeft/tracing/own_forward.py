@@ -1,0 +1,98 @@
+"""A module's own forward as one call of a graph: for what needs no trace, or can't be traced.
+
+The graph has the forward's arguments, and calls it. Where weights are to be changed, it reads these and lets the
+forward run on what has become of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from graphpeft import in_place
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.graph_module import OWN_FORWARD, Template
+from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.tracer import SIMPLE
+
+
+def call_through(module: nn.Module) -> Template:
+    """Returns the template of a graph with the arguments of `module`'s own forward, which only calls it.
+
+    Raises:
+        TraceError: If a graph can't have its arguments.
+    """
+    return _calling(in_place.original_class(module).forward, ())
+
+
+def call_on_weights(module: nn.Module) -> Template:
+    """Returns the template of a graph that calls `module`'s own forward on the weights that it reads by itself.
+
+    Raises:
+        TraceError: If a graph can't have its arguments.
+    """
+    read = uses_in_forward(in_place.original_class(module)).read
+    found = dict(module.named_parameters())
+    names = tuple(path for path in found if path in read) or tuple(module._parameters)
+    return _calling(in_place.original_class(module).forward, names)
+
+
+@functools.lru_cache(maxsize=256)
+def _calling(forward: Callable[..., Any], weights: tuple[str, ...]) -> Template:
+    graph = fx.Graph()
+    args: list[Any] = []
+    given: dict[str, fx.Node] = {}
+    more: list[fx.Node] = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        placeholder = _placeholder(graph, parameter)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            more.append(placeholder)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            raise TraceError(f"its forward takes *{parameter.name}, whose values have no names")
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            args.append(placeholder)
+        else:
+            given[parameter.name] = placeholder
+    own_forward = graph.create_node("get_attr", OWN_FORWARD, name="own_forward")
+    if weights:
+        read = {path: graph.create_node("get_attr", path) for path in weights}
+        own_forward = graph.call_function(on_tensors, (own_forward, read))
+    graph.output(graph.call_function(call, (own_forward, tuple(args), given, *more)))
+    return Template((graph,), shared=True)
+
+
+def _placeholder(graph: fx.Graph, parameter: inspect.Parameter) -> fx.Node:
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return graph.create_node("placeholder", f"**{parameter.name}", name=parameter.name)
+    if parameter.default is parameter.empty:
+        return graph.placeholder(parameter.name)
+    if not isinstance(parameter.default, SIMPLE):
+        raise TraceError(
+            f"the default of its argument {parameter.name!r} is {parameter.default!r}, which no graph holds"
+        )
+    return graph.placeholder(parameter.name, default_value=parameter.default)
+
+
+def call(
+    function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any], more: Mapping[str, Any] = {}
+) -> Any:
+    """Calls `function` with positional arguments, those by name, and further ones by name."""
+    return function(*args, **given, **more)
+
+
+def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Tensor]) -> Callable[..., Any]:
+    """Returns a module's own forward as one that reads `tensors`, by their paths, in place of the module's own."""
+    module: nn.Module = own_forward.args[0]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _reparametrize_module(module, tensors):
+            return own_forward(*args, **kwargs)
+
+    return forward

@@ -22,12 +22,13 @@ from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.patches import plain_or_proxy
 from graphpeft.tracing.source import uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, SIMPLE, ValueTracer
+from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]
 

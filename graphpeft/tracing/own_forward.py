@@ -18,9 +18,9 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from graphpeft import in_place
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import OWN_FORWARD, Template
 from graphpeft.tracing.source import uses_in_forward
-from graphpeft.tracing.tracer import SIMPLE
 
 
 def call_through(module: nn.Module) -> Template:

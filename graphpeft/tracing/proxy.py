@@ -54,7 +54,7 @@ class ValueProxy(fx.Proxy):
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
-        with self.tracer.real_calls():
+        with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
         if isinstance(value, dict) and name in ("items", "values"):
             return functools.partial(self._pairs if name == "items" else self._values)

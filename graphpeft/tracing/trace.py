@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from graphpeft import in_place
 from graphpeft.tracing.calls import calls_of
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, template_of, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
 from graphpeft.tracing.trace_report import TraceReport
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, SIMPLE, ValueTracer
+from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
 """Positional arguments as a tuple, or keyword arguments as a dict."""

@@ -10,36 +10,28 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
-import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
-from unittest import mock
 
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses import fake_tensor
-from torch.fx.node import map_arg
 
 from graphpeft.paths import join
 from graphpeft.tracing import guards, patches, state
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
-from graphpeft.tracing.fakes import FAKES
-from graphpeft.tracing.gradients import Applied, detached
+from graphpeft.tracing.examples import SIMPLE, Examples
+from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
-
-SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-"""Types of which a value can stand in generated code."""
-
+from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
@@ -49,23 +41,6 @@ _GUARDS = (guards.expect, guards.expect_present)
 
 _EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
-
-_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
-    getattr,
-    len,
-    int,
-    float,
-    tuple,
-    guards.kind,
-}
-"""Functions that compute nothing themselves: what they are given does."""
-
-_NUMBERS = (*SIMPLE, torch.Size)
-"""Types of values that have to do with no tensor."""
-
-_PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
-"""Types of values that don't have a say in how a function is called with them."""
-
 
 _WRITES_WITHOUT_GRAD = "{} writes under torch.no_grad(), which a graph can't hold"
 
@@ -89,6 +64,11 @@ class ValueTracer(fx.Tracer):
         kept: The modules that could not be inlined, with the reason.
         constants: Objects of the user's that the graph reads as attributes of its root.
         not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
+        examples: The values of its nodes in the example.
+        recording: What goes on, if something does.
+        assigners: The modules whose code has assigned to attributes, by their paths.
+        called: How often modules were called that were inlined, by their paths.
+        left: In a second recording, the nodes that stand for what the first one has left on modules.
         specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
     """
 
@@ -101,27 +81,26 @@ class ValueTracer(fx.Tracer):
         self.constants: dict[str, Any] = {}
         self.not_kept: dict[str, None] = {}
         self.specialised = False
-        self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-        self._running = False
-        self._recording: patches.Recording | None = None
+        self.examples = Examples(self)
+        self.recording: patches.Recording | None = None
         self._watches_draws = False
         self._thread: int | None = None
         self.mode: bool | None = None
         self.grad_mode = True
         self._has_values = False
         self._changing: dict[str, str] = {}
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Forgets what belongs to a recording."""
         self._decided: set[tuple[Any, str, Call | None]] = set()
         self._calls: tuple[Call, ...] = ()
-        self._called: collections.Counter[str] = collections.Counter()
+        self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
-        self._examples: dict[fx.Node, Any] = {}
-        self._assigners: dict[state.Attribute, list[str]] = {}
-        self._left: dict[fx.Node, fx.Node] | None = None
+        self.examples.given = {}
+        self.assigners: dict[state.Attribute, list[str]] = {}
+        self.left: dict[fx.Node, fx.Node] | None = None
 
     # the trace
 
@@ -173,7 +152,7 @@ class ValueTracer(fx.Tracer):
 
     def _recorded(self, root: nn.Module) -> fx.Graph | None:
         """Records `root` once; returns None if that showed that further modules have to stay calls."""
-        self._begin()
+        self.begin()
         kept = dict(self.kept)
         try:
             with (
@@ -181,10 +160,10 @@ class ValueTracer(fx.Tracer):
                 torch.enable_grad(),
                 patches.no_random_python_numbers(),
             ):
-                self._recording = recording
+                self.recording = recording
                 graph = self.trace(root)
                 changed = recording.before.changed()
-                changing = self._changing_modules(root, graph, changed, recording.before) if changed else {}
+                changing = changing_modules(self, root, graph, changed) if changed else {}
         except DrawsNumbersError:
             if self._watches_draws:
                 raise
@@ -192,69 +171,17 @@ class ValueTracer(fx.Tracer):
             self._watches_draws, self.kept = True, kept
             return None
         finally:
-            self._recording = None
+            self.recording = None
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
             self.not_kept |= dict.fromkeys(join(paths[module], name) for module, name in changed)
         return graph if not changing else None
 
-    def _changing_modules(
-        self, root: nn.Module, graph: fx.Graph, changed: list[state.Attribute], before: state.Snapshot
-    ) -> dict[str, str]:
-        """Records `root` again, from the state in which it is left, to see whether a graph can do without that state.
-
-        Returns:
-            The modules that a graph can't hold for what they leave for later calls, with the reason.
-
-        Raises:
-            TraceError: If that is the root.
-        """
-        left = {attribute: state.value_of(attribute) for attribute in changed}
-        assigners, called, kept = self._assigners, self._called, dict(self.kept)
-        self._begin()
-        self._left = {}
-        try:
-            again = self.trace(root)
-        except Exception as error:
-            unsettled, why = changed, f" ({error})"
-        else:
-            of_the_state = set(self._left.values())
-            later = {attribute: state.value_of(attribute) for attribute in {**left, **dict.fromkeys(before.changed())}}
-            unsettled = [
-                attribute
-                for attribute, value in later.items()
-                if attribute not in left
-                or not state.is_settled(
-                    left[attribute], value, lambda node: not of_the_state.isdisjoint(state.above(node))
-                )
-            ]
-            if not unsettled and str(graph) != str(again):
-                unsettled = [
-                    attribute
-                    for attribute, value in left.items()
-                    if any(state.varies(node) for proxy in state.proxies_in(value) for node in state.above(proxy.node))
-                ]
-            why = ""
-        self.kept = kept
-        paths = {module: path for path, module in root.named_modules()}
-        changing = {}
-        for module, name in unsettled:
-            writers = assigners.get(state.Attribute(module, name), [])
-            path = _around(called, [paths[module], *writers])
-            does = "assigns" if writers else "changes"
-            reason = (
-                f"{type(module).__name__}'s forward {does} self.{name} for its next call, which a graph can't hold{why}"
-            )
-            if not path:
-                raise TraceError(reason)
-            changing.setdefault(path, reason)
-        return changing
-
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self._assigners.setdefault(state.Attribute(module, name), []).append(path)
+        self.assigners.setdefault(state.Attribute(module, name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -297,8 +224,7 @@ class ValueTracer(fx.Tracer):
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
-        placeholder.node.meta[VALUE] = faked(example, self._fake)
-        self._examples[placeholder.node] = example
+        self.examples.give(placeholder.node, example)
         return self._present(placeholder, f"the argument {name!r}")
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
@@ -334,7 +260,7 @@ class ValueTracer(fx.Tracer):
             proxy.node.meta[VALUE] = None  # what is checked is what the example has
             return proxy
         before = _versions(proxy.node)
-        self._evaluate(proxy.node)
+        self.examples.evaluate(proxy.node)
         if before != _versions(proxy.node):
             raise TraceError(_WRITES_WITHOUT_GRAD.format(guards.deciding_line()))
         if writes(target) and proxy.node.all_input_nodes:
@@ -406,20 +332,20 @@ class ValueTracer(fx.Tracer):
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Records one call of a submodule, without what was recorded of its code."""
         inside = set(m.modules())
-        for (module, name), writers in self._assigners.items():
+        for (module, name), writers in self.assigners.items():
             if module in inside and any(not f"{writer}.".startswith(f"{path}.") for writer in writers):
                 raise TraceError(
                     f"self.{name} is assigned to a {type(module).__name__} that stays a call, which a graph can't hold"
                 )
-        assert self._recording is not None
-        self._recording.before.put_back(m)
+        assert self.recording is not None
+        self.recording.before.put_back(m)
         self.kept[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
-        call = Call.of(path, self._called[path], m.forward, args, kwargs)
-        self._called[path] += 1
+        call = Call.of(path, self.called[path], m.forward, args, kwargs)
+        self.called[path] += 1
         around, self._calls = self._calls, (*self._calls, call)
         try:
             result = call_m(*args, **kwargs)
@@ -476,17 +402,17 @@ class ValueTracer(fx.Tracer):
 
     def _of_the_state(self, node: fx.Node) -> fx.Node:
         """Returns what stands for a value that an earlier recording has left on a module."""
-        if self._left is None:
+        if self.left is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
-        if node not in self._left:
-            name = f"_left_{len(self._left)}"
-            self._left[node] = self.create_node("get_attr", name, (), {})
-            self._left[node].meta[VALUE] = node.meta.get(VALUE)
-        return self._left[node]
+        if node not in self.left:
+            name = f"_left_{len(self.left)}"
+            self.left[node] = self.create_node("get_attr", name, (), {})
+            self.left[node].meta[VALUE] = node.meta.get(VALUE)
+        return self.left[node]
 
     def _holds(self, tensor: torch.Tensor) -> bool:
         """Tells whether a module of the root has held `tensor` before the recording."""
-        return self._recording is not None and self._recording.before.holds(tensor)
+        return self.recording is not None and self.recording.before.holds(tensor)
 
     def is_named(self, tensor: torch.Tensor) -> bool:
         """Tells whether `tensor` is one of the root's parameters, buffers or other attributes."""
@@ -510,25 +436,10 @@ class ValueTracer(fx.Tracer):
 
     # example values
 
-    @contextlib.contextmanager
-    def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
-        """Runs code on example values: nothing that it calls is recorded.
-
-        Args:
-            makes_tensors: Whether the code may make tensors, which must be fake, too.
-        """
-        was, self._running = self._running, True
-        try:
-            set_aside = self._recording.set_aside() if self._recording is not None else contextlib.nullcontext()
-            with set_aside, self._mode if makes_tensors else contextlib.nullcontext():
-                yield
-        finally:
-            self._running = was
-
     @property
     def is_running(self) -> bool:
         """Whether nothing is recorded just now: code runs on example values, or in another thread."""
-        return self._running or self._thread != threading.get_ident()
+        return self.examples.is_running or self._thread != threading.get_ident()
 
     @property
     def is_of_this_thread(self) -> bool:
@@ -539,120 +450,6 @@ class ValueTracer(fx.Tracer):
     def is_recording(self) -> bool:
         """Whether a trace goes on in this thread, and what is called now is recorded."""
         return self._thread is not None and not self.is_running
-
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():
-            if tensor.is_leaf:
-                return self._mode.from_tensor(tensor)
-            with fake_tensor.unset_fake_temporarily():
-                leaf = tensor.detach().requires_grad_()
-            # what was computed can be written into, as a leaf that requires grad can't
-            with self._mode, torch.enable_grad():
-                return self._mode.from_tensor(leaf).clone()
-
-    def _evaluate(self, node: fx.Node) -> None:
-        if any(VALUE not in argument.meta for argument in node.all_input_nodes):
-            return
-        args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
-        with self.real_calls(makes_tensors=_may_make_tensors(node)):
-            try:
-                node.meta[VALUE] = self._run(node, args, kwargs)
-            except fake_tensor.UnsupportedFakeTensorException as error:
-                raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
-            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
-                if node.op == "call_module":
-                    node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
-                else:
-                    node.meta[VALUE] = self._from_whole_numbers(node)
-            except Exception:
-                # a module that is kept since the trace can't follow it may not run on fake tensors either
-                if node.op != "call_module" or node.target not in self.kept:
-                    raise
-                node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
-
-    def _from_whole_numbers(self, node: fx.Node) -> Any:
-        """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
-
-        Masks, ids and lengths are of a few kinds, and a decision on them is one that a check can hold. A decision on
-        what a layer computes would be another one in most calls.
-
-        Raises:
-            TraceError: If it doesn't.
-        """
-        above = self._above_with_writes(node)
-        if any(map(_is_not_whole, above)):
-            raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
-        values: dict[fx.Node, Any] = {}
-
-        def value_of(source: fx.Node) -> Any:
-            if source in values:
-                return values[source]
-            return pytree.tree_map_only(torch.Tensor, _empty, source.meta[VALUE])
-
-        with fake_tensor.unset_fake_temporarily():
-            for source in (other for other in self.graph.nodes if other in above):
-                if source in self._examples:
-                    values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self._examples[source])
-                else:
-                    args, kwargs = map_arg((source.args, source.kwargs), value_of)
-                    values[source] = self._computed(source, args, kwargs)
-        return faked(values[node], self._fake)
-
-    def _above_with_writes(self, node: fx.Node) -> set[fx.Node]:
-        """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
-        above: set[fx.Node] = set()
-        new = state.above(node)
-        while not new <= above:
-            above |= new
-            memory = {part for source in above for part in _memory(source)}
-            written = ((other, other.args[0]) for other in self.graph.nodes if writes(other.target) and other.args)
-            new = set().union(
-                *(state.above(w) for w, into in written if isinstance(into, fx.Node) and _memory(into) & memory)
-            )
-        return above
-
-    def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target: Any = node.target
-        if node.op == "get_attr":
-            return self.constants[target] if target in self.constants else _attribute_at(self.root, target)
-        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
-
-    def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
-        """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
-        with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-            module = copy.deepcopy(self.root.get_submodule(path))
-            if self.mode is not None:
-                module.train(self.mode)
-            ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
-            value = module(*ones[0], **ones[1])
-        return pytree.tree_map_only(torch.Tensor, self._fake, value)
-
-    def _with_fakes(self, module: nn.Module) -> nn.Module:
-        """Copies a module, with fake tensors in place of its own, those in its lists and dictionaries, too."""
-        tensors = {id(tensor): self._fake(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        with _tensors_copied_by(self._fake):
-            return copy.deepcopy(module, tensors)
-
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        target: Any = node.target
-        if node.op == "get_attr":
-            value = self._computed(node, args, kwargs)
-            return self._fake(value) if isinstance(value, torch.Tensor) else value
-        if node.op == "call_module":
-            module = self.root.get_submodule(target)
-            if target in self.kept:
-                with patches.random_python_states_kept():
-                    return self._with_fakes(module)(*args, **kwargs)
-            # on fake tensors of its own, so that what it writes into its buffers is lost
-            if _is_simple_layer(module):
-                layer = _on_other_tensors(module, self._fake)
-                with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
-                    return layer(*args, **kwargs)
-            tensors = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept(), state.unchanged(module):
-                return torch.func.functional_call(module, tensors, args, kwargs)
-        with _directly(node, (), not isinstance(target, Applied)):
-            return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
 
     # decisions
 
@@ -682,109 +479,12 @@ class ValueTracer(fx.Tracer):
         )
 
 
-def _is_simple_layer(module: nn.Module) -> bool:
-    """Tells whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
-    is_own = type(module).__module__.startswith("torch.nn.modules.")
-    return is_own and not module._modules and not isinstance(module, nn.RNNBase)
-
-
-def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
-    copied = type(layer).__new__(type(layer))
-    copied.__dict__.update(layer.__dict__, training=layer.training)
-    for kind in ("_parameters", "_buffers"):
-        tensors = layer.__dict__[kind].items()
-        copied.__dict__[kind] = {name: tensor if tensor is None else other(tensor) for name, tensor in tensors}
-    return copied
-
-
-def _may_make_tensors(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return False
-    values = (argument.meta[VALUE] for argument in node.all_input_nodes)
-    return node.target not in _READS or not all(type(value) in _NUMBERS for value in values)
-
-
-def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
-    """Returns what a node's call on its example values runs under.
-
-    For each call on a fake tensor, PyTorch would ask its type how to go on, only to go on as if it hadn't.
-
-    Args:
-        node: The node.
-        tensors: What else the call reads.
-        is_known: Whether what is called is PyTorch's own, and makes no tensors of types that have a say.
-    """
-    values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
-    is_plain = is_known and all(type(value) in _PLAIN for value in values)
-    return torch._C.DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
-
-
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, module in root.named_modules():
         prefix = f"{path}." if path else ""
         for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, torch.Tensor):
                 yield prefix + name, value
-
-
-def _attribute_at(root: nn.Module, path: str) -> Any:
-    return functools.reduce(getattr, path.split("."), root)
-
-
-def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns an example with fake tensors, on which code can run without changing the example.
-
-    Args:
-        example: Any value; objects in it that aren't containers, such as caches, are copied.
-        fake: Makes a fake tensor of one.
-    """
-
-    def stand_in(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return fake(leaf)
-        return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
-
-    # those inside of objects, too; results of a computation couldn't be copied by themselves
-    with _tensors_copied_by(fake):
-        return pytree.tree_map(stand_in, example)
-
-
-@contextlib.contextmanager
-def _tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
-
-    def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:
-        return fake(tensor) if threading.get_ident() == thread else copy_tensor(tensor, memo)
-
-    with mock.patch.object(torch.Tensor, "__deepcopy__", fake_here):
-        yield
-
-
-def _is_not_whole(node: fx.Node) -> bool:
-    """Tells whether a node brings fractions, random numbers or what a layer computes into a value."""
-    if node.op == "placeholder" or node.op == "get_attr":
-        leaves = pytree.tree_leaves(node.meta.get(VALUE))
-        return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
-    return state.varies(node)
-
-
-def _memory(node: fx.Node) -> set[int]:
-    """Returns what tells the memory of a value's tensors from that of others; views share it."""
-    leaves = pytree.tree_leaves(node.meta.get(VALUE))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-
-
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _around(called: Collection[str], paths: list[str]) -> str:
-    """Returns the path of the innermost module, among those `called`, that is or is around all of `paths`."""
-    first, *others = paths
-    around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
-    found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
-    return next(found, "")
 
 
 def _tensor_of_the_module(node: Any) -> str | None:

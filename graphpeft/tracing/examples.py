@@ -1,0 +1,308 @@
+"""What the calls of a recording give on the example inputs: they run on fake tensors, which have no data.
+
+So shapes, dtypes and Python objects are known while a forward is recorded. Where a number is asked for that follows
+from masks or ids of the example, these themselves are computed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.fx.node import map_arg
+
+from graphpeft.tracing import guards, patches, state
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.fakes import FAKES
+from graphpeft.tracing.gradients import Applied
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.proxy import writes
+
+if TYPE_CHECKING:
+    from graphpeft.tracing.tracer import ValueTracer
+
+SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+"""Types of which a value can stand in generated code."""
+
+_READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
+    getattr,
+    len,
+    int,
+    float,
+    tuple,
+    guards.kind,
+}
+"""Functions that compute nothing themselves: what they are given does."""
+
+_NUMBERS = (*SIMPLE, torch.Size)
+"""Types of values that have to do with no tensor."""
+
+_PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
+"""Types of values that don't have a say in how a function is called with them."""
+
+
+class Examples:
+    """The example values of the nodes of one tracer, which are kept in their metadata.
+
+    Args:
+        tracer: The tracer.
+
+    Attributes:
+        is_running: Whether code runs on example values just now, so that nothing that it calls is recorded.
+        given: The example arguments, by their placeholders.
+    """
+
+    def __init__(self, tracer: ValueTracer) -> None:
+        self._tracer = tracer
+        self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self.is_running = False
+        self.given: dict[fx.Node, Any] = {}
+
+    def give(self, placeholder: fx.Node, example: Any) -> None:
+        """Notes the example argument that a placeholder stands for."""
+        placeholder.meta[VALUE] = faked(example, self.fake)
+        self.given[placeholder] = example
+
+    @contextlib.contextmanager
+    def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
+        """Runs code on example values: nothing that it calls is recorded.
+
+        Args:
+            makes_tensors: Whether the code may make tensors, which must be fake, too.
+        """
+        was, self.is_running = self.is_running, True
+        try:
+            set_aside = (
+                self._tracer.recording.set_aside() if self._tracer.recording is not None else contextlib.nullcontext()
+            )
+            with set_aside, self._mode if makes_tensors else contextlib.nullcontext():
+                yield
+        finally:
+            self.is_running = was
+
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor that has everything of `tensor` but its data."""
+        with torch._C.DisableTorchFunction():
+            if tensor.is_leaf:
+                return self._mode.from_tensor(tensor)
+            with fake_tensor.unset_fake_temporarily():
+                leaf = tensor.detach().requires_grad_()
+            # what was computed can be written into, as a leaf that requires grad can't
+            with self._mode, torch.enable_grad():
+                return self._mode.from_tensor(leaf).clone()
+
+    def evaluate(self, node: fx.Node) -> None:
+        """Runs the call of `node` on the values of its arguments, as far as they are known."""
+        if any(VALUE not in argument.meta for argument in node.all_input_nodes):
+            return
+        args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
+        with self.real_calls(makes_tensors=_may_make_tensors(node)):
+            try:
+                node.meta[VALUE] = self._run(node, args, kwargs)
+            except fake_tensor.UnsupportedFakeTensorException as error:
+                raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
+            except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+                if node.op == "call_module":
+                    node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+                else:
+                    node.meta[VALUE] = self._from_whole_numbers(node)
+            except Exception:
+                # a module that is kept since the trace can't follow it may not run on fake tensors either
+                if node.op != "call_module" or node.target not in self._tracer.kept:
+                    raise
+                node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+
+    def _from_whole_numbers(self, node: fx.Node) -> Any:
+        """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
+
+        Masks, ids and lengths are of a few kinds, and a decision on them is one that a check can hold. A decision on
+        what a layer computes would be another one in most calls.
+
+        Raises:
+            TraceError: If it doesn't.
+        """
+        above = self._above_with_writes(node)
+        if any(map(_is_not_whole, above)):
+            raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
+        values: dict[fx.Node, Any] = {}
+
+        def value_of(source: fx.Node) -> Any:
+            if source in values:
+                return values[source]
+            return pytree.tree_map_only(torch.Tensor, _empty, source.meta[VALUE])
+
+        with fake_tensor.unset_fake_temporarily():
+            for source in (other for other in self._tracer.graph.nodes if other in above):
+                if source in self.given:
+                    values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self.given[source])
+                else:
+                    args, kwargs = map_arg((source.args, source.kwargs), value_of)
+                    values[source] = self._computed(source, args, kwargs)
+        return faked(values[node], self.fake)
+
+    def _above_with_writes(self, node: fx.Node) -> set[fx.Node]:
+        """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
+        above: set[fx.Node] = set()
+        new = state.above(node)
+        while not new <= above:
+            above |= new
+            memory = {part for source in above for part in _memory(source)}
+            written = (
+                (other, other.args[0]) for other in self._tracer.graph.nodes if writes(other.target) and other.args
+            )
+            new = set().union(
+                *(state.above(w) for w, into in written if isinstance(into, fx.Node) and _memory(into) & memory)
+            )
+        return above
+
+    def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "get_attr":
+            return (
+                self._tracer.constants[target]
+                if target in self._tracer.constants
+                else _attribute_at(self._tracer.root, target)
+            )
+        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+    def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
+        with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            module = copy.deepcopy(self._tracer.root.get_submodule(path))
+            if self._tracer.mode is not None:
+                module.train(self._tracer.mode)
+            ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
+            value = module(*ones[0], **ones[1])
+        return pytree.tree_map_only(torch.Tensor, self.fake, value)
+
+    def _with_fakes(self, module: nn.Module) -> nn.Module:
+        """Copies a module, with fake tensors in place of its own, those in its lists and dictionaries, too."""
+        tensors = {id(tensor): self.fake(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        with _tensors_copied_by(self.fake):
+            return copy.deepcopy(module, tensors)
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "get_attr":
+            value = self._computed(node, args, kwargs)
+            return self.fake(value) if isinstance(value, torch.Tensor) else value
+        if node.op == "call_module":
+            module = self._tracer.root.get_submodule(target)
+            if target in self._tracer.kept:
+                with patches.random_python_states_kept():
+                    return self._with_fakes(module)(*args, **kwargs)
+            # on fake tensors of its own, so that what it writes into its buffers is lost
+            if _is_simple_layer(module):
+                layer = _on_other_tensors(module, self.fake)
+                with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
+                    return layer(*args, **kwargs)
+            tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+            with patches.random_python_states_kept(), state.unchanged(module):
+                return torch.func.functional_call(module, tensors, args, kwargs)
+        with _directly(node, (), not isinstance(target, Applied)):
+            return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
+
+
+def _attribute_at(root: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), root)
+
+
+def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Returns an example with fake tensors, on which code can run without changing the example.
+
+    Args:
+        example: Any value; objects in it that aren't containers, such as caches, are copied.
+        fake: Makes a fake tensor of one.
+    """
+
+    def stand_in(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return fake(leaf)
+        return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
+
+    # those inside of objects, too; results of a computation couldn't be copied by themselves
+    with _tensors_copied_by(fake):
+        return pytree.tree_map(stand_in, example)
+
+
+@contextlib.contextmanager
+def _tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
+
+    def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:
+        return fake(tensor) if threading.get_ident() == thread else copy_tensor(tensor, memo)
+
+    with mock.patch.object(torch.Tensor, "__deepcopy__", fake_here):
+        yield
+
+
+def _is_simple_layer(module: nn.Module) -> bool:
+    """Tells whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
+    is_own = type(module).__module__.startswith("torch.nn.modules.")
+    return is_own and not module._modules and not isinstance(module, nn.RNNBase)
+
+
+def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
+    copied = type(layer).__new__(type(layer))
+    copied.__dict__.update(layer.__dict__, training=layer.training)
+    for kind in ("_parameters", "_buffers"):
+        tensors = layer.__dict__[kind].items()
+        copied.__dict__[kind] = {name: tensor if tensor is None else other(tensor) for name, tensor in tensors}
+    return copied
+
+
+def _may_make_tensors(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return False
+    values = (argument.meta[VALUE] for argument in node.all_input_nodes)
+    return node.target not in _READS or not all(type(value) in _NUMBERS for value in values)
+
+
+def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns what a node's call on its example values runs under.
+
+    For each call on a fake tensor, PyTorch would ask its type how to go on, only to go on as if it hadn't.
+
+    Args:
+        node: The node.
+        tensors: What else the call reads.
+        is_known: Whether what is called is PyTorch's own, and makes no tensors of types that have a say.
+    """
+    values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
+    is_plain = is_known and all(type(value) in _PLAIN for value in values)
+    return torch._C.DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
+
+
+def _is_not_whole(node: fx.Node) -> bool:
+    """Tells whether a node brings fractions, random numbers or what a layer computes into a value."""
+    if node.op == "placeholder" or node.op == "get_attr":
+        leaves = pytree.tree_leaves(node.meta.get(VALUE))
+        return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
+    return state.varies(node)
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Returns what tells the memory of a value's tensors from that of others; views share it."""
+    leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _memory_written(node: fx.Node) -> set[int]:
+    written = node.args[0] if node.args else None
+    return _memory(written) if isinstance(written, fx.Node) else set()
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,112 @@
+"""Which modules a graph can't hold, for what they leave for their next call.
+
+The forward is recorded a second time, from the state in which the first time has left its modules, see `state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.fx as fx
+from torch import nn
+
+from graphpeft.tracing import state
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.state import Attribute
+
+if TYPE_CHECKING:
+    from graphpeft.tracing.tracer import ValueTracer
+
+
+class Repetition(NamedTuple):
+    """A second recording.
+
+    Attributes:
+        graph: Its graph, or None if it failed.
+        error: Why it failed, for a person to read.
+        values: What it left in the attributes that either recording changed.
+        of_the_state: The nodes that stand for what the first one had left.
+    """
+
+    graph: fx.Graph | None
+    error: str
+    values: dict[Attribute, Any]
+    of_the_state: frozenset[fx.Node]
+
+
+def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
+    """Returns the paths of the modules that have to stay calls, with the reason.
+
+    Args:
+        tracer: The tracer, which has just recorded `root`.
+        root: The module, in the state in which the recording left it.
+        graph: What was recorded.
+        changed: The attributes of modules that have another value now.
+
+    Raises:
+        TraceError: If that is the root itself.
+    """
+    left = {attribute: state.value_of(attribute) for attribute in changed}
+    writers, called = tracer.assigners, tracer.called
+    again = _recorded_again(tracer, root, changed)
+    paths = {module: path for path, module in root.named_modules()}
+    found: dict[str, str] = {}
+    for attribute in _unsettled(graph, left, again):
+        module, name = attribute
+        does = "assigns" if attribute in writers else "changes"
+        what = f"{type(module).__name__}'s forward {does} self.{name} for its next call"
+        reason = f"{what}, which a graph can't hold{again.error}"
+        path = _around(called, [paths[module], *writers.get(attribute, ())])
+        if not path:
+            raise TraceError(reason)
+        found.setdefault(path, reason)
+    return found
+
+
+def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribute]) -> Repetition:
+    assert tracer.recording is not None
+    kept = dict(tracer.kept)
+    tracer.begin()
+    tracer.left = {}
+    graph, error = None, ""
+    try:
+        graph = tracer.trace(root)
+    except Exception as failure:
+        error = f" ({failure})"
+    tracer.kept = kept
+    attributes = dict.fromkeys([*changed, *tracer.recording.before.changed()])
+    values = {attribute: state.value_of(attribute) for attribute in attributes}
+    return Repetition(graph, error, values, frozenset(tracer.left.values()))
+
+
+def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
+    """Returns the attributes without whose state a graph can't do."""
+    if again.graph is None:
+        return list(left)
+
+    def comes_from_the_state(node: fx.Node) -> bool:
+        return not again.of_the_state.isdisjoint(state.above(node))
+
+    moved = [
+        attribute
+        for attribute, value in again.values.items()
+        if attribute not in left or not state.is_settled(left[attribute], value, comes_from_the_state)
+    ]
+    if moved or str(graph) == str(again.graph):
+        return moved
+    # the second graph reads what the first call has left: it must be what any call would have left
+    return [attribute for attribute, value in left.items() if _varies(value)]
+
+
+def _varies(value: Any) -> bool:
+    """Tells whether what a call leaves in an attribute comes from its arguments, or from random numbers."""
+    return any(state.varies(node) for proxy in state.proxies_in(value) for node in state.above(proxy.node))
+
+
+def _around(called: Collection[str], paths: list[str]) -> str:
+    """Returns the path of the innermost module, among those `called`, that is or is around all of `paths`."""
+    first, *others = paths
+    around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
+    found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
+    return next(found, "")

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft import targets
@@ -29,10 +30,12 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
     """
     found: list[Site] = []
     weights: set[tuple[str, str]] = set()
+    refused: list[tuple[Refusal, torch.Tensor | None]] = []
     for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
         site = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
         if isinstance(site, str):
-            report.refused.append(Refusal(name, site))
+            tensor = finder.modules[owner]._parameters.get(attribute)
+            refused.append((Refusal(name, site), tensor))
         elif (owner, attribute) in weights:
             reason = "both target_modules and target_parameters name its weight"
             way_out = "name a weight in target_modules or target_parameters alone"
@@ -40,6 +43,9 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         else:
             weights.add((owner, attribute))
             found.append(site._replace(is_layer=False) if is_parameter else site)
+    adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found}
+    # a graph may read a tensor by one of its names alone, as that of an exported program does
+    report.refused += [refusal for refusal, tensor in refused if id(tensor) not in adapted]
     if not found and not report.refused:
         report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
         option = "target_modules" if config.target_modules else "target_parameters"

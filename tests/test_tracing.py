@@ -21,7 +21,17 @@ from models import EXAMPLES, LLAMA, MLP, VIT, Example
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import GuardError, LoraConfig, NeedsInputsError, TraceError, get_peft_model, laws, trace
+from graphpeft import (
+    GuardError,
+    LoraConfig,
+    NeedsInputsError,
+    TraceError,
+    get_peft_model,
+    get_peft_model_state_dict,
+    laws,
+    set_peft_model_state_dict,
+    trace,
+)
 from graphpeft.tracing.graph_module import GraphForward
 
 
@@ -818,3 +828,57 @@ def test_a_graph_module_is_traced_again_to_the_same_code():
     once = trace(model, (X,))
     assert isinstance(once, GraphForward)
     assert torch.equal(trace(once, (X,))(X), model(X))
+
+
+# what can be traced
+
+
+@pytest.mark.parametrize("example", [LLAMA, VIT], ids=str)
+def test_a_model_in_half_precision_is_traced(example: Example):
+    def build():
+        return example.build().bfloat16()
+
+    inputs = pytree.tree_map_only(
+        torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, example.inputs()
+    )
+    laws.traced_is_the_model(build, inputs)
+
+
+@pytest.mark.parametrize("example", [LLAMA, VIT], ids=str)
+def test_a_model_without_data_is_traced(example: Example):
+    with torch.device("meta"):
+        model = example.build()
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), example.inputs())
+    traced: Any = trace(model, inputs)
+    assert traced.kept == {}
+    assert traced.code == trace(example.build(), example.inputs()).code.replace("device='cpu'", "device='meta'")
+    assert {parameter.device.type for parameter in traced.parameters()} == {"meta"}
+
+
+def test_graph_modules_inside_a_model_are_inlined():
+    inner = fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    model = nn.Sequential(inner, nn.Linear(8, 8))
+    laws.traced_is_the_model(lambda: model, (X,), (X[:1],))
+    assert "0.0" in [node.target for node in trace(model, (X,)).graph.nodes]
+
+
+@pytest.mark.parametrize("example", [LLAMA, VIT], ids=str)
+def test_a_traced_adapted_model_has_the_adapters_nodes(example: Example):
+    adapted = get_peft_model(example.build().eval(), LoraConfig(init_lora_weights=False, **example.lora))
+    traced: Any = trace(adapted, example.inputs())
+    assert "lora_A_default" in traced.code
+    laws.require_equal(laws.run(traced, example.inputs()), laws.run(adapted, example.inputs()), "the traced model")
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.parametrize("example", [LLAMA, VIT], ids=str)
+def test_the_module_of_an_exported_program_is_adapted_as_the_model_is(example: Example):
+    inputs = example.inputs()
+    args, kwargs = ((), {**inputs, "use_cache": False}) if isinstance(inputs, dict) else (inputs, {})
+    config = LoraConfig(init_lora_weights=False, **example.lora)
+    model = get_peft_model(example.build().eval(), config)
+    exported: Any = torch.export.export(example.build().eval(), args, kwargs).module()
+    get_peft_model(exported, config)
+    set_peft_model_state_dict(exported, get_peft_model_state_dict(model))
+    found, expected = (pytree.tree_leaves(module(*args, **kwargs)) for module in (exported, model))
+    laws.require_close(found, expected, 1e-6, "the adapted program")

@@ -24,6 +24,7 @@ from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
+from graphpeft.rewrite import FileForm
 from graphpeft.sites import CallSite, Site
 from graphpeft.tracing.trace import stands_for
 
@@ -119,7 +120,9 @@ def state_dict_of(
     for adapted in adapter.sites:
         parameters = {local: tensors[adapted.site.owner, adapted.names[local]] for local in adapted.specs}
         derived |= adapter.config.derived_tensors(adapted.site, parameters)
-    return {key: tensors[place] for key, place in named.items()} | derived
+    forms = _forms(adapter)
+    packed = {place: forms[place].pack(tensor) if place in forms else tensor for place, tensor in tensors.items()}
+    return {key: packed[place] for key, place in named.items()} | derived
 
 
 def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
@@ -146,7 +149,27 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
             f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
             "names differ, from_pretrained maps them by key_mapping."
         )
-    return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+    return _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+
+
+def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Mapping[str, torch.Tensor]) -> Tensors:
+    forms = _forms(adapter)
+    try:
+        return {
+            place: forms[place].unpack(values[key]) if place in forms else values[key] for key, place in named.items()
+        }
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
+
+
+def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
+    """Returns the forms in files of those parameters that have another one there, by their places in the model."""
+    return {
+        (adapted.site.owner, adapted.names[local]): spec.form
+        for adapted in adapter.sites
+        for local, spec in adapted.specs.items()
+        if spec.form is not None
+    }
 
 
 def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -184,7 +207,7 @@ def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Module
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
-            yield (adapted.site.owner, adapted.names[local]), spec.shape
+            yield (adapted.site.owner, adapted.names[local]), spec.form.shape if spec.form is not None else spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
 

@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 Op = Operation | Boundary
 
 
+class FileForm(NamedTuple):
+    """How a parameter is written in files, where that is otherwise than the model has it.
+
+    Attributes:
+        shape: Its shape there.
+        pack: Returns what is written, from the parameter.
+        unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
+    """
+
+    shape: tuple[int, ...]
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+
+
 class ParameterSpec(NamedTuple):
     """A parameter that a rule creates at a site.
 
@@ -35,11 +49,13 @@ class ParameterSpec(NamedTuple):
         shape: Its shape.
         key: Its name in PEFT's files, behind the name of the module.
         is_trained: Whether it is trained, where the adapter is.
+        form: Its form in files, if that is another one.
     """
 
     shape: tuple[int, ...]
     key: str
     is_trained: bool = True
+    form: FileForm | None = None
 
 
 class Rule(Protocol):

@@ -22,6 +22,7 @@ from torch import fx, nn
 from graphpeft import dataflow, in_place, ops
 from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of
 from graphpeft.ops import convolution, embedding
+from graphpeft.parts import Runs, parts_found
 from graphpeft.paths import join, within
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
@@ -46,6 +47,7 @@ class Site(NamedTuple):
         transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
         groups: Into how many groups a convolution's features are divided.
+        parts: The rows of the parts of a fused projection that are adapted, if not all of it is.
     """
 
     region: str
@@ -59,6 +61,7 @@ class Site(NamedTuple):
     transposed: bool
     is_layer: bool
     groups: int = 1
+    parts: tuple[Runs, ...] = ()
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
 
@@ -268,6 +271,27 @@ class SiteFinder:
         if not all(names):
             raise TraceError(f"a {stands_for(self.modules[path]).__name__} isn't called in the graph")
         return _crossing(around, template.graphs, names)
+
+    def parts_of(self, site: Site) -> dict[str, Runs]:
+        """Returns the rows of q, k and v in a fused projection, by name.
+
+        Raises:
+            TraceError: If the graph around it doesn't tell.
+        """
+        features = site.shape[1] if site.transposed else site.shape[0]
+        if site.region != site.owner:
+            graph = self.templates[site.region].graphs[0]
+            output = next(node for node in graph.nodes if node.name == site.nodes[0][0])
+            return parts_found(graph, output, features)
+        path, inside = self._around(site.owner)
+        if path is None:
+            raise TraceError("no module is around it")
+        inputs = self.inputs_of(path)
+        graph = (template_of(self.modules[path]) or lift(self.modules[path], inputs)).graphs[0]
+        output = next((node for node in graph.nodes if node.op == "call_module" and node.target == inside), None)
+        if output is None:
+            raise TraceError(f"{path or 'the model'} doesn't call it by itself")
+        return parts_found(graph, output, features)
 
     def inputs_of(self, path: str) -> ExampleInputs | None:
         """Returns what the example inputs of the model give the module at `path`; None without example inputs.

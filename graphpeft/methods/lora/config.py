@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,15 +13,16 @@ import torch
 from torch import nn
 
 from graphpeft import ops, targets
-from graphpeft.config import PeftConfig, PeftType, register
+from graphpeft.config import OWN, PeftConfig, PeftType, register
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
+from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.report import Report
 from graphpeft.rewrite import Rule
 from graphpeft.sites import Site, SiteFinder
-from graphpeft.targeting import targeted_sites
+from graphpeft.targeting import targeted_sites, with_parts
 
 
 @register
@@ -46,6 +48,9 @@ class LoraConfig(PeftConfig):
         layers_pattern: The name before that index.
         rank_pattern: Other ranks, by regular expression for the end of the path.
         alpha_pattern: Other α, likewise.
+        target_parts: Not of PEFT's: the parts of fused projections that are adapted alone, by their names as in a list
+            of `target_modules`: names among ``"q"``, ``"k"`` and ``"v"``, which the graph around a projection tells
+            apart, or rows as pairs of the first one and the one behind the last. Each part has factors of the rank `r`.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
@@ -64,6 +69,8 @@ class LoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    target_parts: dict[str, list[Any]] | None = field(default=None, metadata=OWN)
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
@@ -137,6 +144,14 @@ class LoraConfig(PeftConfig):
     def for_file(self, sites: Sequence[Site]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
+        for site in sites:
+            if site.parts:
+                config.rank_pattern, config.alpha_pattern = (
+                    {_exactly(site.name): value, **own}
+                    for value, own in zip(
+                        as_stock(site, self), (config.rank_pattern, config.alpha_pattern), strict=True
+                    )
+                )
         layers = [site for site in sites if site.is_layer]
         config.fan_in_fan_out = bool(layers) and all(site.transposed for site in sites)
         if len(layers) < len(sites):
@@ -151,13 +166,26 @@ class LoraConfig(PeftConfig):
                 config.lora_dropout = 0.0
         return config
 
+    def fitted_to(self, keys: Collection[str]) -> LoraConfig:
+        """Returns the config as it was before `for_file`: the ranks of parts are their own."""
+        if not self.target_parts:
+            return self
+        config = copy.deepcopy(self)
+        for own in (config.rank_pattern, config.alpha_pattern):
+            for key in [key for key in own if key.startswith("^") and key.endswith("$")]:
+                del own[key]
+        return config
+
     def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
         """Returns the sites of the weights that the config names."""
-        return targeted_sites(self, finder, report, owned)
+        sites = targeted_sites(self, finder, report, owned)
+        return with_parts(sites, self.target_parts or {}, finder, report)
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight."""
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
+        if site.parts:
+            return LoraParts(site.parts, site.is_layer and site.transposed, drops, casts)
         if site.layout is ops.Convolution:
             return LoraConvolution(site.transposed, drops, casts)
         if site.layout is ops.Embedding:
@@ -167,6 +195,11 @@ class LoraConfig(PeftConfig):
         if site.op is ops.Weight:
             return LoraMatrix(site.is_layer and site.transposed)
         return LoraLinear(site.is_layer and site.transposed, drops, casts)
+
+
+def _exactly(name: str) -> str:
+    """Returns the key of `rank_pattern` that one site alone has."""
+    return f"^{re.escape(name)}$"
 
 
 _UNSUPPORTED = (

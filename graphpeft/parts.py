@@ -1,0 +1,134 @@
+"""Which rows of a fused projection become which part: q, k and v of a ``qkv`` layer.
+
+The graph around the layer tells. What it does with the layer's output is run on the numbers of the output's features in
+place of their values: views, splits and permutations carry them along, whatever the layout, so that each part has the
+numbers of its own rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch.fx.node import map_arg
+
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.state import above
+
+Runs = tuple[tuple[int, int], ...]
+"""Rows as runs of neighbours: the first of each run, and the one behind its last."""
+
+NAMES = ("q", "k", "v")
+
+_VIEWS = frozenset((
+    "view", "reshape", "permute", "transpose", "swapaxes", "movedim", "unbind", "split", "chunk", "tensor_split",
+    "getitem", "squeeze", "unsqueeze", "flatten", "unflatten", "contiguous", "clone", "select", "narrow", "t",
+))  # fmt: skip
+"""Functions and methods that move features about and change none."""
+
+
+def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Runs]:
+    """Returns the rows of q, k and v in a projection, by name.
+
+    Args:
+        graph: A graph with example values.
+        output: The node of the projection's output, of shape (..., features).
+        features: The number of its features.
+
+    Raises:
+        TraceError: If the graph doesn't part the output into three.
+    """
+    if not isinstance(output.meta.get(VALUE), torch.Tensor):
+        raise TraceError("the shape of its output isn't known; pass example_inputs")
+    numbers: dict[fx.Node, Any] = {output: torch.arange(features).expand(output.meta[VALUE].shape)}
+    ends: dict[tuple[int, ...], fx.Node] = {}
+    for node in graph.nodes:
+        if _is_view(node) and any(source in numbers for source in node.all_input_nodes):
+            numbers[node] = _on_numbers(node, numbers)
+            if isinstance(numbers[node], torch.Tensor):
+                ends.setdefault(tuple(sorted(set(numbers[node].flatten().tolist()))), node)
+    ends.pop(tuple(range(features)), None)
+    parts = _in_order(ends)
+    if len(parts) != len(NAMES) or sorted(itertools.chain(*parts)) != list(range(features)):
+        raise TraceError(
+            f"its output isn't parted into {', '.join(NAMES)} by views alone, but into {len(parts)} parts of "
+            f"{[len(part) for part in parts]} features"
+        )
+    rows_of = {ends[rows]: rows for rows in parts}
+    return {name: runs_of(rows_of[end]) for name, end in zip(NAMES, _as_attended(graph, list(rows_of)), strict=True)}
+
+
+def runs_of(rows: tuple[int, ...]) -> Runs:
+    """Returns sorted rows as runs of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return tuple(runs)
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _VIEWS
+
+
+def _on_numbers(node: fx.Node, numbers: Mapping[fx.Node, Any]) -> Any:
+    def value_of(source: fx.Node) -> Any:
+        return numbers[source] if source in numbers else source.meta[VALUE]
+
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    target: Any = node.target
+    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+
+def _in_order(ends: Mapping[tuple[int, ...], fx.Node]) -> list[tuple[int, ...]]:
+    """Returns the parts in the order of their first rows, without those that lie in others."""
+    whole = [rows for rows in ends if not any(set(rows) < set(other) for other in ends)]
+    return sorted(whole)
+
+
+def _as_attended(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
+    """Returns three values as the first attention takes them: as queries, keys and values.
+
+    Raises:
+        TraceError: If it doesn't tell.
+    """
+    for node in graph.nodes:
+        if node.target is F.scaled_dot_product_attention:
+            return _told_apart(ends, [_arguments_above(node, index) for index in range(3)])
+        if getattr(node.target, "__name__", node.target) == "softmax":
+            scored = above(node)
+            scores = _first_meeting(graph, [end for end in ends if end in scored])
+            outside = set(ends) - scored
+            return _told_apart(ends, [*(above(source) for source in scores), outside])
+    raise TraceError("the graph has no attention that tells its queries from its keys and values")
+
+
+def _told_apart(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]:
+    found = [[end for end in ends if end in side] for side in sides]
+    ordered = [candidates[0] for candidates in found if len(candidates) == 1]
+    if len(set(ordered)) != len(NAMES):
+        raise TraceError("the attention doesn't take its queries, keys and values from one part each")
+    return ordered
+
+
+def _first_meeting(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
+    """Returns the inputs, in their order, of the first node to which two values come by one input each."""
+    for node in graph.nodes:
+        sides = [source for source in node.all_input_nodes if len(above(source) & set(ends)) == 1]
+        if len(sides) == 2 and len(ends) == 2:
+            return sides
+    return []
+
+
+def _arguments_above(node: fx.Node, index: int) -> set[fx.Node]:
+    given = dict(zip(("query", "key", "value"), node.args, strict=False)) | dict(node.kwargs)
+    source = given[("query", "key", "value")[index]]
+    return above(source) if isinstance(source, fx.Node) else set()

@@ -2,8 +2,8 @@
 
 After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
 code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
-tensor values, a write under ``no_grad``, a forward that changes its module) keeps the module that does
-it as one call of the graph, and `ValueTracer.kept` says why.
+tensor values, a write under ``no_grad`` into what may require grad, a forward that changes its module) keeps the module
+that does it as one call of the graph, and `ValueTracer.kept` says why.
 """
 
 from __future__ import annotations

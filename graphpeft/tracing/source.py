@@ -32,18 +32,20 @@ class Uses(NamedTuple):
         read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
             ``layer.weight``, where ``layer`` may be a module inside.
         compares_identity: Whether something is compared with True or False by ``is``, which no stand-in can answer.
+        asks_class: The code that asks for the class of an argument by ``type(x)`` or ``match``, which none can either.
     """
 
     read: dict[str, set[str]]
     called: set[str]
     read_elsewhere: set[str]
     compares_identity: bool
+    asks_class: str | None
 
 
 @functools.cache
 def uses_in_forward(cls: type) -> Uses:
     """Returns what `cls`'s forward uses; nothing of what has no source."""
-    uses = Uses({}, set(), set(), False)
+    uses = Uses({}, set(), set(), False, None)
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
@@ -51,6 +53,7 @@ def uses_in_forward(cls: type) -> Uses:
         if tree is None:
             continue
         uses = uses._replace(compares_identity=uses.compares_identity or any(map(_is_identity_test, ast.walk(tree))))
+        uses = uses._replace(asks_class=uses.asks_class or _question_of_class(tree))
         for path, is_call in _paths(tree):
             if path.startswith("*."):
                 uses.read_elsewhere.add(path[2:])
@@ -104,6 +107,21 @@ def _tree(method: object) -> ast.AST | None:
         return ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+def _question_of_class(tree: ast.AST) -> str | None:
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} - {"self"}
+
+    def is_argument(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id in arguments
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Match) and is_argument(node.subject):
+            return f"match {ast.unparse(node.subject)}"
+        for side in (node.left, *node.comparators) if isinstance(node, ast.Compare) else ():
+            if isinstance(side, ast.Call) and ast.unparse(side.func) == "type" and any(map(is_argument, side.args)):
+                return ast.unparse(side)
+    return None
 
 
 def _is_identity_test(node: ast.AST) -> bool:

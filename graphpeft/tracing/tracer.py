@@ -22,6 +22,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import nn
 
+from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing import guards, patches, state
 from graphpeft.tracing.autocast import leave_autocast
@@ -32,6 +33,7 @@ from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.settling import changing_modules
+from graphpeft.tracing.source import uses_in_forward
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
@@ -125,6 +127,7 @@ class ValueTracer(fx.Tracer):
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
+        _refuse_questions_of_class(root)
         self.mode = mode
         self.grad_mode = torch.is_grad_enabled()
         self._has_values = args is not None
@@ -343,6 +346,7 @@ class ValueTracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        _refuse_questions_of_class(m)
         path = self.path_of_module(m)
         call = Call.of(path, self.called[path], m.forward, args, kwargs)
         self.called[path] += 1
@@ -476,6 +480,16 @@ class ValueTracer(fx.Tracer):
         return NeedsInputsError(
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
+        )
+
+
+def _refuse_questions_of_class(module: nn.Module) -> None:
+    """Raises TraceError if the forward of `module` would see the class of a proxy."""
+    question = uses_in_forward(in_place.original_class(module)).asks_class
+    if question is not None:
+        raise TraceError(
+            f"{type(module).__name__}'s forward asks for the class of an argument by `{question}`, which a graph can't "
+            "answer; ask by isinstance"
         )
 
 

@@ -12,8 +12,6 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from models import GPT2, LLAMA, Example
-from programs import ProgramCase, program_cases
-from strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
 from graphpeft import (
@@ -24,10 +22,12 @@ from graphpeft import (
     PrefixTuningConfig,
     TaskType,
     TraceError,
-    laws,
     trace,
 )
 from graphpeft.config import registered
+from graphpeft.testing import laws
+from graphpeft.testing.programs import ProgramCase, program_cases
+from graphpeft.testing.strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
 

@@ -24,10 +24,10 @@ from graphpeft import (
     PeftModel,
     TraceError,
     get_peft_model,
-    laws,
     ops,
     trace,
 )
+from graphpeft.testing import laws
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 

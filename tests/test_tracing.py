@@ -21,7 +21,8 @@ from models import EXAMPLES, LLAMA, MLP, VIT, Example
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import GuardError, LoraConfig, NeedsInputsError, TraceError, get_peft_model, laws, trace
+from graphpeft import GuardError, LoraConfig, NeedsInputsError, TraceError, get_peft_model, trace
+from graphpeft.testing import laws
 from graphpeft.tracing.graph_module import GraphForward
 
 

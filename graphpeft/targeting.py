@@ -9,16 +9,18 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft import targets
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import Site, SiteFinder
+from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
+from graphpeft.tracing.trace import stands_for
 
 
-def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
     """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
 
     Args:
@@ -27,10 +29,10 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         report: Gets what is excluded or refused, or that nothing matched.
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
-    found: list[Site] = []
+    found: list[Site | LeafSite] = []
     weights: set[tuple[str, str]] = set()
     for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
-        site = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
+        site = finder.find(owner, attribute) if attribute else _leaf(finder, name, config)
         if isinstance(site, str):
             report.refused.append(Refusal(name, site))
         elif (owner, attribute) in weights:
@@ -39,7 +41,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
             report.refused.append(Refusal(name, reason, way_out))
         else:
             weights.add((owner, attribute))
-            found.append(site._replace(is_layer=False) if is_parameter else site)
+            found.append(site._replace(is_layer=False) if is_parameter and isinstance(site, Site) else site)
     if not found and not report.refused:
         report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
         option = "target_modules" if config.target_modules else "target_parameters"
@@ -58,7 +60,7 @@ def _targeted(
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
-            yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
+            yield path, path, "weight" if _is_floating(module._parameters.get("weight")) else "", False
         for name, tensor in module._parameters.items():
             weight = join(path, name)
             if tensor is None or weight in owned:
@@ -69,21 +71,36 @@ def _targeted(
                 yield weight, path, name, False
 
 
-def _as_peft_sorts(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
+def _is_floating(weight: torch.Tensor | None) -> bool:
+    # a quantised layer may hold its weight in integers, to which no change can be added
+    return weight is not None and weight.is_floating_point()
+
+
+def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module]) -> list[Site | LeafSite]:
     if all(site.is_layer for site in sites):
         return sites  # they were found in that order
     order = {path: index for index, path in enumerate(modules)}
 
-    def place(site: Site) -> tuple[bool, int, int]:
-        return not site.is_layer, order[site.owner], list(modules[site.owner]._parameters).index(site.attribute)
+    def place(site: Site | LeafSite) -> tuple[bool, int, int]:
+        number = list(modules[site.owner]._parameters).index(site.attribute) if isinstance(site, Site) else 0
+        return not site.is_layer, order[site.owner], number
 
     return sorted(sites, key=place)
 
 
-def _no_weight(module: nn.Module, name: str) -> str:
+def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
+    """Returns the site of the calls of a module without a weight, or the reason why it has none."""
+    module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
+    if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
+        return finder.leaf(name)
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside and _calls(module) else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
+
+
+def _is_of_pytorch(module: nn.Module) -> bool:
+    """Tells whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
+    return stands_for(module).__module__.startswith("torch.nn.")
 
 
 def _calls(module: nn.Module) -> bool:
@@ -92,7 +109,7 @@ def _calls(module: nn.Module) -> bool:
 
 def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:
     model = modules[""]
-    wanted = config.target_modules or config.target_parameters or ()
+    wanted = config.target_modules or getattr(config, "target_parameters", None) or ()
     names = [path for path in modules if path]
     names += [path for path in _targets_by_path(modules) if path not in owned]
     near = targets.near_misses(wanted, names)

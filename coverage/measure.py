@@ -12,8 +12,8 @@ from case import Case
 from torch import Tensor, nn
 
 from graphpeft import GuardError, LoraConfig, explain, trace
-from graphpeft.laws import LawError, require_unchanged, snapshot
 from graphpeft.sites import linear_classes
+from graphpeft.testing.laws import LawError, require_unchanged, snapshot
 from graphpeft.tracing.graph_module import template_of
 
 Row = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType
+from graphpeft.feeding import feeding
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import LoraConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
@@ -40,6 +41,7 @@ __all__ = [
     "TokenSequence",
     "TraceError",
     "explain",
+    "feeding",
     "find_token_sequence",
     "get_peft_model",
     "get_peft_model_state_dict",

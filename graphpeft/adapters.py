@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft import in_place, ops, rewrite, stand_ins
-from graphpeft.boundaries import Boundary, boundary_of
+from graphpeft.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError, Plan
@@ -57,7 +57,7 @@ class Adapter:
     @property
     def changes_weights(self) -> bool:
         """Whether it can be merged into weights."""
-        return len(self.weight_sites) == len(self.sites)
+        return all(unmergeable(adapted) is None for adapted in self.sites)
 
     @property
     def weight_sites(self) -> list[Any]:
@@ -171,7 +171,7 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
     for adapted in plan.sites:
         site = adapted.site
         beside, attribute = site.beside
-        device = _device(modules[beside]._parameters[attribute])
+        device = _device(modules[beside]._parameters.get(attribute))
         if values is not None:
             drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
         else:
@@ -198,8 +198,8 @@ def _first_values(
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:
-    assert weight is not None
-    return weight.device
+    # a model without any parameter, such as a quantised one, tells no device
+    return torch.get_default_device() if weight is None else weight.device
 
 
 def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
@@ -309,17 +309,18 @@ def _with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = _boundary(graph, node) if kind is Boundary else _op_at(named.get(node), kind, module, region)
-                    rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
+                    is_boundary = issubclass(kind, Boundary)
+                    op = _boundary(graph, node, kind) if is_boundary else _op_at(named.get(node), kind, module, region)
+                    rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
 
 
-def _boundary(graph: fx.Graph, name: str) -> Boundary:
+def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
     try:
-        return boundary_of(graph, name)
+        return leaf_of(graph, name) if kind is Leaf else boundary_of(graph, name)
     except TraceError as error:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
@@ -400,16 +401,12 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
-    if not adapter.changes_weights:
-        raise AdaptError(
-            f"adapter {name!r} changes what modules are given, not weights, so it can't be merged; keep it, or take it "
-            "off with unload()"
-        )
-    for adapted in adapter.weight_sites:
-        reason = adapted.rule.unmergeable(adapted.site)
+    for adapted in adapter.sites:
+        reason = unmergeable(adapted)
         if reason is not None:
             raise AdaptError(
-                f"{adapted.site.name} of adapter {name!r} can't be merged: {reason}; take it off with unload()"
+                f"{adapted.site.name} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
+                "unload()"
             )
 
 
@@ -441,6 +438,11 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
                 f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "
                 "parameter of its own before adapting"
             )
+
+
+def unmergeable(adapted: AdaptedSite) -> str | None:
+    """Returns the reason why what an adapter does at a site is no change of a weight, or None."""
+    return adapted.site.unmergeable or adapted.rule.unmergeable(adapted.site)
 
 
 def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:

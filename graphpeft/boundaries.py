@@ -40,6 +40,21 @@ class Boundary:
     around: tuple[Call, ...] = ()
 
 
+@dataclass(frozen=True)
+class Leaf(Boundary):
+    """The boundary of a module whose inside is its own affair: an operation from its first argument to its output."""
+
+    @property
+    def x(self) -> fx.Node:
+        """The node of the first argument, as it is given now."""
+        return self.inputs[self.arguments[0]]
+
+
+def leaf_of(graph: fx.Graph, name: str) -> Leaf:
+    """Returns the operation that the call with the boundary `name` is; raises as `boundary_of` does."""
+    return Leaf(**vars(boundary_of(graph, name)))
+
+
 def boundary_of(graph: fx.Graph, name: str) -> Boundary:
     """Returns the boundary of `graph` that is called `name`.
 

@@ -25,7 +25,7 @@ from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.rewrite import FileForm
-from graphpeft.sites import CallSite, Site
+from graphpeft.sites import CallSite, LeafSite, Site
 from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."
@@ -46,7 +46,11 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
             found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
-    layers = {adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer}
+    layers = {
+        adapted.site.owner
+        for adapted in adapter.sites
+        if not isinstance(adapted.site, CallSite) and adapted.site.is_layer
+    }
     for owner, names in adapter.whole.items():
         inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
         for own in names:
@@ -56,11 +60,11 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     return found
 
 
-def _key_at_site(site: Site | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
+def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
     if isinstance(site, CallSite):
         return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
     path = _file_path(site.owner, wrapped)
-    if not site.is_layer:
+    if isinstance(site, Site) and not site.is_layer:
         path += ".base_layer" * (len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute))
     return _key(prefix, path, name)
 
@@ -265,8 +269,8 @@ def write_model_card(config: PeftConfig, folder: Path) -> None:
 def _model_card(config: PeftConfig) -> str:
     base = config.base_model_name_or_path
     front = [f"base_model: {base}"] if base else []
-    front += ["library_name: peft", "tags:", f"- {config.peft_type.value.lower()}"]
-    about = f"A {config.peft_type.value} adapter" + (f" for `{base}`" if base else "")
+    front += ["library_name: peft", "tags:", f"- {config.method.lower()}"]
+    about = f"A {config.method} adapter" + (f" for `{base}`" if base else "")
     return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft in the format of Hugging Face PEFT.", ""])
 
 

@@ -28,7 +28,7 @@ from graphpeft.hub import CONFIG_NAME, adapter_file
 if TYPE_CHECKING:
     from graphpeft.report import Report
     from graphpeft.rewrite import Rule
-    from graphpeft.sites import CallSite, Site, SiteFinder
+    from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written; PEFT records its own version in a config."""
@@ -117,12 +117,27 @@ _HEADS = {
 TASK_HEADS = frozenset(name for names in _HEADS.values() for name in names)
 
 ConfigT = TypeVar("ConfigT", bound="type[PeftConfig]")
-_REGISTRY: dict[PeftType, type[PeftConfig]] = {}
+_REGISTRY: dict[str, type[PeftConfig]] = {}
 
 
 def register(config_class: ConfigT) -> ConfigT:
-    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords."""
-    _REGISTRY[config_class.peft_type] = config_class
+    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords.
+
+    Args:
+        config_class: A dataclass. Its `peft_type` is one of PEFT's, or a name of your own, which PEFT can't read.
+
+    Raises:
+        TypeError: If it isn't a dataclass, or has no such name.
+        ValueError: If another class has the name.
+    """
+    name = getattr(config_class, "peft_type", None)
+    if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):
+        raise TypeError(f"{config_class.__name__} must be a dataclass whose peft_type is the name of its method")
+    there = _REGISTRY.get(name)
+    # a cell of a notebook that is run again, or a reloaded module, defines the same class once more
+    if there is not None and _full_name(there) != _full_name(config_class):
+        raise ValueError(f"{name} is the method of {_full_name(there)} already; choose another peft_type")
+    _REGISTRY[name] = config_class
     initialise = config_class.__init__
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
 
@@ -137,9 +152,13 @@ def register(config_class: ConfigT) -> ConfigT:
     return config_class
 
 
-def registered() -> dict[PeftType, type[PeftConfig]]:
-    """Returns the config class of every method."""
+def registered() -> dict[str, type[PeftConfig]]:
+    """Returns the config class of every method, by its `peft_type`."""
     return dict(_REGISTRY)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -161,7 +180,8 @@ class PeftConfig:
         modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
     """
 
-    peft_type: ClassVar[PeftType]
+    # a PeftType or a name of one's own; a union couldn't be narrowed in the classes of methods
+    peft_type: ClassVar[Any]
 
     file_prefix: ClassVar[str] = "base_model.model."
     """What the names of tensors inside the model begin with in files."""
@@ -190,11 +210,23 @@ class PeftConfig:
 
     # what a method says
 
+    @property
+    def method(self) -> str:
+        """The method's name: its `peft_type`."""
+        return _plain(self.peft_type)
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a fresh adapter of this config changes no output; what a method claims here, the laws check."""
+        return False
+
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for values set to another type since."""
         self._check_types()
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> Sequence[Site | CallSite]:
+    def find_sites(
+        self, finder: SiteFinder, report: Report, owned: frozenset[str]
+    ) -> Sequence[Site | LeafSite | CallSite]:
         """Returns the sites that the config adapts in the model.
 
         Args:
@@ -203,6 +235,18 @@ class PeftConfig:
             owned: The paths of parameters that belong to adapters.
         """
         raise NotImplementedError
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config that names these sites alone, out of all that it finds.
+
+        Args:
+            sites: Some of the sites of the config, which is resolved for the model.
+            names: All names in the model that a config could mean.
+
+        Raises:
+            ValueError: If no config of the method can name these alone.
+        """
+        raise ValueError(f"a {type(self).__name__} can't name some of its sites; leave where out")
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
@@ -258,7 +302,7 @@ class PeftConfig:
         named = values.pop("peft_type", None)
         config_class = next((c for t, c in _REGISTRY.items() if named == t), None)
         if config_class is None:
-            raise ValueError(f"peft_type is {named!r}; supported are {sorted(t.value for t in _REGISTRY)}")
+            raise ValueError(f"peft_type is {named!r}; supported are {sorted(map(_plain, _REGISTRY))}")
         if not issubclass(config_class, cls):
             raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
         known = [field.name for field in dataclasses.fields(config_class)]

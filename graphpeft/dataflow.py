@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import networkx as nx
 import torch.fx as fx
 
@@ -23,3 +25,21 @@ def reaching_output(graph: fx.Graph) -> set[fx.Node]:
         node for node in graph.nodes if node.op == "output" or (node.op.startswith("call_") and writes(node.target))
     ]
     return set(ends).union(*(nx.ancestors(flow, end) for end in ends))
+
+
+def feeding_directly(
+    graph: fx.Graph, node: fx.Node, among: Collection[fx.Node], leads_on: Callable[[fx.Node], bool]
+) -> list[fx.Node]:
+    """Returns those of `among` from which a way leads to `node` past none of the others, in the order of the graph.
+
+    Args:
+        graph: The graph.
+        node: Where the ways end.
+        among: Nodes.
+        leads_on: Whether a way may go through a node.
+    """
+    flow = as_digraph(graph)
+    flow.remove_nodes_from([other for other in graph.nodes if other is not node and not leads_on(other)])
+    flow.remove_edges_from([edge for stop in among for edge in flow.in_edges([stop])])
+    before = {node, *nx.ancestors(flow, node)}
+    return [other for other in graph.nodes if other in before and other in among]

@@ -11,7 +11,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -28,6 +28,9 @@ from graphpeft.report import Report, listed
 from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
 
+Where = Callable[[Any], bool]
+"""Says of a site whether it is meant."""
+
 _STATE = "_peft_adapters"
 
 
@@ -37,6 +40,7 @@ def explain(
     adapter_name: str = "default",
     *,
     example_inputs: ExampleInputs | None = None,
+    where: Where | None = None,
 ) -> Report:
     """Returns what `get_peft_model` would do to `model`, which stays as it is.
 
@@ -45,12 +49,13 @@ def explain(
         config: A config of this library or of PEFT.
         adapter_name: The name that the adapter would have.
         example_inputs: As for `get_peft_model`.
+        where: As for `get_peft_model`.
 
     Raises:
         AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
     ours = as_config(config)
-    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True)
+    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
     _warn_of_unmatched(ours, plan)
     return plan.report
 
@@ -65,6 +70,7 @@ def get_peft_model(
     low_cpu_mem_usage: bool = False,  # noqa: ARG001
     *,
     example_inputs: ExampleInputs | None = None,
+    where: Where | None = None,
 ) -> Any:
     """Adapts `model` in place and returns it, with the methods of `PeftModel`.
 
@@ -80,6 +86,8 @@ def get_peft_model(
         low_cpu_mem_usage: Accepted for PEFT's sake; no tensor is made twice here.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where a module that
             uses a weight functionally decides on its inputs.
+        where: Says of each site that the config names whether it is meant, such as
+            ``lambda site: site.out_features == 64``. It isn't saved; the saved config names the sites that were.
 
     Raises:
         AdaptError: If nothing matches, a target can't be adapted, or the name is taken; the model is as it was.
@@ -90,7 +98,7 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
     _refuse(plan)
     _warn_of_unmatched(config, plan)
     _adapt(model, adapter_name, plan, values=None)
@@ -214,6 +222,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         *,
         example_inputs: ExampleInputs | None = None,
+        where: Where | None = None,
     ) -> None:
         """Adds a new adapter, which doesn't act until `set_adapter` names it; arguments as for `get_peft_model`.
 
@@ -228,6 +237,7 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
             example_inputs=example_inputs,
+            where=where,
         )
         _activate(self, active)
 
@@ -539,6 +549,7 @@ def _plan(
     adapter_name: str,
     example_inputs: ExampleInputs | None,
     autocast_adapter_dtype: bool,
+    where: Where | None = None,
 ) -> Plan:
     state: Adapters | None = model.__dict__.get(_STATE)
     if not _is_name(adapter_name):
@@ -556,6 +567,7 @@ def _plan(
         known=state.lifted if state is not None else {},
         example_inputs=example_inputs,
         autocast_adapter_dtype=autocast_adapter_dtype,
+        where=where,
     )
 
 

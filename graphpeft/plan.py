@@ -6,7 +6,7 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,9 +17,9 @@ from torch import nn
 from graphpeft import ops, targets
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
-from graphpeft.report import Refusal, Report
+from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import CallSite, Site, SiteFinder
+from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
 from graphpeft.trained_whole import trained_whole
@@ -59,6 +59,7 @@ def make_plan(
     known: Mapping[str, Template] = MappingProxyType({}),
     example_inputs: ExampleInputs | None = None,
     autocast_adapter_dtype: bool = True,
+    where: Callable[[Any], bool] | None = None,
 ) -> Plan:
     """Returns what `config` does to `model`, which stays as it is.
 
@@ -70,6 +71,7 @@ def make_plan(
         known: Graphs of regions that were recorded before, by path.
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+        where: Which of the sites that the config names are meant; None for all. The plan's config then names these.
 
     Raises:
         AdaptError: If the config asks for something that isn't supported.
@@ -81,21 +83,40 @@ def make_plan(
     except ValueError as error:
         raise AdaptError(str(error)) from error
     finder = SiteFinder(model, known, example_inputs)
-    plan = Plan(finder.modules, resolved, Report(config.peft_type.value, adapter))
+    plan = Plan(finder.modules, resolved, Report(config.method, adapter))
     plan.report.adapted = plan.sites
     sites = resolved.find_sites(finder, plan.report, owned)
+    if where is not None and sites:
+        sites = _narrow(plan, sites, where, owned)
     for site in sites:
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
-    weights = [site for site in sites if isinstance(site, Site)]
-    plan.whole = trained_whole(resolved, finder.modules, weights, plan.report, owned)
+    weights = [site for site in sites if not isinstance(site, CallSite)]
+    plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     return plan
 
 
-def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: bool) -> None:
+def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: frozenset[str]) -> list[Any]:
+    """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
+    kept = [site for site in sites if where(site)]
+    if not kept:
+        plan.report.nothing_matched = f"where holds for none of {listed([site.name for site in sites])}"
+        plan.report.refused.append(Refusal("where", plan.report.nothing_matched, "let where hold for some sites"))
+    elif len(kept) < len(sites):
+        parameters = (join(path, name) for path, module in plan.modules.items() for name in module._parameters)
+        names = [*filter(None, plan.modules), *(path for path in parameters if path not in owned)]
+        try:
+            plan.config = plan.config.naming(kept, names)
+        except ValueError as error:
+            raise AdaptError(str(error)) from error
+    return kept
+
+
+def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, autocast: bool) -> None:
     config = plan.config
     dtype = torch.float32 if autocast and site.dtype in _HALVES else site.dtype
     rule: Any = config.rule_for(site, dtype)
+    _refuse_unhashable(rule)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
@@ -106,6 +127,15 @@ def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: b
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype))
     plan.templates[site.region] = template
+
+
+def _refuse_unhashable(rule: Any) -> None:
+    """Raises AdaptError for a rule that isn't a value: graphs are shared between sites with equal rules."""
+    try:
+        hash(rule)
+    except TypeError as error:
+        name = type(rule).__name__
+        raise AdaptError(f"{name} can't be a rule: {error}; make it a dataclass with frozen=True") from error
 
 
 # equal sites share one

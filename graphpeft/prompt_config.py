@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import prompting
+from graphpeft import prompting, targets
 from graphpeft.config import OWN, PeftConfig, TaskType
 from graphpeft.paths import join
 from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
@@ -106,6 +106,15 @@ class PromptLearningConfig(PeftConfig):
             report.refused.append(Refusal("prompt_scope", reason, "leave token_dim out"))
             return []
         return sites
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config with a scope that names these modules alone."""
+        if self.prompt_scope is None:
+            return super().naming(sites, names)
+        config = copy.copy(self)
+        scope = targets.exactly([site.name for site in sites], names)
+        config.prompt_scope = scope if isinstance(scope, str) else sorted(scope)
+        return config
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
         """Returns the rule for a boundary."""

@@ -112,7 +112,7 @@ def _scope_site(path: str, finder: SiteFinder, dtype: torch.dtype) -> tuple[Call
     beside = next(((owner, name) for owner, name in _tensors(path, finder.modules)), None)
     if beside is None:
         raise TraceError("the model has no parameters, which would tell the device of virtual tokens")
-    region, nodes, arguments, _ = crossing
+    region, nodes, arguments = crossing[:3]
     return CallSite(region, nodes, path, SCOPE, beside, dtype, arguments, file_path=path), size
 
 

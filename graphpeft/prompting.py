@@ -312,7 +312,7 @@ def _is_pair(model: Any) -> bool:
 def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSite | None:
     owner = _path_of(module, finder.modules)
     try:
-        region, nodes, arguments, _ = finder.boundary(owner)
+        region, nodes, arguments = finder.boundary(owner)[:3]
     except TraceError as error:
         way_out = "give its forward arguments with names and plain defaults"
         report.refused.append(Refusal(owner or "the model", str(error), way_out))

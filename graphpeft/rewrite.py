@@ -17,13 +17,13 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from graphpeft.boundaries import Boundary
+from graphpeft.boundaries import Boundary, Leaf
 from graphpeft.ops import Operation, Weight
 from graphpeft.tags import TAG, Tag, top
 from graphpeft.tracing.calls import CALLS, calls_of
 
 if TYPE_CHECKING:
-    from graphpeft.sites import CallSite, Site
+    from graphpeft.sites import CallSite, LeafSite, Site
 
 Op = Operation | Boundary
 
@@ -61,13 +61,14 @@ class ParameterSpec(NamedTuple):
 class Rule(Protocol):
     """How one method adapts one kind of operation.
 
-    Rules are frozen values: equal rules give equal graphs, so what differs from site to site (shapes, scales) isn't
-    theirs but comes from the site and the config.
+    Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
+    scales) isn't theirs but comes from the site and the config. A rule that inherits from this class, and not only
+    looks like it, gets what is the same in most rules.
     """
 
     def check(self, site: Any, config: Any) -> str | None:
         """Returns the reason why `site` can't be adapted, or None."""
-        ...
+        return None
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns what the rule creates at `site`, by name."""
@@ -75,7 +76,7 @@ class Rule(Protocol):
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
-        ...
+        return {}
 
     def initialise(self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Fills new parameters, on the CPU, with their first values.
@@ -90,31 +91,31 @@ class Rule(Protocol):
 
 
 class WeightRule(Rule, Protocol):
-    """How one method adapts operations that use a weight."""
+    """How one method adapts operations that use a weight, and calls of modules that are no such operation."""
 
-    @property
-    def rewrite(self) -> Callable[..., Any]:
-        """A function that returns the new value of the operation; it is not asked where the weight itself is the site.
+    def rewrite(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new value of the operation; it is not asked where the weight itself is the site.
 
         The names of its arguments say what it is given: ``x`` and ``y``, the operation's input and its value so far;
         ``weight`` and ``bias``; ``operation``, which has ``apply(x, weight)``: the same operation with other operands;
         ``training``; and the parameters and constants that the rule declares (None for one that it doesn't). It is run
         on proxies.
         """
-        ...
+        raise TypeError(f"{type(self).__name__} has no rewrite, which makes the new value of an operation")
 
     def unmergeable(self, site: Any) -> str | None:
         """Returns the reason why what ``rewrite`` does at `site` is no change of the weight, or None."""
-        ...
+        return None
 
-    @property
-    def delta(self) -> Callable[..., Any]:
-        """A function of the ``weight``, the parameters and the constants, by name, that returns the weight's change.
+    def delta(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the weight's change from the ``weight``, the parameters and the constants, which it names.
 
         It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
-        tensors, and on proxies where the weight itself is the site.
+        tensors, and on proxies where the weight itself is the site. It isn't asked where the site is unmergeable.
         """
-        ...
+        raise TypeError(
+            f"{type(self).__name__} has no delta, the change of a weight; let unmergeable say why there is none"
+        )
 
 
 class BoundaryRule(Rule, Protocol):
@@ -123,24 +124,22 @@ class BoundaryRule(Rule, Protocol):
     @property
     def more_inputs(self) -> tuple[str, ...]:
         """The names of arguments that the forward gets beside its own; they are None unless they are given."""
-        ...
+        return ()
 
-    @property
-    def enter(self) -> Callable[..., Mapping[str, Any]]:
-        """A function that returns the new values of arguments, by name.
+    def enter(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Returns the new values of arguments, by name.
 
-        It is given ``inputs``, the arguments by name, ``training``, the parameters and constants that the rule
-        declares, and what the site lets it read. It is run on proxies.
+        It names what it is given: ``inputs``, the arguments by name, ``training``, the parameters and constants that
+        the rule declares, and what the site lets it read. It is run on proxies.
         """
-        ...
+        return {}
 
-    @property
-    def leave(self) -> Callable[..., Any]:
-        """A function that returns the new value of what the module returns.
+    def leave(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new value of what the module returns.
 
         Beside what ``enter`` is given, it can ask for ``output`` and for ``entered``, what ``enter`` has returned.
         """
-        ...
+        return kwargs["output"]
 
 
 class AdaptedSite(NamedTuple):
@@ -155,7 +154,7 @@ class AdaptedSite(NamedTuple):
         dtype: The dtype of the parameters.
     """
 
-    site: Site | CallSite
+    site: Site | LeafSite | CallSite
     rule: Any
     specs: Mapping[str, ParameterSpec]
     constants: Mapping[str, float]
@@ -181,7 +180,9 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], ad
         method: The `peft_type` of its method.
     """
     before = set(graph.nodes)
-    if isinstance(op, Boundary):
+    if isinstance(op, Leaf):
+        replaced = _around_leaf(graph, op, rule, attributes)
+    elif isinstance(op, Boundary):
         replaced = _at_boundary(graph, op, rule, attributes)
     else:
         replaced = _behind(graph, op, rule, attributes)
@@ -209,6 +210,15 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
             result = _call(rule.rewrite, graph, {"x": op.x, "y": current}, paths, {"operation": op})
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _around_leaf(graph: fx.Graph, op: Leaf, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+    """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
+    outside = {user for user in op.output.users if user not in op.inside}
+    with graph.inserting_before(op.output.next):
+        result = _call(rule.rewrite, graph, {"x": op.x, "y": op.output}, attributes, {"operation": op})
+    _replace(op.output, result.node, outside.__contains__)
+    return {result.node: op.output}
 
 
 def _at_boundary(
@@ -283,7 +293,7 @@ def _call(
     """Calls a rule's function with what it asks for by the names of its arguments.
 
     Args:
-        function: The function. One that takes ``**parameters`` gets all that is at `paths`.
+        function: The function. One that takes ``**others`` gets all that there is.
         graph: Where its nodes go.
         nodes: Nodes that it can ask for, as proxies.
         paths: Attributes of the module that owns the graph, likewise; None for one that isn't there.
@@ -291,9 +301,10 @@ def _call(
     """
     tracer = GraphAppendingTracer(graph)
     asked = inspect.signature(function).parameters
-    names = [name for name, parameter in asked.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [name for name, parameter in asked.items() if parameter.kind not in variable]
     if len(names) < len(asked):
-        names += [name for name in paths if name not in names]
+        names += [name for name in (*values, *nodes, *paths) if name not in names]
     paths = {"training": "training", **paths}
     given: dict[str, Any] = {}
     for name in names:

@@ -13,14 +13,14 @@ import itertools
 import operator
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from graphpeft import dataflow, in_place, ops
-from graphpeft.boundaries import NAME, Boundary, boundaries_inside, boundary_of
+from graphpeft.boundaries import NAME, Boundary, Leaf, boundaries_inside, boundary_of
 from graphpeft.ops import convolution, embedding
 from graphpeft.parts import Runs, parts_found
 from graphpeft.paths import join, within
@@ -64,6 +64,17 @@ class Site(NamedTuple):
     parts: tuple[Runs, ...] = ()
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
+    unmergeable = None
+
+    @property
+    def in_features(self) -> int | None:
+        """How many features the operation reads; None where the weight's shape doesn't tell."""
+        return self.layout.features(self.shape, self.transposed, self.groups)[0]  # type: ignore[attr-defined]
+
+    @property
+    def out_features(self) -> int | None:
+        """How many features the operation gives; None where the weight's shape doesn't tell."""
+        return self.layout.features(self.shape, self.transposed, self.groups)[1]  # type: ignore[attr-defined]
 
     @property
     def beside(self) -> tuple[str, str]:
@@ -96,6 +107,45 @@ class Site(NamedTuple):
         return self.layout.size(self.shape, self.transposed)  # type: ignore[attr-defined]
 
 
+class LeafSite(NamedTuple):
+    """The call of a module whose inside is its own affair, such as a layer that has no weight in floating point.
+
+    Attributes:
+        region: The path of the module whose graph has the call: the module itself, or a flat graph around it.
+        nodes: The names of the calls, for each graph that the region has.
+        owner: The path of the module, where an adapter's tensors live.
+        in_features: The size of the last dimension of the module's first argument.
+        out_features: The size of the last dimension of what it returns.
+        beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
+        dtype: The dtype of its parameters; without any, that of the model's, or the default.
+    """
+
+    region: str
+    nodes: tuple[tuple[str, ...], ...]
+    owner: str
+    in_features: int
+    out_features: int
+    beside: tuple[str, str]
+    dtype: torch.dtype
+
+    op = Leaf
+    prefix = ""
+    reads = ()
+    is_layer = True
+    way_out = Site.way_out
+    unmergeable = "it is the call of a module, which has no weight in floating point that could be changed"
+
+    @property
+    def name(self) -> str:
+        """The path of the module."""
+        return self.owner
+
+    @property
+    def size(self) -> str:
+        """Its features, for a person to read."""
+        return f"{self.in_features} → {self.out_features}"
+
+
 class CallSite(NamedTuple):
     """The boundary of one module's forward.
 
@@ -126,6 +176,7 @@ class CallSite(NamedTuple):
     op = Boundary
     prefix = ""
     way_out = "name another module in prompt_scope"
+    unmergeable = "the adapter changes what modules are given, not weights"
 
     @property
     def name(self) -> str:
@@ -146,12 +197,14 @@ class Crossing(NamedTuple):
         nodes: The names of the boundaries, for each graph that the region has.
         arguments: The names of the forward's arguments.
         values: Examples of those of them that the graph has, by name, as far as it knows them.
+        returned: An example of what the forward returns, if the graph knows one.
     """
 
     region: str
     nodes: tuple[tuple[str, ...], ...]
     arguments: tuple[str, ...]
     values: Mapping[str, Any]
+    returned: Any
 
 
 class SiteFinder:
@@ -292,6 +345,53 @@ class SiteFinder:
         if output is None:
             raise TraceError(f"{path or 'the model'} doesn't call it by itself")
         return parts_found(graph, output, features)
+
+    def leaf(self, path: str) -> LeafSite | str:
+        """Returns the site of the calls of the module at `path`, or the reason why there is none.
+
+        Its features are those that it declares as `in_features` and `out_features`. If it declares none and has no
+        layers inside, which one could name instead, they are those of the example inputs.
+        """
+        module = self.modules[path]
+        name = stands_for(module).__name__
+        try:
+            crossing = self.boundary(path)
+        except TraceError as error:
+            return f"the call of a {name} can't be adapted: {error}"
+        if not crossing.arguments:
+            return f"the forward of a {name} takes no arguments"
+        features = _declared(module) if declares_features(module) else self._features(path, crossing)
+        if isinstance(features, str):
+            return features
+        tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
+        owner, key, tensor = next(tensors, (path, "", torch.empty(0)))
+        return LeafSite(crossing.region, crossing.nodes, path, features[0], features[1], (owner, key), tensor.dtype)
+
+    def _features(self, path: str, crossing: Crossing) -> list[int] | str:
+        """Returns how many features examples show that a module reads and gives."""
+        name = stands_for(self.modules[path]).__name__
+        first = crossing.arguments[0]
+        seen = (crossing.values.get(first), crossing.returned)
+        if not all(isinstance(value, torch.Tensor) for value in seen) and self.example_inputs is not None:
+            try:
+                inputs, returned = _call_of(self.modules[""], self.modules[path], self.example_inputs)
+            except TraceError as error:
+                return str(error)
+            seen = (inputs.get(first) if isinstance(inputs, dict) else inputs[0], returned)
+        elif self.example_inputs is None and seen == (None, None):
+            return f"a {name} declares no in_features and out_features; pass example_inputs, which show them"
+        for what, value in zip(("is given", "returns"), seen, strict=True):
+            if not isinstance(value, torch.Tensor) or not value.ndim:
+                return f"a {name} {what} a {type(value).__name__}, where an adapter needs a tensor with features"
+        return [value.shape[-1] for value in seen]  # type: ignore[union-attr]
+
+    def _tensors(self, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Yields parameters with their owner's path and their name, those inside the module at `path` first."""
+        inside = [other for other in self.modules if other == path or other.startswith(f"{path}.")]
+        for owner in (*inside, *self.modules):
+            for name, tensor in self.modules[owner]._parameters.items():
+                if tensor is not None:
+                    yield owner, name, tensor
 
     def inputs_of(self, path: str) -> ExampleInputs | None:
         """Returns what the example inputs of the model give the module at `path`; None without example inputs.
@@ -441,7 +541,7 @@ def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -
     if found[0].arguments and found[0].arguments[0] not in found[0].inputs:
         raise TraceError(f"its first argument, {found[0].arguments[0]}, isn't one value of the graph")
     values = {name: node.meta[VALUE] for name, node in found[0].inputs.items() if VALUE in node.meta}
-    return Crossing(region, names, found[0].arguments, values)
+    return Crossing(region, names, found[0].arguments, values, found[0].output.meta.get(VALUE))
 
 
 class _WeightUses(NamedTuple):
@@ -506,6 +606,15 @@ def linear_classes() -> tuple[type, ...]:
     """Returns the classes that PEFT adapts as modules with a linear weight."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def declares_features(module: nn.Module) -> bool:
+    """Tells whether a module says how many features it reads and gives, as layers do."""
+    return all(type(count) is int for count in _declared(module))
+
+
+def _declared(module: nn.Module) -> list[Any]:
+    return [plain_attribute(module, name, None) for name in ("in_features", "out_features")]
 
 
 def _kind_of_layer(cls: type) -> type | None:
@@ -575,18 +684,42 @@ def _inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInput
     seen: list[ExampleInputs] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({**inspect.signature(module.forward).bind(*args, **kwargs).arguments} if kwargs else args)
+        seen.append(_given(module, args, kwargs))
         raise _ReachedError
 
+    _run_until(model, module, example_inputs, lambda copied: copied.register_forward_pre_hook(stop, with_kwargs=True))
+    return seen[0]
+
+
+def _call_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
+    """Runs the model as `_inputs_of` does, and returns what `module` was given, and what it returned."""
+    seen: list[tuple[ExampleInputs, Any]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((_given(module, args, kwargs), output))
+        raise _ReachedError
+
+    _run_until(model, module, example_inputs, lambda copied: copied.register_forward_hook(stop, with_kwargs=True))
+    return seen[0]
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExampleInputs:
+    return {**inspect.signature(module.forward).bind(*args, **kwargs).arguments} if kwargs else args
+
+
+def _run_until(
+    model: nn.Module, module: nn.Module, example_inputs: ExampleInputs, stop_at: Callable[[nn.Module], Any]
+) -> None:
+    """Runs a copy of the model with a hook on `module` that ends the run, which `stop_at` registers."""
     # in a copy, whatever the modules on the way do to themselves is lost
     copied = copy.deepcopy({"model": model, "module": module})
-    hook = copied["module"].register_forward_pre_hook(stop, with_kwargs=True)
+    hook = stop_at(copied["module"])
     args, kwargs = split_inputs(example_inputs)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             copied["model"](*(args or ()), **kwargs)
     except _ReachedError:
-        return seen[0]
+        return
     finally:
         hook.remove()
     raise TraceError("the example inputs don't reach it; pass example_inputs for which the model runs it")

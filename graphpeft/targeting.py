@@ -6,7 +6,7 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from graphpeft import ops, targets
 from graphpeft.parts import Runs
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import Site, SiteFinder
+from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.trace import stands_for
 
 
-def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
     """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
 
     Args:
@@ -30,11 +31,11 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         report: Gets what is excluded or refused, or that nothing matched.
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
-    found: list[Site] = []
+    found: list[Site | LeafSite] = []
     weights: set[tuple[str, str]] = set()
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
-        site = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
+        site = finder.find(owner, attribute) if attribute else _leaf(finder, name, config)
         if isinstance(site, str):
             tensor = finder.modules[owner]._parameters.get(attribute)
             refused.append((Refusal(name, site), tensor))
@@ -44,10 +45,10 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
             report.refused.append(Refusal(name, reason, way_out))
         else:
             weights.add((owner, attribute))
-            found.append(site._replace(is_layer=False) if is_parameter else site)
-    adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found}
+            found.append(site._replace(is_layer=False) if is_parameter and isinstance(site, Site) else site)
+    adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found if isinstance(site, Site)}
     # a graph may read a tensor by one of its names alone, as that of an exported program does
-    report.refused += [refusal for refusal, tensor in refused if id(tensor) not in adapted]
+    report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
     if not found and not report.refused:
         report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
         option = "target_modules" if config.target_modules else "target_parameters"
@@ -55,7 +56,9 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
     return _as_peft_sorts(found, finder.modules)
 
 
-def with_parts(sites: list[Site], wanted: Mapping[str, list[Any]], finder: SiteFinder, report: Report) -> list[Site]:
+def with_parts(
+    sites: Sequence[Site | LeafSite], wanted: Mapping[str, list[Any]], finder: SiteFinder, report: Report
+) -> list[Site | LeafSite]:
     """Returns the sites with the parts of fused projections that a config names.
 
     Args:
@@ -64,7 +67,7 @@ def with_parts(sites: list[Site], wanted: Mapping[str, list[Any]], finder: SiteF
         finder: Finds parts in the graphs of the model.
         report: Gets what is refused.
     """
-    found: list[Site] = []
+    found: list[Site | LeafSite] = []
     used: set[str] = set()
     for site in sites:
         key = next((key for key in wanted if site.name == key or site.name.endswith(f".{key}")), None)
@@ -72,6 +75,9 @@ def with_parts(sites: list[Site], wanted: Mapping[str, list[Any]], finder: SiteF
             found.append(site)
             continue
         used.add(key)
+        if isinstance(site, LeafSite):
+            report.refused.append(Refusal(site.name, "it has no weight whose rows could be told apart"))
+            continue
         try:
             found.append(site._replace(parts=_parts(site, wanted[key], finder)))
         except TraceError as error:
@@ -108,7 +114,7 @@ def _targeted(
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
-            yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
+            yield path, path, "weight" if _is_floating(module._parameters.get("weight")) else "", False
         for name, tensor in module._parameters.items():
             weight = join(path, name)
             if tensor is None or weight in owned:
@@ -119,21 +125,36 @@ def _targeted(
                 yield weight, path, name, False
 
 
-def _as_peft_sorts(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
+def _is_floating(weight: torch.Tensor | None) -> bool:
+    # a quantised layer may hold its weight in integers, to which no change can be added
+    return weight is not None and weight.is_floating_point()
+
+
+def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module]) -> list[Site | LeafSite]:
     if all(site.is_layer for site in sites):
         return sites  # they were found in that order
     order = {path: index for index, path in enumerate(modules)}
 
-    def place(site: Site) -> tuple[bool, int, int]:
-        return not site.is_layer, order[site.owner], list(modules[site.owner]._parameters).index(site.attribute)
+    def place(site: Site | LeafSite) -> tuple[bool, int, int]:
+        number = list(modules[site.owner]._parameters).index(site.attribute) if isinstance(site, Site) else 0
+        return not site.is_layer, order[site.owner], number
 
     return sorted(sites, key=place)
 
 
-def _no_weight(module: nn.Module, name: str) -> str:
+def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
+    """Returns the site of the calls of a module without a weight, or the reason why it has none."""
+    module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
+    if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
+        return finder.leaf(name)
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside and _calls(module) else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
+
+
+def _is_of_pytorch(module: nn.Module) -> bool:
+    """Tells whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
+    return stands_for(module).__module__.startswith("torch.nn.")
 
 
 def _calls(module: nn.Module) -> bool:
@@ -142,7 +163,7 @@ def _calls(module: nn.Module) -> bool:
 
 def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:
     model = modules[""]
-    wanted = config.target_modules or config.target_parameters or ()
+    wanted = config.target_modules or getattr(config, "target_parameters", None) or ()
     names = [path for path in modules if path]
     names += [path for path in _targets_by_path(modules) if path not in owned]
     near = targets.near_misses(wanted, names)

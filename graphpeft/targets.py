@@ -142,6 +142,23 @@ def compile_matcher(config: object) -> Callable[[str], Match]:
     return matcher
 
 
+def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
+    """Returns the `target_modules` that names these and no others.
+
+    Args:
+        wanted: Names.
+        names: All names that there are.
+
+    Returns:
+        The names themselves; or a regular expression, where one of them is the end of a name that isn't wanted.
+    """
+    chosen = set(wanted)
+    also = _suffixed(frozenset(chosen))
+    if any(also(name) for name in names if name not in chosen):
+        return "|".join(map(re.escape, sorted(chosen)))
+    return chosen
+
+
 def match_parameter(config: object, path: str) -> bool:
     """Says whether `target_parameters` names the parameter at `path`.
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphpeft import rewrite
+from graphpeft.attentions import LAYERS, attentions
 from graphpeft.boundaries import boundary_of
 from graphpeft.dataflow import as_digraph
 from graphpeft.prompt_scopes import InScope
@@ -66,7 +67,8 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     graph = template.graphs[template.index(traced)]
     _refuse_hidden_attentions(traced, graph)
     ran = _run(traced, graph, example_inputs)
-    dominating = _dominating(ran, _queries(ran))
+    queries = {attention.node: attention.query for attention in attentions(traced, graph, ran.values)}
+    dominating = _dominating(ran, queries)
     if isinstance(model, fx.GraphModule) and not any(map(calls_of, graph.nodes)):
         reason = "the graph doesn't tell which of its nodes belong to which module, as one by graphpeft.trace does"
         raise TraceError(f"{reason}; trace the model that it was made of")
@@ -145,47 +147,6 @@ def _is_sequence(value: Any) -> bool:
 
 # attentions
 
-_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "__matmul__")
-
-
-def _queries(ran: _Ran) -> dict[fx.Node, fx.Node]:
-    """Returns all attentions with their queries."""
-    found = {node: _query(node, ran) for node in ran.graph.nodes}
-    return {node: query for node, query in found.items() if query is not None}
-
-
-def _query(node: fx.Node, ran: _Ran) -> fx.Node | None:
-    """Returns the query if `node` is an attention: a layer, a function that is called so, or a softmax of products."""
-    layer = ran.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(layer, _LAYERS) or _name(node).endswith(("attention", "multi_head_attention_forward")):
-        first = node.args[0] if node.args else node.kwargs.get("query")
-        return first if isinstance(first, fx.Node) else None
-    is_softmax = isinstance(layer, nn.Softmax) or _name(node) == "softmax"
-    return _query_of_products(node, ran) if is_softmax else None
-
-
-def _query_of_products(softmax: fx.Node, ran: _Ran) -> fx.Node | None:
-    """Returns the left side of the product from which `softmax` gets its scores, which may be scaled and masked."""
-    pairs = ran.values[softmax.name].shape[-2:]
-    waiting = softmax.all_input_nodes
-    while waiting:
-        node = waiting.pop()
-        value = ran.values[node.name]
-        if not isinstance(value, Tensor) or value.shape[-2:] != pairs:
-            continue
-        if _name(node) in _PRODUCTS:
-            return node.all_input_nodes[0]
-        waiting += node.all_input_nodes
-    return None
-
-
-def _name(node: fx.Node) -> str:
-    """Returns the name of the function or method that `node` calls."""
-    if node.op == "call_function":
-        return getattr(node.target, "__name__", "")
-    return str(node.target) if node.op == "call_method" else ""
-
 
 def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
     """Raises TraceError if a module that the trace has kept whole is given a sequence."""
@@ -193,7 +154,7 @@ def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_module" or node.target not in kept:
             continue
-        if isinstance(root.get_submodule(str(node.target)), _LAYERS):
+        if isinstance(root.get_submodule(str(node.target)), LAYERS):
             continue
         if any(_is_sequence(given.meta.get(VALUE)) for given in node.all_input_nodes):
             raise TraceError(

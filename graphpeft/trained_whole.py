@@ -10,7 +10,7 @@ from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report
-from graphpeft.sites import Site
+from graphpeft.sites import LeafSite, Site
 
 _WAY_OUT = "name other modules in modules_to_save, or none"
 
@@ -18,7 +18,7 @@ _WAY_OUT = "name other modules in modules_to_save, or none"
 def trained_whole(
     config: PeftConfig,
     modules: Mapping[str, nn.Module],
-    sites: Sequence[Site],
+    sites: Sequence[Site | LeafSite],
     report: Report,
     owned: frozenset[str],
 ) -> dict[str, tuple[str, ...]]:
@@ -62,7 +62,7 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 
 
 def _biases(
-    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site], owned: frozenset[str]
+    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: frozenset[str]
 ) -> dict[str, tuple[str, ...]]:
     """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
     bias = getattr(config, "bias", "none")

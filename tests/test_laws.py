@@ -12,8 +12,6 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from models import GPT2, LLAMA, Example
-from programs import ProgramCase, program_cases
-from strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 from torch import nn
 
 from graphpeft import (
@@ -24,10 +22,12 @@ from graphpeft import (
     PrefixTuningConfig,
     TaskType,
     TraceError,
-    laws,
     trace,
 )
 from graphpeft.config import registered
+from graphpeft.testing import laws
+from graphpeft.testing.programs import ProgramCase, program_cases
+from graphpeft.testing.strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, cases, modes_of
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
 
@@ -64,11 +64,11 @@ def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, 
     if method is PeftType.MULTITASK_PROMPT_TUNING:
         inputs["task_ids"] = torch.tensor([1, 0])
     for law in (
-        laws.only_the_adapter_is_trained,
-        laws.adapted_is_base_with_delta,
-        laws.saved_is_loaded,
-        laws.dry_runs_change_nothing,
-        laws.copies_stay_adapted,
+        laws.assert_only_the_adapter_is_trained,
+        laws.assert_adapted_is_base_with_delta,
+        laws.assert_saved_is_loaded,
+        laws.assert_dry_runs_change_nothing,
+        laws.assert_copies_stay_adapted,
     ):
         law(example.build, config, inputs)
 
@@ -91,21 +91,21 @@ def test_methods_have_the_names_of_pefts():
 @given(data=st.data())
 def test_a_fresh_adapter_changes_no_output(method, data):
     case, config = data.draw(adaptations(method, identity=True))
-    laws.fresh_adapter_changes_no_output(case.build, config, case.inputs, modes_of(config))
+    laws.assert_fresh_adapter_changes_no_output(case.build, config, case.inputs, modes_of(config))
 
 
 @every_method
 @given(data=st.data())
 def test_exactly_the_adapter_is_trained(method, data):
     case, config = data.draw(adaptations(method))
-    laws.only_the_adapter_is_trained(case.build, config, case.inputs)
+    laws.assert_only_the_adapter_is_trained(case.build, config, case.inputs)
 
 
 @every_method
 @given(data=st.data())
 def test_adapted_is_base_with_delta_and_unload_restores(method, data):
     case, config = data.draw(adaptations(method))
-    laws.adapted_is_base_with_delta(case.build, config, case.inputs, modes_of(config))
+    laws.assert_adapted_is_base_with_delta(case.build, config, case.inputs, modes_of(config))
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")
@@ -113,19 +113,19 @@ def test_adapted_is_base_with_delta_and_unload_restores(method, data):
 @given(data=st.data())
 def test_saved_is_loaded(method, data):
     case, config = data.draw(adaptations(method))
-    laws.saved_is_loaded(case.build, config, case.inputs)
+    laws.assert_saved_is_loaded(case.build, config, case.inputs)
 
 
 @every_method
 @given(data=st.data())
 def test_dry_runs_and_failures_change_nothing(method, data):
     case, config = data.draw(adaptations(method))
-    laws.dry_runs_change_nothing(case.build, config, case.inputs)
+    laws.assert_dry_runs_change_nothing(case.build, config, case.inputs)
 
 
 @given(case=cases())
 def test_a_traced_model_is_the_model(case: Case):
-    laws.traced_is_the_model(case.build, case.inputs, *case.others)
+    laws.assert_traced_is_the_model(case.build, case.inputs, *case.others)
 
 
 @given(case=program_cases())
@@ -134,7 +134,7 @@ def test_a_traced_program_trains_as_the_program(case: ProgramCase):
     # whatever it isn't known to refuse, the tracer records, with all modules inside
     strict = not case.may_be_refused
     try:
-        laws.traced_trains_as_the_model(
+        laws.assert_traced_trains_as_the_model(
             case.build, inputs, *others, may_refuse=True, modes=(case.training,), strict=strict
         )
     except TraceError:
@@ -147,14 +147,14 @@ def test_a_traced_program_trains_as_the_program(case: ProgramCase):
 @given(data=st.data())
 def test_copies_stay_adapted(method, data):
     case, config = data.draw(adaptations(method))
-    laws.copies_stay_adapted(case.build, config, case.inputs)
+    laws.assert_copies_stay_adapted(case.build, config, case.inputs)
 
 
 @every_method
 @given(data=st.data())
 def test_a_traced_model_is_adapted_as_the_model_is(method, data):
     case, config = data.draw(adaptations(method))
-    laws.traced_is_adapted_alike(case.build, config, case.inputs)
+    laws.assert_traced_is_adapted_alike(case.build, config, case.inputs)
 
 
 @every_method_that(lambda method: method.merges)
@@ -168,7 +168,7 @@ def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph
 
     config = data.draw(METHODS[method].configs(build(spellings[0]), identity=False))
     first, *others = [functools.partial(build, spelling) for spelling in spellings]
-    laws.spellings_are_adapted_alike(first, others, config, (X,))
+    laws.assert_spellings_are_adapted_alike(first, others, config, (X,))
 
 
 def test_numbers_that_are_not_finite_are_equal_to_themselves():

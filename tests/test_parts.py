@@ -13,8 +13,9 @@ import torch
 import transformers
 from torch import nn
 
-from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, explain, get_peft_model, laws, trace
+from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, explain, get_peft_model, trace
 from graphpeft.checkpoint import load
+from graphpeft.testing import laws
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IDS = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]]), "use_cache": False}
@@ -124,13 +125,13 @@ def test_only_the_rows_of_the_parts_change():
 def test_the_laws_hold_for_parts(init):
     config = LoraConfig(r=2, target_modules=["qkv"], target_parts={"qkv": [[0, 16], [32, 48]]}, init_lora_weights=init)
     if init is not False:
-        laws.fresh_adapter_changes_no_output(vit, config, PIXELS)
-    laws.only_the_adapter_is_trained(vit, config, PIXELS)
-    laws.adapted_is_base_with_delta(vit, config, PIXELS)
-    laws.saved_is_loaded(vit, config, PIXELS)
-    laws.dry_runs_change_nothing(vit, config, PIXELS)
-    laws.traced_is_adapted_alike(vit, config, PIXELS)
-    laws.copies_stay_adapted(vit, config, PIXELS)
+        laws.assert_fresh_adapter_changes_no_output(vit, config, PIXELS)
+    laws.assert_only_the_adapter_is_trained(vit, config, PIXELS)
+    laws.assert_adapted_is_base_with_delta(vit, config, PIXELS)
+    laws.assert_saved_is_loaded(vit, config, PIXELS)
+    laws.assert_dry_runs_change_nothing(vit, config, PIXELS)
+    laws.assert_traced_is_adapted_alike(vit, config, PIXELS)
+    laws.assert_copies_stay_adapted(vit, config, PIXELS)
 
 
 def test_training_goes_on_from_a_file(tmp_path):

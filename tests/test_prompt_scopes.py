@@ -26,10 +26,10 @@ from graphpeft import (
     TraceError,
     find_token_sequence,
     get_peft_model,
-    laws,
     trace,
 )
 from graphpeft.prompt_scopes import mask_with_tokens
+from graphpeft.testing import laws
 
 
 def pickle_again(model: Any) -> Any:

@@ -18,8 +18,9 @@ from models import LLAMA, VOCABULARY, equal, output
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model, laws
+from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
 from graphpeft.tags import TAG
+from graphpeft.testing import laws
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::peft"),

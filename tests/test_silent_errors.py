@@ -24,10 +24,10 @@ from graphpeft import (
     PeftModel,
     TraceError,
     get_peft_model,
-    laws,
     ops,
     trace,
 )
+from graphpeft.testing import laws
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -53,8 +53,8 @@ def module_of(forward: Any, **members: Any) -> Any:
 
 def assert_adapted_truly(model: nn.Module, *targets: str, inputs: tuple[Any, ...] = (X,)) -> None:
     """Asserts that the adapted model is the base with its deltas, in place and traced."""
-    laws.adapted_is_base_with_delta(lambda: copy.deepcopy(model), lora(*targets), inputs)
-    laws.traced_is_adapted_alike(lambda: copy.deepcopy(model), lora(*targets), inputs)
+    laws.assert_adapted_is_base_with_delta(lambda: copy.deepcopy(model), lora(*targets), inputs)
+    laws.assert_traced_is_adapted_alike(lambda: copy.deepcopy(model), lora(*targets), inputs)
 
 
 # who uses a weight, and how
@@ -105,7 +105,7 @@ def test_a_weight_with_other_uses_is_changed_for_all_of_them(forward):
         return copy.deepcopy(made)
 
     config = lora("w", init_lora_weights=False)
-    laws.adapted_is_base_with_delta(build, config, (torch.randn(4, 4, 4),))
+    laws.assert_adapted_is_base_with_delta(build, config, (torch.randn(4, 4, 4),))
     assert get_peft_model(build(), config).adapter_report().adapted[0].site.op is ops.Weight
 
 
@@ -167,7 +167,7 @@ def test_a_layer_used_both_ways_round_is_adapted_in_both():
 
     assert_adapted_truly(module_of(forward, enc=nn.Linear(4, 6, bias=False)), "enc")
     model, inputs = GPT2.build(), GPT2.inputs()
-    laws.traced_is_adapted_alike(lambda: copy.deepcopy(model), GPT2.config(), inputs)
+    laws.assert_traced_is_adapted_alike(lambda: copy.deepcopy(model), GPT2.config(), inputs)
 
 
 def test_merging_a_tied_weight_is_refused():

@@ -10,7 +10,8 @@ import torch
 from test_tracing import X, module_of
 from torch import nn
 
-from graphpeft import GuardError, TraceError, laws, trace
+from graphpeft import GuardError, TraceError, trace
+from graphpeft.testing import laws
 
 
 def traced_inside(model, *inputs) -> Any:

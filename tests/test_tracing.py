@@ -28,10 +28,10 @@ from graphpeft import (
     TraceError,
     get_peft_model,
     get_peft_model_state_dict,
-    laws,
     set_peft_model_state_dict,
     trace,
 )
+from graphpeft.testing import laws
 from graphpeft.tracing.graph_module import GraphForward
 
 
@@ -78,7 +78,7 @@ def smaller(inputs, batch: int, length: int):
 @every_example
 def test_whole_models_become_one_flat_graph_that_equals_them(example: Example):
     inputs = example.inputs()
-    laws.traced_is_the_model(example.build, inputs, example.inputs(1), smaller(inputs, batch=1, length=4))
+    laws.assert_traced_is_the_model(example.build, inputs, example.inputs(1), smaller(inputs, batch=1, length=4))
     assert trace(example.build(), inputs).kept == {}
 
 
@@ -127,7 +127,7 @@ def test_a_copy_of_a_traced_model_has_a_graph_of_its_own():
 
 def test_shapes_stay_dynamic():
     model = module_of(lambda self, x: x.view(x.shape[0], -1, 2).reshape(*x.shape[:-1], -1) + x.size(1))
-    laws.traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
 
 
 def test_a_decision_on_a_shape_is_followed_and_checked():
@@ -163,12 +163,12 @@ def test_equal_decisions_on_different_values_are_all_checked():
 
 def test_dtype_and_device_follow_the_inputs():
     model = module_of(lambda self, x: x + torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None])
-    laws.traced_is_the_model(lambda: model, (X,), (X.double(),))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X.double(),))
 
 
 def test_a_decision_on_a_dtype_is_checked():
     model = module_of(lambda self, x: x.float() if x.dtype == torch.float16 else x + torch.finfo(x.dtype).eps)
-    laws.traced_is_the_model(lambda: model, (X,), (X.double(),))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X.double(),))
     with pytest.raises(GuardError, match=r"x\.dtype == torch\.float16"):
         trace(model, (X,))(X.half())
 
@@ -181,7 +181,7 @@ def test_isinstance_len_and_iteration_are_answered_from_the_value():
         assert len(x.shape) == 3
         return first - second if len((first, second)) == 2 else x
 
-    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1],))
+    laws.assert_traced_is_the_model(lambda: module_of(forward), (X,), (X[:1],))
 
 
 def test_the_text_of_a_shape_or_a_dtype_is_a_decision():
@@ -190,7 +190,7 @@ def test_the_text_of_a_shape_or_a_dtype_is_a_decision():
         return y * {"5 tokens": 3, "(5, 8)": 5}[f"{x.shape[1]} tokens"] + len(f"{x.shape[1]:>4}{tuple(x.shape)!r}")
 
     model = module_of(forward)
-    laws.traced_is_the_model(lambda: model, (X,), (2 * X,))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (2 * X,))
     for other, line in ((X.double(), "str"), (X[:, :3], "tokens")):
         with pytest.raises(GuardError, match=line):
             trace(model, (X,))(other)
@@ -205,7 +205,7 @@ def test_dtypes_can_be_compared_by_identity():
 
 def test_shapes_are_broadcast():
     model = module_of(lambda self, x: x.expand(torch.broadcast_shapes(x.shape, (x.shape[0], 1, 8))))
-    laws.traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X[:1, :3],))
 
 
 def test_a_message_that_tells_of_a_shape_decides_nothing():
@@ -217,7 +217,7 @@ def test_a_message_that_tells_of_a_shape_decides_nothing():
         logging.getLogger("graphpeft").warning("a batch of %s", x.shape[0])
         return x * 2
 
-    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :3],))
+    laws.assert_traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :3],))
 
 
 def test_python_rounds_divides_and_reverses_values():
@@ -226,7 +226,7 @@ def test_python_rounds_divides_and_reverses_values():
         flipped: Any = reversed(x)
         return flipped.mul(round(x.shape[0] / 3, 1)) + half + divmod(9, half)[1] * rest + len(list(reversed(x.shape)))
 
-    laws.traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :4],))
+    laws.assert_traced_is_the_model(lambda: module_of(forward), (X,), (X[:1, :4],))
 
 
 @pytest.mark.parametrize("inputs", [(X,), None], ids=["with inputs", "without"])
@@ -345,7 +345,7 @@ def test_a_mapping_keeps_its_type_and_order():
 def test_training_stays_an_input_of_the_graph(training):
     inner = module_of(lambda self, x: F.dropout(x, 0.5, self.training))
     model = nn.Sequential(nn.Dropout(0.2), inner, nn.BatchNorm1d(5))
-    laws.traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
     traced: Any = trace(model.train(training), (X,))
     traced.get_submodule("1").train(not training)
     model[1].train(not training)
@@ -359,7 +359,7 @@ def test_a_branch_on_training_gives_a_graph_for_each_mode(training):
         return F.linear(y, self.w) * 2 if self.training else F.linear(y, self.w)
 
     model = nn.Sequential(module_of(forward, w=nn.Parameter(torch.randn(8, 8)))).train(training)
-    laws.traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_is_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
     traced: Any = trace(model, (X,))
     evaluation, other = traced.graphs
     assert "mul" in str(other)
@@ -463,7 +463,7 @@ def test_tensors_that_a_forward_finds_by_itself_are_inputs_of_the_graph():
     members = {"linear": nn.Linear(8, 8), "scale": torch.ones(8), "plain": None}
     model = module_of(forward, **members)
     model.plain = torch.ones(8)
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
     traced: Any = trace(model, (X,))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers(), model.plain):
@@ -483,7 +483,7 @@ def test_tensors_that_a_module_holds_anywhere_are_written_in_each_run(is_kept):
 
     held = {"a": [torch.ones(8)], "b": torch.ones(8)}
     model = nn.Sequential(module_of(forward, scale=torch.ones(8), held=held))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
 
 
 def test_a_forward_that_caches_tensors_leaves_no_trace_in_the_model():
@@ -540,7 +540,7 @@ def test_regions_under_autocast_share_no_casts_of_weights():
         return x
 
     model = module_of(forward, linear=nn.Linear(8, 8))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
 
 
 def test_no_gradient_goes_through_a_region_under_no_grad():
@@ -585,7 +585,7 @@ def test_what_is_handed_on_under_no_grad_keeps_its_gradient():
         return self.linear(x) + y * z * w * a
 
     model = module_of(forward, linear=nn.Linear(8, 8), idle=nn.Sequential(nn.Dropout(0.2), nn.Identity()))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
 
 
 def test_the_gradient_mode_can_follow_the_mode_of_a_module():
@@ -595,7 +595,7 @@ def test_the_gradient_mode_can_follow_the_mode_of_a_module():
         return y * self.linear(x)
 
     model = module_of(forward, linear=nn.Linear(8, 8))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
     trace(model.eval(), (X,))(X)
     assert torch.is_grad_enabled()
 
@@ -611,7 +611,7 @@ def test_buffers_are_written_under_no_grad():
         return self.linear(x) - self.mean + self.last
 
     model = module_of(forward, linear=nn.Linear(8, 8), mean=torch.zeros(8), last=torch.zeros(8))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
     model.mean.requires_grad_()
     with pytest.raises(TraceError, match=r"writes under torch\.no_grad\(\)"):
         trace(model, (X,))
@@ -619,7 +619,7 @@ def test_buffers_are_written_under_no_grad():
 
 def test_what_was_computed_before_the_model_can_be_written_into():
     model = module_of(lambda self, x: self.linear(x.mul_(2)), linear=nn.Linear(8, 8))
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
 
 
 def test_a_write_under_no_grad_keeps_the_module_a_call():
@@ -648,7 +648,7 @@ def test_a_write_by_an_option_under_no_grad_keeps_the_module_a_call(write):
     model = nn.Sequential(module_of(forward, linear=nn.Linear(8, 8), write=write))
     traced: Any = trace(model, (X,))
     assert "writes under torch.no_grad()" in traced.kept["0"]
-    laws.traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,))
 
 
 def test_the_gradient_mode_within_a_region_is_the_regions_own():
@@ -657,7 +657,7 @@ def test_the_gradient_mode_within_a_region_is_the_regions_own():
             y = x * 2 if torch.is_grad_enabled() else x * 3
         return x + y
 
-    laws.traced_trains_as_the_model(lambda: module_of(forward), (X,))
+    laws.assert_traced_trains_as_the_model(lambda: module_of(forward), (X,))
 
 
 class Doubled(torch.autograd.Function):
@@ -762,7 +762,7 @@ def test_parameters_in_containers_and_properties():
 
     weights = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(2)])
     model = module_of(forward, weights=weights, named=nn.ParameterDict({"scale": nn.Parameter(torch.ones(8))}))
-    laws.traced_is_the_model(lambda: model, (X,), (X[:1],))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X[:1],))
 
 
 def test_a_parametrised_layer_is_computed_from_its_originals():
@@ -841,7 +841,7 @@ def test_a_model_in_half_precision_is_traced(example: Example):
     inputs = pytree.tree_map_only(
         torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, example.inputs()
     )
-    laws.traced_is_the_model(build, inputs)
+    laws.assert_traced_is_the_model(build, inputs)
 
 
 @pytest.mark.parametrize("example", [LLAMA, VIT], ids=str)
@@ -858,7 +858,7 @@ def test_a_model_without_data_is_traced(example: Example):
 def test_graph_modules_inside_a_model_are_inlined():
     inner = fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
     model = nn.Sequential(inner, nn.Linear(8, 8))
-    laws.traced_is_the_model(lambda: model, (X,), (X[:1],))
+    laws.assert_traced_is_the_model(lambda: model, (X,), (X[:1],))
     assert "0.0" in [node.target for node in trace(model, (X,)).graph.nodes]
 
 

@@ -87,6 +87,11 @@ class Convolution:
         return _POINTWISE[self.function](x, weight, groups=in_graph(self.groups, x))
 
     @staticmethod
+    def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
+        """Returns how many features go in and come out."""
+        return (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its features, in each group, and the size of its kernel, for a person to read."""
         features = shape[:2] if transposed else shape[1::-1]

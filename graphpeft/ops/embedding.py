@@ -52,6 +52,11 @@ class Embedding:
         return F.embedding(x, weight, **{name: in_graph(value, x) for name, value in self.options.items()})
 
     @staticmethod
+    def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
+        """Returns how many entries the table has, and how many features come out."""
+        return shape[0], shape[1]
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its entries and features, for a person to read."""
         return " → ".join(map(str, shape))

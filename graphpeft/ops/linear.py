@@ -54,6 +54,11 @@ class Linear:
         return x @ weight if self.transposed else F.linear(x, weight)
 
     @staticmethod
+    def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
+        """Returns how many features go in and come out."""
+        return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its features, for a person to read."""
         return " → ".join(map(str, shape if transposed else shape[::-1]))

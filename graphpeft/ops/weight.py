@@ -29,6 +29,13 @@ class Weight:
         return self.node.name
 
     @staticmethod
+    def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int | None, int | None]:
+        """Returns how many features go in and come out, as far as a matrix tells; None for others."""
+        if len(shape) < 2:
+            return None, None
+        return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its shape, for a person to read."""
         return "×".join(map(str, shape))

@@ -10,33 +10,31 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from graphpeft import ops, targets
-from graphpeft.config import OWN, PeftConfig, PeftType, register
+from graphpeft import ops
+from graphpeft.boundaries import Leaf
+from graphpeft.config import OWN, PeftType, register
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.leaf import LoraLeaf
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.report import Report
 from graphpeft.rewrite import Rule
 from graphpeft.sites import Site, SiteFinder
-from graphpeft.targeting import targeted_sites, with_parts
+from graphpeft.target_config import TargetedConfig
+from graphpeft.targeting import with_parts
 
 
 @register
 @dataclass(kw_only=True)
-class LoraConfig(PeftConfig):
-    """LoRA's options; the names, defaults and meanings are PEFT's.
+class LoraConfig(TargetedConfig):
+    """LoRA's options beside those that name targets; the names, defaults and meanings are PEFT's.
 
     Attributes:
         r: The rank.
-        target_modules: Names of the weights to adapt: a list matches paths that are equal or end in ``.name``, a
-            string is a regular expression for the whole path, or ``"all-linear"``. None takes the default of the
-            model's `model_type`.
         target_parameters: Paths (or their ends) of weights that are plain parameters.
-        exclude_modules: As `target_modules`, for what is left out.
         lora_alpha: α.
         lora_dropout: The probability of dropping an element of the branch's input.
         fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
@@ -44,8 +42,6 @@ class LoraConfig(PeftConfig):
         use_rslora: Whether the scale is α/√r.
         init_lora_weights: True: A uniform as in ``nn.Linear``, B zero. ``"gaussian"``: A normal with deviation 1/r.
             False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start.
-        layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
-        layers_pattern: The name before that index.
         rank_pattern: Other ranks, by regular expression for the end of the path.
         alpha_pattern: Other α, likewise.
         target_parts: Not of PEFT's: the parts of fused projections that are adapted alone, by their names as in a list
@@ -54,19 +50,16 @@ class LoraConfig(PeftConfig):
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
+    adapts_leaves: ClassVar[bool] = True
 
     r: int = 8
-    target_modules: list[str] | set[str] | str | None = None
     target_parameters: list[str] | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -99,10 +92,6 @@ class LoraConfig(PeftConfig):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         super().__post_init__()
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
         self._check_values()
 
     def check(self) -> None:
@@ -125,27 +114,17 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
             )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern has no effect without layers_to_transform")
 
-    def resolved(self, model: nn.Module) -> LoraConfig:
-        """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
-        config = super().resolved(model)
-        assert isinstance(config, LoraConfig)
-        if targets.is_all_linear(config.target_modules):
-            config.target_modules = set(targets.all_linear_names(model, config.task_type))
-        elif config.target_modules is None:
-            config.target_modules = _default_targets(model, optional=bool(config.target_parameters))
-        return config
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether B starts at zero, and the weights stay as they are."""
+        return self.init_lora_weights in (True, "gaussian")
 
-    def for_file(self, sites: Sequence[Site]) -> LoraConfig:
+    def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
         for site in sites:
-            if site.parts:
+            if isinstance(site, Site) and site.parts:
                 config.rank_pattern, config.alpha_pattern = (
                     {_exactly(site.name): value, **own}
                     for value, own in zip(
@@ -153,7 +132,7 @@ class LoraConfig(PeftConfig):
                     )
                 )
         layers = [site for site in sites if site.is_layer]
-        config.fan_in_fan_out = bool(layers) and all(site.transposed for site in sites)
+        config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
         if len(layers) < len(sites):
             config.target_parameters = [site.weight for site in sites if not site.is_layer]
             config.target_modules = [site.name for site in layers]
@@ -176,13 +155,15 @@ class LoraConfig(PeftConfig):
                 del own[key]
         return config
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Any]:
         """Returns the sites of the weights that the config names."""
-        sites = targeted_sites(self, finder, report, owned)
+        sites = super().find_sites(finder, report, owned)
         return with_parts(sites, self.target_parts or {}, finder, report)
 
-    def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
-        """Returns the rule for the kind of operation that uses the weight."""
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
+        """Returns the rule for the kind of operation that uses the weight, or for a call."""
+        if site.op is Leaf:
+            return LoraLeaf(self.lora_dropout > 0)
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.parts:
             return LoraParts(site.parts, site.is_layer and site.transposed, drops, casts)
@@ -224,13 +205,3 @@ _UNSUPPORTED = (
     "velora_config",
 )
 """Options of PEFT's of which only the default is supported."""
-
-
-def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
-    try:
-        default = targets.default_target_modules(model)
-    except ValueError:
-        if optional:
-            return set()
-        raise
-    return default if isinstance(default, str) else set(default)

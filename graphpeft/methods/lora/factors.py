@@ -9,27 +9,27 @@ from typing import Any
 from torch import Tensor
 
 from graphpeft import ops, targets
-from graphpeft.sites import Site
+from graphpeft.sites import LeafSite, Site
 
 
-def rank_of(site: Site, config: Any) -> int:
+def rank_of(site: Site | LeafSite, config: Any) -> int:
     """Returns the rank of A and B at `site`."""
     return targets.pattern_value(config.rank_pattern, site.name, config.r)
 
 
-def scaling_of(site: Site, config: Any) -> float:
+def scaling_of(site: Site | LeafSite, config: Any) -> float:
     """Returns α/r, or α/√r with rank-stabilised LoRA."""
     rank = rank_of(site, config)
     alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def constants_of(site: Site, config: Any, drops: bool = False) -> Mapping[str, float]:
+def constants_of(site: Site | LeafSite, config: Any, drops: bool = False) -> Mapping[str, float]:
     """Returns the numbers that a branch reads: the scale, and the probability of dropout if there is one."""
     return {"lora_scaling": scaling_of(site, config)} | ({"lora_dropout": config.lora_dropout} if drops else {})
 
 
-def initialise(parameters: Mapping[str, Tensor], site: Site, config: Any) -> None:
+def initialise(parameters: Mapping[str, Tensor], site: Site | LeafSite, config: Any) -> None:
     """Draws A and B as PEFT does, so that equal seeds give equal values.
 
     Args:

@@ -39,7 +39,7 @@ BOTH_MODES = (False, True)
 """Evaluation and training."""
 
 
-def fresh_adapter_changes_no_output(
+def assert_fresh_adapter_changes_no_output(
     build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] = BOTH_MODES
 ) -> None:
     """Law 1: an adapter that starts as the identity changes no output, bit for bit.
@@ -58,7 +58,7 @@ def fresh_adapter_changes_no_output(
         require_equal(run(adapted, inputs), expected, f"with training={mode}, a fresh adapter changes the output")
 
 
-def only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
     frozen = {path for path, _ in build().named_parameters()}
     adapted = perturbed(get_peft_model(build().train(), config, example_inputs=inputs))
@@ -73,7 +73,7 @@ def only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: Exampl
             raise LawError(f"{path} gets a gradient, though it is frozen")
 
 
-def adapted_is_base_with_delta(
+def assert_adapted_is_base_with_delta(
     build: Build,
     config: PeftConfig,
     inputs: ExampleInputs,
@@ -107,7 +107,7 @@ def _add_deltas(base: nn.Module, adapter: adapters.Adapter, modules: adapters.Mo
             getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
 
 
-def saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 4: what is saved and loaded again gives the same outputs and the same tensors."""
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> 
     require_close(run(loaded, inputs), run(adapted, inputs), 1e-6, "loaded differs from saved")
 
 
-def traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs."""
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     traced = get_peft_model(trace(build().eval(), inputs), config)
@@ -131,7 +131,7 @@ def traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInp
         require_close(found, expected, 1e-6, f"training={mode}: the traced model's outputs differ")
 
 
-def spellings_are_adapted_alike(
+def assert_spellings_are_adapted_alike(
     build: Build, others: Sequence[Build], config: PeftConfig, inputs: ExampleInputs
 ) -> None:
     """Law 5: models that spell one computation in several ways have the same sites, files and outputs."""
@@ -146,7 +146,7 @@ def spellings_are_adapted_alike(
         require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
 
 
-def dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 6: `explain` and a failed adaptation change nothing."""
     model = build()
     before = snapshot(model)
@@ -160,7 +160,9 @@ def dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInp
         raise LawError("an adaptation whose rule fails didn't fail")
 
 
-def traced_is_the_model(build: Build, inputs: ExampleInputs, *others: ExampleInputs, may_refuse: bool = False) -> None:
+def assert_traced_is_the_model(
+    build: Build, inputs: ExampleInputs, *others: ExampleInputs, may_refuse: bool = False
+) -> None:
     """Law 7: tracing changes nothing, and the graph equals the model in both modes and on other inputs.
 
     Args:
@@ -186,7 +188,7 @@ def traced_is_the_model(build: Build, inputs: ExampleInputs, *others: ExampleInp
                 require_equal(found, expected, f"traced with training={training}, run with training={mode}")
 
 
-def traced_trains_as_the_model(
+def assert_traced_trains_as_the_model(
     build: Build,
     inputs: ExampleInputs,
     *others: ExampleInputs,
@@ -224,7 +226,7 @@ def traced_trains_as_the_model(
                 require_equal(found[what], value, law)
 
 
-def copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted."""
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     expected = run(adapted, inputs)

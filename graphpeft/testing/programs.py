@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import laws
+from graphpeft.testing import laws
 
 DIM = 8
 

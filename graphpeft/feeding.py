@@ -1,0 +1,57 @@
+"""Targets by a pattern in the graph: the linear operations that feed the queries, keys or values of attentions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphpeft import ops
+from graphpeft.attentions import LAYERS, attentions
+from graphpeft.dataflow import feeding_directly
+from graphpeft.tracing.graph_module import VALUE, template_of
+from graphpeft.tracing.trace import stands_for
+
+
+def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> list[str]:
+    """Returns the names, for `target_modules`, of the linear operations from which attentions get what they read.
+
+    These are the last ones on the way, whatever reshapes, normalises or rotates their outputs: in a model whose query,
+    key and value are one projection, that one for each role.
+
+    Args:
+        traced: A model traced with example inputs.
+        role: What the attentions read.
+
+    Raises:
+        ValueError: If there is no attention, or one is a layer that has its projections inside, as
+            ``nn.MultiheadAttention`` does.
+    """
+    template = template_of(traced)
+    if template is None:
+        raise ValueError(f"a {type(traced).__name__} isn't traced; pass trace(model, example_inputs)")
+    graph = template.graphs[template.index(traced)]
+    values = {node.name: node.meta[VALUE] for node in graph.nodes if VALUE in node.meta}
+    if not values:
+        raise ValueError("the graph has no example values, by which attentions are known; trace it with example_inputs")
+    computed = {op.node: op for op in ops.find_ops(graph, traced)}
+
+    def has_tensors(node: fx.Node) -> bool:
+        # a shape that a view takes from other values brings none of these along
+        return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values.get(node.name)))
+
+    found: dict[str, None] = {}
+    for attention in attentions(traced, graph, values):
+        if attention.node.op == "call_module" and isinstance(traced.get_submodule(str(attention.node.target)), LAYERS):
+            path = str(attention.node.target)
+            layer = stands_for(traced.get_submodule(path)).__name__
+            raise ValueError(f"{path} is a {layer}, whose projections are inside it; name it in target_modules itself")
+        read: fx.Node | None = getattr(attention, role)
+        before = feeding_directly(graph, read, computed, has_tensors) if read is not None else []
+        for op in (computed[node] for node in before):
+            if isinstance(op, ops.Linear):
+                found[op.weight.removesuffix(".weight")] = None
+    if not found:
+        raise ValueError(f"no linear operation of a {stands_for(traced).__name__} feeds the {role} of an attention")
+    return list(found)

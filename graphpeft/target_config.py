@@ -1,0 +1,101 @@
+"""What the configs of all methods share that adapt the weights, or the calls, of modules which they name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from graphpeft import targets
+from graphpeft.config import PeftConfig
+from graphpeft.report import Report
+from graphpeft.sites import LeafSite, Site, SiteFinder
+from graphpeft.targeting import targeted_sites
+
+
+@dataclass(kw_only=True)
+class TargetedConfig(PeftConfig):
+    """The options that name targets; the names and meanings are PEFT's.
+
+    Attributes:
+        target_modules: Names of the weights to adapt: a list matches paths that are equal or end in ``.name``, a
+            string is a regular expression for the whole path, or ``"all-linear"``. None takes the default of the
+            model's `model_type`.
+        exclude_modules: As `target_modules`, for what is left out.
+        layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
+        layers_pattern: The name before that index.
+    """
+
+    adapts_leaves: ClassVar[bool] = False
+    """Whether the method's rules take the call of a module as an operation, where it has no weight: a `LeafSite`."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_targets()
+
+    def check(self) -> None:
+        """Raises ValueError for options that contradict each other, or that this library doesn't support."""
+        super().check()
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform")
+
+    def resolved(self, model: nn.Module) -> PeftConfig:
+        """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
+        config = super().resolved(model)
+        assert isinstance(config, TargetedConfig)
+        if targets.is_all_linear(config.target_modules):
+            config.target_modules = set(targets.all_linear_names(model, config.task_type))
+        elif config.target_modules is None:
+            config.target_modules = _default_targets(model, optional=bool(getattr(config, "target_parameters", None)))
+        return config
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
+        """Returns the sites that the config names."""
+        return targeted_sites(self, finder, report, owned)
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config that names these sites alone."""
+        config = copy.copy(self)
+        wanted = [site.name for site in sites]
+        by_parameter = getattr(self, "target_parameters", None)
+        if by_parameter is not None:
+            config.target_parameters = None  # type: ignore[attr-defined]
+            # a layer's weight that was named as a parameter has no other name
+            kept = [site.name for site in sites if not site.is_layer and targets.match_parameter(self, site.name)]
+            if kept:
+                config.target_parameters = kept  # type: ignore[attr-defined]
+                wanted = [name for name in wanted if name not in kept]
+                also = sorted(other for other in names if targets.match_parameter(config, other) and other not in kept)
+                if also:
+                    raise ValueError(f"target_parameters can't name {kept} without {also}; name them in target_modules")
+        config.target_modules = targets.exactly(wanted, names)
+        config.layers_to_transform = config.layers_pattern = None
+        return config
+
+
+def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
+    try:
+        default = targets.default_target_modules(model)
+    except ValueError:
+        if optional:
+            return set()
+        raise
+    return default if isinstance(default, str) else set(default)

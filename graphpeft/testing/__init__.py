@@ -1,0 +1,1 @@
+"""What property-tests adapters and rewrites: the laws, and strategies for models, inputs, configs and edits."""

@@ -118,7 +118,7 @@ def _sites(model: nn.Module, inputs: Any) -> Row:
     report = explain(model.eval(), LoraConfig(target_modules=names), example_inputs=inputs)
     return {
         "linears": len(names),
-        "adaptable": len({adapted.site.owner for adapted in report.adapted}),
+        "adaptable": len({adapted.site.owner for adapted in report.adapted} & set(names)),
         "refused": {refusal.name: refusal.reason for refusal in report.refused},
     }
 

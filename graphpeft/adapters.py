@@ -6,6 +6,7 @@ a disabled adapter costs nothing. Whatever can fail is done before the first cha
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -190,6 +191,10 @@ def _first_values(
         return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
+    for other in adapted.site.redrawn:
+        rule: Any = config.rule_for(other, adapted.dtype)
+        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        rule.initialise(discarded, other, config, module)
     adapted.rule.initialise(drawn, adapted.site, config, module)
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn
@@ -409,7 +414,20 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
         reason = adapted.rule.unmergeable(adapted.site)
         if reason is not None:
             raise AdaptError(
-                f"{adapted.site.name} of adapter {name!r} can't be merged: {reason}; take it off with unload()"
+                f"{adapted.site.label} of adapter {name!r} can't be merged: {reason}; take it off with unload()"
+            )
+
+
+def refuse_untrainable(adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if an adapter that was loaded for inference asks for what can't be done in training."""
+    config = copy.copy(adapter.config)
+    config.inference_mode = False
+    for adapted in adapter.sites:
+        reason = adapted.rule.check(adapted.site, config)
+        if reason is not None:
+            raise AdaptError(
+                f"adapter {name!r} was loaded for inference and can't be trained: {adapted.site.label}: {reason} in "
+                "the config that you load it with, or call set_adapter with inference_mode=True"
             )
 
 

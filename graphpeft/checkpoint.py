@@ -1,7 +1,8 @@
 """Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
-A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module once for each of its parameters
-that is adapted on its own (`target_parameters`), so the names of all that is inside it have ``.base_layer`` in them.
+A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more for
+each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
+``.base_layer`` in them.
 """
 
 from __future__ import annotations
@@ -45,9 +46,8 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
             found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
-    layers = {adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer}
     for owner, names in adapter.whole.items():
-        inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
+        inside = ".base_layer" * len(wrapped.get(owner, ()))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
                 key = _key(prefix, _file_path(owner, wrapped) + inside, own)
@@ -58,9 +58,8 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
 def _key_at_site(site: Site | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
     if isinstance(site, CallSite):
         return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
-    path = _file_path(site.owner, wrapped)
-    if not site.is_layer:
-        path += ".base_layer" * (len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute))
+    around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
+    path = _file_path(site.owner, wrapped) + ".base_layer" * around
     return _key(prefix, path, name)
 
 
@@ -69,12 +68,14 @@ def _key(prefix: str, path: str, name: str) -> str:
 
 
 def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
-    """Returns the parameters for which PEFT wraps their module, the innermost first, by the module's path."""
-    wrapped: dict[str, list[str]] = {}
+    """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
+    wrapped: dict[str, list[tuple[bool, int, str]]] = {}
     for adapted in adapter.weight_sites:
-        if not adapted.site.is_layer:
-            wrapped.setdefault(adapted.site.owner, []).append(adapted.site.attribute)
-    return {owner: sorted(names, key=list(modules[owner]._parameters).index) for owner, names in wrapped.items()}
+        site = adapted.site
+        # a layer is wrapped as such before its parameters are
+        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        wrapped.setdefault(site.owner, []).append(place)
+    return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
 
 
 def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:

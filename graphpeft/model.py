@@ -275,10 +275,13 @@ class PeftModel(nn.Module):
             inference_mode: Whether they are for inference instead, so that nothing is trained.
 
         Raises:
-            AdaptError: If a name isn't known, or two of them train the same tensor whole.
+            AdaptError: If a name isn't known, two of them train the same tensor whole, or one that was loaded for
+                inference can't be trained.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [_known(self, name).config for name in names]
+        for name in names if not inference_mode else ():
+            _adapters.refuse_untrainable(_known(self, name), name)
         _adapters.activate(_modules(self), self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode

@@ -100,7 +100,7 @@ def _add_site(plan: Plan, site: Site | CallSite, template: Template, autocast: b
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     if reason is not None:
-        plan.report.refused.append(Refusal(site.name, reason, site.way_out))
+        plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)

@@ -46,6 +46,8 @@ class Site(NamedTuple):
         transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
         groups: Into how many groups a convolution's features are divided.
+        named: The module whose name stands for several weights, of which this is one; None for other weights.
+        redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
     """
 
     region: str
@@ -59,6 +61,8 @@ class Site(NamedTuple):
     transposed: bool
     is_layer: bool
     groups: int = 1
+    named: str | None = None
+    redrawn: tuple[Site, ...] = ()
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
 
@@ -85,7 +89,14 @@ class Site(NamedTuple):
     @property
     def name(self) -> str:
         """What PEFT calls the site: the path of the layer, or of the parameter."""
+        if self.named is not None:
+            return self.named
         return self.owner if self.is_layer else self.weight
+
+    @property
+    def label(self) -> str:
+        """Its name, for a person to read: where the name stands for several weights, the path of this one."""
+        return self.name if self.named is None else self.weight
 
     @property
     def size(self) -> str:
@@ -122,12 +133,15 @@ class CallSite(NamedTuple):
 
     op = Boundary
     prefix = ""
+    redrawn = ()
     way_out = "name another module in prompt_scope"
 
     @property
     def name(self) -> str:
         """The path of the module, for a person to read."""
         return self.owner or "the model"
+
+    label = name
 
     @property
     def size(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,6 +16,51 @@ from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targets import Match
+from graphpeft.tracing.trace import stands_for
+
+
+class _Weights(NamedTuple):
+    """The weights that a module's name stands for, by their paths in it.
+
+    Attributes:
+        of_layer: Those that PEFT adapts for the name, the one whose tensors bear the module's own name first.
+        of_parameters: Those that stand for it where the first of these is absent, and are parameters for PEFT.
+        redrawn: The one for which PEFT draws first values twice: before all others, and in its turn.
+    """
+
+    of_layer: tuple[str, ...]
+    of_parameters: tuple[str, ...] = ()
+    redrawn: str | None = None
+
+
+_WEIGHTS: dict[type[nn.Module], _Weights] = {
+    nn.MultiheadAttention: _Weights(
+        ("in_proj_weight", "out_proj.weight"),
+        ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
+        redrawn="out_proj.weight",
+    )
+}
+"""Modules whose name stands for other weights than the one called `weight`."""
+
+_OWN_WEIGHT = _Weights(("weight",))
+
+
+class _Target(NamedTuple):
+    """A weight that a config names.
+
+    Attributes:
+        name: What was named: a module, or a parameter.
+        owner: The path of the module that owns the weight.
+        attribute: The weight's name in it; "" if there is none.
+        is_parameter: Whether it is named as a parameter, or can only be one.
+        stands_with: The weights for which the name stands.
+    """
+
+    name: str
+    owner: str
+    attribute: str
+    is_parameter: bool = False
+    stands_with: _Weights = _OWN_WEIGHT
 
 
 def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
@@ -28,18 +73,19 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
     found: list[Site] = []
-    weights: set[tuple[str, str]] = set()
-    for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
-        site = finder.find(owner, attribute) if attribute else _no_weight(finder.modules[name], name)
+    by_weight: dict[tuple[str, str], _Target] = {}
+    for target in _targeted(finder.modules, config, owned, report):
+        weight = (target.owner, target.attribute)
+        site = _site_of(target, finder)
         if isinstance(site, str):
-            report.refused.append(Refusal(name, site))
-        elif (owner, attribute) in weights:
+            report.refused.append(Refusal(target.name, site))
+        elif weight not in by_weight:
+            by_weight[weight] = target
+            found.append(site)
+        elif target.is_parameter != by_weight[weight].is_parameter:
             reason = "both target_modules and target_parameters name its weight"
             way_out = "name a weight in target_modules or target_parameters alone"
-            report.refused.append(Refusal(name, reason, way_out))
-        else:
-            weights.add((owner, attribute))
-            found.append(site._replace(is_layer=False) if is_parameter else site)
+            report.refused.append(Refusal(target.name, reason, way_out))
     if not found and not report.refused:
         report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
         option = "target_modules" if config.target_modules else "target_parameters"
@@ -47,10 +93,32 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
     return _as_peft_sorts(found, finder.modules)
 
 
+def _site_of(target: _Target, finder: SiteFinder) -> Site | str:
+    """Returns the site of a weight that is named, or the reason why there is none."""
+    if not target.attribute:
+        return _no_weight(finder.modules[target.name], target.name)
+    site = finder.find(target.owner, target.attribute)
+    if isinstance(site, str) or target.is_parameter:
+        return site if isinstance(site, str) else site._replace(is_layer=False)
+    if target.stands_with is _OWN_WEIGHT:
+        return site
+    site = site._replace(is_layer=True, named=target.name)
+    redrawn = target.stands_with.redrawn
+    if redrawn is None or target.owner != target.name:
+        return site
+    again = finder.find(*_split(join(target.name, redrawn)))
+    return site if isinstance(again, str) else site._replace(redrawn=(again._replace(named=target.name),))
+
+
+def _split(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition(".")
+    return owner, name
+
+
 def _targeted(
     modules: Mapping[str, nn.Module], config: object, owned: frozenset[str], report: Report
-) -> Iterator[tuple[str, str, str, bool]]:
-    """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter."""
+) -> Iterator[_Target]:
+    """Yields what the config names."""
     decide = targets.compile_matcher(config)
     names_parameters = bool(getattr(config, "target_parameters", None))
     for path, module in modules.items():
@@ -58,15 +126,29 @@ def _targeted(
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
-            yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
+            yield from _weights_of(path, module, modules)
         for name, tensor in module._parameters.items():
             weight = join(path, name)
             if tensor is None or weight in owned:
                 continue
             if names_parameters and targets.match_parameter(config, weight):
-                yield weight, path, name, True
+                yield _Target(weight, path, name, is_parameter=True)
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
-                yield weight, path, name, False
+                yield _Target(weight, path, name)
+
+
+def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[_Target]:
+    """Yields the weights that a module's name stands for."""
+    weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
+    first = weights.of_layer[0]
+    is_layer = module._parameters.get(first) is not None
+    names = weights.of_layer if is_layer else weights.of_parameters
+    if not names:
+        yield _Target(path, path, "")
+    for name in names:
+        owner, attribute = _split(join(path, name))
+        if owner in modules and modules[owner]._parameters.get(attribute) is not None:
+            yield _Target(path, owner, attribute, not is_layer, weights)
 
 
 def _as_peft_sorts(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
@@ -82,12 +164,8 @@ def _as_peft_sorts(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[
 
 def _no_weight(module: nn.Module, name: str) -> str:
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
-    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside and _calls(module) else ""
+    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
-
-
-def _calls(module: nn.Module) -> bool:
-    return not isinstance(module, nn.MultiheadAttention)
 
 
 def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:

@@ -52,6 +52,11 @@ class Embedding:
         return F.embedding(x, weight, **{name: in_graph(value, x) for name, value in self.options.items()})
 
     @staticmethod
+    def describes(dimensions: int) -> bool:
+        """Tells whether a weight of so many dimensions is a table."""
+        return dimensions == 2
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its entries and features, for a person to read."""
         return " → ".join(map(str, shape))

@@ -141,7 +141,7 @@ class LoraConfig(PeftConfig):
         config.fan_in_fan_out = bool(layers) and all(site.transposed for site in sites)
         if len(layers) < len(sites):
             config.target_parameters = [site.weight for site in sites if not site.is_layer]
-            config.target_modules = [site.name for site in layers]
+            config.target_modules = list(dict.fromkeys(site.name for site in layers))
             if config.lora_dropout:
                 warnings.warn(
                     f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "

@@ -1,0 +1,550 @@
+"""LoRA at layers of every kind computes what PEFT computes, and its files go both ways."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from models import CLASSES, VOCABULARY, Example, call, llama_config, output, result
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import graphpeft
+
+# what PEFT warns of is PEFT's
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+
+
+def example(name: str, make: Callable[[], nn.Module], arguments: Callable[[torch.Generator], Any], **lora: Any) -> Any:
+    return pytest.param(Example(name, make, arguments, {"r": 4} | lora), id=name)
+
+
+def images(channels: int, *sizes: int) -> Callable[[torch.Generator], Any]:
+    return lambda generator: (torch.randn(2, channels, *sizes, generator=generator),)
+
+
+def tokens(generator: torch.Generator) -> Any:
+    return (torch.randint(0, 12, (2, 7), generator=generator),)
+
+
+def text(generator: torch.Generator) -> Any:
+    return {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "use_cache": False}
+
+
+# convolutions
+
+
+def convolutions(*layers: nn.Module) -> Callable[[], nn.Module]:
+    """Returns a model of copies of these layers with a nonlinearity between them, drawn anew each time."""
+
+    def make() -> nn.Module:
+        made = copy.deepcopy(layers)
+        for layer in made:
+            layer.reset_parameters()  # type: ignore[operator]
+        parts = [part for layer in made for part in (layer, nn.Tanh())]
+        return nn.Sequential(*parts, nn.Flatten(), nn.LazyLinear(CLASSES))
+
+    return make
+
+
+def sized(make: Callable[[], nn.Module], arguments: Callable[[torch.Generator], Any]) -> Callable[[], nn.Module]:
+    """Returns a model whose lazy layers have seen an input."""
+
+    def sized_make() -> nn.Module:
+        model = make()
+        model(*arguments(torch.Generator()))
+        return model
+
+    return sized_make
+
+
+def convolutional(name: str, arguments: Callable[[torch.Generator], Any], *layers: nn.Module, **lora: Any) -> Any:
+    return example(name, sized(convolutions(*layers), arguments), arguments, target_modules=["0", "2"], **lora)
+
+
+CONVOLUTIONS = [
+    convolutional("conv1d", images(3, 9), nn.Conv1d(3, 8, 3, 2, 1), nn.Conv1d(8, 6, 1, bias=False)),
+    convolutional("conv2d", images(3, 9, 8), nn.Conv2d(3, 8, (3, 2), (2, 1), (1, 0)), nn.Conv2d(8, 6, 1)),
+    convolutional("conv3d", images(3, 5, 5, 4), nn.Conv3d(3, 8, 3, 2, 1), nn.Conv3d(8, 6, 1)),
+    convolutional("same", images(3, 9, 8), nn.Conv2d(3, 8, 3, padding="same"), nn.Conv2d(8, 6, 3, padding="valid")),
+    convolutional("groups", images(4, 9, 8), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, 2, groups=4)),
+    convolutional("depthwise", images(4, 9), nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 8, 3)),
+    convolutional("dropout", images(3, 9, 8), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), lora_dropout=0.4),
+    convolutional("gaussian", images(3, 9, 8), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), init_lora_weights="gaussian"),
+    convolutional("random", images(3, 9, 8), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), init_lora_weights=False),
+    convolutional("lora-only", images(3, 9, 8), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), bias="lora_only"),
+    convolutional(
+        "rslora", images(3, 9, 8), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), use_rslora=True, rank_pattern={"2": 2}
+    ),
+]
+
+
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=CLASSES, **options)
+
+
+VISION = [
+    example(
+        "timm-convnext",
+        timm_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+        images(3, 32, 32),
+        target_modules=["conv_dw", "fc1", "fc2", "stem.0", "downsample.1"],
+        r=16,
+    ),
+    example(
+        "timm-resnet",
+        timm_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)),
+        images(3, 32, 32),
+        target_modules=["conv1", "conv2", "fc"],
+    ),
+    example(
+        "torchvision-resnet18",
+        lambda: torchvision.models.resnet18(num_classes=CLASSES),
+        images(3, 32, 32),
+        target_modules=["layer1.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0", "fc"],
+    ),
+]
+
+
+# embeddings
+
+
+class Words(nn.Module):
+    """An embedding before a layer."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 8, **options)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x)))
+
+
+def gemma3() -> nn.Module:
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def untied_llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(llama_config(tie_word_embeddings=False))
+
+
+EMBEDDINGS = [
+    example("embedding", Words, tokens, target_modules=["words", "head"]),
+    example("padding", lambda: Words(padding_idx=3), tokens, target_modules=["words"]),
+    example("embedding-random", Words, tokens, target_modules=["words"], init_lora_weights=False, use_rslora=True),
+    example("embedding-dropout", Words, tokens, target_modules=["words", "head"], lora_dropout=0.4),
+    example("gemma3", gemma3, text, target_modules=["embed_tokens", "q_proj"]),
+    example("llama", untied_llama, text, target_modules=["embed_tokens", "lm_head"]),
+]
+
+
+# parameters
+
+
+class Experts(nn.Module):
+    """Two stacks of matrices, of which each row of the input has one."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        up, down = ((4, 8, 12), (4, 12, 8)) if is_transposed else ((4, 12, 8), (4, 8, 12))
+        self.up = nn.Parameter(torch.randn(up) / 3)
+        self.down = nn.Parameter(torch.randn(down) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_transposed:
+            return torch.tanh(x @ self.up) @ self.down
+        return torch.einsum("eti,eoi->eto", torch.tanh(torch.einsum("eti,eoi->eto", x, self.up)), self.down)
+
+
+class OfExperts(nn.Module):
+    """Experts before a layer."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.experts = Experts(is_transposed)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts(x))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
+
+
+def qwen3_moe() -> nn.Module:
+    sizes: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(**SIZES | sizes)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8, sliding_window=8)
+    model = transformers.GptOssForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def stacks(generator: torch.Generator) -> Any:
+    return (torch.randn(4, 5, 8, generator=generator),)
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+PARAMETERS = [
+    example("experts", lambda: OfExperts(False), stacks, target_modules=["head"], target_parameters=["up", "down"]),
+    example("experts-in-out", lambda: OfExperts(True), stacks, target_modules=[], target_parameters=["up", "down"]),
+    example("one-stack", lambda: OfExperts(False), stacks, target_modules=[], target_parameters=["experts.down"]),
+    example(
+        "experts-gaussian",
+        lambda: OfExperts(False),
+        stacks,
+        target_modules=[],
+        target_parameters=["up"],
+        init_lora_weights="gaussian",
+        rank_pattern={"experts.up": 3},
+    ),
+    example("mixtral", mixtral, text, target_modules=["q_proj"], target_parameters=EXPERTS),
+    example("qwen3-moe", qwen3_moe, text, target_modules=["q_proj"], target_parameters=EXPERTS),
+    example("gpt-oss", gpt_oss, text, target_modules=["q_proj"], target_parameters=EXPERTS),
+]
+
+# attention
+
+
+class Attention(nn.Module):
+    """Attention between two sequences, or in one."""
+
+    def __init__(self, is_self: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Linear(8, CLASSES)
+        self.is_self = is_self
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x if self.is_self else torch.flip(x, (1,)) * 2
+        return self.head(self.mha(x, other, other, need_weights=False)[0])
+
+
+def vectors(generator: torch.Generator) -> Any:
+    return (torch.randn(3, 5, 8, generator=generator),)
+
+
+def vision_transformer() -> nn.Module:
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=16, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=CLASSES
+    )
+    # its head starts at zero, which would hide every difference
+    nn.init.normal_(model.get_parameter("heads.head.weight"))
+    return model
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+
+
+ATTENTION = [
+    example("mha", Attention, vectors, target_modules=["mha"]),
+    example("mha-cross", lambda: Attention(False), vectors, target_modules=["mha", "head"]),
+    example("mha-without-bias", lambda: Attention(bias=False), vectors, target_modules=["mha"], use_rslora=True),
+    example("mha-random", Attention, vectors, target_modules=["mha"], init_lora_weights=False),
+    example("mha-gaussian", Attention, vectors, target_modules=["mha"], init_lora_weights="gaussian"),
+    example("mha-patterns", Attention, vectors, target_modules=["mha"], rank_pattern={"mha": 2}),
+    example("mha-bias-only", Attention, vectors, target_modules=["mha"], bias="lora_only"),
+    example("mha-bias-all", Attention, vectors, target_modules=["mha"], bias="all"),
+    example("torchvision-vit", vision_transformer, images(3, 32, 32), target_modules=["self_attention", "mlp.0"]),
+    example("encoder", encoder, vectors, target_modules=["self_attn", "linear1", "linear2"]),
+]
+
+LAYERS = [*CONVOLUTIONS, *VISION, *EMBEDDINGS, *PARAMETERS, *ATTENTION]
+
+
+# equality with PEFT
+
+
+@pytest.fixture(autouse=True)
+def _slow_path() -> Iterator[None]:
+    """Turns PyTorch's fast path for attention off, on which PEFT's adapters of layers around it are dead."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(was)
+
+
+def pefts(example: Example, **options: Any) -> Any:
+    model = example.build()
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, peft.LoraConfig(**example.lora | options)).eval()
+
+
+def ours(example: Example, **options: Any) -> Any:
+    model = example.build()
+    torch.manual_seed(1)
+    return graphpeft.get_peft_model(model, example.config(**options))
+
+
+def perturb(model: nn.Module) -> None:
+    """Gives all that is trained other values, as training would."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def both(example: Example, **options: Any) -> tuple[Any, Any]:
+    """Returns our model and PEFT's with the same trained adapter."""
+    model, theirs = ours(example, **options), pefts(example, **options)
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(model, of_adapter(peft.get_peft_model_state_dict(theirs)))
+    return model, theirs
+
+
+def of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out the embeddings' own weights, which PEFT saves beside their adapter."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("base_layer.weight")}
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference, as a part of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def assert_same_outputs(model: nn.Module, expected: nn.Module, example: Example, within: float = 1e-6) -> None:
+    for seed in (0, 1):
+        wanted = output(expected, example.inputs(seed))
+        assert difference(output(model, example.inputs(seed)), wanted) <= within
+
+
+def assert_matters(model: nn.Module, example: Example) -> None:
+    assert difference(output(model, example.inputs()), output(example.build(), example.inputs())) > 1e-3
+
+
+@pytest.mark.parametrize("example", LAYERS)
+def test_equal_seeds_give_pefts_values_and_names(example: Example) -> None:
+    found = graphpeft.get_peft_model_state_dict(ours(example))
+    expected = of_adapter(peft.get_peft_model_state_dict(pefts(example)))
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("example", LAYERS)
+def test_outputs_are_pefts(example: Example) -> None:
+    model, theirs = both(example)
+    assert_matters(model, example)
+    assert_same_outputs(model, theirs, example)
+
+
+@pytest.mark.parametrize("example", LAYERS)
+def test_in_training_outputs_and_gradients_are_pefts(example: Example) -> None:
+    model, theirs = both(example)
+    found, gradients = step(model, example, graphpeft.get_peft_model_state_dict(model))
+    expected, wanted = step(theirs, example, of_adapter(peft.get_peft_model_state_dict(theirs)))
+    assert difference(found, expected) <= 1e-6
+    assert sorted(gradients) == sorted(wanted)
+    for name, gradient in wanted.items():
+        assert gradient is not None
+        # PEFT adds the change of an attention's output projection twice, once without a gradient
+        times = 2 if re.search(r"(mha|attention|attn)\.base_layer\.out_proj\.lora", name) else 1
+        assert difference(gradients[name], times * gradient) <= 1e-5, name
+
+
+def step(model: Any, example: Example, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """Runs a step in training and returns the outputs and the gradients by their names in the file."""
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    torch.manual_seed(3)
+    found = result(call(model.train(), example.inputs()))
+    found.square().mean().backward()
+    return found.detach(), {names[p.data_ptr()]: p.grad for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("example", [layer for layer in LAYERS if layer.id not in ("gemma3", "llama")])
+def test_files_go_both_ways(example: Example, tmp_path: Path) -> None:
+    model, theirs = both(example)
+    model.save_pretrained(tmp_path / "ours")
+    assert_same_outputs(peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours").eval(), model, example)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_outputs(graphpeft.PeftModel.from_pretrained(example.build(), tmp_path / "theirs"), theirs, example)
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(tmp_path / which / "adapter_model.safetensors").items()}
+        for which in ("ours", "theirs")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("example", LAYERS)
+def test_merged_weights_are_pefts(example: Example) -> None:
+    model, theirs = both(example)
+    if any(isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 for module in model.modules()):
+        pytest.skip("features in groups can't be merged")
+    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
+        pytest.skip("PEFT fails to merge Conv3d with a kernel of one position")
+    merged, expected = model.merge_and_unload(safe_merge=True), theirs.merge_and_unload()
+    wanted = expected.state_dict()
+    assert sorted(merged.state_dict()) == sorted(wanted)
+    for name, tensor in merged.state_dict().items():
+        assert difference(tensor.float(), wanted[name].float()) <= 1e-6, name
+
+
+# beyond PEFT
+
+
+def unlike_pefts(*layers: nn.Module, size: tuple[int, ...] = (9, 8)) -> Example:
+    arguments = images(4, *size)
+    return Example("", sized(convolutions(*layers), arguments), arguments, {"target_modules": ["0", "2"], "r": 4})
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        unlike_pefts(nn.Conv2d(4, 8, 3, dilation=2), nn.Conv2d(8, 6, 1)),
+        unlike_pefts(nn.Conv1d(4, 8, 3, dilation=(2,), padding="same"), nn.Conv1d(8, 6, 2), size=(9,)),
+        unlike_pefts(nn.Conv2d(4, 8, 3, padding=2, padding_mode="circular"), nn.Conv2d(8, 6, 1)),
+        unlike_pefts(nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect"), nn.Conv2d(8, 6, 1)),
+        unlike_pefts(nn.Conv3d(4, 8, 2, padding=1, padding_mode="replicate"), nn.Conv3d(8, 6, 1), size=(4, 4, 4)),
+        unlike_pefts(nn.ConvTranspose2d(4, 8, 3, 2, output_padding=1), nn.ConvTranspose2d(8, 6, 1, dilation=2)),
+        unlike_pefts(nn.ConvTranspose1d(4, 8, 3, 2, 1), nn.ConvTranspose1d(8, 6, 2, dilation=2), size=(9,)),
+    ],
+    ids=["dilated", "dilated-1d", "circular", "reflect", "replicate", "transposed", "transposed-1d"],
+)
+def test_convolutions_that_pefts_branch_gets_wrong_are_the_base_plus_the_change(example: Example) -> None:
+    model = ours(example)
+    perturb(model)
+    adapted = output(model, example.inputs())
+    merged = model.merge_and_unload()
+    assert difference(output(merged, example.inputs()), adapted) <= 2e-6
+    assert_matters(merged, example)
+
+
+def test_peft_fails_on_dilated_convolutions() -> None:
+    # once it doesn't, compare with it
+    example = unlike_pefts(nn.Conv2d(4, 8, 3, dilation=2), nn.Conv2d(8, 6, 1))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        pefts(example)(*example.inputs())
+
+
+class OwnDims(nn.Module):
+    """Attention whose keys and values have other features than its queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mha(x, x[..., :4], x[..., :6])[0]
+
+
+def test_attention_with_dims_of_its_own_is_adapted_by_its_parameters(tmp_path: Path) -> None:
+    example = Example("", OwnDims, vectors, {"target_modules": ["mha"], "r": 4})
+    with pytest.raises(ValueError, match="same embed"):
+        pefts(example)
+    model = ours(example)
+    assert [adapted.site.name for adapted in model.adapter_report().adapted] == [
+        "mha.q_proj_weight",
+        "mha.k_proj_weight",
+        "mha.v_proj_weight",
+        "mha.out_proj.weight",
+    ]
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = graphpeft.PeftModel.from_pretrained(example.build(), tmp_path)
+    assert_same_outputs(loaded, model, example)
+    expected = output(model, example.inputs())
+    assert difference(output(model.merge_and_unload(), example.inputs()), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("example", [example for example in ATTENTION if "mha" not in str(example.id)])
+def test_adapted_attention_acts_on_the_fast_path_too(example: Example) -> None:
+    model = ours(example, init_lora_weights=False)
+    slow = output(model, example.inputs())
+    torch.backends.mha.set_fastpath_enabled(True)
+    fast = ours(example, init_lora_weights=False)
+    assert difference(output(fast, example.inputs()), slow) <= 1e-6
+
+
+@pytest.mark.parametrize("example", ATTENTION)
+def test_attention_in_a_traced_model_has_the_same_adapter(example: Example) -> None:
+    model = ours(example, init_lora_weights=False)
+    graph = graphpeft.trace(example.build(), example.inputs())
+    torch.manual_seed(1)
+    graphpeft.get_peft_model(graph, example.config(init_lora_weights=False))
+    found, expected = (graphpeft.get_peft_model_state_dict(adapted) for adapted in (graph, model))
+    assert sorted(found) == sorted(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_same_outputs(graph, model, example)
+
+
+# dropout at a weight as such
+
+DROPPING = Example("", Attention, vectors, {"target_modules": ["mha", "head"], "lora_dropout": 0.1})
+
+
+def test_dropout_at_attention_is_refused_in_training() -> None:
+    model = DROPPING.build()
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        graphpeft.AdaptError, match=r"mha\.in_proj_weight: lora_dropout=0\.1 drops elements of an operation"
+    ):
+        graphpeft.get_peft_model(model, DROPPING.config())
+    assert type(model) is type(before)
+    assert sorted(model.state_dict()) == sorted(before.state_dict())
+
+
+def test_pefts_attention_with_dropout_loads_for_inference_alone(tmp_path: Path) -> None:
+    theirs = pefts(DROPPING)
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = graphpeft.PeftModel.from_pretrained(DROPPING.build(), tmp_path)
+    assert_same_outputs(model, theirs, DROPPING)
+    with pytest.raises(graphpeft.AdaptError, match="set lora_dropout=0"):
+        graphpeft.PeftModel.from_pretrained(DROPPING.build(), tmp_path, is_trainable=True)
+    with pytest.raises(graphpeft.AdaptError, match="was loaded for inference and can't be trained"):
+        model.set_adapter("default")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.set_adapter("default", inference_mode=True)
+    assert_same_outputs(model, theirs, DROPPING)
+
+
+def test_attention_and_its_projection_named_together_are_adapted_once() -> None:
+    model = ours(DROPPING, lora_dropout=0.0, target_modules=["mha", "mha.out_proj", "mha.in_proj_weight"])
+    assert sorted(graphpeft.get_peft_model_state_dict(model)) == sorted(
+        graphpeft.get_peft_model_state_dict(ours(DROPPING, lora_dropout=0.0, target_modules=["mha"]))
+    )

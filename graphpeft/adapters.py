@@ -43,12 +43,14 @@ class Adapter:
         sites: The sites that it adapts.
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
+        replaced: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
     config: PeftConfig
     sites: list[AdaptedSite]
     whole: dict[str, tuple[str, ...]]
     report: Report
+    replaced: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
@@ -159,6 +161,21 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if template_of(modules[region]) is None:
             adapters.lifted.setdefault(region, template)
     adapters.by_name[name] = Adapter.of(plan)
+    own = {place: value for place, value in (values or {}).items() if place not in made}
+    overwrite(modules, adapters.by_name[name], name, own)
+
+
+@torch.no_grad()
+def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
+    """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
+    of_adapter = set(adapter.tensor_names(name))
+    for (path, attribute), value in values.items():
+        kinds = (modules[path]._parameters, modules[path]._buffers)
+        tensor = next(kind[attribute] for kind in kinds if attribute in kind)
+        assert tensor is not None
+        if (path, attribute) not in of_adapter:
+            adapter.replaced.setdefault((path, attribute), tensor.clone())
+        tensor.copy_(value)
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -368,6 +385,10 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         for constant in adapted.constants:
             if adapted.site.owner in present:
                 present[adapted.site.owner].__dict__.pop(adapted.names[constant], None)
+    for (path, attribute), tensor in adapter.replaced.items():
+        held = modules[path]._parameters.get(attribute) if path in modules else None
+        if held is not None:
+            held.data.copy_(tensor)
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -393,6 +414,8 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+    for adapter in adapters.by_name.values():
+        adapter.replaced.clear()  # what was merged into is kept
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
-A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more for
-each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
+A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more
+for each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
 ``.base_layer`` in them.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from graphpeft import stand_ins, targets
+from graphpeft import embedding_layers, stand_ins, targets
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
@@ -52,6 +52,18 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
             if own not in modules[owner]._non_persistent_buffers_set:
                 key = _key(prefix, _file_path(owner, wrapped) + inside, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
+    return found
+
+
+def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
+        for own in ("weight", "bias"):
+            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
+                found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
     return found
 
 
@@ -94,7 +106,11 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
 
 
 def state_dict_of(
-    modules: Modules, adapter: Adapter, name: str, state_dict: Mapping[str, Any] | None
+    modules: Modules,
+    adapter: Adapter,
+    name: str,
+    state_dict: Mapping[str, Any] | None,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Returns an adapter's tensors by their names in the file.
 
@@ -103,14 +119,16 @@ def state_dict_of(
         adapter: The adapter.
         name: Its name.
         state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
+        save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
 
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    named = keys(adapter, name, modules)
+    embeddings = embedding_layers.to_save(modules, file_config(modules[""], adapter), save_embedding_layers)
+    named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {(path, attribute): getattr(modules[path], attribute).detach() for path, attribute in places}
+        tensors = {(path, attribute): _tensor(modules[path], attribute).detach() for path, attribute in places}
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -123,6 +141,11 @@ def state_dict_of(
     return {key: tensors[place] for key, place in named.items()} | derived
 
 
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the tensor of this name itself, even where another stands in for it."""
+    return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
+
+
 def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
 
@@ -131,6 +154,9 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
+    base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
+    shapes |= {place: tuple(_tensor(modules[place[0]], place[1]).shape) for place in base.values()}
+    named |= base
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
     needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
@@ -147,7 +173,18 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
             f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
             "names differ, from_pretrained maps them by key_mapping."
         )
-    return {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+    found = {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
+    # mostly what the model has anyway
+    unchanged = {
+        (path, own) for path, own in base.values() if torch.equal(_tensor(modules[path], own).cpu(), found[path, own])
+    }
+    return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns the names and places of the model's own tensors that a file may hold, in embeddings and adapted layers."""
+    paths = [adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer]
+    return _keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
 
 
 def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -209,11 +246,16 @@ def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch
 
 
 def save(
-    model: nn.Module, adapter: Adapter, name: str, folder: Path, state_dict: Mapping[str, Any] | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    folder: Path,
+    state_dict: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Writes one adapter into `folder`."""
+    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict, save_embedding_layers)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     unfinished = folder / f".{WEIGHTS_NAME}"

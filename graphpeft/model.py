@@ -392,20 +392,16 @@ class PeftModel(nn.Module):
             save_directory: The folder.
             safe_serialization: Only safetensors are written, so it must be True.
             selected_adapters: Which to write; all if None.
-            save_embedding_layers: Accepted for PEFT's sake, and must be ``"auto"`` or False: what is saved is what an
-                adapter holds.
+            save_embedding_layers: Whether the tables of a Transformers model's embeddings are saved, too: ``"auto"``
+                where the config's `target_modules` names one, or its vocabulary isn't that of the base model.
             is_main_process: Whether this process writes.
             state_dict: The model's state dict, where it was gathered elsewhere.
 
         Raises:
             AdaptError: If a selected adapter isn't known; nothing is written.
-            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True.
+            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True for a model that doesn't
+                tell its embeddings.
         """
-        if save_embedding_layers not in ("auto", False):
-            raise ValueError(
-                f"save_embedding_layers={save_embedding_layers!r} isn't supported yet: an adapter's file holds what is "
-                "trained alone. Leave it 'auto', and name an embedding that you train in modules_to_save"
-            )
         if not safe_serialization:
             raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
         if not is_main_process:
@@ -416,7 +412,7 @@ class PeftModel(nn.Module):
             _adapters.refuse_missing(_modules(self), adapter, name)
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            checkpoint.save(self, adapter, name, folder, state_dict)
+            checkpoint.save(self, adapter, name, folder, state_dict, save_embedding_layers)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
@@ -454,7 +450,11 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model_state_dict(
-    model: Any, state_dict: Mapping[str, Any] | None = None, adapter_name: str = "default"
+    model: Any,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of an adapter by their names in PEFT's files.
 
@@ -462,8 +462,13 @@ def get_peft_model_state_dict(
         model: An adapted model.
         state_dict: The model's state dict, where it was gathered elsewhere.
         adapter_name: The adapter.
+        unwrap_compiled: Whether `model` may be what ``torch.compile`` returned.
+        save_embedding_layers: As for `save_pretrained`.
     """
-    return checkpoint.state_dict_of(_modules(model), _known(model, adapter_name), adapter_name, state_dict)
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    adapter = _known(model, adapter_name)
+    return checkpoint.state_dict_of(_modules(model), adapter, adapter_name, state_dict, save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -480,9 +485,7 @@ def set_peft_model_state_dict(
     modules = _modules(model)
     adapter = _known(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
-    with torch.no_grad():
-        for (path, attribute), value in values.items():
-            getattr(modules[path], attribute).copy_(value)
+    _adapters.overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
 
 
@@ -524,8 +527,22 @@ def _load(
     loaded = loaded.fitted_to(values)
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
     _refuse(plan)
-    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
+    adapter = Adapter.of(plan)
+    fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
+    _refuse_other_base(model, adapter, adapter_name, fitted)
     _adapt(model, adapter_name, plan, fitted)
+
+
+def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: _adapters.Tensors) -> None:
+    """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
+    state: Adapters | None = model.__dict__.get(_STATE)
+    others = list(state.by_name) if state is not None else []
+    replaced = [".".join(place) for place in values if place not in set(adapter.tensor_names(name))]
+    if others and replaced:
+        raise checkpoint.CheckpointError(
+            f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "
+            f"{listed(others)} would compute something else; load it on a model of its own"
+        )
 
 
 def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:

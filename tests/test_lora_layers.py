@@ -334,13 +334,8 @@ def both(example: Example, **options: Any) -> tuple[Any, Any]:
     """Returns our model and PEFT's with the same trained adapter."""
     model, theirs = ours(example, **options), pefts(example, **options)
     perturb(theirs)
-    graphpeft.set_peft_model_state_dict(model, of_adapter(peft.get_peft_model_state_dict(theirs)))
+    graphpeft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs))
     return model, theirs
-
-
-def of_adapter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out the embeddings' own weights, which PEFT saves beside their adapter."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("base_layer.weight")}
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -361,7 +356,7 @@ def assert_matters(model: nn.Module, example: Example) -> None:
 @pytest.mark.parametrize("example", LAYERS)
 def test_equal_seeds_give_pefts_values_and_names(example: Example) -> None:
     found = graphpeft.get_peft_model_state_dict(ours(example))
-    expected = of_adapter(peft.get_peft_model_state_dict(pefts(example)))
+    expected = peft.get_peft_model_state_dict(pefts(example))
     assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in expected.items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -377,7 +372,7 @@ def test_outputs_are_pefts(example: Example) -> None:
 def test_in_training_outputs_and_gradients_are_pefts(example: Example) -> None:
     model, theirs = both(example)
     found, gradients = step(model, example, graphpeft.get_peft_model_state_dict(model))
-    expected, wanted = step(theirs, example, of_adapter(peft.get_peft_model_state_dict(theirs)))
+    expected, wanted = step(theirs, example, peft.get_peft_model_state_dict(theirs))
     assert difference(found, expected) <= 1e-6
     assert sorted(gradients) == sorted(wanted)
     for name, gradient in wanted.items():
@@ -396,7 +391,7 @@ def step(model: Any, example: Example, tensors: dict[str, Tensor]) -> tuple[Tens
     return found.detach(), {names[p.data_ptr()]: p.grad for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("example", [layer for layer in LAYERS if layer.id not in ("gemma3", "llama")])
+@pytest.mark.parametrize("example", LAYERS)
 def test_files_go_both_ways(example: Example, tmp_path: Path) -> None:
     model, theirs = both(example)
     model.save_pretrained(tmp_path / "ours")
@@ -548,3 +543,78 @@ def test_attention_and_its_projection_named_together_are_adapted_once() -> None:
     assert sorted(graphpeft.get_peft_model_state_dict(model)) == sorted(
         graphpeft.get_peft_model_state_dict(ours(DROPPING, lora_dropout=0.0, target_modules=["mha"]))
     )
+
+
+# the tables of embeddings
+
+
+def resized(seed: int, size: int = VOCABULARY) -> Any:
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(llama_config(vocab_size=size)).eval()
+
+
+def files(model: Any, folder: Path, **options: Any) -> dict[str, Tensor]:
+    model.save_pretrained(folder, **options)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"], ["model.embed_tokens"], r".*(embed_tokens|q_proj)"])
+@pytest.mark.parametrize("setting", [True, False, "auto"])
+def test_the_embeddings_are_saved_where_peft_saves_them(targets: Any, setting: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": targets}
+    model = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(**options))
+    theirs = peft.get_peft_model(resized(0), peft.LoraConfig(**options))
+    found = files(model, tmp_path / "ours", save_embedding_layers=setting)
+    expected = files(theirs, tmp_path / "theirs", save_embedding_layers=setting)
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in expected.items()}
+
+
+def test_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) -> None:
+    resized(0).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(VOCABULARY + 2)
+    adapted: Any = graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2))
+    found = files(adapted, tmp_path / "adapter")
+    assert "base_model.model.model.embed_tokens.weight" in found
+    assert "base_model.model.lm_head.weight" in found
+
+
+def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(resized(0), peft.LoraConfig(r=2, init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    other = resized(0)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[5:] += 1
+    before = copy.deepcopy(other.state_dict())
+    model = graphpeft.PeftModel.from_pretrained(other, tmp_path)
+    inputs = {"input_ids": torch.arange(7)[None]}
+    assert difference(output(model, inputs), output(theirs, inputs)) <= 1e-6
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert difference(output(merged, inputs), output(theirs, inputs)) <= 1e-6
+    model.unload()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_table_that_other_adapters_do_not_know_is_refused(tmp_path: Path) -> None:
+    theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model: Any = graphpeft.get_peft_model(resized(1), graphpeft.LoraConfig(r=2))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(graphpeft.CheckpointError, match="would compute something else"):
+        model.load_adapter(tmp_path, "other")
+    assert sorted(model.state_dict()) == sorted(before)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
+    theirs: Any = graphpeft.get_peft_model(resized(0, VOCABULARY + 2), graphpeft.LoraConfig(r=2))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(graphpeft.CheckpointError, match=r"embed_tokens\.weight of shape \(66, 32\)"):
+        graphpeft.PeftModel.from_pretrained(resized(0), tmp_path)
+
+
+def test_a_model_that_does_not_tell_its_embeddings_cannot_have_them_saved(tmp_path: Path) -> None:
+    model = graphpeft.get_peft_model(Words(), graphpeft.LoraConfig(r=2, target_modules=["words"]))
+    with pytest.raises(ValueError, match="a Words has no get_input_embeddings"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert not list(tmp_path.iterdir())

@@ -20,12 +20,13 @@ from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, boundary_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join, within
-from graphpeft.plan import AdaptError, Plan
+from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
+from graphpeft.trained_whole import TrainedRows
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -42,6 +43,7 @@ class Adapter:
         config: Its config.
         sites: The sites that it adapts.
         whole: The tensors for which it has stand-ins: names by the path of their module.
+        rows: The weights of which it has rows, by the path of their module.
         report: What was adapted, for a person to read.
         replaced: What the model's own tensors were before those in the adapter's file were put in their places.
     """
@@ -49,13 +51,14 @@ class Adapter:
     config: PeftConfig
     sites: list[AdaptedSite]
     whole: dict[str, tuple[str, ...]]
+    rows: dict[str, TrainedRows]
     report: Report
     replaced: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report)
+        return cls(plan.config, plan.sites, plan.whole, plan.rows, plan.report)
 
     @property
     def changes_weights(self) -> bool:
@@ -84,6 +87,8 @@ class Adapter:
         for path, names in self.whole.items():
             for name in names:
                 yield path, stand_ins.stand_in(name, adapter)
+        for path in self.rows:
+            yield path, stand_ins.rows(adapter)
 
 
 @dataclass
@@ -141,6 +146,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         AdaptError: If a tensor's name is taken; the model is as it was.
     """
     made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
+    made |= _row_tensors(plan, name, modules, values)
     for path, attribute in made:
         if _has(modules[path], attribute):
             where = path or "the model"
@@ -234,6 +240,21 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
     return made
 
 
+def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    """Returns the rows that are trained; those that follow another module have its very tensor."""
+    made: Tensors = {}
+    for path, rows in plan.rows.items():
+        if rows.leader == path:
+            table = modules[path]._parameters["weight"]
+            assert table is not None
+            place = path, stand_ins.rows(name)
+            first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
+            made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast), copy=True))
+    for path, rows in plan.rows.items():
+        made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]
+    return made
+
+
 def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
@@ -260,9 +281,13 @@ def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
-    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole} & modules.keys():
-        if path in stand_in_readers:
-            stand_ins.read(modules[path], *stand_in_readers[path])
+    row_readers = _row_readers(adapters, wanted)
+    changed = {path for adapter in adapters.by_name.values() for path in (*adapter.whole, *adapter.rows)}
+    for path in changed & modules.keys():
+        if path in stand_in_readers or path in row_readers:
+            names, adapter = stand_in_readers.get(path, ((), ""))
+            others = {name: stand_ins.stand_in(name, adapter) for name in names}
+            stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
     adapters.acting = wanted
@@ -277,6 +302,22 @@ def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[
                     f"{readers[path][1]!r} and {name!r} both train {path} whole; only one of them can be active"
                 )
             readers[path] = (names, name)
+    _row_readers(adapters, wanted)
+    return readers
+
+
+def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Returns which rows are read of each weight; refuses what two adapters both have."""
+    readers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name in wanted:
+        for path, rows in adapters.by_name[name].rows.items():
+            before = {index for _, indices in readers.get(path, ()) for index in indices}
+            whole = [other for other in wanted if "weight" in adapters.by_name[other].whole.get(path, ())]
+            if whole or not before.isdisjoint(rows.indices):
+                raise AdaptError(
+                    f"{name!r} and another of {wanted} both train rows of {path}; only one of them can be active"
+                )
+            readers.setdefault(path, []).append((stand_ins.rows(name), rows.indices))
     return readers
 
 
@@ -414,6 +455,12 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+            for path, rows in adapters.by_name[name].rows.items():
+                table = modules[path]._parameters["weight"]
+                assert table is not None
+                values = modules[path]._parameters[stand_ins.rows(name)]
+                assert values is not None
+                table.copy_(stand_ins.put_rows(table, rows.indices, values))
     for adapter in adapters.by_name.values():
         adapter.replaced.clear()  # what was merged into is kept
 
@@ -425,6 +472,9 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
         for adapted in adapters.by_name[name].weight_sites:
             if not torch.isfinite(delta(adapted, modules)).all():
                 raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+        for path in adapters.by_name[name].rows:
+            if not torch.isfinite(getattr(modules[path], stand_ins.rows(name))).all():
+                raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
@@ -473,10 +523,13 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
                 holders.setdefault(id(tensor), []).append(join(path, name))
     changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites]
     changed += [(path, name) for path, names in adapter.whole.items() for name in names]
+    changed += [(path, "weight") for path in adapter.rows]
     for path, name in changed:
-        tied = [
-            other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other != join(path, name)
-        ]
+        # what follows the same rows changes with them
+        same = {join(path, name)}
+        if path in adapter.rows and name == "weight":
+            same |= {join(o, name) for o, rows in adapter.rows.items() if rows.leader == adapter.rows[path].leader}
+        tied = [other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other not in same]
         if tied:
             raise AdaptError(
                 f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "

@@ -52,6 +52,10 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
             if own not in modules[owner]._non_persistent_buffers_set:
                 key = _key(prefix, _file_path(owner, wrapped) + inside, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
+    for path, rows in adapter.rows.items():
+        if rows.leader == path:
+            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
+            found[key] = (path, stand_ins.rows(name))
     return found
 
 
@@ -182,7 +186,7 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
 
 
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
-    """Returns the names and places of the model's own tensors that a file may hold, in embeddings and adapted layers."""
+    """Returns names and places of the model's own tensors that a file may hold: in embeddings and adapted layers."""
     paths = [adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer]
     return _keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
 
@@ -225,6 +229,8 @@ def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tup
             yield (adapted.site.owner, adapted.names[local]), spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
+    for path, rows in adapter.rows.items():
+        yield (path, stand_ins.rows(name)), (len(rows.indices), _tensor(modules[path], "weight").shape[1])
 
 
 def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:

@@ -130,7 +130,7 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.words(x)))
 
 
-def gemma3() -> nn.Module:
+def gemma3(tie_word_embeddings: bool = False) -> nn.Module:
     return transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             vocab_size=VOCABULARY,
@@ -141,7 +141,7 @@ def gemma3() -> nn.Module:
             num_key_value_heads=2,
             head_dim=8,
             max_position_embeddings=32,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tie_word_embeddings,
         )
     )
 
@@ -157,6 +157,33 @@ EMBEDDINGS = [
     example("embedding-dropout", Words, tokens, target_modules=["words", "head"], lora_dropout=0.4),
     example("gemma3", gemma3, text, target_modules=["embed_tokens", "q_proj"]),
     example("llama", untied_llama, text, target_modules=["embed_tokens", "lm_head"]),
+]
+
+
+# rows of embeddings
+
+
+def tied_llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(llama_config(tie_word_embeddings=True))
+
+
+def tied_gemma3() -> nn.Module:
+    return gemma3(tie_word_embeddings=True)
+
+
+def rows(name: str, make: Callable[[], nn.Module], indices: Any, **lora: Any) -> Any:
+    return example(name, make, text, target_modules=["q_proj"], trainable_token_indices=indices, **lora)
+
+
+ROWS = [
+    rows("rows", untied_llama, [3, 5, 40]),
+    rows("rows-of-the-head-too", untied_llama, {"embed_tokens": [3, 5, 40], "lm_head": [7]}),
+    rows("rows-of-tied", tied_llama, [3, 5, 40]),
+    rows("rows-of-tied-ensured", tied_llama, [3, 5, 40], ensure_weight_tying=True),
+    rows("rows-of-both-tied", tied_llama, {"embed_tokens": [3, 5], "lm_head": [3, 5]}),
+    rows("other-rows-of-tied", tied_llama, {"embed_tokens": [3, 5], "lm_head": [6]}),
+    rows("rows-of-gemma3", tied_gemma3, {"embed_tokens": [3, 5, 40]}),
+    rows("rows-beside-bias", tied_llama, [3, 5], bias="all", lora_dropout=0.3),
 ]
 
 
@@ -294,7 +321,7 @@ ATTENTION = [
     example("encoder", encoder, vectors, target_modules=["self_attn", "linear1", "linear2"]),
 ]
 
-LAYERS = [*CONVOLUTIONS, *VISION, *EMBEDDINGS, *PARAMETERS, *ATTENTION]
+LAYERS = [*CONVOLUTIONS, *VISION, *EMBEDDINGS, *PARAMETERS, *ATTENTION, *ROWS]
 
 
 # equality with PEFT
@@ -412,6 +439,8 @@ def test_merged_weights_are_pefts(example: Example) -> None:
         pytest.skip("features in groups can't be merged")
     if any(isinstance(module, nn.Conv3d) for module in model.modules()):
         pytest.skip("PEFT fails to merge Conv3d with a kernel of one position")
+    if example.name == "other-rows-of-tied":
+        pytest.skip("tied weights can't become different ones")
     merged, expected = model.merge_and_unload(safe_merge=True), theirs.merge_and_unload()
     wanted = expected.state_dict()
     assert sorted(merged.state_dict()) == sorted(wanted)
@@ -618,3 +647,89 @@ def test_a_model_that_does_not_tell_its_embeddings_cannot_have_them_saved(tmp_pa
     with pytest.raises(ValueError, match="a Words has no get_input_embeddings"):
         model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert not list(tmp_path.iterdir())
+
+
+# rows of embeddings
+
+
+def by_rows(indices: Any, make: Callable[[], nn.Module] = tied_llama, **options: Any) -> graphpeft.LoraConfig:
+    return graphpeft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"trainable_token_indices": [VOCABULARY]}, "it has rows 0 to 63, and none of index 64"),
+        ({"trainable_token_indices": [-1]}, "none of index -1"),
+        ({"trainable_token_indices": [3, 3]}, "named, each once"),
+        ({"trainable_token_indices": []}, "named, each once"),
+        ({"trainable_token_indices": {"embed_token": [3]}}, "names no module; near misses: embed_tokens"),
+        ({"trainable_token_indices": {"norm": [3]}}, "has no table"),
+        ({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "trained whole by modules_to_save"),
+        ({"trainable_token_indices": [3], "target_modules": ["embed_tokens"]}, "can't both act"),
+        (
+            {"trainable_token_indices": [3], "target_modules": ["lm_head"]},
+            r"tied to model\.embed_tokens, and an adapter",
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}, "ensure_weight_tying": True},
+            "which ensure_weight_tying forbids",
+        ),
+        ({"ensure_weight_tying": True}, "is supported for trainable_token_indices alone"),
+    ],
+)
+def test_rows_that_cannot_be_trained_are_refused(options: dict[str, Any], reason: str) -> None:
+    torch.manual_seed(0)
+    model = tied_llama()
+    before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(graphpeft.AdaptError, match=reason):
+        graphpeft.get_peft_model(model, graphpeft.LoraConfig(**{"target_modules": ["q_proj"]} | options))
+    assert [type(module) for module in model.modules()] == classes
+    assert sorted(model.state_dict()) == sorted(before)
+
+
+@pytest.mark.parametrize("example", ROWS)
+def test_rows_of_a_traced_model_are_the_models(example: Example) -> None:
+    model = ours(example)
+    perturb(model)
+    graph = graphpeft.trace(example.build(), example.inputs())
+    graphpeft.get_peft_model(graph, example.config())
+    graphpeft.set_peft_model_state_dict(graph, graphpeft.get_peft_model_state_dict(model))
+    assert_same_outputs(graph, model, example)
+
+
+@pytest.mark.parametrize("example", ROWS)
+def test_copies_keep_their_rows_and_unload_takes_them_off(example: Example) -> None:
+    model = ours(example)
+    perturb(model)
+    copied = copy.deepcopy(model)
+    assert_same_outputs(copied, model, example)
+    copied.unload()
+    base = example.build()
+    assert sorted(copied.state_dict()) == sorted(base.state_dict())
+    assert torch.equal(output(copied, example.inputs()), output(base, example.inputs()))
+    with model.disable_adapter():
+        assert torch.equal(output(model, example.inputs()), output(base, example.inputs()))
+
+
+def test_different_rows_of_tied_weights_cannot_be_merged() -> None:
+    model = graphpeft.get_peft_model(tied_llama(), by_rows({"embed_tokens": [3], "lm_head": [4]}))
+    with pytest.raises(graphpeft.AdaptError, match=r"embed_tokens\.weight is tied to lm_head\.weight"):
+        model.merge_and_unload()
+
+
+def test_two_adapters_act_together_if_their_rows_are_different_ones() -> None:
+    model = graphpeft.get_peft_model(tied_llama().eval(), by_rows([3, 4]))
+    model.add_adapter("other", by_rows([5]))
+    model.add_adapter("same", by_rows([4, 6]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "rows" in name:
+                parameter += 1
+    model.set_adapter(["default", "other"])
+    table = model.get_input_embeddings().weight
+    changed = (table - model.get_input_embeddings()._parameters["weight"]).abs().sum(1).nonzero().flatten()
+    assert changed.tolist() == [3, 4, 5]
+    with pytest.raises(graphpeft.AdaptError, match="both train rows of"):
+        model.set_adapter(["default", "same"])
+    assert model.active_adapters == ["default", "other"]

@@ -46,6 +46,9 @@ class LoraConfig(PeftConfig):
         layers_pattern: The name before that index.
         rank_pattern: Other ranks, by regular expression for the end of the path.
         alpha_pattern: Other α, likewise.
+        trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
+            embeddings. What is tied to an embedding follows.
+        ensure_weight_tying: Whether to refuse other rows for what is tied.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
@@ -107,6 +110,11 @@ class LoraConfig(PeftConfig):
             value, only = getattr(self, name), getattr(default, name)
             if value and value != only:
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
+        if self.ensure_weight_tying and self.trainable_token_indices is None:
+            raise ValueError(
+                "ensure_weight_tying=True is supported for trainable_token_indices alone, not for an adapter of an "
+                "embedding or modules_to_save; leave it False, and untie the weights if you adapt one of them"
+            )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
 
@@ -173,7 +181,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "kasa_config",
     "layer_replication",
@@ -184,7 +191,6 @@ _UNSUPPORTED = (
     "megatron_core",
     "monteclora_config",
     "qalora_group_size",
-    "trainable_token_indices",
     "use_bdlora",
     "use_dora",
     "use_qalora",

@@ -20,7 +20,8 @@ from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, boundary_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join, within
-from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
+from graphpeft.plan import HALVES, AdaptError, Plan, dtype_of_adapter
+from graphpeft.replication import Replication
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
@@ -103,6 +104,7 @@ class Adapters:
         lifted: The graphs of the regions that were no graph modules before, by path.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
+        replication: How the model's layers were exchanged for an adapter.
     """
 
     trained_before: list[tuple[str, str]]
@@ -111,6 +113,7 @@ class Adapters:
     lifted: dict[str, Template] = field(default_factory=dict)
     acting: list[str] = field(default_factory=list)
     is_disabled: bool = False
+    replication: Replication | None = None
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
@@ -451,7 +454,9 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             for adapted in adapters.by_name[name].weight_sites:
                 weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
                 assert weight is not None
-                weight += delta(adapted, modules).to(weight.dtype)
+                change = delta(adapted, modules)
+                # where the weight itself changes, as the graph adds it; else the sum alone is rounded
+                weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
@@ -538,14 +543,24 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
 
 
 def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
-    """Returns the change of a site's weight, in the shape in which it is stored."""
+    """Returns the change of a site's weight, in the shape in which it is stored.
+
+    From half precision on a CPU it is computed in single precision, as PEFT does: faster and rounded once.
+    """
     assert isinstance(adapted.site, Site)
     owner = modules[adapted.site.owner]
     asked = inspect.signature(adapted.rule.delta).parameters
     values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "weight"}
+    halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
+    values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
     if "weight" in asked:
         values["weight"] = owner._parameters[adapted.site.attribute]
-    return adapted.rule.delta(**values)
+    change = adapted.rule.delta(**values)
+    return change.to(halves.pop()) if halves else change
+
+
+def _is_half_on_cpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in HALVES
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:

@@ -24,6 +24,7 @@ from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
+from graphpeft.replication import replicate
 from graphpeft.report import Report, listed
 from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
@@ -50,8 +51,9 @@ def explain(
         AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
     ours = as_config(config)
-    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True)
-    _warn_of_unmatched(ours, plan)
+    with _replicated(model, ours, keep=False):
+        plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True)
+        _warn_of_unmatched(ours, plan)
     return plan.report
 
 
@@ -90,10 +92,11 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
-    _warn_of_unmatched(config, plan)
-    _adapt(model, adapter_name, plan, values=None)
+    with _replicated(model, config):
+        plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+        _refuse(plan)
+        _warn_of_unmatched(config, plan)
+        _adapt(model, adapter_name, plan, values=None)
     return model
 
 
@@ -335,6 +338,8 @@ class PeftModel(nn.Module):
             in_place.take_off(modules[region], "graph")
         _undress(self)
         _adapters.thaw(modules, state)
+        if state.replication is not None:
+            state.replication.undo()
         return self
 
     def merge_and_unload(
@@ -525,12 +530,30 @@ def _load(
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
-    plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
-    adapter = Adapter.of(plan)
-    fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
-    _refuse_other_base(model, adapter, adapter_name, fitted)
-    _adapt(model, adapter_name, plan, fitted)
+    with _replicated(model, loaded):
+        plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+        _refuse(plan)
+        adapter = Adapter.of(plan)
+        fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
+        _refuse_other_base(model, adapter, adapter_name, fitted)
+        _adapt(model, adapter_name, plan, fitted)
+
+
+@contextlib.contextmanager
+def _replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
+    """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
+    state: Adapters | None = model.__dict__.get(_STATE)
+    done = replicate(model, config, state.replication if state is not None else None, state is not None)
+    try:
+        yield
+    except BaseException:
+        if done is not None:
+            done.undo()
+        raise
+    if done is not None and keep:
+        model.__dict__[_STATE].replication = done
+    elif done is not None:
+        done.undo()
 
 
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: _adapters.Tensors) -> None:

@@ -124,7 +124,8 @@ def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, 
 
 def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """Returns the dtype of an adapter's tensors at a weight of this dtype."""
-    return torch.float32 if autocast and dtype in _HALVES else dtype
+    return torch.float32 if autocast and dtype in HALVES else dtype
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+"""Half precision."""

@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from models import CLASSES, VOCABULARY, Example, call, llama_config, output, result
+from models import CLASSES, VOCABULARY, Example, bert_config, call, llama_config, output, result
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -321,7 +321,18 @@ ATTENTION = [
     example("encoder", encoder, vectors, target_modules=["self_attn", "linear1", "linear2"]),
 ]
 
-LAYERS = [*CONVOLUTIONS, *VISION, *EMBEDDINGS, *PARAMETERS, *ATTENTION, *ROWS]
+REPLICATED = [
+    example("replicated", untied_llama, text, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2), (0, 1)]),
+    example(
+        "replicated-bert",
+        lambda: transformers.BertModel(bert_config()),
+        text,
+        target_modules=["query"],
+        layer_replication=[(0, 2), (0, 2)],
+    ),
+]
+
+LAYERS = [*CONVOLUTIONS, *VISION, *EMBEDDINGS, *PARAMETERS, *ATTENTION, *ROWS, *REPLICATED]
 
 
 # equality with PEFT
@@ -439,6 +450,8 @@ def test_merged_weights_are_pefts(example: Example) -> None:
         pytest.skip("features in groups can't be merged")
     if any(isinstance(module, nn.Conv3d) for module in model.modules()):
         pytest.skip("PEFT fails to merge Conv3d with a kernel of one position")
+    if "replicated" in example.name:
+        pytest.skip("the layers share their weights")
     if example.name == "other-rows-of-tied":
         pytest.skip("tied weights can't become different ones")
     merged, expected = model.merge_and_unload(safe_merge=True), theirs.merge_and_unload()
@@ -610,7 +623,7 @@ def test_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) -> Non
 
 def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(resized(0), peft.LoraConfig(r=2, init_lora_weights=False)).eval()
-    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
     other = resized(0)
     with torch.no_grad():
         other.get_input_embeddings().weight[5:] += 1
@@ -683,7 +696,7 @@ def test_rows_that_cannot_be_trained_are_refused(options: dict[str, Any], reason
     model = tied_llama()
     before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
     with pytest.raises(graphpeft.AdaptError, match=reason):
-        graphpeft.get_peft_model(model, graphpeft.LoraConfig(**{"target_modules": ["q_proj"]} | options))
+        graphpeft.get_peft_model(model, Example("", tied_llama, text, {"target_modules": ["q_proj"]}).config(**options))
     assert [type(module) for module in model.modules()] == classes
     assert sorted(model.state_dict()) == sorted(before)
 
@@ -733,3 +746,119 @@ def test_two_adapters_act_together_if_their_rows_are_different_ones() -> None:
     with pytest.raises(graphpeft.AdaptError, match="both train rows of"):
         model.set_adapter(["default", "same"])
     assert model.active_adapters == ["default", "other"]
+
+
+# half precision
+
+
+def half(example: Example, dtype: torch.dtype, adapt: Callable[..., Any], config: Any, **options: Any) -> Any:
+    model = example.build().to(dtype)
+    torch.manual_seed(1)
+    return adapt(model, config, **options).eval()
+
+
+HALF = [layer for layer in LAYERS if layer.id not in ("conv3d", "groups", "depthwise", "timm-convnext")]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("example", HALF)
+def test_on_half_precision_dtypes_are_pefts_and_numbers_but_for_roundings(
+    example: Example, dtype: torch.dtype, autocast: bool
+) -> None:
+    lora: dict[str, Any] = example.lora | {"init_lora_weights": False}
+    options: dict[str, Any] = {"autocast_adapter_dtype": autocast}
+    theirs = half(example, dtype, peft.get_peft_model, peft.LoraConfig(**lora), **options)
+    perturb(theirs)
+    model = half(example, dtype, graphpeft.get_peft_model, example.config(**lora), **options)
+    expected = peft.get_peft_model_state_dict(theirs)
+    graphpeft.set_peft_model_state_dict(model, expected)
+    found = graphpeft.get_peft_model_state_dict(model)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}
+    inputs = example.inputs()
+    if isinstance(inputs, tuple):
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    ours_out, theirs_out = output(model, inputs), output(theirs, inputs)
+    assert ours_out.dtype == theirs_out.dtype
+    assert difference(ours_out.float(), theirs_out.float()) <= 4 * torch.finfo(dtype).eps
+    if example.name != "other-rows-of-tied" and "replicated" not in example.name:
+        wanted = theirs.merge_and_unload().state_dict()
+        for name, tensor in model.merge_and_unload(safe_merge=True).state_dict().items():
+            assert tensor.dtype == wanted[name].dtype
+            assert difference(tensor.float(), wanted[name].float()) <= torch.finfo(dtype).eps, name
+
+
+# replicated layers
+
+
+@pytest.mark.parametrize("example", REPLICATED)
+def test_unload_gives_a_model_its_own_layers_back(example: Example) -> None:
+    base: Any = example.build()
+    names, layers = list(base.state_dict()), [id(module) for module in base.modules()]
+    count = base.config.num_hidden_layers
+    expected = output(base, example.inputs())
+    flags = [parameter.requires_grad for parameter in base.parameters()]
+    report = graphpeft.explain(base, example.config())
+    assert [id(module) for module in base.modules()] == layers
+    model = graphpeft.get_peft_model(base, example.config())
+    assert len(report.adapted) == len(model.adapter_report().adapted) == base.config.num_hidden_layers
+    with pytest.raises(graphpeft.AdaptError, match="is tied to"):
+        model.merge_and_unload()
+    model.unload()
+    assert [id(module) for module in base.modules()] == layers
+    assert list(base.state_dict()) == names
+    assert base.config.num_hidden_layers == count
+    assert [parameter.requires_grad for parameter in base.parameters()] == flags
+    assert torch.equal(output(base, example.inputs()), expected)
+
+
+@pytest.mark.parametrize("example", REPLICATED[:1])
+def test_copies_and_generation_of_replicated_layers(example: Example) -> None:
+    model = ours(example)
+    perturb(model)
+    assert_same_outputs(copy.deepcopy(model), model, example)
+    inputs = example.inputs()["input_ids"][:1]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache = model.generate(inputs, use_cache=True, **options)
+    assert with_cache.tolist() == model.generate(inputs, use_cache=False, **options).tolist()
+
+
+def replicating(pairs: Any) -> graphpeft.LoraConfig:
+    return graphpeft.LoraConfig(target_modules=["q_proj"], layer_replication=pairs)
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs", "reason"),
+    [
+        (untied_llama, [(0, 3)], r"has the pair \(0, 3\), and the model layers 0 to 1"),
+        (untied_llama, [(1, 1)], r"has the pair \(1, 1\)"),
+        (Words, [(0, 1)], "a Words has no list of layers"),
+        (lambda: graphpeft.trace(untied_llama(), text(torch.Generator())), [(0, 1)], "is a graph"),
+    ],
+)
+def test_layers_that_cannot_be_replicated_are_refused(make: Callable[[], nn.Module], pairs: Any, reason: str) -> None:
+    model = make()
+    modules = [id(module) for module in model.modules()]
+    with pytest.raises(graphpeft.AdaptError, match=reason):
+        graphpeft.get_peft_model(model, replicating(pairs))
+    assert [id(module) for module in model.modules()] == modules
+
+
+def test_a_refused_config_leaves_the_layers_alone() -> None:
+    model: Any = untied_llama()
+    modules = [id(module) for module in model.modules()]
+    config = graphpeft.LoraConfig(target_modules=["none"], layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(graphpeft.AdaptError, match="nothing in LlamaForCausalLM matches"):
+        graphpeft.get_peft_model(model, config)
+    assert [id(module) for module in model.modules()] == modules
+    assert model.config.num_hidden_layers == 2
+
+
+def test_further_adapters_have_the_layers_that_there_are() -> None:
+    model: Any = graphpeft.get_peft_model(untied_llama(), replicating([(0, 2), (0, 2)]))
+    model.add_adapter("same", replicating([(0, 2), (0, 2)]))
+    assert len(model.adapter_report("same").adapted) == 4
+    with pytest.raises(graphpeft.AdaptError, match="changes the layers of a model that has adapters"):
+        model.add_adapter("other", replicating([(0, 2), (1, 2)]))
+    model.add_adapter("none", replicating(None))
+    assert sorted(model.peft_config) == ["default", "none", "same"]

@@ -48,6 +48,8 @@ class LoraConfig(PeftConfig):
         alpha_pattern: Other α, likewise.
         trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
             embeddings. What is tied to an embedding follows.
+        layer_replication: Ranges of a Transformers model's layers that it runs in turn instead of its own, each with
+            an adapter of its own and the same weights.
         ensure_weight_tying: Whether to refuse other rows for what is tied.
     """
 
@@ -183,7 +185,6 @@ _UNSUPPORTED = (
     "corda_config",
     "eva_config",
     "kasa_config",
-    "layer_replication",
     "loftq_config",
     "lora_bias",
     "lora_ga_config",

@@ -44,22 +44,22 @@ class Adapter:
         config: Its config.
         sites: The sites that it adapts.
         whole: The tensors for which it has stand-ins: names by the path of their module.
-        rows: The weights of which it has rows, by the path of their module.
         report: What was adapted, for a person to read.
+        rows: The weights of which it has rows, by the path of their module.
         replaced: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
     config: PeftConfig
     sites: list[AdaptedSite]
     whole: dict[str, tuple[str, ...]]
-    rows: dict[str, TrainedRows]
     report: Report
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
     replaced: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.rows, plan.report)
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
 
     @property
     def changes_weights(self) -> bool:

@@ -179,10 +179,12 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
         )
     found = {place: values[key] for key, place in named.items()} | dict(_unsaved(adapter, name, modules))
     # mostly what the model has anyway
-    unchanged = {
-        (path, own) for path, own in base.values() if torch.equal(_tensor(modules[path], own).cpu(), found[path, own])
-    }
+    unchanged = {place for place in base.values() if _is_equal(_tensor(modules[place[0]], place[1]), found[place])}
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def _is_equal(own: torch.Tensor, value: torch.Tensor) -> bool:
+    return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:

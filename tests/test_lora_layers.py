@@ -157,6 +157,8 @@ EMBEDDINGS = [
     example("embedding-dropout", Words, tokens, target_modules=["words", "head"], lora_dropout=0.4),
     example("gemma3", gemma3, text, target_modules=["embed_tokens", "q_proj"]),
     example("llama", untied_llama, text, target_modules=["embed_tokens", "lm_head"]),
+    example("trained-whole", gemma3, text, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    example("trained-whole-tied", lambda: gemma3(True), text, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 ]
 
 
@@ -452,7 +454,7 @@ def test_merged_weights_are_pefts(example: Example) -> None:
         pytest.skip("PEFT fails to merge Conv3d with a kernel of one position")
     if "replicated" in example.name:
         pytest.skip("the layers share their weights")
-    if example.name == "other-rows-of-tied":
+    if example.name in ("other-rows-of-tied", "trained-whole-tied"):
         pytest.skip("tied weights can't become different ones")
     merged, expected = model.merge_and_unload(safe_merge=True), theirs.merge_and_unload()
     wanted = expected.state_dict()
@@ -637,6 +639,15 @@ def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) ->
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+def test_a_table_of_another_precision_is_the_models(tmp_path: Path) -> None:
+    theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = resized(0).to(torch.bfloat16)
+    before = base.get_input_embeddings().weight.clone()
+    model = graphpeft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
 def test_a_table_that_other_adapters_do_not_know_is_refused(tmp_path: Path) -> None:
     theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -781,7 +792,7 @@ def test_on_half_precision_dtypes_are_pefts_and_numbers_but_for_roundings(
     ours_out, theirs_out = output(model, inputs), output(theirs, inputs)
     assert ours_out.dtype == theirs_out.dtype
     assert difference(ours_out.float(), theirs_out.float()) <= 4 * torch.finfo(dtype).eps
-    if example.name != "other-rows-of-tied" and "replicated" not in example.name:
+    if "tied" not in example.name and "replicated" not in example.name:
         wanted = theirs.merge_and_unload().state_dict()
         for name, tensor in model.merge_and_unload(safe_merge=True).state_dict().items():
             assert tensor.dtype == wanted[name].dtype

@@ -6,6 +6,7 @@ a disabled adapter costs nothing. Whatever can fail is done before the first cha
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +20,14 @@ from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join, within
-from graphpeft.plan import AdaptError, Plan
+from graphpeft.plan import HALVES, AdaptError, Plan, dtype_of_adapter
+from graphpeft.replication import Replication
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
+from graphpeft.trained_whole import TrainedRows
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -42,17 +45,21 @@ class Adapter:
         sites: The sites that it adapts.
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
+        rows: The weights of which it has rows, by the path of their module.
+        replaced: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
     config: PeftConfig
     sites: list[AdaptedSite]
     whole: dict[str, tuple[str, ...]]
     report: Report
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    replaced: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report)
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
 
     @property
     def changes_weights(self) -> bool:
@@ -81,6 +88,8 @@ class Adapter:
         for path, names in self.whole.items():
             for name in names:
                 yield path, stand_ins.stand_in(name, adapter)
+        for path in self.rows:
+            yield path, stand_ins.rows(adapter)
 
 
 @dataclass
@@ -95,6 +104,7 @@ class Adapters:
         lifted: The graphs of the regions that were no graph modules before, by path.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
+        replication: How the model's layers were exchanged for an adapter.
     """
 
     trained_before: list[tuple[str, str]]
@@ -103,6 +113,7 @@ class Adapters:
     lifted: dict[str, Template] = field(default_factory=dict)
     acting: list[str] = field(default_factory=list)
     is_disabled: bool = False
+    replication: Replication | None = None
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
@@ -138,6 +149,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         AdaptError: If a tensor's name is taken; the model is as it was.
     """
     made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
+    made |= _row_tensors(plan, name, modules, values)
     for path, attribute in made:
         if _has(modules[path], attribute):
             where = path or "the model"
@@ -158,6 +170,21 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if template_of(modules[region]) is None:
             adapters.lifted.setdefault(region, template)
     adapters.by_name[name] = Adapter.of(plan)
+    own = {place: value for place, value in (values or {}).items() if place not in made}
+    overwrite(modules, adapters.by_name[name], name, own)
+
+
+@torch.no_grad()
+def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
+    """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
+    of_adapter = set(adapter.tensor_names(name))
+    for (path, attribute), value in values.items():
+        kinds = (modules[path]._parameters, modules[path]._buffers)
+        tensor = next(kind[attribute] for kind in kinds if attribute in kind)
+        assert tensor is not None
+        if (path, attribute) not in of_adapter:
+            adapter.replaced.setdefault((path, attribute), tensor.clone())
+        tensor.copy_(value)
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -190,6 +217,10 @@ def _first_values(
         return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
+    for other in adapted.site.redrawn:
+        rule: Any = config.rule_for(other, adapted.dtype)
+        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        rule.initialise(discarded, other, config, module)
     adapted.rule.initialise(drawn, adapted.site, config, module)
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn
@@ -209,6 +240,21 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
             made[path, attribute] = tensor
             if values is not None:
                 tensor.data.copy_(values[path, attribute])
+    return made
+
+
+def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    """Returns the rows that are trained; those that follow another module have its very tensor."""
+    made: Tensors = {}
+    for path, rows in plan.rows.items():
+        if rows.leader == path:
+            table = modules[path]._parameters["weight"]
+            assert table is not None
+            place = path, stand_ins.rows(name)
+            first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
+            made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast), copy=True))
+    for path, rows in plan.rows.items():
+        made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]
     return made
 
 
@@ -238,9 +284,13 @@ def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
-    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole} & modules.keys():
-        if path in stand_in_readers:
-            stand_ins.read(modules[path], *stand_in_readers[path])
+    row_readers = _row_readers(adapters, wanted)
+    changed = {path for adapter in adapters.by_name.values() for path in (*adapter.whole, *adapter.rows)}
+    for path in changed & modules.keys():
+        if path in stand_in_readers or path in row_readers:
+            names, adapter = stand_in_readers.get(path, ((), ""))
+            others = {name: stand_ins.stand_in(name, adapter) for name in names}
+            stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
     adapters.acting = wanted
@@ -255,6 +305,22 @@ def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[
                     f"{readers[path][1]!r} and {name!r} both train {path} whole; only one of them can be active"
                 )
             readers[path] = (names, name)
+    _row_readers(adapters, wanted)
+    return readers
+
+
+def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Returns which rows are read of each weight; refuses what two adapters both have."""
+    readers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name in wanted:
+        for path, rows in adapters.by_name[name].rows.items():
+            before = {index for _, indices in readers.get(path, ()) for index in indices}
+            whole = [other for other in wanted if "weight" in adapters.by_name[other].whole.get(path, ())]
+            if whole or not before.isdisjoint(rows.indices):
+                raise AdaptError(
+                    f"{name!r} and another of {wanted} both train rows of {path}; only one of them can be active"
+                )
+            readers.setdefault(path, []).append((stand_ins.rows(name), rows.indices))
     return readers
 
 
@@ -364,6 +430,10 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         for constant in adapted.constants:
             if adapted.site.owner in present:
                 present[adapted.site.owner].__dict__.pop(adapted.names[constant], None)
+    for (path, attribute), tensor in adapter.replaced.items():
+        held = modules[path]._parameters.get(attribute) if path in modules else None
+        if held is not None:
+            held.data.copy_(tensor)
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -385,10 +455,20 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             for adapted in adapters.by_name[name].weight_sites:
                 weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
                 assert weight is not None
-                weight += delta(adapted, modules).to(weight.dtype)
+                change = delta(adapted, modules)
+                # where the weight itself changes, as the graph adds it; else the sum alone is rounded
+                weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+            for path, rows in adapters.by_name[name].rows.items():
+                table = modules[path]._parameters["weight"]
+                assert table is not None
+                values = modules[path]._parameters[stand_ins.rows(name)]
+                assert values is not None
+                table.copy_(stand_ins.put_rows(table, rows.indices, values))
+    for adapter in adapters.by_name.values():
+        adapter.replaced.clear()  # what was merged into is kept
 
 
 @torch.no_grad()
@@ -398,6 +478,9 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
         for adapted in adapters.by_name[name].weight_sites:
             if not torch.isfinite(delta(adapted, modules)).all():
                 raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+        for path in adapters.by_name[name].rows:
+            if not torch.isfinite(getattr(modules[path], stand_ins.rows(name))).all():
+                raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
@@ -405,8 +488,21 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
         reason = unmergeable(adapted)
         if reason is not None:
             raise AdaptError(
-                f"{adapted.site.name} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
+                f"{adapted.site.label} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
                 "unload()"
+            )
+
+
+def refuse_untrainable(adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if an adapter that was loaded for inference asks for what can't be done in training."""
+    config = copy.copy(adapter.config)
+    config.inference_mode = False
+    for adapted in adapter.sites:
+        reason = adapted.rule.check(adapted.site, config)
+        if reason is not None:
+            raise AdaptError(
+                f"adapter {name!r} was loaded for inference and can't be trained: {adapted.site.label}: {reason} in "
+                "the config that you load it with, or call set_adapter with inference_mode=True"
             )
 
 
@@ -429,10 +525,13 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
                 holders.setdefault(id(tensor), []).append(join(path, name))
     changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites]
     changed += [(path, name) for path, names in adapter.whole.items() for name in names]
+    changed += [(path, "weight") for path in adapter.rows]
     for path, name in changed:
-        tied = [
-            other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other != join(path, name)
-        ]
+        # what follows the same rows changes with them
+        same = {join(path, name)}
+        if path in adapter.rows and name == "weight":
+            same |= {join(o, name) for o, rows in adapter.rows.items() if rows.leader == adapter.rows[path].leader}
+        tied = [other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other not in same]
         if tied:
             raise AdaptError(
                 f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "
@@ -446,14 +545,24 @@ def unmergeable(adapted: AdaptedSite) -> str | None:
 
 
 def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
-    """Returns the change of a site's weight, in the shape in which it is stored."""
+    """Returns the change of a site's weight, in the shape in which it is stored.
+
+    From half precision on a CPU it is computed in single precision, as PEFT does: faster and rounded once.
+    """
     assert isinstance(adapted.site, Site)
     owner = modules[adapted.site.owner]
     asked = inspect.signature(adapted.rule.delta).parameters
     values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "weight"}
+    halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
+    values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
     if "weight" in asked:
         values["weight"] = owner._parameters[adapted.site.attribute]
-    return adapted.rule.delta(**values)
+    change = adapted.rule.delta(**values)
+    return change.to(halves.pop()) if halves else change
+
+
+def _is_half_on_cpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in HALVES
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:

@@ -1,7 +1,8 @@
 """Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
-A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module once for each of its parameters
-that is adapted on its own (`target_parameters`), so the names of all that is inside it have ``.base_layer`` in them.
+A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more
+for each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
+``.base_layer`` in them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from graphpeft import stand_ins, targets
+from graphpeft import embedding_layers, stand_ins, targets
 from graphpeft.adapters import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
@@ -46,26 +47,38 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
             found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
-    layers = {
-        adapted.site.owner
-        for adapted in adapter.sites
-        if not isinstance(adapted.site, CallSite) and adapted.site.is_layer
-    }
     for owner, names in adapter.whole.items():
-        inside = ".base_layer" * (len(wrapped.get(owner, ())) + (owner in layers))
+        inside = ".base_layer" * len(wrapped.get(owner, ()))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
                 key = _key(prefix, _file_path(owner, wrapped) + inside, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
+    for path, rows in adapter.rows.items():
+        if rows.leader == path:
+            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
+            found[key] = (path, stand_ins.rows(name))
+    return found
+
+
+def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
+        for own in ("weight", "bias"):
+            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
+                found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
     return found
 
 
 def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
     if isinstance(site, CallSite):
         return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
-    path = _file_path(site.owner, wrapped)
-    if isinstance(site, Site) and not site.is_layer:
-        path += ".base_layer" * (len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute))
+    if isinstance(site, LeafSite):
+        return _key(prefix, _file_path(site.owner, wrapped), name)
+    around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
+    path = _file_path(site.owner, wrapped) + ".base_layer" * around
     return _key(prefix, path, name)
 
 
@@ -74,12 +87,17 @@ def _key(prefix: str, path: str, name: str) -> str:
 
 
 def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
-    """Returns the parameters for which PEFT wraps their module, the innermost first, by the module's path."""
-    wrapped: dict[str, list[str]] = {}
+    """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
+    wrapped: dict[str, list[tuple[bool, int, str]]] = {}
     for adapted in adapter.weight_sites:
-        if not adapted.site.is_layer:
-            wrapped.setdefault(adapted.site.owner, []).append(adapted.site.attribute)
-    return {owner: sorted(names, key=list(modules[owner]._parameters).index) for owner, names in wrapped.items()}
+        site = adapted.site
+        # a layer is wrapped as such before its parameters are
+        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        wrapped.setdefault(site.owner, []).append(place)
+    for adapted in adapter.sites:
+        if isinstance(adapted.site, LeafSite):
+            wrapped.setdefault(adapted.site.owner, []).append((False, -1, ""))
+    return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
 
 
 def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
@@ -98,7 +116,11 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
 
 
 def state_dict_of(
-    modules: Modules, adapter: Adapter, name: str, state_dict: Mapping[str, Any] | None
+    modules: Modules,
+    adapter: Adapter,
+    name: str,
+    state_dict: Mapping[str, Any] | None,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Returns an adapter's tensors by their names in the file.
 
@@ -107,14 +129,16 @@ def state_dict_of(
         adapter: The adapter.
         name: Its name.
         state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
+        save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
 
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    named = keys(adapter, name, modules)
+    embeddings = embedding_layers.to_save(modules, file_config(modules[""], adapter), save_embedding_layers)
+    named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {(path, attribute): getattr(modules[path], attribute).detach() for path, attribute in places}
+        tensors = {(path, attribute): _tensor(modules[path], attribute).detach() for path, attribute in places}
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -129,6 +153,11 @@ def state_dict_of(
     return {key: packed[place] for key, place in named.items()} | derived
 
 
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the tensor of this name itself, even where another stands in for it."""
+    return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
+
+
 def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
 
@@ -137,6 +166,9 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
+    base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
+    shapes |= {place: tuple(_tensor(modules[place[0]], place[1]).shape) for place in base.values()}
+    named |= base
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
     needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
@@ -153,7 +185,20 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
             f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
             "names differ, from_pretrained maps them by key_mapping."
         )
-    return _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+    found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+    # mostly what the model has anyway
+    unchanged = {place for place in base.values() if _is_equal(_tensor(modules[place[0]], place[1]), found[place])}
+    return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def _is_equal(own: torch.Tensor, value: torch.Tensor) -> bool:
+    return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
+
+
+def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns names and places of the model's own tensors that a file may hold: in embeddings and adapted layers."""
+    paths = [adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer]
+    return _keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
 
 
 def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Mapping[str, torch.Tensor]) -> Tensors:
@@ -214,6 +259,8 @@ def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tup
             yield (adapted.site.owner, adapted.names[local]), spec.form.shape if spec.form is not None else spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
+    for path, rows in adapter.rows.items():
+        yield (path, stand_ins.rows(name)), (len(rows.indices), _tensor(modules[path], "weight").shape[1])
 
 
 def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
@@ -235,11 +282,16 @@ def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch
 
 
 def save(
-    model: nn.Module, adapter: Adapter, name: str, folder: Path, state_dict: Mapping[str, Any] | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    folder: Path,
+    state_dict: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Writes one adapter into `folder`."""
+    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict, save_embedding_layers)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     unfinished = folder / f".{WEIGHTS_NAME}"

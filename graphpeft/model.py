@@ -24,6 +24,7 @@ from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
+from graphpeft.replication import replicate
 from graphpeft.report import Report, listed
 from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
@@ -55,8 +56,9 @@ def explain(
         AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
     ours = as_config(config)
-    plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
-    _warn_of_unmatched(ours, plan)
+    with _replicated(model, ours, keep=False):
+        plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
+        _warn_of_unmatched(ours, plan)
     return plan.report
 
 
@@ -98,10 +100,11 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
-    _refuse(plan)
-    _warn_of_unmatched(config, plan)
-    _adapt(model, adapter_name, plan, values=None)
+    with _replicated(model, config):
+        plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+        _refuse(plan)
+        _warn_of_unmatched(config, plan)
+        _adapt(model, adapter_name, plan, values=None)
     return model
 
 
@@ -285,10 +288,13 @@ class PeftModel(nn.Module):
             inference_mode: Whether they are for inference instead, so that nothing is trained.
 
         Raises:
-            AdaptError: If a name isn't known, or two of them train the same tensor whole.
+            AdaptError: If a name isn't known, two of them train the same tensor whole, or one that was loaded for
+                inference can't be trained.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [_known(self, name).config for name in names]
+        for name in names if not inference_mode else ():
+            _adapters.refuse_untrainable(_known(self, name), name)
         _adapters.activate(_modules(self), self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode
@@ -342,6 +348,8 @@ class PeftModel(nn.Module):
             in_place.take_off(modules[region], "graph")
         _undress(self)
         _adapters.thaw(modules, state)
+        if state.replication is not None:
+            state.replication.undo()
         return self
 
     def merge_and_unload(
@@ -399,20 +407,16 @@ class PeftModel(nn.Module):
             save_directory: The folder.
             safe_serialization: Only safetensors are written, so it must be True.
             selected_adapters: Which to write; all if None.
-            save_embedding_layers: Accepted for PEFT's sake, and must be ``"auto"`` or False: what is saved is what an
-                adapter holds.
+            save_embedding_layers: Whether the tables of a Transformers model's embeddings are saved, too: ``"auto"``
+                where the config's `target_modules` names one, or its vocabulary isn't that of the base model.
             is_main_process: Whether this process writes.
             state_dict: The model's state dict, where it was gathered elsewhere.
 
         Raises:
             AdaptError: If a selected adapter isn't known; nothing is written.
-            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True.
+            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True for a model that doesn't
+                tell its embeddings.
         """
-        if save_embedding_layers not in ("auto", False):
-            raise ValueError(
-                f"save_embedding_layers={save_embedding_layers!r} isn't supported yet: an adapter's file holds what is "
-                "trained alone. Leave it 'auto', and name an embedding that you train in modules_to_save"
-            )
         if not safe_serialization:
             raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
         if not is_main_process:
@@ -423,7 +427,7 @@ class PeftModel(nn.Module):
             _adapters.refuse_missing(_modules(self), adapter, name)
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            checkpoint.save(self, adapter, name, folder, state_dict)
+            checkpoint.save(self, adapter, name, folder, state_dict, save_embedding_layers)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
@@ -461,7 +465,11 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model_state_dict(
-    model: Any, state_dict: Mapping[str, Any] | None = None, adapter_name: str = "default"
+    model: Any,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of an adapter by their names in PEFT's files.
 
@@ -469,8 +477,13 @@ def get_peft_model_state_dict(
         model: An adapted model.
         state_dict: The model's state dict, where it was gathered elsewhere.
         adapter_name: The adapter.
+        unwrap_compiled: Whether `model` may be what ``torch.compile`` returned.
+        save_embedding_layers: As for `save_pretrained`.
     """
-    return checkpoint.state_dict_of(_modules(model), _known(model, adapter_name), adapter_name, state_dict)
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    adapter = _known(model, adapter_name)
+    return checkpoint.state_dict_of(_modules(model), adapter, adapter_name, state_dict, save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -487,9 +500,7 @@ def set_peft_model_state_dict(
     modules = _modules(model)
     adapter = _known(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
-    with torch.no_grad():
-        for (path, attribute), value in values.items():
-            getattr(modules[path], attribute).copy_(value)
+    _adapters.overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
 
 
@@ -529,10 +540,42 @@ def _load(
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
-    plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
-    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
-    _adapt(model, adapter_name, plan, fitted)
+    with _replicated(model, loaded):
+        plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+        _refuse(plan)
+        adapter = Adapter.of(plan)
+        fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
+        _refuse_other_base(model, adapter, adapter_name, fitted)
+        _adapt(model, adapter_name, plan, fitted)
+
+
+@contextlib.contextmanager
+def _replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
+    """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
+    state: Adapters | None = model.__dict__.get(_STATE)
+    done = replicate(model, config, state.replication if state is not None else None, state is not None)
+    try:
+        yield
+    except BaseException:
+        if done is not None:
+            done.undo()
+        raise
+    if done is not None and keep:
+        model.__dict__[_STATE].replication = done
+    elif done is not None:
+        done.undo()
+
+
+def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: _adapters.Tensors) -> None:
+    """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
+    state: Adapters | None = model.__dict__.get(_STATE)
+    others = list(state.by_name) if state is not None else []
+    replaced = [".".join(place) for place in values if place not in set(adapter.tensor_names(name))]
+    if others and replaced:
+        raise checkpoint.CheckpointError(
+            f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "
+            f"{listed(others)} would compute something else; load it on a model of its own"
+        )
 
 
 def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:

@@ -22,7 +22,7 @@ from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
-from graphpeft.trained_whole import trained_whole
+from graphpeft.trained_whole import TrainedRows, trained_rows, trained_whole
 
 
 class AdaptError(ValueError):
@@ -40,6 +40,8 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
+        rows: The rows of weights that are trained, by the path of their module.
+        autocast: Whether an adapter on half precision weights has single precision.
     """
 
     modules: Mapping[str, nn.Module]
@@ -48,6 +50,8 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    autocast: bool = True
 
 
 def make_plan(
@@ -83,7 +87,7 @@ def make_plan(
     except ValueError as error:
         raise AdaptError(str(error)) from error
     finder = SiteFinder(model, known, example_inputs)
-    plan = Plan(finder.modules, resolved, Report(config.method, adapter))
+    plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
     plan.report.adapted = plan.sites
     sites = resolved.find_sites(finder, plan.report, owned)
     if where is not None and sites:
@@ -93,6 +97,10 @@ def make_plan(
     weights = [site for site in sites if not isinstance(site, CallSite)]
     plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
+    plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)
+    plan.report.trained_whole += [
+        f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
+    ]
     return plan
 
 
@@ -114,14 +122,14 @@ def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owne
 
 def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, autocast: bool) -> None:
     config = plan.config
-    dtype = torch.float32 if autocast and site.dtype in _HALVES else site.dtype
+    dtype = dtype_of_adapter(site.dtype, autocast)
     rule: Any = config.rule_for(site, dtype)
     _refuse_unhashable(rule)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     if reason is not None:
-        plan.report.refused.append(Refusal(site.name, reason, site.way_out))
+        plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
@@ -144,4 +152,10 @@ def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, 
     return {name: f"{prefix}{name}_{adapter}" for name in of_rule}
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    """Returns the dtype of an adapter's tensors at a weight of this dtype."""
+    return torch.float32 if autocast and dtype in HALVES else dtype
+
+
+HALVES = (torch.float16, torch.bfloat16)
+"""Half precision."""

@@ -57,7 +57,7 @@ class Report:
     def _rows(self) -> list[tuple[str, ...]]:
         return [
             (
-                adapted.site.name,
+                adapted.site.label,
                 adapted.site.op.__name__,
                 adapted.site.size,
                 adapted.site.region or "the model",

@@ -48,6 +48,8 @@ class Site(NamedTuple):
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
         groups: Into how many groups a convolution's features are divided.
         parts: The rows of the parts of a fused projection that are adapted, if not all of it is.
+        named: The module whose name stands for several weights, of which this is one; None for other weights.
+        redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
     """
 
     region: str
@@ -62,6 +64,8 @@ class Site(NamedTuple):
     is_layer: bool
     groups: int = 1
     parts: tuple[Runs, ...] = ()
+    named: str | None = None
+    redrawn: tuple[Site, ...] = ()
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
     unmergeable = None
@@ -99,7 +103,14 @@ class Site(NamedTuple):
     @property
     def name(self) -> str:
         """What PEFT calls the site: the path of the layer, or of the parameter."""
+        if self.named is not None:
+            return self.named
         return self.owner if self.is_layer else self.weight
+
+    @property
+    def label(self) -> str:
+        """Its name, for a person to read: where the name stands for several weights, the path of this one."""
+        return self.name if self.named is None else self.weight
 
     @property
     def size(self) -> str:
@@ -132,8 +143,15 @@ class LeafSite(NamedTuple):
     prefix = ""
     reads = ()
     is_layer = True
+    named = None
+    redrawn = ()
     way_out = Site.way_out
     unmergeable = "it is the call of a module, which has no weight in floating point that could be changed"
+
+    @property
+    def label(self) -> str:
+        """Its name, for a person to read."""
+        return self.name
 
     @property
     def name(self) -> str:
@@ -175,6 +193,7 @@ class CallSite(NamedTuple):
 
     op = Boundary
     prefix = ""
+    redrawn = ()
     way_out = "name another module in prompt_scope"
     unmergeable = "the adapter changes what modules are given, not weights"
 
@@ -182,6 +201,8 @@ class CallSite(NamedTuple):
     def name(self) -> str:
         """The path of the module, for a person to read."""
         return self.owner or "the model"
+
+    label = name
 
     @property
     def size(self) -> str:

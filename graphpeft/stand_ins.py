@@ -1,7 +1,9 @@
 """Lets a module read other tensors in place of its own: an adapter's copies of biases and of modules trained whole.
 
 The module's own tensors stay where they are, under their own names; while an adapter is active, ``module.weight`` gives
-its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph.
+its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph. An
+adapter may have some rows of a table alone: then ``module.weight`` gives the table with
+``module.weight_rows_<adapter>`` in their places.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch import nn
 from graphpeft import in_place
 
 Names = tuple[str, ...]
+
+Rows = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of tensors that hold rows of a table, with the indices of these rows."""
 
 
 def tensors_of(module: nn.Module) -> Names:
@@ -45,9 +50,15 @@ def create(module: nn.Module, names: Names, adapter: str) -> dict[str, torch.Ten
     return made
 
 
-def read(module: nn.Module, names: Names, adapter: str) -> None:
-    """Makes `module` read the stand-ins of `adapter` for its tensors `names`."""
-    in_place.put_on(module, _layer(tuple((name, stand_in(name, adapter)) for name in names)))
+def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
+    """Makes `module` read other tensors in place of its own.
+
+    Args:
+        module: The module.
+        others: The names of these, by those of its own.
+        rows: Rows to read in its weight, in place of those that are there.
+    """
+    in_place.put_on(module, _layer(tuple(others.items()), rows))
 
 
 def read_own(module: nn.Module) -> None:
@@ -70,8 +81,18 @@ def stand_in(name: str, adapter: str) -> str:
     return f"{name}_{adapter}"
 
 
+def rows(adapter: str) -> str:
+    """Returns the name of the tensor that holds rows of a weight."""
+    return f"weight_rows_{adapter}"
+
+
+def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """Returns `table` with `values` in some of its rows."""
+    return table.index_copy(0, torch.tensor(indices, device=table.device), values.to(table))
+
+
 @functools.lru_cache(maxsize=1024)
-def _layer(pairs: tuple[tuple[str, str], ...]) -> in_place.Layer:
+def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
@@ -79,9 +100,19 @@ def _layer(pairs: tuple[tuple[str, str], ...]) -> in_place.Layer:
         original.__setattr__(module, names.get(name, name), value)
 
     namespace: dict[str, Any] = {own: property(functools.partial(_read, other)) for own, other in pairs}
+    if rows:
+        namespace["weight"] = property(functools.partial(_read_with_rows, rows))
     namespace["__setattr__"] = assign
-    return in_place.Layer("tensors", (), namespace, (_layer, (pairs,)))
+    return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
 
 
 def _read(name: str, module: nn.Module) -> torch.Tensor:
     return getattr(module, name)
+
+
+def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
+    table = module._parameters["weight"]
+    assert table is not None
+    for name, indices in rows:
+        table = put_rows(table, indices, getattr(module, name))
+    return table

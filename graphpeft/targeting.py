@@ -6,20 +6,62 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from graphpeft import ops, targets
-from graphpeft.parts import Runs
+from graphpeft import targets
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
-from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.trace import stands_for
+
+
+class _Weights(NamedTuple):
+    """The weights that a module's name stands for, by their paths in it.
+
+    Attributes:
+        of_layer: Those that PEFT adapts for the name, the one whose tensors bear the module's own name first.
+        of_parameters: Those that stand for it where the first of these is absent, and are parameters for PEFT.
+        redrawn: The one for which PEFT draws first values twice: before all others, and in its turn.
+    """
+
+    of_layer: tuple[str, ...]
+    of_parameters: tuple[str, ...] = ()
+    redrawn: str | None = None
+
+
+_WEIGHTS: dict[type[nn.Module], _Weights] = {
+    nn.MultiheadAttention: _Weights(
+        ("in_proj_weight", "out_proj.weight"),
+        ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"),
+        redrawn="out_proj.weight",
+    )
+}
+"""Modules whose name stands for other weights than the one called `weight`."""
+
+_OWN_WEIGHT = _Weights(("weight",))
+
+
+class _Target(NamedTuple):
+    """A weight that a config names.
+
+    Attributes:
+        name: What was named: a module, or a parameter.
+        owner: The path of the module that owns the weight.
+        attribute: The weight's name in it; "" if there is none.
+        is_parameter: Whether it is named as a parameter, or can only be one.
+        stands_with: The weights for which the name stands.
+    """
+
+    name: str
+    owner: str
+    attribute: str
+    is_parameter: bool = False
+    stands_with: _Weights = _OWN_WEIGHT
 
 
 def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
@@ -32,20 +74,20 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
     found: list[Site | LeafSite] = []
-    weights: set[tuple[str, str]] = set()
+    by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
-    for name, owner, attribute, is_parameter in _targeted(finder.modules, config, owned, report):
-        site = finder.find(owner, attribute) if attribute else _leaf(finder, name, config)
+    for target in _targeted(finder.modules, config, owned, report):
+        weight = (target.owner, target.attribute)
+        site = _site_of(target, finder, config)
         if isinstance(site, str):
-            tensor = finder.modules[owner]._parameters.get(attribute)
-            refused.append((Refusal(name, site), tensor))
-        elif (owner, attribute) in weights:
+            refused.append((Refusal(target.name, site), finder.modules[target.owner]._parameters.get(target.attribute)))
+        elif weight not in by_weight:
+            by_weight[weight] = target
+            found.append(site)
+        elif target.is_parameter != by_weight[weight].is_parameter:
             reason = "both target_modules and target_parameters name its weight"
             way_out = "name a weight in target_modules or target_parameters alone"
-            report.refused.append(Refusal(name, reason, way_out))
-        else:
-            weights.add((owner, attribute))
-            found.append(site._replace(is_layer=False) if is_parameter and isinstance(site, Site) else site)
+            report.refused.append(Refusal(target.name, reason, way_out))
     adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found if isinstance(site, Site)}
     # a graph may read a tensor by one of its names alone, as that of an exported program does
     report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
@@ -56,57 +98,32 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
     return _as_peft_sorts(found, finder.modules)
 
 
-def with_parts(
-    sites: Sequence[Site | LeafSite], wanted: Mapping[str, list[Any]], finder: SiteFinder, report: Report
-) -> list[Site | LeafSite]:
-    """Returns the sites with the parts of fused projections that a config names.
-
-    Args:
-        sites: The sites.
-        wanted: Parts by the name of a projection, as in a list of `target_modules`: their names, or pairs of rows.
-        finder: Finds parts in the graphs of the model.
-        report: Gets what is refused.
-    """
-    found: list[Site | LeafSite] = []
-    used: set[str] = set()
-    for site in sites:
-        key = next((key for key in wanted if site.name == key or site.name.endswith(f".{key}")), None)
-        if key is None:
-            found.append(site)
-            continue
-        used.add(key)
-        if isinstance(site, LeafSite):
-            report.refused.append(Refusal(site.name, "it has no weight whose rows could be told apart"))
-            continue
-        try:
-            found.append(site._replace(parts=_parts(site, wanted[key], finder)))
-        except TraceError as error:
-            way_out = f"name its rows, as in target_parts={{{key!r}: [[0, 64], [128, 192]]}}"
-            report.refused.append(
-                Refusal(site.name, f"which of its rows are which part can't be told: {error}", way_out)
-            )
-    for key in wanted.keys() - used:
-        near = targets.near_misses([key], [site.name for site in sites])
-        hint = f"; near misses: {', '.join(near)}" if near else ""
-        report.refused.append(Refusal(key, f"target_parts names no target{hint}", "name a target, or leave it out"))
-    return found
+def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite | str:
+    """Returns the site of a weight that is named, or of a module's calls, or the reason why there is none."""
+    if not target.attribute:
+        return _leaf(finder, target.name, config)
+    site = finder.find(target.owner, target.attribute)
+    if isinstance(site, str) or target.is_parameter:
+        return site if isinstance(site, str) else site._replace(is_layer=False)
+    if target.stands_with is _OWN_WEIGHT:
+        return site
+    site = site._replace(is_layer=True, named=target.name)
+    redrawn = target.stands_with.redrawn
+    if redrawn is None or target.owner != target.name:
+        return site
+    again = finder.find(*_split(join(target.name, redrawn)))
+    return site if isinstance(again, str) else site._replace(redrawn=(again._replace(named=target.name),))
 
 
-def _parts(site: Site, wanted: list[Any], finder: SiteFinder) -> tuple[Runs, ...]:
-    if site.op is not ops.Linear:
-        raise TraceError(f"its weight is used in a {site.op.__name__.lower()}, not a linear operation")
-    named = [part for part in wanted if isinstance(part, str)]
-    known = finder.parts_of(site) if named else {}
-    unknown = [name for name in named if name not in known]
-    if unknown:
-        raise TraceError(f"there is no part {unknown[0]!r}, but {', '.join(known)}")
-    return tuple(known[part] if isinstance(part, str) else ((int(part[0]), int(part[1])),) for part in wanted)
+def _split(path: str) -> tuple[str, str]:
+    owner, _, name = path.rpartition(".")
+    return owner, name
 
 
 def _targeted(
     modules: Mapping[str, nn.Module], config: object, owned: frozenset[str], report: Report
-) -> Iterator[tuple[str, str, str, bool]]:
-    """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter."""
+) -> Iterator[_Target]:
+    """Yields what the config names."""
     decide = targets.compile_matcher(config)
     names_parameters = bool(getattr(config, "target_parameters", None))
     for path, module in modules.items():
@@ -114,15 +131,29 @@ def _targeted(
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
-            yield path, path, "weight" if _is_floating(module._parameters.get("weight")) else "", False
+            yield from _weights_of(path, module, modules)
         for name, tensor in module._parameters.items():
             weight = join(path, name)
             if tensor is None or weight in owned:
                 continue
             if names_parameters and targets.match_parameter(config, weight):
-                yield weight, path, name, True
+                yield _Target(weight, path, name, is_parameter=True)
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
-                yield weight, path, name, False
+                yield _Target(weight, path, name)
+
+
+def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[_Target]:
+    """Yields the weights that a module's name stands for."""
+    weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
+    first = weights.of_layer[0]
+    is_layer = _is_floating(module._parameters.get(first))
+    names = weights.of_layer if is_layer else weights.of_parameters
+    if not names:
+        yield _Target(path, path, "")
+    for name in names:
+        owner, attribute = _split(join(path, name))
+        if owner in modules and modules[owner]._parameters.get(attribute) is not None:
+            yield _Target(path, owner, attribute, not is_layer, weights)
 
 
 def _is_floating(weight: torch.Tensor | None) -> bool:
@@ -148,17 +179,13 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
         return finder.leaf(name)
-    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside and _calls(module) else ""
+    advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:
     """Tells whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
     return stands_for(module).__module__.startswith("torch.nn.")
-
-
-def _calls(module: nn.Module) -> bool:
-    return not isinstance(module, nn.MultiheadAttention)
 
 
 def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:

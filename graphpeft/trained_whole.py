@@ -1,18 +1,34 @@
-"""Which tensors a config trains whole beside its adapter: those of `modules_to_save`, and biases."""
+"""What a config trains beside its adapter: tensors of `modules_to_save` and biases whole, and rows of embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
+from graphpeft.embedding_layers import embedding_layers
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report
 from graphpeft.sites import LeafSite, Site
+from graphpeft.tracing.trace import stands_for
 
 _WAY_OUT = "name other modules in modules_to_save, or none"
+_ROWS_WAY_OUT = "change trainable_token_indices, or leave it None"
+
+
+class TrainedRows(NamedTuple):
+    """Rows of a module's weight that are trained.
+
+    Attributes:
+        indices: Which.
+        leader: The path of the module that has them; of those whose weight is one tensor, the others follow it.
+    """
+
+    indices: tuple[int, ...]
+    leader: str
 
 
 def trained_whole(
@@ -80,3 +96,93 @@ def _biases(
         return {path: names for path, names in found.items() if names}
     layers = dict.fromkeys(site.owner for site in sites if site.is_layer)
     return {path: ("bias",) for path in layers if modules[path]._parameters.get("bias") is not None}
+
+
+def trained_rows(
+    config: PeftConfig,
+    modules: Mapping[str, nn.Module],
+    sites: Sequence[Site | LeafSite],
+    whole: Mapping[str, tuple[str, ...]],
+    report: Report,
+) -> dict[str, TrainedRows]:
+    """Returns the rows that `trainable_token_indices` names, by the path of their module.
+
+    A module that is tied to an embedding follows it, unless other rows are named for it.
+
+    Args:
+        config: The config, resolved for the model.
+        modules: The model's modules by path.
+        sites: The sites that it adapts.
+        whole: The tensors that it trains whole.
+        report: Gets what is named and can't be trained so.
+    """
+    named = getattr(config, "trainable_token_indices", None)
+    if named is None:
+        return {}
+    if not isinstance(named, Mapping):
+        named = {next(iter(embedding_layers(modules)), "embed_tokens"): named}
+    found: dict[str, TrainedRows] = {}
+    for name, indices in named.items():
+        paths = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not paths:
+            near = targets.near_misses([name], modules)
+            hint = f"; near misses: {', '.join(near)}" if near else ""
+            report.refused.append(Refusal(name, f"trainable_token_indices names no module{hint}", _ROWS_WAY_OUT))
+        for path in paths:
+            reason = _rows_refusal(path, modules[path], indices, sites, whole)
+            if reason is not None:
+                report.refused.append(Refusal(path, reason, _ROWS_WAY_OUT))
+            else:
+                found[path] = TrainedRows(tuple(indices), path)
+    return _with_tied(found, modules, getattr(config, "ensure_weight_tying", False), sites, whole, report)
+
+
+def _with_tied(
+    rows: dict[str, TrainedRows],
+    modules: Mapping[str, nn.Module],
+    ensure: bool,
+    sites: Sequence[Site | LeafSite],
+    whole: Mapping[str, tuple[str, ...]],
+    report: Report,
+) -> dict[str, TrainedRows]:
+    found = dict(rows)
+    for path, own in rows.items():
+        if not issubclass(stands_for(modules[path]), nn.Embedding):
+            continue
+        weight = modules[path]._parameters["weight"]
+        for other, module in modules.items():
+            if other == path or module._parameters.get("weight") is not weight:
+                continue
+            if other in rows and rows[other].indices != own.indices:
+                if ensure:
+                    reason = f"it is tied to {path}, and other rows are named for it, which ensure_weight_tying forbids"
+                    report.refused.append(Refusal(other, reason, _ROWS_WAY_OUT))
+                continue
+            reason = _rows_refusal(other, module, own.indices, sites, whole)
+            if reason is not None:
+                report.refused.append(Refusal(other, f"it is tied to {path}, and {reason}", _ROWS_WAY_OUT))
+            else:
+                found[other] = own
+    return found
+
+
+def _rows_refusal(
+    path: str,
+    module: nn.Module,
+    indices: Sequence[int],
+    sites: Sequence[Site | LeafSite],
+    whole: Mapping[str, tuple[str, ...]],
+) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2:
+        return f"a {type(module).__name__} has no table whose rows could be trained"
+    if any(isinstance(site, Site) and site.owner == path and site.attribute == "weight" for site in sites):
+        return "an adapter of its weight and rows of its own can't both act; name it in one option"
+    if "weight" in whole.get(path, ()):
+        return "it is trained whole by modules_to_save already"
+    outside = [index for index in indices if not 0 <= index < weight.shape[0]]
+    if outside:
+        return f"it has rows 0 to {weight.shape[0] - 1}, and none of index {outside[0]}"
+    if len(set(indices)) < len(indices) or not indices:
+        return "its rows have to be named, each once"
+    return stand_ins.refusal(module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch.fx as fx
 from torch import nn
 
@@ -43,6 +45,12 @@ def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:
 
 def read_op(node: fx.Node, root: nn.Module) -> Computation | None:
     """Returns the operation that `node` computes, or None if it is none of the vocabulary."""
+    op = _spelled(node, root)
+    # a product with a stack of matrices is spelled like one with a matrix, and only the weight itself tells
+    return op if op is not None and op.describes(operator.attrgetter(op.weight)(root).ndim) else None
+
+
+def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:
     if node.op == "call_module":
         return next((op for kind in _KINDS if (op := kind.of_module(node, root)) is not None), None)
     if node.op == "call_function":

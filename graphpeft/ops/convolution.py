@@ -92,6 +92,11 @@ class Convolution:
         return (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
 
     @staticmethod
+    def describes(dimensions: int) -> bool:
+        """Tells whether a weight of so many dimensions has a kernel."""
+        return dimensions > 2
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its features, in each group, and the size of its kernel, for a person to read."""
         features = shape[:2] if transposed else shape[1::-1]

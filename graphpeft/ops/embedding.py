@@ -57,6 +57,11 @@ class Embedding:
         return shape[0], shape[1]
 
     @staticmethod
+    def describes(dimensions: int) -> bool:
+        """Tells whether a weight of so many dimensions is a table."""
+        return dimensions == 2
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its entries and features, for a person to read."""
         return " → ".join(map(str, shape))

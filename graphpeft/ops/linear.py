@@ -59,6 +59,11 @@ class Linear:
         return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
 
     @staticmethod
+    def describes(dimensions: int) -> bool:
+        """Tells whether a weight of so many dimensions is a matrix."""
+        return dimensions == 2
+
+    @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
         """Returns its features, for a person to read."""
         return " → ".join(map(str, shape if transposed else shape[::-1]))

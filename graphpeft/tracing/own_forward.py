@@ -41,13 +41,39 @@ def call_on_weights(module: nn.Module) -> Template:
     read = uses_in_forward(in_place.original_class(module)).read
     found = dict(module.named_parameters())
     names = tuple(path for path in found if path in read) or tuple(module._parameters)
-    return _calling(in_place.original_class(module).forward, names)
+    return _calling(in_place.original_class(module).forward, names, as_given=True)
 
 
 @functools.lru_cache(maxsize=256)
-def _calling(forward: Callable[..., Any], weights: tuple[str, ...]) -> Template:
+def _calling(forward: Callable[..., Any], weights: tuple[str, ...], as_given: bool = False) -> Template:
     graph = fx.Graph()
-    args: list[Any] = []
+    args, given, more = _arguments_as_given(graph) if as_given and _hides(forward) else _arguments(graph, forward)
+    own_forward = graph.create_node("get_attr", OWN_FORWARD, name="own_forward")
+    if weights:
+        read = {path: graph.create_node("get_attr", path) for path in weights}
+        own_forward = graph.call_function(on_tensors, (own_forward, read))
+    graph.output(graph.call_function(call, (own_forward, args, given, *more)))
+    return Template((graph,), shared=True)
+
+
+def _hides(forward: Callable[..., Any]) -> bool:
+    """Tells whether `forward` is decorated, so that it may hand its arguments on to a function with other names."""
+    own = inspect.signature(forward, follow_wrapped=False).parameters.values()
+    return any(p.kind is p.VAR_POSITIONAL for p in own) and hasattr(forward, "__wrapped__")
+
+
+_Arguments = tuple[Any, dict[str, fx.Node], list[fx.Node]]
+
+
+def _arguments_as_given(graph: fx.Graph) -> _Arguments:
+    """Adds what a call gives by position and what it gives by name, whichever names there are."""
+    args = graph.create_node("placeholder", "*args", name="args")
+    return args, {}, [graph.create_node("placeholder", "**kwargs", name="kwargs")]
+
+
+def _arguments(graph: fx.Graph, forward: Callable[..., Any]) -> _Arguments:
+    """Adds each argument of `forward`."""
+    args: list[fx.Node] = []
     given: dict[str, fx.Node] = {}
     more: list[fx.Node] = []
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
@@ -60,12 +86,7 @@ def _calling(forward: Callable[..., Any], weights: tuple[str, ...]) -> Template:
             args.append(placeholder)
         else:
             given[parameter.name] = placeholder
-    own_forward = graph.create_node("get_attr", OWN_FORWARD, name="own_forward")
-    if weights:
-        read = {path: graph.create_node("get_attr", path) for path in weights}
-        own_forward = graph.call_function(on_tensors, (own_forward, read))
-    graph.output(graph.call_function(call, (own_forward, tuple(args), given, *more)))
-    return Template((graph,), shared=True)
+    return tuple(args), given, more
 
 
 def _placeholder(graph: fx.Graph, parameter: inspect.Parameter) -> fx.Node:

@@ -20,11 +20,11 @@ from graphpeft.methods.lora.leaf import LoraLeaf
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
+from graphpeft.methods.lora.target_parts import with_parts
 from graphpeft.report import Report
 from graphpeft.rewrite import Rule
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.target_config import TargetedConfig
-from graphpeft.targeting import with_parts
 
 
 @register
@@ -47,6 +47,11 @@ class LoraConfig(TargetedConfig):
         target_parts: Not of PEFT's: the parts of fused projections that are adapted alone, by their names as in a list
             of `target_modules`: names among ``"q"``, ``"k"`` and ``"v"``, which the graph around a projection tells
             apart, or rows as pairs of the first one and the one behind the last. Each part has factors of the rank `r`.
+        trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
+            embeddings. What is tied to an embedding follows.
+        layer_replication: Ranges of a Transformers model's layers that it runs in turn instead of its own, each with
+            an adapter of its own and the same weights.
+        ensure_weight_tying: Whether to refuse other rows for what is tied.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
@@ -103,6 +108,11 @@ class LoraConfig(TargetedConfig):
             value, only = getattr(self, name), getattr(default, name)
             if value and value != only:
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
+        if self.ensure_weight_tying and self.trainable_token_indices is None:
+            raise ValueError(
+                "ensure_weight_tying=True is supported for trainable_token_indices alone, not for an adapter of an "
+                "embedding or modules_to_save; leave it False, and untie the weights if you adapt one of them"
+            )
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
 
@@ -135,7 +145,7 @@ class LoraConfig(TargetedConfig):
         config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
         if len(layers) < len(sites):
             config.target_parameters = [site.weight for site in sites if not site.is_layer]
-            config.target_modules = [site.name for site in layers]
+            config.target_modules = list(dict.fromkeys(site.name for site in layers))
             if config.lora_dropout:
                 warnings.warn(
                     f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "
@@ -187,10 +197,8 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "kasa_config",
-    "layer_replication",
     "loftq_config",
     "lora_bias",
     "lora_ga_config",
@@ -198,7 +206,6 @@ _UNSUPPORTED = (
     "megatron_core",
     "monteclora_config",
     "qalora_group_size",
-    "trainable_token_indices",
     "use_bdlora",
     "use_dora",
     "use_qalora",

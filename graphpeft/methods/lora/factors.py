@@ -21,7 +21,16 @@ def scaling_of(site: Site | LeafSite, config: Any) -> float:
     """Returns α/r, or α/√r with rank-stabilised LoRA."""
     rank = rank_of(site, config)
     alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    # what a module's name stands for beside its own weights: an attention's output projection
+    is_inside = site.named is not None and site.owner != site.named
+    return TIMES_INSIDE * scaling if is_inside else scaling
+
+
+TIMES_INSIDE = 2
+"""How often PEFT 0.21.2 adds the change of ``nn.MultiheadAttention``'s output projection, in its outputs and in what it
+merges: its ``MultiheadAttention.merge`` adds it and has ``out_proj.merge`` add it again (its pull request 3774). Files
+have to mean the same here and there."""
 
 
 def constants_of(site: Site | LeafSite, config: Any, drops: bool = False) -> Mapping[str, float]:
@@ -57,8 +66,11 @@ def draw_as_layer(weight: Tensor) -> None:
 
 
 def refused_dropout(site: Site, config: Any) -> str | None:
-    """Returns the reason why there can be no dropout, if there should be: a weight as such has no input."""
-    if site.op is not ops.Weight or not config.lora_dropout:
+    """Returns the reason why there can be no dropout, if there should be: a weight as such has no input.
+
+    An adapter for inference has none anyway.
+    """
+    if site.op is not ops.Weight or not config.lora_dropout or config.inference_mode:
         return None
     use = f"the use of its {site.attribute} has none that is known"
     return f"lora_dropout={config.lora_dropout} drops elements of an operation's input, and {use}; set lora_dropout=0"

@@ -1,0 +1,82 @@
+"""The embeddings of a Transformers model, whose own tables an adapter's file may hold beside the adapter.
+
+That is for vocabularies which were resized after the base model was saved: what is in the new rows is nowhere else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from graphpeft import targets
+from graphpeft.config import PeftConfig
+from graphpeft.targets import Match
+
+_NAMES = ("embed_tokens", "lm_head")
+"""What embeddings are called, by PEFT's `EMBEDDING_LAYER_NAMES`; naming one as a target has its table saved."""
+
+
+def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the paths of the input and the output embedding of a model that tells them."""
+    model: Any = modules[""]
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    return [path for path, module in modules.items() if any(module is layer for layer in layers)]
+
+
+def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, setting: bool | str) -> list[str]:
+    """Returns the paths of the embeddings whose own tensors are saved beside an adapter.
+
+    Args:
+        modules: The model's modules by path.
+        config: The adapter's config, with the name of the base model.
+        setting: `save_embedding_layers`: True, False, or ``"auto"``: where the config targets an embedding by name, or
+            the vocabulary isn't that of the base model.
+
+    Raises:
+        ValueError: If `setting` is True and the model doesn't tell its embeddings, or if it is something else.
+    """
+    if setting not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers must be True, False or 'auto', not {setting!r}")
+    layers = embedding_layers(modules)
+    if setting is True and not layers:
+        raise ValueError(
+            f"save_embedding_layers=True, but a {type(modules['']).__name__} has no get_input_embeddings to tell which "
+            "they are; leave it 'auto', and name an embedding that you train in modules_to_save"
+        )
+    targeted = _are_targeted(config, modules) if layers else False
+    if setting == "auto" and layers:
+        by_rows = getattr(config, "trainable_token_indices", None) is not None
+        setting = (targeted and not by_rows) or _is_resized(modules[""], config.base_model_name_or_path)
+    if setting is not True:
+        return []
+    decide = targets.compile_matcher(config)
+    return [path for path in layers if not targeted or decide(path) is Match.YES]
+
+
+def _are_targeted(config: Any, modules: Mapping[str, nn.Module]) -> bool:
+    wanted = getattr(config, "target_modules", None)
+    if not isinstance(wanted, str):
+        return any(name in _NAMES for name in wanted or ())
+    decide = targets.compile_matcher(config)
+    return any(path.rpartition(".")[2] in _NAMES and decide(path) is Match.YES for path in modules)
+
+
+def _is_resized(model: Any, base: str | None) -> bool:
+    """Tells whether the model has another vocabulary than the base model of this name."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not size or not base:
+        return False
+    try:
+        before = type(model.config).from_pretrained(base)
+    except (OSError, ValueError):
+        warnings.warn(
+            f"the config of {base} can't be read, so that its embeddings are saved only if save_embedding_layers=True",
+            stacklevel=4,
+        )
+        return False
+    return getattr(before, "vocab_size", size) != size

@@ -259,6 +259,15 @@ def test_verify_says_which_laws_do_not_apply_and_why():
     assert all(silent[law].startswith("the model can't be traced: ") for law in "57")
 
 
+def test_verify_says_what_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    model[1].weight = model[0].weight
+    found = verify(model, LoraConfig(target_modules=["0"]), X, progress=False, quiet=True)
+    assert found.holds
+    assert (found.verdicts[2].outcome, found.verdicts[2].why[:13]) == ("doesn't apply", "it is refused")
+    assert "0.weight is tied to 1.weight" in found.verdicts[2].why
+
+
 def test_a_model_can_be_verified_without_hypothesis():
     code = "import sys; import graphpeft, graphpeft.testing; assert 'hypothesis' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

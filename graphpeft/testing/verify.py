@@ -15,10 +15,11 @@ from tqdm import tqdm
 from graphpeft.adapters import unmergeable
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.model import get_peft_model
+from graphpeft.plan import AdaptError
 from graphpeft.report import table
 from graphpeft.testing import laws
 from graphpeft.testing.blame import Build, LawError
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import GuardError, TraceError
 from graphpeft.tracing.trace import ExampleInputs
 
 Outcome = Literal["holds", "fails", "doesn't apply"]
@@ -148,6 +149,10 @@ def _outcome(law: _Law, build: Build, config: PeftConfig, inputs: ExampleInputs,
             law.check(build, config, inputs)
     except TraceError as error:
         return "doesn't apply", f"the model can't be traced: {error}"
+    except GuardError as error:
+        return "doesn't apply", f"a trace of the model refuses the call: {error}"
+    except AdaptError as error:
+        return "doesn't apply", f"it is refused: {error}"
     except LawError as error:
         return "fails", str(error)
     return "holds", law.partly(adapted)

@@ -1,7 +1,7 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
 from graphpeft.checkpoint import CheckpointError
-from graphpeft.config import PeftConfig, PeftType, TaskType
+from graphpeft.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.feeding import feeding
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import LoraConfig
@@ -18,18 +18,22 @@ from graphpeft.model import (
 )
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
+from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
+from graphpeft.target_config import TargetedConfig
 from graphpeft.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.tracing.trace import trace
 
 __all__ = [
     "AdaptError",
+    "BoundaryRule",
     "CPTConfig",
     "CheckpointError",
     "GuardError",
     "LoraConfig",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
+    "ParameterSpec",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -37,14 +41,18 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "Report",
+    "Rule",
+    "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "WeightRule",
     "explain",
     "feeding",
     "find_token_sequence",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "register",
     "set_peft_model_state_dict",
     "trace",
 ]

@@ -8,18 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+
+from graphpeft.testing.profiles import load_profile
 
 torch.set_num_threads(1)
-
-COMMON = {
-    "deadline": None,
-    "print_blob": True,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-}
-settings.register_profile("ci", max_examples=40, **COMMON)
-settings.register_profile("fuzz", max_examples=10_000, **COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+load_profile()
 
 
 @pytest.fixture(autouse=True)

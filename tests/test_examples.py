@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +50,11 @@ def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_pa
     torch.manual_seed(0)
     # the empty lines make a traceback name the line of the page
     code = compile("\n" * example.line + example.code, str(example.page), "exec")
+    # what an example defines can be pickled, as in a script
+    script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, {"__name__": "__main__"})
+        exec(code, script.__dict__)
     if example.output is not None:
         assert printed.getvalue() == example.output
 

@@ -1,1 +1,37 @@
-"""What property-tests adapters and rewrites: the laws, and strategies for models, inputs, configs and edits."""
+"""What property-tests adapters and rewrites: the laws, and strategies for models with inputs, configs and edits.
+
+The laws and `verify` need nothing beside graphpeft. What generates (`strategies`, `edits`, `programs`, `profiles`)
+needs hypothesis, and comes with ``pip install 'graphpeft[testing]'``; import it from its file.
+"""
+
+from graphpeft.testing.blame import LawError
+from graphpeft.testing.laws import (
+    assert_adapted_is_base_with_delta,
+    assert_copies_stay_adapted,
+    assert_dry_runs_change_nothing,
+    assert_fresh_adapter_changes_no_output,
+    assert_only_the_adapter_is_trained,
+    assert_saved_is_loaded,
+    assert_spellings_are_adapted_alike,
+    assert_traced_is_adapted_alike,
+    assert_traced_is_the_model,
+    assert_traced_trains_as_the_model,
+)
+from graphpeft.testing.verify import Verdict, Verification, verify
+
+__all__ = [
+    "LawError",
+    "Verdict",
+    "Verification",
+    "assert_adapted_is_base_with_delta",
+    "assert_copies_stay_adapted",
+    "assert_dry_runs_change_nothing",
+    "assert_fresh_adapter_changes_no_output",
+    "assert_only_the_adapter_is_trained",
+    "assert_saved_is_loaded",
+    "assert_spellings_are_adapted_alike",
+    "assert_traced_is_adapted_alike",
+    "assert_traced_is_the_model",
+    "assert_traced_trains_as_the_model",
+    "verify",
+]

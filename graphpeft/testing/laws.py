@@ -11,7 +11,7 @@ import io
 import itertools
 import pickle
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,15 +22,10 @@ from graphpeft import adapters
 from graphpeft.config import PeftConfig
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.paths import join
+from graphpeft.plan import AdaptError
+from graphpeft.testing.blame import Build, LawError, blames_a_site
 from graphpeft.tracing.errors import GuardError
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
-
-Build = Callable[[], nn.Module]
-
-
-class LawError(AssertionError):
-    """A law that doesn't hold."""
-
 
 # the laws
 
@@ -39,8 +34,9 @@ BOTH_MODES = (False, True)
 """Evaluation and training."""
 
 
+@blames_a_site
 def assert_fresh_adapter_changes_no_output(
-    build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] = BOTH_MODES
+    build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None = None
 ) -> None:
     """Law 1: an adapter that starts as the identity changes no output, bit for bit.
 
@@ -48,16 +44,17 @@ def assert_fresh_adapter_changes_no_output(
         build: Builds the model.
         config: The adapter's config.
         inputs: Inputs of the model.
-        modes: Whether to look at evaluation (False), training (True) or both. An adapter that draws random numbers in
-            training gives others to the rest of the model there, and has none of these laws.
+        modes: Whether to look at evaluation (False), training (True) or both. None leaves out training if the adapter
+            draws random numbers there: it gives others to the rest of the model, and has none of these laws.
     """
-    for mode in modes:
+    for mode in modes_to_compare(build, config, inputs) if modes is None else modes:
         # PyTorch computes some layers in another way when nothing of them is trained
         expected = run(build().train(mode).requires_grad_(False), inputs)
         adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
         require_equal(run(adapted, inputs), expected, f"with training={mode}, a fresh adapter changes the output")
 
 
+@blames_a_site
 def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
     frozen = {path for path, _ in build().named_parameters()}
@@ -73,29 +70,72 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
             raise LawError(f"{path} gets a gradient, though it is frozen")
 
 
+@blames_a_site
 def assert_adapted_is_base_with_delta(
     build: Build,
     config: PeftConfig,
     inputs: ExampleInputs,
-    modes: Sequence[bool] = BOTH_MODES,
+    modes: Sequence[bool] | None = None,
     tolerance: float = 1e-4,
 ) -> None:
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
-    An adapter that doesn't change weights has no deltas; of it, the latter holds. `modes` as for law 1.
+    An adapter that can't be merged must refuse that, and of it the latter holds; if some of its sites have deltas, the
+    whole law holds for an adapter of these alone. `modes` as for law 1.
     """
-    for mode in modes:
+    for narrowed in (config, *_of_what_can_be_merged(build, config, inputs)):
+        _adapted_is_base_with_delta(build, narrowed, inputs, modes, tolerance)
+
+
+def _of_what_can_be_merged(build: Build, config: PeftConfig, inputs: ExampleInputs) -> list[PeftConfig]:
+    """Returns a config that names the sites alone which can be merged, if these are some and not all."""
+    sites = get_peft_model(build(), config, example_inputs=inputs)._peft_adapters.by_name["default"].sites
+    merged = {adapted.site.name for adapted in sites if adapters.unmergeable(adapted) is None}
+    if not 0 < len(merged) < len(sites):
+        return []
+    narrowed = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name in merged)
+    return [narrowed.peft_config["default"]]
+
+
+def _adapted_is_base_with_delta(
+    build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None, tolerance: float
+) -> None:
+    for mode in modes_to_compare(build, config, inputs) if modes is None else modes:
         base, untouched = (build().train(mode).requires_grad_(False) for _ in range(2))
         adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
         expected = run(adapted, inputs)
         adapter = adapted._peft_adapters.by_name["default"]
         if adapter.changes_weights:
+            # first, since it refuses a weight that is tied to another, which a delta added by hand would change too
+            merged = copy.deepcopy(adapted).merge_and_unload()
             _add_deltas(base, adapter, dict(adapted.named_modules()))
             require_close(run(base, inputs), expected, tolerance, f"training={mode}: adapted isn't base with deltas")
-            merged = copy.deepcopy(adapted).merge_and_unload()
             require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
+        else:
+            _require_no_merge(adapted)
         require_restored(adapted.unload(), build().train(mode))
         require_equal(run(adapted.requires_grad_(False), inputs), run(untouched, inputs), "unload leaves other outputs")
+
+
+def _require_no_merge(adapted: Any) -> None:
+    before = snapshot(adapted)
+    try:
+        adapted.merge_and_unload()
+    except AdaptError:
+        require_unchanged(adapted, before, "a merge that is refused")
+    else:
+        raise LawError("an adapter that says why it can't be merged is merged")
+
+
+def modes_to_compare(build: Build, config: PeftConfig, inputs: ExampleInputs) -> tuple[bool, ...]:
+    """Returns the modes in which the adapter draws no random numbers: evaluation, and training."""
+    left = []
+    for model in (build().train(), get_peft_model(build().train(), config, example_inputs=inputs)):
+        run(model, inputs)
+        left.append(torch.get_rng_state())
+        left += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    half = len(left) // 2
+    return BOTH_MODES if all(map(torch.equal, left[:half], left[half:])) else BOTH_MODES[:1]
 
 
 @torch.no_grad()
@@ -107,6 +147,7 @@ def _add_deltas(base: nn.Module, adapter: adapters.Adapter, modules: adapters.Mo
             getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
 
 
+@blames_a_site
 def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 4: what is saved and loaded again gives the same outputs and the same tensors."""
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
@@ -120,6 +161,7 @@ def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInpu
     require_close(run(loaded, inputs), run(adapted, inputs), 1e-6, "loaded differs from saved")
 
 
+@blames_a_site
 def assert_traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs."""
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
@@ -146,6 +188,7 @@ def assert_spellings_are_adapted_alike(
         require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
 
 
+@blames_a_site
 def assert_dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 6: `explain` and a failed adaptation change nothing."""
     model = build()
@@ -226,6 +269,7 @@ def assert_traced_trains_as_the_model(
                 require_equal(found[what], value, law)
 
 
+@blames_a_site
 def assert_copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted."""
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))

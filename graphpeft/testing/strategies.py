@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
+from graphpeft.config import registered
 
 DIM = 8
 
@@ -282,11 +284,6 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-def modes_of(config: PeftConfig) -> tuple[bool, ...]:
-    """Returns the modes in which an adapter draws no random numbers: evaluation, and training."""
-    return (False, True) if not getattr(config, "lora_dropout", 0.0) else (False,)
-
-
 class Method(NamedTuple):
     """What tests know of a method.
 
@@ -298,15 +295,53 @@ class Method(NamedTuple):
         merges: Whether it changes weights.
     """
 
-    configs: Callable[..., st.SearchStrategy[PeftConfig]]
+    configs: Callable[..., st.SearchStrategy[Any]]
     fits: Callable[[], st.SearchStrategy[Case]]
     is_identity: bool
     merges: bool
 
 
-METHODS: dict[PeftType, Method] = {
+METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }
-"""The methods that adapt any model."""
+"""The methods that adapt any model, by `peft_type`; a method of one's own is entered here."""
+
+
+def method_of(peft_type: str) -> Method:
+    """Returns what `METHODS` says of a method, or what holds for one that it doesn't know: `plain_configs`."""
+    if peft_type in METHODS:
+        return METHODS[peft_type]
+    config_class = registered()[peft_type]
+    configs = functools.partial(plain_configs, config_class)
+    return Method(configs, cases, is_identity=config_class().starts_as_identity, merges=False)
+
+
+@st.composite
+def plain_configs(draw: Any, config_class: type[PeftConfig], model: nn.Module, identity: bool) -> PeftConfig:
+    """Returns a strategy for the configs of a class that differ in their targets alone.
+
+    Args:
+        draw: Given by hypothesis.
+        config_class: A class with an option `target_modules`.
+        model: The model.
+        identity: Ignored, since the class alone says whether a fresh adapter is the identity.
+    """
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    options: dict[str, Any] = {"target_modules": _entries(chosen, [path for path, _ in model.named_modules()])}
+    return config_class(**options)
+
+
+@st.composite
+def adaptations(draw: Any, peft_type: str, identity: bool = False) -> tuple[Case, PeftConfig]:
+    """Returns a strategy for a model with a config that adapts it.
+
+    Args:
+        draw: Given by hypothesis.
+        peft_type: The method.
+        identity: Whether a fresh adapter is to change no output.
+    """
+    method = method_of(peft_type)
+    case = draw(method.fits())
+    return case, draw(method.configs(case.build(), identity=identity))

@@ -134,7 +134,9 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    embeddings = embedding_layers.to_save(modules, file_config(modules[""], adapter), save_embedding_layers)
+    embeddings = embedding_layers.to_save(
+        modules, adapter.config, _base_name(modules[""], adapter), save_embedding_layers
+    )
     named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
@@ -307,8 +309,12 @@ def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
         cls = stands_for(model)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        config.base_model_name_or_path = _base_name(model, adapter)
     return config
+
+
+def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
+    return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 
 def write_model_card(config: PeftConfig, folder: Path) -> None:

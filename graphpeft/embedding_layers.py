@@ -28,12 +28,13 @@ def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 
-def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, setting: bool | str) -> list[str]:
+def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, base: str | None, setting: bool | str) -> list[str]:
     """Returns the paths of the embeddings whose own tensors are saved beside an adapter.
 
     Args:
         modules: The model's modules by path.
-        config: The adapter's config, with the name of the base model.
+        config: The adapter's config.
+        base: The name of the base model, or where it lies.
         setting: `save_embedding_layers`: True, False, or ``"auto"``: where the config targets an embedding by name, or
             the vocabulary isn't that of the base model.
 
@@ -51,7 +52,7 @@ def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, setting: bool 
     targeted = _are_targeted(config, modules) if layers else False
     if setting == "auto" and layers:
         by_rows = getattr(config, "trainable_token_indices", None) is not None
-        setting = (targeted and not by_rows) or _is_resized(modules[""], config.base_model_name_or_path)
+        setting = (targeted and not by_rows) or _is_resized(modules[""], base)
     if setting is not True:
         return []
     decide = targets.compile_matcher(config)

@@ -623,6 +623,15 @@ def test_the_embeddings_of_a_resized_vocabulary_are_saved(tmp_path: Path) -> Non
     assert "base_model.model.lm_head.weight" in found
 
 
+def test_only_saving_says_what_is_lost_in_a_file(tmp_path: Path) -> None:
+    example = Example("", OwnDims, vectors, {"target_modules": ["mha"]})
+    model = ours(example)
+    model.peft_config["default"].lora_dropout = 0.1
+    graphpeft.get_peft_model_state_dict(model)
+    with pytest.warns(UserWarning, match="is saved as 0"):
+        model.save_pretrained(tmp_path)
+
+
 def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(resized(0), peft.LoraConfig(r=2, init_lora_weights=False)).eval()
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)

@@ -45,7 +45,7 @@ def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Ru
     """
     if not isinstance(output.meta.get(VALUE), torch.Tensor):
         raise TraceError("the shape of its output isn't known; pass example_inputs")
-    numbers: dict[fx.Node, Any] = {output: torch.arange(features).expand(output.meta[VALUE].shape)}
+    numbers: dict[fx.Node, Any] = {output: torch.arange(features).expand(output.meta[VALUE].shape).contiguous()}
     ends: dict[tuple[int, ...], fx.Node] = {}
     for node in graph.nodes:
         if _is_view(node) and any(source in numbers for source in node.all_input_nodes):
@@ -75,8 +75,7 @@ def runs_of(rows: tuple[int, ...]) -> Runs:
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _VIEWS
+    return node.op in ("call_function", "call_method") and _name(node) in _VIEWS
 
 
 def _on_numbers(node: fx.Node, numbers: Mapping[fx.Node, Any]) -> Any:
@@ -103,9 +102,9 @@ def _as_attended(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
             return _told_apart(ends, [_arguments_above(node, index) for index in range(3)])
-        if getattr(node.target, "__name__", node.target) == "softmax":
+        if _name(node) == "softmax" and _over_the_last(node):
             scored = above(node)
-            scores = _first_meeting(graph, [end for end in ends if end in scored])
+            scores = _first_meeting(graph, node, [end for end in ends if end in scored])
             outside = set(ends) - scored
             return _told_apart(ends, [*(above(source) for source in scores), outside])
     raise TraceError("the graph has no attention that tells its queries from its keys and values")
@@ -119,13 +118,31 @@ def _told_apart(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]
     return ordered
 
 
-def _first_meeting(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
+def _first_meeting(graph: fx.Graph, scores: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
     """Returns the inputs, in their order, of the first node to which two values come by one input each."""
     for node in graph.nodes:
         sides = [source for source in node.all_input_nodes if len(above(source) & set(ends)) == 1]
         if len(sides) == 2 and len(ends) == 2:
-            return sides
+            exchanged = [other for other in above(scores) if node in above(other) and _name(other) in _TRANSPOSING]
+            return sides if _name(node) in _PRODUCTS and not exchanged else []
     return []
+
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm")
+"""Functions that multiply queries by keys, so that the scores have a row for each query."""
+
+_TRANSPOSING = ("transpose", "permute", "swapaxes", "movedim", "t", "getattr", "adjoint")
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _over_the_last(softmax: fx.Node) -> bool:
+    """Tells whether a softmax goes over the last dimension, as one over keys does."""
+    value = softmax.meta.get(VALUE)
+    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    return isinstance(value, torch.Tensor) and dim in (-1, value.ndim - 1)
 
 
 def _arguments_above(node: fx.Node, index: int) -> set[fx.Node]:

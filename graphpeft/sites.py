@@ -301,8 +301,10 @@ class SiteFinder:
         if not self._is_called(region):
             return None
         try:
-            refuse_what_a_graph_cannot_replace(module)
-            template = self.templates.get(region) or template_of(module) or call_on_weights(module)
+            template = self.templates.get(region) or template_of(module)
+            if template is None:
+                refuse_what_a_graph_cannot_replace(module)
+                template = call_on_weights(module)
         except TraceError:
             return None
         if not template.calls_own_forward:

@@ -185,3 +185,21 @@ def test_a_layer_that_is_no_projection_has_no_parts():
     config = LoraConfig(target_modules=["fc1"], target_parts={"fc1": ["q"]})
     with pytest.raises(AdaptError, match="its output isn't parted into q, k, v by views alone"):
         get_peft_model(vit(), config, example_inputs=PIXELS)
+
+
+class Reversed(nn.Module):
+    """Attention whose scores are keys times queries, turned around afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        k, q, v = self.qkv(x).chunk(3, -1)
+        return (k @ q.mT).mT.softmax(-1) @ v
+
+
+def test_scores_of_keys_times_queries_are_refused_and_not_guessed():
+    config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
+    with pytest.raises(AdaptError, match="doesn't take its queries, keys and values from one part each"):
+        get_peft_model(nn.Sequential(Reversed()), config, example_inputs=(torch.randn(2, 3, 8),))

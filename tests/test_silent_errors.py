@@ -718,3 +718,18 @@ def test_a_misspelt_module_to_save_is_an_error():
         get_peft_model(
             nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 4)}), lora("body", modules_to_save=["haed"])
         )
+
+
+def test_a_second_adapter_goes_onto_a_module_that_is_called_on_its_weights():
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    model: Any = nn.Sequential(module_of(lambda self, x: self.inner(x, x, x)[0], inner=attention)).eval()
+    get_peft_model(model, lora("inner", init_lora_weights=False))
+    first = model(X)
+    model.add_adapter("second", lora("inner", init_lora_weights=False))
+    model.set_adapter(["default", "second"])
+    both = model(X)
+    assert not torch.allclose(first, both)
+    model.set_adapter("default")
+    assert torch.equal(model(X), first)
+    model.set_adapter(["default", "second"])
+    laws.require_close(model.merge_and_unload(adapter_names=["default", "second"])(X), both, 1e-5, "both merged")

@@ -146,9 +146,46 @@ def logging(self, x):
     return x + 1
 
 
+def once(self, x):
+    if self.first:
+        self.first = False
+        return x * 100
+    return x
+
+
+def initialising(self, x):
+    if not self.done:
+        with torch.no_grad():
+            self.scale.copy_(1 / x.std())
+        self.done = True
+    return x * self.scale
+
+
+def deleting(self, x):
+    if hasattr(self, "start"):
+        x = x + self.start
+        del self.start
+    return x
+
+
+class Counter:
+    """An object of a user's class, which is no module."""
+
+    def __init__(self):
+        self.n = 0
+
+
+def counting_elsewhere(self, x):
+    self.counter.n += 1
+    return x * self.counter.n
+
+
 @pytest.mark.parametrize(
     ("forward", "members", "name"),
     [
+        (once, {"first": True}, "first"),
+        (initialising, {"done": False, "scale": torch.ones(())}, "done"),
+        (deleting, {"start": 5.0}, "start"),
         (counting, {"count": 0}, "count"),
         (counting, {"count": torch.zeros(())}, "count"),
         (remembering, {"last": None}, "last"),
@@ -156,7 +193,17 @@ def logging(self, x):
         (averaging, {"mean": torch.zeros(8)}, "mean"),
         (logging, {"seen": []}, "seen"),
     ],
-    ids=["a number", "a buffer", "a value", "a list", "an average", "a list that is only filled"],
+    ids=[
+        "a first time",
+        "first values",
+        "a deletion",
+        "a number",
+        "a buffer",
+        "a value",
+        "a list",
+        "an average",
+        "a list that is only filled",
+    ],
 )
 def test_what_changes_with_each_call_keeps_the_module_a_call(forward, members, name):
     model = module_of(forward, **members)
@@ -167,6 +214,49 @@ def test_what_changes_with_each_call_keeps_the_module_a_call(forward, members, n
     with pytest.raises(TraceError, match=rf"self\.{name} for its next call"):
         trace(model, (X,))
     laws.require_unchanged(model, before, "a failed trace")
+
+
+def test_an_object_that_changes_with_each_call_keeps_the_module_a_call():
+    model = module_of(counting_elsewhere, counter=Counter())
+    traced = traced_inside(copy.deepcopy(model))
+    assert "changes its Counter.n for its next call" in traced.kept["0"]
+    assert_history_is_that_of(model, traced, X, 2 * X, X)
+    with pytest.raises(TraceError, match=r"its Counter\.n"):
+        trace(model, (X,))
+    assert model.counter.n == 0
+
+
+def test_a_cache_on_an_object_holds_nothing_of_a_trace():
+    def forward(self, x):
+        if x.shape[1] not in self.counter.cache:
+            self.counter.cache[x.shape[1]] = torch.arange(x.shape[1])[:, None] * 1.0
+        return x + self.counter.cache[x.shape[1]]
+
+    counter: Any = Counter()
+    counter.cache = {}
+    model = module_of(forward, counter=counter)
+    traced = traced_inside(model)
+    assert traced.kept == {}
+    assert counter.cache == {}
+    assert_history_is_that_of(model, traced, X, X[:1], X)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_decision_on_a_buffer_changes_no_buffer(in_place):
+    def forward(self, x):
+        if in_place:
+            self.steps.add_(1)
+        else:
+            self.steps += 1
+        return x * 5 if self.steps > 4 else x
+
+    model = module_of(forward, steps=torch.tensor(2))
+    with pytest.raises(TraceError, match="values of a tensor"):
+        trace(model, (X,))
+    traced = traced_inside(model)
+    assert model.steps == 2
+    assert "values of a tensor" in traced.kept["0"]
+    assert_history_is_that_of(model, traced_inside(copy.deepcopy(model)), X, X, X, X)
 
 
 def test_what_one_module_sets_on_another_keeps_both_in_one_call():

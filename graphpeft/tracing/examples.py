@@ -146,6 +146,8 @@ class Examples:
             for source in (other for other in self._tracer.graph.nodes if other in above):
                 if source in self.given:
                     values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self.given[source])
+                elif source.op == "get_attr":
+                    values[source] = source.meta[VALUE]
                 else:
                     args, kwargs = map_arg((source.args, source.kwargs), value_of)
                     values[source] = self._computed(source, args, kwargs)
@@ -287,8 +289,11 @@ def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextl
 
 def _is_not_whole(node: fx.Node) -> bool:
     """Tells whether a node brings fractions, random numbers or what a layer computes into a value."""
-    if node.op == "placeholder" or node.op == "get_attr":
-        leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    if node.op == "get_attr":
+        # a module's tensors may be another in each run, and no constant may be written into
+        return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    if node.op == "placeholder":
         return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
     return state.varies(node)
 

@@ -106,7 +106,8 @@ class ValueProxy(fx.Proxy):
         # such values are keys of caches and tables
         value = self.node.meta.get(VALUE)
         if isinstance(value, int | float | torch.Size | torch.dtype | torch.device):
-            self.tracer.decide(self, value)
+            if not self.tracer.is_running:
+                self.tracer.decide(self, value)
             return hash(value)
         return super().__hash__()
 

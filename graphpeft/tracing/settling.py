@@ -13,6 +13,7 @@ from torch import nn
 
 from graphpeft.tracing import state
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.sameness import computes_the_same
 from graphpeft.tracing.state import Attribute
 
 if TYPE_CHECKING:
@@ -26,13 +27,13 @@ class Repetition(NamedTuple):
         graph: Its graph, or None if it failed.
         error: Why it failed, for a person to read.
         values: What it left in the attributes that either recording changed.
-        of_the_state: The nodes that stand for what the first one had left.
+        of_the_state: The nodes that stand for what the first one had left, with the nodes of that.
     """
 
     graph: fx.Graph | None
     error: str
     values: dict[Attribute, Any]
-    of_the_state: frozenset[fx.Node]
+    of_the_state: dict[fx.Node, fx.Node]
 
 
 def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
@@ -47,15 +48,19 @@ def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, chan
     Raises:
         TraceError: If that is the root itself.
     """
-    left = {attribute: state.value_of(attribute) for attribute in changed}
+    with tracer.examples.real_calls(makes_tensors=False):
+        left = {attribute: state.value_of(attribute) for attribute in changed}
+    assert tracer.recording is not None
+    before = tracer.recording.before
     writers, called = tracer.assigners, tracer.called
     again = _recorded_again(tracer, root, changed)
     paths = {module: path for path, module in root.named_modules()}
     found: dict[str, str] = {}
     for attribute in _unsettled(graph, left, again):
-        module, name = attribute
+        module = before.owner(attribute)
         does = "assigns" if attribute in writers else "changes"
-        what = f"{type(module).__name__}'s forward {does} self.{name} for its next call"
+        where = "self" if attribute.holder is module else f"its {type(attribute.holder).__name__}"
+        what = f"{type(module).__name__}'s forward {does} {where}.{attribute.name} for its next call"
         reason = f"{what}, which a graph can't hold{again.error}"
         path = _around(called, [paths[module], *writers.get(attribute, ())])
         if not path:
@@ -75,9 +80,10 @@ def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribut
     except Exception as failure:
         error = f" ({failure})"
     tracer.kept = kept
-    attributes = dict.fromkeys([*changed, *tracer.recording.before.changed()])
-    values = {attribute: state.value_of(attribute) for attribute in attributes}
-    return Repetition(graph, error, values, frozenset(tracer.left.values()))
+    with tracer.examples.real_calls(makes_tensors=False):
+        attributes = dict.fromkeys([*changed, *tracer.recording.before.changed()])
+        values = {attribute: state.value_of(attribute) for attribute in attributes}
+    return Repetition(graph, error, values, {stand_in: node for node, stand_in in tracer.left.items()})
 
 
 def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
@@ -86,7 +92,7 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
         return list(left)
 
     def comes_from_the_state(node: fx.Node) -> bool:
-        return not again.of_the_state.isdisjoint(state.above(node))
+        return not state.above(node).isdisjoint(again.of_the_state)
 
     moved = [
         attribute
@@ -95,7 +101,9 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
     ]
     if moved or str(graph) == str(again.graph):
         return moved
-    # the second graph reads what the first call has left: it must be what any call would have left
+    # the second graph reads what the first call has left: it must compute the same from it as the first one did
+    if not computes_the_same(graph, again.graph, again.of_the_state):
+        return list(left)
     return [attribute for attribute, value in left.items() if _varies(value)]
 
 

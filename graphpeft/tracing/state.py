@@ -17,6 +17,7 @@ import copy
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,40 +33,55 @@ _CONTAINERS = (dict, list, set, deque)
 
 
 class Attribute(NamedTuple):
-    """An attribute of a module.
+    """An attribute of a module, or of an object that a module holds.
 
     Attributes:
-        module: The module.
+        holder: The module or object.
         name: Its name there.
     """
 
-    module: nn.Module
+    holder: Any
     name: str
+
+    def __hash__(self) -> int:
+        return hash((id(self.holder), self.name))
+
+    def __eq__(self, other: object) -> bool:
+        # an object of a user's may compare as it likes
+        return isinstance(other, Attribute) and self.holder is other.holder and self.name == other.name
 
 
 class Snapshot:
-    """The attributes of all modules at one time, and the content of the containers among them.
+    """The attributes of all modules and of the objects that they hold at one time, with the content of containers.
 
     Args:
         root: The module with all of its submodules.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._before = [(module, dict(module.__dict__), list(_containers_of(module))) for module in root.modules()]
+        self._owners: dict[int, nn.Module] = {}
+        self._before: list[tuple[Any, dict[str, Any], list[tuple[str, Any, Any]]]] = []
+        for module in root.modules():
+            for holder in _holders(module, self._owners):
+                self._before.append((holder, dict(holder.__dict__), list(_containers_of(holder))))
+
+    def owner(self, attribute: Attribute) -> nn.Module:
+        """Returns the module that has an attribute, or that holds the object which has it."""
+        return self._owners[id(attribute.holder)]
 
     def changed(self) -> list[Attribute]:
         """Returns the attributes that have another value or another content now."""
         found: dict[Attribute, None] = {}
-        for module, attributes, containers in self._before:
-            for name in {**attributes, **module.__dict__}:
-                if attributes.get(name, _ABSENT) is not module.__dict__.get(name, _ABSENT):
-                    found[Attribute(module, name)] = None
+        for holder, attributes, containers in self._before:
+            for name in {**attributes, **holder.__dict__}:
+                if attributes.get(name, _ABSENT) is not holder.__dict__.get(name, _ABSENT):
+                    found[Attribute(holder, name)] = None
             for name, container, content in containers:
                 if name == "_buffers":
                     keys = [key for key in {**content, **container} if _differs(container, content, key)]
-                    found |= dict.fromkeys(Attribute(module, key) for key in keys)
+                    found |= dict.fromkeys(Attribute(holder, key) for key in keys)
                 elif not _is_same(container, content):
-                    found[Attribute(module, name)] = None
+                    found[Attribute(holder, name)] = None
         return list(found)
 
     def holds(self, value: Any) -> bool:
@@ -77,9 +93,9 @@ class Snapshot:
     def put_back(self, inside: nn.Module | None = None) -> None:
         """Gives all modules, or those inside one, their attributes and these their content again."""
         wanted = set(inside.modules()) if inside is not None else None
-        for module, attributes, containers in self._before:
-            if wanted is None or module in wanted:
-                _refill(module.__dict__, attributes)
+        for holder, attributes, containers in self._before:
+            if wanted is None or self._owners[id(holder)] in wanted:
+                _refill(holder.__dict__, attributes)
                 for _, container, content in containers:
                     _refill(container, content)
 
@@ -101,10 +117,34 @@ def _differs(left: dict[str, Any], right: dict[str, Any], key: str) -> bool:
     return left.get(key, _ABSENT) is not right.get(key, _ABSENT)
 
 
-def _containers_of(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the containers that `module` holds: the attribute's name, the container, and a copy."""
+def _holders(module: nn.Module, owners: dict[int, nn.Module]) -> Iterator[Any]:
+    """Yields a module and the objects of users' classes that it holds, and notes in `owners` whose they are."""
+    waiting: list[Any] = [module]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list | tuple | dict):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif (value is module or _is_of_a_user(value)) and id(value) not in owners:
+            owners[id(value)] = module
+            yield value
+            waiting += value.__dict__.values()
+
+
+def _is_of_a_user(value: Any) -> bool:
+    cls = type(value)
+    if isinstance(value, type | nn.Module | torch.Tensor | ModuleType) or not hasattr(value, "__dict__"):
+        return False
+    return not callable(value) and cls.__module__.partition(".")[0] not in _LIBRARIES
+
+
+_LIBRARIES = frozenset(("builtins", "collections", "enum", "functools", "logging", "numpy", "re", "threading", "torch"))
+"""Whose objects hold nothing that a forward changes."""
+
+
+def _containers_of(holder: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the containers that an object holds: the attribute's name, the container, and a copy."""
     seen: set[int] = set()
-    waiting = list(module.__dict__.items())
+    waiting = list(holder.__dict__.items())
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, tuple):
@@ -142,8 +182,9 @@ def _refill(container: Any, content: Any) -> None:
 
 def value_of(attribute: Attribute) -> Any:
     """Returns what an attribute holds now, with copies of its containers; something of its own if it isn't there."""
-    module, name = attribute
-    held = module._buffers if name in module._buffers else module.__dict__
+    holder, name = attribute
+    buffers = holder._buffers if isinstance(holder, nn.Module) else {}
+    held = buffers if name in buffers else holder.__dict__
     return _copied(held.get(name, _ABSENT))
 
 
@@ -170,7 +211,10 @@ def is_settled(value: Any, later: Any, of_the_state: Callable[[fx.Node], bool]) 
     if type(value) is not type(later):
         return False
     if isinstance(value, dict):
-        return list(value) == list(later) and all(is_settled(value[k], later[k], of_the_state) for k in value)
+        # keys may be traced numbers, whose comparison would be recorded
+        keys, other_keys = ([_facts(key) if isinstance(key, fx.Proxy) else key for key in of] for of in (value, later))
+        pairs = zip(value.values(), later.values(), strict=False)
+        return keys == other_keys and all(is_settled(a, b, of_the_state) for a, b in pairs)
     if isinstance(value, list):
         pairs = zip(value, later, strict=False)
         return len(value) == len(later) and all(is_settled(a, b, of_the_state) for a, b in pairs)

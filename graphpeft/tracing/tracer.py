@@ -165,7 +165,8 @@ class ValueTracer(fx.Tracer):
             ):
                 self.recording = recording
                 graph = self.trace(root)
-                changed = recording.before.changed()
+                with self.examples.real_calls(makes_tensors=False):
+                    changed = recording.before.changed()
                 changing = changing_modules(self, root, graph, changed) if changed else {}
         except DrawsNumbersError:
             if self._watches_draws:
@@ -178,7 +179,10 @@ class ValueTracer(fx.Tracer):
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
-            self.not_kept |= dict.fromkeys(join(paths[module], name) for module, name in changed)
+            before = recording.before
+            self.not_kept |= dict.fromkeys(
+                join(paths[before.owner(attribute)], attribute.name) for attribute in changed
+            )
         return graph if not changing else None
 
     def note_assignment(self, module: nn.Module, name: str) -> None:

@@ -1,0 +1,71 @@
+"""Whether two graphs compute the same: their results as expressions, whatever the order and the names of the nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+
+import torch.fx as fx
+from torch.fx.node import map_arg
+
+from graphpeft.tracing import guards
+from graphpeft.tracing.proxy import writes
+
+
+def computes_the_same(graph: fx.Graph, other: fx.Graph, stand_ins: Mapping[fx.Node, fx.Node]) -> bool:
+    """Tells whether `other` returns what `graph` does, and writes what it writes.
+
+    Writes into a value that only `graph` makes anew may lack in `other`, where that value is there already.
+
+    Args:
+        graph: A graph.
+        other: Another one.
+        stand_ins: Nodes of `other` that stand for the values of nodes of `graph`.
+    """
+    known: dict[fx.Node, Hashable] = {}
+    numbers: dict[Hashable, int] = {}
+    for node in graph.nodes:
+        known[node] = _expression(node, known, numbers)
+    for node in other.nodes:
+        known[node] = known[stand_ins[node]] if node in stand_ins else _expression(node, known, numbers)
+    if known[graph.output_node()] != known[other.output_node()]:
+        return False
+    first, second = ([node for node in of.nodes if _is_effect(node)] for of in (graph, other))
+    lacking = Counter(known[node] for node in first) - Counter(known[node] for node in second)
+    more = Counter(known[node] for node in second) - Counter(known[node] for node in first)
+    return not more and all(_into_something_new(node) for node in first if known[node] in lacking)
+
+
+def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[Hashable, int]) -> Hashable:
+    inputs = tuple(known[source] for source in _nodes_in((node.args, node.kwargs)))
+    shape = map_arg((node.args, node.kwargs), lambda _: None)
+    shown = (node.op, str(node.target), repr(shape), inputs)
+    # numbered, or an expression would hold all that it is made of
+    return numbers.setdefault(shown, len(numbers))
+
+
+def _nodes_in(arguments: object) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(arguments, found.append)  # type: ignore[arg-type]
+    return found
+
+
+def _is_effect(node: fx.Node) -> bool:
+    is_call = node.op.startswith("call_")
+    return is_call and node.target not in (guards.expect, guards.expect_present) and writes(node.target)
+
+
+def _into_something_new(node: fx.Node) -> bool:
+    """Tells whether a write goes into a value that the graph makes, and not into an argument or a module's tensor."""
+    written = node.args[0] if node.args else None
+    while isinstance(written, fx.Node) and written.op in ("call_function", "call_method") and written.args:
+        source = written.args[0]
+        if not isinstance(source, fx.Node) or not (writes(written.target) or _is_view(written)):
+            return True
+        written = source
+    return isinstance(written, fx.Node) and written.op in ("call_function", "call_method")
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("getitem", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "select", "getattr")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,9 @@ from torch import fx, nn
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, boundary_of
 from graphpeft.config import PeftConfig
-from graphpeft.paths import join, within
+from graphpeft.paths import TensorPaths, join, within
 from graphpeft.plan import AdaptError, Plan
-from graphpeft.report import Report
+from graphpeft.report import Report, listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
 from graphpeft.tracing.errors import TraceError
@@ -90,9 +91,13 @@ class Adapters:
     Attributes:
         by_name: The adapters.
         active: The names of those that act unless they are disabled, in the order in which they were activated.
-        acting: The names of those whose nodes are in the graphs: the active ones, or none.
+        acting: The names of those whose nodes are in the graphs: the active ones that aren't merged, or none.
+        read: The names of those whose stand-ins are read: the active ones, or none.
         is_disabled: Whether none acts, whichever are active.
         lifted: The graphs of the regions that were no graph modules before, by path.
+        merged: The names of those whose changes are in the weights, in the order in which they were added.
+        originals: The weights without any of these changes.
+        owned: The paths of all tensors of adapters.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
     """
@@ -102,6 +107,10 @@ class Adapters:
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
     acting: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    originals: Tensors = field(default_factory=dict)
+    owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
 
     @classmethod
@@ -114,14 +123,6 @@ class Adapters:
             if parameter is not None and parameter.requires_grad
         ]
         return cls(trained)
-
-    def owned(self) -> frozenset[str]:
-        """Returns the paths of all tensors of adapters."""
-        return frozenset(
-            join(path, name)
-            for adapter, content in self.by_name.items()
-            for path, name in content.tensor_names(adapter)
-        )
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -146,6 +147,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         for tensor in made.values():
             tensor.requires_grad_(False)
     for (path, attribute), tensor in made.items():
+        adapters.owned.add(path, attribute)
         # not isinstance, which is slow for parameters
         if type(tensor) is nn.Parameter:
             modules[path]._parameters[attribute] = tensor
@@ -163,6 +165,11 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
 def _has(module: nn.Module, name: str) -> bool:
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
     return any(name in names for names in held) or hasattr(type(module), name)
+
+
+def first_values(plan: Plan, modules: Modules) -> Tensors:
+    """Draws the first values of the tensors at the sites of `plan`, and puts them nowhere."""
+    return _site_tensors(plan, modules, None)
 
 
 @torch.no_grad()
@@ -220,30 +227,42 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """
     wanted = list(dict.fromkeys(names))
     _stand_in_readers(adapters, wanted)
+    if wanted != adapters.active:
+        _unmerge_first(modules, adapters)
     _let_act(modules, adapters, [] if adapters.is_disabled else wanted)
     adapters.active = wanted
 
 
 def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
-    """Lets no adapter act, or the active ones again."""
+    """Lets no adapter act, or the active ones again; what is merged is unmerged first."""
+    if is_disabled:
+        unmerge(modules, adapters)
     _let_act(modules, adapters, [] if is_disabled else adapters.active)
     adapters.is_disabled = is_disabled
 
 
+def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
+    if adapters.merged:
+        warnings.warn(f"{listed(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
+        unmerge(modules, adapters)
+
+
 def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     stand_in_readers = _stand_in_readers(adapters, wanted)
-    templates = _templates(adapters, wanted, modules)
+    in_graphs = [name for name in wanted if name not in adapters.merged]
+    templates = _templates(adapters, in_graphs, modules)
     for region, template in templates.items():
         if template is None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
-    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole} & modules.keys():
+    paths = {path for name in (*adapters.read, *wanted) for path in adapters.by_name[name].whole}
+    for path in paths & modules.keys():
         if path in stand_in_readers:
             stand_ins.read(modules[path], *stand_in_readers[path])
         else:
             stand_ins.read_own(modules[path])
-    adapters.acting = wanted
+    adapters.acting, adapters.read = in_graphs, wanted
 
 
 def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -354,6 +373,8 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     """Takes an adapter and its tensors off the model."""
     activate(modules, adapters, [other for other in adapters.active if other != name])
     adapter = adapters.by_name.pop(name)
+    for path, attribute in adapter.tensor_names(name):
+        adapters.owned.discard(path, attribute)
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
     present = {path: modules[path] for path, _ in adapter.tensor_names(name) if path in modules}
     for path, attribute in adapter.tensor_names(name):
@@ -373,21 +394,86 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             whole; nothing is merged.
     """
     merged = list(dict.fromkeys(names))
-    for name in merged:
-        _refuse_unmergeable(adapters.by_name[name], name)
-    _stand_in_readers(adapters, merged)
-    for name in merged:
-        refuse_missing(modules, adapters.by_name[name], name)
-        _refuse_tied(modules, adapters.by_name[name])
+    _refuse_merging(modules, adapters, merged)
     with torch.no_grad():
         for name in merged:
-            for adapted in adapters.by_name[name].weight_sites:
-                weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
-                assert weight is not None
-                weight += delta(adapted, modules).to(weight.dtype)
+            if name not in adapters.merged:
+                _add_to_weights(modules, adapters.by_name[name])
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+    adapters.merged.clear()
+    adapters.originals.clear()
+
+
+def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Adds the changes of adapters to the weights until `unmerge`; nodes of theirs leave the graphs.
+
+    Stand-ins are read as before: what is trained whole needs no merging to be as fast as the base.
+
+    Raises:
+        AdaptError: As `merge` does; nothing is merged.
+    """
+    names = list(names)
+    _refuse_merging(modules, adapters, names)
+    before = list(adapters.merged)
+    kept: Tensors = {}
+    try:
+        for name in names:
+            for adapted in adapters.by_name[name].weight_sites:
+                place = (adapted.site.owner, adapted.site.attribute)
+                if place not in adapters.originals:
+                    # a difference wouldn't do: adding and subtracting it doesn't give the same bits
+                    kept[place] = adapters.originals[place] = _weight(modules, *place).detach().clone()
+            _add_to_weights(modules, adapters.by_name[name])
+            adapters.merged.append(name)
+        _let_act(modules, adapters, list(adapters.read))
+    except BaseException:
+        _restore(modules, adapters.originals)
+        adapters.merged = before
+        adapters.originals = {place: tensor for place, tensor in adapters.originals.items() if place not in kept}
+        with torch.no_grad():
+            for name in before:
+                _add_to_weights(modules, adapters.by_name[name])
+        raise
+
+
+def unmerge(modules: Modules, adapters: Adapters) -> None:
+    """Gives all weights the values that they had before `merge_in_place`, bit for bit."""
+    if not adapters.merged:
+        return
+    _restore(modules, adapters.originals)
+    adapters.merged, adapters.originals = [], {}
+    _let_act(modules, adapters, list(adapters.read))
+
+
+@torch.no_grad()
+def _restore(modules: Modules, originals: Tensors) -> None:
+    for (path, name), original in originals.items():
+        if path in modules:
+            _weight(modules, path, name).copy_(original)
+
+
+@torch.no_grad()
+def _add_to_weights(modules: Modules, adapter: Adapter) -> None:
+    for adapted in adapter.weight_sites:
+        weight = _weight(modules, adapted.site.owner, adapted.site.attribute)
+        weight += delta(adapted, modules).to(weight.dtype)
+
+
+def _weight(modules: Modules, path: str, name: str) -> torch.Tensor:
+    weight = modules[path]._parameters[name]
+    assert weight is not None
+    return weight
+
+
+def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
+    for name in names:
+        _refuse_unmergeable(adapters.by_name[name], name)
+    _stand_in_readers(adapters, names)
+    for name in names:
+        refuse_missing(modules, adapters.by_name[name], name)
+        _refuse_tied(modules, adapters.by_name[name])
 
 
 @torch.no_grad()
@@ -471,9 +557,17 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
                 parameter.requires_grad_((path, name) in trained)
 
 
-def set_trainable(modules: Modules, adapters: Adapters) -> None:
-    """Makes the tensors of active adapters require grad, and those of the others not; the base's stay as they are."""
-    for name, adapter in adapters.by_name.items():
+def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Makes the tensors of adapters require grad if they are active, and else not.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
+            more there are.
+    """
+    for name in dict.fromkeys(names):
+        adapter = adapters.by_name[name]
         trains = name in adapters.active and not adapter.config.inference_mode
         frozen = adapter.frozen_names()
         for path, attribute in adapter.tensor_names(name):

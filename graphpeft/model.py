@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint, in_place, trainer
+from graphpeft import checkpoint, combining, in_place, trainer
 from graphpeft.adapters import Adapter, Adapters
+from graphpeft.combining import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
 from graphpeft.report import Report, listed
@@ -90,10 +91,7 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
-    _warn_of_unmatched(config, plan)
-    _adapt(model, adapter_name, plan, values=None)
+    _add_new(model, config, adapter_name, example_inputs, autocast_adapter_dtype, activates=True)
     return model
 
 
@@ -220,16 +218,8 @@ class PeftModel(nn.Module):
         Raises:
             AdaptError: As for `get_peft_model`; the model is as it was.
         """
-        active = self.active_adapters
-        get_peft_model(
-            self,
-            peft_config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            example_inputs=example_inputs,
-        )
-        _activate(self, active)
+        config = as_config(peft_config)
+        _add_new(self, config, adapter_name, example_inputs, autocast_adapter_dtype, activates=False)
 
     def load_adapter(
         self,
@@ -253,19 +243,63 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: As for `from_pretrained`, as the other errors are.
         """
-        active = self.active_adapters
         _load(
             self,
             model_id,
             adapter_name,
             is_trainable,
+            activates=False,
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
             **options,
         )
-        _activate(self, active)
         return _IncompatibleKeys([], [])
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter that combines others, which doesn't act until `set_adapter` names it.
+
+        Args:
+            adapters: The names of the others.
+            weights: Their weights, which may be negative.
+            adapter_name: The name of the new one.
+            combination_type: How they are combined, by PEFT's names: ``"cat"`` is exactly their weighted sum, with the
+                sum of their ranks; ``"svd"`` the nearest to it of another rank; ``"linear"`` a rough one of the same
+                rank; for the rest see PEFT's documentation.
+            svd_rank: The rank for kinds with ``svd``; None takes the highest of the others.
+            svd_clamp: A quantile at which the factors of those are cut off.
+            svd_full_matrices: Whether they compute all singular vectors.
+            svd_driver: Their cuSOLVER method.
+            density: The share of elements that kinds with ``ties``, ``dare`` and ``magnitude_prune`` keep.
+            majority_sign_method: ``"total"`` or ``"frequency"``, for kinds with ``ties``.
+
+        Raises:
+            AdaptError: If a name isn't known, the new one is taken, the number of weights is another one, or the
+                adapters can't be combined; the model is as it was.
+        """
+        state, modules = self._peft_adapters, _modules(self)
+        combining.check_names(state, adapters, weights)
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        config = combining.combined_config(state, adapters, how)
+        plan = _plan(self, config, adapter_name, None, autocast_adapter_dtype=True)
+        _refuse(plan)
+        by_name = dict(zip(adapters, weights, strict=True))
+        values = combining.combined_values(modules, state, by_name, plan, how)
+        _adapt(self, adapter_name, plan, values, activates=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters act, and be trained.
@@ -279,16 +313,34 @@ class PeftModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [_known(self, name).config for name in names]
-        _adapters.activate(_modules(self), self._peft_adapters, names)
+        modules, before = _modules(self), self.active_adapters
+        _adapters.activate(modules, self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode
-        _adapters.set_trainable(_modules(self), self._peft_adapters)
+        _adapters.set_trainable(modules, self._peft_adapters, [*before, *names])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes one adapter off for good; if it was active, the others that were go on acting."""
+        """Takes one adapter off for good.
+
+        If it was active, the others that were go on acting; if there are none, the first that is left becomes the
+        active one, with a warning, as in PEFT.
+
+        Raises:
+            AdaptError: If there is no such adapter, or it is merged; the model is as it was.
+        """
         _known(self, adapter_name)
-        _adapters.remove(_modules(self), self._peft_adapters, adapter_name)
-        _adapters.set_trainable(_modules(self), self._peft_adapters)
+        modules, state = _modules(self), self._peft_adapters
+        if adapter_name in state.merged:
+            raise AdaptError(
+                f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
+            )
+        was_active = adapter_name in state.active
+        _adapters.remove(modules, state, adapter_name)
+        if was_active and not state.active and state.by_name:
+            [first, *_] = state.by_name
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {first!r} is active now", stacklevel=2)
+            _adapters.activate(modules, state, [first])
+        _adapters.set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
@@ -324,10 +376,10 @@ class PeftModel(nn.Module):
 
     def unload(self) -> Any:
         """Takes all adapters off and returns the model exactly as it was before the first one."""
-        state = self._peft_adapters
+        state, modules = self._peft_adapters, _modules(self)
+        _adapters.unmerge(modules, state)
         for name in list(state.by_name):
-            _adapters.remove(_modules(self), state, name)
-        modules = _modules(self)
+            _adapters.remove(modules, state, name)
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
@@ -348,14 +400,43 @@ class PeftModel(nn.Module):
             AdaptError: If a weight is tied to another one, two adapters train the same tensor whole, or a change isn't
                 finite; nothing is merged.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        for name in names:
-            _known(self, name)
-        modules = _modules(self)
+        state, modules = self._peft_adapters, _modules(self)
+        names = _to_merge(self, adapter_names)
         if safe_merge:
-            _adapters.refuse_infinite(modules, self._peft_adapters, names)
-        _adapters.merge(modules, self._peft_adapters, names)
+            _adapters.refuse_infinite(modules, state, names)
+        _adapters.merge(modules, state, [*state.merged, *names])
         return self.unload()
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters to the weights, until `unmerge_adapter` gives these the very bits that they had.
+
+        What is merged has no nodes in the graphs, so that the forward is the base's, and takes a copy of each weight.
+        Adapters that are active and not merged go on acting.
+
+        Args:
+            adapter_names: Which to merge; the active ones if None. Those that are merged already are left out, with a
+                warning.
+            safe_merge: Whether to refuse changes that aren't finite.
+
+        Raises:
+            AdaptError: As for `merge_and_unload`; nothing is merged.
+        """
+        state, modules = self._peft_adapters, _modules(self)
+        names = _to_merge(self, adapter_names)
+        if safe_merge:
+            _adapters.refuse_infinite(modules, state, names)
+        _adapters.merge_in_place(modules, state, names)
+
+    def unmerge_adapter(self) -> None:
+        """Takes all adapters out of the weights again; the active ones act by nodes, as before."""
+        if not self._peft_adapters.merged:
+            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+        _adapters.unmerge(_modules(self), self._peft_adapters)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that `merge_adapter` has added to the weights."""
+        return list(self._peft_adapters.merged)
 
     # parameters
 
@@ -493,6 +574,7 @@ def _load(
     is_trainable: bool,
     config: ConfigLike | None = None,
     *,
+    activates: bool = True,
     autocast_adapter_dtype: bool = True,
     ephemeral_gpu_offload: bool = False,
     key_mapping: Mapping[str, str] | None = None,
@@ -522,7 +604,22 @@ def _load(
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
     _refuse(plan)
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
-    _adapt(model, adapter_name, plan, fitted)
+    _adapt(model, adapter_name, plan, fitted, activates)
+
+
+def _add_new(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    *,
+    activates: bool,
+) -> None:
+    plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+    _refuse(plan)
+    _warn_of_unmatched(config, plan)
+    _adapt(model, adapter_name, plan, None, activates)
 
 
 def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
@@ -552,7 +649,7 @@ def _plan(
         model,
         config,
         adapter_name,
-        owned=state.owned() if state is not None else frozenset(),
+        owned=state.owned if state is not None else None,
         known=state.lifted if state is not None else {},
         example_inputs=example_inputs,
         autocast_adapter_dtype=autocast_adapter_dtype,
@@ -586,22 +683,41 @@ def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
         warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)
 
 
-def _activate(model: Any, names: Sequence[str]) -> None:
-    """Makes exactly these adapters act; whether each is trained or for inference stays as it was."""
-    _adapters.activate(_modules(model), model._peft_adapters, names)
-    _adapters.set_trainable(_modules(model), model._peft_adapters)
+def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
+    """Returns which adapters to merge, without those that are merged, of which PEFT warns too.
+
+    Raises:
+        AdaptError: If one isn't known.
+        TypeError: If one name is given in place of a list.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, [{names!r}]")
+    wanted = list(dict.fromkeys(model.active_adapters if names is None else names))
+    for name in wanted:
+        _known(model, name)
+    merged = model._peft_adapters.merged
+    left = [name for name in wanted if name not in merged]
+    if wanted and not left:
+        warnings.warn(f"{listed(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
+    elif len(left) < len(wanted):
+        warnings.warn(f"{listed(merged)} are merged already; {listed(left)} are merged beside them", stacklevel=3)
+    return left
 
 
-def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
+def _adapt(model: Any, name: str, plan: Plan, values: Any, activates: bool) -> None:
     """Carries out a plan: all of it, or nothing."""
     modules = plan.modules
     is_first = _STATE not in model.__dict__
+    touched = [name]
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
     _adapters.add(modules, state, name, plan, values)
     try:
         if is_first:
             in_place.put_on(model, _METHODS)
-        _adapters.activate(modules, state, [name])
+        if activates:
+            before = state.active
+            _adapters.activate(modules, state, [name])
+            touched = [*before, name]
     except BaseException:
         _adapters.remove(modules, state, name)
         if is_first:
@@ -611,7 +727,7 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     if is_first:
         _adapters.freeze(modules, state)
     else:
-        _adapters.set_trainable(modules, state)
+        _adapters.set_trainable(modules, state, touched)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from graphpeft import ops, targets
 from graphpeft.config import PeftConfig
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import CallSite, Site, SiteFinder
@@ -55,7 +55,7 @@ def make_plan(
     config: PeftConfig,
     adapter: str,
     *,
-    owned: frozenset[str] = frozenset(),
+    owned: TensorPaths | None = None,
     known: Mapping[str, Template] = MappingProxyType({}),
     example_inputs: ExampleInputs | None = None,
     autocast_adapter_dtype: bool = True,
@@ -80,6 +80,7 @@ def make_plan(
         targets.compile_matcher(resolved)
     except ValueError as error:
         raise AdaptError(str(error)) from error
+    owned = owned if owned is not None else TensorPaths()
     finder = SiteFinder(model, known, example_inputs)
     plan = Plan(finder.modules, resolved, Report(config.peft_type.value, adapter))
     plan.report.adapted = plan.sites

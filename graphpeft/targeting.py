@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from graphpeft import targets
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targets import Match
 
 
-def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site]:
     """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
 
     Args:
@@ -48,7 +48,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: froze
 
 
 def _targeted(
-    modules: Mapping[str, nn.Module], config: object, owned: frozenset[str], report: Report
+    modules: Mapping[str, nn.Module], config: object, owned: TensorPaths, report: Report
 ) -> Iterator[tuple[str, str, str, bool]]:
     """Yields each target's name, the weight's owner and name in it ("" if there is none), and if it is a parameter."""
     decide = targets.compile_matcher(config)
@@ -59,9 +59,11 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
-        for name, tensor in module._parameters.items():
-            weight = join(path, name)
-            if tensor is None or weight in owned:
+        of_adapters = owned.names(path)
+        # of a hundred adapters there are many more than of the module
+        for name in [name for name in module._parameters if name not in of_adapters]:
+            tensor, weight = module._parameters[name], join(path, name)
+            if tensor is None:
                 continue
             if names_parameters and targets.match_parameter(config, weight):
                 yield weight, path, name, True
@@ -90,7 +92,7 @@ def _calls(module: nn.Module) -> bool:
     return not isinstance(module, nn.MultiheadAttention)
 
 
-def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:
+def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: TensorPaths) -> str:
     model = modules[""]
     wanted = config.target_modules or config.target_parameters or ()
     names = [path for path in modules if path]

@@ -8,7 +8,7 @@ from torch import nn
 
 from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report
 from graphpeft.sites import Site
 
@@ -20,7 +20,7 @@ def trained_whole(
     modules: Mapping[str, nn.Module],
     sites: Sequence[Site],
     report: Report,
-    owned: frozenset[str],
+    owned: TensorPaths,
 ) -> dict[str, tuple[str, ...]]:
     """Returns the names of the tensors that `config` trains whole, by the path of their module.
 
@@ -62,7 +62,7 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 
 
 def _biases(
-    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site], owned: frozenset[str]
+    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site], owned: TensorPaths
 ) -> dict[str, tuple[str, ...]]:
     """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
     bias = getattr(config, "bias", "none")

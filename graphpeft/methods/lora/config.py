@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from graphpeft import ops, targets
+from graphpeft.combining import Combination, Part
 from graphpeft.config import PeftConfig, PeftType, register
+from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
+from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
-from graphpeft.rewrite import Rule
+from graphpeft.rewrite import AdaptedSite, Rule
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.targeting import targeted_sites
 
@@ -151,7 +154,15 @@ class LoraConfig(PeftConfig):
                 config.lora_dropout = 0.0
         return config
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
+        """Returns the config of an adapter that combines others: its rank is theirs or their sum, its scale 1."""
+        return combination.combined_config(configs, sites, how)
+
+    def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Any]:
+        """Returns A and B of such an adapter at one site."""
+        return combination.combine(target, parts, how, count)
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site]:
         """Returns the sites of the weights that the config names."""
         return targeted_sites(self, finder, report, owned)
 

@@ -37,6 +37,8 @@ class LoraLinear:
     drops: bool
     casts: bool
 
+    rank_axes = (0, 1)
+
     def check(self, site: Site, config: Any) -> str | None:
         """Every linear operation can be adapted."""
         return None
@@ -81,6 +83,10 @@ class LoraLinear:
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A."""
+        return delta.mT if self.flipped else delta
 
 
 @functools.lru_cache(maxsize=1024)

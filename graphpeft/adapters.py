@@ -84,6 +84,16 @@ class Adapter:
                 yield path, stand_ins.stand_in(name, adapter)
 
 
+class Cache(dict[Any, Any]):
+    """What can be worked out again, and is of no use to a copy or a pickle: it begins empty there."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        return Cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, ()
+
+
 @dataclass
 class Adapters:
     """All adapters of a model.
@@ -97,6 +107,9 @@ class Adapters:
         lifted: The graphs of the regions that were no graph modules before, by path.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
+        mixing: How regions run on a batch with several adapters, by what these have in common.
+        signatures: What each adapter has in common with others in that, by its name.
+        mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
@@ -110,6 +123,9 @@ class Adapters:
     read: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     originals: Tensors = field(default_factory=dict)
+    mixing: Cache = field(default_factory=Cache)
+    signatures: Cache = field(default_factory=Cache)
+    mixable: set[str] = field(default_factory=set)
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
 
@@ -160,6 +176,12 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if template_of(modules[region]) is None:
             adapters.lifted.setdefault(region, template)
     adapters.by_name[name] = Adapter.of(plan)
+
+
+def forget_mixing(adapters: Adapters) -> None:
+    """Forgets how regions run on a mixed batch, since other modules or graphs may be there."""
+    adapters.mixing.clear()
+    adapters.signatures.clear()
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -286,11 +308,11 @@ def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[
     for name in leaving:
         for region in by_region[name]:
             worn = templates.get(region) or _worn(adapters, region, modules)
-            templates[region] = worn.derive(("without", name), functools.partial(_remove, name=name))
+            templates[region] = without(worn, name)
     for name in coming:
         for region, sites in by_region[name].items():
             worn = templates.get(region) or _worn(adapters, region, modules)
-            templates[region] = _with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
+            templates[region] = with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
     needed = {region for name in wanted for region in by_region[name]}
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
@@ -314,7 +336,12 @@ def _worn(adapters: Adapters, region: str, modules: Modules) -> Template:
     return template_of(modules[region]) or adapters.lifted[region]
 
 
-def _with_adapter(
+def without(worn: Template, name: str) -> Template:
+    """Returns `worn` without the nodes of an adapter."""
+    return worn.derive(("without", name), functools.partial(_remove, name=name))
+
+
+def with_adapter(
     worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
 ) -> Template:
     """Returns `worn` with the nodes of one adapter at its sites in this region."""
@@ -328,7 +355,7 @@ def _with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = _boundary(graph, node) if kind is Boundary else _op_at(named.get(node), kind, module, region)
+                    op = _boundary(graph, node) if kind is Boundary else op_at(named.get(node), kind, module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.peft_type.value)
 
     derived = worn.derive(("with", name, edits), edit)
@@ -343,7 +370,12 @@ def _boundary(graph: fx.Graph, name: str) -> Boundary:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
-def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
+def op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
+    """Returns the operation that a node of a region's graph is.
+
+    Raises:
+        AdaptError: If it is none any more.
+    """
     op = None
     if node is not None:
         op = ops.weight_at(node) if kind is ops.Weight else ops.read_op(node, module)
@@ -373,6 +405,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     """Takes an adapter and its tensors off the model."""
     activate(modules, adapters, [other for other in adapters.active if other != name])
     adapter = adapters.by_name.pop(name)
+    forget_mixing(adapters)
     for path, attribute in adapter.tensor_names(name):
         adapters.owned.discard(path, attribute)
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint, combining, in_place, trainer
+from graphpeft import checkpoint, combining, in_place, mixing, trainer
 from graphpeft.adapters import Adapter, Adapters
 from graphpeft.combining import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
@@ -171,6 +171,32 @@ class PeftModel(nn.Module):
             **hub_options,
         )
         return model if is_trainable else model.eval()
+
+    # calls
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Calls the model.
+
+        Args:
+            args: What its forward takes.
+            adapter_names: An adapter for each row of the batch, whichever are active: a name, or ``"__base__"`` for the
+                base model.
+            kwargs: What its forward takes.
+
+        Raises:
+            AdaptError: If a name isn't known, or what is named can't be mixed.
+            ValueError: If there are more or fewer names than rows.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
+        with self.mixed_batch(adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Lets all calls within the context have an adapter for each row, as ``model(…, adapter_names=…)`` does."""
+        return mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names)
 
     # adapters
 
@@ -380,6 +406,8 @@ class PeftModel(nn.Module):
         _adapters.unmerge(modules, state)
         for name in list(state.by_name):
             _adapters.remove(modules, state, name)
+        for region in state.mixable & modules.keys():
+            in_place.take_off(modules[region], "rows")
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
@@ -713,7 +741,7 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any, activates: bool) -> N
     _adapters.add(modules, state, name, plan, values)
     try:
         if is_first:
-            in_place.put_on(model, _METHODS)
+            in_place.put_on(model, _GENERATING_METHODS if hasattr(model, "generate") else _METHODS)
         if activates:
             before = state.active
             _adapters.activate(modules, state, [name])
@@ -748,8 +776,23 @@ def _known(model: Any, name: str) -> Adapter:
     return state.by_name[name]
 
 
-def _methods_layer() -> in_place.Layer:
-    return _METHODS
+class _GeneratingModel(PeftModel):
+    """The methods of a model that generates text."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generates; `adapter_names` has an adapter for each row, as in a call of the model."""
+        base: Any = super()
+        if adapter_names is None:
+            return base.generate(*args, **kwargs)
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+        with mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names, max(repeats)):
+            return base.generate(*args, **kwargs)
+
+
+def _methods_layer(generates: bool = False) -> in_place.Layer:
+    return _GENERATING_METHODS if generates else _METHODS
 
 
 _METHODS = in_place.Layer("methods", (PeftModel,), {}, (_methods_layer, ()))
+_GENERATING_METHODS = in_place.Layer("methods", (_GeneratingModel,), {}, (_methods_layer, (True,)))

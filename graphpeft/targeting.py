@@ -59,9 +59,8 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
-        of_adapters = owned.names(path)
-        # of a hundred adapters there are many more than of the module
-        for name in [name for name in module._parameters if name not in of_adapters]:
+        # a hundred adapters have many more of them than the module has
+        for name in [*itertools.filterfalse(owned.names(path).__contains__, module._parameters)]:
             tensor, weight = module._parameters[name], join(path, name)
             if tensor is None:
                 continue

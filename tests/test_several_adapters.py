@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
-from models import LLAMA, MLP, output
+import transformers
+from models import LLAMA, MLP, T5, equal, llama_config, output
 from torch import Tensor, nn
 
 import graphpeft
@@ -227,3 +232,368 @@ def test_copies_of_modules_that_two_adapters_train_whole_are_not_combined():
     acting = output(model, MLP.inputs())
     model.set_adapter("new")
     torch.testing.assert_close(output(model, MLP.inputs()), acting)
+
+
+# mixed in a batch
+
+
+ROWS = ["u", "__base__", "v", "w", "u"]
+
+
+def mixed_llama(library: Any, **options: Any) -> Any:
+    """Returns a Llama with three adapters of different ranks, scales and targets."""
+    model = LLAMA.build() if not options else transformers.LlamaForCausalLM(llama_config(**options)).eval()
+    adapters: list[dict[str, Any]] = [
+        {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"]},
+        {"r": 4, "target_modules": ["v_proj"]},
+    ]
+    return with_adapters(library, model, *adapters)
+
+
+def text(rows: int = 5) -> dict[str, Any]:
+    """Returns tokens, with a mask of ones."""
+    ids = torch.randint(3, 60, (rows, 7), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def by_row(model: Any, inputs: dict[str, Any] | tuple[Any, ...], names: list[str]) -> Tensor:
+    """Returns what each row gives by itself, with its own adapter alone."""
+    rows = []
+    for index, name in enumerate(names):
+        own = slice(index, index + 1)
+        given = {k: v[own] for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(v[own] for v in inputs)
+        model.set_adapter([] if name == "__base__" else name)
+        rows.append(output(model, given))
+    return torch.cat(rows)
+
+
+def test_a_mixed_batch_is_that_of_peft():
+    theirs, ours = (mixed_llama(library) for library in LIBRARIES)
+    with torch.no_grad():
+        expected = theirs(**text(), adapter_names=ROWS).logits
+        before = output(ours, text())
+        assert equal(ours(**text(), adapter_names=ROWS).logits, expected)
+    assert torch.equal(output(ours, text()), before)
+    assert equal(by_row(ours, text(), ROWS), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_text_is_generated_for_a_mixed_batch_as_in_peft(options: dict[str, int]):
+    theirs, ours = (mixed_llama(library) for library in LIBRARIES)
+    options |= {"max_new_tokens": 4, "min_new_tokens": 4}
+    expected = theirs.generate(**text(), adapter_names=ROWS, **options)
+    assert torch.equal(ours.generate(**text(), adapter_names=ROWS, **options), expected)
+    with pytest.raises(ValueError, match="names 4 rows"):
+        ours.generate(**text(), adapter_names=ROWS[:4], max_new_tokens=2)
+    assert torch.equal(ours.generate(**text(), max_new_tokens=4), ours.generate(**text(), max_new_tokens=4))
+
+
+def test_an_encoder_has_the_rows_once_when_its_decoder_has_them_for_each_beam():
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["q", "wo"]}, {"r": 3, "target_modules": ["v"]}]
+    theirs, ours = (with_adapters(library, T5.build(), *options) for library in LIBRARIES)
+    inputs = {"input_ids": text(3)["input_ids"], "max_new_tokens": 4, "num_beams": 2}
+    names = ["u", "v", "__base__"]
+    assert torch.equal(ours.generate(**inputs, adapter_names=names), theirs.generate(**inputs, adapter_names=names))
+
+
+def test_convolutions_and_embeddings_are_mixed_as_in_peft():
+    options = [
+        {"r": 4, "target_modules": ALL_LAYERS},
+        {"r": 2, "lora_alpha": 7, "target_modules": ["wide", "linear"]},
+        {"r": 4, "target_modules": ["table"]},
+    ]
+    base = Layers()
+    theirs, ours = (with_adapters(library, base, *options) for library in LIBRARIES)
+    rows = torch.tensor([1, 2, 3, 4, 5])
+    with torch.no_grad():
+        expected = theirs(rows, adapter_names=ROWS)
+        assert near(ours(rows, adapter_names=ROWS), expected, 1e-6)
+
+
+class Functions(nn.Module):
+    """A weight in a linear operation, one that is stored the other way, and one that no operation describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.e = nn.Parameter(torch.randn(8, 8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Uses each."""
+        return self.inner(torch.tanh(nn.functional.linear(x, self.w) @ self.v)) * torch.softmax(self.e, 0)[0]
+
+
+@pytest.mark.parametrize("targets", [["w", "v", "inner"], ["w", "v", "e"], ["e", "inner"]], ids=" ".join)
+@pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
+@pytest.mark.parametrize("shape", [(5, 8), (5, 3, 8)])
+def test_weights_that_no_layer_holds_are_mixed(targets: list[str], is_flat: bool, shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    base = graphpeft.trace(Functions(), (x,)) if is_flat else Functions()
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": targets} for rank in (2, 3, 1)]
+    model = with_adapters(graphpeft, base, *options)
+    with torch.no_grad():
+        found = model(x, adapter_names=ROWS)
+    assert equal(found, by_row(model, (x,), ROWS))
+
+
+def test_a_mixed_batch_is_trained_as_its_rows_are():
+    model = mixed_llama(graphpeft)
+    model.set_adapter(["u", "v", "w"])
+    model.train()
+    model(**text(), adapter_names=ROWS).logits.square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found
+    model.zero_grad()
+    alone = copy.deepcopy(model)
+    loss = torch.zeros(())
+    for index, name in enumerate(ROWS):
+        alone.set_adapter([] if name == "__base__" else name)
+        alone.requires_grad_(True)
+        loss = loss + alone(**{k: v[index : index + 1] for k, v in text().items()}).logits.square().sum()
+    (loss / (5 * 7 * 64)).backward()
+    expected = dict(alone.named_parameters())
+    for name, gradient in found.items():
+        assert gradient is not None
+        assert near(gradient, expected[name].grad, 1e-5), name  # type: ignore[arg-type]
+
+
+def test_rows_drop_elements_with_the_probability_of_their_adapter():
+    base = nn.Sequential(nn.Linear(64, 64))
+    options: list[dict[str, Any]] = [{"r": 8, "target_modules": ["0"], "lora_dropout": p} for p in (0.0, 0.5)]
+    model, x = with_adapters(graphpeft, base, *options), torch.randn(2, 64)
+    with torch.no_grad():
+        still = model(x, adapter_names=["u", "v"])
+        model.train()
+        runs = [model(x, adapter_names=["u", "v"]) for _ in range(2)]
+    assert equal(runs[0][0], still[0])
+    assert equal(runs[1][0], still[0])
+    assert not torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_runs_again_with_the_rows_of_its_first_run(use_reentrant: bool):
+    def gradients(checkpoints: bool) -> dict[str, Tensor]:
+        model = mixed_llama(graphpeft)
+        model.set_adapter(["u", "v", "w"])
+        model.train()
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        first = model(**text(), adapter_names=ROWS, use_cache=False).logits.square().mean()
+        # other rows come, and none, before the backward
+        second = model(**text(), adapter_names=ROWS[::-1], use_cache=False).logits.square().mean()
+        third = model(**text(), use_cache=False).logits.square().mean()
+        (first + 2 * second + third).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert near(found[name], gradient, 1e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_are_mixed_in_other_types(dtype: torch.dtype):
+    options: list[dict[str, Any]] = [{"r": 4, "target_modules": ["q_proj"]}, {"r": 4, "target_modules": ["up_proj"]}]
+    theirs, ours = (with_adapters(library, LLAMA.build().to(dtype), *options) for library in LIBRARIES)
+    names = ["u", "v", "__base__", "u", "v"]
+    with torch.no_grad():
+        expected, found = (model(**text(), adapter_names=names).logits for model in (theirs, ours))
+    assert found.dtype == expected.dtype == dtype
+    assert near(found, expected, 1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_rows_are_forgotten_after_a_call_that_fails():
+    model = mixed_llama(graphpeft)
+    before = output(model, text())
+    with pytest.raises(ValueError, match=r"adapter_names names 3 rows.*given a tensor of the shape \(5, 7, 32\)"):
+        model(**text(), adapter_names=["u", "v", "w"])
+    assert torch.equal(output(model, text()), before)
+    with pytest.raises(ZeroDivisionError), model.mixed_batch(ROWS):
+        raise ZeroDivisionError
+    assert torch.equal(output(model, text()), before)
+
+
+def test_rows_of_one_thread_are_not_those_of_another():
+    model = mixed_llama(graphpeft)
+    plain = output(model, text())
+    found: list[Tensor] = []
+    with model.mixed_batch(ROWS):
+        other = threading.Thread(target=lambda: found.append(output(model, text())))
+        other.start()
+        other.join()
+    assert torch.equal(found[0], plain)
+
+
+def test_rows_follow_adapters_that_come_go_and_are_edited():
+    model = mixed_llama(graphpeft)
+    with torch.no_grad():
+        first = model(**text(), adapter_names=ROWS).logits
+        model.set_adapter(["v", "w"])
+        assert equal(model(**text(), adapter_names=ROWS).logits, first)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert equal(copied(**text(), adapter_names=ROWS).logits, first)
+        fill(graphpeft, model, "u", seed=3)
+        assert not equal(model(**text(), adapter_names=ROWS).logits, first)
+        assert equal(model(**text(), adapter_names=ROWS).logits, by_row(model, text(), ROWS))
+        model.delete_adapter("w")
+        model.add_adapter("w", graphpeft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+        assert equal(model(**text(), adapter_names=ROWS).logits, by_row(model, text(), ROWS))
+        with model.disable_adapter():
+            assert equal(model(**text(), adapter_names=ROWS).logits, output(LLAMA.build(), text()))
+    model.set_adapter("u")
+    model.unload()
+    assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
+
+
+def test_a_compiled_model_has_mixed_batches_in_one_graph():
+    model = mixed_llama(graphpeft)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        plain = compiled(**text(), use_cache=False).logits
+        for names in (ROWS, ROWS[::-1]):
+            expected = model(**text(), use_cache=False, adapter_names=names).logits
+            with model.mixed_batch(names):
+                assert equal(compiled(**text(), use_cache=False).logits, expected)
+        assert torch.equal(compiled(**text(), use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "reason"),
+    [
+        (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 's', 'u'\], and '__base__'"),
+        ("u", TypeError, r"is the text 'u'; pass a list of names"),
+        (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
+        (["u", "s"], AdaptError, "'s' trains lm_head whole"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(names: Any, error: type[Exception], reason: str):
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
+    model.add_adapter("p", graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    model.add_adapter("s", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    before = snapshot(model)
+    with pytest.raises(error, match=reason):
+        model(**text(), adapter_names=names)
+    assert_unchanged(model, before)
+    with pytest.raises(error, match=reason):
+        model.generate(**text(), adapter_names=names)
+
+
+# merged in place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_in_place_is_undone_bit_for_bit(dtype: torch.dtype):
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["q_proj", "up_proj"]} for rank in (4, 2)]
+    theirs, ours = (with_adapters(library, LLAMA.build().to(dtype), *options) for library in LIBRARIES)
+    base = {name: weight.clone() for name, weight in LLAMA.build().to(dtype).named_parameters()}
+    for model in (theirs, ours):
+        model.set_adapter("u")
+    adapted = output(ours, text())
+    for model in (theirs, ours):
+        model.merge_adapter()
+    assert ours.merged_adapters == ["u"]
+    assert not any(hasattr(type(module), "_graphpeft_template") for module in ours.modules())
+    merged = output(ours, text())
+    assert near(merged, adapted, 1e-5 if dtype is torch.float32 else 0.05)
+    assert near(merged, output(theirs, text()), 1e-6 if dtype is torch.float32 else 0.02)
+    ours.unmerge_adapter()
+    assert torch.equal(output(ours, text()), adapted)
+    assert all(torch.equal(ours.get_parameter(name), weight) for name, weight in base.items())
+
+
+def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["q_proj", "up_proj"]} for rank in (4, 2)]
+    model = with_adapters(graphpeft, LLAMA.build(), *options)
+    model.set_adapter(["u", "v"])
+    both = output(model, text())
+    model.merge_adapter(["u"])
+    assert near(output(model, text()), both, 1e-5)
+    with pytest.warns(UserWarning, match="u are merged already; v are merged beside them"):
+        model.merge_adapter()
+    assert model.merged_adapters == ["u", "v"]
+    assert near(output(model, text()), both, 1e-5)
+    with pytest.warns(UserWarning, match="u, v are merged already, so there is nothing to merge"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="u, v are merged, and unmerged before other adapters act"):
+        model.set_adapter("u")
+    assert model.merged_adapters == []
+    with pytest.warns(UserWarning, match="nothing to unmerge"):
+        model.unmerge_adapter()
+    model.set_adapter(["u", "v"])
+    assert torch.equal(output(model, text()), both)
+
+
+def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    base = output(LLAMA.build(), text())
+    model = with_adapters(graphpeft, LLAMA.build(), options)
+    adapted = output(model, text())
+    model.merge_adapter()
+    with pytest.raises(AdaptError, match="'u' is merged into the weights; call unmerge_adapter"):
+        model.delete_adapter("u")
+    with pytest.raises(AdaptError, match=r"u are merged into the weights, which all rows share"):
+        model(**text(), adapter_names=["u"] * 5)
+    with model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(output(model, text()), base)
+    assert torch.equal(output(model, text()), adapted)
+    model.merge_adapter()
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(model.unload(), text()), base)
+    with pytest.warns(UserWarning, match="nothing to merge"):
+        assert near(output(copied.merge_and_unload(), text()), adapted, 1e-5)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    model.merge_adapter(["u"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B_v[0, 0] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(AdaptError, match="by adapter 'v' isn't finite"):
+        model.merge_adapter(["v"], safe_merge=True)
+    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+        model.merge_adapter(["v", "x"])
+    with pytest.raises(TypeError, match=r"the text 'v'; pass a list of names, \['v'\]"):
+        model.merge_adapter("v")
+    assert_unchanged(model, before)
+    assert model.merged_adapters == ["u"]
+
+
+# deleted, loaded
+
+
+def test_the_first_that_is_left_acts_after_the_active_one_was_deleted_as_in_peft():
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    theirs, ours = (with_adapters(library, LLAMA.build(), options, options, options) for library in LIBRARIES)
+    for model in (theirs, ours):
+        model.set_adapter("v")
+        with pytest.warns(UserWarning, match=r"v.* was active .* deleted"):
+            model.delete_adapter("v")
+    assert ours.active_adapters == theirs.active_adapters == ["u"]
+    assert torch.equal(output(ours, text()), by_row(ours, text(), ["u"] * 5))
+    assert equal(output(ours, text()), output(theirs, text()))
+    ours.delete_adapter("w")
+    ours.delete_adapter("u")
+    assert ours.active_adapters == []
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path):
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    model.save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "v" / "adapter_model.safetensors")
+    saved.popitem()
+    safetensors.torch.save_file(saved, tmp_path / "v" / "adapter_model.safetensors")
+    before = snapshot(model)
+    with pytest.raises(graphpeft.CheckpointError, match="lacks"):
+        model.load_adapter(tmp_path / "v", "w")
+    with pytest.raises(AdaptError, match="has an adapter 'u' already"):
+        model.load_adapter(tmp_path / "u", "u")
+    assert_unchanged(model, before)
+    model.load_adapter(tmp_path / "u", "w")
+    assert equal(by_row(model, text(), ["w"] * 5), by_row(model, text(), ["u"] * 5))

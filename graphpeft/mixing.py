@@ -67,6 +67,11 @@ class RowAdapters:
         there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
         if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
             return torch.stack(there)
+        if not there:
+            # those of any adapter will do for the shape, and all are of one adapter by their order
+            [like, *_] = [tensor for name, tensor in parameters.items() if name.startswith(f"{stem}_")]
+            assert like is not None
+            return like.new_zeros(len(tensors), *like.shape)
         shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
         nothing = there[0].new_zeros(shape)
         return torch.stack([nothing if tensor is None else _filled_up(tensor, shape) for tensor in tensors])

@@ -322,7 +322,7 @@ class PeftModel(nn.Module):
         )
         config = combining.combined_config(state, adapters, how)
         plan = _plan(self, config, adapter_name, None, autocast_adapter_dtype=True)
-        _refuse(plan)
+        refuse(plan)
         by_name = dict(zip(adapters, weights, strict=True))
         values = combining.combined_values(modules, state, by_name, plan, how)
         _adapt(self, adapter_name, plan, values, activates=False)
@@ -338,7 +338,7 @@ class PeftModel(nn.Module):
             AdaptError: If a name isn't known, or two of them train the same tensor whole.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        configs = [_known(self, name).config for name in names]
+        configs = [known_adapter(self, name).config for name in names]
         modules, before = _modules(self), self.active_adapters
         _adapters.activate(modules, self._peft_adapters, names)
         for config in configs:
@@ -354,7 +354,7 @@ class PeftModel(nn.Module):
         Raises:
             AdaptError: If there is no such adapter, or it is merged; the model is as it was.
         """
-        _known(self, adapter_name)
+        known_adapter(self, adapter_name)
         modules, state = _modules(self), self._peft_adapters
         if adapter_name in state.merged:
             raise AdaptError(
@@ -398,7 +398,7 @@ class PeftModel(nn.Module):
         Args:
             adapter_name: The adapter; the first that acts if None.
         """
-        return _known(self, self.active_adapter if adapter_name is None else adapter_name).report
+        return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
 
     def unload(self) -> Any:
         """Takes all adapters off and returns the model exactly as it was before the first one."""
@@ -517,7 +517,7 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        selected = {name: _known(self, name) for name in names}
+        selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
             _adapters.refuse_missing(_modules(self), adapter, name)
         for name, adapter in selected.items():
@@ -542,7 +542,7 @@ class PeftModel(nn.Module):
         """
         for name in self.active_adapters[:1]:
             # names in files are never those of the model's own state dict
-            if not checkpoint.keys(_known(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
+            if not checkpoint.keys(known_adapter(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
                 return set_peft_model_state_dict(self, state_dict, name)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -569,7 +569,7 @@ def get_peft_model_state_dict(
         state_dict: The model's state dict, where it was gathered elsewhere.
         adapter_name: The adapter.
     """
-    return checkpoint.state_dict_of(_modules(model), _known(model, adapter_name), adapter_name, state_dict)
+    return checkpoint.state_dict_of(_modules(model), known_adapter(model, adapter_name), adapter_name, state_dict)
 
 
 def set_peft_model_state_dict(
@@ -584,7 +584,7 @@ def set_peft_model_state_dict(
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
     """
     modules = _modules(model)
-    adapter = _known(model, adapter_name)
+    adapter = known_adapter(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
     with torch.no_grad():
         for (path, attribute), value in values.items():
@@ -630,7 +630,7 @@ def _load(
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
     plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
+    refuse(plan)
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, _modules(model), values)
     _adapt(model, adapter_name, plan, fitted, activates)
 
@@ -645,7 +645,7 @@ def _add_new(
     activates: bool,
 ) -> None:
     plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
-    _refuse(plan)
+    refuse(plan)
     _warn_of_unmatched(config, plan)
     _adapt(model, adapter_name, plan, None, activates)
 
@@ -673,6 +673,18 @@ def _plan(
         )
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype)
+
+
+def planned(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> Plan:
+    """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
+    state: Adapters | None = model.__dict__.get(_STATE)
     return make_plan(
         model,
         config,
@@ -692,7 +704,7 @@ def _is_name(name: object) -> bool:
     return name != "" and name == PureWindowsPath(name).name
 
 
-def _refuse(plan: Plan) -> None:
+def refuse(plan: Plan) -> None:
     """Raises AdaptError if a plan can't be carried out whole."""
     if plan.report.nothing_matched:
         raise AdaptError(plan.report.nothing_matched)
@@ -722,7 +734,7 @@ def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, [{names!r}]")
     wanted = list(dict.fromkeys(model.active_adapters if names is None else names))
     for name in wanted:
-        _known(model, name)
+        known_adapter(model, name)
     merged = model._peft_adapters.merged
     left = [name for name in wanted if name not in merged]
     if wanted and not left:
@@ -767,7 +779,12 @@ def _undress(model: nn.Module) -> None:
     in_place.take_off(model, "methods")
 
 
-def _known(model: Any, name: str) -> Adapter:
+def known_adapter(model: Any, name: str) -> Adapter:
+    """Returns an adapter of a model.
+
+    Raises:
+        AdaptError: If it has none of this name.
+    """
     state: Adapters | None = model.__dict__.get(_STATE)
     if state is None:
         raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")

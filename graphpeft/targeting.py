@@ -59,8 +59,7 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield path, path, "weight" if module._parameters.get("weight") is not None else "", False
-        # a hundred adapters have many more of them than the module has
-        for name in [*itertools.filterfalse(owned.names(path).__contains__, module._parameters)]:
+        for name in _own_names(module, owned.names(path)):
             tensor, weight = module._parameters[name], join(path, name)
             if tensor is None:
                 continue
@@ -68,6 +67,20 @@ def _targeted(
                 yield weight, path, name, True
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
                 yield weight, path, name, False
+
+
+def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
+    """Returns the names of the parameters that aren't those of adapters, in the module's order.
+
+    A hundred adapters have many more of them, which mostly come behind; so it stops where only those can be left.
+    """
+    own: list[str] = []
+    for name in module._parameters:
+        if name not in of_adapters:
+            own.append(name)
+        elif len(own) + len(of_adapters) == len(module._parameters):
+            break
+    return own
 
 
 def _as_peft_sorts(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[Site]:

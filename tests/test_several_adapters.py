@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 import transformers
 from models import LLAMA, MLP, T5, equal, llama_config, output
+from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, TaskType, get_peft_model_state_dict
+from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict
 
 LIBRARIES = (peft, graphpeft)
 
@@ -597,3 +598,103 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path):
     assert_unchanged(model, before)
     model.load_adapter(tmp_path / "u", "w")
     assert equal(by_row(model, text(), ["w"] * 5), by_row(model, text(), ["u"] * 5))
+
+
+# swapped
+
+
+def saved(folder: Path, seed: int, **options: Any) -> Path:
+    """Saves an adapter for a Llama, and returns its folder."""
+    model = get_peft_model(LLAMA.build(), graphpeft.LoraConfig(**options))
+    fill(graphpeft, model, "default", seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_swapped_without_compiling_again(tmp_path: Path):
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    first, second = (saved(tmp_path / str(seed), seed, **options) for seed in (1, 2))
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    compilations: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compilations.append(1)
+        return graph.forward
+
+    compiled: Any = torch.compile(model, backend=backend)
+    parameters = dict(model.named_parameters())
+    for folder in (first, second):
+        graphpeft.hotswap_adapter(compiled, folder, "default")
+        expected = graphpeft.PeftModel.from_pretrained(LLAMA.build(), folder)
+        assert equal(output(compiled, LLAMA.inputs()), output(expected, LLAMA.inputs()))
+    assert sum(compilations) == 1
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_an_adapter_is_swapped_for_one_of_other_targets_and_ranks(tmp_path: Path):
+    first = saved(tmp_path / "first", 1, r=2, target_modules=["q_proj", "v_proj"])
+    second = saved(tmp_path / "second", 2, r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"])
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    model.load_adapter(first, "other")
+    theirs = peft.PeftModel.from_pretrained(LLAMA.build(), str(first))
+    with pytest.raises(RuntimeError, match="unexpected keys found"):
+        peft_hotswap(theirs, str(second), "default", torch_device="cpu")
+    graphpeft.hotswap_adapter(model, second, "default")
+    assert list(model.peft_config) == ["default", "other"]
+    assert model.active_adapters == ["default"]
+    expected = graphpeft.PeftModel.from_pretrained(LLAMA.build(), second)
+    assert torch.equal(output(model, LLAMA.inputs()), output(expected, LLAMA.inputs()))
+    model.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(LLAMA.build(), str(tmp_path / "again"))
+    assert equal(output(again, LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
+def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
+    first = saved(tmp_path / "first", 1, r=2, target_modules=["q_proj"])
+    wider = saved(tmp_path / "wider", 1, r=2, target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    model.add_adapter("head", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.set_adapter(["default", "head"])
+    before, parameters = snapshot(model), dict(model.named_parameters())
+    with pytest.raises(AdaptError, match="both train lm_head whole"):
+        graphpeft.hotswap_adapter(model, wider, "default")
+    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+        graphpeft.hotswap_adapter(model, first, "x")
+    prompt = get_peft_model(
+        LLAMA.build(), graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    )
+    prompt.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(AdaptError, match="is a LORA adapter, and the saved one is of PROMPT_TUNING"):
+        graphpeft.hotswap_adapter(model, tmp_path / "prompt", "default")
+    assert_unchanged(model, before)
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(AdaptError, match="'default' is merged into the weights; call unmerge_adapter"):
+        graphpeft.hotswap_adapter(model, first, "default")
+
+
+# with the base model that a config names
+
+
+def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
+    base: Any = LLAMA.build()
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for task in (TaskType.CAUSAL_LM, None):
+        config = graphpeft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type=task)
+        model = get_peft_model(copy.deepcopy(base), config)
+        model.save_pretrained(tmp_path / "adapter")
+        name = "AutoPeftModel" if task is None else "AutoPeftModelForCausalLM"
+        ours, theirs = (getattr(library, name).from_pretrained(tmp_path / "adapter") for library in (graphpeft, peft))
+        assert isinstance(ours, transformers.LlamaForCausalLM)
+        assert torch.equal(output(ours, LLAMA.inputs()), output(model.eval(), LLAMA.inputs()))
+        assert equal(output(ours, LLAMA.inputs()), output(theirs, LLAMA.inputs()))
+        if task is not None:
+            with pytest.raises(AdaptError, match=r"task is CAUSAL_LM; load it by AutoPeftModelForCausalLM"):
+                graphpeft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+        else:
+            with pytest.raises(AdaptError, match=r"wants to import 'transformers.*import_allowlist"):
+                graphpeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[])
+    with pytest.raises(TypeError, match=r"call AutoPeftModel.from_pretrained"):
+        graphpeft.AutoPeftModel()

@@ -23,6 +23,8 @@ import torch
 import transformers
 from injection import injection_time
 from llama import forward_time, training_time
+from loading import loading_time
+from mixed import mixed_time
 from processes import first_model, import_time
 from timing import Row, table
 
@@ -32,6 +34,8 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "injection": (injection_time, 10),
     "forward": (forward_time, 100),
     "training": (training_time, 50),
+    "loading": (loading_time, 20),
+    "mixed": (mixed_time, 50),
 }
 """The benchmarks by name, each with the number of rounds that gives steady medians."""
 

@@ -1,8 +1,18 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
+from graphpeft.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.feeding import feeding
+from graphpeft.hotswap import hotswap_adapter
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import LoraConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
@@ -26,6 +36,13 @@ from graphpeft.tracing.trace import trace
 
 __all__ = [
     "AdaptError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BoundaryRule",
     "CPTConfig",
     "CheckpointError",
@@ -52,6 +69,7 @@ __all__ = [
     "find_token_sequence",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "register",
     "set_peft_model_state_dict",
     "trace",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,10 @@ from torch import fx, nn
 from graphpeft import in_place, ops, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.config import PeftConfig
-from graphpeft.paths import join, within
+from graphpeft.paths import TensorPaths, join, within
 from graphpeft.plan import HALVES, AdaptError, Plan, dtype_of_adapter
 from graphpeft.replication import Replication
-from graphpeft.report import Report
+from graphpeft.report import Report, listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
 from graphpeft.tracing.errors import TraceError
@@ -92,6 +93,16 @@ class Adapter:
             yield path, stand_ins.rows(adapter)
 
 
+class Cache(dict[Any, Any]):
+    """What can be worked out again, and is of no use to a copy or a pickle: it begins empty there."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        return Cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, ()
+
+
 @dataclass
 class Adapters:
     """All adapters of a model.
@@ -99,9 +110,16 @@ class Adapters:
     Attributes:
         by_name: The adapters.
         active: The names of those that act unless they are disabled, in the order in which they were activated.
-        acting: The names of those whose nodes are in the graphs: the active ones, or none.
+        acting: The names of those whose nodes are in the graphs: the active ones that aren't merged, or none.
+        read: The names of those whose stand-ins are read: the active ones, or none.
         is_disabled: Whether none acts, whichever are active.
         lifted: The graphs of the regions that were no graph modules before, by path.
+        merged: The names of those whose changes are in the weights, in the order in which they were added.
+        originals: The weights without any of these changes.
+        mixing: How regions run on a batch with several adapters, by what these have in common.
+        signatures: What each adapter has in common with others in that, by its name.
+        mixable: The paths of the regions that can run so.
+        owned: The paths of all tensors of adapters.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
         replication: How the model's layers were exchanged for an adapter.
@@ -112,6 +130,13 @@ class Adapters:
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
     acting: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    originals: Tensors = field(default_factory=dict)
+    mixing: Cache = field(default_factory=Cache)
+    signatures: Cache = field(default_factory=Cache)
+    mixable: set[str] = field(default_factory=set)
+    owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     replication: Replication | None = None
 
@@ -125,14 +150,6 @@ class Adapters:
             if parameter is not None and parameter.requires_grad
         ]
         return cls(trained)
-
-    def owned(self) -> frozenset[str]:
-        """Returns the paths of all tensors of adapters."""
-        return frozenset(
-            join(path, name)
-            for adapter, content in self.by_name.items()
-            for path, name in content.tensor_names(adapter)
-        )
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -158,6 +175,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         for tensor in made.values():
             tensor.requires_grad_(False)
     for (path, attribute), tensor in made.items():
+        adapters.owned.add(path, attribute)
         # not isinstance, which is slow for parameters
         if type(tensor) is nn.Parameter:
             modules[path]._parameters[attribute] = tensor
@@ -187,9 +205,20 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
         tensor.copy_(value)
 
 
+def forget_mixing(adapters: Adapters) -> None:
+    """Forgets how regions run on a mixed batch, since other modules or graphs may be there."""
+    adapters.mixing.clear()
+    adapters.signatures.clear()
+
+
 def _has(module: nn.Module, name: str) -> bool:
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
     return any(name in names for names in held) or hasattr(type(module), name)
+
+
+def first_values(plan: Plan, modules: Modules) -> Tensors:
+    """Draws the first values of the tensors at the sites of `plan`, and puts them nowhere."""
+    return _site_tensors(plan, modules, None)
 
 
 @torch.no_grad()
@@ -266,34 +295,46 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """
     wanted = list(dict.fromkeys(names))
     _stand_in_readers(adapters, wanted)
+    if wanted != adapters.active:
+        _unmerge_first(modules, adapters)
     _let_act(modules, adapters, [] if adapters.is_disabled else wanted)
     adapters.active = wanted
 
 
 def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
-    """Lets no adapter act, or the active ones again."""
+    """Lets no adapter act, or the active ones again; what is merged is unmerged first."""
+    if is_disabled:
+        unmerge(modules, adapters)
     _let_act(modules, adapters, [] if is_disabled else adapters.active)
     adapters.is_disabled = is_disabled
 
 
+def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
+    if adapters.merged:
+        warnings.warn(f"{listed(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
+        unmerge(modules, adapters)
+
+
 def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     stand_in_readers = _stand_in_readers(adapters, wanted)
-    templates = _templates(adapters, wanted, modules)
+    in_graphs = [name for name in wanted if name not in adapters.merged]
+    templates = _templates(adapters, in_graphs, modules)
     for region, template in templates.items():
         if template is None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
     row_readers = _row_readers(adapters, wanted)
-    changed = {path for adapter in adapters.by_name.values() for path in (*adapter.whole, *adapter.rows)}
-    for path in changed & modules.keys():
+    changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
+    paths = {path for adapter in changing for path in (*adapter.whole, *adapter.rows)}
+    for path in paths & modules.keys():
         if path in stand_in_readers or path in row_readers:
             names, adapter = stand_in_readers.get(path, ((), ""))
             others = {name: stand_ins.stand_in(name, adapter) for name in names}
             stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
-    adapters.acting = wanted
+    adapters.acting, adapters.read = in_graphs, wanted
 
 
 def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -333,11 +374,11 @@ def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[
     for name in leaving:
         for region in by_region[name]:
             worn = templates.get(region) or _worn(adapters, region, modules)
-            templates[region] = worn.derive(("without", name), functools.partial(_remove, name=name))
+            templates[region] = without(worn, name)
     for name in coming:
         for region, sites in by_region[name].items():
             worn = templates.get(region) or _worn(adapters, region, modules)
-            templates[region] = _with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
+            templates[region] = with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
     needed = {region for name in wanted for region in by_region[name]}
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
@@ -361,7 +402,12 @@ def _worn(adapters: Adapters, region: str, modules: Modules) -> Template:
     return template_of(modules[region]) or adapters.lifted[region]
 
 
-def _with_adapter(
+def without(worn: Template, name: str) -> Template:
+    """Returns `worn` without the nodes of an adapter."""
+    return worn.derive(("without", name), functools.partial(_remove, name=name))
+
+
+def with_adapter(
     worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
 ) -> Template:
     """Returns `worn` with the nodes of one adapter at its sites in this region."""
@@ -376,7 +422,7 @@ def _with_adapter(
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     is_boundary = issubclass(kind, Boundary)
-                    op = _boundary(graph, node, kind) if is_boundary else _op_at(named.get(node), kind, module, region)
+                    op = _boundary(graph, node, kind) if is_boundary else op_at(named.get(node), kind, module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
 
     derived = worn.derive(("with", name, edits), edit)
@@ -391,7 +437,12 @@ def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
-def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
+def op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
+    """Returns the operation that a node of a region's graph is.
+
+    Raises:
+        AdaptError: If it is none any more.
+    """
     op = None
     if node is not None:
         op = ops.weight_at(node) if kind is ops.Weight else ops.read_op(node, module)
@@ -420,7 +471,13 @@ def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     """Takes an adapter and its tensors off the model."""
     activate(modules, adapters, [other for other in adapters.active if other != name])
-    adapter = adapters.by_name.pop(name)
+    adapter = adapters.by_name[name]
+    if adapter.replaced:
+        _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
+    del adapters.by_name[name]
+    forget_mixing(adapters)
+    for path, attribute in adapter.tensor_names(name):
+        adapters.owned.discard(path, attribute)
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
     present = {path: modules[path] for path, _ in adapter.tensor_names(name) if path in modules}
     for path, attribute in adapter.tensor_names(name):
@@ -444,31 +501,113 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
             whole; nothing is merged.
     """
     merged = list(dict.fromkeys(names))
-    for name in merged:
-        _refuse_unmergeable(adapters.by_name[name], name)
-    _stand_in_readers(adapters, merged)
-    for name in merged:
-        refuse_missing(modules, adapters.by_name[name], name)
-        _refuse_tied(modules, adapters.by_name[name])
+    _refuse_merging(modules, adapters, merged)
     with torch.no_grad():
         for name in merged:
-            for adapted in adapters.by_name[name].weight_sites:
-                weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
-                assert weight is not None
-                change = delta(adapted, modules)
-                # where the weight itself changes, as the graph adds it; else the sum alone is rounded
-                weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
+            if name not in adapters.merged:
+                _add_to_weights(modules, adapters.by_name[name])
             for path, own_names in adapters.by_name[name].whole.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
             for path, rows in adapters.by_name[name].rows.items():
-                table = modules[path]._parameters["weight"]
-                assert table is not None
-                values = modules[path]._parameters[stand_ins.rows(name)]
-                assert values is not None
+                table, values = _weight(modules, path, "weight"), _weight(modules, path, stand_ins.rows(name))
                 table.copy_(stand_ins.put_rows(table, rows.indices, values))
     for adapter in adapters.by_name.values():
         adapter.replaced.clear()  # what was merged into is kept
+    adapters.merged.clear()
+    adapters.originals.clear()
+
+
+def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Adds the changes of adapters to the weights until `unmerge`; nodes of theirs leave the graphs.
+
+    Stand-ins and rows are read as before: what is trained as it is needs no merging.
+
+    Raises:
+        AdaptError: As `merge` does, or if a change would go unread; nothing is merged.
+    """
+    names = list(names)
+    _refuse_merging(modules, adapters, names)
+    _refuse_unread(adapters, names)
+    before = list(adapters.merged)
+    kept: Tensors = {}
+    try:
+        for name in names:
+            for adapted in adapters.by_name[name].weight_sites:
+                place = (adapted.site.owner, adapted.site.attribute)
+                if place not in adapters.originals:
+                    # a difference wouldn't do: adding and subtracting it doesn't give the same bits
+                    kept[place] = adapters.originals[place] = _weight(modules, *place).detach().clone()
+            _add_to_weights(modules, adapters.by_name[name])
+            adapters.merged.append(name)
+        _let_act(modules, adapters, list(adapters.read))
+    except BaseException:
+        _restore(modules, adapters.originals)
+        adapters.merged = before
+        adapters.originals = {place: tensor for place, tensor in adapters.originals.items() if place not in kept}
+        with torch.no_grad():
+            for name in before:
+                _add_to_weights(modules, adapters.by_name[name])
+        raise
+
+
+def unmerge(modules: Modules, adapters: Adapters) -> None:
+    """Gives all weights the values that they had before `merge_in_place`, bit for bit."""
+    if not adapters.merged:
+        return
+    _restore(modules, adapters.originals)
+    adapters.merged, adapters.originals = [], {}
+    _let_act(modules, adapters, list(adapters.read))
+
+
+@torch.no_grad()
+def _restore(modules: Modules, originals: Tensors) -> None:
+    for (path, name), original in originals.items():
+        if path in modules:
+            _weight(modules, path, name).copy_(original)
+
+
+@torch.no_grad()
+def _add_to_weights(modules: Modules, adapter: Adapter) -> None:
+    for adapted in adapter.weight_sites:
+        weight = _weight(modules, adapted.site.owner, adapted.site.attribute)
+        change = delta(adapted, modules)
+        # where the weight itself changes, as the graph adds it; else the sum alone is rounded
+        weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
+
+
+def _weight(modules: Modules, path: str, name: str) -> torch.Tensor:
+    weight = modules[path]._parameters[name]
+    assert weight is not None
+    return weight
+
+
+def _refuse_unread(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if what is merged in place would have no effect: something else is read in its place."""
+    for name in names:
+        adapter = adapters.by_name[name]
+        if (adapter.whole or adapter.rows) and name not in adapters.active:
+            raise AdaptError(
+                f"{name!r} trains {listed([path or 'the model' for path in (*adapter.whole, *adapter.rows)])} whole or "
+                "by rows, which are read while it is active alone; activate it with set_adapter before you merge it"
+            )
+        for adapted in adapter.weight_sites:
+            owner, attribute = adapted.site.owner, adapted.site.attribute
+            for other in (adapters.by_name[active] for active in adapters.active):
+                if attribute in other.whole.get(owner, ()) or (owner in other.rows and attribute == "weight"):
+                    raise AdaptError(
+                        f"{adapted.site.weight} is trained whole or by rows by an active adapter, which is read in its "
+                        f"place, so {name!r} can't be merged into it in place; activate {name!r} alone first"
+                    )
+
+
+def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
+    for name in names:
+        _refuse_unmergeable(adapters.by_name[name], name)
+    _stand_in_readers(adapters, names)
+    for name in names:
+        refuse_missing(modules, adapters.by_name[name], name)
+        _refuse_tied(modules, adapters.by_name[name])
 
 
 @torch.no_grad()
@@ -582,9 +721,17 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
                 parameter.requires_grad_((path, name) in trained)
 
 
-def set_trainable(modules: Modules, adapters: Adapters) -> None:
-    """Makes the tensors of active adapters require grad, and those of the others not; the base's stay as they are."""
-    for name, adapter in adapters.by_name.items():
+def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Makes the tensors of adapters require grad if they are active, and else not.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
+            more there are.
+    """
+    for name in dict.fromkeys(names):
+        adapter = adapters.by_name[name]
         trains = name in adapters.active and not adapter.config.inference_mode
         frozen = adapter.frozen_names()
         for path, attribute in adapter.tensor_names(name):

@@ -24,10 +24,12 @@ import torch
 from torch import nn
 
 from graphpeft.hub import CONFIG_NAME, adapter_file
+from graphpeft.paths import TensorPaths
 
 if TYPE_CHECKING:
+    from graphpeft.combining import Combination, Part
     from graphpeft.report import Report
-    from graphpeft.rewrite import Rule
+    from graphpeft.rewrite import AdaptedSite, Rule
     from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
 
 PEFT_VERSION = "0.21.2"
@@ -225,7 +227,7 @@ class PeftConfig:
         self._check_types()
 
     def find_sites(
-        self, finder: SiteFinder, report: Report, owned: frozenset[str]
+        self, finder: SiteFinder, report: Report, owned: TensorPaths
     ) -> Sequence[Site | LeafSite | CallSite]:
         """Returns the sites that the config adapts in the model.
 
@@ -267,6 +269,33 @@ class PeftConfig:
     def ignores(self, key: str) -> bool:
         """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
         return False
+
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> PeftConfig:
+        """Returns the config of an adapter that combines others of this method.
+
+        Args:
+            configs: The configs of the others, of which this is the first.
+            sites: The sites of all of them.
+            how: How they are combined.
+
+        Raises:
+            ValueError: If they can't be combined.
+        """
+        raise ValueError(f"{self.peft_type.value} has no way to combine adapters")
+
+    def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Any]:
+        """Returns the tensors of such an adapter at one site, by the rule's names.
+
+        Args:
+            target: The site with this config's rule.
+            parts: What those of the others that adapt the site have there.
+            how: How they are combined.
+            count: The number of the others altogether.
+
+        Raises:
+            ValueError: If they can't be combined.
+        """
+        raise NotImplementedError
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with everything filled in that depends on the model; `self` stays as it is."""

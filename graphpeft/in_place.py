@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-KINDS = ("methods", "graph", "tensors")
-"""The kinds of layers, the outermost first: a model's methods see the graph's forward, which reads the tensors."""
+KINDS = ("methods", "rows", "graph", "tensors")
+"""The kinds of layers, the outermost first: methods see the choice by rows, that the graph, which reads the tensors."""
 
 
 class Layer:

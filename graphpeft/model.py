@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint, in_place, trainer
+from graphpeft import checkpoint, combining, in_place, mixing, trainer
 from graphpeft.adapters import Adapter, Adapters
+from graphpeft.combining import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
 from graphpeft.replication import replicate
@@ -100,11 +101,7 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    with _replicated(model, config):
-        plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
-        _refuse(plan)
-        _warn_of_unmatched(config, plan)
-        _adapt(model, adapter_name, plan, values=None)
+    _add_new(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where, activates=True)
     return model
 
 
@@ -185,6 +182,32 @@ class PeftModel(nn.Module):
         )
         return model if is_trainable else model.eval()
 
+    # calls
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Calls the model.
+
+        Args:
+            args: What its forward takes.
+            adapter_names: An adapter for each row of the batch, whichever are active: a name, or ``"__base__"`` for the
+                base model.
+            kwargs: What its forward takes.
+
+        Raises:
+            AdaptError: If a name isn't known, or what is named can't be mixed.
+            ValueError: If there are more or fewer names than rows.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        if getattr(self, "_is_replica", False):
+            raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
+        with self.mixed_batch(adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Lets all calls within the context have an adapter for each row, as ``model(…, adapter_names=…)`` does."""
+        return mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names)
+
     # adapters
 
     @property
@@ -232,17 +255,8 @@ class PeftModel(nn.Module):
         Raises:
             AdaptError: As for `get_peft_model`; the model is as it was.
         """
-        active = self.active_adapters
-        get_peft_model(
-            self,
-            peft_config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            example_inputs=example_inputs,
-            where=where,
-        )
-        _activate(self, active)
+        config = as_config(peft_config)
+        _add_new(self, config, adapter_name, example_inputs, autocast_adapter_dtype, where, activates=False)
 
     def load_adapter(
         self,
@@ -266,19 +280,63 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: As for `from_pretrained`, as the other errors are.
         """
-        active = self.active_adapters
         _load(
             self,
             model_id,
             adapter_name,
             is_trainable,
+            activates=False,
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
             **options,
         )
-        _activate(self, active)
         return _IncompatibleKeys([], [])
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter that combines others, which doesn't act until `set_adapter` names it.
+
+        Args:
+            adapters: The names of the others.
+            weights: Their weights, which may be negative.
+            adapter_name: The name of the new one.
+            combination_type: How they are combined, by PEFT's names: ``"cat"`` is exactly their weighted sum, with the
+                sum of their ranks; ``"svd"`` the nearest to it of another rank; ``"linear"`` a rough one of the same
+                rank; for the rest see PEFT's documentation.
+            svd_rank: The rank for kinds with ``svd``; None takes the highest of the others.
+            svd_clamp: A quantile at which the factors of those are cut off.
+            svd_full_matrices: Whether they compute all singular vectors.
+            svd_driver: Their cuSOLVER method.
+            density: The share of elements that kinds with ``ties``, ``dare`` and ``magnitude_prune`` keep.
+            majority_sign_method: ``"total"`` or ``"frequency"``, for kinds with ``ties``.
+
+        Raises:
+            AdaptError: If a name isn't known, the new one is taken, the number of weights is another one, or the
+                adapters can't be combined; the model is as it was.
+        """
+        state, modules = self._peft_adapters, _modules(self)
+        combining.check_names(state, adapters, weights)
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        config = combining.combined_config(state, adapters, how)
+        plan = _plan(self, config, adapter_name, None, autocast_adapter_dtype=True)
+        refuse(plan)
+        by_name = dict(zip(adapters, weights, strict=True))
+        values = combining.combined_values(modules, state, by_name, plan, how)
+        _adapt(self, adapter_name, plan, values, activates=False)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters act, and be trained.
@@ -292,19 +350,37 @@ class PeftModel(nn.Module):
                 inference can't be trained.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        configs = [_known(self, name).config for name in names]
+        configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
-            _adapters.refuse_untrainable(_known(self, name), name)
-        _adapters.activate(_modules(self), self._peft_adapters, names)
+            _adapters.refuse_untrainable(known_adapter(self, name), name)
+        modules, before = _modules(self), self.active_adapters
+        _adapters.activate(modules, self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode
-        _adapters.set_trainable(_modules(self), self._peft_adapters)
+        _adapters.set_trainable(modules, self._peft_adapters, [*before, *names])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes one adapter off for good; if it was active, the others that were go on acting."""
-        _known(self, adapter_name)
-        _adapters.remove(_modules(self), self._peft_adapters, adapter_name)
-        _adapters.set_trainable(_modules(self), self._peft_adapters)
+        """Takes one adapter off for good.
+
+        If it was active, the others that were go on acting; if there are none, the first that is left becomes the
+        active one, with a warning, as in PEFT.
+
+        Raises:
+            AdaptError: If there is no such adapter, or it is merged; the model is as it was.
+        """
+        known_adapter(self, adapter_name)
+        modules, state = _modules(self), self._peft_adapters
+        if adapter_name in state.merged:
+            raise AdaptError(
+                f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
+            )
+        was_active = adapter_name in state.active
+        _adapters.remove(modules, state, adapter_name)
+        if was_active and not state.active and state.by_name:
+            [first, *_] = state.by_name
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {first!r} is active now", stacklevel=2)
+            _adapters.activate(modules, state, [first])
+        _adapters.set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
@@ -336,14 +412,16 @@ class PeftModel(nn.Module):
         Args:
             adapter_name: The adapter; the first that acts if None.
         """
-        return _known(self, self.active_adapter if adapter_name is None else adapter_name).report
+        return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
 
     def unload(self) -> Any:
         """Takes all adapters off and returns the model exactly as it was before the first one."""
-        state = self._peft_adapters
+        state, modules = self._peft_adapters, _modules(self)
+        _adapters.unmerge(modules, state)
         for name in list(state.by_name):
-            _adapters.remove(_modules(self), state, name)
-        modules = _modules(self)
+            _adapters.remove(modules, state, name)
+        for region in state.mixable & modules.keys():
+            in_place.take_off(modules[region], "rows")
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
@@ -366,14 +444,43 @@ class PeftModel(nn.Module):
             AdaptError: If a weight is tied to another one, two adapters train the same tensor whole, or a change isn't
                 finite; nothing is merged.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        for name in names:
-            _known(self, name)
-        modules = _modules(self)
+        state, modules = self._peft_adapters, _modules(self)
+        names = _to_merge(self, adapter_names)
         if safe_merge:
-            _adapters.refuse_infinite(modules, self._peft_adapters, names)
-        _adapters.merge(modules, self._peft_adapters, names)
+            _adapters.refuse_infinite(modules, state, names)
+        _adapters.merge(modules, state, [*state.merged, *names])
         return self.unload()
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters to the weights, until `unmerge_adapter` gives these the very bits that they had.
+
+        What is merged has no nodes in the graphs, so that the forward is the base's, and takes a copy of each weight.
+        Adapters that are active and not merged go on acting.
+
+        Args:
+            adapter_names: Which to merge; the active ones if None. Those that are merged already are left out, with a
+                warning.
+            safe_merge: Whether to refuse changes that aren't finite.
+
+        Raises:
+            AdaptError: As for `merge_and_unload`; nothing is merged.
+        """
+        state, modules = self._peft_adapters, _modules(self)
+        names = _to_merge(self, adapter_names)
+        if safe_merge:
+            _adapters.refuse_infinite(modules, state, names)
+        _adapters.merge_in_place(modules, state, names)
+
+    def unmerge_adapter(self) -> None:
+        """Takes all adapters out of the weights again; the active ones act by nodes, as before."""
+        if not self._peft_adapters.merged:
+            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+        _adapters.unmerge(_modules(self), self._peft_adapters)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that `merge_adapter` has added to the weights."""
+        return list(self._peft_adapters.merged)
 
     # parameters
 
@@ -422,7 +529,7 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        selected = {name: _known(self, name) for name in names}
+        selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
             _adapters.refuse_missing(_modules(self), adapter, name)
         for name, adapter in selected.items():
@@ -447,7 +554,7 @@ class PeftModel(nn.Module):
         """
         for name in self.active_adapters[:1]:
             # names in files are never those of the model's own state dict
-            if not checkpoint.keys(_known(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
+            if not checkpoint.keys(known_adapter(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
                 return set_peft_model_state_dict(self, state_dict, name)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -482,7 +589,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    adapter = _known(model, adapter_name)
+    adapter = known_adapter(model, adapter_name)
     return checkpoint.state_dict_of(_modules(model), adapter, adapter_name, state_dict, save_embedding_layers)
 
 
@@ -498,7 +605,7 @@ def set_peft_model_state_dict(
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
     """
     modules = _modules(model)
-    adapter = _known(model, adapter_name)
+    adapter = known_adapter(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
     _adapters.overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
@@ -514,6 +621,7 @@ def _load(
     is_trainable: bool,
     config: ConfigLike | None = None,
     *,
+    activates: bool = True,
     autocast_adapter_dtype: bool = True,
     ephemeral_gpu_offload: bool = False,
     key_mapping: Mapping[str, str] | None = None,
@@ -542,11 +650,28 @@ def _load(
     loaded = loaded.fitted_to(values)
     with _replicated(model, loaded):
         plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-        _refuse(plan)
+        refuse(plan)
         adapter = Adapter.of(plan)
         fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
-        _adapt(model, adapter_name, plan, fitted)
+        _adapt(model, adapter_name, plan, fitted, activates)
+
+
+def _add_new(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    where: Where | None,
+    *,
+    activates: bool,
+) -> None:
+    with _replicated(model, config):
+        plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+        refuse(plan)
+        _warn_of_unmatched(config, plan)
+        _adapt(model, adapter_name, plan, None, activates)
 
 
 @contextlib.contextmanager
@@ -602,11 +727,24 @@ def _plan(
         )
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+
+
+def planned(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+    where: Where | None = None,
+) -> Plan:
+    """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
+    state: Adapters | None = model.__dict__.get(_STATE)
     return make_plan(
         model,
         config,
         adapter_name,
-        owned=state.owned() if state is not None else frozenset(),
+        owned=state.owned if state is not None else None,
         known=state.lifted if state is not None else {},
         example_inputs=example_inputs,
         autocast_adapter_dtype=autocast_adapter_dtype,
@@ -622,7 +760,7 @@ def _is_name(name: object) -> bool:
     return name != "" and name == PureWindowsPath(name).name
 
 
-def _refuse(plan: Plan) -> None:
+def refuse(plan: Plan) -> None:
     """Raises AdaptError if a plan can't be carried out whole."""
     if plan.report.nothing_matched:
         raise AdaptError(plan.report.nothing_matched)
@@ -641,22 +779,41 @@ def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
         warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)
 
 
-def _activate(model: Any, names: Sequence[str]) -> None:
-    """Makes exactly these adapters act; whether each is trained or for inference stays as it was."""
-    _adapters.activate(_modules(model), model._peft_adapters, names)
-    _adapters.set_trainable(_modules(model), model._peft_adapters)
+def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
+    """Returns which adapters to merge, without those that are merged, of which PEFT warns too.
+
+    Raises:
+        AdaptError: If one isn't known.
+        TypeError: If one name is given in place of a list.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, [{names!r}]")
+    wanted = list(dict.fromkeys(model.active_adapters if names is None else names))
+    for name in wanted:
+        known_adapter(model, name)
+    merged = model._peft_adapters.merged
+    left = [name for name in wanted if name not in merged]
+    if wanted and not left:
+        warnings.warn(f"{listed(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
+    elif len(left) < len(wanted):
+        warnings.warn(f"{listed(merged)} are merged already; {listed(left)} are merged beside them", stacklevel=3)
+    return left
 
 
-def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
+def _adapt(model: Any, name: str, plan: Plan, values: Any, activates: bool) -> None:
     """Carries out a plan: all of it, or nothing."""
     modules = plan.modules
     is_first = _STATE not in model.__dict__
+    touched = [name]
     state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
     _adapters.add(modules, state, name, plan, values)
     try:
         if is_first:
-            in_place.put_on(model, _METHODS)
-        _adapters.activate(modules, state, [name])
+            in_place.put_on(model, _GENERATING_METHODS if hasattr(model, "generate") else _METHODS)
+        if activates:
+            before = state.active
+            _adapters.activate(modules, state, [name])
+            touched = [*before, name]
     except BaseException:
         _adapters.remove(modules, state, name)
         if is_first:
@@ -666,7 +823,7 @@ def _adapt(model: Any, name: str, plan: Plan, values: Any) -> None:
     if is_first:
         _adapters.freeze(modules, state)
     else:
-        _adapters.set_trainable(modules, state)
+        _adapters.set_trainable(modules, state, touched)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -678,7 +835,12 @@ def _undress(model: nn.Module) -> None:
     in_place.take_off(model, "methods")
 
 
-def _known(model: Any, name: str) -> Adapter:
+def known_adapter(model: Any, name: str) -> Adapter:
+    """Returns an adapter of a model.
+
+    Raises:
+        AdaptError: If it has none of this name.
+    """
     state: Adapters | None = model.__dict__.get(_STATE)
     if state is None:
         raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
@@ -687,8 +849,23 @@ def _known(model: Any, name: str) -> Adapter:
     return state.by_name[name]
 
 
-def _methods_layer() -> in_place.Layer:
-    return _METHODS
+class _GeneratingModel(PeftModel):
+    """The methods of a model that generates text."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generates; `adapter_names` has an adapter for each row, as in a call of the model."""
+        base: Any = super()
+        if adapter_names is None:
+            return base.generate(*args, **kwargs)
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+        with mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names, max(repeats)):
+            return base.generate(*args, **kwargs)
+
+
+def _methods_layer(generates: bool = False) -> in_place.Layer:
+    return _GENERATING_METHODS if generates else _METHODS
 
 
 _METHODS = in_place.Layer("methods", (PeftModel,), {}, (_methods_layer, ()))
+_GENERATING_METHODS = in_place.Layer("methods", (_GeneratingModel,), {}, (_methods_layer, (True,)))

@@ -11,3 +11,26 @@ def join(path: str, name: str) -> str:
 def within(path: str, outer: str) -> str:
     """Returns the path, seen from the module at `outer`, of what is at `path` inside it."""
     return path[len(outer) + 1 :] if outer else path
+
+
+class TensorPaths:
+    """A set of paths of tensors, which knows at once those of one module."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def add(self, path: str, name: str) -> None:
+        """Adds the tensor `name` of the module at `path`."""
+        self._names.setdefault(path, set()).add(name)
+
+    def discard(self, path: str, name: str) -> None:
+        """Takes it out again, if it is there."""
+        self.names(path).discard(name)
+
+    def names(self, path: str) -> set[str]:
+        """Returns the names of the tensors of the module at `path` that are in the set."""
+        return self._names.get(path) or set()
+
+    def __contains__(self, tensor: str) -> bool:
+        path, _, name = tensor.rpartition(".")
+        return name in self.names(path)

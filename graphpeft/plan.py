@@ -16,7 +16,7 @@ from torch import nn
 
 from graphpeft import ops, targets
 from graphpeft.config import PeftConfig
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
@@ -59,7 +59,7 @@ def make_plan(
     config: PeftConfig,
     adapter: str,
     *,
-    owned: frozenset[str] = frozenset(),
+    owned: TensorPaths | None = None,
     known: Mapping[str, Template] = MappingProxyType({}),
     example_inputs: ExampleInputs | None = None,
     autocast_adapter_dtype: bool = True,
@@ -86,6 +86,7 @@ def make_plan(
         targets.compile_matcher(resolved)
     except ValueError as error:
         raise AdaptError(str(error)) from error
+    owned = owned if owned is not None else TensorPaths()
     finder = SiteFinder(model, known, example_inputs)
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
     plan.report.adapted = plan.sites
@@ -104,7 +105,7 @@ def make_plan(
     return plan
 
 
-def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: frozenset[str]) -> list[Any]:
+def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: TensorPaths) -> list[Any]:
     """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
     kept = [site for site in sites if where(site)]
     if not kept:

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphpeft import prompting, targets
 from graphpeft.config import OWN, PeftConfig, TaskType
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
 from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule, other_cache_names
 from graphpeft.report import Refusal, Report
@@ -70,7 +70,7 @@ class PromptLearningConfig(PeftConfig):
         """Returns what computes the virtual tokens in training."""
         raise NotImplementedError
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
         """Returns the boundaries at which the model takes the prompt."""
         if self.prompt_scope is not None:
             return self._find_scopes(self.prompt_scope, finder, report)

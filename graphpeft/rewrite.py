@@ -221,6 +221,29 @@ def _around_leaf(graph: fx.Graph, op: Leaf, rule: WeightRule, attributes: Mappin
     return {result.node: op.output}
 
 
+def replace(
+    graph: fx.Graph,
+    op: Operation,
+    function: Callable[..., Any],
+    nodes: Mapping[str, fx.Node],
+    paths: Mapping[str, str],
+) -> None:
+    """Puts what `function` returns in the place of an operation's value.
+
+    Args:
+        graph: Edited in place.
+        op: The operation, of which it can ask for `x`, `y` and `operation`.
+        function: Plain code, which is run on proxies.
+        nodes: What else it can ask for, by name.
+        paths: Attributes of the module that owns the graph, likewise.
+    """
+    assert not isinstance(op, Weight)
+    before = set(graph.nodes)
+    with graph.inserting_before(op.node.next):
+        result = _call(function, graph, {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})
+    _replace(op.node, result.node, before.__contains__)
+
+
 def _at_boundary(
     graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Mapping[str, str]
 ) -> dict[fx.Node, fx.Node]:

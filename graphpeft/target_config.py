@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft import targets
 from graphpeft.config import PeftConfig
+from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
 from graphpeft.sites import LeafSite, Site, SiteFinder
 from graphpeft.targeting import targeted_sites
@@ -67,7 +68,7 @@ class TargetedConfig(PeftConfig):
             config.target_modules = _default_targets(model, optional=bool(getattr(config, "target_parameters", None)))
         return config
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
         """Returns the sites that the config names."""
         return targeted_sites(self, finder, report, owned)
 

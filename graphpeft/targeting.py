@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphpeft import targets
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
@@ -64,7 +64,7 @@ class _Target(NamedTuple):
     stands_with: _Weights = _OWN_WEIGHT
 
 
-def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site | LeafSite]:
+def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
     """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
 
     Args:
@@ -121,7 +121,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _targeted(
-    modules: Mapping[str, nn.Module], config: object, owned: frozenset[str], report: Report
+    modules: Mapping[str, nn.Module], config: object, owned: TensorPaths, report: Report
 ) -> Iterator[_Target]:
     """Yields what the config names."""
     decide = targets.compile_matcher(config)
@@ -132,9 +132,9 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield from _weights_of(path, module, modules)
-        for name, tensor in module._parameters.items():
-            weight = join(path, name)
-            if tensor is None or weight in owned:
+        for name in _own_names(module, owned.names(path)):
+            tensor, weight = module._parameters[name], join(path, name)
+            if tensor is None:
                 continue
             if names_parameters and targets.match_parameter(config, weight):
                 yield _Target(weight, path, name, is_parameter=True)
@@ -159,6 +159,20 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
 def _is_floating(weight: torch.Tensor | None) -> bool:
     # a quantised layer may hold its weight in integers, to which no change can be added
     return weight is not None and weight.is_floating_point()
+
+
+def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
+    """Returns the names of the parameters that aren't those of adapters, in the module's order.
+
+    A hundred adapters have many more of them, which mostly come behind; so it stops where only those can be left.
+    """
+    own: list[str] = []
+    for name in module._parameters:
+        if name not in of_adapters:
+            own.append(name)
+        elif len(own) + len(of_adapters) == len(module._parameters):
+            break
+    return own
 
 
 def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module]) -> list[Site | LeafSite]:
@@ -188,7 +202,7 @@ def _is_of_pytorch(module: nn.Module) -> bool:
     return stands_for(module).__module__.startswith("torch.nn.")
 
 
-def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: frozenset[str]) -> str:
+def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: TensorPaths) -> str:
     model = modules[""]
     wanted = config.target_modules or getattr(config, "target_parameters", None) or ()
     names = [path for path in modules if path]

@@ -10,7 +10,7 @@ from torch import nn
 from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
 from graphpeft.embedding_layers import embedding_layers
-from graphpeft.paths import join
+from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report
 from graphpeft.sites import LeafSite, Site
 from graphpeft.tracing.trace import stands_for
@@ -36,7 +36,7 @@ def trained_whole(
     modules: Mapping[str, nn.Module],
     sites: Sequence[Site | LeafSite],
     report: Report,
-    owned: frozenset[str],
+    owned: TensorPaths,
 ) -> dict[str, tuple[str, ...]]:
     """Returns the names of the tensors that `config` trains whole, by the path of their module.
 
@@ -78,7 +78,7 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 
 
 def _biases(
-    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: frozenset[str]
+    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: TensorPaths
 ) -> dict[str, tuple[str, ...]]:
     """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
     bias = getattr(config, "bias", "none")

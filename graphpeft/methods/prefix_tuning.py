@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft import prompting
 from graphpeft.config import PeftType, register
+from graphpeft.paths import TensorPaths
 from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.prompting import (
     CACHES,
@@ -83,7 +84,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Returns what computes the prefix in training."""
         return Projection() if self.prefix_projection else PrefixTable()
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
         """Returns the boundary of the module that takes a cache."""
         if any(getattr(module, "gradient_checkpointing", False) for module in finder.modules.values()):
             reason = "prefix tuning works through the cache, which gradient checkpointing switches off"

@@ -57,10 +57,8 @@ class Template:
             closing_regions(graph, _forward_from_src(code.src, code.globals))
             for graph, code in zip(graphs, self.codes, strict=True)
         ]
-        namespace = {
-            "_graphpeft_template": self,
-            "forward": forwards[0] if len(forwards) == 1 else _by_mode(*forwards),
-        }
+        self.forward: Callable[..., Any] = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+        namespace = {"_graphpeft_template": self, "forward": self.forward}
         recipe = (_layer_of, (self,))
         self.layer = in_place.Layer("graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer)
 

@@ -13,7 +13,9 @@ import torch
 
 from graphpeft import ops
 from graphpeft.boundaries import Leaf
+from graphpeft.combining import Combination, Part
 from graphpeft.config import OWN, PeftType, register
+from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding
 from graphpeft.methods.lora.leaf import LoraLeaf
@@ -21,8 +23,9 @@ from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
+from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
-from graphpeft.rewrite import Rule
+from graphpeft.rewrite import AdaptedSite, Rule
 from graphpeft.sites import Site, SiteFinder
 from graphpeft.target_config import TargetedConfig
 
@@ -165,7 +168,15 @@ class LoraConfig(TargetedConfig):
                 del own[key]
         return config
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Any]:
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
+        """Returns the config of an adapter that combines others: its rank is theirs or their sum, its scale 1."""
+        return combination.combined_config(configs, sites, how)
+
+    def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Any]:
+        """Returns A and B of such an adapter at one site."""
+        return combination.combine(target, parts, how, count)
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
         """Returns the sites of the weights that the config names."""
         sites = super().find_sites(finder, report, owned)
         return with_parts(sites, self.target_parts or {}, finder, report)

@@ -35,6 +35,11 @@ class LoraConvolution:
     drops: bool
     casts: bool
 
+    @property
+    def rank_axes(self) -> tuple[int, int]:
+        """The axes of A and B that are as long as the rank; that of B only has the rank of one group."""
+        return (1 if self.transposed else 0), 1
+
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses a rank that the groups don't divide, and dropout where there is no input."""
         rank = rank_of(site, config)
@@ -93,3 +98,7 @@ class LoraConvolution:
         """Returns s B A, in the shape of the weight."""
         equation = "irk,or->iok" if self.transposed else "rik,or->oik"
         return torch.einsum(equation, lora_A.flatten(2), lora_B.flatten(1)).reshape(weight.shape) * lora_scaling
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A, whose columns are the inputs at the kernel's positions."""
+        return (delta.transpose(0, 1) if self.transposed else delta).flatten(1)

@@ -29,6 +29,8 @@ class LoraEmbedding:
 
     casts: bool
 
+    rank_axes = (0, 1)
+
     def check(self, site: Site, config: Any) -> str | None:
         """Every embedding can be adapted."""
         return None
@@ -67,3 +69,7 @@ class LoraEmbedding:
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ."""
         return (lora_B @ lora_A).T * lora_scaling
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the table as the matrix B A."""
+        return delta.T

@@ -5,8 +5,9 @@ y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class LoraLinear:
     flipped: bool
     drops: bool
     casts: bool
+
+    rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
         """Every linear operation can be adapted."""
@@ -74,6 +77,42 @@ class LoraLinear:
         result = torch.add(y, product, alpha=lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
+    @property
+    def constants_by_row(self) -> Mapping[str, float | None]:
+        """The constants that `by_row` reads, with what they are for an adapter without them; None for any value."""
+        return {"lora_scaling": None} | ({"lora_dropout": 0.0} if self.drops else {})
+
+    def joined(self, rules: Sequence[Any]) -> LoraLinear | None:
+        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        own = dataclasses.replace(self, drops=False, casts=False)
+        if any(
+            type(rule) is not LoraLinear or dataclasses.replace(rule, drops=False, casts=False) != own for rule in rules
+        ):
+            return None
+        return dataclasses.replace(
+            self, drops=any(rule.drops for rule in rules), casts=any(rule.casts for rule in rules)
+        )
+
+    def by_row(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        lora_A: Any,
+        lora_B: Any,
+        lora_scaling: Any,
+        lora_dropout: Any,
+        training: Any,
+    ) -> Any:
+        """Adds to each row of the operation's value the branch of its own A and B."""
+        h = x.to(lora_A.dtype) if self.casts else x
+        if self.drops:
+            h = in_graph(dropped_by_row, h, lora_dropout, training)
+        is_product = operation.transposed != self.flipped
+        first, second = (lora_B, lora_A) if is_product else (lora_A.mT, lora_B.mT)
+        result = in_graph(products_by_row, y, h, first, second, lora_scaling)
+        return result.to(y.dtype) if self.casts else result
+
     def unmergeable(self, site: Site) -> str | None:
         """Every change can be merged."""
         return None
@@ -81,6 +120,10 @@ class LoraLinear:
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A."""
+        return delta.mT if self.flipped else delta
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,3 +139,37 @@ def matrix_delta(flipped: bool, lora_A: Any, lora_B: Any, lora_scaling: Any) -> 
     """Returns s B A, or its transpose."""
     delta = lora_B @ lora_A * lora_scaling
     return delta.mT if flipped else delta
+
+
+def in_graph(function: Any, *args: Any) -> Any:
+    """Calls `function` as one node of the graph of a proxy among `args`."""
+    return args[0].tracer.create_proxy("call_function", function, args, {})
+
+
+def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling: Any) -> Tensor:
+    """Returns y + s · h · first · second, with other matrices for each row.
+
+    Args:
+        y: Of shape (rows, …, out).
+        h: Of shape (rows, …, in).
+        first: Of shape (rows, in, r).
+        second: Of shape (rows, r, out).
+        scaling: A number, or one for each row.
+    """
+    down = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), first)
+    if isinstance(scaling, Tensor):
+        down, scaling = down * scaling.to(down).view(-1, 1, 1), 1
+    flat = y.reshape(y.shape[0], -1, y.shape[-1])
+    if flat.dtype == down.dtype:
+        return torch.baddbmm(flat, down, second, alpha=scaling).view(y.shape)
+    return torch.add(flat, torch.bmm(down, second), alpha=scaling).view(y.shape)
+
+
+def dropped_by_row(h: Tensor, probability: Any, training: bool) -> Tensor:
+    """Returns `h` with elements dropped, by one probability or by one for each row."""
+    if not isinstance(probability, Tensor):
+        return F.dropout(h, probability, training)
+    if not training:
+        return h
+    kept = 1 - probability.to(h).view(-1, *(1 for _ in h.shape[1:]))
+    return h * torch.bernoulli(kept.expand_as(h)) / kept

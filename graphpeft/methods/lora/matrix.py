@@ -33,6 +33,8 @@ class LoraMatrix:
 
     flipped: bool
 
+    rank_axes = (0, 1)
+
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses what is no matrix, and dropout."""
         if len(site.shape) != 2:
@@ -58,6 +60,10 @@ class LoraMatrix:
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A."""
+        return delta.mT if self.flipped else delta
 
 
 @dataclass(frozen=True)

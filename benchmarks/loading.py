@@ -1,0 +1,94 @@
+"""Loading and choosing one adapter of many, on a model of 224 linear modules."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from models import LIBRARIES, adapt, nest
+from timing import Ratio, Row, Target, calls, clock, measure
+from tqdm import tqdm
+
+MANY = {"PEFT": 20, "graphpeft": 100}
+"""How many adapters are loaded: of PEFT fewer, since the time of each grows with their number."""
+
+_EDGE = 5
+"""How many of the first, and of the last ones, are compared."""
+
+
+def loading_time(rounds: int) -> list[Row]:
+    """Loads many adapters one after the other, and then lets one or the other act."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's on names
+        models = {library: adapt(nest(32), library) for library in LIBRARIES}
+        models["graphpeft"].save_pretrained(folder)
+        times = {library: _load(model, folder, library) for library, model in models.items()}
+        switches = {library: calls(_switch(model, MANY[library])) for library, model in models.items()}
+        samples = measure("set_adapter", switches, rounds)
+    peft, ours = times["PEFT"], times["graphpeft"]
+    late = _extrapolated(peft, MANY["graphpeft"])
+    few, many = ours[:_EDGE], ours[-_EDGE:]
+    choice = median(samples["PEFT"]) * MANY["graphpeft"] / MANY["PEFT"]
+    return [
+        Row(
+            f"load_adapter, 224 targets, the 100th (PEFT's extrapolated from {MANY['PEFT']})",
+            None,
+            late,
+            median(many),
+            "PEFT",
+            Ratio.of(many, [late] * _EDGE),
+            Target.at_most(0.02),
+        ),
+        Row(
+            f"load_adapter, the {len(ours)}th to the 2nd",
+            None,
+            None,
+            None,
+            "itself",
+            Ratio.of(sorted(many), sorted(few)),
+            Target.at_most(1.2),
+        ),
+        Row(
+            f"set_adapter, 100 loaded (PEFT's extrapolated from {MANY['PEFT']}, as if in proportion)",
+            None,
+            choice,
+            median(samples["graphpeft"]),
+            "PEFT",
+            Ratio.of(samples["graphpeft"], [choice] * rounds),
+            Target.at_most(0.05),
+        ),
+    ]
+
+
+def _load(model: Any, folder: str, library: str) -> list[float]:
+    """Loads adapters beside the first, and returns the seconds of each."""
+    assert Path(folder, "adapter_config.json").exists()
+    times = []
+    for index in tqdm(range(1, MANY[library]), desc=f"load_adapter, {library}", leave=False):
+        gc.collect()
+        start = clock()
+        model.load_adapter(folder, f"a{index}")
+        times.append(clock() - start)
+    return times
+
+
+def _extrapolated(times: list[float], number: int) -> float:
+    """Returns what the adapter `number` would take, if each takes longer than the one before by the same amount."""
+    first, last = median(times[:_EDGE]), median(times[-_EDGE:])
+    growth = (last - first) / (len(times) - _EDGE)
+    return last + growth * (number - 1 - (len(times) - _EDGE / 2))
+
+
+def _switch(model: Any, count: int) -> Any:
+    turn = 0
+
+    def switch() -> None:
+        nonlocal turn
+        turn = turn % (count - 1) + 1
+        model.set_adapter(f"a{turn}")
+
+    return switch

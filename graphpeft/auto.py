@@ -1,0 +1,138 @@
+"""`AutoPeftModel…`: a saved adapter on the base model that its config names, by Transformers' Auto classes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from graphpeft.config import ConfigLike, PeftConfig, TaskType
+from graphpeft.model import PeftModel
+from graphpeft.plan import AdaptError
+
+_LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
+"""From which a file may name a class, as in PEFT: importing what a file names runs code."""
+
+_HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class AutoPeftModel:
+    """Loads the model that an adapter was trained on, and the adapter on it, where its config names the model's class.
+
+    A model keeps its own class here, so what is returned is the base model, adapted.
+    """
+
+    auto_class: ClassVar[str | None] = None
+    """Transformers' class that loads the base; None for the one that the config names."""
+
+    task_type: ClassVar[TaskType | None] = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{type(self).__name__} isn't called; call {type(self).__name__}.from_pretrained(folder)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: ConfigLike | None = None,
+        revision: str | None = None,
+        import_allowlist: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads the base model that the adapter's config names, and the adapter on it.
+
+        Args:
+            pretrained_model_name_or_path: The adapter: a folder, or a repository on the Hub.
+            adapter_name: The adapter's name in the model.
+            is_trainable: Whether it is to be trained further.
+            config: Used in place of the file's config.
+            revision: The adapter's revision on the Hub.
+            import_allowlist: Libraries from which the config may name the base's class; None for PEFT's list.
+            kwargs: What the base's ``from_pretrained`` takes, such as `dtype`; options of the Hub go to both.
+
+        Raises:
+            AdaptError: If the config names no base, or its task is that of another class.
+        """
+        hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        if revision is not None:
+            hub_options["revision"] = revision
+        saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
+        if not saved.base_model_name_or_path:
+            raise AdaptError(
+                "the adapter's config doesn't say what its base model is; load that, and the adapter on it"
+            )
+        base_class = cls._base_class(saved, _LIBRARIES if import_allowlist is None else import_allowlist)
+        base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
+        if saved.revision is not None:
+            base_options["revision"] = saved.revision
+        base = base_class.from_pretrained(saved.base_model_name_or_path, **base_options)
+        return PeftModel.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **hub_options
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig, libraries: Sequence[str]) -> Any:
+        if config.task_type is not None and config.task_type is not cls.task_type:
+            name = _BY_TASK[config.task_type].__name__
+            raise AdaptError(f"the adapter's task is {config.task_type.value}; load it by {name}.from_pretrained")
+        if cls.auto_class is not None and config.task_type is not None:
+            return getattr(importlib.import_module("transformers"), cls.auto_class)
+        if config.auto_mapping is None:
+            raise AdaptError("the adapter's config names neither a task nor the class of its base; load that yourself")
+        library, name = config.auto_mapping["parent_library"], config.auto_mapping["base_model_class"]
+        if not any(library == allowed or library.startswith(f"{allowed}.") for allowed in libraries):
+            raise AdaptError(
+                f"the adapter's config wants to import {library!r}, which runs its code; if you trust it, pass "
+                f"import_allowlist=[{library!r}]"
+            )
+        return getattr(importlib.import_module(library), name)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """That for models that write text."""
+
+    auto_class = "AutoModelForCausalLM"
+    task_type = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """That for models with an encoder and a decoder."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """That for models that classify texts."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    task_type = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """That for models that classify tokens."""
+
+    auto_class = "AutoModelForTokenClassification"
+    task_type = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """That for models that find answers."""
+
+    auto_class = "AutoModelForQuestionAnswering"
+    task_type = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """That for models without a head."""
+
+    auto_class = "AutoModel"
+    task_type = TaskType.FEATURE_EXTRACTION
+
+
+_BY_TASK: dict[TaskType, type[AutoPeftModel]] = {
+    kind.task_type: kind for kind in AutoPeftModel.__subclasses__() if kind.task_type is not None
+}

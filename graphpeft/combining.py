@@ -1,0 +1,180 @@
+"""Makes one adapter of several. How it is done is the method's; here is what holds for every method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from graphpeft import adapters as _adapters
+from graphpeft import stand_ins
+from graphpeft.adapters import Adapter, Adapters, Modules, Tensors
+from graphpeft.config import PeftConfig
+from graphpeft.paths import join
+from graphpeft.plan import AdaptError, Plan
+from graphpeft.report import listed
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import LeafSite
+
+
+class Combination(NamedTuple):
+    """How adapters are combined, by PEFT's names.
+
+    Attributes:
+        kind: What PEFT calls `combination_type`.
+        svd_rank: The rank of the new adapter, for kinds that decompose; the highest of the adapters' if None.
+        svd_clamp: The quantile at which the factors are cut off, for those kinds.
+        svd_full_matrices: Whether all singular vectors are computed.
+        svd_driver: The method of cuSOLVER.
+        density: The share of elements that is kept, for kinds that leave some out.
+        majority_sign_method: By what the sign of an element is elected: "total" or "frequency".
+    """
+
+    kind: str
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = True
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+
+class Part(NamedTuple):
+    """What one of the combined adapters has at a site.
+
+    Attributes:
+        adapted: The site with the adapter's rule.
+        weight: The adapter's weight.
+        tensors: Its tensors there, by the rule's names.
+        constants: Its constants there, likewise.
+        delta: Returns its change of the weight.
+    """
+
+    adapted: AdaptedSite
+    weight: float
+    tensors: Mapping[str, torch.Tensor]
+    constants: Mapping[str, float]
+    delta: Callable[[], torch.Tensor]
+
+
+def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Raises AdaptError unless there is an adapter, and a weight, for each name."""
+    if not names:
+        raise AdaptError("no adapters to combine were named")
+    if len(names) != len(weights):
+        raise AdaptError(f"{len(names)} adapters were named, with {len(weights)} weights; give one weight for each")
+    if len(set(names)) < len(names):
+        raise AdaptError("an adapter is named twice; name it once, with the sum of its weights")
+    unknown = [repr(name) for name in names if name not in adapters.by_name]
+    if unknown:
+        raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}")
+
+
+def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) -> PeftConfig:
+    """Returns the config of the adapter that combines others.
+
+    Raises:
+        AdaptError: If they can't be combined.
+    """
+    sources = [adapters.by_name[name] for name in names]
+    methods = sorted({source.config.method for source in sources})
+    if len(methods) > 1:
+        raise AdaptError(f"adapters of several methods, {' and '.join(methods)}, can't be combined")
+    for name, source in zip(names, sources, strict=True):
+        if source.rows:
+            raise AdaptError(
+                f"{name!r} trains rows of {listed(list(source.rows))}, which can't be combined yet; leave it out"
+            )
+        calls = [adapted.site.label for adapted in source.sites if isinstance(adapted.site, LeafSite)]
+        if calls:
+            raise AdaptError(f"{name!r} adapts the calls of {listed(calls)}, which can't be combined yet; leave it out")
+    _refuse_shared_copies(names, sources)
+    sites = {adapted.site.name: adapted.site for source in sources for adapted in source.sites}
+    try:
+        return sources[0].config.combined([source.config for source in sources], list(sites.values()), how)
+    except ValueError as error:
+        raise AdaptError(f"can't combine {listed([repr(name) for name in names])}: {error}") from error
+
+
+def _refuse_shared_copies(names: Sequence[str], sources: Sequence[Adapter]) -> None:
+    trained: dict[tuple[str, str], str] = {}
+    for name, source in zip(names, sources, strict=True):
+        for path, own_names in source.whole.items():
+            for own in own_names:
+                first = trained.setdefault((path, own), name)
+                if first != name:
+                    raise AdaptError(
+                        f"{first!r} and {name!r} both train {join(path, own)} whole, and copies of a tensor can't be "
+                        "combined; train it in one of them"
+                    )
+
+
+@torch.no_grad()
+def combined_values(
+    modules: Modules, adapters: Adapters, weights: Mapping[str, float], plan: Plan, how: Combination
+) -> Tensors:
+    """Returns the tensors of the adapter that combines others, by their places in the model.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        weights: The weights of those to combine, by name.
+        plan: What adapting by the combined config comes to.
+        how: How they are combined.
+
+    Raises:
+        AdaptError: If they can't be combined.
+    """
+    sources = {name: adapters.by_name[name] for name in weights}
+    for name, source in sources.items():
+        _adapters.refuse_missing(modules, source, name)
+    parts = _parts(modules, sources, weights)
+    planned = {(adapted.site.region, adapted.site.name) for adapted in plan.sites}
+    if planned != parts.keys():
+        odd = [name or "the model" for _, name in planned ^ parts.keys()]
+        raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
+    # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
+    _adapters.first_values(plan, modules)
+    values: Tensors = {}
+    for adapted in plan.sites:
+        try:
+            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.name], how, len(weights))
+        except ValueError as error:
+            raise AdaptError(f"can't combine {listed([repr(name) for name in weights])}: {error}") from error
+        values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
+    return values | _copies(modules, sources, plan)
+
+
+def _parts(
+    modules: Modules, sources: Mapping[str, Adapter], weights: Mapping[str, float]
+) -> dict[tuple[str, str], list[Part]]:
+    parts: dict[tuple[str, str], list[Part]] = {}
+    for name, source in sources.items():
+        for adapted in source.sites:
+            owner = modules[adapted.site.owner]
+            part = Part(
+                adapted,
+                weights[name],
+                {local: getattr(owner, adapted.names[local]).detach() for local in adapted.specs},
+                {local: getattr(owner, adapted.names[local]) for local in adapted.constants},
+                functools.partial(_adapters.delta, adapted, modules),
+            )
+            parts.setdefault((adapted.site.region, adapted.site.name), []).append(part)
+    return parts
+
+
+def _copies(modules: Modules, sources: Mapping[str, Adapter], plan: Plan) -> Tensors:
+    """Returns what the sources have for tensors that are trained whole; where none has it, the tensor itself."""
+    values: Tensors = {}
+    for path, names in plan.whole.items():
+        for own in names:
+            holder = next((name for name, source in sources.items() if own in source.whole.get(path, ())), None)
+            attribute = own if holder is None else stand_ins.stand_in(own, holder)
+            module = modules[path]
+            tensor = module._parameters.get(attribute)
+            tensor = module._buffers[attribute] if tensor is None else tensor
+            assert tensor is not None
+            values[path, stand_ins.stand_in(own, plan.report.adapter)] = tensor.detach()
+    return values

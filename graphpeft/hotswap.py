@@ -1,0 +1,127 @@
+"""Puts another saved adapter in the place of one, under its name.
+
+Where both adapt the same weights in the same shapes, only values are copied, so that compiled code stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft import adapters as _adapters
+from graphpeft import checkpoint
+from graphpeft.adapters import Adapter, Adapters, Modules, Tensors
+from graphpeft.config import PeftConfig
+from graphpeft.model import known_adapter, planned, refuse
+from graphpeft.paths import join
+from graphpeft.plan import AdaptError, Plan
+from graphpeft.replication import replicate
+from graphpeft.report import listed
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,  # noqa: ARG001
+    **options: Any,
+) -> None:
+    """Lets an adapter be a saved one instead; its name, and whether it is active and trained, stay.
+
+    If the saved one adapts the same weights by the same ranks, its values are copied over, and a compiled model isn't
+    compiled again (unless its scale differs). Otherwise the adapter is exchanged as a whole, which PEFT refuses for
+    other targets; a compiled model is compiled again in its next call.
+
+    Args:
+        model: An adapted model, or what ``torch.compile`` made of it.
+        model_name_or_path: A folder, or a repository on the Hub.
+        adapter_name: The adapter whose place the saved one takes.
+        torch_device: Accepted for PEFT's sake; tensors stay on the devices of their weights.
+        options: `use_safetensors`, and options of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
+        CheckpointError: If the file doesn't fit the model; likewise.
+    """
+    model = getattr(model, "_orig_mod", model)
+    adapter = known_adapter(model, adapter_name)
+    state: Adapters = model.__dict__["_peft_adapters"]
+    if adapter_name in state.merged:
+        raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
+    hub_options = {name: value for name, value in options.items() if name != "use_safetensors"}
+    config = copy.copy(PeftConfig.from_pretrained(model_name_or_path, **hub_options))
+    if config.method != adapter.config.method:
+        raise AdaptError(
+            f"{adapter_name!r} is a {adapter.config.method} adapter, and the saved one is of "
+            f"{config.method}; delete the one and load the other"
+        )
+    config.inference_mode = adapter.config.inference_mode
+    replicate(model, config, state.replication, is_adapted=True)
+    values = checkpoint.load(model_name_or_path, **options)
+    plan = planned(model, config.fitted_to(values), adapter_name)
+    refuse(plan)
+    modules = plan.modules
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, values)
+    swapped = Adapter.of(plan)
+    of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
+    of_base += [join(*place) for place in adapter.replaced]
+    if of_base:
+        raise AdaptError(
+            f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
+            f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
+        )
+    if _have_same_places(adapter, plan):
+        _copy(modules, adapter, plan, fitted)
+    else:
+        _exchange(modules, state, adapter_name, plan, fitted)
+
+
+def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
+    def places(sites: Any) -> dict[Any, Any]:
+        return {(a.site.owner, a.site.name): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
+
+    return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
+
+
+@torch.no_grad()
+def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> None:
+    for (path, attribute), value in values.items():
+        getattr(modules[path], attribute).copy_(value)
+    constants = {(a.site.owner, a.site.name): a.constants for a in plan.sites}
+    adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.name]) for a in adapter.sites]
+    for adapted in adapter.sites:
+        own = modules[adapted.site.owner].__dict__
+        for name, value in adapted.constants.items():
+            if own.get(adapted.names[name]) != value:
+                own[adapted.names[name]] = value
+    adapter.config = plan.config
+
+
+def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: Tensors) -> None:
+    """Takes the adapter off and puts the other one on: both, or neither."""
+    old, order, active = state.by_name[name], list(state.by_name), list(state.active)
+    tensors = {(path, own): getattr(modules[path], own) for path, own in old.tensor_names(name) if path in modules}
+    _adapters.remove(modules, state, name)
+    try:
+        _adapters.add(modules, state, name, plan, values)
+        _adapters.activate(modules, state, [])  # so that nodes come in their order
+        _adapters.activate(modules, state, active)
+    except BaseException:
+        if name in state.by_name:
+            _adapters.remove(modules, state, name)
+        before = Plan(modules, old.config, old.report, old.sites, {}, old.whole, old.rows)
+        _adapters.add(modules, state, name, before, tensors)
+        for (path, own), tensor in tensors.items():
+            # the very tensors, which an optimizer may have
+            kind = modules[path]._parameters if own in modules[path]._parameters else modules[path]._buffers
+            kind[own] = tensor  # type: ignore[assignment]
+        _adapters.activate(modules, state, [])
+        _adapters.activate(modules, state, active)
+        raise
+    finally:
+        state.by_name = {known: state.by_name[known] for known in order}
+    _adapters.set_trainable(modules, state, active if name in active else [name])

@@ -1,0 +1,222 @@
+"""One LoRA adapter out of several.
+
+    linear      A = Σ ± √|wᵢsᵢ| Aᵢ    B = Σ √|wᵢsᵢ| Bᵢ
+    cat         A = [w₁s₁A₁; w₂s₂A₂; …]    B = [B₁, B₂, …]                 exactly Σ wᵢ ΔWᵢ
+    svd         B A = the best approximation of Σ wᵢ ΔWᵢ of the new rank
+
+The scale of the new adapter is 1. Kinds with `ties`, `dare` or `magnitude_prune` in their names leave elements out
+before the sum: of the factors themselves, or of ΔW where the name ends in `_svd`. Sources: Yadav et al.,
+"TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099; the numbers are
+those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphpeft.combining import Combination, Part
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import Site
+
+SUMS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""The kinds that combine the factors element by element, whose ranks must be equal."""
+
+DECOMPOSITIONS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+"""The kinds that combine the changes of weights, and take the result apart again."""
+
+KINDS = (*SUMS, "cat", *DECOMPOSITIONS)
+
+
+def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combination) -> Any:
+    """Returns the config of the combined adapter.
+
+    Args:
+        configs: Those of the adapters.
+        sites: The sites of all of them together.
+        how: How they are combined.
+
+    Raises:
+        ValueError: If they can't be combined so.
+    """
+    _check(how)
+    if any(config.target_parts for config in configs):
+        raise ValueError("target_parts has factors for each part, which can't be combined yet")
+    # the highest rank that a config gives, which no site of the new adapter exceeds
+    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
+    if _kind(how, len(configs)) in SUMS and len(set(ranks)) > 1:
+        raise ValueError(
+            f"combination_type={how.kind!r} adds up factors of equal ranks, and these have the ranks {ranks}; choose "
+            "'cat' or 'svd'"
+        )
+    rank = sum(ranks) if how.kind == "cat" else max(ranks)
+    if how.kind in DECOMPOSITIONS and how.svd_rank:
+        rank = how.svd_rank
+    config = dataclasses.replace(
+        configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False
+    )
+    if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
+        config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
+    targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
+    if any(others != targets[0] for others in targets):
+        for name in _TARGETING:
+            setattr(config, name, None)
+        config.target_modules = {site.name for site in sites if site.is_layer}
+        config.target_parameters = [site.weight for site in sites if not site.is_layer] or None
+    return config
+
+
+_TARGETING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _check(how: Combination) -> None:
+    if how.kind not in KINDS:
+        raise ValueError(f"combination_type is {how.kind!r}; choose one of {list(KINDS)}")
+    if how.majority_sign_method not in ("total", "frequency"):
+        raise ValueError(f"majority_sign_method is {how.majority_sign_method!r}; choose 'total' or 'frequency'")
+    if _prunes(how.kind) and (how.density is None or not 0 < how.density <= 1):
+        raise ValueError(
+            f"combination_type={how.kind!r} keeps a share of the elements, the density: 0 < density ≤ 1, not "
+            f"{how.density}"
+        )
+    if how.svd_rank is not None and how.svd_rank <= 0:
+        raise ValueError(f"svd_rank must be a positive integer, not {how.svd_rank!r}")
+
+
+def _prunes(kind: str) -> bool:
+    return kind not in ("linear", "cat", "svd")
+
+
+def _kind(how: Combination, count: int) -> str:
+    """Returns the kind, which for a single adapter is always linear, as in PEFT."""
+    return "linear" if count == 1 else how.kind
+
+
+def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Tensor]:
+    """Returns A and B of the combined adapter at one site.
+
+    Args:
+        target: The site with the new rule.
+        parts: What the adapters that adapt the site have there.
+        how: How they are combined.
+        count: The number of adapters altogether.
+
+    Raises:
+        ValueError: If they can't be combined.
+    """
+    site = target.site
+    for part in parts:
+        if part.tensors.keys() != {"lora_A", "lora_B"} or not hasattr(target.rule, "rank_axes"):
+            raise ValueError(
+                f"{site.name} has factors of parts, or other ones than A and B, which can't be combined yet"
+            )
+    kind = _kind(how, count)
+    if kind == "cat":
+        A, B = _concatenated(target, parts)
+    elif kind in SUMS:
+        A, B = _summed(kind, parts, how)
+    else:
+        A, B = _decomposed(kind, target, parts, how)
+    return {"lora_A": _padded(target, "lora_A", A), "lora_B": _padded(target, "lora_B", B)}
+
+
+def _summed(kind: str, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
+    scales = [part.weight * part.constants["lora_scaling"] for part in parts]
+    roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
+    signs = torch.tensor([1.0 if scale >= 0 else -1.0 for scale in scales])
+    shapes = [tuple(part.tensors["lora_A"].shape) for part in parts]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{parts[0].adapted.site.name} has A of the shapes {shapes}; choose 'cat' or 'svd'")
+    # a sign on one of the factors alone, or it would be lost
+    A = _arithmetic(kind, [part.tensors["lora_A"] for part in parts], roots * signs, how)
+    return A, _arithmetic(kind, [part.tensors["lora_B"] for part in parts], roots, how)
+
+
+def _concatenated(target: AdaptedSite, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    groups = _groups(target)
+    a_axis, b_axis = target.rule.rank_axes
+    scaled = [part.tensors["lora_A"] * part.weight * part.constants["lora_scaling"] for part in parts]
+    # B's groups use A's features group by group, so the ranks are put together within each
+    grouped = [tensor.unflatten(a_axis, (groups, -1)) for tensor in scaled]
+    A = torch.cat(grouped, a_axis + 1).flatten(a_axis, a_axis + 1)
+    return A, torch.cat([part.tensors["lora_B"] for part in parts], b_axis)
+
+
+def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
+    reason = target.rule.unmergeable(target.site)
+    if reason is not None:
+        raise ValueError(f"the change of {target.site.name} can't be decomposed: {reason}; choose 'linear' or 'cat'")
+    weights = torch.tensor([part.weight for part in parts])
+    change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
+    product = target.rule.as_product(change)
+    U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
+    a_axis, b_axis = target.rule.rank_axes
+    specs = target.specs
+    rank = min(specs["lora_B"].shape[b_axis], S.numel())
+    U, V = U[:, :rank] @ torch.diag(S[:rank]), V[:rank]
+    if how.svd_clamp is not None:
+        most = torch.quantile(torch.cat([U.flatten(), V.flatten()]), how.svd_clamp)
+        U, V = U.clamp(-most, most), V.clamp(-most, most)
+    others = [size for axis, size in enumerate(specs["lora_A"].shape) if axis != a_axis]
+    return V.reshape(rank, *others).movedim(0, a_axis), U.reshape(-1, rank, *specs["lora_B"].shape[2:])
+
+
+def _groups(target: AdaptedSite) -> int:
+    assert isinstance(target.site, Site)
+    return target.site.groups
+
+
+def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
+    """Returns a factor with zeros up to the rank of the new adapter, where a pattern gave the site a lower one."""
+    axis = target.rule.rank_axes[name == "lora_B"]
+    shape = target.specs[name].shape
+    if tensor.shape[axis] == shape[axis]:
+        return tensor.contiguous()
+    groups = _groups(target) if name == "lora_A" else 1
+    grouped = tensor.unflatten(axis, (groups, -1))
+    padded = tensor.new_zeros(*shape).unflatten(axis, (groups, -1))
+    padded.narrow(axis + 1, 0, grouped.shape[axis + 1]).copy_(grouped)
+    return padded.flatten(axis, axis + 1)
+
+
+# sums
+
+
+def _arithmetic(kind: str, tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
+    """Returns the weighted sum of tensors, with what `kind` leaves out of it."""
+    if kind.startswith("dare") or kind in ("ties", "magnitude_prune"):
+        prune = _randomly_pruned if kind.startswith("dare") else _pruned
+        assert how.density is not None
+        tensors = [prune(tensor, how.density) for tensor in tensors] if how.density < 1 else tensors
+    stacked = torch.stack(tensors)
+    weighted = stacked * weights.to(stacked.device).view(-1, *(1 for _ in stacked.shape[1:]))
+    if not kind.endswith("ties"):
+        return weighted.sum(0).to(stacked.dtype)
+    agrees = _agrees_with_majority(stacked, how.majority_sign_method)
+    mean = (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1.0)
+    return mean.to(stacked.dtype)
+
+
+def _pruned(tensor: Tensor, density: float) -> Tensor:
+    """Keeps the largest elements."""
+    kept = torch.topk(tensor.abs().reshape(-1), int(density * tensor.numel())).indices
+    mask = torch.zeros_like(tensor).reshape(-1)
+    mask[kept] = 1
+    return tensor * mask.reshape(tensor.shape)
+
+
+def _randomly_pruned(tensor: Tensor, density: float) -> Tensor:
+    """Keeps each element by chance, and scales up what is kept."""
+    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+
+
+def _agrees_with_majority(stacked: Tensor, method: str) -> Tensor:
+    """Tells for each element whether it has the sign that most, by sum or by number, have at its place."""
+    signs = stacked.sign()
+    balance = stacked.sum(0) if method == "total" else signs.sum(0)
+    return signs == torch.where(balance >= 0, 1, -1)

@@ -1,0 +1,518 @@
+"""A batch whose rows have different adapters: ``model(x, adapter_names=["a", "b", "__base__"])``.
+
+Each region with adapters gets a layer whose forward asks for the `Rows` of the present call. Without any it runs what
+it ran before. With them it runs a graph in which a rule's `by_row` works on the adapters' parameters, stacked row by
+row; where a rule has none, it runs the graphs of the adapters in turn on their rows.
+
+The rows are no argument of the modules, which hand on only what they know, but belong to the thread for the time of the
+call. A checkpointed function that runs again in the backward takes them along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from graphpeft import adapters as _adapters
+from graphpeft import in_place, rewrite
+from graphpeft.adapters import Adapter, Adapters, Modules
+from graphpeft.paths import join, within
+from graphpeft.plan import AdaptError
+from graphpeft.report import listed
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.tracing.graph_module import Graphs, Template, template_of
+
+BASE = "__base__"
+"""In place of an adapter's name: the base model."""
+
+Runner = Callable[..., Any]
+"""Runs a region on a mixed batch; its first argument is the module."""
+
+
+_Where = tuple[str, str, str]
+"""The region of a site, its weight's module, and the weight's name there."""
+
+
+class RowAdapters:
+    """Which adapter each row of a tensor has."""
+
+    def __init__(self, names: tuple[str, ...], adapters: Adapters) -> None:
+        self.names = names
+        self._adapters = adapters
+        self._attributes: dict[Any, list[str | None]] = {}
+        self._numbers: dict[Any, torch.Tensor] = {}
+
+    def stacked(self, owner: nn.Module, stem: str, where: _Where | None) -> torch.Tensor:
+        """Returns the adapters' parameters `stem` of `owner`, one for each row.
+
+        Smaller ones are filled up with zeros, and rows whose adapter has none there get zeros alone.
+
+        Args:
+            owner: The module.
+            stem: Their name without those of the adapters.
+            where: The site, if only adapters with this very one are meant.
+        """
+        parameters = owner._parameters
+        tensors = [parameters.get(name) for name in self._of_rows(stem, where)]  # type: ignore[arg-type]
+        there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
+        if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
+            return torch.stack(there)
+        if not there:
+            # those of any adapter will do for the shape, and all are of one adapter by their order
+            [like, *_] = [tensor for name, tensor in parameters.items() if name.startswith(f"{stem}_")]
+            assert like is not None
+            return like.new_zeros(len(tensors), *like.shape)
+        shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
+        nothing = there[0].new_zeros(shape)
+        return torch.stack([nothing if tensor is None else _filled_up(tensor, shape) for tensor in tensors])
+
+    def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
+        """Returns the adapters' number `stem` of `owner`: one for all rows, or a tensor with one for each.
+
+        Args:
+            owner: The module.
+            stem: The number's name without that of the adapter.
+            missing: What it is where there is none; None if any value will do.
+        """
+        values = tuple([owner.__dict__.get(name, missing) for name in self._of_rows(stem, None)])  # type: ignore[arg-type]
+        there = {value for value in values if value is not None}
+        if len(there) == 1:
+            return next(iter(there))
+        if values not in self._numbers:
+            self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
+        return self._numbers[values]
+
+    def _of_rows(self, stem: str, where: _Where | None) -> list[str | None]:
+        if (stem, where) not in self._attributes:
+            are_there = {name: name != BASE and self._is_at(name, where) for name in set(self.names)}
+            self._attributes[stem, where] = [f"{stem}_{name}" if are_there[name] else None for name in self.names]
+        return self._attributes[stem, where]
+
+    def _is_at(self, name: str, where: _Where | None) -> bool:
+        return where is None or any(_place(site)[:3] == where for site in self._adapters.by_name[name].sites)
+
+    def groups(self) -> dict[str, list[int]]:
+        """Returns the rows of each adapter."""
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            found.setdefault(name, []).append(row)
+        return found
+
+
+def _filled_up(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    missing = [amount for size, have in zip(shape, tensor.shape, strict=True) for amount in (size - have, 0)]
+    return torch.nn.functional.pad(tensor, missing[::-1])
+
+
+class Rows:
+    """The rows of the present call.
+
+    Attributes:
+        runners: How each region runs, by the id of its module.
+        by_count: The adapters of rows, by the number of rows that a tensor may have.
+    """
+
+    def __init__(self, runners: Mapping[int, Runner], by_count: dict[int, RowAdapters]) -> None:
+        self.runners, self.by_count = runners, by_count
+
+    def of(self, tensor: torch.Tensor) -> RowAdapters:
+        """Returns the adapters of the rows of `tensor`.
+
+        Raises:
+            ValueError: If it has another number of rows.
+        """
+        count = tensor.shape[0] if tensor.ndim else 0
+        if count not in self.by_count:
+            wanted = " or ".join(map(str, self.by_count))
+            raise ValueError(
+                f"adapter_names names {wanted} rows, and an adapted module is given a tensor of the shape "
+                f"{tuple(tensor.shape)}; name one adapter for each row of the batch, which must be the first dimension "
+                "there"
+            )
+        return self.by_count[count]
+
+
+class _Thread(threading.local):
+    rows: Rows | None = None
+
+
+_PRESENT = _Thread()
+
+
+def present() -> Rows:
+    """Returns the rows of the present call."""
+    rows = _PRESENT.rows
+    assert rows is not None
+    return rows
+
+
+@contextlib.contextmanager
+def _with(rows: Rows) -> Iterator[None]:
+    before = _PRESENT.rows
+    _PRESENT.rows = rows
+    try:
+        yield
+    finally:
+        _PRESENT.rows = before
+
+
+# the layer
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    rows = _PRESENT.rows
+    runner = rows.runners.get(id(module)) if rows is not None else None
+    if runner is not None:
+        return runner(module, *args, **kwargs)
+    # asked for in each call: other adapters may be active since
+    template = template_of(module)
+    forward: Any = in_place.original_class(module).forward if template is None else template.forward
+    return forward(module, *args, **kwargs)
+
+
+def _layer() -> in_place.Layer:
+    return _LAYER
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+_ITSELF = "_graphpeft_itself"
+"""The attribute by which a graph, which can only read attributes, gets the module that owns it."""
+
+_LAYER = in_place.Layer("rows", (), {"forward": _forward, _ITSELF: property(_itself)}, (_layer, ()))
+
+
+# a call
+
+
+def mixed(
+    modules: Callable[[], Modules], adapters: Adapters, names: Sequence[str], repeats: int = 1
+) -> contextlib.AbstractContextManager[None]:
+    """Lets the calls in a context have these adapters, one for each row.
+
+    Args:
+        modules: Returns the model's modules by path.
+        adapters: The model's adapters.
+        names: The names, with ``"__base__"`` for none.
+        repeats: How often each row may be repeated, as in a search with beams.
+
+    Raises:
+        TypeError: If `names` is a text.
+        AdaptError: If a name isn't known, an adapter can't be mixed with others, or one is merged.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
+    if adapters.is_disabled:
+        return contextlib.nullcontext()
+    names = tuple(names)
+    _refuse(adapters, names)
+    wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
+    runners = _runners(modules, adapters, wanted)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _take_along_in_checkpoints()
+    by_count = {len(names): RowAdapters(names, adapters)}
+    if repeats > 1:
+        by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
+    return _with(Rows(runners, by_count))
+
+
+def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
+    unknown = [repr(name) for name in dict.fromkeys(names) if name != BASE and name not in adapters.by_name]
+    if unknown:
+        raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}, and {BASE!r}")
+    for name in adapters.read:
+        read = (*adapters.by_name[name].whole, *adapters.by_name[name].rows)
+        if read:
+            raise AdaptError(
+                f"the active adapter {name!r} trains {listed([path or 'the model' for path in read])} whole or by "
+                "rows, which all rows of the batch would read; activate another one with set_adapter first"
+            )
+    if adapters.merged:
+        raise AdaptError(
+            f"{listed(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"
+        )
+
+
+def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> Mapping[int, Runner]:
+    """Returns how each region runs; what adapters at the same sites have in common is worked out once."""
+    key = frozenset([_signature(adapters, name) for name in names])
+    known: _Known | None = adapters.mixing.get(key)
+    # other adapters act since, or somebody has edited a graph
+    if known is None or any(template_of(module) is not template for module, template in known.worn):
+        known = adapters.mixing[key] = _made_runners(modules(), adapters, names)
+    return known.runners
+
+
+class _Known(NamedTuple):
+    """How each region runs, and the graphs that the regions wore when that was made.
+
+    These keep the modules, too, so that no other has the id of one.
+    """
+
+    runners: Mapping[int, Runner]
+    worn: list[tuple[nn.Module, Template | None]]
+
+
+def _signature(adapters: Adapters, name: str) -> int:
+    """Returns a number that is the same for adapters with equal rules at the same sites."""
+    known = adapters.signatures
+    if name not in known:
+        adapter = adapters.by_name[name]
+        _refuse_adapter(adapter, name)
+        sites = tuple((_place(adapted), adapted.rule) for adapted in adapter.sites)
+        # comparing hundreds of sites in each call would take its time
+        known[name] = known.setdefault(sites, len(known))
+    return known[name]
+
+
+def _refuse_adapter(adapter: Adapter, name: str) -> None:
+    if not adapter.changes_weights:
+        raise AdaptError(
+            f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "
+            "activate it with set_adapter, for all rows"
+        )
+    if adapter.rows:
+        raise AdaptError(
+            f"adapter {name!r} trains rows of {listed(list(adapter.rows))}, which rows of a batch can't differ in yet; "
+            "activate it with set_adapter, for all rows"
+        )
+    if adapter.whole:
+        raise AdaptError(
+            f"adapter {name!r} trains {listed([path or 'the model' for path in adapter.whole])} whole, which rows of a "
+            "batch can't differ in yet; activate it with set_adapter, for all rows"
+        )
+
+
+def _place(adapted: AdaptedSite) -> tuple[Any, ...]:
+    site: Any = adapted.site
+    return site.region, site.owner, site.attribute, site.op, site.nodes
+
+
+def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> _Known:
+    by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
+    for name in names:
+        _adapters.refuse_missing(modules, adapters.by_name[name], name)
+        for adapted in adapters.by_name[name].sites:
+            by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
+    regions = _regions_of_weights(by_region)
+    runners: dict[int, Runner] = {}
+    for region, by_name in by_region.items():
+        bare = _bare(adapters, region, modules)
+        joined = _joined_sites(by_name)
+        if joined is not None:
+            runners[id(modules[region])] = _by_row(bare, modules[region], region, joined, regions).forward
+        else:
+            runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters)
+    for region in by_region:
+        in_place.put_on(modules[region], _LAYER)
+        adapters.mixable.add(region)
+    return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+
+
+def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
+    """Returns the graph of a region without any adapter."""
+    template = template_of(modules[region]) or adapters.lifted[region]
+    for name in adapters.acting:
+        if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
+            template = _adapters.without(template, name)
+    return template
+
+
+# all rows at once
+
+
+def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:
+    """Returns each weight's site with the rule for all adapters there, or None if there isn't one for each."""
+    at_weight: dict[tuple[str, str], list[AdaptedSite]] = {}
+    for sites in by_name.values():
+        for adapted in sites:
+            site: Any = adapted.site
+            at_weight.setdefault((site.owner, site.attribute), []).append(adapted)
+    found = [(sites[0], _joined(sites)) for sites in at_weight.values()]
+    return None if any(rule is None for _, rule in found) else found
+
+
+def _joined(sites: Sequence[AdaptedSite]) -> Any:
+    join_rules = getattr(sites[0].rule, "joined", None)
+    if join_rules is None or any(_place(adapted) != _place(sites[0]) for adapted in sites):
+        return None
+    rule = join_rules([adapted.rule for adapted in sites])
+    if rule is None:
+        return None
+    asked = inspect.signature(rule.by_row).parameters
+    return rule if all(name in asked for adapted in sites for name in adapted.specs) else None
+
+
+def _regions_of_weights(by_region: Mapping[str, Mapping[str, list[AdaptedSite]]]) -> dict[tuple[str, str], set[str]]:
+    """Returns the regions of each weight: an adapter that came when a module around was a graph has its site there."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for region, by_name in by_region.items():
+        for adapted in itertools.chain(*by_name.values()):
+            found.setdefault(_place(adapted)[1:3], set()).add(region)
+    return found
+
+
+def _by_row(
+    bare: Template,
+    module: nn.Module,
+    region: str,
+    sites: list[tuple[AdaptedSite, Any]],
+    regions: Mapping[tuple[str, str], set[str]],
+) -> Template:
+    edits = tuple(
+        (
+            within(adapted.site.owner, region) or _ITSELF,
+            adapted.site.prefix,
+            adapted.site.op,
+            adapted.site.nodes,
+            rule,
+            tuple(adapted.specs),
+            tuple(rule.constants_by_row.items()),
+            # only where it is needed, since it tells regions apart that could share a template
+            _place(adapted)[:3] if len(regions[_place(adapted)[1:3]]) > 1 else None,
+        )
+        for adapted, rule in sites
+    )
+
+    def edit(graphs: Graphs) -> None:
+        for index, graph in enumerate(graphs):
+            named = {node.name: node for node in graph.nodes}
+            for owner, prefix, kind, nodes, rule, parameters, constants, where in edits:
+                for node in nodes[index]:
+                    op: Any = _adapters.op_at(named.get(node), kind, module, region)
+                    values = _values_by_row(graph, op, owner, prefix, parameters, constants, where)
+                    training = "training" if owner == _ITSELF else join(owner, "training")
+                    rewrite.replace(graph, op, rule.by_row, values, {"training": training})
+
+    return bare.derive(("by row", edits), edit)
+
+
+def _values_by_row(
+    graph: fx.Graph,
+    op: Any,
+    owner: str,
+    prefix: str,
+    parameters: Sequence[str],
+    constants: Sequence[tuple[str, float | None]],
+    where: _Where | None,
+) -> dict[str, fx.Node]:
+    """Emits the reading of the adapters' parameters and numbers, for the rows of the operation's input."""
+    with graph.inserting_before(op.node):
+        rows = graph.call_function(_rows_of, (op.x,))
+        holder = graph.create_node("get_attr", owner)
+        values = {name: graph.call_method("stacked", (rows, holder, prefix + name, where)) for name in parameters}
+        return values | {
+            name: graph.call_method("number", (rows, holder, prefix + name, missing)) for name, missing in constants
+        }
+
+
+def _rows_of(x: torch.Tensor) -> RowAdapters:
+    return present().of(x)
+
+
+# one adapter after the other
+
+
+def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters) -> Runner:
+    """Returns a function that runs the graph of each adapter on its own rows."""
+
+    def forward_with(name: str) -> Callable[..., Any]:
+        content = adapters.by_name.get(name)
+        sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
+        if content is None or not sites:
+            return bare.forward
+        return _adapters.with_adapter(bare, module, name, content, region, sites).forward
+
+    forward_with = functools.cache(forward_with)
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors or any(tensor.shape[:1] != tensors[0].shape[:1] for tensor in tensors):
+            raise ValueError(
+                f"{region or 'the model'} is given tensors of the shapes {[tuple(t.shape) for t in tensors]}, of which "
+                "it isn't known which are rows of the batch; call it for one adapter at a time"
+            )
+        groups = present().of(tensors[0]).groups()
+        results = []
+        for name, rows in groups.items():
+            index = torch.tensor(rows, device=tensors[0].device)
+            given = [leaf[index] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            own_args, own_kwargs = pytree.tree_unflatten(given, structure)
+            # regions inside have the same adapter for all of these rows
+            own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)})
+            with _with(own):
+                results.append(forward_with(name)(module, *own_args, **own_kwargs))
+        return _together(results, list(groups.values()), region)
+
+    return run
+
+
+def _together(results: list[Any], groups: list[list[int]], region: str) -> Any:
+    """Puts the rows of several results into one, in their order in the batch."""
+    order = torch.tensor([row for rows in groups for row in rows]).argsort()
+
+    def gather(*parts: Any) -> Any:
+        if not isinstance(parts[0], torch.Tensor):
+            return parts[0]
+        for part, rows in zip(parts, groups, strict=True):
+            if part.shape[:1] != (len(rows),):
+                raise ValueError(
+                    f"{region or 'the model'} returns a tensor of the shape {tuple(part.shape)} for {len(rows)} rows, "
+                    "which can't be put together; call it for one adapter at a time"
+                )
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+    return pytree.tree_map(gather, results[0], *results[1:])
+
+
+# checkpoints
+
+
+def _take_along_in_checkpoints() -> None:
+    """Lets a function that a checkpoint runs again in the backward have the rows of its first run.
+
+    The call is over by then, and another may have begun; PyTorch keeps generators and autocast for it, but nothing of
+    ours. Both of its ways call the function through these two names. Without rows, they are what they were.
+    """
+    checkpoint: Any = torch.utils.checkpoint
+    if getattr(checkpoint, "_graphpeft_rows", False):
+        return
+    run_again, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+
+    @functools.wraps(run_again)
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return run_again(_bound(function), *args, **kwargs)
+
+    class Reentrant(reentrant):
+        @classmethod
+        def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
+            return reentrant.apply(_bound(function), *args)
+
+    checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction = generator, Reentrant
+    checkpoint._graphpeft_rows = True
+
+
+def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    rows = _PRESENT.rows
+    if rows is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _with(rows):
+            return function(*args, **kwargs)
+
+    return run

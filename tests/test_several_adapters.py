@@ -1,0 +1,700 @@
+"""Several adapters on one model: combined, merged, mixed in a batch, swapped, and quick to load; PEFT is the oracle."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from models import LLAMA, MLP, T5, equal, llama_config, output
+from peft.utils.hotswap import hotswap_adapter as peft_hotswap
+from torch import Tensor, nn
+
+import graphpeft
+from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict
+
+LIBRARIES = (peft, graphpeft)
+
+
+class Layers(nn.Module):
+    """A layer of each kind that both libraries adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(12, 4 * 6 * 6)
+        self.wide = nn.Conv2d(4, 6, 3, padding=1)
+        self.narrow = nn.Conv2d(6, 4, 1)
+        self.linear = nn.Linear(36, 10)
+        self.other = nn.Linear(10, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Looks up images, and works on them."""
+        x = self.table(tokens).reshape(-1, 4, 6, 6)
+        return self.other(self.linear(self.narrow(self.wide(x)).flatten(2)))
+
+
+TOKENS = torch.tensor([0, 3, 5, 11])
+
+
+def with_adapters(library: Any, base: nn.Module, *options: dict[str, Any], names: str = "uvwzstkm") -> Any:
+    """Returns a copy of `base` with one adapter for each of `options`, whose values are equal in both libraries."""
+    model: Any = copy.deepcopy(base).eval()
+    for index, (name, given) in enumerate(zip(names, options, strict=False)):
+        config = library.LoraConfig(**given)
+        if index == 0:
+            model = library.get_peft_model(model, config, name)
+        else:
+            model.add_adapter(name, config)
+        fill(library, model, name)
+    return model.eval()
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Tells whether two tensors are equal within a part of the largest value."""
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def fill(library: Any, model: Any, name: str, seed: int | None = None) -> None:
+    """Gives an adapter values that depend on its name alone."""
+    state = library.get_peft_model_state_dict(model, adapter_name=name)
+    generator = torch.Generator().manual_seed(ord(name) if seed is None else seed)
+    values = {key: torch.randn(state[key].shape, generator=generator) * 0.3 for key in sorted(state)}
+    library.set_peft_model_state_dict(model, values, adapter_name=name)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Returns all that an operation that fails must leave as it was."""
+    return {
+        "tensors": {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()},
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "adapters": list(getattr(model, "peft_config", ())),
+        "active": list(getattr(model, "active_adapters", ())),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """Raises if a model isn't what it was."""
+    now = snapshot(model)
+    for what in ("classes", "attributes", "adapters", "active"):
+        assert now[what] == before[what]
+    assert now["tensors"].keys() == before["tensors"].keys()
+    for name, (tensor, requires_grad) in now["tensors"].items():
+        assert torch.equal(tensor, before["tensors"][name][0]), name
+        assert requires_grad == before["tensors"][name][1], name
+
+
+# combined
+
+
+ALL_LAYERS = ["table", "wide", "narrow", "linear", "other"]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cat": {},
+    "svd": {},
+    "svd of another rank": {"svd_rank": 3, "svd_full_matrices": False},
+    "svd that clamps": {"svd_clamp": 0.9},
+    "ties": {"density": 0.5},
+    "ties by frequency": {"density": 0.4, "majority_sign_method": "frequency"},
+    "ties_svd": {"density": 0.5},
+    "dare_linear": {"density": 0.6},
+    "dare_ties": {"density": 0.6},
+    "dare_linear_svd": {"density": 0.6},
+    "dare_ties_svd": {"density": 0.6, "majority_sign_method": "frequency"},
+    "magnitude_prune": {"density": 0.7},
+    "magnitude_prune_svd": {"density": 0.7},
+}
+
+
+def combined(
+    library: Any, base: nn.Module, *options: dict[str, Any], kind: str, weights: list[float], **how: Any
+) -> Any:
+    """Returns a model with the adapter "new", which combines one adapter for each of `options`."""
+    model = with_adapters(library, base, *options)
+    torch.manual_seed(5)
+    names = list("uvwzstkm"[: len(options)])
+    model.add_weighted_adapter(names, weights, "new", combination_type=kind.split()[0], **how)
+    model.set_adapter("new")
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_combined_adapters_are_those_of_peft(kind: str):
+    base = Layers()
+    options = [{"r": 4, "lora_alpha": 8, "target_modules": ALL_LAYERS}, {"r": 4, "target_modules": ALL_LAYERS}]
+    theirs, ours = (
+        combined(library, base, *options, kind=kind, weights=[0.7, -1.3], **KINDS[kind]) for library in LIBRARIES
+    )
+    assert near(output(ours, (TOKENS,)), output(theirs, (TOKENS,)), 1e-5)
+    expected = peft.get_peft_model_state_dict(theirs, adapter_name="new")
+    found = get_peft_model_state_dict(ours, adapter_name="new")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_of_different_ranks_and_targets_are_put_together():
+    base = LLAMA.build()
+    options = [
+        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}},
+        {"r": 3, "target_modules": ["v_proj", "up_proj"]},
+    ]
+    for kind in ("cat", "svd"):
+        theirs, ours = (combined(library, base, *options, kind=kind, weights=[0.5, 0.8]) for library in LIBRARIES)
+        torch.testing.assert_close(output(ours, LLAMA.inputs()), output(theirs, LLAMA.inputs()), rtol=1e-4, atol=1e-5)
+        assert ours.peft_config["new"].r == theirs.peft_config["new"].r
+
+
+def test_a_combined_adapter_is_saved_and_loaded_as_any_other(tmp_path: Any):
+    options = {"r": 4, "target_modules": ["up_proj", "q_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True}
+    model = combined(graphpeft, LLAMA.build(), options, options, kind="cat", weights=[1.0, 1.0])
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    loaded = graphpeft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / "new")
+    assert torch.equal(output(loaded, LLAMA.inputs()), output(model, LLAMA.inputs()))
+    theirs = peft.PeftModel.from_pretrained(LLAMA.build(), str(tmp_path / "new"))
+    torch.testing.assert_close(output(theirs, LLAMA.inputs()), output(model, LLAMA.inputs()))
+    model.set_adapter(["u", "v"])
+    torch.testing.assert_close(output(loaded, LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
+class Grouped(nn.Module):
+    """Convolutions that PEFT can't combine: with groups, transposed, and in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv1d(4, 6, 3, groups=2)
+        self.transposed = nn.ConvTranspose1d(6, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Goes through both."""
+        return self.transposed(torch.tanh(self.grouped(x)))
+
+
+def test_the_sum_of_adapters_of_grouped_and_transposed_convolutions_is_exact():
+    base, x = Grouped(), (torch.randn(2, 4, 9),)
+    options = [
+        {"r": 2, "target_modules": ["grouped", "transposed"]},
+        {"r": 4, "target_modules": ["grouped", "transposed"]},
+    ]
+    model = combined(graphpeft, base, *options, kind="cat", weights=[1.0, 1.0])
+    summed = output(model, x)
+    model.set_adapter(["u", "v"])
+    torch.testing.assert_close(summed, output(model, x))
+    with pytest.raises(AdaptError, match=r"can't combine 'u', 'v': the change of grouped can't be decomposed.*groups"):
+        model.add_weighted_adapter(["u", "v"], [1.0, 1.0], "third")
+    only = [{"r": 2, "target_modules": ["transposed"]}, {"r": 3, "target_modules": ["transposed"]}]
+    model = combined(graphpeft, base, *only, kind="svd", weights=[1.0, 1.0], svd_rank=5)
+    summed = output(model, x)
+    model.set_adapter(["u", "v"])
+    torch.testing.assert_close(summed, output(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((["u", "x"], [1, 1], "new"), "has no adapter 'x'; it has \\['u', 'v', 'w', 'z'\\]"),
+        ((["u", "v"], [1], "new"), "2 adapters were named, with 1 weights"),
+        (([], [], "new"), "no adapters to combine"),
+        ((["u", "u"], [1, 1], "new"), "named twice"),
+        ((["u", "v"], [1, 1], "u"), "has an adapter 'u' already"),
+        ((["u", "v"], [1, 1], "new", "sum"), "combination_type is 'sum'; choose one of"),
+        ((["u", "v"], [1, 1], "new", "ties"), "a share of the elements, the density"),
+        ((["u", "w"], [1, 1], "new", "linear"), "adds up factors of equal ranks.*choose 'cat'"),
+        ((["u", "z"], [1, 1], "new"), "of several methods, LORA and PROMPT_TUNING"),
+        ((["z"], [1], "new"), "PROMPT_TUNING has no way to combine"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_and_changes_nothing(arguments: tuple[Any, ...], reason: str):
+    lora = [{"r": rank, "target_modules": ["q_proj"]} for rank in (2, 2, 3)]
+    model = with_adapters(graphpeft, LLAMA.build(), *lora)
+    model.add_adapter("z", graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    before = snapshot(model)
+    with pytest.raises(AdaptError, match=reason):
+        model.add_weighted_adapter(*arguments)
+    assert_unchanged(model, before)
+
+
+def test_copies_of_modules_that_two_adapters_train_whole_are_not_combined():
+    options = {"r": 2, "target_modules": ["up"], "modules_to_save": ["head"]}
+    model = with_adapters(graphpeft, MLP.build(), options, options, {"r": 2, "target_modules": ["up"]})
+    before = snapshot(model)
+    with pytest.raises(AdaptError, match=r"'u' and 'v' both train head\.weight whole"):
+        model.add_weighted_adapter(["u", "v"], [1, 1], "new")
+    assert_unchanged(model, before)
+    model.add_weighted_adapter(["u", "w"], [1, 0], "new", "linear")
+    acting = output(model, MLP.inputs())
+    model.set_adapter("new")
+    torch.testing.assert_close(output(model, MLP.inputs()), acting)
+
+
+# mixed in a batch
+
+
+ROWS = ["u", "__base__", "v", "w", "u"]
+
+
+def mixed_llama(library: Any, **options: Any) -> Any:
+    """Returns a Llama with three adapters of different ranks, scales and targets."""
+    model = LLAMA.build() if not options else transformers.LlamaForCausalLM(llama_config(**options)).eval()
+    adapters: list[dict[str, Any]] = [
+        {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"]},
+        {"r": 4, "target_modules": ["v_proj"]},
+    ]
+    return with_adapters(library, model, *adapters)
+
+
+def text(rows: int = 5) -> dict[str, Any]:
+    """Returns tokens, with a mask of ones."""
+    ids = torch.randint(3, 60, (rows, 7), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def by_row(model: Any, inputs: dict[str, Any] | tuple[Any, ...], names: list[str]) -> Tensor:
+    """Returns what each row gives by itself, with its own adapter alone."""
+    rows = []
+    for index, name in enumerate(names):
+        own = slice(index, index + 1)
+        given = {k: v[own] for k, v in inputs.items()} if isinstance(inputs, dict) else tuple(v[own] for v in inputs)
+        model.set_adapter([] if name == "__base__" else name)
+        rows.append(output(model, given))
+    return torch.cat(rows)
+
+
+def test_a_mixed_batch_is_that_of_peft():
+    theirs, ours = (mixed_llama(library) for library in LIBRARIES)
+    with torch.no_grad():
+        expected = theirs(**text(), adapter_names=ROWS).logits
+        before = output(ours, text())
+        assert equal(ours(**text(), adapter_names=ROWS).logits, expected)
+    assert torch.equal(output(ours, text()), before)
+    assert equal(by_row(ours, text(), ROWS), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_text_is_generated_for_a_mixed_batch_as_in_peft(options: dict[str, int]):
+    theirs, ours = (mixed_llama(library) for library in LIBRARIES)
+    options |= {"max_new_tokens": 4, "min_new_tokens": 4}
+    expected = theirs.generate(**text(), adapter_names=ROWS, **options)
+    assert torch.equal(ours.generate(**text(), adapter_names=ROWS, **options), expected)
+    with pytest.raises(ValueError, match="names 4 rows"):
+        ours.generate(**text(), adapter_names=ROWS[:4], max_new_tokens=2)
+    assert torch.equal(ours.generate(**text(), max_new_tokens=4), ours.generate(**text(), max_new_tokens=4))
+
+
+def test_an_encoder_has_the_rows_once_when_its_decoder_has_them_for_each_beam():
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["q", "wo"]}, {"r": 3, "target_modules": ["v"]}]
+    theirs, ours = (with_adapters(library, T5.build(), *options) for library in LIBRARIES)
+    inputs = {"input_ids": text(3)["input_ids"], "max_new_tokens": 4, "num_beams": 2}
+    names = ["u", "v", "__base__"]
+    assert torch.equal(ours.generate(**inputs, adapter_names=names), theirs.generate(**inputs, adapter_names=names))
+
+
+def test_convolutions_and_embeddings_are_mixed_as_in_peft():
+    options = [
+        {"r": 4, "target_modules": ALL_LAYERS},
+        {"r": 2, "lora_alpha": 7, "target_modules": ["wide", "linear"]},
+        {"r": 4, "target_modules": ["table"]},
+    ]
+    base = Layers()
+    theirs, ours = (with_adapters(library, base, *options) for library in LIBRARIES)
+    rows = torch.tensor([1, 2, 3, 4, 5])
+    with torch.no_grad():
+        expected = theirs(rows, adapter_names=ROWS)
+        assert near(ours(rows, adapter_names=ROWS), expected, 1e-6)
+
+
+class Functions(nn.Module):
+    """A weight in a linear operation, one that is stored the other way, and one that no operation describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.e = nn.Parameter(torch.randn(8, 8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Uses each."""
+        return self.inner(torch.tanh(nn.functional.linear(x, self.w) @ self.v)) * torch.softmax(self.e, 0)[0]
+
+
+@pytest.mark.parametrize("targets", [["w", "v", "inner"], ["w", "v", "e"], ["e", "inner"]], ids=" ".join)
+@pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
+@pytest.mark.parametrize("shape", [(5, 8), (5, 3, 8)])
+def test_weights_that_no_layer_holds_are_mixed(targets: list[str], is_flat: bool, shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    base = graphpeft.trace(Functions(), (x,)) if is_flat else Functions()
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": targets} for rank in (2, 3, 1)]
+    model = with_adapters(graphpeft, base, *options)
+    with torch.no_grad():
+        found = model(x, adapter_names=ROWS)
+    assert equal(found, by_row(model, (x,), ROWS))
+
+
+def test_a_mixed_batch_is_trained_as_its_rows_are():
+    model = mixed_llama(graphpeft)
+    model.set_adapter(["u", "v", "w"])
+    model.train()
+    model(**text(), adapter_names=ROWS).logits.square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found
+    model.zero_grad()
+    alone = copy.deepcopy(model)
+    loss = torch.zeros(())
+    for index, name in enumerate(ROWS):
+        alone.set_adapter([] if name == "__base__" else name)
+        alone.requires_grad_(True)
+        loss = loss + alone(**{k: v[index : index + 1] for k, v in text().items()}).logits.square().sum()
+    (loss / (5 * 7 * 64)).backward()
+    expected = dict(alone.named_parameters())
+    for name, gradient in found.items():
+        assert gradient is not None
+        assert near(gradient, expected[name].grad, 1e-5), name  # type: ignore[arg-type]
+
+
+def test_rows_drop_elements_with_the_probability_of_their_adapter():
+    base = nn.Sequential(nn.Linear(64, 64))
+    options: list[dict[str, Any]] = [{"r": 8, "target_modules": ["0"], "lora_dropout": p} for p in (0.0, 0.5)]
+    model, x = with_adapters(graphpeft, base, *options), torch.randn(2, 64)
+    with torch.no_grad():
+        still = model(x, adapter_names=["u", "v"])
+        model.train()
+        runs = [model(x, adapter_names=["u", "v"]) for _ in range(2)]
+    assert equal(runs[0][0], still[0])
+    assert equal(runs[1][0], still[0])
+    assert not torch.equal(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_runs_again_with_the_rows_of_its_first_run(use_reentrant: bool):
+    def gradients(checkpoints: bool) -> dict[str, Tensor]:
+        model = mixed_llama(graphpeft)
+        model.set_adapter(["u", "v", "w"])
+        model.train()
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        first = model(**text(), adapter_names=ROWS, use_cache=False).logits.square().mean()
+        # other rows come, and none, before the backward
+        second = model(**text(), adapter_names=ROWS[::-1], use_cache=False).logits.square().mean()
+        third = model(**text(), use_cache=False).logits.square().mean()
+        (first + 2 * second + third).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert near(found[name], gradient, 1e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_are_mixed_in_other_types(dtype: torch.dtype):
+    options: list[dict[str, Any]] = [{"r": 4, "target_modules": ["q_proj"]}, {"r": 4, "target_modules": ["up_proj"]}]
+    theirs, ours = (with_adapters(library, LLAMA.build().to(dtype), *options) for library in LIBRARIES)
+    names = ["u", "v", "__base__", "u", "v"]
+    with torch.no_grad():
+        expected, found = (model(**text(), adapter_names=names).logits for model in (theirs, ours))
+    assert found.dtype == expected.dtype == dtype
+    assert near(found, expected, 1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_rows_are_forgotten_after_a_call_that_fails():
+    model = mixed_llama(graphpeft)
+    before = output(model, text())
+    with pytest.raises(ValueError, match=r"adapter_names names 3 rows.*given a tensor of the shape \(5, 7, 32\)"):
+        model(**text(), adapter_names=["u", "v", "w"])
+    assert torch.equal(output(model, text()), before)
+    with pytest.raises(ZeroDivisionError), model.mixed_batch(ROWS):
+        raise ZeroDivisionError
+    assert torch.equal(output(model, text()), before)
+
+
+def test_rows_of_one_thread_are_not_those_of_another():
+    model = mixed_llama(graphpeft)
+    plain = output(model, text())
+    found: list[Tensor] = []
+    with model.mixed_batch(ROWS):
+        other = threading.Thread(target=lambda: found.append(output(model, text())))
+        other.start()
+        other.join()
+    assert torch.equal(found[0], plain)
+
+
+def test_rows_follow_adapters_that_come_go_and_are_edited():
+    model = mixed_llama(graphpeft)
+    with torch.no_grad():
+        first = model(**text(), adapter_names=ROWS).logits
+        model.set_adapter(["v", "w"])
+        assert equal(model(**text(), adapter_names=ROWS).logits, first)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert equal(copied(**text(), adapter_names=ROWS).logits, first)
+        fill(graphpeft, model, "u", seed=3)
+        assert not equal(model(**text(), adapter_names=ROWS).logits, first)
+        assert equal(model(**text(), adapter_names=ROWS).logits, by_row(model, text(), ROWS))
+        model.delete_adapter("w")
+        model.add_adapter("w", graphpeft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+        assert equal(model(**text(), adapter_names=ROWS).logits, by_row(model, text(), ROWS))
+        with model.disable_adapter():
+            assert equal(model(**text(), adapter_names=ROWS).logits, output(LLAMA.build(), text()))
+    model.set_adapter("u")
+    model.unload()
+    assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
+
+
+def test_a_compiled_model_has_mixed_batches_in_one_graph():
+    model = mixed_llama(graphpeft)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        plain = compiled(**text(), use_cache=False).logits
+        for names in (ROWS, ROWS[::-1]):
+            expected = model(**text(), use_cache=False, adapter_names=names).logits
+            with model.mixed_batch(names):
+                assert equal(compiled(**text(), use_cache=False).logits, expected)
+        assert torch.equal(compiled(**text(), use_cache=False).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "reason"),
+    [
+        (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 's', 'u'\], and '__base__'"),
+        ("u", TypeError, r"is the text 'u'; pass a list of names"),
+        (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
+        (["u", "s"], AdaptError, "'s' trains lm_head whole"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(names: Any, error: type[Exception], reason: str):
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
+    model.add_adapter("p", graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    model.add_adapter("s", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    before = snapshot(model)
+    with pytest.raises(error, match=reason):
+        model(**text(), adapter_names=names)
+    assert_unchanged(model, before)
+    with pytest.raises(error, match=reason):
+        model.generate(**text(), adapter_names=names)
+
+
+# merged in place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_in_place_is_undone_bit_for_bit(dtype: torch.dtype):
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["q_proj", "up_proj"]} for rank in (4, 2)]
+    theirs, ours = (with_adapters(library, LLAMA.build().to(dtype), *options) for library in LIBRARIES)
+    base = {name: weight.clone() for name, weight in LLAMA.build().to(dtype).named_parameters()}
+    for model in (theirs, ours):
+        model.set_adapter("u")
+    adapted = output(ours, text())
+    for model in (theirs, ours):
+        model.merge_adapter()
+    assert ours.merged_adapters == ["u"]
+    assert not any(hasattr(type(module), "_graphpeft_template") for module in ours.modules())
+    merged = output(ours, text())
+    assert near(merged, adapted, 1e-5 if dtype is torch.float32 else 0.05)
+    assert near(merged, output(theirs, text()), 1e-6 if dtype is torch.float32 else 0.02)
+    ours.unmerge_adapter()
+    assert torch.equal(output(ours, text()), adapted)
+    assert all(torch.equal(ours.get_parameter(name), weight) for name, weight in base.items())
+
+
+def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["q_proj", "up_proj"]} for rank in (4, 2)]
+    model = with_adapters(graphpeft, LLAMA.build(), *options)
+    model.set_adapter(["u", "v"])
+    both = output(model, text())
+    model.merge_adapter(["u"])
+    assert near(output(model, text()), both, 1e-5)
+    with pytest.warns(UserWarning, match="u are merged already; v are merged beside them"):
+        model.merge_adapter()
+    assert model.merged_adapters == ["u", "v"]
+    assert near(output(model, text()), both, 1e-5)
+    with pytest.warns(UserWarning, match="u, v are merged already, so there is nothing to merge"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="u, v are merged, and unmerged before other adapters act"):
+        model.set_adapter("u")
+    assert model.merged_adapters == []
+    with pytest.warns(UserWarning, match="nothing to unmerge"):
+        model.unmerge_adapter()
+    model.set_adapter(["u", "v"])
+    assert torch.equal(output(model, text()), both)
+
+
+def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    base = output(LLAMA.build(), text())
+    model = with_adapters(graphpeft, LLAMA.build(), options)
+    adapted = output(model, text())
+    model.merge_adapter()
+    with pytest.raises(AdaptError, match="'u' is merged into the weights; call unmerge_adapter"):
+        model.delete_adapter("u")
+    with pytest.raises(AdaptError, match=r"u are merged into the weights, which all rows share"):
+        model(**text(), adapter_names=["u"] * 5)
+    with model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(output(model, text()), base)
+    assert torch.equal(output(model, text()), adapted)
+    model.merge_adapter()
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(model.unload(), text()), base)
+    with pytest.warns(UserWarning, match="nothing to merge"):
+        assert near(output(copied.merge_and_unload(), text()), adapted, 1e-5)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    model.merge_adapter(["u"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B_v[0, 0] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(AdaptError, match="by adapter 'v' isn't finite"):
+        model.merge_adapter(["v"], safe_merge=True)
+    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+        model.merge_adapter(["v", "x"])
+    with pytest.raises(TypeError, match=r"the text 'v'; pass a list of names, \['v'\]"):
+        model.merge_adapter("v")
+    assert_unchanged(model, before)
+    assert model.merged_adapters == ["u"]
+
+
+# deleted, loaded
+
+
+def test_the_first_that_is_left_acts_after_the_active_one_was_deleted_as_in_peft():
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    theirs, ours = (with_adapters(library, LLAMA.build(), options, options, options) for library in LIBRARIES)
+    for model in (theirs, ours):
+        model.set_adapter("v")
+        with pytest.warns(UserWarning, match=r"v.* was active .* deleted"):
+            model.delete_adapter("v")
+    assert ours.active_adapters == theirs.active_adapters == ["u"]
+    assert torch.equal(output(ours, text()), by_row(ours, text(), ["u"] * 5))
+    assert equal(output(ours, text()), output(theirs, text()))
+    ours.delete_adapter("w")
+    ours.delete_adapter("u")
+    assert ours.active_adapters == []
+
+
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path):
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    model.save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "v" / "adapter_model.safetensors")
+    saved.popitem()
+    safetensors.torch.save_file(saved, tmp_path / "v" / "adapter_model.safetensors")
+    before = snapshot(model)
+    with pytest.raises(graphpeft.CheckpointError, match="lacks"):
+        model.load_adapter(tmp_path / "v", "w")
+    with pytest.raises(AdaptError, match="has an adapter 'u' already"):
+        model.load_adapter(tmp_path / "u", "u")
+    assert_unchanged(model, before)
+    model.load_adapter(tmp_path / "u", "w")
+    assert equal(by_row(model, text(), ["w"] * 5), by_row(model, text(), ["u"] * 5))
+
+
+# swapped
+
+
+def saved(folder: Path, seed: int, **options: Any) -> Path:
+    """Saves an adapter for a Llama, and returns its folder."""
+    model = get_peft_model(LLAMA.build(), graphpeft.LoraConfig(**options))
+    fill(graphpeft, model, "default", seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_swapped_without_compiling_again(tmp_path: Path):
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    first, second = (saved(tmp_path / str(seed), seed, **options) for seed in (1, 2))
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    compilations: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compilations.append(1)
+        return graph.forward
+
+    compiled: Any = torch.compile(model, backend=backend)
+    parameters = dict(model.named_parameters())
+    for folder in (first, second):
+        graphpeft.hotswap_adapter(compiled, folder, "default")
+        expected = graphpeft.PeftModel.from_pretrained(LLAMA.build(), folder)
+        assert equal(output(compiled, LLAMA.inputs()), output(expected, LLAMA.inputs()))
+    assert sum(compilations) == 1
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_an_adapter_is_swapped_for_one_of_other_targets_and_ranks(tmp_path: Path):
+    first = saved(tmp_path / "first", 1, r=2, target_modules=["q_proj", "v_proj"])
+    second = saved(tmp_path / "second", 2, r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"])
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    model.load_adapter(first, "other")
+    theirs = peft.PeftModel.from_pretrained(LLAMA.build(), str(first))
+    with pytest.raises(RuntimeError, match="unexpected keys found"):
+        peft_hotswap(theirs, str(second), "default", torch_device="cpu")
+    graphpeft.hotswap_adapter(model, second, "default")
+    assert list(model.peft_config) == ["default", "other"]
+    assert model.active_adapters == ["default"]
+    expected = graphpeft.PeftModel.from_pretrained(LLAMA.build(), second)
+    assert torch.equal(output(model, LLAMA.inputs()), output(expected, LLAMA.inputs()))
+    model.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(LLAMA.build(), str(tmp_path / "again"))
+    assert equal(output(again, LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
+def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
+    first = saved(tmp_path / "first", 1, r=2, target_modules=["q_proj"])
+    wider = saved(tmp_path / "wider", 1, r=2, target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model = graphpeft.PeftModel.from_pretrained(LLAMA.build(), first)
+    model.add_adapter("head", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.set_adapter(["default", "head"])
+    before, parameters = snapshot(model), dict(model.named_parameters())
+    with pytest.raises(AdaptError, match="both train lm_head whole"):
+        graphpeft.hotswap_adapter(model, wider, "default")
+    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+        graphpeft.hotswap_adapter(model, first, "x")
+    prompt = get_peft_model(
+        LLAMA.build(), graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    )
+    prompt.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(AdaptError, match="is a LORA adapter, and the saved one is of PROMPT_TUNING"):
+        graphpeft.hotswap_adapter(model, tmp_path / "prompt", "default")
+    assert_unchanged(model, before)
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(AdaptError, match="'default' is merged into the weights; call unmerge_adapter"):
+        graphpeft.hotswap_adapter(model, first, "default")
+
+
+# with the base model that a config names
+
+
+def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
+    base: Any = LLAMA.build()
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for task in (TaskType.CAUSAL_LM, None):
+        config = graphpeft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type=task)
+        model = get_peft_model(copy.deepcopy(base), config)
+        model.save_pretrained(tmp_path / "adapter")
+        name = "AutoPeftModel" if task is None else "AutoPeftModelForCausalLM"
+        ours, theirs = (getattr(library, name).from_pretrained(tmp_path / "adapter") for library in (graphpeft, peft))
+        assert isinstance(ours, transformers.LlamaForCausalLM)
+        assert torch.equal(output(ours, LLAMA.inputs()), output(model.eval(), LLAMA.inputs()))
+        assert equal(output(ours, LLAMA.inputs()), output(theirs, LLAMA.inputs()))
+        if task is not None:
+            with pytest.raises(AdaptError, match=r"task is CAUSAL_LM; load it by AutoPeftModelForCausalLM"):
+                graphpeft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+        else:
+            with pytest.raises(AdaptError, match=r"wants to import 'transformers.*import_allowlist"):
+                graphpeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[])
+    with pytest.raises(TypeError, match=r"call AutoPeftModel.from_pretrained"):
+        graphpeft.AutoPeftModel()

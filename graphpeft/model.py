@@ -670,7 +670,7 @@ def _add_new(
     with _replicated(model, config):
         plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
         refuse(plan)
-        _warn_of_unmatched(config, plan)
+        _warn_of_unmatched(config, plan, stacklevel=4)
         _adapt(model, adapter_name, plan, None, activates)
 
 
@@ -771,12 +771,12 @@ def refuse(plan: Plan) -> None:
         raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
 
 
-def _warn_of_unmatched(config: PeftConfig, plan: Plan) -> None:
+def _warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
     """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
     unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
     if unmatched:
         model = type(plan.modules[""]).__name__
-        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=3)
+        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
 
 
 def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:

@@ -64,13 +64,33 @@ class Adapter:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
-    def frozen_names(self) -> set[tuple[str, str]]:
-        """Returns the module's path and the name of each tensor that is never trained."""
-        return {
+    @property
+    def replaced(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has frozen stand-ins: names by the path of their module."""
+        found: dict[str, tuple[str, ...]] = {}
+        for adapted in self.sites:
+            if adapted.replaced:
+                found[adapted.site.owner] = (*found.get(adapted.site.owner, ()), *adapted.replaced)
+        return found
+
+    @property
+    def stand_ins(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has stand-ins of either kind."""
+        found = dict(self.whole)
+        for path, names in self.replaced.items():
+            found[path] = (*found.get(path, ()), *names)
+        return found
+
+    def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor of this adapter that is never trained."""
+        frozen = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
             if not spec.is_trained
+        }
+        return frozen | {
+            (path, stand_ins.stand_in(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
@@ -78,7 +98,7 @@ class Adapter:
         for adapted in self.sites:
             for name in adapted.specs:
                 yield adapted.site.owner, adapted.names[name]
-        for path, names in self.whole.items():
+        for path, names in self.stand_ins.items():
             for name in names:
                 yield path, stand_ins.stand_in(name, adapter)
 
@@ -172,10 +192,14 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         site = adapted.site
         beside, attribute = site.beside
         device = _device(modules[beside]._parameters[attribute])
+        drawn: Mapping[str, torch.Tensor] = {}
+        replacing: Mapping[str, torch.Tensor] = {}
+        if values is None or adapted.replaced:
+            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device)
         if values is not None:
             drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
-        else:
-            drawn = _first_values(adapted, plan.config, modules[beside], device)
+        for own, tensor in replacing.items():
+            made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
             made[site.owner, adapted.names[local]] = nn.Parameter(
                 tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
@@ -185,16 +209,27 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
 
 def _first_values(
     adapted: AdaptedSite, config: PeftConfig, module: nn.Module, device: torch.device
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own."""
+    own = {name: _own(module, name) for name in adapted.replaced}
     if device.type == "meta":
-        return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
-    adapted.rule.initialise(drawn, adapted.site, config, module)
+    given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
+    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
     if adapted.site.dtype == torch.get_default_dtype():
-        return drawn
+        return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
-    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}
+    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}, replacing
+
+
+def _own(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns a module's parameter itself, whatever is read in its place."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:
@@ -216,7 +251,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
-        AdaptError: If two of them train the same tensor whole; the model is as it was.
+        AdaptError: If two of them have stand-ins for the same tensor; the model is as it was.
     """
     wanted = list(dict.fromkeys(names))
     _stand_in_readers(adapters, wanted)
@@ -238,24 +273,31 @@ def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template)
-    for path in {path for adapter in adapters.by_name.values() for path in adapter.whole} & modules.keys():
+    for path in {path for adapter in adapters.by_name.values() for path in adapter.stand_ins} & modules.keys():
         if path in stand_in_readers:
-            stand_ins.read(modules[path], *stand_in_readers[path])
+            stand_ins.read(modules[path], stand_in_readers[path])
         else:
             stand_ins.read_own(modules[path])
     adapters.acting = wanted
 
 
-def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    readers: dict[str, tuple[tuple[str, ...], str]] = {}
+def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:
+    """Returns the adapter whose stand-in is read for a tensor, by the path of its module and its name."""
+    readers: dict[str, dict[str, str]] = {}
     for name in wanted:
-        for path, names in adapters.by_name[name].whole.items():
-            if path in readers:
-                raise AdaptError(
-                    f"{readers[path][1]!r} and {name!r} both train {path} whole; only one of them can be active"
-                )
-            readers[path] = (names, name)
+        for path, names in adapters.by_name[name].stand_ins.items():
+            for own in names:
+                other = readers.setdefault(path, {}).setdefault(own, name)
+                if other != name:
+                    do = _both_do(adapters.by_name[other], adapters.by_name[name], path, own)
+                    raise AdaptError(f"{other!r} and {name!r} both {do}; only one of them can be active")
     return readers
+
+
+def _both_do(one: Adapter, other: Adapter, path: str, name: str) -> str:
+    if all(name in adapter.whole.get(path, ()) for adapter in (one, other)):
+        return f"train {path} whole"
+    return f"have another tensor in the place of {join(path, name)}"
 
 
 def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
@@ -369,8 +411,8 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Adds the changes of adapters to the weights, and writes their stand-ins over the tensors themselves.
 
     Raises:
-        AdaptError: If a weight is tied to another one, which would change too, or two adapters train the same tensor
-            whole; nothing is merged.
+        AdaptError: If a weight is tied to another one, which would change too, or two adapters have stand-ins for the
+            same tensor; nothing is merged.
     """
     merged = list(dict.fromkeys(names))
     for name in merged:
@@ -380,14 +422,36 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
     with torch.no_grad():
+        # these first, since they are what the changes are changes of
         for name in merged:
-            for adapted in adapters.by_name[name].weight_sites:
-                weight = modules[adapted.site.owner]._parameters[adapted.site.attribute]
-                assert weight is not None
-                weight += delta(adapted, modules).to(weight.dtype)
-            for path, own_names in adapters.by_name[name].whole.items():
+            for path, own_names in adapters.by_name[name].stand_ins.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
+        for sites in _by_weight(adapters, merged).values():
+            _merge_into_weight(sites, modules)
+
+
+def _by_weight(adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
+    """Groups the sites of adapters by their weight."""
+    found: dict[str, list[AdaptedSite]] = {}
+    for name in names:
+        for adapted in adapters.by_name[name].weight_sites:
+            found.setdefault(adapted.site.weight, []).append(adapted)
+    return found
+
+
+def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
+    """Adds the changes of one weight, and of the bias beside it."""
+    site = sites[0].site
+    assert isinstance(site, Site)
+    weight = _own(modules[site.owner], site.attribute)
+    base = weight if len(sites) == 1 else weight.clone()
+    for adapted in sites:
+        weight += delta(adapted, modules, weight, base).to(weight.dtype)
+        change = bias_delta(adapted, modules)
+        if change is not None:
+            bias = _bias_of(adapted, modules)
+            bias += change.to(bias.dtype)
 
 
 @torch.no_grad()
@@ -395,8 +459,10 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
         for adapted in adapters.by_name[name].weight_sites:
-            if not torch.isfinite(delta(adapted, modules)).all():
-                raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+            changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
+            for path, change in changes.items():
+                if change is not None and not torch.isfinite(change).all():
+                    raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
@@ -431,7 +497,9 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(join(path, name))
     changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites]
-    changed += [(path, name) for path, names in adapter.whole.items() for name in names]
+    biases = [adapted.site.bias for adapted in adapter.weight_sites if bias_delta(adapted, modules) is not None]
+    changed += [(path, name) for path, _, name in (bias.rpartition(".") for bias in biases)]
+    changed += [(path, name) for path, names in adapter.stand_ins.items() for name in names]
     for path, name in changed:
         tied = [
             other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other != join(path, name)
@@ -443,15 +511,46 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
             )
 
 
-def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
-    """Returns the change of a site's weight, in the shape in which it is stored."""
-    assert isinstance(adapted.site, Site)
+def delta(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the change of a site's weight, in the shape in which it is stored.
+
+    Args:
+        adapted: The site with its rule.
+        modules: The model's modules by path.
+        weight: The weight with the changes of adapters before this one; what the module reads if None.
+        base: The weight without them; likewise.
+    """
+    own = _read_weight(adapted, modules) if base is None else base
+    return _asked(adapted.rule.delta, adapted, modules, weight=own if weight is None else weight, base=own)
+
+
+def bias_delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change."""
+    function = getattr(adapted.rule, "bias_delta", None)
+    return _asked(function, adapted, modules) if function is not None else None
+
+
+def _asked(function: Any, adapted: AdaptedSite, modules: Modules, **weights: torch.Tensor) -> Any:
+    """Calls a rule's function with what it asks for by the names of its arguments; None for what there isn't."""
     owner = modules[adapted.site.owner]
-    asked = inspect.signature(adapted.rule.delta).parameters
-    values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "weight"}
-    if "weight" in asked:
-        values["weight"] = owner._parameters[adapted.site.attribute]
-    return adapted.rule.delta(**values)
+    values = {local: getattr(owner, adapted.names[local]) for local in adapted.names} | weights
+    return function(**{name: values.get(name) for name in inspect.signature(function).parameters})
+
+
+def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
+    """Returns the weight that the site's module reads while the adapter acts."""
+    assert isinstance(adapted.site, Site)
+    attribute = adapted.site.attribute
+    return _own(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))
+
+
+def _bias_of(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
+    assert isinstance(adapted.site, Site)
+    assert adapted.site.bias is not None
+    path, _, name = adapted.site.bias.rpartition(".")
+    return _own(modules[path], name)
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
@@ -475,7 +574,7 @@ def set_trainable(modules: Modules, adapters: Adapters) -> None:
     """Makes the tensors of active adapters require grad, and those of the others not; the base's stay as they are."""
     for name, adapter in adapters.by_name.items():
         trains = name in adapters.active and not adapter.config.inference_mode
-        frozen = adapter.frozen_names()
+        frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
             parameter = modules[path]._parameters.get(attribute) if path in modules else None

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -61,7 +62,9 @@ class Rule(Protocol):
         """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
         ...
 
-    def initialise(self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module) -> None:
+    def initialise(
+        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
+    ) -> Mapping[str, torch.Tensor] | None:
         """Fills new parameters, on the CPU, with their first values.
 
         Args:
@@ -69,6 +72,10 @@ class Rule(Protocol):
             site: The site.
             config: The config.
             module: The module of the weight beside which they live.
+
+        Returns:
+            Where the rule has ``replaces``, and it holds for the site: the tensor that the module reads in place of the
+            weight, by the weight's name.
         """
         ...
 
@@ -88,7 +95,7 @@ class WeightRule(Rule, Protocol):
         ...
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight, or None."""
+        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight and the bias, or None."""
         ...
 
     @property
@@ -96,7 +103,13 @@ class WeightRule(Rule, Protocol):
         """A function of the ``weight``, the parameters and the constants, by name, that returns the weight's change.
 
         It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
-        tensors, and on proxies where the weight itself is the site.
+        tensors, and on proxies where the weight itself is the site. ``weight`` is what other adapters have made of it
+        so far; ``base`` is what the module itself has.
+
+        A rule may also have ``bias_delta``, a function of the parameters and the constants by name that returns the
+        change of the bias that the operation adds, or None; and ``replaces``, a function of the site and the config
+        that tells whether the module reads another weight than its own while the adapter acts: a frozen stand-in, which
+        ``initialise`` returns. It isn't saved, so ``initialise`` computes it anew where a file is loaded.
         """
         ...
 
@@ -137,6 +150,7 @@ class AdaptedSite(NamedTuple):
         constants: The rule's constants by name.
         names: The attributes of the weight's module under which these live, by the rule's names for them.
         dtype: The dtype of the parameters.
+        replaced: The names of the adapter's frozen stand-ins, by the names of what the weight's module has itself.
     """
 
     site: Site | CallSite
@@ -145,6 +159,7 @@ class AdaptedSite(NamedTuple):
     constants: Mapping[str, float]
     names: Mapping[str, str]
     dtype: torch.dtype
+    replaced: Mapping[str, str] = MappingProxyType({})
 
     @property
     def parameter_count(self) -> int:
@@ -185,7 +200,7 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         if isinstance(op, Weight):
-            change = _call(rule.delta, graph, {"weight": current}, attributes, {})
+            change = _call(rule.delta, graph, {"weight": current, "base": op.node}, attributes, {})
             weight = fx.Proxy(current, change.tracer)
             result = weight + change.to(weight.dtype)
         else:

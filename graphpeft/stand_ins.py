@@ -1,13 +1,15 @@
-"""Lets a module read other tensors in place of its own: an adapter's copies of biases and of modules trained whole.
+"""Lets a module read other tensors in place of its own.
 
-The module's own tensors stay where they are, under their own names; while an adapter is active, ``module.weight`` gives
-its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph.
+They are an adapter's copies of biases and of modules trained whole, and frozen weights that lack what an adapter has
+taken of them. The module's own tensors stay where they are, under their own names; while an adapter is active,
+``module.weight`` gives its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another
+module, or a graph.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,9 +47,9 @@ def create(module: nn.Module, names: Names, adapter: str) -> dict[str, torch.Ten
     return made
 
 
-def read(module: nn.Module, names: Names, adapter: str) -> None:
-    """Makes `module` read the stand-ins of `adapter` for its tensors `names`."""
-    in_place.put_on(module, _layer(tuple((name, stand_in(name, adapter)) for name in names)))
+def read(module: nn.Module, adapters: Mapping[str, str]) -> None:
+    """Makes `module` read stand-ins for its tensors: of which adapter, by the tensor's name."""
+    in_place.put_on(module, _layer(tuple((name, stand_in(name, adapter)) for name, adapter in adapters.items())))
 
 
 def read_own(module: nn.Module) -> None:

@@ -378,8 +378,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
         ("use_qalora", True),
         ("qalora_group_size", 32),
         ("layer_replication", [(0, 1)]),
@@ -397,9 +395,10 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("alora_invocation_tokens", [1]),
         ("trainable_token_indices", [1]),
         ("ensure_weight_tying", True),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "loftq"),
         ("init_lora_weights", "eva"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])
@@ -623,7 +622,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
         ({"r": 2.5}, ["r must be int, not 2.5"]),
         ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
-        ({"use_dora": True}, ["use_dora"]),
+        ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
     ],
 )

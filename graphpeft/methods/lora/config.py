@@ -14,7 +14,9 @@ from torch import nn
 from graphpeft import ops, targets
 from graphpeft.config import PeftConfig, PeftType, register
 from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.initialisation import initialisation_of
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.report import Report
@@ -41,7 +43,11 @@ class LoraConfig(PeftConfig):
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted layers.
         use_rslora: Whether the scale is α/√r.
         init_lora_weights: True: A uniform as in ``nn.Linear``, B zero. ``"gaussian"``: A normal with deviation 1/r.
-            False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start.
+            False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start. ``"pissa"``,
+            ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
+            ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
+        use_dora: Whether a vector of its own learns the lengths of the weight's rows.
+        lora_bias: Whether B has a bias, which is trained.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: The name before that index.
         rank_pattern: Other ranks, by regular expression for the end of the path.
@@ -59,6 +65,8 @@ class LoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -74,7 +82,6 @@ class LoraConfig(PeftConfig):
     kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
     loftq_config: Any = field(default_factory=dict)
-    lora_bias: bool = False
     lora_ga_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
@@ -82,7 +89,6 @@ class LoraConfig(PeftConfig):
     qalora_group_size: int = 16
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_bdlora: Any = None
-    use_dora: bool = False
     use_qalora: bool = False
     velora_config: Any = None
 
@@ -107,8 +113,7 @@ class LoraConfig(PeftConfig):
             value, only = getattr(self, name), getattr(default, name)
             if value and value != only:
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
+        initialisation_of(self.init_lora_weights)
 
     def _check_values(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -123,6 +128,14 @@ class LoraConfig(PeftConfig):
                 raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(
+                f"lora_bias=True needs init_lora_weights True or False, as in PEFT, not {self.init_lora_weights!r}"
+            )
+        if self.use_dora and self.init_lora_weights == "mica":
+            raise ValueError("init_lora_weights='mica' isn't for DoRA, as in PEFT: leave use_dora out")
 
     def resolved(self, model: nn.Module) -> LoraConfig:
         """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
@@ -157,16 +170,20 @@ class LoraConfig(PeftConfig):
 
     def rule_for(self, site: Site, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight."""
+        lora = self._lora_for(site, dtype)
+        return with_magnitudes(lora, site) if self.use_dora else lora
+
+    def _lora_for(self, site: Site, dtype: torch.dtype) -> Lora:
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.layout is ops.Convolution:
-            return LoraConvolution(site.transposed, drops, casts)
+            return LoraConvolution(site.transposed, drops, casts, self.lora_bias)
         if site.layout is ops.Embedding:
             return LoraEmbedding(casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(site.transposed)
         if site.op is ops.Weight:
             return LoraMatrix(site.is_layer and site.transposed)
-        return LoraLinear(site.is_layer and site.transposed, drops, casts)
+        return LoraLinear(site.is_layer and site.transposed, drops, casts, self.lora_bias)
 
 
 _UNSUPPORTED = (
@@ -178,7 +195,6 @@ _UNSUPPORTED = (
     "kasa_config",
     "layer_replication",
     "loftq_config",
-    "lora_bias",
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
@@ -186,7 +202,6 @@ _UNSUPPORTED = (
     "qalora_group_size",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )

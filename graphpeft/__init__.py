@@ -3,7 +3,13 @@
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType
 from graphpeft.methods.cpt import CPTConfig
-from graphpeft.methods.lora import LoraConfig
+from graphpeft.methods.lora import (
+    CordaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    preprocess_corda,
+    preprocess_loraga,
+)
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
@@ -25,8 +31,10 @@ __all__ = [
     "AdaptError",
     "CPTConfig",
     "CheckpointError",
+    "CordaConfig",
     "GuardError",
     "LoraConfig",
+    "LoraGAConfig",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "PeftConfig",
@@ -43,6 +51,8 @@ __all__ = [
     "find_token_sequence",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "preprocess_corda",
+    "preprocess_loraga",
     "set_peft_model_state_dict",
     "trace",
 ]

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from oracle import (
     perturb,
     tensors,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphpeft
@@ -211,6 +213,61 @@ def test_a_tied_weight_keeps_its_other_use() -> None:
     case = Case("tied", Tied, EMBEDDING.make_inputs, {"target_modules": ["head"]})
     model = by_us(case, init_lora_weights="pissa")
     assert_close(outputs(model, case), outputs(case.build(), case), 1e-5)
+
+
+# as plain LoRA
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"alpha_pattern": {"0": 5}}, {"use_dora": True}], ids=str
+)
+@pytest.mark.parametrize("kind", TAKEN)
+def test_what_has_taken_a_part_is_saved_as_plain_lora_of_twice_the_rank(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = by_us(LINEAR, init_lora_weights=kind, **options)
+    ours.save_pretrained(tmp_path / "first")
+    perturb(ours)
+    ours.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "first")
+    expected = outputs(ours, LINEAR)
+    loaded = graphpeft.PeftModel.from_pretrained(LINEAR.build(), tmp_path / "plain")
+    assert loaded.peft_config["default"].r == 4
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert_close(outputs(loaded, LINEAR), expected, 1e-5)
+    theirs = peft.PeftModel.from_pretrained(LINEAR.build(), tmp_path / "plain").eval()
+    assert_close(outputs(theirs, LINEAR), expected, 1e-5)
+
+
+def test_the_converted_file_is_pefts(tmp_path: Path) -> None:
+    theirs, ours = by_peft(LINEAR, init_lora_weights="pissa"), by_us(LINEAR, init_lora_weights="pissa")
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(str(tmp_path / "first_of_theirs"))
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    ours.save_pretrained(tmp_path / "first")
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(ours, tensors(theirs))
+    path = str(tmp_path / "first_of_theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=path)
+    ours.save_pretrained(tmp_path / "ours", path_initial_model_for_weight_conversion=tmp_path / "first")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    read = [graphpeft.PeftConfig.from_pretrained(tmp_path / name).to_dict() for name in ("ours", "theirs")]
+    assert read[0] == read[1]
+
+
+def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    by_us(LINEAR, init_lora_weights="pissa", r=3).save_pretrained(tmp_path / "other")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "init_lora_weights=True takes none"),
+        ({"init_lora_weights": "pissa"}, "the first values in .* are another adapter's"),
+        ({"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"0": 3}}, "no α keeps the scale"),
+    ]
+    for options, words in cases:
+        model = by_us(LINEAR, **{"r": 2 if "pissa" in str(options) else 3} | options)
+        with pytest.raises(ValueError, match=words):
+            model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=tmp_path / "other")
+        assert not (tmp_path / "new").exists()
 
 
 # the bias of B

@@ -397,8 +397,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("ensure_weight_tying", True),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "eva"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "lora_ga"),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

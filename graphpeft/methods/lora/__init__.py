@@ -8,5 +8,7 @@ Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the numbers are those of PE
 """
 
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.methods.lora.corda import CordaConfig, preprocess_corda
+from graphpeft.methods.lora.lora_ga import LoraGAConfig, preprocess_loraga
 
-__all__ = ["LoraConfig"]
+__all__ = ["CordaConfig", "LoraConfig", "LoraGAConfig", "preprocess_corda", "preprocess_loraga"]

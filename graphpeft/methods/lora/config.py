@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphpeft import ops, targets
 from graphpeft.config import PeftConfig, PeftType, register
 from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding
-from graphpeft.methods.lora.initialisation import initialisation_of
+from graphpeft.methods.lora.initialisation import initialisation_of, takes_from_weight
 from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.report import Report
 from graphpeft.rewrite import Rule
@@ -46,6 +49,9 @@ class LoraConfig(PeftConfig):
             False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start. ``"pissa"``,
             ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
             ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
+            ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured.
+        corda_config: A `CordaConfig`, or its values as a dict.
+        lora_ga_config: A `LoraGAConfig`, or its values as a dict.
         use_dora: Whether a vector of its own learns the lengths of the weight's rows.
         lora_bias: Whether B has a bias, which is trained.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
@@ -68,6 +74,8 @@ class LoraConfig(PeftConfig):
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    corda_config: Any = None
+    lora_ga_config: Any = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -76,13 +84,11 @@ class LoraConfig(PeftConfig):
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
     arrow_config: Any = None
-    corda_config: Any = None
     ensure_weight_tying: bool = False
     eva_config: Any = None
     kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
     loftq_config: Any = field(default_factory=dict)
-    lora_ga_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
@@ -97,6 +103,8 @@ class LoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        for name, (_, config_class) in _NESTED.items():
+            setattr(self, name, _nested(getattr(self, name), config_class, name))
         super().__post_init__()
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
@@ -114,6 +122,9 @@ class LoraConfig(PeftConfig):
             if value and value != only:
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
         initialisation_of(self.init_lora_weights)
+        for name, (kind, _) in _NESTED.items():
+            if getattr(self, name) is not None and self.init_lora_weights != kind:
+                raise ValueError(f"{name} has no effect unless init_lora_weights is {kind!r}; leave it None")
 
     def _check_values(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -164,6 +175,37 @@ class LoraConfig(PeftConfig):
                 config.lora_dropout = 0.0
         return config
 
+    def converted(
+        self, tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]
+    ) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight.
+
+        Raises:
+            ValueError: If a rank's scale can't stay as it is.
+        """
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
+                "or alpha_pattern no α keeps the scale; leave it None"
+            )
+        if not takes_from_weight(self):
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
+                f"init_lora_weights={self.init_lora_weights!r} takes none; leave it None"
+            )
+        config = copy.deepcopy(self)
+        config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+        config.r, config.lora_alpha = 2 * self.r, self.lora_alpha * (2**0.5 if self.use_rslora else 2)
+        config.rank_pattern = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+        config.alpha_pattern = {key: 2 * alpha for key, alpha in self.alpha_pattern.items()}
+        changed = dict(tensors)
+        for key, tensor in tensors.items():
+            if key.endswith(".lora_A.weight"):
+                changed[key] = torch.cat((tensor, first[key]), dim=0)
+            elif key.endswith(".lora_B.weight"):
+                changed[key] = torch.cat((tensor, -first[key]), dim=1)
+        return config, changed
+
     def find_sites(self, finder: SiteFinder, report: Report, owned: frozenset[str]) -> list[Site]:
         """Returns the sites of the weights that the config names."""
         return targeted_sites(self, finder, report, owned)
@@ -186,16 +228,37 @@ class LoraConfig(PeftConfig):
         return LoraLinear(site.is_layer and site.transposed, drops, casts, self.lora_bias)
 
 
+_NESTED: dict[str, tuple[str, type]] = {
+    "corda_config": ("corda", CordaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+}
+"""The options that have options of their own, with the `init_lora_weights` that they are for."""
+
+
+def _nested(value: Any, config_class: type, name: str) -> Any:
+    """Returns options within options as what they are here, whether they come as a dict or as PEFT's class for them."""
+    if value is None or isinstance(value, config_class):
+        return value
+    values = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = dataclasses.asdict(value)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {value!r}")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return config_class(**values)
+
+
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "kasa_config",
     "layer_replication",
     "loftq_config",
-    "lora_ga_config",
     "megatron_config",
     "megatron_core",
     "monteclora_config",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
+from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
@@ -59,7 +60,7 @@ class LoraEmbedding:
             return
         A.zero_()
         if config.init_lora_weights == "mica":
-            B.copy_(initialisation.minor_directions(initialisation.weight_of(site, module).T, B.shape[1]))
+            B.copy_(minor_directions(initialisation.weight_of(site, module).T, B.shape[1]))
         else:
             B.normal_()
 

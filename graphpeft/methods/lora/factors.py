@@ -16,7 +16,12 @@ from graphpeft.sites import Site
 
 def rank_of(site: Site, config: Any) -> int:
     """Returns the rank of A and B at `site`."""
-    return targets.pattern_value(config.rank_pattern, site.name, config.r)
+    return rank_at(site.name, config)
+
+
+def rank_at(name: str, config: Any) -> int:
+    """Returns the rank of A and B at the site of this name."""
+    return targets.pattern_value(config.rank_pattern, name, config.r)
 
 
 def scaling_of(site: Site, config: Any) -> float:

@@ -1,164 +1,41 @@
-"""First values of A and B that come from the weight W, (out, in), instead of chance.
+"""Gives A and B their first values, by what the config's `init_lora_weights` names.
 
-    pissa       W = U S Vᵀ:   B = U_r √(S_r/s),  A = √(S_r/s) V_rᵀ,        W becomes W − s B A
-    olora       W = Q R:      B = Q_r,           A = R_r,                  W becomes W − s B A
-    mica        W = U S Vᵀ:   B = the last r columns of U, never trained,  A = 0
-    orthogonal  A and B random, with B A = 0
-
-s is the scale of the branch and r its rank. Where a part of the weight is taken, the module reads a frozen stand-in
-without it while the adapter acts; its own weight stays as it is. The stand-in isn't saved: it follows from the weight
-again where a file is loaded, as in PEFT, which changes the weight itself. Sources: Meng et al., "PiSSA", arXiv
-2404.02948; Büyükakyüz, "OLoRA", arXiv 2406.01775; "MiCA", arXiv 2604.01694;
-https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation. The numbers are those of PEFT's
-``tuners/lora/layer.py``, but for OLoRA of a weight that is stored as (in, out): PEFT decomposes it as it is stored,
-which fits no A and B of its own; here it is W that is decomposed.
+Where a part of the weight is taken for them, the module reads a frozen stand-in without it while the adapter acts; its
+own weight stays as it is. The stand-in isn't saved: where a file is loaded, it follows from the weight again, as in
+PEFT, which changes the weight itself.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphpeft import ops
+from graphpeft.methods.lora.beginning import Beginning, Initialisation
+from graphpeft.methods.lora.corda import Corda
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scaling_of
+from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
+from graphpeft.methods.lora.lora_ga import LoraGa
 from graphpeft.sites import Site
 
 RANDOM = (True, False, "gaussian")
 """Values of `init_lora_weights` that look at no weight."""
-
-
-class Beginning(NamedTuple):
-    """What first values are made from.
-
-    Attributes:
-        weight: W, in single precision at least.
-        rank: The rank.
-        scaling: The scale of the branch.
-        module: The module that has the weight.
-        config: The config.
-    """
-
-    weight: Tensor
-    rank: int
-    scaling: float
-    module: nn.Module
-    config: Any
-
-
-class Initialisation(Protocol):
-    """How A and B get their first values, where these aren't random alone."""
-
-    @property
-    def takes_from_weight(self) -> bool:
-        """Whether B A is taken from the weight."""
-        ...
-
-    @property
-    def b_is_trained(self) -> bool:
-        """Whether B is trained."""
-        ...
-
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Returns the reason why a weight of this shape can't be the beginning, or None."""
-        ...
-
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Returns A and B."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pissa:
-    """The principal singular vectors.
-
-    Attributes:
-        iterations: How many steps approximate them; None for all singular values, exactly.
-    """
-
-    iterations: int | None = None
-    takes_from_weight = True
-    b_is_trained = True
-
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Refuses a rank beyond the weight's, and a scale without a root."""
-        if scaling <= 0:
-            return "pissa divides by the scale; make lora_alpha positive"
-        return _refused_rank(shape, rank)
-
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Returns the r first singular vectors, each with a half of its singular value."""
-        if self.iterations is None:
-            U, S, Vt = torch.linalg.svd(given.weight, full_matrices=False)
-            U, S, Vt = U[:, : given.rank], S[: given.rank], Vt[: given.rank]
-        else:
-            U, S, V = torch.svd_lowrank(given.weight, given.rank, niter=self.iterations)
-            Vt = V.t()
-        root = torch.diag(torch.sqrt(S / given.scaling))
-        return root @ Vt, U @ root
-
-
-@dataclass(frozen=True)
-class Olora:
-    """An orthonormal basis of the weight's first columns."""
-
-    takes_from_weight = True
-    b_is_trained = True
-
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Refuses a rank beyond the weight's."""
-        return _refused_rank(shape, rank)
-
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Returns the first rows and columns of a QR decomposition."""
-        Q, R = torch.linalg.qr(given.weight)
-        return R[: given.rank], Q[:, : given.rank]
-
-
-@dataclass(frozen=True)
-class Mica:
-    """The minor singular vectors, of which A alone learns a use."""
-
-    takes_from_weight = False
-    b_is_trained = False
-
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Refuses a rank beyond the weight's."""
-        return _refused_rank(shape, rank)
-
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Returns zero, and the last singular vectors."""
-        return given.weight.new_zeros(given.rank, given.weight.shape[1]), minor_directions(given.weight, given.rank)
-
-
-@dataclass(frozen=True)
-class Orthogonal:
-    """Random factors whose product is zero, though neither is."""
-
-    takes_from_weight = False
-    b_is_trained = True
-
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Refuses a rank that can't be halved."""
-        return f"orthogonal halves the rank, and {rank} is odd; choose an even r" if rank % 2 else None
-
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Draws both in the span of two halves of one orthonormal basis."""
-        rows, columns = given.weight.shape
-        Q, _ = torch.linalg.qr(torch.randn(given.rank, given.rank))
-        A = (torch.randn(columns, given.rank // 2) @ Q[0::2]).T / 10.0
-        B = (torch.randn(given.rank // 2, rows).T @ Q[1::2]) / 10.0
-        return A, B
-
 
 _BY_NAME: dict[str, Initialisation] = {
     "pissa": Pissa(),
     "olora": Olora(),
     "mica": Mica(),
     "orthogonal": Orthogonal(),
+    "corda": Corda(),
+    "lora_ga": LoraGa(),
+}
+_NOT_YET = {
+    "loftq": "it takes the weight's rounding from quantisation by bitsandbytes, which isn't used here",
+    "eva": "it measures inputs and then gives each layer another rank; set rank_pattern, and choose another",
 }
 _WITH_STEPS = re.compile(r"pissa_niter_(\d+)")
 
@@ -173,6 +50,8 @@ def initialisation_of(kind: bool | str) -> Initialisation | None:
         return None
     steps = _WITH_STEPS.fullmatch(str(kind))
     found = Pissa(int(steps[1])) if steps else _BY_NAME.get(str(kind))
+    if kind in _NOT_YET:
+        raise ValueError(f"init_lora_weights={kind!r} is not supported: {_NOT_YET[str(kind)]}")
     if found is None:
         known = ", ".join(map(repr, (*RANDOM, *_BY_NAME, "pissa_niter_<steps>")))
         raise ValueError(f"init_lora_weights={kind!r} is not supported; choose one of {known}")
@@ -196,6 +75,8 @@ def refused(site: Site, config: Any, flipped: bool) -> str | None:
     found = initialisation_of(config.init_lora_weights)
     if found is None:
         return None
+    if found.is_measured and not (site.is_layer and site.layout is ops.Linear):
+        return f"init_lora_weights={config.init_lora_weights!r} is measured on linear layers, which it is none of"
     if not site.dtype.is_floating_point:
         return f"init_lora_weights={config.init_lora_weights!r} looks at its values, which are {site.dtype}"
     rows, columns = reversed(site.shape) if flipped else site.shape
@@ -238,7 +119,7 @@ def initialise(
     draw_as_layers(parameters)
     weight, scaling = weight_of(site, module), scaling_of(site, config)
     weight = weight.T if flipped else weight
-    A, B = found.factors(Beginning(weight, rank, scaling, module, config))
+    A, B = found.factors(Beginning(weight, rank, scaling, parameters["lora_A"], module, config))
     parameters["lora_A"].copy_(A)
     parameters["lora_B"].copy_(B)
     if not found.takes_from_weight:
@@ -252,15 +133,3 @@ def weight_of(site: Site, module: nn.Module) -> Tensor:
     weight = module._parameters[site.attribute]
     assert weight is not None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def minor_directions(weight: Tensor, rank: int) -> Tensor:
-    """Returns the left singular vectors of the smallest singular values, as columns."""
-    U, _, _ = torch.linalg.svd(weight, full_matrices=False)
-    return U[:, -rank:]
-
-
-def _refused_rank(shape: tuple[int, int], rank: int) -> str | None:
-    if rank <= min(shape):
-        return None
-    return f"its rank is {min(shape)} at most, and r is {rank}; choose a smaller one"

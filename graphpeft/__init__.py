@@ -5,8 +5,11 @@ from graphpeft.config import PeftConfig, PeftType, TaskType
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
     CordaConfig,
+    EvaConfig,
     LoraConfig,
     LoraGAConfig,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "CPTConfig",
     "CheckpointError",
     "CordaConfig",
+    "EvaConfig",
     "GuardError",
     "LoraConfig",
     "LoraGAConfig",
@@ -49,8 +53,10 @@ __all__ = [
     "TraceError",
     "explain",
     "find_token_sequence",
+    "get_eva_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
     "set_peft_model_state_dict",

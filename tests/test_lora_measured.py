@@ -21,6 +21,7 @@ from oracle import (
     TRANSPOSED,
     WITHOUT_BIAS,
     assert_close,
+    assert_files_go_both_ways,
     assert_merges_and_unloads,
     assert_same_tensors,
     assert_trains_alike,
@@ -34,7 +35,17 @@ from peft.tuners.lora.loraga import preprocess_loraga as preprocess_loraga_of_pe
 from torch import nn
 
 import graphpeft
-from graphpeft import AdaptError, CordaConfig, LoraGAConfig, laws, preprocess_corda, preprocess_loraga
+from graphpeft import (
+    AdaptError,
+    CordaConfig,
+    EvaConfig,
+    LoraGAConfig,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    laws,
+    preprocess_corda,
+    preprocess_loraga,
+)
 
 # PEFT's CorDA imports attrs for this one name, and doesn't ask for it to be installed
 with pytest.MonkeyPatch.context() as patch:
@@ -238,3 +249,113 @@ def test_nested_options_are_written_as_peft_writes_them(tmp_path: Path) -> None:
     read = [graphpeft.PeftConfig.from_pretrained(tmp_path / name) for name in ("ours", "theirs")]
     assert read[0].to_dict() == read[1].to_dict()
     assert read[0].lora_ga_config == LoraGAConfig(direction="ArBr")  # type: ignore[attr-defined]
+
+
+# EVA
+
+
+def batches(case: Any, count: int = 3) -> list[Any]:
+    generator = torch.Generator().manual_seed(9)
+    if case is LLAMA:
+        return [{"input_ids": torch.randint(3, 60, (4, 10), generator=generator)} for _ in range(count)]
+    # neither all directions nor all layers are alike
+    width = case.inputs()[0].shape[-1]
+    return [
+        {"input": torch.randn(12, 3, width, generator=generator) * torch.arange(1.0, width + 1)} for _ in range(count)
+    ]
+
+
+def with_eva(case: Any, options: dict[str, Any], r: int = 2) -> tuple[Any, Any]:
+    ways: dict[str, Any] = (
+        {} if case is LLAMA else dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    )
+    given: dict[str, Any] = {"init_lora_weights": "eva", "r": r}
+    ours = graphpeft.get_peft_model(case.build(), config(case, **given, eva_config=EvaConfig(**options)))
+    initialize_lora_eva_weights(ours, batches(case), show_progress_bar=False, **ways)
+    theirs = peft.get_peft_model(case.build(), peft_config(case, **given, eva_config=peft.EvaConfig(**options))).eval()
+    peft.initialize_lora_eva_weights(theirs, batches(case), show_progress_bar=False, **ways)
+    return ours, theirs
+
+
+TWO_LAYERS = LINEAR._replace(
+    name="two-layers",
+    make=lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 9), nn.Tanh(), nn.Linear(9, 2)),
+    make_inputs=lambda: (torch.randn(4, 3, 12),),
+    targets={"target_modules": ["0", "2", "4"]},
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tau": 0.5}, {"tau": 0.5, "rho": 1.0}, {"tau": 0.5, "adjust_scaling_factors": False, "rho": 1.4}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [TWO_LAYERS, LLAMA], ids=str)
+def test_evas_values_and_ranks_are_pefts(case: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = with_eva(case, options)
+    own, other = ours.peft_config["default"], theirs.peft_config["default"]
+    assert own.rank_pattern == other.rank_pattern
+    assert own.alpha_pattern == pytest.approx(other.alpha_pattern)
+    assert set(own.target_modules) == {name.removeprefix("base_model.model.") for name in other.target_modules}
+    compare_with_loads(ours, theirs, case, tmp_path)
+
+
+def compare_with_loads(ours: Any, theirs: Any, case: Any, folder: Path) -> None:
+    assert_same_tensors(ours, theirs, 1e-4)
+    assert torch.equal(outputs(ours, case), outputs(case.build(), case))
+    perturb(theirs)
+    graphpeft.set_peft_model_state_dict(ours, tensors(theirs))
+    assert_close(outputs(ours, case), outputs(theirs, case), 1e-5)
+    assert_trains_alike(ours, theirs, case, 1e-5)
+    assert_files_go_both_ways(ours, theirs, case, folder, 1e-5)
+    assert_merges_and_unloads(ours, theirs, case, 1e-5)
+
+
+def test_eva_whitens_and_leaves_out_what_has_no_label() -> None:
+    data = [
+        batch | {"labels": batch["input_ids"].masked_fill(batch["input_ids"] > 40, -100)} for batch in batches(LLAMA)
+    ]
+    options: dict[str, Any] = {"tau": 0.3, "whiten": True, "rho": 1.0}
+    model = LLAMA.build()
+    # of layers with equal inputs, PEFT divides all but the first more than once
+    own: dict[str, Any] = {"init_lora_weights": "eva", "target_modules": ["q_proj", "down_proj"]}
+    given = config(LLAMA, **own, eva_config=EvaConfig(**options))
+    before = laws.snapshot(model)
+    found = get_eva_state_dict(model, data, given, show_progress_bar=False)
+    laws.require_unchanged(model, before, "measuring")
+    theirs = peft_config(LLAMA, **own, eva_config=peft.EvaConfig(**options))
+    expected = peft.get_eva_state_dict(LLAMA.build(), data, theirs, show_progress_bar=False)
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        assert_close(found[name], rows, 1e-4)
+
+
+def test_what_eva_cannot_do_is_refused_with_its_reason() -> None:
+    plain = graphpeft.get_peft_model(LINEAR.build(), config(LINEAR))
+    ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    with pytest.raises(ValueError, match="hasn't init_lora_weights='eva'"):
+        initialize_lora_eva_weights(plain, batches(LINEAR))
+    with pytest.raises(ValueError, match="has no adapter 'default'"):
+        initialize_lora_eva_weights(LINEAR.build(), batches(LINEAR))
+    model = graphpeft.get_peft_model(LINEAR.build(), config(LINEAR, init_lora_weights="eva"))
+    before = laws.snapshot(model)
+    small = [{"input": torch.randn(1, 3, 6)}]
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (None, {}, "pass a dataloader"),
+        ([], ways, "the dataloader is empty"),
+        (batches(LINEAR), ways, "eva looks for 4 directions of 0, .* of which its inputs have 6"),
+        ([{"input": torch.randn(1, 6)}], ways, "eva looks for 4 directions"),
+        (small, ways | {"forward_fn": lambda model, inputs: None}, "forward_fn doesn't run 0"),
+        (small, ways | {"eva_state_dict": {"1": torch.zeros(2, 6)}}, "lacks 0; it is of another model"),
+    ]
+    for data, options, words in cases:
+        with pytest.raises(ValueError, match=words):
+            initialize_lora_eva_weights(model, data, show_progress_bar=False, **options)
+        laws.require_unchanged(model, before, "a refused measurement")
+    narrow = graphpeft.get_peft_model(
+        LINEAR.build(), config(LINEAR, init_lora_weights="eva", r=3, eva_config={"rho": 1.0})
+    )
+    with pytest.raises(AdaptError, match="no batch has the 3 rows"):
+        initialize_lora_eva_weights(narrow, [{"input": torch.randn(2, 6)}], show_progress_bar=False, **ways)
+    with pytest.raises(ValueError, match="rho must be at least 1"):
+        config(LINEAR, init_lora_weights="eva", eva_config={"rho": 0.5})

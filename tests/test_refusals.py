@@ -396,7 +396,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("trainable_token_indices", [1]),
         ("ensure_weight_tying", True),
         ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "eva"),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

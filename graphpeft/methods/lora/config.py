@@ -18,6 +18,7 @@ from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.eva import EvaConfig
 from graphpeft.methods.lora.initialisation import initialisation_of, takes_from_weight
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.lora_ga import LoraGAConfig
@@ -49,8 +50,10 @@ class LoraConfig(PeftConfig):
             False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start. ``"pissa"``,
             ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
             ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
-            ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured.
+            ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured. ``"eva"``: as
+            `initialize_lora_eva_weights` measures afterwards.
         corda_config: A `CordaConfig`, or its values as a dict.
+        eva_config: An `EvaConfig`, or its values as a dict.
         lora_ga_config: A `LoraGAConfig`, or its values as a dict.
         use_dora: Whether a vector of its own learns the lengths of the weight's rows.
         lora_bias: Whether B has a bias, which is trained.
@@ -75,6 +78,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
     init_lora_weights: bool | str = True
     corda_config: Any = None
+    eva_config: Any = None
     lora_ga_config: Any = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -85,7 +89,6 @@ class LoraConfig(PeftConfig):
     alora_invocation_tokens: list[int] | None = None
     arrow_config: Any = None
     ensure_weight_tying: bool = False
-    eva_config: Any = None
     kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
     loftq_config: Any = field(default_factory=dict)
@@ -230,6 +233,7 @@ class LoraConfig(PeftConfig):
 
 _NESTED: dict[str, tuple[str, type]] = {
     "corda_config": ("corda", CordaConfig),
+    "eva_config": ("eva", EvaConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),
 }
 """The options that have options of their own, with the `init_lora_weights` that they are for."""
@@ -255,7 +259,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "ensure_weight_tying",
-    "eva_config",
     "kasa_config",
     "layer_replication",
     "loftq_config",

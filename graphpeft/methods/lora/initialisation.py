@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graphpeft import ops
 from graphpeft.methods.lora.beginning import Beginning, Initialisation
 from graphpeft.methods.lora.corda import Corda
+from graphpeft.methods.lora.eva import Eva
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scaling_of
 from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
 from graphpeft.methods.lora.lora_ga import LoraGa
@@ -32,10 +33,10 @@ _BY_NAME: dict[str, Initialisation] = {
     "orthogonal": Orthogonal(),
     "corda": Corda(),
     "lora_ga": LoraGa(),
+    "eva": Eva(),
 }
 _NOT_YET = {
     "loftq": "it takes the weight's rounding from quantisation by bitsandbytes, which isn't used here",
-    "eva": "it measures inputs and then gives each layer another rank; set rank_pattern, and choose another",
 }
 _WITH_STEPS = re.compile(r"pissa_niter_(\d+)")
 

@@ -14,7 +14,16 @@ from graphpeft.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.feeding import feeding
 from graphpeft.hotswap import hotswap_adapter
 from graphpeft.methods.cpt import CPTConfig
-from graphpeft.methods.lora import LoraConfig
+from graphpeft.methods.lora import (
+    CordaConfig,
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+)
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
@@ -46,8 +55,11 @@ __all__ = [
     "BoundaryRule",
     "CPTConfig",
     "CheckpointError",
+    "CordaConfig",
+    "EvaConfig",
     "GuardError",
     "LoraConfig",
+    "LoraGAConfig",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "ParameterSpec",
@@ -67,9 +79,13 @@ __all__ = [
     "explain",
     "feeding",
     "find_token_sequence",
+    "get_eva_state_dict",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
     "register",
     "set_peft_model_state_dict",
     "trace",

@@ -6,9 +6,11 @@ a disabled adapter costs nothing. Whatever can fail is done before the first cha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ class Adapter:
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
-        replaced: What the model's own tensors were before those in the adapter's file were put in their places.
+        overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
     config: PeftConfig
@@ -55,7 +57,7 @@ class Adapter:
     whole: dict[str, tuple[str, ...]]
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
-    replaced: Tensors = field(default_factory=dict)
+    overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
@@ -72,13 +74,33 @@ class Adapter:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
-    def frozen_names(self) -> set[tuple[str, str]]:
-        """Returns the module's path and the name of each tensor that is never trained."""
-        return {
+    @property
+    def replaced(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has frozen stand-ins: names by the path of their module."""
+        found: dict[str, tuple[str, ...]] = {}
+        for adapted in self.sites:
+            if adapted.replaced:
+                found[adapted.site.owner] = (*found.get(adapted.site.owner, ()), *adapted.replaced)
+        return found
+
+    @property
+    def stand_ins(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has stand-ins of either kind."""
+        found = dict(self.whole)
+        for path, names in self.replaced.items():
+            found[path] = (*found.get(path, ()), *names)
+        return found
+
+    def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor of this adapter that is never trained."""
+        frozen = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
             if not spec.is_trained
+        }
+        return frozen | {
+            (path, stand_ins.stand_in(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
@@ -86,7 +108,7 @@ class Adapter:
         for adapted in self.sites:
             for name in adapted.specs:
                 yield adapted.site.owner, adapted.names[name]
-        for path, names in self.whole.items():
+        for path, names in self.stand_ins.items():
             for name in names:
                 yield path, stand_ins.stand_in(name, adapter)
         for path in self.rows:
@@ -165,8 +187,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken; the model is as it was.
     """
-    made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
-    made |= _row_tensors(plan, name, modules, values)
+    with _with_originals(modules, adapters):
+        made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
+        made |= _row_tensors(plan, name, modules, values)
     for path, attribute in made:
         if _has(modules[path], attribute):
             where = path or "the model"
@@ -201,7 +224,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
         tensor = next(kind[attribute] for kind in kinds if attribute in kind)
         assert tensor is not None
         if (path, attribute) not in of_adapter:
-            adapter.replaced.setdefault((path, attribute), tensor.clone())
+            adapter.overwritten.setdefault((path, attribute), tensor.clone())
         tensor.copy_(value)
 
 
@@ -228,10 +251,14 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         site = adapted.site
         beside, attribute = site.beside
         device = _device(modules[beside]._parameters.get(attribute))
+        drawn: Mapping[str, torch.Tensor] = {}
+        replacing: Mapping[str, torch.Tensor] = {}
+        if values is None or adapted.replaced:
+            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device)
         if values is not None:
             drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
-        else:
-            drawn = _first_values(adapted, plan.config, modules[beside], device)
+        for own, tensor in replacing.items():
+            made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
             made[site.owner, adapted.names[local]] = nn.Parameter(
                 tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
@@ -241,20 +268,31 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
 
 def _first_values(
     adapted: AdaptedSite, config: PeftConfig, module: nn.Module, device: torch.device
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own."""
+    own = {name: _own(module, name) for name in adapted.replaced}
     if device.type == "meta":
-        return {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
     for other in adapted.site.redrawn:
         rule: Any = config.rule_for(other, adapted.dtype)
         discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
-    adapted.rule.initialise(drawn, adapted.site, config, module)
+    given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
+    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
     if adapted.site.dtype == torch.get_default_dtype():
-        return drawn
+        return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
-    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}
+    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}, replacing
+
+
+def _own(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns a module's parameter itself, whatever is read in its place."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:
@@ -291,7 +329,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
-        AdaptError: If two of them train the same tensor whole; the model is as it was.
+        AdaptError: If two of them have stand-ins for the same tensor; the model is as it was.
     """
     wanted = list(dict.fromkeys(names))
     _stand_in_readers(adapters, wanted)
@@ -326,26 +364,26 @@ def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             wear_template(modules[region], template)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
-    paths = {path for adapter in changing for path in (*adapter.whole, *adapter.rows)}
+    paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}
     for path in paths & modules.keys():
         if path in stand_in_readers or path in row_readers:
-            names, adapter = stand_in_readers.get(path, ((), ""))
-            others = {name: stand_ins.stand_in(name, adapter) for name in names}
+            others = {own: stand_ins.stand_in(own, name) for own, name in stand_in_readers.get(path, {}).items()}
             stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
     adapters.acting, adapters.read = in_graphs, wanted
 
 
-def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, tuple[tuple[str, ...], str]]:
-    readers: dict[str, tuple[tuple[str, ...], str]] = {}
+def _stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:
+    """Returns the adapter whose stand-in is read for a tensor, by the path of its module and its name."""
+    readers: dict[str, dict[str, str]] = {}
     for name in wanted:
-        for path, names in adapters.by_name[name].whole.items():
-            if path in readers:
-                raise AdaptError(
-                    f"{readers[path][1]!r} and {name!r} both train {path} whole; only one of them can be active"
-                )
-            readers[path] = (names, name)
+        for path, names in adapters.by_name[name].stand_ins.items():
+            for own in names:
+                other = readers.setdefault(path, {}).setdefault(own, name)
+                if other != name:
+                    do = _both_do(adapters.by_name[other], adapters.by_name[name], path, own)
+                    raise AdaptError(f"{other!r} and {name!r} both {do}; only one of them can be active")
     _row_readers(adapters, wanted)
     return readers
 
@@ -356,7 +394,7 @@ def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[
     for name in wanted:
         for path, rows in adapters.by_name[name].rows.items():
             before = {index for _, indices in readers.get(path, ()) for index in indices}
-            whole = [other for other in wanted if "weight" in adapters.by_name[other].whole.get(path, ())]
+            whole = [other for other in wanted if "weight" in adapters.by_name[other].stand_ins.get(path, ())]
             if whole or not before.isdisjoint(rows.indices):
                 raise AdaptError(
                     f"{name!r} and another of {wanted} both train rows of {path}; only one of them can be active"
@@ -365,10 +403,19 @@ def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[
     return readers
 
 
+def _both_do(one: Adapter, other: Adapter, path: str, name: str) -> str:
+    if all(name in adapter.whole.get(path, ()) for adapter in (one, other)):
+        return f"train {path} whole"
+    return f"have another tensor in the place of {join(path, name)}"
+
+
 def _templates(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
     """Returns the template that each region is to wear, or None where it is to run its own code."""
-    leaving = [name for name in adapters.acting if name not in wanted]
-    coming = [name for name in wanted if name not in adapters.acting]
+    # nodes come in the order of activation, since a change may be of what adapters before it have made
+    there = [name for name in adapters.acting if name in wanted]
+    kept = [name for name, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(there, wanted, strict=False))]
+    leaving = [name for name in adapters.acting if name not in kept]
+    coming = wanted[len(kept) :]
     by_region = {name: _by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *wanted}}
     templates: dict[str, Template | None] = {}
     for name in leaving:
@@ -472,7 +519,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     """Takes an adapter and its tensors off the model."""
     activate(modules, adapters, [other for other in adapters.active if other != name])
     adapter = adapters.by_name[name]
-    if adapter.replaced:
+    if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     del adapters.by_name[name]
     forget_mixing(adapters)
@@ -487,7 +534,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         for constant in adapted.constants:
             if adapted.site.owner in present:
                 present[adapted.site.owner].__dict__.pop(adapted.names[constant], None)
-    for (path, attribute), tensor in adapter.replaced.items():
+    for (path, attribute), tensor in adapter.overwritten.items():
         held = modules[path]._parameters.get(attribute) if path in modules else None
         if held is not None:
             held.data.copy_(tensor)
@@ -497,25 +544,26 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Adds the changes of adapters to the weights, and writes their stand-ins over the tensors themselves.
 
     Raises:
-        AdaptError: If a weight is tied to another one, which would change too, or two adapters train the same tensor
-            whole; nothing is merged.
+        AdaptError: If a weight is tied to another one, which would change too, or two adapters have stand-ins for the
+            same tensor; nothing is merged.
     """
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
+    _restore(modules, adapters.originals)
+    adapters.merged, adapters.originals = [], {}
     with torch.no_grad():
+        # these first, since they are what the changes are changes of
         for name in merged:
-            if name not in adapters.merged:
-                _add_to_weights(modules, adapters.by_name[name])
-            for path, own_names in adapters.by_name[name].whole.items():
+            for path, own_names in adapters.by_name[name].stand_ins.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
                     own.copy_(other)
             for path, rows in adapters.by_name[name].rows.items():
                 table, values = _weight(modules, path, "weight"), _weight(modules, path, stand_ins.rows(name))
                 table.copy_(stand_ins.put_rows(table, rows.indices, values))
+        for sites in _by_weight(adapters, merged).values():
+            _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
-        adapter.replaced.clear()  # what was merged into is kept
-    adapters.merged.clear()
-    adapters.originals.clear()
+        adapter.overwritten.clear()  # what was merged into is kept
 
 
 def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -526,19 +574,21 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     Raises:
         AdaptError: As `merge` does, or if a change would go unread; nothing is merged.
     """
-    names = list(names)
+    given = list(names)
+    # in the order in which they act
+    names = [name for name in adapters.active if name in given]
+    names += [name for name in given if name not in names]
     _refuse_merging(modules, adapters, names)
-    _refuse_unread(adapters, names)
+    _refuse_unread(modules, adapters, names)
     before = list(adapters.merged)
     kept: Tensors = {}
     try:
         for name in names:
-            for adapted in adapters.by_name[name].weight_sites:
-                place = (adapted.site.owner, adapted.site.attribute)
+            for place in _changed_places(modules, adapters.by_name[name]):
                 if place not in adapters.originals:
                     # a difference wouldn't do: adding and subtracting it doesn't give the same bits
                     kept[place] = adapters.originals[place] = _weight(modules, *place).detach().clone()
-            _add_to_weights(modules, adapters.by_name[name])
+            _add_to_weights(modules, adapters.by_name[name], adapters.originals)
             adapters.merged.append(name)
         _let_act(modules, adapters, list(adapters.read))
     except BaseException:
@@ -547,7 +597,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
         adapters.originals = {place: tensor for place, tensor in adapters.originals.items() if place not in kept}
         with torch.no_grad():
             for name in before:
-                _add_to_weights(modules, adapters.by_name[name])
+                _add_to_weights(modules, adapters.by_name[name], adapters.originals)
         raise
 
 
@@ -568,12 +618,47 @@ def _restore(modules: Modules, originals: Tensors) -> None:
 
 
 @torch.no_grad()
-def _add_to_weights(modules: Modules, adapter: Adapter) -> None:
+def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
     for adapted in adapter.weight_sites:
-        weight = _weight(modules, adapted.site.owner, adapted.site.attribute)
-        change = delta(adapted, modules)
-        # where the weight itself changes, as the graph adds it; else the sum alone is rounded
-        weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
+        base = originals[adapted.site.owner, adapted.site.attribute]
+        _add_change(adapted, modules, _weight(modules, adapted.site.owner, adapted.site.attribute), base)
+
+
+def _add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:
+    """Adds the change of a weight, and of the bias beside it."""
+    change = delta(adapted, modules, weight, base)
+    # where the weight itself changes, as the graph adds it; else the sum alone is rounded
+    weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
+    change = bias_delta(adapted, modules)
+    if change is not None:
+        bias = _weight(modules, *_bias_place(adapted))
+        bias += change.to(bias.dtype)
+
+
+def _changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Yields the path of the module, and the name, of each weight and bias that merging changes."""
+    for adapted in adapter.weight_sites:
+        yield adapted.site.owner, adapted.site.attribute
+        if bias_delta(adapted, modules) is not None:
+            yield _bias_place(adapted)
+
+
+def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
+    assert isinstance(adapted.site, Site)
+    assert adapted.site.bias is not None
+    path, _, name = adapted.site.bias.rpartition(".")
+    return path, name
+
+
+@contextlib.contextmanager
+def _with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
+    """Lets weights be as they were before they were merged into, for what looks at their values."""
+    changed = {place: _weight(modules, *place).detach().clone() for place in adapters.originals if place[0] in modules}
+    _restore(modules, adapters.originals)
+    try:
+        yield
+    finally:
+        _restore(modules, changed)
 
 
 def _weight(modules: Modules, path: str, name: str) -> torch.Tensor:
@@ -582,23 +667,48 @@ def _weight(modules: Modules, path: str, name: str) -> torch.Tensor:
     return weight
 
 
-def _refuse_unread(adapters: Adapters, names: list[str]) -> None:
+def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> None:
     """Raises AdaptError if what is merged in place would have no effect: something else is read in its place."""
     for name in names:
         adapter = adapters.by_name[name]
+        if adapter.replaced:
+            raise AdaptError(
+                f"{name!r} has taken a part of {listed(list(adapter.replaced))}, so it can't be merged in place; leave "
+                "it active, or call merge_and_unload()"
+            )
         if (adapter.whole or adapter.rows) and name not in adapters.active:
             raise AdaptError(
                 f"{name!r} trains {listed([path or 'the model' for path in (*adapter.whole, *adapter.rows)])} whole or "
                 "by rows, which are read while it is active alone; activate it with set_adapter before you merge it"
             )
-        for adapted in adapter.weight_sites:
-            owner, attribute = adapted.site.owner, adapted.site.attribute
+        for owner, attribute in _changed_places(modules, adapter):
             for other in (adapters.by_name[active] for active in adapters.active):
-                if attribute in other.whole.get(owner, ()) or (owner in other.rows and attribute == "weight"):
+                if attribute in other.stand_ins.get(owner, ()) or (owner in other.rows and attribute == "weight"):
                     raise AdaptError(
-                        f"{adapted.site.weight} is trained whole or by rows by an active adapter, which is read in its "
-                        f"place, so {name!r} can't be merged into it in place; activate {name!r} alone first"
+                        f"an active adapter has another tensor, or other rows, in the place of "
+                        f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
+                        "alone first"
                     )
+    _refuse_of_base(adapters, names)
+
+
+def _refuse_of_base(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's."""
+    merged = [*adapters.merged, *names]
+    left = [name for name in adapters.active if name not in merged]
+    shared = {adapted.site.weight for name in merged for adapted in _sites(adapters, name)}
+    shared &= {adapted.site.weight for name in left for adapted in _sites(adapters, name)}
+    for name in (*merged, *left):
+        for adapted in _sites(adapters, name):
+            if adapted.site.weight in shared and "base" in inspect.signature(adapted.rule.delta).parameters:
+                raise AdaptError(
+                    f"the change of {adapted.site.weight} by {name!r} depends on the weight itself, so of the adapters "
+                    "that act on it, none can be merged alone; merge all that are active, or activate others"
+                )
+
+
+def _sites(adapters: Adapters, name: str) -> list[Any]:
+    return adapters.by_name[name].weight_sites
 
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
@@ -610,13 +720,34 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
         _refuse_tied(modules, adapters.by_name[name])
 
 
+def _by_weight(adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
+    """Groups the sites of adapters by their weight."""
+    found: dict[str, list[AdaptedSite]] = {}
+    for name in names:
+        for adapted in adapters.by_name[name].weight_sites:
+            found.setdefault(adapted.site.weight, []).append(adapted)
+    return found
+
+
+def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
+    """Adds the changes of one weight, and of the bias beside it."""
+    site = sites[0].site
+    assert isinstance(site, Site)
+    weight = _own(modules[site.owner], site.attribute)
+    base = weight if len(sites) == 1 else weight.clone()
+    for adapted in sites:
+        _add_change(adapted, modules, weight, base)
+
+
 @torch.no_grad()
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
         for adapted in adapters.by_name[name].weight_sites:
-            if not torch.isfinite(delta(adapted, modules)).all():
-                raise AdaptError(f"the change of {adapted.site.weight} by adapter {name!r} isn't finite")
+            changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
+            for path, change in changes.items():
+                if change is not None and not torch.isfinite(change).all():
+                    raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
         for path in adapters.by_name[name].rows:
             if not torch.isfinite(getattr(modules[path], stand_ins.rows(name))).all():
                 raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
@@ -662,8 +793,8 @@ def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 holders.setdefault(id(tensor), []).append(join(path, name))
-    changed = [(adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites]
-    changed += [(path, name) for path, names in adapter.whole.items() for name in names]
+    changed = list(_changed_places(modules, adapter))
+    changed += [(path, name) for path, names in adapter.stand_ins.items() for name in names]
     changed += [(path, "weight") for path in adapter.rows]
     for path, name in changed:
         # what follows the same rows changes with them
@@ -683,25 +814,55 @@ def unmergeable(adapted: AdaptedSite) -> str | None:
     return adapted.site.unmergeable or adapted.rule.unmergeable(adapted.site)
 
 
-def delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
+def delta(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns the change of a site's weight, in the shape in which it is stored.
 
     From half precision on a CPU it is computed in single precision, as PEFT does: faster and rounded once.
+
+    Args:
+        adapted: The site with its rule.
+        modules: The model's modules by path.
+        weight: The weight with the changes of adapters before this one; what the module reads if None.
+        base: The weight without them; likewise.
     """
-    assert isinstance(adapted.site, Site)
-    owner = modules[adapted.site.owner]
-    asked = inspect.signature(adapted.rule.delta).parameters
-    values = {local: getattr(owner, adapted.names[local]) for local in asked if local != "weight"}
+    own = _read_weight(adapted, modules) if base is None else base
+    given = {"weight": own if weight is None else weight, "base": own}
+    values = _values(adapted.rule.delta, adapted, modules)
     halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
     values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
-    if "weight" in asked:
-        values["weight"] = owner._parameters[adapted.site.attribute]
-    change = adapted.rule.delta(**values)
+    change = _asked(adapted.rule.delta, values | given)
     return change.to(halves.pop()) if halves else change
 
 
 def _is_half_on_cpu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in HALVES
+
+
+def bias_delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change."""
+    function = getattr(adapted.rule, "bias_delta", None)
+    return _asked(function, _values(function, adapted, modules)) if function is not None else None
+
+
+def _values(function: Any, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
+    """Returns the parameters and constants at a site for which a rule's function asks by the names of its arguments."""
+    owner = modules[adapted.site.owner]
+    asked = inspect.signature(function).parameters
+    return {local: getattr(owner, name) for local, name in adapted.names.items() if local in asked}
+
+
+def _asked(function: Any, values: Mapping[str, Any]) -> Any:
+    """Calls a rule's function with what it asks for by the names of its arguments; None for what there isn't."""
+    return function(**{name: values.get(name) for name in inspect.signature(function).parameters})
+
+
+def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
+    """Returns the weight that the site's module reads while the adapter acts."""
+    assert isinstance(adapted.site, Site)
+    attribute = adapted.site.attribute
+    return _own(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
@@ -733,7 +894,7 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
     for name in dict.fromkeys(names):
         adapter = adapters.by_name[name]
         trains = name in adapters.active and not adapter.config.inference_mode
-        frozen = adapter.frozen_names()
+        frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
             parameter = modules[path]._parameters.get(attribute) if path in modules else None

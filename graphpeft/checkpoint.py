@@ -290,16 +290,33 @@ def save(
     folder: Path,
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | str = "auto",
+    first_values: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes one adapter into `folder`."""
+    """Writes one adapter into `folder`; with `first_values`, a folder of these, as one that has taken no weights."""
     tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict, save_embedding_layers)
+    config = file_config(model, adapter)
+    if first_values is not None:
+        config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     unfinished = folder / f".{WEIGHTS_NAME}"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / WEIGHTS_NAME)
-    file_config(model, adapter).save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Reads the tensors that an adapter had before it was trained.
+
+    Raises:
+        CheckpointError: If they aren't this adapter's.
+    """
+    found = load(folder)
+    wrong = [key for key in tensors if key not in found or found[key].shape != tensors[key].shape]
+    if wrong:
+        raise CheckpointError(f"the first values in {folder} are another adapter's: {listed(wrong)} differ in shape")
+    return {key: found[key].to(tensor.device, tensor.dtype) for key, tensor in tensors.items()}
 
 
 def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:

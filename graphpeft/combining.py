@@ -87,6 +87,11 @@ def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) 
             raise AdaptError(
                 f"{name!r} trains rows of {listed(list(source.rows))}, which can't be combined yet; leave it out"
             )
+        if source.replaced:
+            raise AdaptError(
+                f"{name!r} has taken a part of {listed(list(source.replaced))}, so it can't be combined with others "
+                "yet; save it with path_initial_model_for_weight_conversion, and load that in its place"
+            )
         calls = [adapted.site.label for adapted in source.sites if isinstance(adapted.site, LeafSite)]
         if calls:
             raise AdaptError(f"{name!r} adapts the calls of {listed(calls)}, which can't be combined yet; leave it out")

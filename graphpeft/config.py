@@ -266,6 +266,23 @@ class PeftConfig:
         """Returns what a file holds beside a site's parameters, computed from them, by name."""
         return {}
 
+    def converted(
+        self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]
+    ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+        """Returns the config and the tensors of an adapter that does to the base what one with first values does.
+
+        Args:
+            tensors: The adapter's tensors, by their names in the file.
+            first: Those that it had before it was trained.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        raise ValueError(
+            f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, which a "
+            f"{self.peft_type.value} adapter never does; leave it None"
+        )
+
     def ignores(self, key: str) -> bool:
         """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
         return False
@@ -416,6 +433,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
     if isinstance(value, tuple | list):

@@ -68,7 +68,7 @@ def hotswap_adapter(
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, values)
     swapped = Adapter.of(plan)
     of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
-    of_base += [join(*place) for place in adapter.replaced]
+    of_base += [join(*place) for place in adapter.overwritten]
     if of_base:
         raise AdaptError(
             f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
@@ -84,6 +84,8 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     def places(sites: Any) -> dict[Any, Any]:
         return {(a.site.owner, a.site.name): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
 
+    if any(adapted.replaced for adapted in (*adapter.sites, *plan.sites)):
+        return False  # what is left of a weight is worked out anew
     return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
 
 

@@ -233,11 +233,12 @@ def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
     if unknown:
         raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}, and {BASE!r}")
     for name in adapters.read:
-        read = (*adapters.by_name[name].whole, *adapters.by_name[name].rows)
+        read = (*adapters.by_name[name].stand_ins, *adapters.by_name[name].rows)
         if read:
             raise AdaptError(
-                f"the active adapter {name!r} trains {listed([path or 'the model' for path in read])} whole or by "
-                "rows, which all rows of the batch would read; activate another one with set_adapter first"
+                f"the active adapter {name!r} has tensors or rows in the place of those of "
+                f"{listed([path or 'the model' for path in read])}, which all rows of the batch would read; activate "
+                "another one with set_adapter first"
             )
     if adapters.merged:
         raise AdaptError(
@@ -287,6 +288,11 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
         raise AdaptError(
             f"adapter {name!r} trains rows of {listed(list(adapter.rows))}, which rows of a batch can't differ in yet; "
             "activate it with set_adapter, for all rows"
+        )
+    if adapter.replaced:
+        raise AdaptError(
+            f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which rows of a batch can't "
+            "differ in yet; activate it with set_adapter, for all rows"
         )
     if adapter.whole:
         raise AdaptError(

@@ -505,6 +505,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         *,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
@@ -517,12 +518,16 @@ class PeftModel(nn.Module):
             save_embedding_layers: Whether the tables of a Transformers model's embeddings are saved, too: ``"auto"``
                 where the config's `target_modules` names one, or its vocabulary isn't that of the base model.
             is_main_process: Whether this process writes.
+            path_initial_model_for_weight_conversion: A folder into which the adapter was saved before it was trained.
+                One that has taken a part of the weights, as PiSSA does, is then written as plain LoRA of twice the
+                rank, which adds to the whole weights.
             state_dict: The model's state dict, where it was gathered elsewhere.
 
         Raises:
             AdaptError: If a selected adapter isn't known; nothing is written.
-            ValueError: If `safe_serialization` is False, or `save_embedding_layers` is True for a model that doesn't
-                tell its embeddings.
+            CheckpointError: If the first values are those of another adapter.
+            ValueError: If `safe_serialization` is False, `save_embedding_layers` is True for a model that doesn't tell
+                its embeddings, or an adapter can't be converted.
         """
         if not safe_serialization:
             raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
@@ -534,7 +539,8 @@ class PeftModel(nn.Module):
             _adapters.refuse_missing(_modules(self), adapter, name)
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            checkpoint.save(self, adapter, name, folder, state_dict, save_embedding_layers)
+            first = path_initial_model_for_weight_conversion
+            checkpoint.save(self, adapter, name, folder, state_dict, save_embedding_layers, first)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import ops, targets
+from graphpeft import ops, stand_ins, targets
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
@@ -97,6 +97,7 @@ def make_plan(
         _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
     weights = [site for site in sites if not isinstance(site, CallSite)]
     plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    _refuse_replaced_twice(plan)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)
     plan.report.trained_whole += [
@@ -129,12 +130,15 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, 
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
+    replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}
+    if replaced:
+        reason = stand_ins.refusal(plan.modules[site.owner])
     if reason is not None:
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
-    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype))
+    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced))
     plan.templates[site.region] = template
 
 
@@ -145,6 +149,22 @@ def _refuse_unhashable(rule: Any) -> None:
     except TypeError as error:
         name = type(rule).__name__
         raise AdaptError(f"{name} can't be a rule: {error}; make it a dataclass with frozen=True") from error
+
+
+def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping[str, str]:
+    replaces = getattr(rule, "replaces", None)
+    if replaces is None or not replaces(site, config):
+        return {}
+    return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
+
+
+def _refuse_replaced_twice(plan: Plan) -> None:
+    """Refuses sites whose weight has a frozen stand-in and is to be trained whole."""
+    for adapted in plan.sites:
+        both = set(adapted.replaced) & set(plan.whole.get(adapted.site.owner, ()))
+        if both:
+            reason = f"modules_to_save trains its {both.pop()} whole, in whose place the adapter has a frozen one"
+            plan.report.refused.append(Refusal(adapted.site.name, reason, adapted.site.way_out))
 
 
 # equal sites share one

@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphpeft import targets
-from graphpeft.prompting import recorded
+from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import CallSite, SiteFinder
 from graphpeft.tracing.errors import TraceError

@@ -11,18 +11,17 @@ there. The numbers are those of PEFT's ``peft_model.py``.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import TaskType
+from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import CallSite, SiteFinder
@@ -358,17 +357,6 @@ def _labels_tokens(task: TaskType | None, model: nn.Module) -> bool:
 
 
 # nodes
-
-
-def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes calls of `function` with proxies one node of their graph."""
-
-    @functools.wraps(function)
-    def record(*args: Any) -> Any:
-        proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
-        return function(*args) if proxy is None else proxy.tracer.create_proxy("call_function", record, args, {})
-
-    return record
 
 
 @recorded

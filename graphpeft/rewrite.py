@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -78,7 +79,9 @@ class Rule(Protocol):
         """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
         return {}
 
-    def initialise(self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module) -> None:
+    def initialise(
+        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
+    ) -> Mapping[str, torch.Tensor] | None:
         """Fills new parameters, on the CPU, with their first values.
 
         Args:
@@ -86,6 +89,10 @@ class Rule(Protocol):
             site: The site.
             config: The config.
             module: The module of the weight beside which they live.
+
+        Returns:
+            Where the rule has ``replaces``, and it holds for the site: the tensor that the module reads in place of the
+            weight, by the weight's name.
         """
         ...
 
@@ -104,14 +111,21 @@ class WeightRule(Rule, Protocol):
         raise TypeError(f"{type(self).__name__} has no rewrite, which makes the new value of an operation")
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight, or None."""
+        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight and the bias, or None."""
         return None
 
     def delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the weight's change from the ``weight``, the parameters and the constants, which it names.
 
         It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
-        tensors, and on proxies where the weight itself is the site. It isn't asked where the site is unmergeable.
+        tensors, and on proxies where the weight itself is the site. ``weight`` is what other adapters have made of it
+        so far; ``base`` is what the module itself has.
+
+        A rule may also have ``bias_delta``, a function of the parameters and the constants by name that returns the
+        change of the bias that the operation adds, or None; and ``replaces``, a function of the site and the config
+        that tells whether the module reads another weight than its own while the adapter acts: a frozen stand-in, which
+        ``initialise`` returns. It isn't saved, so ``initialise`` computes it anew where a file is loaded. It isn't
+        asked where the site is unmergeable.
         """
         raise TypeError(
             f"{type(self).__name__} has no delta, the change of a weight; let unmergeable say why there is none"
@@ -152,6 +166,7 @@ class AdaptedSite(NamedTuple):
         constants: The rule's constants by name.
         names: The attributes of the weight's module under which these live, by the rule's names for them.
         dtype: The dtype of the parameters.
+        replaced: The names of the adapter's frozen stand-ins, by the names of what the weight's module has itself.
     """
 
     site: Site | LeafSite | CallSite
@@ -160,6 +175,7 @@ class AdaptedSite(NamedTuple):
     constants: Mapping[str, float]
     names: Mapping[str, str]
     dtype: torch.dtype
+    replaced: Mapping[str, str] = MappingProxyType({})
 
     @property
     def parameter_count(self) -> int:
@@ -202,7 +218,7 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         if isinstance(op, Weight):
-            change = _call(rule.delta, graph, {"weight": current}, attributes, {})
+            change = _call(rule.delta, graph, {"weight": current, "base": op.node}, attributes, {})
             weight = fx.Proxy(current, change.tracer)
             result = weight + change.to(weight.dtype)
         else:

@@ -50,6 +50,7 @@ class Site(NamedTuple):
         parts: The rows of the parts of a fused projection that are adapted, if not all of it is.
         named: The module whose name stands for several weights, of which this is one; None for other weights.
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
+        bias: The path of the parameter that all operations add, or None if there is no such one.
     """
 
     region: str
@@ -66,6 +67,7 @@ class Site(NamedTuple):
     parts: tuple[Runs, ...] = ()
     named: str | None = None
     redrawn: tuple[Site, ...] = ()
+    bias: str | None = None
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
     unmergeable = None
@@ -499,6 +501,7 @@ class SiteFinder:
             transposed=_is_stored_transposed(module, weight, kind, uses),
             is_layer=kind is not None,
             groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else uses.groups,
+            bias=join(region, uses.bias) if uses.bias is not None else None,
         )
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
@@ -578,6 +581,7 @@ class _WeightUses(NamedTuple):
         others: What else uses it.
         is_called_beside: Whether it is used by calls of its module and in another way, too.
         is_unused: Whether nothing that is computed with it reaches an output.
+        bias: The path of the tensor that all operations add, or None.
     """
 
     op: Any
@@ -587,6 +591,7 @@ class _WeightUses(NamedTuple):
     others: tuple[str, ...]
     is_called_beside: bool
     is_unused: bool
+    bias: str | None
 
 
 def _uses(template: Template, module: nn.Module) -> dict[str, _WeightUses]:
@@ -617,7 +622,9 @@ def _uses_of(
     is_unused = not any(op.node in alive for of_graph in places for op in of_graph)
     is_called_beside = not is_of_one_kind and any(op.node.op == "call_module" for op in all_own)
     transposed = bool(all_own) and all_own[0].transposed
-    return _WeightUses(op, nodes, transposed, groups, others, is_called_beside, is_unused)
+    biases = {op.bias for op in all_own} if is_of_one_kind else set()
+    bias = biases.pop() if len(biases) == 1 else None
+    return _WeightUses(op, nodes, transposed, groups, others, is_called_beside, is_unused, bias)
 
 
 def _number(value: Any, module: nn.Module) -> int:

@@ -1,8 +1,9 @@
-"""Lets a module read other tensors in place of its own: an adapter's copies of biases and of modules trained whole.
+"""Lets a module read other tensors in place of its own.
 
-The module's own tensors stay where they are, under their own names; while an adapter is active, ``module.weight`` gives
-its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another module, or a graph. An
-adapter may have some rows of a table alone: then ``module.weight`` gives the table with
+They are an adapter's copies of biases and of modules trained whole, and frozen weights that lack what an adapter has
+taken of them. The module's own tensors stay where they are, under their own names; while an adapter is active,
+``module.weight`` gives its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another
+module, or a graph. An adapter may have some rows of a table alone: then ``module.weight`` gives the table with
 ``module.weight_rows_<adapter>`` in their places.
 """
 

@@ -378,8 +378,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
-        ("lora_bias", True),
         ("use_qalora", True),
         ("qalora_group_size", 32),
         ("loftq_config", {"loftq_bits": 4}),
@@ -395,9 +393,7 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("use_bdlora", {"a": 1}),
         ("alora_invocation_tokens", [1]),
         ("ensure_weight_tying", True),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "eva"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])
@@ -621,7 +617,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
         ({"r": 2.5}, ["r must be int, not 2.5"]),
         ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
-        ({"use_dora": True}, ["use_dora"]),
+        ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
     ],
 )

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from graphpeft.config import PeftType, TaskType, register
 from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
-from graphpeft.prompting import Encoder, InFront, PromptRule, recorded
+from graphpeft.prompting import Encoder, InFront, PromptRule
+from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites import CallSite
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from graphpeft.config import PeftType, register
 from graphpeft.methods.prompt_tuning import TokenTable
 from graphpeft.prompt_config import PromptLearningConfig
-from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, recorded
+from graphpeft.prompting import EMBEDDINGS_KEY, Encoder
+from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")

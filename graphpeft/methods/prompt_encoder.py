@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
 from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.prompting import Encoder, recorded
+from graphpeft.prompting import Encoder
+from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec
 
 _MLP_LAYERS = 2

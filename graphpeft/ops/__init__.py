@@ -12,6 +12,7 @@ from graphpeft.ops.convolution import Convolution
 from graphpeft.ops.embedding import Embedding
 from graphpeft.ops.linear import Linear, transpose_of
 from graphpeft.ops.weight import Weight
+from graphpeft.tags import TAG
 from graphpeft.tracing.source import ABOUT
 
 __all__ = [
@@ -39,7 +40,7 @@ _KINDS = (linear, convolution, embedding)
 
 def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:
     """Returns the operations of `graph` whose weights are tensors of `root`, in the order of the graph."""
-    found = (read_op(node, root) for node in graph.nodes)
+    found = (read_op(node, root) for node in graph.nodes if TAG not in node.meta)
     return [op for op in found if op is not None]
 
 
@@ -69,8 +70,12 @@ def weight_at(node: fx.Node) -> Weight | None:
 
 
 def reads(graph: fx.Graph, path: str) -> list[Weight]:
-    """Returns the places where `graph` reads the tensor at `path` itself, beside calls of its module."""
-    return [Weight(node, path) for node in graph.nodes if node.op == "get_attr" and node.target == path]
+    """Returns the places where `graph` reads the tensor at `path` itself, beside calls of its module.
+
+    What the nodes of adapters do with it isn't the module's own use, here and in `other_uses`.
+    """
+    own = (node for node in graph.nodes if TAG not in node.meta)
+    return [Weight(node, path) for node in own if node.op == "get_attr" and node.target == path]
 
 
 def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> list[str]:
@@ -80,7 +85,7 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> lis
     waiting = [place.node for place in reads(graph, path)]
     while waiting:
         weight = waiting.pop()
-        for user in weight.users:
+        for user in filter(lambda user: TAG not in user.meta, weight.users):
             if transpose_of(user) is not None:
                 waiting.append(user)
             # an operation may have the weight as its input, too

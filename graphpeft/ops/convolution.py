@@ -14,7 +14,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft.ops.reading import arguments_of, in_graph, path_of, plain_layer
+from graphpeft.ops.reading import applied_if, arguments_of, in_graph, path_of, plain_layer
 
 aten = torch.ops.aten
 
@@ -77,14 +77,23 @@ class Convolution:
             weight: A proxy for the weight, with a kernel of the same size.
             options: Options to have in place of its own.
         """
-        if self.padding is not None:
-            x = F.pad(x, self.padding.amounts, mode=self.padding.mode)
-        own = {name: in_graph(value, x) for name, value in self.options.items()}
+        x, own = self._operands(x)
         return self.function(x, weight, **own | options)
 
-    def pointwise(self, x: Any, weight: Any) -> Any:
-        """Returns a convolution of its groups with a kernel of one position, without a bias."""
-        return _POINTWISE[self.function](x, weight, groups=in_graph(self.groups, x))
+    def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
+        """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
+        x, own = self._operands(x)
+        return applied_if(condition, otherwise, self.function.__name__, x, weight, own)
+
+    def _operands(self, x: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns the input with what is added around it, and the options, as code on proxies wants them."""
+        if self.padding is not None:
+            x = F.pad(x, self.padding.amounts, mode=self.padding.mode)
+        return x, {name: in_graph(value, x) for name, value in self.options.items()}
+
+    def pointwise(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """Returns a convolution of its groups with a kernel of one position."""
+        return _POINTWISE[self.function](x, weight, bias, groups=in_graph(self.groups, x))
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:

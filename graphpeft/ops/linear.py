@@ -16,7 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft.ops.reading import arguments_of, path_of, plain_layer
+from graphpeft.ops.reading import applied_if, arguments_of, path_of, plain_layer
 
 aten = torch.ops.aten
 
@@ -52,6 +52,10 @@ class Linear:
     def apply(self, x: Any, weight: Any) -> Any:
         """Returns the operation on another input, by another weight that is stored as its own is, without the bias."""
         return x @ weight if self.transposed else F.linear(x, weight)
+
+    def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
+        """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
+        return applied_if(condition, otherwise, "matmul" if self.transposed else "linear", x, weight, {})
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:

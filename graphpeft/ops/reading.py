@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import in_place
+from graphpeft.recorded import recorded
 from graphpeft.tracing.graph_module import template_of
 
 
 def in_graph(value: Any, beside: fx.Proxy) -> Any:
     """Returns an option of an operation as code on proxies wants it: a number, or a proxy for a node."""
     return fx.Proxy(value, beside.tracer) if isinstance(value, fx.Node) else value
+
+
+@recorded
+def applied_if(condition: bool, otherwise: Any, function: str, x: Any, weight: Any, options: dict[str, Any]) -> Any:
+    """Returns what a function of PyTorch computes from `x` and `weight`, if `condition` holds in a run.
+
+    Args:
+        condition: Whether to compute it.
+        otherwise: The value if not.
+        function: The function's name; of ``torch.nn.functional``, or of ``torch``.
+        x: Its input.
+        weight: Its weight.
+        options: Its other arguments.
+    """
+    if not condition:
+        return otherwise
+    return (getattr(F, function, None) or getattr(torch, function))(x, weight, **options)
 
 
 def arguments_of(node: fx.Node, *names: str) -> list[Any]:

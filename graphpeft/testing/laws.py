@@ -59,7 +59,7 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
     frozen = {path for path, _ in build().named_parameters()}
     adapted = perturbed(get_peft_model(build().train(), config, example_inputs=inputs))
-    frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names()}
+    frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names("default")}
     loss_of(run(adapted, inputs)).backward()
     for path, parameter in adapted.named_parameters():
         if parameter.requires_grad == (path in frozen):
@@ -140,11 +140,14 @@ def modes_to_compare(build: Build, config: PeftConfig, inputs: ExampleInputs) ->
 
 @torch.no_grad()
 def _add_deltas(base: nn.Module, adapter: adapters.Adapter, modules: adapters.Modules) -> None:
-    for adapted in adapter.weight_sites:
-        base.get_parameter(adapted.site.weight).add_(adapters.delta(adapted, modules))
-    for path, names in adapter.whole.items():
+    for path, names in adapter.stand_ins.items():
         for name in names:
             getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
+    for adapted in adapter.weight_sites:
+        base.get_parameter(adapted.site.weight).add_(adapters.delta(adapted, modules))
+        change = adapters.bias_delta(adapted, modules)
+        if change is not None:
+            base.get_parameter(adapted.site.bias).add_(change)
 
 
 @blames_a_site

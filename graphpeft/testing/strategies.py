@@ -237,19 +237,41 @@ def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
     return "|".join(map(re.escape, chosen)) if ambiguous else chosen
 
 
+def _from_weight(identity: bool) -> list[str]:
+    """Returns the initialisations that look at the weight; what most of them take from it comes back rounded."""
+    return ["mica"] if identity else ["pissa", "olora", "mica", "orthogonal"]
+
+
+def _adds_bias(model: nn.Module, path: str) -> bool:
+    layer = dict(model.named_modules()).get(path)
+    return isinstance(layer, nn.Linear) and layer.bias is not None
+
+
 @st.composite
 def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
     paths = [path for path, _ in model.named_modules()]
     chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
     special = draw(st.sampled_from(chosen))
+    kind = draw(
+        st.sampled_from([*([True, "gaussian"] if identity else [True, False, "gaussian"]), *_from_weight(identity)])
+    )
+    # the model's narrowest matrix has three rows
+    ranks = {"orthogonal": [2, 4], "pissa": [1, 2, 3], "olora": [1, 2, 3], "mica": [1, 2, 3]}.get(
+        str(kind), [1, 2, 3, 4]
+    )
+    # the bias of B is merged into that of a layer
+    can_have_bias = kind in (True, False) and all(_adds_bias(model, path) for path in chosen)
+    lora_bias = draw(st.sampled_from([False, can_have_bias]))
     return LoraConfig(
-        r=draw(st.integers(1, 4)),
+        r=draw(st.sampled_from(ranks)),
         lora_alpha=draw(st.sampled_from([1, 8, 3.5])),
         lora_dropout=draw(st.sampled_from([0.0, 0.4])),
         use_rslora=draw(st.booleans()),
         bias=draw(st.sampled_from(["none", "all", "lora_only"])),
-        init_lora_weights=draw(st.sampled_from([True, "gaussian"] if identity else [True, False, "gaussian"])),
+        use_dora=draw(st.booleans()) and not lora_bias and kind != "mica",
+        lora_bias=lora_bias,
+        init_lora_weights=kind,
         target_modules=_entries(chosen, paths),
         rank_pattern=draw(st.sampled_from([{}, {special: 2}])),
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),

@@ -61,7 +61,10 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
         configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False
     )
     if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
-        config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
+        config.init_lora_weights = True
+        config.corda_config = config.eva_config = config.lora_ga_config = (
+            None  # others may change the base weights, and its values come from elsewhere
+        )
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
     if any(others != targets[0] for others in targets):
         for name in _TARGETING:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from graphpeft import ops
 from graphpeft.boundaries import Leaf
 from graphpeft.combining import Combination, Part
-from graphpeft.config import OWN, PeftType, register
+from graphpeft.config import OWN, PeftConfig, PeftType, register
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.corda import CordaConfig
+from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.eva import EvaConfig
+from graphpeft.methods.lora.initialisation import initialisation_of, takes_from_weight
 from graphpeft.methods.lora.leaf import LoraLeaf
 from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
@@ -44,7 +51,16 @@ class LoraConfig(TargetedConfig):
         bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted layers.
         use_rslora: Whether the scale is α/√r.
         init_lora_weights: True: A uniform as in ``nn.Linear``, B zero. ``"gaussian"``: A normal with deviation 1/r.
-            False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start.
+            False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start. ``"pissa"``,
+            ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
+            ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
+            ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured. ``"eva"``: as
+            `initialize_lora_eva_weights` measures afterwards.
+        corda_config: A `CordaConfig`, or its values as a dict.
+        eva_config: An `EvaConfig`, or its values as a dict.
+        lora_ga_config: A `LoraGAConfig`, or its values as a dict.
+        use_dora: Whether a vector of its own learns the lengths of the weight's rows.
+        lora_bias: Whether B has a bias, which is trained.
         rank_pattern: Other ranks, by regular expression for the end of the path.
         alpha_pattern: Other α, likewise.
         target_parts: Not of PEFT's: the parts of fused projections that are adapted alone, by their names as in a list
@@ -67,7 +83,12 @@ class LoraConfig(TargetedConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
+    corda_config: Any = None
+    eva_config: Any = None
+    lora_ga_config: Any = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -76,21 +97,16 @@ class LoraConfig(TargetedConfig):
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
     arrow_config: Any = None
-    corda_config: Any = None
     ensure_weight_tying: bool = False
-    eva_config: Any = None
     kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
     loftq_config: Any = field(default_factory=dict)
-    lora_bias: bool = False
-    lora_ga_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
     qalora_group_size: int = 16
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_bdlora: Any = None
-    use_dora: bool = False
     use_qalora: bool = False
     velora_config: Any = None
 
@@ -99,6 +115,8 @@ class LoraConfig(TargetedConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        for name, (_, config_class) in _NESTED.items():
+            setattr(self, name, _nested(getattr(self, name), config_class, name))
         super().__post_init__()
         self._check_values()
 
@@ -116,8 +134,10 @@ class LoraConfig(TargetedConfig):
                 "ensure_weight_tying=True is supported for trainable_token_indices alone, not for an adapter of an "
                 "embedding or modules_to_save; leave it False, and untie the weights if you adapt one of them"
             )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {self.init_lora_weights!r}")
+        initialisation_of(self.init_lora_weights)
+        for name, (kind, _) in _NESTED.items():
+            if getattr(self, name) is not None and self.init_lora_weights != kind:
+                raise ValueError(f"{name} has no effect unless init_lora_weights is {kind!r}; leave it None")
 
     def _check_values(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -127,6 +147,14 @@ class LoraConfig(TargetedConfig):
             raise ValueError(
                 f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
             )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(
+                f"lora_bias=True needs init_lora_weights True or False, as in PEFT, not {self.init_lora_weights!r}"
+            )
+        if self.use_dora and self.init_lora_weights == "mica":
+            raise ValueError("init_lora_weights='mica' isn't for DoRA, as in PEFT: leave use_dora out")
 
     @property
     def starts_as_identity(self) -> bool:
@@ -158,6 +186,37 @@ class LoraConfig(TargetedConfig):
                 config.lora_dropout = 0.0
         return config
 
+    def converted(
+        self, tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]
+    ) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight.
+
+        Raises:
+            ValueError: If a rank's scale can't stay as it is.
+        """
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
+                "or alpha_pattern no α keeps the scale; leave it None"
+            )
+        if not takes_from_weight(self):
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
+                f"init_lora_weights={self.init_lora_weights!r} takes none; leave it None"
+            )
+        config = copy.deepcopy(self)
+        config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+        config.r, config.lora_alpha = 2 * self.r, self.lora_alpha * (2**0.5 if self.use_rslora else 2)
+        config.rank_pattern = {key: 2 * rank for key, rank in self.rank_pattern.items()}
+        config.alpha_pattern = {key: 2 * alpha for key, alpha in self.alpha_pattern.items()}
+        changed = dict(tensors)
+        for key, tensor in tensors.items():
+            if key.endswith(".lora_A.weight"):
+                changed[key] = torch.cat((tensor, first[key]), dim=0)
+            elif key.endswith(".lora_B.weight"):
+                changed[key] = torch.cat((tensor, -first[key]), dim=1)
+        return config, changed
+
     def fitted_to(self, keys: Collection[str]) -> LoraConfig:
         """Returns the config as it was before `for_file`: the ranks of parts are their own."""
         if not self.target_parts:
@@ -185,18 +244,47 @@ class LoraConfig(TargetedConfig):
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
         if site.op is Leaf:
             return LoraLeaf(self.lora_dropout > 0)
-        drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.parts:
-            return LoraParts(site.parts, site.is_layer and site.transposed, drops, casts)
+            return LoraParts(site.parts, site.is_layer and site.transposed, self.lora_dropout > 0, site.dtype != dtype)
+        lora = self._lora_for(site, dtype)
+        return with_magnitudes(lora, site) if self.use_dora else lora
+
+    def _lora_for(self, site: Site, dtype: torch.dtype) -> Lora:
+        """Returns the rule without magnitudes."""
+        drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.layout is ops.Convolution:
-            return LoraConvolution(site.transposed, drops, casts)
+            return LoraConvolution(site.transposed, drops, casts, self.lora_bias)
         if site.layout is ops.Embedding:
             return LoraEmbedding(casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(site.transposed)
         if site.op is ops.Weight:
             return LoraMatrix(site.is_layer and site.transposed)
-        return LoraLinear(site.is_layer and site.transposed, drops, casts)
+        return LoraLinear(site.is_layer and site.transposed, drops, casts, self.lora_bias)
+
+
+_NESTED: dict[str, tuple[str, type]] = {
+    "corda_config": ("corda", CordaConfig),
+    "eva_config": ("eva", EvaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+}
+"""The options that have options of their own, with the `init_lora_weights` that they are for."""
+
+
+def _nested(value: Any, config_class: type, name: str) -> Any:
+    """Returns options within options as what they are here, whether they come as a dict or as PEFT's class for them."""
+    if value is None or isinstance(value, config_class):
+        return value
+    values = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = dataclasses.asdict(value)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {value!r}")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return config_class(**values)
 
 
 def _exactly(name: str) -> str:
@@ -207,18 +295,13 @@ def _exactly(name: str) -> str:
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "corda_config",
-    "eva_config",
     "kasa_config",
     "loftq_config",
-    "lora_bias",
-    "lora_ga_config",
     "megatron_config",
     "megatron_core",
     "monteclora_config",
     "qalora_group_size",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, rank_of
+from graphpeft.methods.lora import initialisation
+from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
+from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
@@ -29,11 +31,13 @@ class LoraEmbedding:
 
     casts: bool
 
+    drops: ClassVar[bool] = False
     rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Every embedding can be adapted."""
-        return None
+        """Refuses a bias of B, and what an initialisation refuses."""
+        reason = refused_bias(site, config)
+        return reason or initialisation.refused_of_embedding(site, config)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -41,7 +45,7 @@ class LoraEmbedding:
         entries, features = site.shape
         return {
             "lora_A": ParameterSpec((rank, entries), key="lora_embedding_A"),
-            "lora_B": ParameterSpec((features, rank), key="lora_embedding_B"),
+            "lora_B": ParameterSpec((features, rank), "lora_embedding_B", initialisation.b_is_trained(config)),
         }
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:
@@ -49,24 +53,36 @@ class LoraEmbedding:
         return constants_of(site, config)
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws A and B as PEFT does."""
+        """Gives A and B the values that PEFT gives them."""
         A, B = parameters["lora_A"], parameters["lora_B"]
         A.normal_()
         B.normal_()
-        if config.init_lora_weights is not False:
-            A.zero_()
+        if config.init_lora_weights is False:
+            return
+        A.zero_()
+        if config.init_lora_weights == "mica":
+            B.copy_(minor_directions(initialisation.weight_of(site, module).T, B.shape[1]))
+        else:
             B.normal_()
 
     def rewrite(self, x: Any, y: Any, operation: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Adds the branch to the operation's value."""
-        result = torch.add(y, operation.apply(x, lora_A.T) @ lora_B.T, alpha=lora_scaling)
+        result = torch.add(y, self.branch(x, operation, lora_A, lora_B), alpha=lora_scaling)
         return result.to(y.dtype) if self.casts else result
+
+    def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:
+        """Returns what the branch is given: indices, of which none is dropped."""
+        return x
+
+    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
+        """Returns what A and B make of the indices, without the scale."""
+        return operation.apply(h, lora_A.T) @ lora_B.T
 
     def unmergeable(self, site: Site) -> str | None:
         """Every change can be merged."""
         return None
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ."""
         return (lora_B @ lora_A).T * lora_scaling
 

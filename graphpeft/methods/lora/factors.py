@@ -1,4 +1,4 @@
-"""The rank and the scale of a site, and the first values of the factors A and B."""
+"""What the rules of LoRA share: the rank and the scale of a site, the branch's input, and random first values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft import ops, targets
+from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import LeafSite, Site
 
 
 def rank_of(site: Site | LeafSite, config: Any) -> int:
     """Returns the rank of A and B at `site`."""
-    return targets.pattern_value(config.rank_pattern, site.name, config.r)
+    return rank_at(site.name, config)
+
+
+def rank_at(name: str, config: Any) -> int:
+    """Returns the rank of A and B at the site of this name."""
+    return targets.pattern_value(config.rank_pattern, name, config.r)
 
 
 def scaling_of(site: Site | LeafSite, config: Any) -> float:
@@ -38,31 +45,92 @@ def constants_of(site: Site | LeafSite, config: Any, drops: bool = False) -> Map
     return {"lora_scaling": scaling_of(site, config)} | ({"lora_dropout": config.lora_dropout} if drops else {})
 
 
-def initialise(parameters: Mapping[str, Tensor], site: Site | LeafSite, config: Any) -> None:
+def input_of(x: Any, lora_A: Any, lora_dropout: Any, training: Any, drops: bool, casts: bool) -> Any:
+    """Returns what a branch is given: the operation's input in the dtype of A, after dropout if there is one."""
+    h = x.to(lora_A.dtype) if casts else x
+    return F.dropout(h, lora_dropout, training) if drops else h
+
+
+def bias_parameter(features: int) -> Mapping[str, ParameterSpec]:
+    """Returns the bias of B, for `lora_bias`."""
+    return {"lora_bias": ParameterSpec((features,), key="lora_B.bias")}
+
+
+def bias_change(lora_bias: Any, lora_scaling: Any) -> Any:
+    """Returns the change of a bias, or None without the bias of B."""
+    return lora_bias * lora_scaling if lora_bias is not None else None
+
+
+def unmergeable_bias(site: Site, has_bias: bool) -> str | None:
+    """Returns the reason why the bias of B can't be merged, if there is one."""
+    if not has_bias or site.bias is not None:
+        return None
+    return "it has no bias of its own, into which that of lora_bias could go"
+
+
+def refused_bias(site: Site, config: Any) -> str | None:
+    """Returns the reason why there can be no bias of B, if there should be: it is a layer's in PEFT's files."""
+    if not config.lora_bias or (site.is_layer and site.layout is site.op and site.layout is not ops.Embedding):
+        return None
+    return "lora_bias=True is for the outputs of linear layers and convolutions, which this is none of"
+
+
+def refused_unless_plain(config: Any, what: str) -> str | None:
+    """Returns the reason why there can be no LoRA but the plain one, if there should be another."""
+    options = {"use_dora": False, "lora_bias": False}
+    for name, only in options.items():
+        if getattr(config, name) != only:
+            return f"{name}={getattr(config, name)!r} is for layers, and it is {what}"
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        return f"init_lora_weights={config.init_lora_weights!r} is for layers, and it is {what}"
+    return None
+
+
+def refused_inside(site: Site, config: Any) -> str | None:
+    """Returns the reason why there can be no LoRA but the plain one at a weight of several that a name stands for."""
+    return refused_unless_plain(config, "one of several weights of a module") if site.named is not None else None
+
+
+def draw(parameters: Mapping[str, Tensor], kind: bool | str, rank: int) -> None:
     """Draws A and B as PEFT does, so that equal seeds give equal values.
 
     Args:
-        parameters: `lora_A`, the factor that is applied first, and `lora_B`; filled in place.
-        site: Their site.
-        config: The config.
+        parameters: `lora_A`, the factor that is applied first, `lora_B`, and `lora_bias` if there is one; filled in
+            place.
+        kind: The config's `init_lora_weights`: True, False or "gaussian".
+        rank: The rank.
     """
-    A, B, kind = parameters["lora_A"], parameters["lora_B"], config.init_lora_weights
-    # PEFT builds two layers first, whose own draws come before its own: they are drawn here too
-    draw_as_layer(A)
-    draw_as_layer(B)
+    draw_as_layers(parameters)
     if kind is False:
         return
+    A, B = parameters["lora_A"], parameters["lora_B"]
     if kind == "gaussian":
-        A.normal_(std=1 / rank_of(site, config))
+        A.normal_(std=1 / rank)
     else:
         draw_as_layer(A)
     B.zero_()
+    if "lora_bias" in parameters:
+        parameters["lora_bias"].zero_()
+
+
+def draw_as_layers(parameters: Mapping[str, Tensor]) -> None:
+    """Draws what the two layers draw that PEFT builds first: its own draws come after theirs."""
+    A, B = parameters["lora_A"], parameters["lora_B"]
+    draw_as_layer(A)
+    draw_as_layer(B)
+    if "lora_bias" in parameters:
+        bound = _bound(B)
+        parameters["lora_bias"].uniform_(-bound, bound)
 
 
 def draw_as_layer(weight: Tensor) -> None:
     """Fills a weight as ``nn.Linear`` and ``nn.Conv2d`` do: uniform within ±1/√(inputs), Kaiming's bound for a = √5."""
-    bound = 1 / math.sqrt(weight[0].numel())
+    bound = _bound(weight)
     weight.uniform_(-bound, bound)
+
+
+def _bound(weight: Tensor) -> float:
+    return 1 / math.sqrt(weight[0].numel())
 
 
 def refused_dropout(site: Site, config: Any) -> str | None:

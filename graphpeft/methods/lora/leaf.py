@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
 from graphpeft.methods.lora.linear import matrix_factors
 from graphpeft.rewrite import ParameterSpec, WeightRule
 from graphpeft.sites import LeafSite
@@ -32,6 +32,10 @@ class LoraLeaf(WeightRule):
 
     drops: bool
 
+    def check(self, site: LeafSite, config: Any) -> str | None:
+        """Refuses what needs a weight."""
+        return refused_unless_plain(config, "the call of a module")
+
     def parameters(self, site: LeafSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
         return matrix_factors(rank_of(site, config), site.out_features, site.in_features)
@@ -42,7 +46,7 @@ class LoraLeaf(WeightRule):
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws A and B as PEFT does."""
-        initialise(parameters, site, config)
+        draw(parameters, config.init_lora_weights, rank_of(site, config))
 
     def rewrite(
         self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any

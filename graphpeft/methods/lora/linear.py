@@ -1,6 +1,8 @@
 """LoRA at a linear operation.
 
-y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ
+    y = x Wᵀ + b + s · (dropout(x) Aᵀ Bᵀ + c)
+
+where c, the bias of B, is there with `lora_bias` alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, initialise, rank_of
+from graphpeft.methods.lora import initialisation
+from graphpeft.methods.lora.factors import (
+    bias_change,
+    bias_parameter,
+    constants_of,
+    input_of,
+    rank_of,
+    refused_bias,
+    refused_inside,
+    unmergeable_bias,
+)
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
@@ -32,29 +44,43 @@ class LoraLinear:
         flipped: Whether A and B are those of the weight's transpose.
         drops: Whether the branch has dropout.
         casts: Whether the dtype of A and B differs from the weight's.
+        has_bias: Whether B has a bias.
     """
 
     flipped: bool
     drops: bool
     casts: bool
+    has_bias: bool = False
 
     rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Every linear operation can be adapted."""
-        return None
+        """Refuses a bias of B where PEFT has none, and what an initialisation refuses."""
+        return (
+            refused_inside(site, config)
+            or refused_bias(site, config)
+            or initialisation.refused(site, config, self.flipped)
+        )
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns A and B."""
-        return matrix_factors(rank_of(site, config), *(reversed(site.shape) if self.flipped else site.shape))
+        """Returns A and B, and the bias of B if there is one."""
+        rows, columns = reversed(site.shape) if self.flipped else site.shape
+        factors = matrix_factors(rank_of(site, config), rows, columns, initialisation.b_is_trained(config))
+        return {**factors, **bias_parameter(rows)} if self.has_bias else factors
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:
         """Returns the scale, and the probability of dropout if there is one."""
         return constants_of(site, config, self.drops)
 
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws A and B as PEFT does."""
-        initialise(parameters, site, config)
+    def replaces(self, site: Site, config: Any) -> bool:
+        """Tells whether A and B start with a part of the weight, which is then taken from it."""
+        return initialisation.takes_from_weight(config)
+
+    def initialise(
+        self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
+    ) -> Mapping[str, Tensor] | None:
+        """Gives A and B the values that PEFT gives them."""
+        return initialisation.initialise(parameters, site, config, module, self.flipped)
 
     def rewrite(
         self,
@@ -63,19 +89,26 @@ class LoraLinear:
         operation: Any,
         lora_A: Any,
         lora_B: Any,
+        lora_bias: Any,
         lora_scaling: Any,
         lora_dropout: Any,
         training: Any,
     ) -> Any:
         """Adds the branch to the operation's value."""
-        h = x.to(lora_A.dtype) if self.casts else x
-        if self.drops:
-            h = F.dropout(h, lora_dropout, training)
+        h = self.input_of(x, lora_A, lora_dropout, training)
+        result = torch.add(y, self.branch(h, operation, lora_A, lora_B, lora_bias), alpha=lora_scaling)
+        return result.to(y.dtype) if self.casts else result
+
+    def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:
+        """Returns what the branch is given."""
+        return input_of(x, lora_A, lora_dropout, training, self.drops, self.casts)
+
+    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
+        """Returns what A and B make of the branch's input, without the scale."""
         # an operation that multiplies by the matrix as A and B have it multiplies by them in turn
         is_product = operation.transposed != self.flipped
         product = h @ lora_B @ lora_A if is_product else F.linear(F.linear(h, lora_A), lora_B)
-        result = torch.add(y, product, alpha=lora_scaling)
-        return result.to(y.dtype) if self.casts else result
+        return product if lora_bias is None else product + lora_bias
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -84,6 +117,8 @@ class LoraLinear:
 
     def joined(self, rules: Sequence[Any]) -> LoraLinear | None:
         """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        if self.has_bias:
+            return None
         own = dataclasses.replace(self, drops=False, casts=False)
         if any(
             type(rule) is not LoraLinear or dataclasses.replace(rule, drops=False, casts=False) != own for rule in rules
@@ -114,10 +149,10 @@ class LoraLinear:
         return result.to(y.dtype) if self.casts else result
 
     def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
+        """Refuses a bias of B where the operation adds none."""
+        return unmergeable_bias(site, self.has_bias)
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
 
@@ -125,13 +160,17 @@ class LoraLinear:
         """Returns a change of the weight as the matrix B A."""
         return delta.mT if self.flipped else delta
 
+    def bias_delta(self, lora_bias: Any, lora_scaling: Any) -> Any:
+        """Returns s c, if B has a bias."""
+        return bias_change(lora_bias, lora_scaling)
+
 
 @functools.lru_cache(maxsize=1024)
-def matrix_factors(rank: int, rows: int, columns: int) -> Mapping[str, ParameterSpec]:
+def matrix_factors(rank: int, rows: int, columns: int, b_is_trained: bool = True) -> Mapping[str, ParameterSpec]:
     """Returns A and B for a weight of shape (rows, columns)."""
     return {
         "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
-        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight"),
+        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight", is_trained=b_is_trained),
     }
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, initialise, rank_of, refused_dropout
+from graphpeft.methods.lora import initialisation
+from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_bias, refused_dropout, refused_inside
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
@@ -36,28 +37,36 @@ class LoraMatrix:
     rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses what is no matrix, and dropout."""
+        """Refuses what is no matrix, dropout, a bias of B, and what an initialisation refuses."""
         if len(site.shape) != 2:
             return f"its {site.attribute} is no matrix, as LoRA's change is, but has the shape {site.shape}"
-        return refused_dropout(site, config)
+        reason = refused_inside(site, config) or refused_dropout(site, config) or refused_bias(site, config)
+        return reason or initialisation.refused(site, config, self.flipped)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
-        return matrix_factors(rank_of(site, config), *(reversed(site.shape) if self.flipped else site.shape))
+        rows, columns = reversed(site.shape) if self.flipped else site.shape
+        return matrix_factors(rank_of(site, config), rows, columns, initialisation.b_is_trained(config))
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:
         """Returns the scale."""
         return constants_of(site, config)
 
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws A and B as PEFT does."""
-        initialise(parameters, site, config)
+    def replaces(self, site: Site, config: Any) -> bool:
+        """Tells whether A and B start with a part of the weight, which is then taken from it."""
+        return initialisation.takes_from_weight(config)
+
+    def initialise(
+        self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
+    ) -> Mapping[str, Tensor] | None:
+        """Gives A and B the values that PEFT gives them."""
+        return initialisation.initialise(parameters, site, config, module, self.flipped)
 
     def unmergeable(self, site: Site) -> str | None:
         """Every change can be merged."""
         return None
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
 
@@ -77,8 +86,9 @@ class LoraExperts:
     transposed: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses dropout."""
-        return refused_dropout(site, config)
+        """Refuses dropout, a bias of B, and initialisations of a single matrix."""
+        reason = refused_dropout(site, config) or refused_bias(site, config)
+        return reason or initialisation.refused_unless_random(config, "a stack of matrices")
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -92,7 +102,7 @@ class LoraExperts:
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws A and B as PEFT does."""
-        initialise(parameters, site, config)
+        draw(parameters, config.init_lora_weights, rank_of(site, config))
 
     def unmergeable(self, site: Site) -> str | None:
         """Every change can be merged."""

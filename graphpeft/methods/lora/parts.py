@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, draw_as_layer, rank_of, scaling_of
+from graphpeft.methods.lora.factors import constants_of, draw_as_layer, rank_of, refused_unless_plain, scaling_of
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.parts import Runs
 from graphpeft.rewrite import FileForm, ParameterSpec
@@ -45,7 +45,10 @@ class LoraParts:
     casts: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses rows that the weight doesn't have, and rows in several parts."""
+        """Refuses rows that the weight doesn't have, rows in several parts, and what is for whole layers."""
+        reason = refused_unless_plain(config, "a part of one")
+        if reason is not None:
+            return reason
         features = site.shape[1] if self.flipped else site.shape[0]
         runs = sorted(run for part in self.parts for run in part)
         for first, behind in runs:

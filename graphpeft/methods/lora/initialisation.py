@@ -1,0 +1,136 @@
+"""Gives A and B their first values, by what the config's `init_lora_weights` names.
+
+Where a part of the weight is taken for them, the module reads a frozen stand-in without it while the adapter acts; its
+own weight stays as it is. The stand-in isn't saved: where a file is loaded, it follows from the weight again, as in
+PEFT, which changes the weight itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft import ops
+from graphpeft.methods.lora.beginning import Beginning, Initialisation
+from graphpeft.methods.lora.corda import Corda
+from graphpeft.methods.lora.eva import Eva
+from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scaling_of
+from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
+from graphpeft.methods.lora.lora_ga import LoraGa
+from graphpeft.sites import Site
+
+RANDOM = (True, False, "gaussian")
+"""Values of `init_lora_weights` that look at no weight."""
+
+_BY_NAME: dict[str, Initialisation] = {
+    "pissa": Pissa(),
+    "olora": Olora(),
+    "mica": Mica(),
+    "orthogonal": Orthogonal(),
+    "corda": Corda(),
+    "lora_ga": LoraGa(),
+    "eva": Eva(),
+}
+_NOT_YET = {
+    "loftq": "it takes the weight's rounding from quantisation by bitsandbytes, which isn't used here",
+}
+_WITH_STEPS = re.compile(r"pissa_niter_(\d+)")
+
+
+def initialisation_of(kind: bool | str) -> Initialisation | None:
+    """Returns what the config's `init_lora_weights` means, or None for random values.
+
+    Raises:
+        ValueError: If it means nothing.
+    """
+    if kind in RANDOM:
+        return None
+    steps = _WITH_STEPS.fullmatch(str(kind))
+    found = Pissa(int(steps[1])) if steps else _BY_NAME.get(str(kind))
+    if kind in _NOT_YET:
+        raise ValueError(f"init_lora_weights={kind!r} is not supported: {_NOT_YET[str(kind)]}")
+    if found is None:
+        known = ", ".join(map(repr, (*RANDOM, *_BY_NAME, "pissa_niter_<steps>")))
+        raise ValueError(f"init_lora_weights={kind!r} is not supported; choose one of {known}")
+    return found
+
+
+def takes_from_weight(config: Any) -> bool:
+    """Tells whether the first B A is taken from the weight."""
+    found = initialisation_of(config.init_lora_weights)
+    return found is not None and found.takes_from_weight
+
+
+def b_is_trained(config: Any) -> bool:
+    """Tells whether B is trained."""
+    found = initialisation_of(config.init_lora_weights)
+    return found is None or found.b_is_trained
+
+
+def refused(site: Site, config: Any, flipped: bool) -> str | None:
+    """Returns the reason why the config's initialisation can't be done at a matrix, or None."""
+    found = initialisation_of(config.init_lora_weights)
+    if found is None:
+        return None
+    if found.is_measured and not (site.is_layer and site.layout is ops.Linear):
+        return f"init_lora_weights={config.init_lora_weights!r} is measured on linear layers, which it is none of"
+    if not site.dtype.is_floating_point:
+        return f"init_lora_weights={config.init_lora_weights!r} looks at its values, which are {site.dtype}"
+    rows, columns = reversed(site.shape) if flipped else site.shape
+    return found.refused((rows, columns), rank_of(site, config), scaling_of(site, config))
+
+
+def refused_of_embedding(site: Site, config: Any) -> str | None:
+    """Returns the reason why the config's initialisation can't be done at an embedding, or None."""
+    if config.init_lora_weights == "mica":
+        return refused(site, config, flipped=True)
+    return refused_unless_random(config, "an embedding")
+
+
+def refused_unless_random(config: Any, what: str) -> str | None:
+    """Returns the reason why the config's initialisation can't be done where there is no matrix, or None."""
+    if config.init_lora_weights in RANDOM:
+        return None
+    return f"init_lora_weights={config.init_lora_weights!r} is for linear weights, and it is {what}"
+
+
+def initialise(
+    parameters: Mapping[str, Tensor], site: Site, config: Any, module: nn.Module, flipped: bool
+) -> Mapping[str, Tensor] | None:
+    """Gives A and B of a matrix their first values, as PEFT does, so that equal seeds give equal values.
+
+    Args:
+        parameters: `lora_A`, `lora_B`, and `lora_bias` if there is one; filled in place.
+        site: Their site.
+        config: The config.
+        module: The module that has the weight.
+        flipped: Whether A and B are those of the weight's transpose.
+
+    Returns:
+        The weight without B A, by its name, if that is taken from it.
+    """
+    found, rank = initialisation_of(config.init_lora_weights), rank_of(site, config)
+    if found is None:
+        draw(parameters, config.init_lora_weights, rank)
+        return None
+    draw_as_layers(parameters)
+    weight, scaling = weight_of(site, module), scaling_of(site, config)
+    weight = weight.T if flipped else weight
+    A, B = found.factors(Beginning(weight, rank, scaling, parameters["lora_A"], module, config))
+    parameters["lora_A"].copy_(A)
+    parameters["lora_B"].copy_(B)
+    if not found.takes_from_weight:
+        return None
+    left = weight - scaling * B @ A
+    return {site.attribute: (left.T if flipped else left).contiguous()}
+
+
+def weight_of(site: Site, module: nn.Module) -> Tensor:
+    """Returns the values of a weight, in single precision at least."""
+    weight = module._parameters[site.attribute]
+    assert weight is not None
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

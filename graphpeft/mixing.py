@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -28,6 +27,7 @@ from graphpeft import in_place, rewrite
 from graphpeft.adapters import Adapter, Adapters, Modules
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
+from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of
@@ -220,12 +220,10 @@ def mixed(
     _refuse(adapters, names)
     wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
     runners = _runners(modules, adapters, wanted)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _take_along_in_checkpoints()
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return _with(Rows(runners, by_count))
+    return taken_along(functools.partial(_with, Rows(runners, by_count)))
 
 
 def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
@@ -459,7 +457,7 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters)
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)})
-            with _with(own):
+            with taken_along(functools.partial(_with, own)):
                 results.append(forward_with(name)(module, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)
 
@@ -482,43 +480,3 @@ def _together(results: list[Any], groups: list[list[int]], region: str) -> Any:
         return torch.cat(parts)[order.to(parts[0].device)]
 
     return pytree.tree_map(gather, results[0], *results[1:])
-
-
-# checkpoints
-
-
-def _take_along_in_checkpoints() -> None:
-    """Lets a function that a checkpoint runs again in the backward have the rows of its first run.
-
-    The call is over by then, and another may have begun; PyTorch keeps generators and autocast for it, but nothing of
-    ours. Both of its ways call the function through these two names. Without rows, they are what they were.
-    """
-    checkpoint: Any = torch.utils.checkpoint
-    if getattr(checkpoint, "_graphpeft_rows", False):
-        return
-    run_again, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
-
-    @functools.wraps(run_again)
-    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return run_again(_bound(function), *args, **kwargs)
-
-    class Reentrant(reentrant):
-        @classmethod
-        def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
-            return reentrant.apply(_bound(function), *args)
-
-    checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction = generator, Reentrant
-    checkpoint._graphpeft_rows = True
-
-
-def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    rows = _PRESENT.rows
-    if rows is None:
-        return function
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _with(rows):
-            return function(*args, **kwargs)
-
-    return run

@@ -28,7 +28,7 @@ from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.own_forward import call_on_weights, call_through
-from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.source import ANY, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, split_inputs, stands_for
 
 
@@ -47,6 +47,7 @@ class Site(NamedTuple):
         transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
         is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
         groups: Into how many groups a convolution's features are divided.
+        shortens: Whether an embedding shortens the rows that it reads.
         parts: The rows of the parts of a fused projection that are adapted, if not all of it is.
         named: The module whose name stands for several weights, of which this is one; None for other weights.
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
@@ -64,6 +65,7 @@ class Site(NamedTuple):
     transposed: bool
     is_layer: bool
     groups: int = 1
+    shortens: bool = False
     parts: tuple[Runs, ...] = ()
     named: str | None = None
     redrawn: tuple[Site, ...] = ()
@@ -438,7 +440,8 @@ class SiteFinder:
         if path is None or path not in self._may_read:
             return []
         uses = uses_in_forward(in_place.original_class(self.modules[path]))
-        if attribute not in uses.read_elsewhere and inside not in uses.read:
+        may_be_any = ANY in uses.read_elsewhere or _holds_readers(self.modules[path])
+        if not may_be_any and attribute not in uses.read_elsewhere and inside not in uses.read:
             return []
         template = self._template(path)
         if template is not None:
@@ -482,7 +485,8 @@ class SiteFinder:
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site | str:
         if uses.is_called_beside:
-            return f"its {attribute} is used in {', '.join(uses.others)}, and its module is called as well"
+            using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
+            return f"its {attribute} is {using}, and its module is called as well"
         if uses.is_unused:
             return f"no output depends on what is computed with its {attribute}"
         module = self.modules[owner]
@@ -501,6 +505,7 @@ class SiteFinder:
             transposed=_is_stored_transposed(module, weight, kind, uses),
             is_layer=kind is not None,
             groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else uses.groups,
+            shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )
 
@@ -578,6 +583,7 @@ class _WeightUses(NamedTuple):
         nodes: The names of the operations that use it, in each graph; or of the nodes that read it.
         transposed: Whether the first of them reads it as (in, out).
         groups: Into how many groups they divide their features.
+        shortens: Whether one of them shortens the rows that it reads.
         others: What else uses it.
         is_called_beside: Whether it is used by calls of its module and in another way, too.
         is_unused: Whether nothing that is computed with it reaches an output.
@@ -588,6 +594,7 @@ class _WeightUses(NamedTuple):
     nodes: tuple[tuple[str, ...], ...]
     transposed: bool
     groups: int
+    shortens: bool
     others: tuple[str, ...]
     is_called_beside: bool
     is_unused: bool
@@ -624,7 +631,8 @@ def _uses_of(
     transposed = bool(all_own) and all_own[0].transposed
     biases = {op.bias for op in all_own} if is_of_one_kind else set()
     bias = biases.pop() if len(biases) == 1 else None
-    return _WeightUses(op, nodes, transposed, groups, others, is_called_beside, is_unused, bias)
+    shortens = any(isinstance(op, ops.Embedding) and op.shortens for op in all_own)
+    return _WeightUses(op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias)
 
 
 def _number(value: Any, module: nn.Module) -> int:
@@ -669,15 +677,24 @@ def _is_stored_transposed(module: nn.Module, weight: torch.Tensor, kind: type | 
 def _readers(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
     """Returns, by owner and name, the weights that modules around their owner read, with the paths of these modules."""
     found: dict[tuple[str, str], list[str]] = {}
+    paths = {id(module): path for path, module in modules.items()}
     for path, module in modules.items():
         if _runs_graph(module) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
         for read in uses_in_forward(in_place.original_class(module)).read:
             inside, _, name = read.rpartition(".")
-            owner = join(path, inside)
-            if inside and owner in modules and name in modules[owner]._parameters:
-                found.setdefault((owner, name), []).append(path)
+            owner = _inside(module, inside)
+            # a module in several places is known by its first one
+            if owner is not None and inside and name in owner._parameters:
+                found.setdefault((paths[id(owner)], name), []).append(path)
     return found
+
+
+def _inside(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -687,9 +704,25 @@ def _may_read(modules: Mapping[str, nn.Module]) -> set[str]:
         if _runs_graph(module) or not module._modules or _is_off(module):
             continue
         uses = uses_in_forward(in_place.original_class(module))
-        if uses.read_elsewhere or any(join(path, read) in modules for read in uses.read):
+        if uses.read_elsewhere or _holds_readers(module) or any(join(path, read) in modules for read in uses.read):
             found.add(path)
     return found
+
+
+def _holds_readers(module: nn.Module) -> bool:
+    """Tells whether a module holds parameters in lists and the like, or closures, by which it may read others'."""
+    waiting = [value for name, value in module.__dict__.items() if name not in _TABLES]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, nn.Parameter) or (inspect.isfunction(value) and value.__closure__):
+            return True
+    return False
+
+
+_TABLES = frozenset(vars(nn.Module()))
+"""What every module has: its parameters, its submodules, its hooks."""
 
 
 def _runs_graph(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ module, or a graph. An adapter may have some rows of a table alone: then ``modul
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -67,6 +68,27 @@ def read_own(module: nn.Module) -> None:
     in_place.take_off(module, "tensors")
 
 
+def stands_in(module: nn.Module, name: str) -> bool:
+    """Tells whether `module` reads another tensor in place of its own one of this name."""
+    return any(name in layer.namespace for layer in in_place.layers_of(module) if layer.kind == "tensors")
+
+
+@contextlib.contextmanager
+def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Makes `module` read `tensor` for a while, where another tensor stands in for its own one of this name."""
+    before = module.__dict__.get(_FOR_NOW, {})
+    module.__dict__[_FOR_NOW] = {**before, name: tensor}
+    try:
+        yield
+    finally:
+        module.__dict__[_FOR_NOW] = before
+        if not before:
+            del module.__dict__[_FOR_NOW]
+
+
+_FOR_NOW = "_graphpeft_read_for_now"
+
+
 def own_and_stand_in(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields each tensor of `module` among `names` with its stand-in."""
     for name in names:
@@ -100,18 +122,22 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         original: Any = in_place.original_class(module)
         original.__setattr__(module, names.get(name, name), value)
 
-    namespace: dict[str, Any] = {own: property(functools.partial(_read, other)) for own, other in pairs}
+    namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
     if rows:
         namespace["weight"] = property(functools.partial(_read_with_rows, rows))
     namespace["__setattr__"] = assign
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
 
 
-def _read(name: str, module: nn.Module) -> torch.Tensor:
-    return getattr(module, name)
+def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
+    now = module.__dict__.get(_FOR_NOW)
+    return now[own] if now is not None and own in now else getattr(module, other)
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
+    now = module.__dict__.get(_FOR_NOW)
+    if now is not None and "weight" in now:
+        return now["weight"]
     table = module._parameters["weight"]
     assert table is not None
     for name, indices in rows:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import GPT2, tiny_classifier
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from graphpeft import (
     AdaptError,
@@ -734,3 +735,105 @@ def test_a_second_adapter_goes_onto_a_module_that_is_called_on_its_weights():
     assert torch.equal(model(X), first)
     model.set_adapter(["default", "second"])
     laws.require_close(model.merge_and_unload(adapter_names=["default", "second"])(X), both, 1e-5, "both merged")
+
+
+# readers whose source doesn't say which weight they read
+
+
+class Hidden(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.inner: Any = nn.ModuleDict({"l": nn.Linear(4, 4)})
+        self.weights = [self.inner["l"].weight]
+        self.read = read
+        self.by_closure = lambda x: F.linear(x, self.inner["l"].weight)
+
+    def forward(self, x):
+        if self.read == "getattr":
+            return F.linear(x, getattr(self.inner["l"], "weight"))  # noqa: B009
+        if self.read == "list":
+            return F.linear(x, self.weights[0])
+        if self.read == "closure":
+            return self.by_closure(x)
+        return F.linear(x, dict(self.named_parameters())["inner.l.weight"])
+
+
+@pytest.mark.parametrize("read", ["getattr", "list", "closure", "named_parameters"])
+def test_a_weight_that_is_read_in_a_hidden_way_is_adapted_or_refused(read):
+    model: Any = nn.Sequential(Hidden(read))
+    base = model(X)
+    try:
+        get_peft_model(model, lora("l", init_lora_weights=False))
+    except AdaptError:
+        assert torch.equal(model(X), base)
+        return
+    adapted = model(X)
+    assert not torch.allclose(adapted, base)
+    # in place, since a copy's closure reads the weight of the original
+    laws.require_close(model.merge_and_unload()(X), adapted, 1e-5, "merged and adapted")
+
+
+def test_a_layer_in_two_readers_is_refused():
+    shared = nn.Linear(4, 4)
+    first, second = (module_of(lambda self, x: F.linear(x, self.l.weight), l=shared) for _ in range(2))
+    with pytest.raises(AdaptError, match="its weight is read by several modules: 0, 1"):
+        get_peft_model(nn.Sequential(first, second), lora("l"))
+
+
+# modules that are called on their weights
+
+
+class Opaque(nn.Module):
+    """Decides on values, so that it can't be traced, and reads the weight of a layer inside; may checkpoint that."""
+
+    def __init__(self, reentrant: bool | None = None):
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = x * 1.5
+
+        def run(t):
+            return F.linear(t, self.l.weight).tanh()
+
+        return run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
+
+
+def gradients_of(reentrant: bool | None) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 4), Opaque(reentrant), nn.Linear(4, 4))
+    get_peft_model(model, lora("0", "l", init_lora_weights=False))
+    model(X).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_what_is_checkpointed_in_a_module_that_is_called_on_its_weights_has_its_gradients():
+    laws.require_close(gradients_of(False), gradients_of(None), 1e-6, "the gradients")
+
+
+def test_an_adapter_acts_on_a_weight_that_another_one_trains_whole():
+    model: Any = nn.Sequential(Opaque(), nn.Linear(4, 4))
+    get_peft_model(model, lora("l"))
+    model.add_adapter("whole", lora("1", modules_to_save=["l"]))
+    model.set_adapter(["default", "whole"])
+    before = model(X)
+    with torch.no_grad():
+        model[0].l.lora_B_default.add_(1)
+    assert not torch.allclose(model(X), before)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"sparse": True}])
+def test_embeddings_with_options_are_merged_rightly_or_not_at_all(options):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(8, 4, **options))
+    get_peft_model(model, lora("0", init_lora_weights=False))
+    ids = torch.arange(8)
+    model(ids).sum().backward()
+    if "max_norm" in options:
+        with pytest.raises(AdaptError, match="shortened to max_norm"):
+            model.merge_and_unload()
+    else:
+        adapted = model(ids)
+        laws.require_close(model.merge_and_unload()(ids), adapted, 1e-6, "merged and adapted")

@@ -168,6 +168,18 @@ def deleting(self, x):
     return x
 
 
+def growing(self, x):
+    if x.shape[1] > self.most:
+        self.most = x.shape[1]
+    return x * self.most
+
+
+def remembering_a_weight(self, x):
+    if self.start is None:
+        self.start = self.w * 1
+    return x + (self.w - self.start)
+
+
 class Counter:
     """An object of a user's class, which is no module."""
 
@@ -186,6 +198,8 @@ def counting_elsewhere(self, x):
         (once, {"first": True}, "first"),
         (initialising, {"done": False, "scale": torch.ones(())}, "done"),
         (deleting, {"start": 5.0}, "start"),
+        (growing, {"most": 0}, "most"),
+        (remembering_a_weight, {"start": None, "w": nn.Parameter(torch.ones(8))}, "start"),
         (counting, {"count": 0}, "count"),
         (counting, {"count": torch.zeros(())}, "count"),
         (remembering, {"last": None}, "last"),
@@ -197,6 +211,8 @@ def counting_elsewhere(self, x):
         "a first time",
         "first values",
         "a deletion",
+        "a largest size",
+        "a weight of once",
         "a number",
         "a buffer",
         "a value",

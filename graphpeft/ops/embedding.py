@@ -47,9 +47,15 @@ class Embedding:
         """What the operation is called in sites and tags."""
         return self.node.name
 
-    def apply(self, x: Any, weight: Any) -> Any:
-        """Returns the rows of another table at other indices, with the options of this one."""
-        return F.embedding(x, weight, **{name: in_graph(value, x) for name, value in self.options.items()})
+    @property
+    def shortens(self) -> bool:
+        """Whether rows that are too long are shortened when they are read."""
+        return self.options.get("max_norm") is not None
+
+    def apply(self, x: Any, weight: Any, **options: Any) -> Any:
+        """Returns the rows of another table at other indices, with the options of this one or others in their place."""
+        own = {name: in_graph(value, x) for name, value in self.options.items()}
+        return F.embedding(x, weight, **own | options)
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:

@@ -6,9 +6,10 @@ forward run on what has become of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ import torch.fx as fx
 from torch import nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from graphpeft import in_place
+from graphpeft import in_place, stand_ins
+from graphpeft.recomputing import taken_along
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import OWN_FORWARD, Template
@@ -111,9 +113,24 @@ def call(
 def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Tensor]) -> Callable[..., Any]:
     """Returns a module's own forward as one that reads `tensors`, by their paths, in place of the module's own."""
     module: nn.Module = own_forward.args[0]
+    swap = functools.partial(_reading, module, tensors)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _reparametrize_module(module, tensors):
+        with swap() if torch.compiler.is_compiling() else taken_along(swap):
             return own_forward(*args, **kwargs)
 
     return forward
+
+
+@contextlib.contextmanager
+def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Lets `module`, and those inside it, read `tensors`, by their paths, in place of what they read otherwise."""
+    with contextlib.ExitStack() as stack:
+        own = dict(tensors)
+        for path in tensors:
+            owner_path, _, name = path.rpartition(".")
+            owner = module.get_submodule(owner_path)
+            if stand_ins.stands_in(owner, name):
+                stack.enter_context(stand_ins.read_for_now(owner, name, own.pop(path)))
+        stack.enter_context(_reparametrize_module(module, own))
+        yield

@@ -5,7 +5,7 @@ The forward is recorded a second time, from the state in which the first time ha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.fx as fx
@@ -104,12 +104,34 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
     # the second graph reads what the first call has left: it must compute the same from it as the first one did
     if not computes_the_same(graph, again.graph, again.of_the_state):
         return list(left)
+    if _orders_the_state(again, comes_from_the_state):
+        return list(left)
     return [attribute for attribute, value in left.items() if _varies(value)]
 
 
 def _varies(value: Any) -> bool:
-    """Tells whether what a call leaves in an attribute comes from its arguments, or from random numbers."""
-    return any(state.varies(node) for proxy in state.proxies_in(value) for node in state.above(proxy.node))
+    """Tells whether what a call leaves in an attribute may be another thing than a later call would leave.
+
+    It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
+    which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
+    """
+    nodes = [node for proxy in state.proxies_in(value) for node in state.above(proxy.node)]
+    is_cache = isinstance(value, dict)
+    return any(state.varies(node) or (not is_cache and state.is_trained(node)) for node in nodes)
+
+
+def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node], bool]) -> bool:
+    """Tells whether the second recording asked if something is more or less than what the first one has left.
+
+    So do caches that only grow, and sizes that only shrink: what they hold is that of the largest call so far.
+    """
+    assert again.graph is not None
+    return any(_is_ordering(node) and comes_from_the_state(node) for node in again.graph.nodes)
+
+
+def _is_ordering(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op.startswith("call_") and name.strip("_") in ("lt", "le", "gt", "ge")
 
 
 def _around(called: Collection[str], paths: list[str]) -> str:

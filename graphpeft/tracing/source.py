@@ -22,6 +22,10 @@ ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_g
 """What code asks of a tensor without using its values."""
 
 
+ANY = "*"
+"""In place of the name of an attribute: it may be any."""
+
+
 class Uses(NamedTuple):
     """What a forward, and the methods that it calls on ``self``, use of the module.
 
@@ -140,11 +144,31 @@ def _paths(tree: ast.AST) -> list[tuple[str, bool]]:
     found = []
     for node in ast.walk(tree):
         parent = around.get(id(node))
+        if isinstance(node, ast.Call) and _is_getattr(node):
+            found += [(f"*.{name}", False) for name in _names_asked_for(node)]
+        if isinstance(node, ast.Attribute) and node.attr in _ALL_OF_THEM:
+            found.append((f"*.{ANY}", False))
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # only whole paths
         if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
             found.append((_path(node), isinstance(parent, ast.Call) and parent.func is node))
     return found
+
+
+def _is_getattr(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
+
+
+def _names_asked_for(node: ast.Call) -> list[str]:
+    name = node.args[1]
+    if not isinstance(name, ast.Constant):
+        return [ANY]
+    # of self, an attribute that isn't a module's weight
+    return [] if isinstance(node.args[0], ast.Name) and node.args[0].id == "self" else [str(name.value)]
+
+
+_ALL_OF_THEM = frozenset(("parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"))
+"""Methods and attributes of modules that give whichever parameters there are."""
 
 
 def _path(node: ast.Attribute) -> str:

@@ -269,6 +269,12 @@ def varies(node: fx.Node) -> bool:
     return node.op != "get_attr" and is_random(name)
 
 
+def is_trained(node: fx.Node) -> bool:
+    """Tells whether a node reads a tensor of a module that training may change."""
+    value = node.meta.get(VALUE)
+    return node.op == "get_attr" and (isinstance(value, nn.Parameter) or getattr(value, "requires_grad", False))
+
+
 def is_random(name: str) -> bool:
     """Tells by its name whether a function draws random numbers."""
     return _RANDOM.search(name) is not None

@@ -76,11 +76,12 @@ class LoraEmbedding:
 
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
         """Returns what A and B make of the indices, without the scale."""
-        return operation.apply(h, lora_A.T) @ lora_B.T
+        # A isn't a leaf of its own, to which a sparse gradient could go
+        return operation.apply(h, lora_A.T, sparse=False) @ lora_B.T
 
     def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
+        """Refuses tables whose rows are shortened as they are read: those of the sum, and not each by itself."""
+        return "its rows are shortened to max_norm, the table's and A's each by itself" if site.shortens else None
 
     def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ."""

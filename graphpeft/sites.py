@@ -28,7 +28,7 @@ from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.own_forward import call_on_weights, call_through
-from graphpeft.tracing.source import ANY, uses_in_forward
+from graphpeft.tracing.source import ANY, methods_reading, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, split_inputs, stands_for
 
 
@@ -514,8 +514,7 @@ class SiteFinder:
         if region != owner or _runs_graph(self.modules[region]):
             return
         cls = in_place.original_class(self.modules[region])
-        methods = uses_in_forward(cls).read.get(attribute, set())
-        public = sorted(name for name in methods if name != "forward" and not name.startswith("_"))
+        public = sorted(name for name in methods_reading(cls, attribute) if name != "forward" and name[0] != "_")
         if public:
             warnings.warn(
                 f"{cls.__name__}.{public[0]} uses {attribute}: the adapter acts where the forward calls it, and not "

@@ -837,3 +837,20 @@ def test_embeddings_with_options_are_merged_rightly_or_not_at_all(options):
     else:
         adapted = model(ids)
         laws.require_close(model.merge_and_unload()(ids), adapted, 1e-6, "merged and adapted")
+
+
+def test_a_method_that_the_forward_does_not_call_is_warned_of():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = weight()
+
+        def decode(self, x):
+            return x @ self.w.T
+
+        def forward(self, x):
+            return x @ self.w
+
+    model = module_of(lambda self, x: self.a.decode(self.a(x)), a=Tied())
+    with pytest.warns(UserWarning, match=r"Tied\.decode uses w: the adapter acts where the forward"):
+        get_peft_model(model, lora("a.w"))

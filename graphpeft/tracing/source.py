@@ -113,6 +113,18 @@ def _tree(method: object) -> ast.AST | None:
         return None
 
 
+@functools.cache
+def methods_reading(cls: type, attribute: str) -> frozenset[str]:
+    """Returns the names of `cls`'s methods that read an attribute of ``self``, called by its forward or not."""
+    names = {name for base in cls.__mro__ for name, value in vars(base).items() if inspect.isfunction(value)}
+    trees = {name: tree for name in names if (tree := _tree(getattr(cls, name, None))) is not None}
+    return frozenset(name for name, tree in trees.items() if _reads(tree, attribute))
+
+
+def _reads(tree: ast.AST, attribute: str) -> bool:
+    return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in _paths(tree))
+
+
 def _question_of_class(tree: ast.AST) -> str | None:
     arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} - {"self"}
 

@@ -116,7 +116,9 @@ def _tree(method: object) -> ast.AST | None:
 @functools.cache
 def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     """Returns the names of `cls`'s methods that read an attribute of ``self``, called by its forward or not."""
-    names = {name for base in cls.__mro__ for name, value in vars(base).items() if inspect.isfunction(value)}
+    of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+    names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
+    names.discard("reset_parameters")  # by convention what fills the weights, before anything adapts them
     trees = {name: tree for name in names if (tree := _tree(getattr(cls, name, None))) is not None}
     return frozenset(name for name, tree in trees.items() if _reads(tree, attribute))
 

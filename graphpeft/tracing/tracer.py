@@ -24,13 +24,14 @@ from torch import nn
 
 from graphpeft import in_place
 from graphpeft.paths import join
-from graphpeft.tracing import guards, patches, state
+from graphpeft.tracing import guards, patches
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
 from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.settling import changing_modules
 from graphpeft.tracing.source import uses_in_forward
@@ -54,6 +55,10 @@ def _of_the_arguments(node: fx.Node) -> bool:
         container = container.args[0]
     is_argument = isinstance(container, fx.Node) and container.op == "placeholder"
     return is_argument and not isinstance(container.meta.get(VALUE), torch.Tensor | torch.Size)
+
+
+class _RecordAgain(BaseException):
+    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
 
 
 class ValueTracer(fx.Tracer):
@@ -101,7 +106,7 @@ class ValueTracer(fx.Tracer):
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
         self.examples.given = {}
-        self.assigners: dict[state.Attribute, list[str]] = {}
+        self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
 
     # the trace
@@ -168,6 +173,9 @@ class ValueTracer(fx.Tracer):
                 with self.examples.real_calls(makes_tensors=False):
                     changed = recording.before.changed()
                 changing = changing_modules(self, root, graph, changed) if changed else {}
+        except _RecordAgain:
+            self.kept = kept
+            return None
         except DrawsNumbersError:
             if self._watches_draws:
                 raise
@@ -179,16 +187,17 @@ class ValueTracer(fx.Tracer):
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
-            before = recording.before
-            self.not_kept |= dict.fromkeys(
-                join(paths[before.owner(attribute)], attribute.name) for attribute in changed
-            )
+            for attribute in changed:
+                owner = recording.before.owners(attribute)[0]
+                is_own = attribute.holder.key == id(owner)
+                name = join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
+                self.not_kept[name] = None
         return graph if not changing else None
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self.assigners.setdefault(state.Attribute(module, name), []).append(path)
+        self.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -333,19 +342,25 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             if not self._has_values:
                 raise
+            if self._changed_inside(m):
+                # who has changed it, the module itself or another one before, shows if its code isn't run
+                self._changing[path] = str(error)
+                raise _RecordAgain from error
             self._forget_after(before)
             return self._kept(m, path, str(error), args, kwargs)
 
-    def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Records one call of a submodule, without what was recorded of its code."""
-        inside = set(m.modules())
-        for (module, name), writers in self.assigners.items():
-            if module in inside and any(not f"{writer}.".startswith(f"{path}.") for writer in writers):
-                raise TraceError(
-                    f"self.{name} is assigned to a {type(module).__name__} that stays a call, which a graph can't hold"
-                )
+    def _changed_inside(self, m: nn.Module) -> list[Attribute]:
+        """Returns what the recording has changed so far of all that a submodule's forward can reach."""
         assert self.recording is not None
-        self.recording.before.put_back(m)
+        with self.examples.real_calls(makes_tensors=False):
+            return self.recording.before.changed(m)
+
+    def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Records one call of a submodule, whose code has changed nothing."""
+        for attribute in self._changed_inside(m):
+            what = attribute.holder.described(attribute.name, m)
+            kind = type(m).__name__
+            raise TraceError(f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold")
         self.kept[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 

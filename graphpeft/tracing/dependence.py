@@ -1,0 +1,57 @@
+"""What a node's value depends on: the nodes that it is computed from, and what of these may be another in each run."""
+
+from __future__ import annotations
+
+import re
+
+import torch.fx as fx
+from torch import nn
+
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
+from graphpeft.tracing.source import ABOUT
+
+
+def above(node: fx.Node) -> set[fx.Node]:
+    """Returns the nodes from whose values that of `node` is computed, `node` among them."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.add(source)
+            waiting += used_by(source)
+    return found
+
+
+def used_by(node: fx.Node) -> list[fx.Node]:
+    """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
+    about = node.args[1] if node.target is getattr else node.target
+    if about in ABOUT:
+        return []
+    asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
+    return [source for source in node.all_input_nodes if source not in asked]
+
+
+def varies(node: fx.Node) -> bool:
+    """Tells whether a node's value may be another one in each run: an argument, a random number, a module's result."""
+    if node.op == "placeholder" or node.op == "call_module":
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op != "get_attr" and is_random(name)
+
+
+def is_trained(node: fx.Node) -> bool:
+    """Tells whether a node reads a tensor of a module that training may change."""
+    value = node.meta.get(VALUE)
+    return node.op == "get_attr" and (isinstance(value, nn.Parameter) or getattr(value, "requires_grad", False))
+
+
+def is_random(name: str) -> bool:
+    """Tells by its name whether a function draws random numbers."""
+    return _RANDOM.search(name) is not None
+
+
+_RANDOM = re.compile(
+    r"rand|dropout|normal(?!ize)|uniform|bernoulli|multinomial|poisson|exponential|geometric|cauchy|rrelu"
+)

@@ -105,6 +105,7 @@ class ValueTracer(fx.Tracer):
         self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
+        self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
         self.examples.given = {}
         self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
@@ -288,7 +289,18 @@ class ValueTracer(fx.Tracer):
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):
             self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
-        return proxy if torch.is_grad_enabled() else self._without_grad(proxy)
+        if torch.is_grad_enabled():
+            return self._itself_written(args[0], proxy) if args and _gives_itself(proxy.node) else proxy
+        return self._without_grad(proxy)
+
+    def _itself_written(self, written: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
+        """Returns the very proxy that was written into, as an operation in place does, which now stands for the result.
+
+        So ``x.add_(1) is x``, and whoever has `x` sees what was written.
+        """
+        self._before_writes.append((written, written.node))
+        written.node = result.node
+        return written
 
     def _without_grad(self, proxy: fx.Proxy) -> fx.Proxy:
         """Records that no gradient goes through a value that is computed under ``torch.no_grad()``."""
@@ -381,6 +393,9 @@ class ValueTracer(fx.Tracer):
         while (last := next(iter(reversed(self.graph.nodes)))) is not node:
             self.graph.erase_node(last)
         alive = set(self.graph.nodes)
+        while self._before_writes and self._before_writes[-1][0].node not in alive:
+            written, before = self._before_writes.pop()
+            written.node = before
         self._decided = {key for key in self._decided if key[0] in alive}
         self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
         self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
@@ -525,6 +540,14 @@ def _tensor_of_the_module(node: Any) -> str | None:
     while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
         node = node.args[0]
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _gives_itself(node: fx.Node) -> bool:
+    """Tells whether a call returns the tensor that it was given first, having written into it."""
+    if not (writes(node.target) or node.kwargs.get("inplace") is True) or not isinstance(node.args[0], fx.Node):
+        return False
+    value = node.meta.get(VALUE)
+    return isinstance(value, torch.Tensor) and value is node.args[0].meta.get(VALUE)
 
 
 def _versions(node: fx.Node) -> list[int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch import nn
 
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
+from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.source import ABOUT
 
 
@@ -24,6 +27,20 @@ def above(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def above_with_writes(node: fx.Node) -> set[fx.Node]:
+    """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
+    writers = [(other, other.args[0]) for other in node.graph.nodes if other.args and writes(other.target)]
+    found: set[fx.Node] = set()
+    new = above(node)
+    while not new <= found:
+        found |= new
+        memory = {part for source in found for part in _memory(source)}
+        new = set().union(
+            *(above(writer) for writer, into in writers if isinstance(into, fx.Node) and _memory(into) & memory)
+        )
+    return found
+
+
 def used_by(node: fx.Node) -> list[fx.Node]:
     """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
     about = node.args[1] if node.target is getattr else node.target
@@ -31,6 +48,12 @@ def used_by(node: fx.Node) -> list[fx.Node]:
         return []
     asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
     return [source for source in node.all_input_nodes if source not in asked]
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Returns what tells the memory of a value's tensors from that of others; views share it."""
+    leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def varies(node: fx.Node) -> bool:

@@ -23,12 +23,11 @@ from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
 from graphpeft.tracing import guards, patches
-from graphpeft.tracing.dependence import above, varies
+from graphpeft.tracing.dependence import above_with_writes, varies
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.snapshot import unchanged
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ class Examples:
         Raises:
             TraceError: If it doesn't.
         """
-        sources = self._above_with_writes(node)
+        sources = above_with_writes(node)
         if any(map(_is_not_whole, sources)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
@@ -154,21 +153,6 @@ class Examples:
                     args, kwargs = map_arg((source.args, source.kwargs), value_of)
                     values[source] = self._computed(source, args, kwargs)
         return faked(values[node], self.fake)
-
-    def _above_with_writes(self, node: fx.Node) -> set[fx.Node]:
-        """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
-        sources: set[fx.Node] = set()
-        new = above(node)
-        while not new <= sources:
-            sources |= new
-            memory = {part for source in sources for part in _memory(source)}
-            written = (
-                (other, other.args[0]) for other in self._tracer.graph.nodes if writes(other.target) and other.args
-            )
-            new = set().union(
-                *(above(w) for w, into in written if isinstance(into, fx.Node) and _memory(into) & memory)
-            )
-        return sources
 
     def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
@@ -298,17 +282,6 @@ def _is_not_whole(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
     return varies(node)
-
-
-def _memory(node: fx.Node) -> set[int]:
-    """Returns what tells the memory of a value's tensors from that of others; views share it."""
-    leaves = pytree.tree_leaves(node.meta.get(VALUE))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-
-
-def _memory_written(node: fx.Node) -> set[int]:
-    written = node.args[0] if node.args else None
-    return _memory(written) if isinstance(written, fx.Node) else set()
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft.tracing import left as left_values
-from graphpeft.tracing.dependence import above, is_trained, varies
+from graphpeft.tracing.dependence import above_with_writes, is_trained, varies
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
@@ -65,7 +65,9 @@ def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, chan
     again = _recorded_again(tracer, root, changed)
     paths = {module: path for path, module in root.named_modules()}
     found: dict[str, str] = {}
-    for attribute in _unsettled(graph, left, again):
+    with tracer.examples.real_calls(makes_tensors=False):
+        unsettled = _unsettled(graph, left, again)
+    for attribute in unsettled:
         does = "assigns" if attribute in writers else "changes"
         for module in _inlined(before.owners(attribute), paths, called):
             what = f"{does} {attribute.holder.described(attribute.name, module)} for its next call"
@@ -107,7 +109,7 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
         return list(left)
 
     def comes_from_the_state(node: fx.Node) -> bool:
-        return not above(node).isdisjoint(again.of_the_state)
+        return not above_with_writes(node).isdisjoint(again.of_the_state)
 
     moved = [
         attribute
@@ -136,7 +138,7 @@ def _varies(value: Any) -> bool:
     It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
     which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
     """
-    nodes = [node for proxy in left_values.proxies_in(value) for node in above(proxy.node)]
+    nodes = [node for proxy in left_values.proxies_in(value) for node in above_with_writes(proxy.node)]
     is_cache = isinstance(value, dict)
     return any(varies(node) or (not is_cache and is_trained(node)) for node in nodes)
 

@@ -290,7 +290,8 @@ class ValueTracer(fx.Tracer):
         if target is operator.getitem and _of_the_arguments(proxy.node):
             self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
         if torch.is_grad_enabled():
-            return self._itself_written(args[0], proxy) if args and _gives_itself(proxy.node) else proxy
+            is_given_back = args and isinstance(args[0], fx.Proxy) and _gives_itself(proxy.node)
+            return self._itself_written(args[0], proxy) if is_given_back else proxy
         return self._without_grad(proxy)
 
     def _itself_written(self, written: fx.Proxy, result: fx.Proxy) -> fx.Proxy:

@@ -1,11 +1,12 @@
-"""What a forward keeps outside of its modules: a graph does without it, or the module stays a call; never in silence."""
+"""What a forward keeps outside of its modules: a graph does without it, or the module stays a call."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import random
+from collections import OrderedDict
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from test_tracing import X, module_of
 from torch import fx, nn
 
-from graphpeft import AdaptError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 from graphpeft.tracing.lift import lift
 
@@ -33,10 +34,11 @@ def assert_stays_a_call(build, *reasons: str) -> None:
         build: Makes a module whose state is that of no other one.
         reasons: What the error has to say.
     """
-    kept = trace(nn.Sequential(build()), (X,)).kept
+    traced: Any = trace(nn.Sequential(build()), (X,))
+    kept = traced.kept
     assert list(kept) == ["0"]
     assert all(reason in kept["0"] for reason in reasons), kept
-    traced: Any = trace(nn.Sequential(build()), (X,))
+    traced = trace(nn.Sequential(build()), (X,))
     answers = [traced(x) for x in (X, 2 * X, X)]
     model = build()
     for answer, x in zip(answers, (X, 2 * X, X), strict=True):
@@ -58,6 +60,7 @@ CACHE: dict[Any, Any] = {}
 CONFIG: dict[str, Any] = {"state": {"calls": 0}}
 TOTAL = torch.zeros(8)
 LAST: Any = None
+MADE: int
 
 
 def counting_globally(self, x):
@@ -88,7 +91,7 @@ def remembering_globally(self, x):
 
 
 def making_a_global(self, x):
-    global MADE  # noqa: PLW0603
+    global MADE
     try:
         MADE += 1
     except NameError:
@@ -132,7 +135,13 @@ def test_a_global_that_changes_with_each_call_keeps_the_module_a_call(forward, n
 
 
 def test_a_trace_leaves_globals_as_they_are():
-    for forward in (counting_globally, collecting_globally, counting_in_a_helper, remembering_globally, making_a_global):
+    for forward in (
+        counting_globally,
+        collecting_globally,
+        counting_in_a_helper,
+        remembering_globally,
+        making_a_global,
+    ):
         trace(nn.Sequential(module_of(forward)), (X,))
     assert (COUNT, SEEN, CONFIG, LAST, "MADE" in globals()) == (0, [], {"state": {"calls": 0}}, None, False)
 
@@ -150,6 +159,23 @@ def test_a_global_cache_of_what_follows_from_sizes_is_computed_in_each_run():
     assert traced.report.not_kept == (f"the global CACHE of the Python module {__name__}",)
     for x in (X, X[:1], X):
         assert torch.equal(traced(x), model(x))
+
+
+class Making(OrderedDict):
+    """Makes something new of what it holds, as the table of activations in Transformers does."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+TABLE = Making(relu=nn.ReLU)
+
+
+def test_a_table_that_makes_what_it_gives_does_not_change():
+    model = module_of(lambda self, x: TABLE["relu"](x))
+    traced: Any = trace(nn.Sequential(model), (X,))
+    assert traced.kept == {}
+    assert torch.equal(traced(X), X.relu())
 
 
 def test_all_modules_that_share_a_global_stay_calls():
@@ -228,13 +254,16 @@ def test_a_default_argument_that_is_filled_keeps_the_module_a_call():
 def test_an_attribute_of_a_function_that_counts_keeps_the_module_a_call():
     def build():
         def forward(self, x):
-            forward.calls += 1
-            return x * forward.calls
+            itself.calls += 1
+            return x * itself.calls
 
-        forward.calls = 0  # type: ignore[attr-defined]
+        itself: Any = forward
+        itself.calls = 0
         return module_of(forward)
 
-    assert_stays_a_call(build, "changes the attribute calls of the function ", "build.<locals>.forward for its next call")
+    assert_stays_a_call(
+        build, "changes the attribute calls of the function ", "build.<locals>.forward for its next call"
+    )
 
 
 # classes
@@ -271,7 +300,8 @@ class Helper:
 def test_an_attribute_of_a_class_that_changes_with_each_call_keeps_the_module_a_call():
     def build(make: Any):
         Counting.calls = Helper.calls = 0
-        vars(Derived).get("calls") and delattr(Derived, "calls")
+        if "calls" in vars(Derived):
+            del Derived.calls
         Caching.cache.clear()
         return make()
 
@@ -282,6 +312,90 @@ def test_an_attribute_of_a_class_that_changes_with_each_call_keeps_the_module_a_
     assert_stays_a_call(lambda: build(lambda: held(helper=Helper())), "the class attribute Helper.calls")
     made = functools.partial(module_of, lambda self, x: Helper().scaled(x))
     assert_stays_a_call(lambda: build(made), "the class attribute Helper.calls")
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self):
+        self.n = 0
+
+
+class Names(list):
+    """A list with attributes."""
+
+    n = 0
+
+
+VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=0)
+
+
+def test_objects_of_any_kind_that_change_with_each_call_keep_the_module_a_call():
+    def counting(self, x):
+        self.counter.n += 1
+        return x * self.counter.n
+
+    def in_a_context(self, x):
+        VARIABLE.set(VARIABLE.get() + 1)
+        return x * VARIABLE.get()
+
+    def in_bytes(self, x):
+        self.counter[0] += 1
+        return x * self.counter[0]
+
+    def by_the_dictionary(self, x):
+        globals()["COUNT"] += 1
+        return x * globals()["COUNT"]
+
+    def fresh(code):
+        VARIABLE.set(0)
+        reset_globals()
+        return module_of(code)
+
+    assert_stays_a_call(lambda: module_of(counting, counter=Slotted()), "changes its Slotted.n for its next call")
+    assert_stays_a_call(lambda: module_of(counting, counter=Names()), "changes its Names.n for its next call")
+    assert_stays_a_call(lambda: module_of(in_bytes, counter=bytearray(1)), "changes self.counter for its next call")
+    assert_stays_a_call(lambda: fresh(in_a_context), "changes the global VARIABLE of")
+    assert_stays_a_call(lambda: fresh(by_the_dictionary), "changes the global COUNT of")
+
+
+class Outside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def forward(self, x):
+        self.n += 1
+        return x * self.n
+
+
+def test_a_module_that_is_none_of_the_models_and_changes_keeps_what_calls_it_a_call():
+    def build():
+        return module_of(lambda self, x: self.teachers[0](x), teachers=[Outside()])
+
+    assert_stays_a_call(build, "changes its Outside.n for its next call")
+
+
+@pytest.mark.parametrize("where", ["object", "closure", "class"])
+def test_a_tensor_held_anywhere_that_is_written_in_place_is_that_of_the_graph(where):
+    total = torch.zeros(8)
+    held: Any = {"object": Helper(), "class": Helper, "closure": None}[where]
+    if held is not None:
+        held.total = total
+
+    def forward(self, x):
+        kept = total if held is None else held.total
+        kept.add_(x.sum((0, 1)))
+        return x + kept
+
+    model = module_of(forward)
+    traced: Any = trace(nn.Sequential(model), (X,))
+    assert traced.kept == {}
+    assert torch.equal(total, torch.zeros(8))
+    answers = [traced(X), traced(X)]
+    assert torch.equal(total, X.sum((0, 1)) * 2)
+    total.zero_()
+    laws.require_equal(answers, [model(X), model(X)], "the traced model")
 
 
 # arrays, iterators, generators
@@ -420,6 +534,17 @@ def test_a_hook_of_the_root_that_keeps_something_is_refused():
     assert kept == []
 
 
+def test_a_hook_of_all_modules_that_keeps_something_is_refused():
+    kept: list[Any] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: kept.append(out))
+    try:
+        with pytest.raises(TraceError, match="the variable kept around"):
+            trace(nn.Sequential(nn.Linear(8, 8)), (X,))
+    finally:
+        handle.remove()
+    assert kept == []
+
+
 def test_a_hook_that_only_computes_is_traced():
     factor = 3.0
     model: Any = nn.Sequential(nn.Linear(8, 8))
@@ -460,19 +585,53 @@ def test_a_region_whose_forward_changes_something_outside_runs_its_own_code_or_i
 # identity
 
 
-def test_what_is_changed_in_place_is_the_same_object():
+def changed_by_a_method(x):
+    y = x.clone()
+    return x * 2 if y.add_(1) is y and x.add_(1) is x else x * 3
+
+
+def changed_by_a_function(x):
+    y = x * 1
+    return x * 2 if F.relu_(y) is y and F.relu(y, inplace=True) is y and torch.add(y, 1, out=y) is y else x * 3
+
+
+def changed_by_an_operator(x):
+    y = z = x * 1
+    y += 1
+    return x * 2 if y is z else x * 3
+
+
+def of_the_same_dtype(x):
+    return x * 2 if x.to(torch.float32) is x and x.contiguous() is x else x * 3
+
+
+def new(x):
+    y = x * 1
+    return x * 2 if y.mul(2) is y or y.detach() is y else x * 3
+
+
+@pytest.mark.parametrize(
+    "code", [changed_by_a_method, changed_by_a_function, changed_by_an_operator, of_the_same_dtype, new]
+)
+def test_what_returns_its_argument_returns_the_same_object(code):
+    model = module_of(lambda self, x: code(x))
+    traced = trace(nn.Sequential(model), (X,))
+    assert torch.equal(traced(X.clone()), model(X.clone()))
+
+
+def test_whether_a_call_returns_its_argument_is_checked():
+    model = module_of(lambda self, x: of_the_same_dtype(x))
+    traced: Any = trace(nn.Sequential(model), (X,))
+    with pytest.raises(GuardError, match="contiguous"):
+        traced(X.mT.contiguous().mT)
+
+
+def test_what_is_written_in_place_by_a_module_that_stays_a_call_after_all_is_forgotten():
     def forward(self, x):
-        y = x.clone()
-        z = y.add_(1)
-        w = F.relu_(y)
-        v = y
-        v += 1
-        return x * 2 if z is y and w is y and v is y else x * 3
+        x.add_(1)
+        return x * 2 if x.sum() > 0 else x
 
-    def of_two(self, x):
-        y = x * 1
-        return x * 2 if y.mul(2) is y else x * 3
-
-    for code in (forward, of_two):
-        model = module_of(code)
-        assert torch.equal(trace(nn.Sequential(model), (X,))(X), model(X))
+    model = module_of(lambda self, x: self.inner(x) + x, inner=module_of(forward))
+    traced: Any = trace(model, (X,))
+    assert list(traced.kept) == ["inner"]
+    assert torch.equal(traced(X.clone()), model(X.clone()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MemberDescriptorType
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -80,6 +81,41 @@ class OfObject:
     def described(self, name: str, owner: nn.Module) -> str:
         """Names it as the module's own code does."""
         return f"self.{name}" if self.of is owner else f"its {type(self.of).__name__}.{name}"
+
+
+@dataclass(frozen=True, eq=False)
+class OfSlots:
+    """The attributes of an object of a user's class for which the class has slots."""
+
+    of: Any
+
+    @property
+    def key(self) -> Hashable:
+        """The identity of the object, as one with slots."""
+        return id(self.of), "slots"
+
+    def bindings(self) -> Mapping[str, Any]:
+        """Returns the attributes that have a value."""
+        return {name: getattr(self.of, name) for name in slots_of(type(self.of)) if hasattr(self.of, name)}
+
+    def bind(self, name: str, value: Any) -> None:
+        """Sets an attribute, without the code that the object may have for this."""
+        object.__setattr__(self.of, name, value)
+
+    def unbind(self, name: str) -> None:
+        """Takes an attribute away."""
+        object.__delattr__(self.of, name)
+
+    def described(self, name: str, owner: nn.Module) -> str:
+        """Names it as the module's own code does."""
+        return f"its {type(self.of).__name__}.{name}"
+
+
+@functools.cache
+def slots_of(cls: type) -> tuple[str, ...]:
+    """Returns the names of the slots of a class written in Python."""
+    bases = [base for base in cls.__mro__ if base.__module__ != "builtins"]
+    return tuple(name for base in bases for name, slot in vars(base).items() if isinstance(slot, MemberDescriptorType))
 
 
 @dataclass(frozen=True, eq=False)

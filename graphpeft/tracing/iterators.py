@@ -75,9 +75,7 @@ def iterators_stand_in(tracer: ValueTracer, reach: Reach) -> Iterator[None]:
         yield
 
 
-def _exchanged(
-    value: Any, stand_in_for: Callable[[Any], StandIn], stack: contextlib.ExitStack, seen: set[int]
-) -> Any:
+def _exchanged(value: Any, stand_in_for: Callable[[Any], StandIn], stack: contextlib.ExitStack, seen: set[int]) -> Any:
     """Returns a stand-in for an iterator, and containers with stand-ins for those in them."""
     if is_iterator(value):
         return stand_in_for(value)

@@ -14,9 +14,10 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as hooks_of_all
 
 from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
-from graphpeft.tracing.holders import Attribute, Cell, Global, Holder, OfClass, OfFunction, OfObject
+from graphpeft.tracing.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, slots_of
 from graphpeft.tracing.source import names_in
 
 _LIBRARIES = sys.stdlib_module_names | {
@@ -24,11 +25,11 @@ _LIBRARIES = sys.stdlib_module_names | {
 }  # fmt: skip
 """Whose functions and classes keep nothing that a forward changes."""
 
-_OF_LIBRARIES = frozenset((
-    "abc", "builtins", "collections", "enum", "functools", "graphpeft", "logging", "numpy", "random", "re", "threading",
-    "torch", "typing",
-))  # fmt: skip
-"""Whose objects hold nothing that a forward changes, or are no holders."""
+_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "argparse", "types", "weakref"}
+"""Python modules of the standard library whose objects hold a user's attributes."""
+
+_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | {"graphpeft", "numpy", "torch"}
+"""Whose objects hold nothing that a forward changes."""
 
 _WITH_PARTS = (*CONTAINERS, tuple)
 
@@ -102,26 +103,27 @@ def is_iterator(value: Any) -> bool:
 def _starts(module: nn.Module) -> Iterator[Any]:
     """Yields the class of a module, and what it holds by itself or in containers, if that may lead further."""
     yield type(module)
-    waiting = list(module.__dict__.values())
+    waiting = [*module.__dict__.values(), *_HOOKS_OF_ALL]
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
         if type(value) in PLAIN:
             continue
-        if not isinstance(value, _WITH_PARTS):
+        if type(value) not in _WITH_PARTS:
             yield value
         elif value and id(value) not in seen:
             seen.add(id(value))
             waiting += parts_of(value)
 
 
+_HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
+"""Hooks that PyTorch calls for each module."""
+
 _Opened = tuple[Iterable[Holder], Iterable[Any]]
 
 
 def _opened(value: Any) -> _Opened:
     """Returns the holders that a value is, and the values to which it leads."""
-    if isinstance(value, _WITH_PARTS):
-        return (), parts_of(value)
     if isinstance(value, FunctionType):
         return _opened_function(value)
     if isinstance(value, type):
@@ -134,9 +136,19 @@ def _opened(value: Any) -> _Opened:
         return (), (value.__wrapped__,)
     if isinstance(value, property):
         return (), (value.fget, value.fset)
-    if not hasattr(value, "__dict__") or isinstance(value, ModuleType) or _root(type(value)) in _OF_LIBRARIES:
-        return (), ()
-    return (OfObject(value),), (type(value), *value.__dict__.values())
+    parts = parts_of(value) if isinstance(value, _WITH_PARTS) else ()
+    if not _has_attributes(value):
+        return (), parts
+    holders: list[Holder] = [OfObject(value)] if hasattr(value, "__dict__") else []
+    holders += [OfSlots(value)] if slots_of(type(value)) else []
+    return holders, (type(value), *parts, *(held for holder in holders for held in holder.bindings().values()))
+
+
+def _has_attributes(value: Any) -> bool:
+    """Tells whether `value` is an object of a user's class, with attributes."""
+    if isinstance(value, ModuleType) or _root(type(value)) in _OF_LIBRARIES:
+        return False
+    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
 
 
 def _opened_class(cls: type) -> _Opened:
@@ -164,7 +176,7 @@ def _opened_function(function: FunctionType) -> _Opened:
 
 def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
     names = names_in(code)
-    for name in names.read:
+    for name in namespace if "globals" in names.read else names.read:
         value = namespace.get(name)
         if isinstance(value, ModuleType):
             if not _is_of_a_library(value.__name__):

@@ -6,9 +6,9 @@ dictionary or counts in a global becomes a graph only where that makes no differ
 - what it sets before it reads it is of no use to the next call;
 - a cache of what follows from sizes and parameters alone can be computed anew in each run.
 
-Which it is shows when the forward is recorded a second time, from the state in which the first time left all that it can
-reach: the state must not change any further, and what the second graph reads of it must not come from the inputs'
-values.
+Which it is shows when the forward is recorded a second time, from the state in which the first time left all that it
+can reach: the state must not change any further, and what the second graph reads of it must not come from the inputs'
+values. Nor may such a value be left outside of the modules, where others look for it, as for what a hook has kept.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, chan
     return found
 
 
-def _inlined(
-    owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]
-) -> list[nn.Module]:
+def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
     """Returns those of the modules that share some state whose code is in the graph; each of them must leave it."""
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 

@@ -81,6 +81,16 @@ def tests_identity(code: CodeType) -> bool:
     )
 
 
+@functools.cache
+def compares_objects(code: CodeType) -> bool:
+    """Tells whether `code` asks whether two things, neither of them a constant, are the same object."""
+    instructions = list(dis.get_instructions(code))
+    loads = zip(instructions, instructions[1:], instructions[2:], strict=False)
+    return any(
+        after.opname == "IS_OP" and "LOAD_CONST" not in (first.opname, second.opname) for first, second, after in loads
+    )
+
+
 class Names(NamedTuple):
     """Names in a function's code and in that of functions inside it.
 

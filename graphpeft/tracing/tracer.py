@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import inspect
 import operator
 import threading
@@ -34,7 +35,7 @@ from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.settling import changing_modules
-from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.source import compares_objects, uses_in_forward
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
@@ -105,6 +106,7 @@ class ValueTracer(fx.Tracer):
         self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
+        self._objects: dict[int, fx.Proxy] = {}
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
         self.examples.given = {}
         self.assigners: dict[Attribute, list[str]] = {}
@@ -147,7 +149,8 @@ class ValueTracer(fx.Tracer):
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
-                while (graph := self._recorded(root)) is None:
+                # context variables are set back with the context
+                while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
                     pass  # each time, more is known about the modules
                 return graph
             except TraceError:
@@ -191,7 +194,9 @@ class ValueTracer(fx.Tracer):
             for attribute in changed:
                 owner = recording.before.owners(attribute)[0]
                 is_own = attribute.holder.key == id(owner)
-                name = join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
+                name = (
+                    join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
+                )
                 self.not_kept[name] = None
         return graph if not changing else None
 
@@ -242,6 +247,7 @@ class ValueTracer(fx.Tracer):
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         self.examples.give(placeholder.node, example)
+        self._objects[id(placeholder.node.meta[VALUE])] = placeholder
         return self._present(placeholder, f"the argument {name!r}")
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
@@ -289,19 +295,26 @@ class ValueTracer(fx.Tracer):
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):
             self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
-        if torch.is_grad_enabled():
-            is_given_back = args and isinstance(args[0], fx.Proxy) and _gives_itself(proxy.node)
-            return self._itself_written(args[0], proxy) if is_given_back else proxy
-        return self._without_grad(proxy)
+        if not torch.is_grad_enabled():
+            return self._without_grad(proxy)
+        same = self._objects.setdefault(id(value), proxy) if isinstance(value, torch.Tensor) else proxy
+        return proxy if same is proxy else self._same_object(same, proxy)
 
-    def _itself_written(self, written: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
-        """Returns the very proxy that was written into, as an operation in place does, which now stands for the result.
+    def _same_object(self, earlier: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
+        """Returns what stands for the result of a call that is an earlier value, and no new one.
 
-        So ``x.add_(1) is x``, and whoever has `x` sees what was written.
+        What an operation in place returns is the very proxy that it has written into: so ``x.add_(1) is x``, and
+        whoever has `x` sees what was written. Whether others, such as ``x.to(dtype)``, return what they were given
+        depends on the run. So that is a decision, where the code may ask for it.
         """
-        self._before_writes.append((written, written.node))
-        written.node = result.node
-        return written
+        if _writes_itself(result.node):
+            self._before_writes.append((earlier, earlier.node))
+            earlier.node = result.node
+            return earlier
+        if not compares_objects(guards.deciding_frame().f_code):
+            return result
+        self.decide(self.create_proxy("call_function", operator.is_, (result, earlier), {}), True)
+        return earlier
 
     def _without_grad(self, proxy: fx.Proxy) -> fx.Proxy:
         """Records that no gradient goes through a value that is computed under ``torch.no_grad()``."""
@@ -397,6 +410,7 @@ class ValueTracer(fx.Tracer):
         while self._before_writes and self._before_writes[-1][0].node not in alive:
             written, before = self._before_writes.pop()
             written.node = before
+        self._objects = {key: proxy for key, proxy in self._objects.items() if proxy.node in alive}
         self._decided = {key for key in self._decided if key[0] in alive}
         self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
         self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
@@ -543,12 +557,8 @@ def _tensor_of_the_module(node: Any) -> str | None:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
-def _gives_itself(node: fx.Node) -> bool:
-    """Tells whether a call returns the tensor that it was given first, having written into it."""
-    if not (writes(node.target) or node.kwargs.get("inplace") is True) or not isinstance(node.args[0], fx.Node):
-        return False
-    value = node.meta.get(VALUE)
-    return isinstance(value, torch.Tensor) and value is node.args[0].meta.get(VALUE)
+def _writes_itself(node: fx.Node) -> bool:
+    return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
 
 
 def _versions(node: fx.Node) -> list[int]:

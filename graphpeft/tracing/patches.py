@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -397,8 +398,9 @@ def _uncached(root: nn.Module) -> Iterator[None]:
             for name, value in list(vars(holder).items()):
                 if builtins.isinstance(value, _CACHED):
                     stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
-                for cell in getattr(value, "__closure__", None) or ():
-                    stack.enter_context(_uncached_cell(cell))
+                if builtins.isinstance(value, FunctionType):
+                    for cell in value.__closure__ or ():
+                        stack.enter_context(_uncached_cell(cell))
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ _OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | {"graph
 """Whose objects hold nothing that a forward changes."""
 
 _WITH_PARTS = (*CONTAINERS, tuple)
+_NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
 
 
 class Reach:
@@ -109,7 +111,7 @@ def _starts(module: nn.Module) -> Iterator[Any]:
         value = waiting.pop()
         if type(value) in PLAIN:
             continue
-        if type(value) not in _WITH_PARTS:
+        if type(value) not in _NO_MORE_THAN_PARTS:
             yield value
         elif value and id(value) not in seen:
             seen.add(id(value))

@@ -27,6 +27,7 @@ from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
 from graphpeft.replication import replicate
 from graphpeft.report import Report, listed
+from graphpeft.sites import Site
 from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
 
@@ -60,6 +61,7 @@ def explain(
     with _replicated(model, ours, keep=False):
         plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
         _warn_of_unmatched(ours, plan)
+        _warn_of_adapted_and_trained_whole(plan)
     return plan.report
 
 
@@ -677,6 +679,7 @@ def _add_new(
         plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
         refuse(plan)
         _warn_of_unmatched(config, plan, stacklevel=4)
+        _warn_of_adapted_and_trained_whole(plan, stacklevel=4)
         _adapt(model, adapter_name, plan, None, activates)
 
 
@@ -783,6 +786,18 @@ def _warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> N
     if unmatched:
         model = type(plan.modules[""]).__name__
         warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
+
+
+def _warn_of_adapted_and_trained_whole(plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
+    sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
+    both = [site.label for site in sites if site.attribute in plan.whole.get(site.owner, ())]
+    if both:
+        warnings.warn(
+            f"modules_to_save={plan.config.modules_to_save} trains {listed(both)} whole beside the adapter there, as "
+            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
+            stacklevel=stacklevel,
+        )
 
 
 def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:

@@ -55,7 +55,11 @@ def trained_whole(
             near = targets.near_misses([name], modules)
             hint = f"; near misses: {', '.join(near)}" if near else ""
             report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", _WAY_OUT))
+    adapted = {site.owner for site in sites if site.is_layer}
     for path in saved:
+        if path in adapted:
+            reason = "modules_to_save trains it whole, and an adapter of the layer itself can't act beside that"
+            report.refused.append(Refusal(path, reason, _WAY_OUT))
         for inner, module in modules[path].named_modules(prefix=path):
             own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
             reason = stand_ins.refusal(module)

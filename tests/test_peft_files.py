@@ -201,6 +201,26 @@ def test_equal_seeds_give_pefts_values(example: Example, traced: bool) -> None:
     assert_same_tensors(ours, peft.get_peft_model_state_dict(adapted_by_peft(example)))
 
 
+def test_a_layer_inside_of_what_ends_in_an_entry_of_modules_to_save_is_trained_both_ways(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["fc1"], "modules_to_save": ["p"], "init_lora_weights": False}
+    theirs = adapted_by_peft(VIT, **options)
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"fc1 whole beside the adapter there, as in PEFT"):
+        graphpeft.get_peft_model(VIT.build(), graphpeft.LoraConfig(**VIT.lora | options))
+    ours = graphpeft.PeftModel.from_pretrained(VIT.build(), tmp_path)
+    assert_same_outputs(ours, theirs, VIT)
+    assert_same_tensors(graphpeft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs))
+
+
+def test_a_layer_that_ends_in_an_entry_of_modules_to_save_is_refused() -> None:
+    options: dict[str, Any] = {"target_modules": ["down"], "modules_to_save": ["wn"]}
+    with pytest.raises(TypeError, match="cannot be applied"):
+        adapted_by_peft(MLP, **options)
+    with pytest.raises(graphpeft.AdaptError, match="down: modules_to_save trains it whole"):
+        graphpeft.get_peft_model(MLP.build(), graphpeft.LoraConfig(**MLP.lora | options))
+
+
 def test_pefts_state_dict_goes_into_our_model() -> None:
     ours, theirs = adapted(FUNCTIONAL), adapted_by_peft(FUNCTIONAL)
     perturb(theirs)

@@ -117,6 +117,20 @@ def test_a_cache_of_parameters_follows_the_parameters():
     assert model.cache == {}
 
 
+def test_a_cache_beside_a_tensor_that_is_made_in_each_call_is_computed_in_each_run():
+    def forward(self, x):
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = torch.arange(x.shape[1]) * 1.0
+        written, other = torch.Tensor([1, 2, 3, 4, 5]), torch.Tensor([1, 2, 3, 4, 5])
+        written += 1
+        return x + (self.cache[x.shape[1]] * written + other)[:, None]
+
+    model = module_of(forward, cache={})
+    traced = traced_inside(model)
+    assert traced.kept == {}
+    assert_history_is_that_of(model, traced, X, X[:1], X)
+
+
 # what the next call depends on
 
 

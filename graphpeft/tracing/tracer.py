@@ -106,6 +106,7 @@ class ValueTracer(fx.Tracer):
         self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
+        self._made: dict[str, Any] = {}
         self._objects: dict[int, fx.Proxy] = {}
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
         self.examples.given = {}
@@ -463,8 +464,8 @@ class ValueTracer(fx.Tracer):
             self.left[node].meta[VALUE] = node.meta.get(VALUE)
         return self.left[node]
 
-    def _holds(self, tensor: torch.Tensor) -> bool:
-        """Tells whether a module of the root has held `tensor` before the recording."""
+    def _holds(self, tensor: Any) -> bool:
+        """Tells whether what the root can reach has held `tensor` before the recording."""
         return self.recording is not None and self.recording.before.holds(tensor)
 
     def is_named(self, tensor: torch.Tensor) -> bool:
@@ -476,16 +477,29 @@ class ValueTracer(fx.Tracer):
         return self.proxy(cast(fx.Node, self.create_arg(tensor)))
 
     def _constant(self, value: Any) -> fx.Node:
-        name = next((name for name, constant in self.constants.items() if constant is value), None)
-        if name is None:
-            name = f"_constant_{len(self.constants)}"
-            self.constants[name] = value
+        name = self._constant_name(value)
         if not isinstance(value, torch.Tensor) or self._holds(value):
             return self.attribute(name).node
         # a copy in each run, since the forward may have made the tensor, and may write into it
         if name not in self._copies:
             self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
         return self._copies[name].node
+
+    def _constant_name(self, value: Any) -> str:
+        """Returns the name of a constant: of what the forward makes anew in each recording, that of the last one."""
+        names = [name for name, constant in self.constants.items() if constant is value]
+        names += [name for name, made in self._made.items() if made is value]
+        if not names and isinstance(value, torch.Tensor) and not self._holds(value):
+            with self.examples.real_calls(makes_tensors=False):
+                names = [
+                    name
+                    for name, other in self.constants.items()
+                    if name not in self._made and not self._holds(other) and _is_equal(value, other)
+                ]
+        name = names[0] if names else f"_constant_{len(self.constants)}"
+        self.constants.setdefault(name, value)
+        self._made[name] = value
+        return name
 
     # example values
 
@@ -555,6 +569,12 @@ def _tensor_of_the_module(node: Any) -> str | None:
     while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
         node = node.args[0]
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _is_equal(tensor: torch.Tensor, other: Any) -> bool:
+    if not isinstance(other, torch.Tensor) or (tensor.dtype, tensor.device) != (other.dtype, other.device):
+        return False
+    return not tensor.is_meta and not tensor.requires_grad and not other.requires_grad and torch.equal(tensor, other)
 
 
 def _writes_itself(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
+    LoftQConfig,
     LoraConfig,
     LoraGAConfig,
     get_eva_state_dict,
@@ -58,6 +59,7 @@ __all__ = [
     "CordaConfig",
     "EvaConfig",
     "GuardError",
+    "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "MultitaskPromptTuningConfig",

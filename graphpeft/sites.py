@@ -167,7 +167,7 @@ class LeafSite(NamedTuple):
     def unmergeable(self) -> str:
         """Why what an adapter does there can't be merged."""
         if self.quantised is None:
-            return f"it is {self.kind}, and has no weight that could be changed"
+            return f"it is {self.kind}, and changes no weight"
         return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
 
     @property
@@ -414,15 +414,27 @@ class SiteFinder:
         features = _declared(module) if declares_features(module) else self._features(path, crossing)
         if isinstance(features, str):
             return features
-        weight = module._parameters.get("weight")
-        if weight is None or not is_quantised(weight):
-            tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
-            owner, key, tensor = next(tensors, (path, "", torch.empty(0)))
-            return LeafSite(crossing.region, crossing.nodes, path, *features, (owner, key), tensor.dtype)
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        beside, dtype, quantised = self._leafs_tensor(path)
         return LeafSite(
-            crossing.region, crossing.nodes, path, *features, (path, "weight"), dtype, described(weight)
+            region=crossing.region,
+            nodes=crossing.nodes,
+            owner=path,
+            in_features=features[0],
+            out_features=features[1],
+            beside=beside,
+            dtype=dtype,
+            quantised=quantised,
         )
+
+    def _leafs_tensor(self, path: str) -> tuple[tuple[str, str], torch.dtype, str | None]:
+        """Returns beside which tensor those of an adapter go, their dtype, and what a quantised weight is."""
+        weight = self.modules[path]._parameters.get("weight")
+        if weight is not None and is_quantised(weight):
+            dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+            return (path, "weight"), dtype, described(weight)
+        tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
+        owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
+        return (owner, name), tensor.dtype, None
 
     def trains(self, site: Site) -> bool:
         """Tells whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""

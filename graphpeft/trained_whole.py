@@ -69,7 +69,7 @@ def trained_whole(
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """Returns the reason why a module can't be trained whole whose weights other tensors can't stand in for, or None."""
+    """Returns the reason why a module can't be trained whole, if it holds codes of numbers."""
     for name, weight in module._parameters.items():
         # plain integers, such as indices, are copied as they are
         if weight is not None and is_quantised(weight) and type(weight) is not nn.Parameter:

@@ -468,13 +468,25 @@ def with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    is_boundary = issubclass(kind, Boundary)
-                    op = _boundary(graph, node, kind) if is_boundary else op_at(named.get(node), kind, module, region)
+                    op = op_in(graph, named, node, kind, module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
+
+
+def op_in(
+    graph: fx.Graph, named: Mapping[str, fx.Node], name: str, kind: type, module: nn.Module, region: str
+) -> ops.Operation | Boundary:
+    """Returns the operation, or the boundary, that is called `name` in a region's graph.
+
+    Raises:
+        AdaptError: If there is none any more.
+    """
+    if issubclass(kind, Boundary):
+        return _boundary(graph, name, kind)
+    return _op_at(named.get(name), kind, module, region)
 
 
 def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
@@ -484,12 +496,7 @@ def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
-def op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
-    """Returns the operation that a node of a region's graph is.
-
-    Raises:
-        AdaptError: If it is none any more.
-    """
+def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
     op = None
     if node is not None:
         op = ops.weight_at(node) if kind is ops.Weight else ops.read_op(node, module)

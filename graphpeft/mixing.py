@@ -30,6 +30,7 @@ from graphpeft.plan import AdaptError
 from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of
 
 BASE = "__base__"
@@ -277,7 +278,7 @@ def _signature(adapters: Adapters, name: str) -> int:
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
-    if not adapter.changes_weights:
+    if any(isinstance(adapted.site, CallSite) for adapted in adapter.sites):
         raise AdaptError(
             f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "
             "activate it with set_adapter, for all rows"
@@ -395,7 +396,7 @@ def _by_row(
             named = {node.name: node for node in graph.nodes}
             for owner, prefix, kind, nodes, rule, parameters, constants, where in edits:
                 for node in nodes[index]:
-                    op: Any = _adapters.op_at(named.get(node), kind, module, region)
+                    op: Any = _adapters.op_in(graph, named, node, kind, module, region)
                     values = _values_by_row(graph, op, owner, prefix, parameters, constants, where)
                     training = "training" if owner == _ITSELF else join(owner, "training")
                     rewrite.replace(graph, op, rule.by_row, values, {"training": training})

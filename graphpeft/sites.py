@@ -21,9 +21,11 @@ from torch import fx, nn
 
 from graphpeft import dataflow, in_place, ops
 from graphpeft.boundaries import NAME, Boundary, Leaf, boundaries_inside, boundary_of
+from graphpeft.gradient_flow import flow_of
 from graphpeft.ops import convolution, embedding
 from graphpeft.parts import Runs, parts_found
 from graphpeft.paths import join, within
+from graphpeft.quantised import described, is_quantised
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
@@ -123,7 +125,7 @@ class Site(NamedTuple):
 
 
 class LeafSite(NamedTuple):
-    """The call of a module whose inside is its own affair, such as a layer that has no weight in floating point.
+    """The call of a module whose inside is its own affair, such as a layer whose weight is quantised.
 
     Attributes:
         region: The path of the module whose graph has the call: the module itself, or a flat graph around it.
@@ -132,7 +134,9 @@ class LeafSite(NamedTuple):
         in_features: The size of the last dimension of the module's first argument.
         out_features: The size of the last dimension of what it returns.
         beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
-        dtype: The dtype of its parameters; without any, that of the model's, or the default.
+        dtype: The dtype of its weight; of one that holds integers, the default. Without a weight, that of its
+            parameters, of the model's, or the default.
+        quantised: What its weight is, if that holds codes of numbers.
     """
 
     region: str
@@ -142,15 +146,29 @@ class LeafSite(NamedTuple):
     out_features: int
     beside: tuple[str, str]
     dtype: torch.dtype
+    quantised: str | None = None
 
     op = Leaf
+    attribute = ""
     prefix = ""
     reads = ()
     is_layer = True
     named = None
     redrawn = ()
     way_out = Site.way_out
-    unmergeable = "it is the call of a module, which has no weight in floating point that could be changed"
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a person to read."""
+        weight = f" whose weight is quantised ({self.quantised})" if self.quantised is not None else ""
+        return f"the call of a module{weight}"
+
+    @property
+    def unmergeable(self) -> str:
+        """Why what an adapter does there can't be merged."""
+        if self.quantised is None:
+            return f"it is {self.kind}, and changes no weight"
+        return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
 
     @property
     def label(self) -> str:
@@ -253,6 +271,7 @@ class SiteFinder:
         self.templates: dict[str, Template] = {}
         self._graphs = {path for path, module in self.modules.items() if _runs_graph(module)}
         self._errors: dict[str, TraceError] = {}
+        self._hands_on: dict[tuple[type, str | None], bool] = {}
         self._readers = _readers(self.modules)
         self._may_read = _may_read(self.modules)
 
@@ -265,6 +284,11 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
+        if is_quantised(weight):
+            return (
+                f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "
+                "module that computes with it in target_modules"
+            )
         readers = self._readers.get((owner, attribute), [])
         if not readers and self._may_read:
             readers = self._hidden_readers(owner, attribute)
@@ -390,9 +414,42 @@ class SiteFinder:
         features = _declared(module) if declares_features(module) else self._features(path, crossing)
         if isinstance(features, str):
             return features
+        beside, dtype, quantised = self._leafs_tensor(path)
+        return LeafSite(
+            region=crossing.region,
+            nodes=crossing.nodes,
+            owner=path,
+            in_features=features[0],
+            out_features=features[1],
+            beside=beside,
+            dtype=dtype,
+            quantised=quantised,
+        )
+
+    def _leafs_tensor(self, path: str) -> tuple[tuple[str, str], torch.dtype, str | None]:
+        """Returns beside which tensor those of an adapter go, their dtype, and what a quantised weight is."""
+        weight = self.modules[path]._parameters.get("weight")
+        if weight is not None and is_quantised(weight):
+            dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+            return (path, "weight"), dtype, described(weight)
         tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
-        owner, key, tensor = next(tensors, (path, "", torch.empty(0)))
-        return LeafSite(crossing.region, crossing.nodes, path, features[0], features[1], (owner, key), tensor.dtype)
+        owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
+        return (owner, name), tensor.dtype, None
+
+    def trains(self, site: Site) -> bool:
+        """Tells whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
+        module = self.modules[site.owner]
+        if site.op is not ops.Weight or site.region != site.owner or not declares_features(module):
+            return True
+        return flow_of(module, _declared(module)[0], site.dtype).to_weight
+
+    def hands_gradients_on(self, site: LeafSite) -> bool:
+        """Tells whether the call of a layer has a gradient for what it is given; one of each class is asked."""
+        module = self.modules[site.owner]
+        key = (stands_for(module), site.quantised)
+        if key not in self._hands_on:
+            self._hands_on[key] = flow_of(module, site.in_features, site.dtype).to_input
+        return self._hands_on[key]
 
     def _features(self, path: str, crossing: Crossing) -> list[int] | str:
         """Returns how many features examples show that a module reads and gives."""
@@ -408,8 +465,9 @@ class SiteFinder:
         elif self.example_inputs is None and seen == (None, None):
             return f"a {name} declares no in_features and out_features; pass example_inputs, which show them"
         for what, value in zip(("is given", "returns"), seen, strict=True):
-            if not isinstance(value, torch.Tensor) or not value.ndim:
-                return f"a {name} {what} a {type(value).__name__}, where an adapter needs a tensor with features"
+            if not isinstance(value, torch.Tensor) or not value.ndim or not value.is_floating_point():
+                found = value.dtype if isinstance(value, torch.Tensor) and value.ndim else type(value).__name__
+                return f"a {name} {what} a {found}, where an adapter needs a tensor with features"
         return [value.shape[-1] for value in seen]  # type: ignore[union-attr]
 
     def _tensors(self, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -6,6 +6,7 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from graphpeft import targets
 from graphpeft.paths import TensorPaths, join
+from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
@@ -103,6 +105,10 @@ def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSit
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
+    if isinstance(site, Site) and not finder.trains(site):
+        if not target.is_parameter and config.adapts_leaves:
+            return _leaf(finder, target.name, config)
+        return f"the function that its forward calls has no gradient for its {target.attribute}"
     if isinstance(site, str) or target.is_parameter:
         return site if isinstance(site, str) else site._replace(is_layer=False)
     if target.stands_with is _OWN_WEIGHT:
@@ -146,7 +152,8 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
     """Yields the weights that a module's name stands for."""
     weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
     first = weights.of_layer[0]
-    is_layer = _is_floating(module._parameters.get(first))
+    weight = module._parameters.get(first)
+    is_layer = weight is not None and not is_quantised(weight)
     names = weights.of_layer if is_layer else weights.of_parameters
     if not names:
         yield _Target(path, path, "")
@@ -154,11 +161,6 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
         owner, attribute = _split(join(path, name))
         if owner in modules and modules[owner]._parameters.get(attribute) is not None:
             yield _Target(path, owner, attribute, not is_layer, weights)
-
-
-def _is_floating(weight: torch.Tensor | None) -> bool:
-    # a quantised layer may hold its weight in integers, to which no change can be added
-    return weight is not None and weight.is_floating_point()
 
 
 def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
@@ -192,7 +194,17 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
-        return finder.leaf(name)
+        site = finder.leaf(name)
+        if isinstance(site, LeafSite) and not config.inference_mode and not finder.hands_gradients_on(site):
+            warnings.warn(
+                f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
+                "adapters there learn only by other ways",
+                stacklevel=2,
+            )
+        return site
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return f"its weight is quantised ({described(weight)}), and it is no layer with in_features and out_features"
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
     return f"a {type(module).__name__} has no parameter called weight{advice}"
 

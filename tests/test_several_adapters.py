@@ -462,6 +462,20 @@ def test_a_compiled_model_has_mixed_batches_in_one_graph():
         assert torch.equal(compiled(**text(), use_cache=False).logits, plain)
 
 
+def test_what_cannot_be_merged_can_be_mixed():
+    model: Any = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)).eval()
+    options: dict[str, Any] = {"target_modules": ["0"], "init_lora_weights": False}
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, **options), "a")
+    model.add_adapter("b", graphpeft.LoraConfig(r=4, **options))
+    x = torch.randn(3, 4, 6, 6)
+    found = model(x, adapter_names=["a", "b", "__base__"])
+    for row, name in enumerate("ab"):
+        model.set_adapter(name)
+        assert torch.allclose(found[row], model(x)[row], atol=1e-5)
+    with model.disable_adapter():
+        assert torch.allclose(found[2], model(x)[2], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("names", "error", "reason"),
     [

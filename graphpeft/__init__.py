@@ -35,6 +35,7 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from graphpeft.optimization import PassReport, optimize
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
 from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
@@ -63,6 +64,7 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "ParameterSpec",
+    "PassReport",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -84,6 +86,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "optimize",
     "preprocess_corda",
     "preprocess_loraga",
     "register",

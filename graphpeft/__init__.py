@@ -36,6 +36,7 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from graphpeft.optimization import PassReport, optimize
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
 from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
@@ -65,6 +66,7 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "ParameterSpec",
+    "PassReport",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -86,6 +88,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "optimize",
     "preprocess_corda",
     "preprocess_loraga",
     "register",

@@ -16,9 +16,9 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch.fx.node import map_arg
 
+from graphpeft.tracing.dependence import above
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.state import above
 
 Runs = tuple[tuple[int, int], ...]
 """Rows as runs of neighbours: the first of each run, and the one behind its last."""

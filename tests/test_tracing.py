@@ -833,6 +833,19 @@ def _scale(x, config):
     return x * config.factor
 
 
+def test_a_function_that_fx_wraps_is_no_state_of_a_module_that_stays_a_call():
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else _scale(x, self.config)
+
+    config = dataclasses.make_dataclass("Config", [("factor", int)])(3)
+    model = nn.Sequential(module_of(forward, config=config))
+    traced: Any = trace(model, (X,))
+    assert list(traced.kept) == ["0"]
+    assert "depends on the values of a tensor" in traced.kept["0"]
+    for x in (X, -X.abs()):
+        assert torch.equal(traced(x), model(x))
+
+
 def test_hooks_of_inlined_modules_and_of_layers_act():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU()))
     factor: Any = 2  # which type checkers would take for the output

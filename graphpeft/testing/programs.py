@@ -17,6 +17,7 @@ import math
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,41 @@ class Gated(nn.Module):
         return -y if negate else y
 
 
+CALLS = 0
+
+
+def count_globally() -> int:
+    """Counts in a global of its Python module."""
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+def outside() -> SimpleNamespace:
+    """Returns functions and a class that keep something outside of modules, new ones of a Python module of a user's."""
+    calls, total, cache = 0, torch.zeros(DIM), {}
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    def add(x: Tokens) -> torch.Tensor:
+        return total.add_(x.detach().sum((0, 1)))
+
+    def positions(length: int) -> torch.Tensor:
+        if length not in cache:
+            cache[length] = torch.arange(length) * 1.0
+        return cache[length]
+
+    named = {"__name__": "program", "torch": torch, "CALLS": 0}
+    made = {
+        function.__name__: FunctionType(function.__code__, named, closure=function.__closure__)
+        for function in (count_globally, count, add, positions)
+    }
+    return SimpleNamespace(**made, counts=type("Counts", (), {"__module__": "program", "calls": 0, "by_length": {}}))
+
+
 class Program(nn.Module):
     """A module whose forward runs `steps`.
 
@@ -177,6 +213,7 @@ class Program(nn.Module):
         self.again = children[0] if children else None
         self.rate, self.activation, self.options = 0.4, "tanh", {"depth": 2, "flags": [True, False]}
         self.plain, self.tensors = torch.ones(DIM), {"a": torch.ones(DIM), "b": [torch.ones(DIM)]}
+        self.outside, self.counts, self.numbers = outside(), bytearray(1), itertools.count(1)
         self.rectified = nn.LeakyReLU(0.2, inplace=True)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("mean", torch.zeros(DIM))
@@ -1178,6 +1215,37 @@ def buffer_with_operators(m: Program, x: Tokens) -> Tokens:
 def assigned_to_itself(m: Program, x: Tokens) -> Tokens:
     m.mean = 0.5 * m.mean + x.detach().mean((0, 1))
     return x + m.mean
+
+
+@refused
+def counted_outside(m: Program, x: Tokens, n: Number) -> Tokens:
+    if n == 0:
+        return x * m.outside.count_globally()
+    if n == 1:
+        return x * m.outside.count()
+    if n == 2:
+        m.outside.counts.calls += 1
+        return x * m.outside.counts.calls
+    m.outside.counts.by_length[x.shape[1]] = m.outside.counts.by_length.get(x.shape[1], 0) + 1
+    return x * len(m.outside.counts.by_length)
+
+
+@refused
+def counted_by_what_it_holds(m: Program, x: Tokens, n: Number) -> Tokens:
+    if n < 2:
+        return x * next(m.numbers)
+    m.counts[0] += 1
+    return x * m.counts[0]
+
+
+@step
+def added_outside(m: Program, x: Tokens) -> Tokens:
+    return x + m.outside.add(x)
+
+
+@step
+def cached_outside(m: Program, x: Tokens) -> Tokens:
+    return x + m.outside.positions(x.shape[1])[:, None]
 
 
 @refused

@@ -22,13 +22,15 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
-from graphpeft.tracing import guards, patches, state
+from graphpeft.tracing import guards, patches
+from graphpeft.tracing.dependence import above_with_writes, varies
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
 from graphpeft.tracing.proxy import writes
+from graphpeft.tracing.snapshot import unchanged
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -156,8 +158,8 @@ class Examples:
         Raises:
             TraceError: If it doesn't.
         """
-        above = self._above_with_writes(node)
-        if any(map(_is_not_whole, above)):
+        sources = above_with_writes(node)
+        if any(map(_is_not_whole, sources)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
 
@@ -167,7 +169,7 @@ class Examples:
             return pytree.tree_map_only(torch.Tensor, _empty, source.meta[VALUE])
 
         with fake_tensor.unset_fake_temporarily():
-            for source in (other for other in self._tracer.graph.nodes if other in above):
+            for source in (other for other in self._tracer.graph.nodes if other in sources):
                 if source in self.given:
                     values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self.given[source])
                 elif source.op == "get_attr":
@@ -176,21 +178,6 @@ class Examples:
                     args, kwargs = map_arg((source.args, source.kwargs), value_of)
                     values[source] = self._computed(source, args, kwargs)
         return faked(values[node], self.fake)
-
-    def _above_with_writes(self, node: fx.Node) -> set[fx.Node]:
-        """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
-        above: set[fx.Node] = set()
-        new = state.above(node)
-        while not new <= above:
-            above |= new
-            memory = {part for source in above for part in _memory(source)}
-            written = (
-                (other, other.args[0]) for other in self._tracer.graph.nodes if writes(other.target) and other.args
-            )
-            new = set().union(
-                *(state.above(w) for w, into in written if isinstance(into, fx.Node) and _memory(into) & memory)
-            )
-        return above
 
     def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
@@ -226,7 +213,7 @@ class Examples:
         if node.op == "call_module":
             module = self._tracer.modules[target]
             if target in self._tracer.kept:
-                with patches.random_python_states_kept():
+                with patches.random_python_states_kept(), unchanged(module):
                     return self._with_fakes(module)(*args, **kwargs)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             if _is_simple_layer(module):
@@ -234,7 +221,7 @@ class Examples:
                 with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
                     return layer(*args, **kwargs)
             tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept(), state.unchanged(module):
+            with patches.random_python_states_kept(), unchanged(module):
                 return torch.func.functional_call(module, tensors, args, kwargs)
         with _directly(node, (), not isinstance(target, Applied)):
             return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
@@ -319,18 +306,7 @@ def _is_not_whole(node: fx.Node) -> bool:
         return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     if node.op == "placeholder":
         return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)
-    return state.varies(node)
-
-
-def _memory(node: fx.Node) -> set[int]:
-    """Returns what tells the memory of a value's tensors from that of others; views share it."""
-    leaves = pytree.tree_leaves(node.meta.get(VALUE))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
-
-
-def _memory_written(node: fx.Node) -> set[int]:
-    written = node.args[0] if node.args else None
-    return _memory(written) if isinstance(written, fx.Node) else set()
+    return varies(node)
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:

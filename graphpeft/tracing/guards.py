@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -71,11 +72,17 @@ def is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY)
 
 
-def deciding_line() -> str:
-    """Returns the line of model code that is being run, as ```code` (file:line)``."""
+def deciding_frame() -> FrameType:
+    """Returns the frame of the model's code that is being run."""
     frame = sys._getframe(1)
     while frame.f_back is not None and is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
+    return frame
+
+
+def deciding_line() -> str:
+    """Returns the line of model code that is being run, as ```code` (file:line)``."""
+    frame = deciding_frame()
     file, line = frame.f_code.co_filename, frame.f_lineno
     return f"`{linecache.getline(file, line).strip()}` ({os.path.basename(file)}:{line})"
 

@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -31,9 +32,11 @@ from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.errors import DrawsNumbersError, TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
+from graphpeft.tracing.reach import Reach
+from graphpeft.tracing.snapshot import Snapshot
 from graphpeft.tracing.source import uses_in_forward
-from graphpeft.tracing.state import Snapshot
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -64,7 +67,7 @@ class Recording(NamedTuple):
     """A recording that goes on.
 
     Attributes:
-        before: What the modules were before it, and are put back to.
+        before: What all that the forward can reach was before it, and is put back to.
         set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
     """
 
@@ -76,7 +79,15 @@ class Recording(NamedTuple):
 def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
-        before = Snapshot(root)
+        reach = Reach(root)
+        if reach.has_iterators:
+            stack.enter_context(iterators_stand_in(tracer, reach))
+        stack.enter_context(_uncached(root))
+        for module, name in masks.mask_functions_seen_by(root):
+            recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
+            stack.enter_context(mock.patch.object(module, name, recorded))
+        # what was exchanged in the user's own code is no change
+        before = Snapshot(reach)
         stack.callback(before.put_back)
         calls = stack.enter_context(_RecordsCalls(tracer))
         ask = builtins.isinstance
@@ -97,10 +108,6 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
         stack.enter_context(_decided_grad_mode(tracer))
         stack.enter_context(mock.patch.object(recomputation, _RECOMPUTES, _refused_recomputation(tracer)))
-        stack.enter_context(_uncached(root))
-        for module, name in masks.mask_functions_seen_by(root):
-            recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
-            stack.enter_context(mock.patch.object(module, name, recorded))
         yield Recording(before, functools.partial(_set_aside, calls, ask))
 
 
@@ -392,8 +399,9 @@ def _uncached(root: nn.Module) -> Iterator[None]:
             for name, value in list(vars(holder).items()):
                 if builtins.isinstance(value, _CACHED):
                     stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
-                for cell in getattr(value, "__closure__", None) or ():
-                    stack.enter_context(_uncached_cell(cell))
+                if builtins.isinstance(value, FunctionType):
+                    for cell in value.__closure__ or ():
+                        stack.enter_context(_uncached_cell(cell))
         yield
 
 

@@ -1,20 +1,29 @@
 """Which modules a graph can't hold, for what they leave for their next call.
 
-The forward is recorded a second time, from the state in which the first time has left its modules, see `state`.
+A graph holds no state beside tensors that it writes in place. So a forward that assigns ``self.pooled = …``, fills a
+dictionary or counts in a global becomes a graph only where that makes no difference:
+
+- what it sets before it reads it is of no use to the next call;
+- a cache of what follows from sizes and parameters alone can be computed anew in each run.
+
+Which it is shows when the forward is recorded a second time, from the state in which the first time left all that it
+can reach: the state must not change any further, and what the second graph reads of it must not come from the inputs'
+values. Nor may such a value be left outside of the modules, where others look for it, as for what a hook has kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.tracing import state
+from graphpeft.tracing import left as left_values
+from graphpeft.tracing.dependence import above_with_writes, is_trained, varies
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
-from graphpeft.tracing.state import Attribute
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -43,30 +52,36 @@ def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, chan
         tracer: The tracer, which has just recorded `root`.
         root: The module, in the state in which the recording left it.
         graph: What was recorded.
-        changed: The attributes of modules that have another value now.
+        changed: The attributes that have another value now.
 
     Raises:
         TraceError: If that is the root itself.
     """
     with tracer.examples.real_calls(makes_tensors=False):
-        left = {attribute: state.value_of(attribute) for attribute in changed}
+        left = {attribute: left_values.value_of(attribute) for attribute in changed}
     assert tracer.recording is not None
     before = tracer.recording.before
     writers, called = tracer.assigners, tracer.called
     again = _recorded_again(tracer, root, changed)
     paths = {module: path for path, module in root.named_modules()}
     found: dict[str, str] = {}
-    for attribute in _unsettled(graph, left, again):
-        module = before.owner(attribute)
+    with tracer.examples.real_calls(makes_tensors=False):
+        unsettled = _unsettled(graph, left, again)
+    for attribute in unsettled:
         does = "assigns" if attribute in writers else "changes"
-        where = "self" if attribute.holder is module else f"its {type(attribute.holder).__name__}"
-        what = f"{type(module).__name__}'s forward {does} {where}.{attribute.name} for its next call"
-        reason = f"{what}, which a graph can't hold{again.error}"
-        path = _around(called, [paths[module], *writers.get(attribute, ())])
-        if not path:
-            raise TraceError(reason)
-        found.setdefault(path, reason)
+        for module in _inlined(before.owners(attribute), paths, called):
+            what = f"{does} {attribute.holder.described(attribute.name, module)} for its next call"
+            reason = f"{type(module).__name__}'s forward {what}, which a graph can't hold{again.error}"
+            path = _around(called, [paths[module], *writers.get(attribute, ())])
+            if not path:
+                raise TraceError(reason)
+            found.setdefault(path, reason)
     return found
+
+
+def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
+    """Returns those of the modules that share some state whose code is in the graph; each of them must leave it."""
+    return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
 def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribute]) -> Repetition:
@@ -82,7 +97,7 @@ def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribut
     tracer.kept = kept
     with tracer.examples.real_calls(makes_tensors=False):
         attributes = dict.fromkeys([*changed, *tracer.recording.before.changed()])
-        values = {attribute: state.value_of(attribute) for attribute in attributes}
+        values = {attribute: left_values.value_of(attribute) for attribute in attributes}
     return Repetition(graph, error, values, {stand_in: node for node, stand_in in tracer.left.items()})
 
 
@@ -92,13 +107,14 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
         return list(left)
 
     def comes_from_the_state(node: fx.Node) -> bool:
-        return not state.above(node).isdisjoint(again.of_the_state)
+        return not above_with_writes(node).isdisjoint(again.of_the_state)
 
     moved = [
         attribute
         for attribute, value in again.values.items()
-        if attribute not in left or not state.is_settled(left[attribute], value, comes_from_the_state)
+        if attribute not in left or not left_values.is_settled(left[attribute], value, comes_from_the_state)
     ]
+    moved += [attribute for attribute, value in left.items() if _is_outside(attribute) and _varies(value)]
     if moved or str(graph) == str(again.graph):
         return moved
     # the second graph reads what the first call has left: it must compute the same from it as the first one did
@@ -109,15 +125,20 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
     return [attribute for attribute, value in left.items() if _varies(value)]
 
 
+def _is_outside(attribute: Attribute) -> bool:
+    """Tells whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
+    return not (isinstance(attribute.holder, OfObject) and isinstance(attribute.holder.of, nn.Module))
+
+
 def _varies(value: Any) -> bool:
     """Tells whether what a call leaves in an attribute may be another thing than a later call would leave.
 
     It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
     which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
     """
-    nodes = [node for proxy in state.proxies_in(value) for node in state.above(proxy.node)]
+    nodes = [node for proxy in left_values.proxies_in(value) for node in above_with_writes(proxy.node)]
     is_cache = isinstance(value, dict)
-    return any(state.varies(node) or (not is_cache and state.is_trained(node)) for node in nodes)
+    return any(varies(node) or (not is_cache and is_trained(node)) for node in nodes)
 
 
 def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node], bool]) -> bool:

@@ -81,6 +81,43 @@ def tests_identity(code: CodeType) -> bool:
     )
 
 
+@functools.cache
+def compares_objects(code: CodeType) -> bool:
+    """Tells whether `code` asks whether two things, neither of them a constant, are the same object."""
+    instructions = list(dis.get_instructions(code))
+    loads = zip(instructions, instructions[1:], instructions[2:], strict=False)
+    return any(
+        after.opname == "IS_OP" and "LOAD_CONST" not in (first.opname, second.opname) for first, second, after in loads
+    )
+
+
+class Names(NamedTuple):
+    """Names in a function's code and in that of functions inside it.
+
+    Attributes:
+        read: Those of globals and attributes.
+        made: Those of globals that it gives a value.
+    """
+
+    read: frozenset[str]
+    made: frozenset[str]
+
+
+@functools.cache
+def names_in(code: CodeType) -> Names:
+    """Returns the names in `code`."""
+    inside = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    made = frozenset(
+        str(instruction.argval)
+        for instruction in (dis.get_instructions(code) if _STORES_GLOBAL in code.co_code else ())
+        if instruction.opname == "STORE_GLOBAL"
+    )
+    read = frozenset(code.co_names)
+    return Names(read.union(*(names.read for names in inside)), made.union(*(names.made for names in inside)))
+
+
+_STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])
+
 _TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
 """Names of functions whose arguments are for a person to read."""
 

@@ -228,5 +228,16 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str, tensors: dict
 
 
 def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
-    """Copies a module but none of `tensors`, so that what is added to the copy isn't added to the original."""
-    return copy.deepcopy(module, dict(tensors))
+    """Copies a module but none of `tensors`, so that what is added to the copy isn't added to the original.
+
+    Its hooks are those of the original: what they tell, they tell the same object.
+    """
+    inside = set(module.modules())
+    hooks = {
+        id(hook): hook
+        for part in inside
+        for held in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        for hook in held.values()
+        if getattr(getattr(hook, "func", hook), "__self__", None) not in inside
+    }
+    return copy.deepcopy(module, {**tensors, **hooks})

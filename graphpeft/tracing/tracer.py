@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import inspect
 import operator
 import threading
@@ -24,16 +25,17 @@ from torch import nn
 
 from graphpeft import in_place
 from graphpeft.paths import join
-from graphpeft.tracing import guards, patches, state
+from graphpeft.tracing import guards, patches
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
 from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.settling import changing_modules
-from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.source import compares_objects, uses_in_forward
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
@@ -54,6 +56,10 @@ def _of_the_arguments(node: fx.Node) -> bool:
         container = container.args[0]
     is_argument = isinstance(container, fx.Node) and container.op == "placeholder"
     return is_argument and not isinstance(container.meta.get(VALUE), torch.Tensor | torch.Size)
+
+
+class _RecordAgain(BaseException):
+    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
 
 
 class ValueTracer(fx.Tracer):
@@ -102,8 +108,10 @@ class ValueTracer(fx.Tracer):
         self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
+        self._objects: dict[int, fx.Proxy] = {}
+        self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
         self.examples.begin()
-        self.assigners: dict[state.Attribute, list[str]] = {}
+        self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
 
     # the trace
@@ -144,7 +152,8 @@ class ValueTracer(fx.Tracer):
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
-                while (graph := self._recorded(root)) is None:
+                # context variables are set back with the context
+                while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
                     pass  # each time, more is known about the modules
                 return graph
             except TraceError:
@@ -171,6 +180,9 @@ class ValueTracer(fx.Tracer):
                 with self.examples.real_calls(makes_tensors=False):
                     changed = recording.before.changed()
                 changing = changing_modules(self, root, graph, changed) if changed else {}
+        except _RecordAgain:
+            self.kept = kept
+            return None
         except DrawsNumbersError:
             if self._watches_draws:
                 raise
@@ -182,16 +194,19 @@ class ValueTracer(fx.Tracer):
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
-            before = recording.before
-            self.not_kept |= dict.fromkeys(
-                join(paths[before.owner(attribute)], attribute.name) for attribute in changed
-            )
+            for attribute in changed:
+                owner = recording.before.owners(attribute)[0]
+                is_own = attribute.holder.key == id(owner)
+                name = (
+                    join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
+                )
+                self.not_kept[name] = None
         return graph if not changing else None
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self.assigners.setdefault(state.Attribute(module, name), []).append(path)
+        self.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -235,6 +250,7 @@ class ValueTracer(fx.Tracer):
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         self.examples.give(placeholder.node, example)
+        self._objects[id(placeholder.node.meta[VALUE])] = placeholder
         return self._present(placeholder, f"the argument {name!r}")
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
@@ -282,7 +298,26 @@ class ValueTracer(fx.Tracer):
             return value
         if target is operator.getitem and _of_the_arguments(proxy.node):
             self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
-        return proxy if torch.is_grad_enabled() else self._without_grad(proxy)
+        if not torch.is_grad_enabled():
+            return self._without_grad(proxy)
+        same = self._objects.setdefault(id(value), proxy) if isinstance(value, torch.Tensor) else proxy
+        return proxy if same is proxy else self._same_object(same, proxy)
+
+    def _same_object(self, earlier: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
+        """Returns what stands for the result of a call that is an earlier value, and no new one.
+
+        What an operation in place returns is the very proxy that it has written into: so ``x.add_(1) is x``, and
+        whoever has `x` sees what was written. Whether others, such as ``x.to(dtype)``, return what they were given
+        depends on the run. So that is a decision, where the code may ask for it.
+        """
+        if _writes_itself(result.node):
+            self._before_writes.append((earlier, earlier.node))
+            earlier.node = result.node
+            return earlier
+        if not compares_objects(guards.deciding_frame().f_code):
+            return result
+        self.decide(self.create_proxy("call_function", operator.is_, (result, earlier), {}), True)
+        return earlier
 
     def _without_grad(self, proxy: fx.Proxy) -> fx.Proxy:
         """Records that no gradient goes through a value that is computed under ``torch.no_grad()``."""
@@ -336,19 +371,25 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             if not self._has_values:
                 raise
+            if self._changed_inside(m):
+                # who has changed it, the module itself or another one before, shows if its code isn't run
+                self._changing[path] = str(error)
+                raise _RecordAgain from error
             self._forget_after(before)
             return self._kept(m, path, str(error), args, kwargs)
 
-    def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Records one call of a submodule, without what was recorded of its code."""
-        inside = set(m.modules())
-        for (module, name), writers in self.assigners.items():
-            if module in inside and any(not f"{writer}.".startswith(f"{path}.") for writer in writers):
-                raise TraceError(
-                    f"self.{name} is assigned to a {type(module).__name__} that stays a call, which a graph can't hold"
-                )
+    def _changed_inside(self, m: nn.Module) -> list[Attribute]:
+        """Returns what the recording has changed so far of all that a submodule's forward can reach."""
         assert self.recording is not None
-        self.recording.before.put_back(m)
+        with self.examples.real_calls(makes_tensors=False):
+            return self.recording.before.changed(m)
+
+    def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Records one call of a submodule, whose code has changed nothing."""
+        for attribute in self._changed_inside(m):
+            what = attribute.holder.described(attribute.name, m)
+            kind = type(m).__name__
+            raise TraceError(f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold")
         self.kept[path] = reason
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -369,6 +410,10 @@ class ValueTracer(fx.Tracer):
         while (last := next(iter(reversed(self.graph.nodes)))) is not node:
             self.graph.erase_node(last)
         alive = set(self.graph.nodes)
+        while self._before_writes and self._before_writes[-1][0].node not in alive:
+            written, before = self._before_writes.pop()
+            written.node = before
+        self._objects = {key: proxy for key, proxy in self._objects.items() if proxy.node in alive}
         self._decided = {key for key in self._decided if key[0] in alive}
         self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
         self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
@@ -513,6 +558,10 @@ def _tensor_of_the_module(node: Any) -> str | None:
     while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
         node = node.args[0]
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _writes_itself(node: fx.Node) -> bool:
+    return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
 
 
 def _versions(node: fx.Node) -> list[int]:

@@ -1,0 +1,80 @@
+"""What a node's value depends on: the nodes that it is computed from, and what of these may be another in each run."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import nn
+
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
+from graphpeft.tracing.proxy import writes
+from graphpeft.tracing.source import ABOUT
+
+
+def above(node: fx.Node) -> set[fx.Node]:
+    """Returns the nodes from whose values that of `node` is computed, `node` among them."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.add(source)
+            waiting += used_by(source)
+    return found
+
+
+def above_with_writes(node: fx.Node) -> set[fx.Node]:
+    """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
+    writers = [(other, other.args[0]) for other in node.graph.nodes if other.args and writes(other.target)]
+    found: set[fx.Node] = set()
+    new = above(node)
+    while not new <= found:
+        found |= new
+        memory = {part for source in found for part in _memory(source)}
+        new = set().union(
+            *(above(writer) for writer, into in writers if isinstance(into, fx.Node) and _memory(into) & memory)
+        )
+    return found
+
+
+def used_by(node: fx.Node) -> list[fx.Node]:
+    """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
+    about = node.args[1] if node.target is getattr else node.target
+    if about in ABOUT:
+        return []
+    asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
+    return [source for source in node.all_input_nodes if source not in asked]
+
+
+def _memory(node: fx.Node) -> set[int]:
+    """Returns what tells the memory of a value's tensors from that of others; views share it."""
+    leaves = pytree.tree_leaves(node.meta.get(VALUE))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def varies(node: fx.Node) -> bool:
+    """Tells whether a node's value may be another one in each run: an argument, a random number, a module's result."""
+    if node.op == "placeholder" or node.op == "call_module":
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op != "get_attr" and is_random(name)
+
+
+def is_trained(node: fx.Node) -> bool:
+    """Tells whether a node reads a tensor of a module that training may change."""
+    value = node.meta.get(VALUE)
+    return node.op == "get_attr" and (isinstance(value, nn.Parameter) or getattr(value, "requires_grad", False))
+
+
+def is_random(name: str) -> bool:
+    """Tells by its name whether a function draws random numbers."""
+    return _RANDOM.search(name) is not None
+
+
+_RANDOM = re.compile(
+    r"rand|dropout|normal(?!ize)|uniform|bernoulli|multinomial|poisson|exponential|geometric|cauchy|rrelu"
+)

@@ -1,0 +1,203 @@
+"""What a forward can reach and change: its modules, the objects that they hold, and what the code of the user's names.
+
+From a module it goes on to what it holds and to its class; from a class to its attributes, methods and bases; from a
+function, a hook among them, to the variables around it, to the globals that it names, and to its defaults. It ends at
+code of libraries, whose forwards keep nothing there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
+from torch.nn.modules import module as hooks_of_all
+
+from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
+from graphpeft.tracing.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, slots_of
+from graphpeft.tracing.source import names_in
+
+_LIBRARIES = sys.stdlib_module_names | {
+    "einops", "graphpeft", "numpy", "timm", "torch", "torchaudio", "torchvision", "transformers",
+}  # fmt: skip
+"""Whose functions and classes keep nothing that a forward changes."""
+
+_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "argparse", "types", "weakref"}
+"""Python modules of the standard library whose objects hold a user's attributes."""
+
+_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | {"graphpeft", "numpy", "torch"}
+"""Whose objects hold nothing that a forward changes."""
+
+_WITH_PARTS = (*CONTAINERS, tuple)
+_NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
+
+
+class Reach:
+    """The holders that the forwards of a module and of those inside it can reach, with the modules that do.
+
+    Args:
+        root: The module with all of its submodules.
+
+    Attributes:
+        has_iterators: Whether there are iterators among what can be reached.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._holders: dict[Hashable, Holder] = {}
+        self._owners: dict[Hashable, list[nn.Module]] = {}
+        self._inside = set(root.modules())
+        # with what is at the start, or its identity could become that of something else
+        self._known: dict[int, tuple[Any, list[Holder]]] = {}
+        self.has_iterators = False
+        for module in root.modules():
+            self._note(OfObject(module), module)
+            for value in _starts(module):
+                for holder in self._beyond(value):
+                    self._note(holder, module)
+
+    @property
+    def holders(self) -> Iterable[Holder]:
+        """The holders."""
+        return self._holders.values()
+
+    def owners(self, holder: Holder) -> list[nn.Module]:
+        """Returns the modules that can reach a holder; what a module has itself is its own alone."""
+        return self._owners[holder.key]
+
+    def _note(self, holder: Holder, module: nn.Module) -> None:
+        self._holders.setdefault(holder.key, holder)
+        owners = self._owners.setdefault(holder.key, [])
+        if not owners or owners[-1] is not module:
+            owners.append(module)
+
+    def _beyond(self, start: Any) -> list[Holder]:
+        """Returns the holders that can be reached from a value."""
+        if id(start) not in self._known:
+            self._known[id(start)] = (start, list(self._found_from(start)))
+        return self._known[id(start)][1]
+
+    def _found_from(self, start: Any) -> Iterator[Holder]:
+        # many classes have the same bases
+        for base in start.__bases__ if isinstance(start, type) and _is_of_a_user(start) else ():
+            yield from self._beyond(base)
+        seen: dict[int, Any] = {}
+        waiting = [start]
+        while waiting:
+            value = waiting.pop()
+            if type(value) not in PLAIN and id(value) not in seen:
+                seen[id(value)] = value
+                if not isinstance(value, nn.Module) or value not in self._inside:
+                    self.has_iterators |= is_iterator(value)
+                    holders, further = _opened(value)
+                    yield from holders
+                    waiting += further
+
+
+def is_iterator(value: Any) -> bool:
+    """Tells whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
+    return hasattr(type(value), "__next__") and not hasattr(value, "__dict__")
+
+
+def _starts(module: nn.Module) -> Iterator[Any]:
+    """Yields the class of a module, and what it holds by itself or in containers, if that may lead further."""
+    yield type(module)
+    waiting = [*module.__dict__.values(), *_HOOKS_OF_ALL]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in PLAIN:
+            continue
+        if type(value) not in _NO_MORE_THAN_PARTS:
+            yield value
+        elif value and id(value) not in seen:
+            seen.add(id(value))
+            waiting += parts_of(value)
+
+
+_HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
+"""Hooks that PyTorch calls for each module."""
+
+_Opened = tuple[Iterable[Holder], Iterable[Any]]
+
+
+def _opened(value: Any) -> _Opened:
+    """Returns the holders that a value is, and the values to which it leads."""
+    if isinstance(value, FunctionType):
+        return _opened_function(value)
+    if isinstance(value, type):
+        return _opened_class(value)
+    if isinstance(value, MethodType):
+        return (), (value.__self__, value.__func__)
+    if isinstance(value, functools.partial):
+        return (), (value.func, value.args, value.keywords)
+    if isinstance(value, staticmethod | classmethod | functools._lru_cache_wrapper):
+        return (), (value.__wrapped__,)
+    if isinstance(value, property):
+        return (), (value.fget, value.fset)
+    parts = parts_of(value) if isinstance(value, _WITH_PARTS) else ()
+    if not _has_attributes(value):
+        return (), parts
+    holders: list[Holder] = [OfObject(value)] if hasattr(value, "__dict__") else []
+    holders += [OfSlots(value)] if slots_of(type(value)) else []
+    return holders, (type(value), *parts, *(held for holder in holders for held in holder.bindings().values()))
+
+
+def _has_attributes(value: Any) -> bool:
+    """Tells whether `value` is an object of a user's class, with attributes."""
+    if isinstance(value, ModuleType) or _root(type(value)) in _OF_LIBRARIES:
+        return False
+    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
+
+
+def _opened_class(cls: type) -> _Opened:
+    if not _is_of_a_user(cls):
+        return (), ()
+    # modules are there before the forward runs
+    left_out = ("__init__", "__annotations__") if issubclass(cls, nn.Module) else ("__annotations__",)
+    members = (value for name, value in vars(cls).items() if name not in left_out)
+    return (OfClass(cls),), (*members, *cls.__bases__)
+
+
+def _opened_function(function: FunctionType) -> _Opened:
+    namespace = function.__globals__
+    if _is_of_a_library(namespace.get("__name__")):
+        return (), tuple(function.__dict__.values())  # such as what a decorator wraps
+    holders: list[Holder] = [
+        Cell(cell, name, function)
+        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+    ]
+    named = _globals_named_by(function.__code__, namespace)
+    # what is wrapped for fx is exchanged while a trace runs
+    holders += (holder for holder in named if holder.key not in _wrapped_fns_to_patch)
+    further = [value for holder in holders for value in holder.bindings().values()]
+    own = OfFunction(function)
+    return (*holders, own), (*further, *own.bindings().values())
+
+
+def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
+    names = names_in(code)
+    for name in namespace if "globals" in names.read else names.read:
+        value = namespace.get(name)
+        if isinstance(value, ModuleType):
+            if not _is_of_a_library(value.__name__):
+                yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))
+        elif name in namespace:
+            yield Global(namespace, name)
+    yield from (Global(namespace, name) for name in names.made if name not in namespace)
+
+
+def _is_of_a_user(cls: type) -> bool:
+    return _root(cls) not in _LIBRARIES
+
+
+def _root(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _is_of_a_library(python_module: str | None) -> bool:
+    return (python_module or "").partition(".")[0] in _LIBRARIES

@@ -1,0 +1,106 @@
+"""What a model and all that its forward can reach is at one time, to compare with, and to put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from graphpeft.tracing import contents
+from graphpeft.tracing.holders import Attribute, Holder
+from graphpeft.tracing.reach import Reach
+
+_ABSENT = object()
+
+_Held = tuple[Holder, dict[str, Any], list[tuple[str, Any, Any]]]
+"""A holder, the values of its names, and what can change there: the name, the object, and its content."""
+
+
+class Snapshot:
+    """The values of all names that a forward can reach at one time, with the content of what can change there.
+
+    Args:
+        reach: What it can reach.
+    """
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._before: list[_Held] = []
+        self._held: set[int] | None = None
+        for holder in reach.holders:
+            values = dict(holder.bindings())
+            changeable = contents.changeable_parts(values.items())
+            kept = [(name, value, contents.content_of(value)) for name, value in changeable]
+            self._before.append((holder, values, kept))
+
+    def owners(self, attribute: Attribute) -> list[nn.Module]:
+        """Returns the modules that have an attribute, or that can reach what has it."""
+        return self._reach.owners(attribute.holder)
+
+    def changed(self, inside: nn.Module | None = None) -> list[Attribute]:
+        """Returns the attributes, or those that can be reached from one module, that are another now, or changed."""
+        found: dict[Attribute, None] = {}
+        for holder, values, kept in self._reached_from(inside):
+            now = holder.bindings()
+            for name in {**values, **now}:
+                if values.get(name, _ABSENT) is not now.get(name, _ABSENT):
+                    found[Attribute(holder, name)] = None
+            for name, value, content in kept:
+                if name == "_buffers":
+                    keys = [key for key in {**content, **value} if _differs(value, content, key)]
+                    found |= dict.fromkeys(Attribute(holder, key) for key in keys)
+                elif not contents.is_unchanged(value, content):
+                    found[Attribute(holder, name)] = None
+        return list(found)
+
+    def holds(self, value: Any) -> bool:
+        """Tells whether `value` had a name, or was in a container that had one."""
+        if self._held is None:
+            self._held = {id(held) for _, values, _ in self._before for held in values.values()}
+            self._held |= {
+                id(part)
+                for _, _, kept in self._before
+                for _, _, content in kept
+                if isinstance(content, contents.CONTAINERS)
+                for part in contents.parts_of(content)
+            }
+        return id(value) in self._held
+
+    def put_back(self) -> None:
+        """Gives all names their values, and these their content again."""
+        for holder, values, kept in self._before:
+            _bind_again(holder, values)
+            for _, value, content in kept:
+                contents.put_back(value, content)
+
+    def _reached_from(self, inside: nn.Module | None) -> Iterator[_Held]:
+        wanted = set(inside.modules()) if inside is not None else None
+        for held in self._before:
+            if wanted is None or not wanted.isdisjoint(self._reach.owners(held[0])):
+                yield held
+
+
+@contextlib.contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Gives all that the forward of a module can reach its values again at the end."""
+    before = Snapshot(Reach(root))
+    try:
+        yield
+    finally:
+        before.put_back()
+
+
+def _differs(left: dict[str, Any], right: dict[str, Any], key: str) -> bool:
+    return left.get(key, _ABSENT) is not right.get(key, _ABSENT)
+
+
+def _bind_again(holder: Holder, values: dict[str, Any]) -> None:
+    """Puts back what differs, and no more: other threads may run the model meanwhile."""
+    now = dict(holder.bindings())
+    for name in [name for name in now if name not in values]:
+        holder.unbind(name)
+    for name, value in values.items():
+        if name not in now or now[name] is not value:
+            holder.bind(name, value)

@@ -34,6 +34,21 @@ from graphpeft.tracing.source import ANY, methods_reading, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, split_inputs, stands_for
 
 
+class OneCall(NamedTuple):
+    """Which of the operations of a weight, or of the calls of a module, is meant, where each is a site of its own.
+
+    Attributes:
+        number: Its place in the order of the graph, from 1.
+        of: How many there are.
+    """
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"call_{self.number}"
+
+
 class Site(NamedTuple):
     """One weight and the operations that use it.
 
@@ -54,6 +69,7 @@ class Site(NamedTuple):
         named: The module whose name stands for several weights, of which this is one; None for other weights.
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
         bias: The path of the parameter that all operations add, or None if there is no such one.
+        call: Which of the weight's operations it is, if not all of them.
     """
 
     region: str
@@ -72,9 +88,16 @@ class Site(NamedTuple):
     named: str | None = None
     redrawn: tuple[Site, ...] = ()
     bias: str | None = None
+    call: OneCall | None = None
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
-    unmergeable = None
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why what an adapter does there can't be merged, or None."""
+        if self.call is None:
+            return None
+        return f"it is one of {self.call.of} calls with a change of its own each, and the one weight can't have all"
 
     @property
     def in_features(self) -> int | None:
@@ -99,7 +122,8 @@ class Site(NamedTuple):
     @property
     def prefix(self) -> str:
         """What the names of an adapter's tensors begin with on the owner."""
-        return "" if self.attribute == "weight" else f"{self.attribute}_"
+        own = "" if self.attribute == "weight" else f"{self.attribute}_"
+        return own if self.call is None else f"{own}{self.call}_"
 
     @property
     def weight(self) -> str:
@@ -115,8 +139,9 @@ class Site(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name, for a person to read: where the name stands for several weights, the path of this one."""
-        return self.name if self.named is None else self.weight
+        """Its own name: where `name` stands for several weights, the path of this one; and which call it is."""
+        own = self.name if self.named is None else self.weight
+        return own if self.call is None else join(own, str(self.call))
 
     @property
     def size(self) -> str:
@@ -137,6 +162,7 @@ class LeafSite(NamedTuple):
         dtype: The dtype of its weight; of one that holds integers, the default. Without a weight, that of its
             parameters, of the model's, or the default.
         quantised: What its weight is, if that holds codes of numbers.
+        call: Which of the module's calls it is, if not all of them.
     """
 
     region: str
@@ -147,10 +173,10 @@ class LeafSite(NamedTuple):
     beside: tuple[str, str]
     dtype: torch.dtype
     quantised: str | None = None
+    call: OneCall | None = None
 
     op = Leaf
     attribute = ""
-    prefix = ""
     reads = ()
     is_layer = True
     named = None
@@ -171,9 +197,14 @@ class LeafSite(NamedTuple):
         return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
 
     @property
+    def prefix(self) -> str:
+        """What the names of an adapter's tensors begin with on the owner."""
+        return "" if self.call is None else f"{self.call}_"
+
+    @property
     def label(self) -> str:
-        """Its name, for a person to read."""
-        return self.name
+        """Its own name: that of the module, and which call it is."""
+        return self.name if self.call is None else join(self.name, str(self.call))
 
     @property
     def name(self) -> str:
@@ -375,6 +406,30 @@ class SiteFinder:
         if not all(names):
             raise TraceError(f"a {stands_for(self.modules[path]).__name__} isn't called in the graph")
         return _crossing(around, template.graphs, names)
+
+    def calls_of(self, site: Site | LeafSite) -> list[Site | LeafSite]:
+        """Returns a site for each operation, or call, that `site` has; a single one stays as it is.
+
+        Raises:
+            TraceError: If the graph of the model doesn't tell them apart.
+        """
+        if site.region and _runs_graph(self.modules[""]):
+            raise TraceError(f"{site.region} stays a call in the graph, which has no place for what differs inside")
+        if site.region:
+            raise TraceError("only a flat graph of the whole model tells the calls of a module apart")
+        if site.op is ops.Weight:
+            raise TraceError("its weight is used as such, and not in operations that could be told apart")
+        counts = {len(nodes) for nodes in site.nodes}
+        if len(counts) > 1:
+            raise TraceError("in training it is called another number of times than in evaluation")
+        (count,) = counts
+        if count == 1:
+            return [site]
+        each = zip(*site.nodes, strict=True)
+        return [
+            site._replace(nodes=tuple((node,) for node in nodes), call=OneCall(number, count))
+            for number, nodes in enumerate(each, start=1)
+        ]
 
     def parts_of(self, site: Site) -> dict[str, Runs]:
         """Returns the rows of q, k and v in a fused projection, by name.

@@ -241,6 +241,7 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
         report: What it came to.
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
+    wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
     found: list[str] = []
     # the names are read again where they are needed: mostly the first few tell that all entries are right
     for option, names in (

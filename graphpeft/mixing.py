@@ -31,7 +31,7 @@ from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import CallSite
-from graphpeft.tracing.graph_module import Graphs, Template, template_of
+from graphpeft.tracing.graph_module import Graphs, Template, template_of, worn_template
 
 BASE = "__base__"
 """In place of an adapter's name: the base model."""
@@ -176,7 +176,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if runner is not None:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
-    template = template_of(module)
+    template = worn_template(module)
     forward: Any = in_place.original_class(module).forward if template is None else template.forward
     return forward(module, *args, **kwargs)
 

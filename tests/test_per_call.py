@@ -360,7 +360,7 @@ def test_another_file_takes_its_place(case, tmp_path):
         assert torch.equal(run(other, case), run(model, case))
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga", "eva"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga", "eva", "loftq"])
 def test_first_values_that_are_for_the_weight_as_a_whole_are_refused(kind):
     report = explain(CASES[2].build(), config(CASES[2], init_lora_weights=kind))
     assert {refusal.reason for refusal in report.refused} == {

@@ -362,7 +362,8 @@ def test_another_file_takes_its_place(case, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga", "eva", "loftq"])
 def test_first_values_that_are_for_the_weight_as_a_whole_are_refused(kind):
-    report = explain(CASES[2].build(), config(CASES[2], init_lora_weights=kind))
+    options = {"loftq_config": {"loftq_bits": 4}} if kind == "loftq" else {}
+    report = explain(CASES[2].build(), config(CASES[2], init_lora_weights=kind, **options))
     assert {refusal.reason for refusal in report.refused} == {
         f"init_lora_weights={kind!r} is for a weight as a whole, and it is one of its calls"
     }

@@ -199,10 +199,8 @@ def test_merging_is_refused_by_name_and_changes_nothing(case):
     [
         {"use_dora": True},
         {"lora_bias": True},
-        *(
-            {"init_lora_weights": name}
-            for name in ("pissa", "olora", "mica", "orthogonal", "corda", "lora_ga", "eva", "loftq")
-        ),
+        *({"init_lora_weights": name} for name in ("pissa", "olora", "mica", "orthogonal", "corda", "lora_ga", "eva")),
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     ],
     ids=lambda options: str(next(iter(options.values()))),
 )

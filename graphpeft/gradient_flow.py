@@ -42,16 +42,16 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
     device = torch.get_default_device() if weight is None else weight.device
     if device.type == "meta":
         return ALL
-    copied = copy.deepcopy(module)
-    own = copied._parameters.get("weight")
-    if own is not None and own.is_floating_point():
-        own.requires_grad_()
     given = torch.ones(1, features, dtype=dtype, device=device, requires_grad=True)
     try:
+        copied = copy.deepcopy(module)
+        own = copied._parameters.get("weight")
+        if own is not None and own.is_floating_point():
+            own.requires_grad_()
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             returned = in_place.original_class(copied).forward(copied, given)
             if returned.requires_grad:
                 returned.sum().backward()
     except Exception:
-        return ALL  # what a user's forward raises for such inputs can be anything
+        return ALL  # what a user's code raises for such inputs can be anything
     return Flow(given.grad is not None, own is not None and own.grad is not None)

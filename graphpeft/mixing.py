@@ -339,12 +339,11 @@ def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
 
 
 def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:
-    """Returns each weight's site with the rule for all adapters there, or None if there isn't one for each."""
+    """Returns each site with the rule for all adapters there, or None if there isn't one for each."""
     at_weight: dict[tuple[str, str], list[AdaptedSite]] = {}
     for sites in by_name.values():
         for adapted in sites:
-            site: Any = adapted.site
-            at_weight.setdefault((site.owner, site.attribute), []).append(adapted)
+            at_weight.setdefault((adapted.site.owner, adapted.site.prefix), []).append(adapted)
     found = [(sites[0], _joined(sites)) for sites in at_weight.values()]
     return None if any(rule is None for _, rule in found) else found
 

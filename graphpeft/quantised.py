@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
-_OF_PYTORCH = ("torch.distributed.", "torch._subclasses.")
-"""Where classes of tensors are at home that are spread over devices or have no data, and add as others do."""
+_OF_PYTORCH = ("torch.distributed.", "torch._subclasses.", "torch.nn.")
+"""Where classes of tensors are at home that are spread over devices or have no data yet, and add as others do."""
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
     """Tells whether the elements of a weight are codes of numbers."""
-    return not weight.is_floating_point() or _computes_by_itself(type(weight))
+    return not (weight.is_floating_point() or weight.is_complex()) or _computes_by_itself(type(weight))
 
 
 def described(weight: torch.Tensor) -> str:

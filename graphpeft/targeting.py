@@ -17,7 +17,7 @@ from graphpeft import targets
 from graphpeft.paths import TensorPaths, join
 from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
+from graphpeft.sites import LeafSite, NoSiteError, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
 from graphpeft.tracing.trace import stands_for
 
@@ -80,10 +80,13 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     for target in _targeted(finder.modules, config, owned, report):
         weight = (target.owner, target.attribute)
-        site = _site_of(target, finder, config)
-        if isinstance(site, str):
-            refused.append((Refusal(target.name, site), finder.modules[target.owner]._parameters.get(target.attribute)))
-        elif weight not in by_weight:
+        try:
+            site = _site_of(target, finder, config)
+        except NoSiteError as reason:
+            tensor = finder.modules[target.owner]._parameters.get(target.attribute)
+            refused.append((Refusal(target.name, str(reason)), tensor))
+            continue
+        if weight not in by_weight:
             by_weight[weight] = target
             found.append(site)
         elif target.is_parameter != by_weight[weight].is_parameter:
@@ -100,25 +103,32 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     return _as_peft_sorts(found, finder.modules)
 
 
-def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite | str:
-    """Returns the site of a weight that is named, or of a module's calls, or the reason why there is none."""
+def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite:
+    """Returns the site of a weight that is named, or of a module's calls.
+
+    Raises:
+        NoSiteError: If there is none.
+    """
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
-    if isinstance(site, Site) and not finder.trains(site):
+    if not finder.trains(site):
         if not target.is_parameter and config.adapts_leaves:
             return _leaf(finder, target.name, config)
-        return f"the function that its forward calls has no gradient for its {target.attribute}"
-    if isinstance(site, str) or target.is_parameter:
-        return site if isinstance(site, str) else site._replace(is_layer=False)
+        raise NoSiteError(f"the function that its forward calls has no gradient for its {target.attribute}")
+    if target.is_parameter:
+        return site._replace(is_layer=False)
     if target.stands_with is _OWN_WEIGHT:
         return site
     site = site._replace(is_layer=True, named=target.name)
     redrawn = target.stands_with.redrawn
     if redrawn is None or target.owner != target.name:
         return site
-    again = finder.find(*_split(join(target.name, redrawn)))
-    return site if isinstance(again, str) else site._replace(redrawn=(again._replace(named=target.name),))
+    try:
+        again = finder.find(*_split(join(target.name, redrawn)))
+    except NoSiteError:
+        return site  # it is refused in its own turn
+    return site._replace(redrawn=(again._replace(named=target.name),))
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -189,13 +199,17 @@ def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module
     return sorted(sites, key=place)
 
 
-def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
-    """Returns the site of the calls of a module without a weight, or the reason why it has none."""
+def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
+    """Returns the site of the calls of a module without a weight that could be changed.
+
+    Raises:
+        NoSiteError: If there is none.
+    """
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
         site = finder.leaf(name)
-        if isinstance(site, LeafSite) and not config.inference_mode and not finder.hands_gradients_on(site):
+        if not config.inference_mode and not finder.hands_gradients_on(site):
             warnings.warn(
                 f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
                 "adapters there learn only by other ways",
@@ -204,9 +218,11 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
         return site
     weight = module._parameters.get("weight")
     if weight is not None:
-        return f"its weight is quantised ({described(weight)}), and it is no layer with in_features and out_features"
+        raise NoSiteError(
+            f"its weight is quantised ({described(weight)}), and it is no layer with in_features and out_features"
+        )
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
-    return f"a {type(module).__name__} has no parameter called weight{advice}"
+    raise NoSiteError(f"a {type(module).__name__} has no parameter called weight{advice}")
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:
@@ -241,6 +257,7 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
         report: What it came to.
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
+    wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
     found: list[str] = []
     # the names are read again where they are needed: mostly the first few tell that all entries are right
     for option, names in (

@@ -200,12 +200,13 @@ def test_merging_is_refused_by_name_and_changes_nothing(case):
         {"use_dora": True},
         {"lora_bias": True},
         *({"init_lora_weights": name} for name in ("pissa", "olora", "mica", "orthogonal", "corda", "lora_ga", "eva")),
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
     ],
-    ids=lambda options: str(*options.values()),
+    ids=lambda options: str(next(iter(options.values()))),
 )
 def test_what_reads_the_weight_is_refused_by_name(case, options):
     report = explain(case.build(), LoraConfig(target_modules=["0"], **options))
-    ((name, value),) = options.items()
+    name, value = next(iter(options.items()))
     assert [refusal.reason.partition(" is for layers")[0] for refusal in report.refused] == [f"{name}={value!r}"]
     assert f"is quantised ({type(case.build()[0].weight).__name__})" in report.refused[0].reason  # type: ignore[index]
 
@@ -306,11 +307,25 @@ def test_the_class_of_a_weight_tells_that_it_is_quantised_and_not_its_dtype():
 
     assert not is_quantised(nn.Parameter(torch.zeros(2)))
     assert not is_quantised(Named(torch.zeros(2)))
+    assert not is_quantised(nn.Parameter(torch.zeros(2, dtype=torch.complex64)))
+    assert not is_quantised(nn.LazyLinear(2).weight)
     assert is_quantised(nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
     assert all(is_quantised(case.build()[0].weight) for case in CASES)  # type: ignore[index]
 
 
-# a gradient of one's own
+def test_a_complex_weight_is_adapted_and_merged_as_any_other():
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 4, dtype=torch.complex64))
+    x = torch.randn(3, 6, dtype=torch.complex64)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    laws.perturbed(model)
+    expected = model(x)
+    expected.abs().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert (model.merge_and_unload()(x) - expected).abs().max() < 1e-5
+
+
+# a gradient of one's own, and a wrapper
 
 
 class WithWeight(torch.autograd.Function):
@@ -373,3 +388,33 @@ def test_a_weight_without_a_gradient_is_no_parameter_to_adapt():
     assert [refusal.reason for refusal in report.refused] == [
         "the function that its forward calls has no gradient for its weight"
     ]
+
+
+class Wrapper(nn.Module):
+    """A layer around another one, which PEFT knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+        self.in_features, self.out_features = 6, 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).relu()
+
+
+@pytest.mark.parametrize("build", [Wrapper, lambda: ByHand(ForInputAlone)], ids=["a wrapper", "a backward by hand"])
+def test_a_layer_that_peft_refuses_gets_the_gradients_of_the_formula(build):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(build())
+    with pytest.raises(ValueError, match=r"is not supported\. Currently, only the following"):
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["0"]))
+    x = torch.randn(5, 6)
+    base = model(x).detach()
+    layer = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))[0]
+    laws.perturbed(model)
+    model(x).square().sum().backward()
+    A, B = (layer.get_parameter(f"lora_{name}_default") for name in "AB")
+    A2, B2 = (tensor.detach().clone().requires_grad_() for tensor in (A, B))
+    (base + 2 * x @ A2.T @ B2.T).square().sum().backward()
+    for found, expected in ((A, A2), (B, B2)):
+        assert_close(found.grad, expected.grad, 1e-5)

@@ -12,6 +12,7 @@ from graphpeft.methods.lora.corda import CordaConfig, preprocess_corda
 from graphpeft.methods.lora.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
 from graphpeft.methods.lora.loftq import LoftQConfig
 from graphpeft.methods.lora.lora_ga import LoraGAConfig, preprocess_loraga
+from graphpeft.methods.lora.per_call import LoraPerCallConfig
 
 __all__ = [
     "CordaConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraPerCallConfig",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_corda",

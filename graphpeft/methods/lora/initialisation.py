@@ -81,6 +81,8 @@ def refused(site: Site, config: Any, flipped: bool) -> str | None:
         return None
     if found.is_measured and not (site.is_layer and site.layout is ops.Linear):
         return f"init_lora_weights={config.init_lora_weights!r} is measured on linear layers, which it is none of"
+    if site.call is not None and (found.is_measured or found.replaces_weight):
+        return f"init_lora_weights={config.init_lora_weights!r} is for a weight as a whole, and it is one of its calls"
     if not site.dtype.is_floating_point:
         return f"init_lora_weights={config.init_lora_weights!r} looks at its values, which are {site.dtype}"
     rows, columns = reversed(site.shape) if flipped else site.shape

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _hooks_of_all
 from graphpeft import ops
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import HALVES, wants_plain_form
-from graphpeft.passes.reading import adapted_values, is_read_by, put_in_place_of
+from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
 from graphpeft.recorded import recorded
 from graphpeft.tags import TAG
 
@@ -43,7 +43,7 @@ def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | No
     if not is_read_by(product.node, total):
         return "others read the product, too"
     with graph.inserting_before(total):
-        B = next(node for node in graph.nodes if node.op == "get_attr" and node.target == product.weight)
+        B = matrix_of(product)
         B = graph.call_method("t", (B,)) if product.transposed else B
         if y.op == "call_module":
             layer = graph.create_node("get_attr", str(y.target))

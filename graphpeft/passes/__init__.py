@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from graphpeft.passes.flattened_rows import flattened_rows
 from graphpeft.passes.grouped_products import grouped_products
 from graphpeft.passes.inplace_addmm import inplace_addmm
 from graphpeft.passes.outcome import Outcome, Pass
@@ -21,7 +22,9 @@ from graphpeft.tracing.graph_module import Graphs, Template
 __all__ = ["PASSES", "Optimized", "Outcome", "Pass", "in_order", "optimized"]
 
 PASSES: tuple[Pass, ...] = (
-    # first, while each cast is one, and none is a part of a product
+    # first, since all others keep the shapes that they find
+    Pass("flattened_rows", flattened_rows, looks_for="linear operations with branches"),
+    # while each cast is one, and none is a part of a product
     Pass("shared_casts", shared_casts, looks_for="casts of what several branches in one graph read"),
     # before casts go into products, since dropout is between them
     Pass("regenerated_dropout", regenerated_dropout, looks_for="products of what dropout leaves"),

@@ -76,15 +76,19 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
         B: Of shape (out, r).
         scaling: s.
     """
-    if wants_plain_form() or torch.promote_types(y.dtype, d.dtype) != y.dtype:
+    if wants_plain_form():
         return torch.add(y, F.linear(d, B), alpha=scaling)
-    is_exact = y.dtype == d.dtype == B.dtype and y.dtype not in HALVES
-    if is_exact and y.ndim == 2:
-        return y.addmm_(d, B.t(), alpha=scaling)
-    if is_exact and y.ndim == 3:
-        # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
-        return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
-    return y.add_(F.linear(d, B), alpha=scaling)
+    dtype = y.dtype
+    if dtype == d.dtype == B.dtype and dtype not in HALVES:
+        if y.ndim == 2:
+            return y.addmm_(d, B.t(), alpha=scaling)
+        if y.ndim == 3:
+            # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
+            return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
+    product = F.linear(d, B)
+    if torch.promote_types(dtype, product.dtype) != dtype:
+        return torch.add(y, product, alpha=scaling)
+    return y.add_(product, alpha=scaling)
 
 
 @recorded

@@ -40,7 +40,7 @@ def product(x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training:
 
 @recorded
 def products(x: Tensor, h: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-    """Returns h Aᵀ for several A's, from one product with all of them, and keeps x for the backward.
+    """Returns h Aᵀ for several A's, from one product with all of them, and keeps x for the backward if h is a cast.
 
     Args:
         x: Of shape (…, in).
@@ -49,8 +49,10 @@ def products(x: Tensor, h: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
     """
     if wants_plain_form() or any(A.dtype != factors[0].dtype for A in factors):
         return tuple([F.linear(h, A) for A in factors])
-    made: Any = _Products.apply(x, h, 0.0, *factors)
-    return made
+    if torch.is_grad_enabled() and x.dtype != h.dtype:
+        made: Any = _Products.apply(x, h, 0.0, *factors)
+        return made
+    return F.linear(h, torch.cat(factors)).split([A.shape[0] for A in factors], -1)
 
 
 @recorded

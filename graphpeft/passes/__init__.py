@@ -10,13 +10,27 @@ from typing import NamedTuple
 
 from torch import nn
 
+from graphpeft.passes.flattened_rows import flattened_rows
+from graphpeft.passes.grouped_products import grouped_products
 from graphpeft.passes.inplace_addmm import inplace_addmm
 from graphpeft.passes.outcome import Outcome, Pass
+from graphpeft.passes.recomputed_casts import recomputed_casts
+from graphpeft.passes.regenerated_dropout import regenerated_dropout
+from graphpeft.passes.shared_casts import shared_casts
 from graphpeft.tracing.graph_module import Graphs, Template
 
 __all__ = ["PASSES", "Optimized", "Outcome", "Pass", "in_order", "optimized"]
 
 PASSES: tuple[Pass, ...] = (
+    # first, since all others keep the shapes that they find
+    Pass("flattened_rows", flattened_rows, looks_for="linear operations with branches"),
+    # while each cast is one, and none is a part of a product
+    Pass("shared_casts", shared_casts, looks_for="casts of what several branches in one graph read"),
+    # before casts go into products, since dropout is between them
+    Pass("regenerated_dropout", regenerated_dropout, looks_for="products of what dropout leaves"),
+    # before the grouping, which takes over what is kept
+    Pass("recomputed_casts", recomputed_casts, looks_for="products of what was cast"),
+    Pass("grouped_products", grouped_products, looks_for="products of a branch's input"),
     # last, since it takes the products apart that others look for
     Pass(
         "inplace_addmm",

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _hooks_of_all
 from graphpeft import ops
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import HALVES, wants_plain_form
-from graphpeft.passes.reading import adapted_values, is_read_by, put_in_place_of
+from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
 from graphpeft.recorded import recorded
 from graphpeft.tags import TAG
 
@@ -43,7 +43,7 @@ def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | No
     if not is_read_by(product.node, total):
         return "others read the product, too"
     with graph.inserting_before(total):
-        B = next(node for node in graph.nodes if node.op == "get_attr" and node.target == product.weight)
+        B = matrix_of(product)
         B = graph.call_method("t", (B,)) if product.transposed else B
         if y.op == "call_module":
             layer = graph.create_node("get_attr", str(y.target))
@@ -76,15 +76,19 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
         B: Of shape (out, r).
         scaling: s.
     """
-    if wants_plain_form() or torch.promote_types(y.dtype, d.dtype) != y.dtype:
+    if wants_plain_form():
         return torch.add(y, F.linear(d, B), alpha=scaling)
-    is_exact = y.dtype == d.dtype == B.dtype and y.dtype not in HALVES
-    if is_exact and y.ndim == 2:
-        return y.addmm_(d, B.t(), alpha=scaling)
-    if is_exact and y.ndim == 3:
-        # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
-        return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
-    return y.add_(F.linear(d, B), alpha=scaling)
+    dtype = y.dtype
+    if dtype == d.dtype == B.dtype and dtype not in HALVES:
+        if y.ndim == 2:
+            return y.addmm_(d, B.t(), alpha=scaling)
+        if y.ndim == 3:
+            # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
+            return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
+    product = F.linear(d, B)
+    if torch.promote_types(dtype, product.dtype) != dtype:
+        return torch.add(y, product, alpha=scaling)
+    return y.add_(product, alpha=scaling)
 
 
 @recorded

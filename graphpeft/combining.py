@@ -136,7 +136,7 @@ def combined_values(
     for name, source in sources.items():
         _adapters.refuse_missing(modules, source, name)
     parts = _parts(modules, sources, weights)
-    planned = {(adapted.site.region, adapted.site.name) for adapted in plan.sites}
+    planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
         raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
@@ -145,7 +145,7 @@ def combined_values(
     values: Tensors = {}
     for adapted in plan.sites:
         try:
-            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.name], how, len(weights))
+            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
         except ValueError as error:
             raise AdaptError(f"can't combine {listed([repr(name) for name in weights])}: {error}") from error
         values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
@@ -166,7 +166,7 @@ def _parts(
                 {local: getattr(owner, adapted.names[local]) for local in adapted.constants},
                 functools.partial(_adapters.delta, adapted, modules),
             )
-            parts.setdefault((adapted.site.region, adapted.site.name), []).append(part)
+            parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)
     return parts
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from graphpeft import adapters as _adapters
 from graphpeft import in_place, rewrite
 from graphpeft.adapters import Adapter, Adapters, Modules
+from graphpeft.parts import is_view
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
 from graphpeft.recomputing import taken_along
@@ -315,7 +316,7 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
     for region, by_name in by_region.items():
         bare = _bare(adapters, region, modules)
         joined = _joined_sites(by_name)
-        if joined is not None:
+        if joined is not None and not _rearranges(bare, modules[region], region, joined):
             runners[id(modules[region])] = _by_row(bare, modules[region], region, joined, regions).forward
         else:
             runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters)
@@ -346,6 +347,18 @@ def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[Adapte
             at_weight.setdefault((site.owner, site.attribute), []).append(adapted)
     found = [(sites[0], _joined(sites)) for sites in at_weight.values()]
     return None if any(rule is None for _, rule in found) else found
+
+
+def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tuple[AdaptedSite, Any]]) -> bool:
+    """Tells whether an operation's input is another view of a tensor, whose first dimension may not be the batch."""
+    for index, graph in enumerate(bare.graphs):
+        named = {node.name: node for node in graph.nodes}
+        for adapted, _ in sites:
+            site: Any = adapted.site
+            for node in site.nodes[index]:
+                if is_view(_adapters.op_at(named.get(node), site.op, module, region).x):
+                    return True
+    return False
 
 
 def _joined(sites: Sequence[AdaptedSite]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from models import LLAMA, MLP, T5, equal, llama_config, output
+from models import GPT2, LLAMA, MLP, T5, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
@@ -296,6 +296,19 @@ def test_an_encoder_has_the_rows_once_when_its_decoder_has_them_for_each_beam():
     inputs = {"input_ids": text(3)["input_ids"], "max_new_tokens": 4, "num_beams": 2}
     names = ["u", "v", "__base__"]
     assert torch.equal(ours.generate(**inputs, adapter_names=names), theirs.generate(**inputs, adapter_names=names))
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
+def test_layers_that_see_all_tokens_as_rows_have_those_of_the_batch(is_flat: bool):
+    # the Conv1D of GPT-2 reads its input as (rows · tokens, features)
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["c_attn", "c_fc"]}, {"r": 3, "target_modules": ["c_fc"]}]
+    base, inputs = GPT2.build(), text(3) | {"use_cache": False}
+    names = ["u", "v", "__base__"]
+    theirs = with_adapters(peft, base, *options)
+    ours = with_adapters(graphpeft, graphpeft.trace(base, inputs) if is_flat else base, *options)
+    with torch.no_grad():
+        expected = theirs(**inputs, adapter_names=names).logits
+        assert near(ours(**inputs, adapter_names=names)["logits"], expected, 1e-5)
 
 
 def test_convolutions_and_embeddings_are_mixed_as_in_peft():

@@ -356,7 +356,8 @@ def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tupl
         for adapted, _ in sites:
             site: Any = adapted.site
             for node in site.nodes[index]:
-                if is_view(_adapters.op_at(named.get(node), site.op, module, region).x):
+                op: Any = _adapters.op_at(named.get(node), site.op, module, region)
+                if is_view(op.x):
                     return True
     return False
 

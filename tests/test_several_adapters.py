@@ -301,7 +301,8 @@ def test_an_encoder_has_the_rows_once_when_its_decoder_has_them_for_each_beam():
 @pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
 def test_layers_that_see_all_tokens_as_rows_have_those_of_the_batch(is_flat: bool):
     # the Conv1D of GPT-2 reads its input as (rows · tokens, features)
-    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["c_attn", "c_fc"]}, {"r": 3, "target_modules": ["c_fc"]}]
+    own: dict[str, Any] = {"fan_in_fan_out": True}
+    options = [own | {"r": 2, "target_modules": ["c_attn", "c_fc"]}, own | {"r": 3, "target_modules": ["c_fc"]}]
     base, inputs = GPT2.build(), text(3) | {"use_cache": False}
     names = ["u", "v", "__base__"]
     theirs = with_adapters(peft, base, *options)

@@ -4,10 +4,10 @@
     cat         A = [w₁s₁A₁; w₂s₂A₂; …]    B = [B₁, B₂, …]                 exactly Σ wᵢ ΔWᵢ
     svd         B A = the best approximation of Σ wᵢ ΔWᵢ of the new rank
 
-The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or `magnitude_prune` in their names leave elements out
-before the sum: of the factors themselves, or of ΔW where the name ends in `_svd`. Sources: Yadav et al.,
-"TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099; the numbers are
-those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
+The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
+`magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
+ends in `_svd`. Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario"
+(DARE), arXiv 2311.03099; the numbers are those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
 
 from __future__ import annotations

@@ -212,12 +212,15 @@ def mixed(
     Raises:
         TypeError: If `names` is a text.
         AdaptError: If a name isn't known, an adapter can't be mixed with others, or one is merged.
+        ValueError: If there are none.
     """
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
     if adapters.is_disabled:
         return contextlib.nullcontext()
     names = tuple(names)
+    if not names:
+        raise ValueError("adapter_names is empty; name one adapter for each row of the batch")
     _refuse(adapters, names)
     wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
     runners = _runners(modules, adapters, wanted)
@@ -247,7 +250,7 @@ def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
 
 def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> Mapping[int, Runner]:
     """Returns how each region runs; what adapters at the same sites have in common is worked out once."""
-    key = frozenset([_signature(adapters, name) for name in names])
+    key = frozenset([_signature(adapters, name) for name in names]), tuple(adapters.acting)
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
@@ -311,6 +314,11 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
         _adapters.refuse_missing(modules, adapters.by_name[name], name)
         for adapted in adapters.by_name[name].sites:
             by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
+    for name in adapters.acting:
+        # where it acts and no row has an adapter, all rows have the base
+        for adapted in adapters.by_name[name].sites:
+            if adapted.site.region in modules:
+                by_region.setdefault(adapted.site.region, {})
     regions = _regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():

@@ -279,6 +279,30 @@ def test_a_mixed_batch_is_that_of_peft():
     assert equal(by_row(ours, text(), ROWS), expected)
 
 
+@pytest.mark.parametrize("names", [["__base__"] * 3, ["v", "__base__", "v"], ["v"] * 3, ["u"] * 3], ids=" ".join)
+def test_an_active_adapter_that_no_row_has_does_not_act(names: list[str]):
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(3, 8)
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": [layer]} for layer in ("0", "2")]
+    theirs, ours = (with_adapters(library, base, *options) for library in LIBRARIES)
+    for active in ("u", "v", "u"):
+        for model in (theirs, ours):
+            model.set_adapter(active)
+        with torch.no_grad():
+            assert equal(ours(x, adapter_names=names), theirs(x, adapter_names=names))
+
+
+def test_an_active_prompt_that_no_row_has_does_not_act():
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
+    names = ["u", "__base__", "u"]
+    with torch.no_grad():
+        expected = model(**text(3), adapter_names=names).logits
+        prompt = graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+        model.add_adapter("p", prompt)
+        model.set_adapter("p")
+        assert output(model, text(3)).shape[1] > expected.shape[1]
+        assert equal(model(**text(3), adapter_names=names).logits, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_text_is_generated_for_a_mixed_batch_as_in_peft(options: dict[str, int]):
     theirs, ours = (mixed_llama(library) for library in LIBRARIES)
@@ -481,6 +505,7 @@ def test_a_compiled_model_has_mixed_batches_in_one_graph():
     [
         (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 's', 'u'\], and '__base__'"),
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
+        ([], ValueError, "adapter_names is empty; name one adapter for each row"),
         (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
         (["u", "s"], AdaptError, "'s' trains lm_head whole"),
     ],

@@ -89,6 +89,8 @@ def _check(how: Combination) -> None:
         )
     if how.svd_rank is not None and how.svd_rank <= 0:
         raise ValueError(f"svd_rank must be a positive integer, not {how.svd_rank!r}")
+    if how.svd_clamp is not None and not 0 <= how.svd_clamp <= 1:
+        raise ValueError(f"svd_clamp is a quantile: 0 ≤ q ≤ 1, not {how.svd_clamp!r}")
 
 
 def _prunes(kind: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from measuring import let_peft_round_on_the_cpu
 from models import LLAMA
 from oracle import (
     LINEAR,
@@ -27,7 +27,6 @@ from oracle import (
     perturb,
     tensors,
 )
-from peft.utils import loftq_utils
 from torch import nn
 
 import graphpeft
@@ -57,24 +56,7 @@ each = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _peft_rounds_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flat(state: Any) -> Any:
-        # on the CPU, bitsandbytes 0.50 dequantises rows that aren't multiples of its blocks wrongly
-        state.shape = torch.Size([state.shape.numel()])
-        return state
-
-    source = inspect.getsource(loftq_utils.loftq_init)
-    for there, here in (
-        ('else "cuda"', 'else "cpu"'),
-        (
-            "dequantize_4bit(qweight.data, qweight.quant_state)",
-            "dequantize_4bit(qweight.data, flat(qweight.quant_state)).view_as(res)",
-        ),
-    ):
-        assert there in source
-        source = source.replace(there, here)
-    namespace = {**vars(loftq_utils), "flat": flat}
-    exec(source, namespace)
-    monkeypatch.setattr(peft.tuners.lora.layer, "loftq_init", namespace["loftq_init"])
+    let_peft_round_on_the_cpu(monkeypatch)
 
 
 def pair(case: Any, options: dict[str, Any], **more: Any) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
-from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.eva import EvaConfig
 from graphpeft.methods.lora.initialisation import initialisation_of, takes_product
 from graphpeft.methods.lora.leaf import LoraLeaf
@@ -260,7 +260,7 @@ class LoraConfig(TargetedConfig):
         if site.layout is ops.Convolution:
             return LoraConvolution(site.transposed, drops, casts, self.lora_bias)
         if site.layout is ops.Embedding:
-            return LoraEmbedding(casts)
+            return LoraEmbedding(casts) if site.is_layer else LoraTable(casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(site.transposed)
         if site.op is ops.Weight:

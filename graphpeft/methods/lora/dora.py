@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft import ops
 from graphpeft.methods.lora.convolution import LoraConvolution
-from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.initialisation import replaces_weight
 from graphpeft.methods.lora.linear import LoraLinear
@@ -30,7 +30,7 @@ from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
-Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraMatrix | LoraExperts
+Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts
 
 
 @dataclass(frozen=True)

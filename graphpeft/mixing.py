@@ -364,7 +364,7 @@ def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tupl
         for adapted, _ in sites:
             site: Any = adapted.site
             for node in site.nodes[index]:
-                op: Any = _adapters.op_at(named.get(node), site.op, module, region)
+                op: Any = _adapters.op_in(graph, named, node, site.op, module, region)
                 if is_view(op.x):
                     return True
     return False

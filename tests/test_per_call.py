@@ -249,6 +249,19 @@ def test_a_model_that_is_no_flat_graph_is_refused_with_the_way_out(tmp_path):
         PeftModel.from_pretrained(Shared(), tmp_path)
 
 
+def test_operations_of_the_model_itself_are_told_apart_without_a_trace():
+    case = CASES[3]
+    torch.manual_seed(0)
+    made = case.make()
+    torch.manual_seed(2)
+    model: Any = get_peft_model(made, config(case))
+    laws.perturbed(model)
+    traced_one = adapted(case)
+    laws.perturbed(traced_one)
+    assert [site.site.label for site in model.adapter_report().adapted] == list(case.calls)
+    assert torch.allclose(run(model, case), run(traced_one, case), atol=1e-6)
+
+
 def test_calls_inside_of_what_stays_a_call_are_refused():
     class Deciding(nn.Module):
         def __init__(self) -> None:

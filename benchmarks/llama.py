@@ -88,12 +88,12 @@ def _check_outputs(outputs: dict[str, torch.Tensor]) -> None:
 def _training_rows(size: Size, rounds: int) -> list[Row]:
     base = llama(size.hidden, size.layers)
     tokens = torch.randint(0, 256, size.tokens)
-    steps: dict[str, Callable[[], object]] = {"base": _input_gradients(base, tokens)}
+    steps: dict[str, Callable[[], object]] = {"base": input_gradients(base, tokens)}
     for dropout in (0.0, 0.05):
         models = {library: adapted(base, library, dropout).train() for library in LIBRARIES}
-        _check_training(models, tokens, dropout)
+        check_training(models, tokens, dropout)
         for library, model in models.items():
-            steps[f"{library} {dropout}"] = _training_step(model, tokens)
+            steps[f"{library} {dropout}"] = training_step(model, tokens)
     candidates = {name: calls(step) for name, step in steps.items()}
     samples = measure(f"training step, {size.name}", candidates, rounds)
     what = f"{size.name}: training step"
@@ -103,23 +103,23 @@ def _training_rows(size: Size, rounds: int) -> list[Row]:
     ]
 
 
-def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     # the logits themselves, as a loss over one token would be empty
     return model(input_ids=tokens).logits.square().mean()
 
 
-def _training_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(model, tokens).backward()
+        loss_of(model, tokens).backward()
         optimizer.step()
 
     return step
 
 
-def _input_gradients(base: Any, tokens: torch.Tensor) -> Callable[[], None]:
+def input_gradients(base: Any, tokens: torch.Tensor) -> Callable[[], None]:
     """Returns the least that training any adapter takes: the forward, and the gradient of the inputs."""
     embedded = base.get_input_embeddings()(tokens).detach().requires_grad_()
 
@@ -130,15 +130,15 @@ def _input_gradients(base: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def _check_training(models: dict[str, Any], tokens: torch.Tensor, dropout: float) -> None:
+def check_training(models: dict[str, Any], tokens: torch.Tensor, dropout: float) -> None:
     """Makes sure that both libraries train the same tensors, with the same gradients where there is no chance in it."""
     gradients, losses = {}, {}
     for library, model in models.items():
         torch.manual_seed(1)
-        losses[library] = _loss(model, tokens)
+        losses[library] = loss_of(model, tokens)
         losses[library].backward()
         gradients[library] = adapter_gradients(model)
-        assert (dropout > 0) == bool(_loss(model, tokens) != losses[library]), "dropout should change the loss"
+        assert (dropout > 0) == bool(loss_of(model, tokens) != losses[library]), "dropout should change the loss"
     peft, ours = gradients["PEFT"], gradients["graphpeft"]
     assert peft.keys() == ours.keys()
     for name in peft if dropout == 0 else ():

@@ -129,18 +129,32 @@ class Target:
         return f"≤ {self.most:.2f}" if self.least == 0 else f"{self.least:.2f} … {self.most:.2f}"
 
 
+def duration(seconds: float) -> str:
+    """Writes a number of seconds."""
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def size(number: float) -> str:
+    """Writes a number of bytes."""
+    return f"{number / 1e6:.3g} MB"
+
+
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: median seconds, and one ratio with its target.
+    """A line of the table: median seconds or bytes, and one ratio with its target.
 
     Attributes:
         what: What was measured.
-        base: The seconds without any adapter, if that was measured.
-        peft: PEFT's seconds.
+        base: The seconds or bytes without any adapter, if that was measured.
+        peft: PEFT's.
         ours: This library's.
         to: What the ratio compares with.
         ratio: The ratio.
         target: What it is to be, if anything.
+        shown: How a number of seconds or bytes is written.
     """
 
     what: str
@@ -150,13 +164,14 @@ class Row:
     to: str
     ratio: Ratio
     target: Target | None = None
+    shown: Callable[[float], str] = duration
 
     def cells(self) -> tuple[str, ...]:
         """Returns the texts of the columns."""
         target = (str(self.target), self.target.verdict(self.ratio)) if self.target else ("", "")
         return (
             self.what,
-            *(_duration(s) for s in (self.base, self.peft, self.ours)),
+            *("" if value is None else self.shown(value) for value in (self.base, self.peft, self.ours)),
             f"{self.ratio} × {self.to}",
             *target,
         )
@@ -173,12 +188,3 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    for unit, size in (("s", 1), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"

@@ -17,8 +17,10 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
+    LoftQConfig,
     LoraConfig,
     LoraGAConfig,
+    LoraPerCallConfig,
     get_eva_state_dict,
     initialize_lora_eva_weights,
     preprocess_corda,
@@ -35,6 +37,7 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from graphpeft.optimization import PassReport, optimize
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report
 from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
@@ -58,11 +61,14 @@ __all__ = [
     "CordaConfig",
     "EvaConfig",
     "GuardError",
+    "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraPerCallConfig",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
     "ParameterSpec",
+    "PassReport",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -84,6 +90,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "optimize",
     "preprocess_corda",
     "preprocess_loraga",
     "register",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphpeft import in_place, ops, rewrite, stand_ins
+from graphpeft import in_place, ops, passes, rewrite, stand_ins
 from graphpeft.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths, join, within
@@ -142,6 +142,7 @@ class Adapters:
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
+        passes: The names of the passes that change how the graphs compute.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
         replication: How the model's layers were exchanged for an adapter.
@@ -161,6 +162,7 @@ class Adapters:
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     replication: Replication | None = None
+    passes: tuple[str, ...] = ()
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:
@@ -347,6 +349,27 @@ def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
     adapters.is_disabled = is_disabled
 
 
+def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> dict[str, passes.Optimized]:
+    """Lets the graphs of the adapters that act compute by other passes than before.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters.
+        names: The names of passes, in their order.
+
+    Returns:
+        What became of the graph of each region that has such adapters, by path.
+    """
+    regions = dict.fromkeys(
+        region for name in adapters.acting for region in _by_region(adapters.by_name[name].sites, modules)
+    )
+    done = {region: passes.optimized(_worn(adapters, region, modules), modules[region], names) for region in regions}
+    for region, optimized in done.items():
+        wear_template(modules[region], optimized.template)
+    adapters.passes = names
+    return done
+
+
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
     if adapters.merged:
         warnings.warn(f"{listed(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
@@ -357,7 +380,11 @@ def _let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     stand_in_readers = _stand_in_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]
     templates = _templates(adapters, in_graphs, modules)
-    for region, template in templates.items():
+    worn = {
+        region: template and passes.optimized(template, modules[region], adapters.passes).template
+        for region, template in templates.items()
+    }
+    for region, template in worn.items():
         if template is None:
             in_place.take_off(modules[region], "graph")
         else:
@@ -468,13 +495,25 @@ def with_adapter(
             for kind, nodes, rule, attributes in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    is_boundary = issubclass(kind, Boundary)
-                    op = _boundary(graph, node, kind) if is_boundary else op_at(named.get(node), kind, module, region)
+                    op = op_in(graph, named, node, kind, module, region)
                     rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)
     return derived
+
+
+def op_in(
+    graph: fx.Graph, named: Mapping[str, fx.Node], name: str, kind: type, module: nn.Module, region: str
+) -> ops.Operation | Boundary:
+    """Returns the operation, or the boundary, that is called `name` in a region's graph.
+
+    Raises:
+        AdaptError: If there is none any more.
+    """
+    if issubclass(kind, Boundary):
+        return _boundary(graph, name, kind)
+    return _op_at(named.get(name), kind, module, region)
 
 
 def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
@@ -484,12 +523,7 @@ def _boundary(graph: fx.Graph, name: str, kind: type) -> Boundary:
         raise AdaptError(f"the boundary of an adapted module is gone: {error}; unload its adapters first") from error
 
 
-def op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
-    """Returns the operation that a node of a region's graph is.
-
-    Raises:
-        AdaptError: If it is none any more.
-    """
+def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> ops.Operation:
     op = None
     if node is not None:
         op = ops.weight_at(node) if kind is ops.Weight else ops.read_op(node, module)

@@ -49,6 +49,11 @@ class Leaf(Boundary):
         """The node of the first argument, as it is given now."""
         return self.inputs[self.arguments[0]]
 
+    @property
+    def node(self) -> fx.Node:
+        """The node whose value is what the call returns."""
+        return self.output
+
 
 def leaf_of(graph: fx.Graph, name: str) -> Leaf:
     """Returns the operation that the call with the boundary `name` is; raises as `boundary_of` does."""

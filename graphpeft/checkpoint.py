@@ -21,7 +21,7 @@ from torch import nn
 
 from graphpeft import embedding_layers, stand_ins, targets
 from graphpeft.adapters import Adapter, Modules, Tensors
-from graphpeft.config import PeftConfig
+from graphpeft.config import PeftConfig, PeftType
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
@@ -75,6 +75,8 @@ def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) ->
 def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
     if isinstance(site, CallSite):
         return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
+    # behind the name of the tensor, where no module of the model's can have the same
+    name = name if site.call is None else join(name, str(site.call))
     if isinstance(site, LeafSite):
         return _key(prefix, _file_path(site.owner, wrapped), name)
     around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
@@ -88,15 +90,15 @@ def _key(prefix: str, path: str, name: str) -> str:
 
 def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
     """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
-    wrapped: dict[str, list[tuple[bool, int, str]]] = {}
+    wrapped: dict[str, set[tuple[bool, int, str]]] = {}
     for adapted in adapter.weight_sites:
         site = adapted.site
         # a layer is wrapped as such before its parameters are
         place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
-        wrapped.setdefault(site.owner, []).append(place)
+        wrapped.setdefault(site.owner, set()).add(place)
     for adapted in adapter.sites:
         if isinstance(adapted.site, LeafSite):
-            wrapped.setdefault(adapted.site.owner, []).append((False, -1, ""))
+            wrapped.setdefault(adapted.site.owner, set()).add((False, -1, ""))
     return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
 
 
@@ -344,9 +346,11 @@ def write_model_card(config: PeftConfig, folder: Path) -> None:
 def _model_card(config: PeftConfig) -> str:
     base = config.base_model_name_or_path
     front = [f"base_model: {base}"] if base else []
-    front += ["library_name: peft", "tags:", f"- {config.method.lower()}"]
+    is_of_peft = config.method in list(PeftType)
+    front += [f"library_name: {'peft' if is_of_peft else 'graphpeft'}", "tags:", f"- {config.method.lower()}"]
     about = f"A {config.method} adapter" + (f" for `{base}`" if base else "")
-    return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft in the format of Hugging Face PEFT.", ""])
+    how = "in the format of Hugging Face PEFT" if is_of_peft else "which alone can load it: PEFT has no such method"
+    return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft{' ' if is_of_peft else ', '}{how}.", ""])
 
 
 def load(

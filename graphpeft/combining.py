@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -60,11 +62,23 @@ class Part(NamedTuple):
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
-    """Raises AdaptError unless there is an adapter, and a weight, for each name."""
+    """Checks that there is an adapter, and a weight, for each name.
+
+    Raises:
+        AdaptError: If there isn't.
+        TypeError: If `names` is a text, or a weight no number.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapters is the text {names!r}; pass a list of names, [{names!r}]")
     if not names:
         raise AdaptError("no adapters to combine were named")
     if len(names) != len(weights):
         raise AdaptError(f"{len(names)} adapters were named, with {len(weights)} weights; give one weight for each")
+    for weight in weights:
+        if not isinstance(weight, numbers.Real):
+            raise TypeError(f"weights has {weight!r}, which is no number")
+        if not math.isfinite(weight):
+            raise AdaptError(f"weights has {weight!r}; give finite numbers")
     if len(set(names)) < len(names):
         raise AdaptError("an adapter is named twice; name it once, with the sum of its weights")
     unknown = [repr(name) for name in names if name not in adapters.by_name]
@@ -136,7 +150,7 @@ def combined_values(
     for name, source in sources.items():
         _adapters.refuse_missing(modules, source, name)
     parts = _parts(modules, sources, weights)
-    planned = {(adapted.site.region, adapted.site.name) for adapted in plan.sites}
+    planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
         raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
@@ -145,7 +159,7 @@ def combined_values(
     values: Tensors = {}
     for adapted in plan.sites:
         try:
-            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.name], how, len(weights))
+            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
         except ValueError as error:
             raise AdaptError(f"can't combine {listed([repr(name) for name in weights])}: {error}") from error
         values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
@@ -166,7 +180,7 @@ def _parts(
                 {local: getattr(owner, adapted.names[local]) for local in adapted.constants},
                 functools.partial(_adapters.delta, adapted, modules),
             )
-            parts.setdefault((adapted.site.region, adapted.site.name), []).append(part)
+            parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)
     return parts
 
 

@@ -392,12 +392,17 @@ def as_config(config: ConfigLike) -> PeftConfig:
 
     Raises:
         TypeError: If it is no config.
-        ValueError: If its method isn't supported.
+        ValueError: If its method, or what PEFT's config says of the run, isn't supported.
     """
     if isinstance(config, PeftConfig):
         return config
     if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
         raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    # PEFT keeps it beside its keys, and leaves it out of what it writes
+    if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
+        raise ValueError(
+            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave runtime_config out"
+        )
     values = config.to_dict()
     known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})

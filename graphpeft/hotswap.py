@@ -82,7 +82,7 @@ def hotswap_adapter(
 
 def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     def places(sites: Any) -> dict[Any, Any]:
-        return {(a.site.owner, a.site.name): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
+        return {(a.site.owner, a.site.label): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
 
     if any(adapted.replaced for adapted in (*adapter.sites, *plan.sites)):
         return False  # what is left of a weight is worked out anew
@@ -93,8 +93,8 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
 def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> None:
     for (path, attribute), value in values.items():
         getattr(modules[path], attribute).copy_(value)
-    constants = {(a.site.owner, a.site.name): a.constants for a in plan.sites}
-    adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.name]) for a in adapter.sites]
+    constants = {(a.site.owner, a.site.label): a.constants for a in plan.sites}
+    adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.label]) for a in adapter.sites]
     for adapted in adapter.sites:
         own = modules[adapted.site.owner].__dict__
         for name, value in adapted.constants.items():

@@ -25,12 +25,14 @@ from torch.utils import _pytree as pytree
 from graphpeft import adapters as _adapters
 from graphpeft import in_place, rewrite
 from graphpeft.adapters import Adapter, Adapters, Modules
+from graphpeft.parts import is_view
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
 from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.tracing.graph_module import Graphs, Template, template_of
+from graphpeft.sites import CallSite
+from graphpeft.tracing.graph_module import Graphs, Template, template_of, worn_template
 
 BASE = "__base__"
 """In place of an adapter's name: the base model."""
@@ -175,7 +177,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if runner is not None:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
-    template = template_of(module)
+    template = worn_template(module)
     forward: Any = in_place.original_class(module).forward if template is None else template.forward
     return forward(module, *args, **kwargs)
 
@@ -211,12 +213,15 @@ def mixed(
     Raises:
         TypeError: If `names` is a text.
         AdaptError: If a name isn't known, an adapter can't be mixed with others, or one is merged.
+        ValueError: If there are none.
     """
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
     if adapters.is_disabled:
         return contextlib.nullcontext()
     names = tuple(names)
+    if not names:
+        raise ValueError("adapter_names is empty; name one adapter for each row of the batch")
     _refuse(adapters, names)
     wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
     runners = _runners(modules, adapters, wanted)
@@ -246,7 +251,7 @@ def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
 
 def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> Mapping[int, Runner]:
     """Returns how each region runs; what adapters at the same sites have in common is worked out once."""
-    key = frozenset([_signature(adapters, name) for name in names])
+    key = frozenset([_signature(adapters, name) for name in names]), tuple(adapters.acting)
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
@@ -277,7 +282,7 @@ def _signature(adapters: Adapters, name: str) -> int:
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
-    if not adapter.changes_weights:
+    if any(isinstance(adapted.site, CallSite) for adapted in adapter.sites):
         raise AdaptError(
             f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "
             "activate it with set_adapter, for all rows"
@@ -310,12 +315,17 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
         _adapters.refuse_missing(modules, adapters.by_name[name], name)
         for adapted in adapters.by_name[name].sites:
             by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
+    for name in adapters.acting:
+        # where it acts and no row has an adapter, all rows have the base
+        for adapted in adapters.by_name[name].sites:
+            if adapted.site.region in modules:
+                by_region.setdefault(adapted.site.region, {})
     regions = _regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
         bare = _bare(adapters, region, modules)
         joined = _joined_sites(by_name)
-        if joined is not None:
+        if joined is not None and not _rearranges(bare, modules[region], region, joined):
             runners[id(modules[region])] = _by_row(bare, modules[region], region, joined, regions).forward
         else:
             runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters)
@@ -338,14 +348,26 @@ def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
 
 
 def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:
-    """Returns each weight's site with the rule for all adapters there, or None if there isn't one for each."""
+    """Returns each site with the rule for all adapters there, or None if there isn't one for each."""
     at_weight: dict[tuple[str, str], list[AdaptedSite]] = {}
     for sites in by_name.values():
         for adapted in sites:
-            site: Any = adapted.site
-            at_weight.setdefault((site.owner, site.attribute), []).append(adapted)
+            at_weight.setdefault((adapted.site.owner, adapted.site.prefix), []).append(adapted)
     found = [(sites[0], _joined(sites)) for sites in at_weight.values()]
     return None if any(rule is None for _, rule in found) else found
+
+
+def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tuple[AdaptedSite, Any]]) -> bool:
+    """Tells whether an operation's input is another view of a tensor, whose first dimension may not be the batch."""
+    for index, graph in enumerate(bare.graphs):
+        named = {node.name: node for node in graph.nodes}
+        for adapted, _ in sites:
+            site: Any = adapted.site
+            for node in site.nodes[index]:
+                op: Any = _adapters.op_in(graph, named, node, site.op, module, region)
+                if is_view(op.x):
+                    return True
+    return False
 
 
 def _joined(sites: Sequence[AdaptedSite]) -> Any:
@@ -395,7 +417,7 @@ def _by_row(
             named = {node.name: node for node in graph.nodes}
             for owner, prefix, kind, nodes, rule, parameters, constants, where in edits:
                 for node in nodes[index]:
-                    op: Any = _adapters.op_at(named.get(node), kind, module, region)
+                    op: Any = _adapters.op_in(graph, named, node, kind, module, region)
                     values = _values_by_row(graph, op, owner, prefix, parameters, constants, where)
                     training = "training" if owner == _ITSELF else join(owner, "training")
                     rewrite.replace(graph, op, rule.by_row, values, {"training": training})

@@ -704,7 +704,8 @@ def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: _a
     """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
     state: Adapters | None = model.__dict__.get(_STATE)
     others = list(state.by_name) if state is not None else []
-    replaced = [".".join(place) for place in values if place not in set(adapter.tensor_names(name))]
+    own = set(adapter.tensor_names(name))
+    replaced = [".".join(place) for place in values if place not in own]
     if others and replaced:
         raise checkpoint.CheckpointError(
             f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "

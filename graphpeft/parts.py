@@ -48,7 +48,7 @@ def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Ru
     numbers: dict[fx.Node, Any] = {output: torch.arange(features).expand(output.meta[VALUE].shape).contiguous()}
     ends: dict[tuple[int, ...], fx.Node] = {}
     for node in graph.nodes:
-        if _is_view(node) and any(source in numbers for source in node.all_input_nodes):
+        if is_view(node) and any(source in numbers for source in node.all_input_nodes):
             numbers[node] = _on_numbers(node, numbers)
             if isinstance(numbers[node], torch.Tensor):
                 ends.setdefault(tuple(sorted(set(numbers[node].flatten().tolist()))), node)
@@ -74,7 +74,8 @@ def runs_of(rows: tuple[int, ...]) -> Runs:
     return tuple(runs)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Tells whether a node moves features, or rows, about and changes none."""
     return node.op in ("call_function", "call_method") and _name(node) in _VIEWS
 
 

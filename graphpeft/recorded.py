@@ -14,7 +14,10 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def record(*args: Any) -> Any:
-        proxy = next((argument for argument in args if isinstance(argument, fx.Proxy)), None)
-        return function(*args) if proxy is None else proxy.tracer.create_proxy("call_function", record, args, {})
+        # in a loop, since a generator takes longer than some of the functions
+        for argument in args:
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", record, args, {})
+        return function(*args)
 
     return record

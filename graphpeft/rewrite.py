@@ -239,7 +239,7 @@ def _around_leaf(graph: fx.Graph, op: Leaf, rule: WeightRule, attributes: Mappin
 
 def replace(
     graph: fx.Graph,
-    op: Operation,
+    op: Operation | Leaf,
     function: Callable[..., Any],
     nodes: Mapping[str, fx.Node],
     paths: Mapping[str, str],
@@ -254,10 +254,10 @@ def replace(
         paths: Attributes of the module that owns the graph, likewise.
     """
     assert not isinstance(op, Weight)
-    before = set(graph.nodes)
+    users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
     with graph.inserting_before(op.node.next):
         result = _call(function, graph, {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})
-    _replace(op.node, result.node, before.__contains__)
+    _replace(op.node, result.node, users.__contains__)
 
 
 def _at_boundary(

@@ -21,15 +21,32 @@ from torch import fx, nn
 
 from graphpeft import dataflow, in_place, ops
 from graphpeft.boundaries import NAME, Boundary, Leaf, boundaries_inside, boundary_of
+from graphpeft.gradient_flow import flow_of
 from graphpeft.ops import convolution, embedding
 from graphpeft.parts import Runs, parts_found
 from graphpeft.paths import join, within
+from graphpeft.quantised import described, is_quantised
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.own_forward import call_on_weights, call_through
 from graphpeft.tracing.source import ANY, methods_reading, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, split_inputs, stands_for
+
+
+class OneCall(NamedTuple):
+    """Which of the operations of a weight, or of the calls of a module, is meant, where each is a site of its own.
+
+    Attributes:
+        number: Its place in the order of the graph, from 1.
+        of: How many there are.
+    """
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"call_{self.number}"
 
 
 class Site(NamedTuple):
@@ -52,6 +69,7 @@ class Site(NamedTuple):
         named: The module whose name stands for several weights, of which this is one; None for other weights.
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
         bias: The path of the parameter that all operations add, or None if there is no such one.
+        call: Which of the weight's operations it is, if not all of them.
     """
 
     region: str
@@ -70,9 +88,16 @@ class Site(NamedTuple):
     named: str | None = None
     redrawn: tuple[Site, ...] = ()
     bias: str | None = None
+    call: OneCall | None = None
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
-    unmergeable = None
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why what an adapter does there can't be merged, or None."""
+        if self.call is None:
+            return None
+        return f"it is one of {self.call.of} calls with a change of its own each, and the one weight can't have all"
 
     @property
     def in_features(self) -> int | None:
@@ -97,7 +122,8 @@ class Site(NamedTuple):
     @property
     def prefix(self) -> str:
         """What the names of an adapter's tensors begin with on the owner."""
-        return "" if self.attribute == "weight" else f"{self.attribute}_"
+        own = "" if self.attribute == "weight" else f"{self.attribute}_"
+        return own if self.call is None else f"{own}{self.call}_"
 
     @property
     def weight(self) -> str:
@@ -113,8 +139,9 @@ class Site(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name, for a person to read: where the name stands for several weights, the path of this one."""
-        return self.name if self.named is None else self.weight
+        """Its own name: where `name` stands for several weights, the path of this one; and which call it is."""
+        own = self.name if self.named is None else self.weight
+        return own if self.call is None else join(own, str(self.call))
 
     @property
     def size(self) -> str:
@@ -123,7 +150,7 @@ class Site(NamedTuple):
 
 
 class LeafSite(NamedTuple):
-    """The call of a module whose inside is its own affair, such as a layer that has no weight in floating point.
+    """The call of a module whose inside is its own affair, such as a layer whose weight is quantised.
 
     Attributes:
         region: The path of the module whose graph has the call: the module itself, or a flat graph around it.
@@ -132,7 +159,10 @@ class LeafSite(NamedTuple):
         in_features: The size of the last dimension of the module's first argument.
         out_features: The size of the last dimension of what it returns.
         beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
-        dtype: The dtype of its parameters; without any, that of the model's, or the default.
+        dtype: The dtype of its weight; of one that holds integers, the default. Without a weight, that of its
+            parameters, of the model's, or the default.
+        quantised: What its weight is, if that holds codes of numbers.
+        call: Which of the module's calls it is, if not all of them.
     """
 
     region: str
@@ -142,20 +172,39 @@ class LeafSite(NamedTuple):
     out_features: int
     beside: tuple[str, str]
     dtype: torch.dtype
+    quantised: str | None = None
+    call: OneCall | None = None
 
     op = Leaf
-    prefix = ""
+    attribute = ""
     reads = ()
     is_layer = True
     named = None
     redrawn = ()
     way_out = Site.way_out
-    unmergeable = "it is the call of a module, which has no weight in floating point that could be changed"
+
+    @property
+    def kind(self) -> str:
+        """What it is, for a person to read."""
+        weight = f" whose weight is quantised ({self.quantised})" if self.quantised is not None else ""
+        return f"the call of a module{weight}"
+
+    @property
+    def unmergeable(self) -> str:
+        """Why what an adapter does there can't be merged."""
+        if self.quantised is None:
+            return f"it is {self.kind}, and changes no weight"
+        return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
+
+    @property
+    def prefix(self) -> str:
+        """What the names of an adapter's tensors begin with on the owner."""
+        return "" if self.call is None else f"{self.call}_"
 
     @property
     def label(self) -> str:
-        """Its name, for a person to read."""
-        return self.name
+        """Its own name: that of the module, and which call it is."""
+        return self.name if self.call is None else join(self.name, str(self.call))
 
     @property
     def name(self) -> str:
@@ -232,6 +281,10 @@ class Crossing(NamedTuple):
     returned: Any
 
 
+class NoSiteError(Exception):
+    """Why a weight, or a module, is no site."""
+
+
 class SiteFinder:
     """Finds sites in one model, recording each module's graph once; the model stays as it is.
 
@@ -253,74 +306,92 @@ class SiteFinder:
         self.templates: dict[str, Template] = {}
         self._graphs = {path for path, module in self.modules.items() if _runs_graph(module)}
         self._errors: dict[str, TraceError] = {}
+        self._hands_on: dict[tuple[type, str | None], bool] = {}
         self._readers = _readers(self.modules)
         self._may_read = _may_read(self.modules)
 
-    def find(self, owner: str, attribute: str) -> Site | str:
-        """Returns the site of a weight, or the reason why there is none.
+    def find(self, owner: str, attribute: str) -> Site:
+        """Returns the site of a weight.
 
         Args:
             owner: The path of the module that owns the weight.
             attribute: The weight's name in it.
+
+        Raises:
+            NoSiteError: If there is none.
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
-        readers = self._readers.get((owner, attribute), [])
-        if not readers and self._may_read:
-            readers = self._hidden_readers(owner, attribute)
-            if isinstance(readers, str):
-                return readers
+        if is_quantised(weight):
+            raise NoSiteError(
+                f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "
+                "module that computes with it in target_modules"
+            )
+        readers = self._readers.get((owner, attribute)) or self._hidden_readers(owner, attribute)
+        region = self._region(owner, attribute, readers)
+        caller = self._caller_outside(region, owner) if region in readers else None
+        if caller is not None:
+            raise NoSiteError(
+                f"its {attribute} is read by {region or 'the model'}, and its module is called by "
+                f"{caller or 'the model'}"
+            )
+        uses = self._uses(region, owner, attribute)
+        assert uses is not None
+        return self._site(region, owner, attribute, weight, uses)
+
+    def _region(self, owner: str, attribute: str, readers: list[str]) -> str:
+        """Returns the path of the smallest module whose graph, which is in `templates`, uses a weight.
+
+        Args:
+            owner: The path of the module that owns the weight.
+            attribute: The weight's name in it.
+            readers: The paths of modules around the owner that read the weight without calling the owner.
+
+        Raises:
+            NoSiteError: If there is none.
+        """
         if len(readers) > 1:
             outermost = min(readers, key=len)
-            if all(not outermost or path == outermost or path.startswith(f"{outermost}.") for path in readers):
-                site = self._site_of_a_call(outermost, owner, attribute, weight)
-                if site is not None:
-                    return site
-            return f"its {attribute} is read by several modules: {', '.join(path or 'the model' for path in readers)}"
+            if all(not outermost or path == outermost or path.startswith(f"{outermost}.") for path in readers) and (
+                self._runs_on_weight(outermost, owner, attribute)
+            ):
+                return outermost
+            names = ", ".join(path or "the model" for path in readers)
+            raise NoSiteError(f"its {attribute} is read by several modules: {names}")
         reasons = []
         for region in readers or self._regions(owner):
-            template = self._template(region)
-            if template is None:
+            if self._template(region) is None:
                 reasons.append(f"{region or 'the model'} can't become a graph: {self._errors[region]}")
-                continue
-            uses = _uses(template, self.modules[region]).get(join(within(owner, region), attribute))
-            if uses is not None:
-                caller = self._caller_outside(region, owner, template) if region in readers else None
-                if caller is not None:
-                    return _read_and_called(attribute, region, caller)
-                return self._site(region, owner, attribute, weight, uses)
-        region = readers[0] if readers else owner
-        site = self._site_of_a_call(region, owner, attribute, weight) if region in self._errors else None
-        return site or "; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}"
+            elif self._uses(region, owner, attribute) is not None:
+                return region
+        likeliest = readers[0] if readers else owner
+        if likeliest in self._errors and self._runs_on_weight(likeliest, owner, attribute):
+            return likeliest
+        raise NoSiteError("; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}")
 
-    def _site_of_a_call(self, region: str, owner: str, attribute: str, weight: torch.Tensor) -> Site | str | None:
-        """Returns the site of a weight where a module's own forward is called on what has become of its weights.
+    def _runs_on_weight(self, region: str, owner: str, attribute: str) -> bool:
+        """Tells whether a module's own forward can be called on what has become of a weight; that is its graph then.
 
         So all see the change that read the weight inside, and the module need not be traced.
-
-        Returns:
-            The site, or the reason why there is none, or None if that isn't the way to a site.
         """
         module = self.modules[region]
         if not self._is_called(region):
-            return None
+            return False
         try:
             template = self.templates.get(region) or template_of(module)
             if template is None:
                 refuse_what_a_graph_cannot_replace(module)
                 template = call_on_weights(module)
         except TraceError:
-            return None
-        if not template.calls_own_forward:
-            return None
-        uses = _uses(template, module).get(join(within(owner, region), attribute))
-        if uses is None:
-            return None
-        caller = self._caller_outside(region, owner, template) if owner != region else None
-        if caller is not None:
-            return _read_and_called(attribute, region, caller)
+            return False
+        if not template.calls_own_forward or join(within(owner, region), attribute) not in _uses(template, module):
+            return False
         self.templates[region] = template
-        return self._site(region, owner, attribute, weight, uses)
+        return True
+
+    def _uses(self, region: str, owner: str, attribute: str) -> _WeightUses | None:
+        """Returns what the graph of a region does with a weight, or None if it doesn't use it."""
+        return _uses(self.templates[region], self.modules[region]).get(join(within(owner, region), attribute))
 
     def boundary(self, path: str) -> Crossing:
         """Returns where the boundary of the forward of the module at `path` is; the module need not be traced.
@@ -352,6 +423,30 @@ class SiteFinder:
             raise TraceError(f"a {stands_for(self.modules[path]).__name__} isn't called in the graph")
         return _crossing(around, template.graphs, names)
 
+    def calls_of(self, site: Site | LeafSite) -> list[Site | LeafSite]:
+        """Returns a site for each operation, or call, that `site` has; a single one stays as it is.
+
+        Raises:
+            TraceError: If the graph of the model doesn't tell them apart.
+        """
+        if site.region and _runs_graph(self.modules[""]):
+            raise TraceError(f"{site.region} stays a call in the graph, which has no place for what differs inside")
+        if site.region:
+            raise TraceError("only a flat graph of the whole model tells the calls of a module apart")
+        if site.op is ops.Weight:
+            raise TraceError("its weight is used as such, and not in operations that could be told apart")
+        counts = {len(nodes) for nodes in site.nodes}
+        if len(counts) > 1:
+            raise TraceError("in training it is called another number of times than in evaluation")
+        (count,) = counts
+        if count == 1:
+            return [site]
+        each = zip(*site.nodes, strict=True)
+        return [
+            site._replace(nodes=tuple((node,) for node in nodes), call=OneCall(number, count))
+            for number, nodes in enumerate(each, start=1)
+        ]
+
     def parts_of(self, site: Site) -> dict[str, Runs]:
         """Returns the rows of q, k and v in a fused projection, by name.
 
@@ -373,28 +468,62 @@ class SiteFinder:
             raise TraceError(f"{path or 'the model'} doesn't call it by itself")
         return parts_found(graph, output, features)
 
-    def leaf(self, path: str) -> LeafSite | str:
-        """Returns the site of the calls of the module at `path`, or the reason why there is none.
+    def leaf(self, path: str) -> LeafSite:
+        """Returns the site of the calls of the module at `path`.
 
         Its features are those that it declares as `in_features` and `out_features`. If it declares none and has no
         layers inside, which one could name instead, they are those of the example inputs.
+
+        Raises:
+            NoSiteError: If there is none.
         """
         module = self.modules[path]
         name = stands_for(module).__name__
         try:
             crossing = self.boundary(path)
         except TraceError as error:
-            return f"the call of a {name} can't be adapted: {error}"
+            raise NoSiteError(f"the call of a {name} can't be adapted: {error}") from error
         if not crossing.arguments:
-            return f"the forward of a {name} takes no arguments"
+            raise NoSiteError(f"the forward of a {name} takes no arguments")
         features = _declared(module) if declares_features(module) else self._features(path, crossing)
-        if isinstance(features, str):
-            return features
-        tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
-        owner, key, tensor = next(tensors, (path, "", torch.empty(0)))
-        return LeafSite(crossing.region, crossing.nodes, path, features[0], features[1], (owner, key), tensor.dtype)
+        beside, dtype, quantised = self._leafs_tensor(path)
+        return LeafSite(
+            region=crossing.region,
+            nodes=crossing.nodes,
+            owner=path,
+            in_features=features[0],
+            out_features=features[1],
+            beside=beside,
+            dtype=dtype,
+            quantised=quantised,
+        )
 
-    def _features(self, path: str, crossing: Crossing) -> list[int] | str:
+    def _leafs_tensor(self, path: str) -> tuple[tuple[str, str], torch.dtype, str | None]:
+        """Returns beside which tensor those of an adapter go, their dtype, and what a quantised weight is."""
+        weight = self.modules[path]._parameters.get("weight")
+        if weight is not None and is_quantised(weight):
+            dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+            return (path, "weight"), dtype, described(weight)
+        tensors = ((*names, tensor) for *names, tensor in self._tensors(path) if tensor.is_floating_point())
+        owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
+        return (owner, name), tensor.dtype, None
+
+    def trains(self, site: Site) -> bool:
+        """Tells whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
+        module = self.modules[site.owner]
+        if site.op is not ops.Weight or site.region != site.owner or not declares_features(module):
+            return True
+        return flow_of(module, _declared(module)[0], site.dtype).to_weight
+
+    def hands_gradients_on(self, site: LeafSite) -> bool:
+        """Tells whether the call of a layer has a gradient for what it is given; one of each class is asked."""
+        module = self.modules[site.owner]
+        key = (stands_for(module), site.quantised)
+        if key not in self._hands_on:
+            self._hands_on[key] = flow_of(module, site.in_features, site.dtype).to_input
+        return self._hands_on[key]
+
+    def _features(self, path: str, crossing: Crossing) -> list[int]:
         """Returns how many features examples show that a module reads and gives."""
         name = stands_for(self.modules[path]).__name__
         first = crossing.arguments[0]
@@ -403,13 +532,16 @@ class SiteFinder:
             try:
                 inputs, returned = _call_of(self.modules[""], self.modules[path], self.example_inputs)
             except TraceError as error:
-                return str(error)
+                raise NoSiteError(str(error)) from error
             seen = (inputs.get(first) if isinstance(inputs, dict) else inputs[0], returned)
         elif self.example_inputs is None and seen == (None, None):
-            return f"a {name} declares no in_features and out_features; pass example_inputs, which show them"
+            raise NoSiteError(
+                f"a {name} declares no in_features and out_features; pass example_inputs, which show them"
+            )
         for what, value in zip(("is given", "returns"), seen, strict=True):
-            if not isinstance(value, torch.Tensor) or not value.ndim:
-                return f"a {name} {what} a {type(value).__name__}, where an adapter needs a tensor with features"
+            if not isinstance(value, torch.Tensor) or not value.ndim or not value.is_floating_point():
+                found = value.dtype if isinstance(value, torch.Tensor) and value.ndim else type(value).__name__
+                raise NoSiteError(f"a {name} {what} a {found}, where an adapter needs a tensor with features")
         return [value.shape[-1] for value in seen]  # type: ignore[union-attr]
 
     def _tensors(self, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -430,13 +562,13 @@ class SiteFinder:
             return None
         return _inputs_of(self.modules[""], self.modules[path], self.example_inputs)
 
-    def _hidden_readers(self, owner: str, attribute: str) -> list[str] | str:
-        """Looks whether the module around `owner` reads the weight where its source doesn't tell.
+    def _hidden_readers(self, owner: str, attribute: str) -> list[str]:
+        """Returns the module around `owner` if its graph reads the weight where its source doesn't tell; else none.
 
-        Returns:
-            The module if its graph reads the weight, none if it calls `owner`, or the reason why that can't be known.
+        Raises:
+            NoSiteError: If that can't be known.
         """
-        path, inside = self._around(owner)
+        path, inside = self._around(owner) if self._may_read else (None, "")
         if path is None or path not in self._may_read:
             return []
         uses = uses_in_forward(in_place.original_class(self.modules[path]))
@@ -450,14 +582,15 @@ class SiteFinder:
         if inside in uses.called:
             return []
         name = type(self.modules[path]).__name__
-        return (
+        raise NoSiteError(
             f"{name}.forward may read its {attribute} without calling it, which only the graph of {name} can tell: "
             f"{self._errors[path]}"
         )
 
-    def _caller_outside(self, region: str, owner: str, template: Template) -> str | None:
+    def _caller_outside(self, region: str, owner: str) -> str | None:
         """Returns a module around `owner`, other than the region that reads its weight, that calls it too."""
-        called = {str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "call_module"}
+        graphs = self.templates[region].graphs
+        called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
         path = owner
         while path:
             path = path.rpartition(".")[0]
@@ -483,12 +616,12 @@ class SiteFinder:
                 return path, inside
         return None, inside
 
-    def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site | str:
+    def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: _WeightUses) -> Site:
         if uses.is_called_beside:
             using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
-            return f"its {attribute} is {using}, and its module is called as well"
+            raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
-            return f"no output depends on what is computed with its {attribute}"
+            raise NoSiteError(f"no output depends on what is computed with its {attribute}")
         module = self.modules[owner]
         kind = _kind_of_layer(stands_for(module)) if attribute == "weight" else None
         if kind is None:
@@ -560,10 +693,6 @@ class SiteFinder:
             if self.example_inputs is None:
                 raise
             return lift(module, _inputs_of(self.modules[""], module, self.example_inputs))
-
-
-def _read_and_called(attribute: str, reader: str, caller: str) -> str:
-    return f"its {attribute} is read by {reader or 'the model'}, and its module is called by {caller or 'the model'}"
 
 
 def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:

@@ -6,6 +6,7 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from torch import nn
 
 from graphpeft import targets
 from graphpeft.paths import TensorPaths, join
+from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import LeafSite, Site, SiteFinder, declares_features
+from graphpeft.sites import LeafSite, NoSiteError, Site, SiteFinder, declares_features
 from graphpeft.targets import Match
 from graphpeft.tracing.trace import stands_for
 
@@ -78,10 +80,13 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     for target in _targeted(finder.modules, config, owned, report):
         weight = (target.owner, target.attribute)
-        site = _site_of(target, finder, config)
-        if isinstance(site, str):
-            refused.append((Refusal(target.name, site), finder.modules[target.owner]._parameters.get(target.attribute)))
-        elif weight not in by_weight:
+        try:
+            site = _site_of(target, finder, config)
+        except NoSiteError as reason:
+            tensor = finder.modules[target.owner]._parameters.get(target.attribute)
+            refused.append((Refusal(target.name, str(reason)), tensor))
+            continue
+        if weight not in by_weight:
             by_weight[weight] = target
             found.append(site)
         elif target.is_parameter != by_weight[weight].is_parameter:
@@ -98,21 +103,32 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     return _as_peft_sorts(found, finder.modules)
 
 
-def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite | str:
-    """Returns the site of a weight that is named, or of a module's calls, or the reason why there is none."""
+def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite:
+    """Returns the site of a weight that is named, or of a module's calls.
+
+    Raises:
+        NoSiteError: If there is none.
+    """
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
-    if isinstance(site, str) or target.is_parameter:
-        return site if isinstance(site, str) else site._replace(is_layer=False)
+    if not finder.trains(site):
+        if not target.is_parameter and config.adapts_leaves:
+            return _leaf(finder, target.name, config)
+        raise NoSiteError(f"the function that its forward calls has no gradient for its {target.attribute}")
+    if target.is_parameter:
+        return site._replace(is_layer=False)
     if target.stands_with is _OWN_WEIGHT:
         return site
     site = site._replace(is_layer=True, named=target.name)
     redrawn = target.stands_with.redrawn
     if redrawn is None or target.owner != target.name:
         return site
-    again = finder.find(*_split(join(target.name, redrawn)))
-    return site if isinstance(again, str) else site._replace(redrawn=(again._replace(named=target.name),))
+    try:
+        again = finder.find(*_split(join(target.name, redrawn)))
+    except NoSiteError:
+        return site  # it is refused in its own turn
+    return site._replace(redrawn=(again._replace(named=target.name),))
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -146,7 +162,8 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
     """Yields the weights that a module's name stands for."""
     weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
     first = weights.of_layer[0]
-    is_layer = _is_floating(module._parameters.get(first))
+    weight = module._parameters.get(first)
+    is_layer = weight is not None and not is_quantised(weight)
     names = weights.of_layer if is_layer else weights.of_parameters
     if not names:
         yield _Target(path, path, "")
@@ -154,11 +171,6 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
         owner, attribute = _split(join(path, name))
         if owner in modules and modules[owner]._parameters.get(attribute) is not None:
             yield _Target(path, owner, attribute, not is_layer, weights)
-
-
-def _is_floating(weight: torch.Tensor | None) -> bool:
-    # a quantised layer may hold its weight in integers, to which no change can be added
-    return weight is not None and weight.is_floating_point()
 
 
 def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
@@ -187,14 +199,30 @@ def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module
     return sorted(sites, key=place)
 
 
-def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite | str:
-    """Returns the site of the calls of a module without a weight, or the reason why it has none."""
+def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
+    """Returns the site of the calls of a module without a weight that could be changed.
+
+    Raises:
+        NoSiteError: If there is none.
+    """
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
-        return finder.leaf(name)
+        site = finder.leaf(name)
+        if not config.inference_mode and not finder.hands_gradients_on(site):
+            warnings.warn(
+                f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
+                "adapters there learn only by other ways",
+                stacklevel=2,
+            )
+        return site
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        raise NoSiteError(
+            f"its weight is quantised ({described(weight)}), and it is no layer with in_features and out_features"
+        )
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
-    return f"a {type(module).__name__} has no parameter called weight{advice}"
+    raise NoSiteError(f"a {type(module).__name__} has no parameter called weight{advice}")
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:
@@ -229,6 +257,7 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
         report: What it came to.
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
+    wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
     found: list[str] = []
     # the names are read again where they are needed: mostly the first few tell that all entries are right
     for option, names in (

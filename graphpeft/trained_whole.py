@@ -11,6 +11,7 @@ from graphpeft import stand_ins, targets
 from graphpeft.config import TASK_HEADS, PeftConfig
 from graphpeft.embedding_layers import embedding_layers
 from graphpeft.paths import TensorPaths, join
+from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report
 from graphpeft.sites import LeafSite, Site
 from graphpeft.tracing.trace import stands_for
@@ -62,13 +63,22 @@ def trained_whole(
             report.refused.append(Refusal(path, reason, _WAY_OUT))
         for inner, module in modules[path].named_modules(prefix=path):
             own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
-            reason = stand_ins.refusal(module)
+            reason = stand_ins.refusal(module) or _quantised(module)
             if reason is not None:
                 report.refused.append(Refusal(inner, reason, _WAY_OUT))
             elif own:
                 whole[inner] = own
     biases = _biases(modules, config, sites, owned)
     return whole | {path: names for path, names in biases.items() if path not in whole}
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """Returns the reason why a module can't be trained whole, if it holds codes of numbers."""
+    for name, weight in module._parameters.items():
+        # plain integers, such as indices, are copied as they are
+        if weight is not None and is_quantised(weight) and type(weight) is not nn.Parameter:
+            return f"its {name} is quantised ({described(weight)}), and can't be trained"
+    return None
 
 
 def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list[str]:
@@ -180,6 +190,8 @@ def _rows_refusal(
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:
         return f"a {type(module).__name__} has no table whose rows could be trained"
+    if is_quantised(weight):
+        return f"its weight is quantised ({described(weight)}), and no rows of it can be trained"
     if any(isinstance(site, Site) and site.owner == path and site.attribute == "weight" for site in sites):
         return "an adapter of its weight and rows of its own can't both act; name it in one option"
     if "weight" in whole.get(path, ()):

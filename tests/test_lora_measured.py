@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import GPT2, LLAMA, VIT, call, result
+from measuring import backwards, batches, forwards, preprocess_corda_of_peft, preprocess_loraga_of_peft
+from models import GPT2, LLAMA, VIT, call
 from oracle import (
     CONV_2D,
     EMBEDDING,
@@ -31,7 +28,6 @@ from oracle import (
     perturb,
     tensors,
 )
-from peft.tuners.lora.loraga import preprocess_loraga as preprocess_loraga_of_peft
 from torch import nn
 
 import graphpeft
@@ -47,37 +43,11 @@ from graphpeft import (
 )
 from graphpeft.testing import laws
 
-# PEFT's CorDA imports attrs for this one name, and doesn't ask for it to be installed
-with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
-    from peft.tuners.lora.corda import preprocess_corda as preprocess_corda_of_peft
-
 # what PEFT warns of is PEFT's
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::peft"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]
-
-
-def forwards(model: nn.Module, case: Any) -> Callable[[], None]:
-    """Runs samples of one sequence, as PEFT's CorDA takes them."""
-
-    def run() -> None:
-        given = case.inputs()
-        values = list(given.items() if isinstance(given, dict) else enumerate(given))
-        for index in range(2):
-            one = {key: v[index : index + 1] if isinstance(v, torch.Tensor) else v for key, v in values}
-            call(model, one if isinstance(given, dict) else tuple(one.values()))
-
-    return run
-
-
-def backwards(model: nn.Module, case: Any) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(2):
-            result(call(model, case.inputs())).square().mean().backward()
-
-    return run
 
 
 def adapted(
@@ -252,17 +222,6 @@ def test_nested_options_are_written_as_peft_writes_them(tmp_path: Path) -> None:
 
 
 # EVA
-
-
-def batches(case: Any, count: int = 3) -> list[Any]:
-    generator = torch.Generator().manual_seed(9)
-    if case is LLAMA:
-        return [{"input_ids": torch.randint(3, 60, (4, 10), generator=generator)} for _ in range(count)]
-    # neither all directions nor all layers are alike
-    width = case.inputs()[0].shape[-1]
-    return [
-        {"input": torch.randn(12, 3, width, generator=generator) * torch.arange(1.0, width + 1)} for _ in range(count)
-    ]
 
 
 def with_eva(case: Any, options: dict[str, Any], r: int = 2) -> tuple[Any, Any]:

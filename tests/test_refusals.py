@@ -393,7 +393,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("use_bdlora", {"a": 1}),
         ("alora_invocation_tokens", [1]),
         ("ensure_weight_tying", True),
-        ("init_lora_weights", "loftq"),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

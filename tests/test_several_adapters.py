@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from models import LLAMA, MLP, T5, equal, llama_config, output
+from models import GPT2, LLAMA, MLP, T5, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
@@ -279,6 +279,30 @@ def test_a_mixed_batch_is_that_of_peft():
     assert equal(by_row(ours, text(), ROWS), expected)
 
 
+@pytest.mark.parametrize("names", [["__base__"] * 3, ["v", "__base__", "v"], ["v"] * 3, ["u"] * 3], ids=" ".join)
+def test_an_active_adapter_that_no_row_has_does_not_act(names: list[str]):
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(3, 8)
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": [layer]} for layer in ("0", "2")]
+    theirs, ours = (with_adapters(library, base, *options) for library in LIBRARIES)
+    for active in ("u", "v", "u"):
+        for model in (theirs, ours):
+            model.set_adapter(active)
+        with torch.no_grad():
+            assert equal(ours(x, adapter_names=names), theirs(x, adapter_names=names))
+
+
+def test_an_active_prompt_that_no_row_has_does_not_act():
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
+    names = ["u", "__base__", "u"]
+    with torch.no_grad():
+        expected = model(**text(3), adapter_names=names).logits
+        prompt = graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+        model.add_adapter("p", prompt)
+        model.set_adapter("p")
+        assert output(model, text(3)).shape[1] > expected.shape[1]
+        assert equal(model(**text(3), adapter_names=names).logits, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_text_is_generated_for_a_mixed_batch_as_in_peft(options: dict[str, int]):
     theirs, ours = (mixed_llama(library) for library in LIBRARIES)
@@ -296,6 +320,20 @@ def test_an_encoder_has_the_rows_once_when_its_decoder_has_them_for_each_beam():
     inputs = {"input_ids": text(3)["input_ids"], "max_new_tokens": 4, "num_beams": 2}
     names = ["u", "v", "__base__"]
     assert torch.equal(ours.generate(**inputs, adapter_names=names), theirs.generate(**inputs, adapter_names=names))
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
+def test_layers_that_see_all_tokens_as_rows_have_those_of_the_batch(is_flat: bool):
+    # the Conv1D of GPT-2 reads its input as (rows · tokens, features)
+    own: dict[str, Any] = {"fan_in_fan_out": True}
+    options = [own | {"r": 2, "target_modules": ["c_attn", "c_fc"]}, own | {"r": 3, "target_modules": ["c_fc"]}]
+    base, inputs = GPT2.build(), text(3) | {"use_cache": False}
+    names = ["u", "v", "__base__"]
+    theirs = with_adapters(peft, base, *options)
+    ours = with_adapters(graphpeft, graphpeft.trace(base, inputs) if is_flat else base, *options)
+    with torch.no_grad():
+        expected = theirs(**inputs, adapter_names=names).logits
+        assert near(ours(**inputs, adapter_names=names)["logits"], expected, 1e-5)
 
 
 def test_convolutions_and_embeddings_are_mixed_as_in_peft():
@@ -462,11 +500,26 @@ def test_a_compiled_model_has_mixed_batches_in_one_graph():
         assert torch.equal(compiled(**text(), use_cache=False).logits, plain)
 
 
+def test_what_cannot_be_merged_can_be_mixed():
+    model: Any = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)).eval()
+    options: dict[str, Any] = {"target_modules": ["0"], "init_lora_weights": False}
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, **options), "a")
+    model.add_adapter("b", graphpeft.LoraConfig(r=4, **options))
+    x = torch.randn(3, 4, 6, 6)
+    found = model(x, adapter_names=["a", "b", "__base__"])
+    for row, name in enumerate("ab"):
+        model.set_adapter(name)
+        assert torch.allclose(found[row], model(x)[row], atol=1e-5)
+    with model.disable_adapter():
+        assert torch.allclose(found[2], model(x)[2], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("names", "error", "reason"),
     [
         (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 's', 'u'\], and '__base__'"),
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
+        ([], ValueError, "adapter_names is empty; name one adapter for each row"),
         (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
         (["u", "s"], AdaptError, "'s' trains lm_head whole"),
     ],

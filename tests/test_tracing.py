@@ -32,6 +32,7 @@ from graphpeft import (
     trace,
 )
 from graphpeft.testing import laws
+from graphpeft.tracing.examples import Examples
 from graphpeft.tracing.graph_module import GraphForward
 
 
@@ -367,6 +368,48 @@ def test_a_branch_on_training_gives_a_graph_for_each_mode(training):
     assert traced.graph is traced.graphs[training]
     assert traced.train(not training).graph is traced.graphs[not training]
     assert f"{0.0 if training else 0.3}" in traced.code
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_value_that_a_write_gives_another_shape_has_its_first_shape_in_the_other_mode_too(training):
+    def forward(self, x):
+        y = self.fc(x)
+        rows = y.shape[0]
+        y.unsqueeze_(0)
+        return y * rows if self.training else y.sum(0) + y.dim()
+
+    module = module_of(forward, fc=nn.Linear(8, 8)).train(training)
+    traced = trace(module, (X,))
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(X), module.train(mode)(X))
+
+
+def test_the_other_mode_computes_anew_only_what_differs(monkeypatch):
+    ran = []
+    run = Examples._run
+
+    def counted(self, node, args, kwargs):
+        ran.append(node.target)
+        return run(self, node, args, kwargs)
+
+    monkeypatch.setattr(Examples, "_run", counted)
+    module = module_of(lambda self, x: self.fc(x).cos() if self.training else self.fc(x).sin(), fc=nn.Linear(8, 8))
+    trace(module, (X,))
+    assert ran.count("fc") == 1
+    assert {"sin", "cos"} <= set(ran)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_that_are_the_same_give_each_a_tensor_of_its_own_in_both_modes(training):
+    def forward(self, x):
+        a, b = x.relu(), x.relu()
+        a.add_(1)
+        return a * b if self.training else a - b
+
+    module = module_of(forward).train(training)
+    traced = trace(module, (X,))
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(X), module.train(mode)(X))
 
 
 def test_editing_a_graph_acts_in_its_mode():
@@ -788,6 +831,19 @@ def test_a_config_object_keeps_its_identity_in_the_graph():
 @fx.wrap
 def _scale(x, config):
     return x * config.factor
+
+
+def test_a_function_that_fx_wraps_is_no_state_of_a_module_that_stays_a_call():
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else _scale(x, self.config)
+
+    config = dataclasses.make_dataclass("Config", [("factor", int)])(3)
+    model = nn.Sequential(module_of(forward, config=config))
+    traced: Any = trace(model, (X,))
+    assert list(traced.kept) == ["0"]
+    assert "depends on the values of a tensor" in traced.kept["0"]
+    for x in (X, -X.abs()):
+        assert torch.equal(traced(x), model(x))
 
 
 def test_hooks_of_inlined_modules_and_of_layers_act():

@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "Weight",
     "find_ops",
+    "only_asks",
     "other_uses",
     "read_op",
     "reads",
@@ -89,12 +90,12 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> lis
             if transpose_of(user) is not None:
                 waiting.append(user)
             # an operation may have the weight as its input, too
-            elif inputs.get(user, weight) is weight and not _only_asks(user):
+            elif inputs.get(user, weight) is weight and not only_asks(user):
                 found.append(getattr(user.target, "__name__", str(user.target)))
     return found
 
 
-def _only_asks(node: fx.Node) -> bool:
+def only_asks(node: fx.Node) -> bool:
     """Tells whether `node` asks something about a tensor without using its values."""
     about = node.args[1] if node.target is getattr else node.target
     return about in ABOUT

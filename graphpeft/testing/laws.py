@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
 from graphpeft import adapters
 from graphpeft.config import PeftConfig
@@ -376,6 +376,7 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
     (left, left_tree), (right, right_tree) = pytree.tree_flatten(found), pytree.tree_flatten(expected)
     if left_tree != right_tree:
         raise LawError(f"{law}: the outputs are {left_tree}, not {right_tree}")
+    left, right = ([part for leaf in leaves for part in _parts(leaf)] for leaves in (left, right))
     for a, b in zip(left, right, strict=True):
         if isinstance(b, torch.Tensor):
             if a.dtype != b.dtype or a.shape != b.shape:
@@ -433,9 +434,23 @@ def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) 
             if (
                 (identity, flag) != (new_identity, new_flag)
                 or grad is not new_grad
-                or not torch.equal(values, new_values)
+                or not _are_equal(values, new_values)
             ):
                 raise LawError(f"{operation} changes the tensor {path}.{name}")
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tells whether two tensors have equal elements; those that are no numbers are equal to each other."""
+    pairs = zip(_parts(one), _parts(other), strict=True)
+    return all(torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Returns the tensors that one holds whose class consists of others, as a quantised one does; else it alone."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(value, name))]
 
 
 def require_restored(model: nn.Module, untouched: nn.Module) -> None:
@@ -443,13 +458,19 @@ def require_restored(model: nn.Module, untouched: nn.Module) -> None:
     if model.state_dict().keys() != untouched.state_dict().keys():
         raise LawError(f"unload leaves other keys: {sorted(model.state_dict().keys() ^ untouched.state_dict().keys())}")
     for (path, module), original in zip(model.named_modules(), untouched.modules(), strict=True):
-        if type(module) is not type(original):
+        if _class_of(module) != _class_of(original):
             raise LawError(f"unload leaves {path or 'the model'} a {type(module)}")
         if module.__dict__.keys() != original.__dict__.keys():
             raise LawError(f"unload leaves attributes: {sorted(module.__dict__.keys() ^ original.__dict__.keys())}")
     for (path, parameter), original in zip(model.named_parameters(), untouched.parameters(), strict=True):
         if parameter.requires_grad != original.requires_grad:
             raise LawError(f"unload leaves requires_grad={parameter.requires_grad} on {path}")
+
+
+def _class_of(module: nn.Module) -> Any:
+    """Returns a module's class; each graph has one of its own, so for these what that inherits from."""
+    cls = type(module)
+    return cls.__mro__[1:] if issubclass(cls, fx.GraphModule) else cls
 
 
 class _RuleError(Exception):

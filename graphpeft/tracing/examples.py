@@ -28,6 +28,8 @@ from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
+from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.snapshot import unchanged
 
 if TYPE_CHECKING:
@@ -67,8 +69,14 @@ class Examples:
     def __init__(self, tracer: ValueTracer) -> None:
         self._tracer = tracer
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self._known = KnownValues()
         self.is_running = False
         self.given: dict[fx.Node, Any] = {}
+
+    def begin(self) -> None:
+        """Forgets what belongs to a recording."""
+        self.given = {}
+        self._known.begin()
 
     def give(self, placeholder: fx.Node, example: Any) -> None:
         """Notes the example argument that a placeholder stands for."""
@@ -107,10 +115,20 @@ class Examples:
         """Runs the call of `node` on the values of its arguments, as far as they are known."""
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
             return
+        call = self._call(node)
+        for known in self._known.take(call) if call is not None else ():
+            node.meta[VALUE] = known
+            return
         args, kwargs = map_arg((node.args, node.kwargs), lambda argument: argument.meta[VALUE])
         with self.real_calls(makes_tensors=_may_make_tensors(node)):
             try:
+                written = args[0] if args and writes(node.target) else None
+                before = facts(written)
                 node.meta[VALUE] = self._run(node, args, kwargs)
+                if facts(written) != before:
+                    self._known.forget()
+                elif call is not None:
+                    self._known.note(call, node.meta[VALUE])
             except fake_tensor.UnsupportedFakeTensorException as error:
                 raise TraceError(f"{guards.deciding_line()} can't run on example values: {error}") from error
             except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
@@ -123,6 +141,13 @@ class Examples:
                 if node.op != "call_module" or node.target not in self._tracer.kept:
                     raise
                 node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
+
+    def _call(self, node: fx.Node) -> Call | None:
+        """Returns what `node` calls on which values, if it is a call of PyTorch's own functions and layers."""
+        if node.op != "call_module":
+            return call_of(node, None) if node.op in ("call_function", "call_method") else None
+        layer = self._tracer.modules[str(node.target)]
+        return call_of(node, layer) if _is_simple_layer(layer) and node.target not in self._tracer.kept else None
 
     def _from_whole_numbers(self, node: fx.Node) -> Any:
         """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
@@ -167,7 +192,7 @@ class Examples:
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-            module = copy.deepcopy(self._tracer.root.get_submodule(path))
+            module = copy.deepcopy(self._tracer.modules[path])
             if self._tracer.mode is not None:
                 module.train(self._tracer.mode)
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
@@ -186,7 +211,7 @@ class Examples:
             value = self._computed(node, args, kwargs)
             return self.fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
-            module = self._tracer.root.get_submodule(target)
+            module = self._tracer.modules[target]
             if target in self._tracer.kept:
                 with patches.random_python_states_kept(), unchanged(module):
                     return self._with_fakes(module)(*args, **kwargs)

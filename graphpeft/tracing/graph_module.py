@@ -44,12 +44,15 @@ class Template:
         graphs: One graph, or that of evaluation and that of training. Those of a shared template must not be edited:
             see `derive`.
         shared: Whether many modules may wear the template.
+        plain: The template whose graphs these are after passes that change how they compute; the template itself if
+            there were none.
     """
 
-    def __init__(self, graphs: Graphs, shared: bool) -> None:
+    def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
         self.graphs = graphs
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
+        self.plain = self if plain is None else plain
         self.facts: dict[Hashable, Any] = {}
         self.meta: dict[str, Any] = {}
         self._derived: dict[Hashable, Template] = {}
@@ -77,7 +80,13 @@ class Template:
 
     def for_copy(self) -> Template:
         """Returns the template for a copy of a module that wears this one."""
-        return self if self.shared else Template(self.copied_graphs(), shared=False)
+        if self.shared:
+            return self
+        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain.for_copy())
+
+    def for_edit(self) -> Template:
+        """Returns the template for a module that is to have graphs of its own."""
+        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain)
 
     def derive(self, key: Hashable, edit: Callable[[Graphs], None]) -> Template:
         """Returns the template of these graphs after `edit`, from the cache when `key` was asked for before.
@@ -88,13 +97,27 @@ class Template:
         """
         derived = self._derived.get(key)
         if derived is None:
-            graphs = self.copied_graphs()
-            edit(graphs)
-            for graph in graphs:
-                graph.lint()
-            derived = Template(graphs, self.shared)
+            derived = Template(self._edited(edit), self.shared)
             self.remember(key, derived)
         return derived
+
+    def optimized(self, key: Hashable, edit: Callable[[Graphs], None]) -> Template:
+        """Returns the template of these graphs after an `edit` that changes how they compute, and not what.
+
+        The result knows this template as its plain one, to which all other edits go; arguments as for `derive`.
+        """
+        known = self._derived.get(key)
+        if known is None:
+            known = Template(self._edited(edit), self.shared, plain=self)
+            self.remember(key, known)
+        return known
+
+    def _edited(self, edit: Callable[[Graphs], None]) -> Graphs:
+        graphs = self.copied_graphs()
+        edit(graphs)
+        for graph in graphs:
+            graph.lint()
+        return graphs
 
     def remember(self, key: Hashable, template: Template) -> None:
         """Notes that the edit `key` of these graphs gives `template`, such as the way back from a derived one."""
@@ -111,7 +134,7 @@ class Template:
             for node in graph.nodes:
                 # example values are fake tensors, which can't be pickled
                 node.meta.pop(VALUE, None)
-        return _unpickled, (graphs, self.shared)
+        return _unpickled, (graphs, self.shared, None if self.plain is self else self.plain)
 
 
 def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,8 +165,8 @@ def _by_name(target: Any) -> Any:
     return target
 
 
-def _unpickled(graphs: Graphs, shared: bool) -> Template:
-    return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared)
+def _unpickled(graphs: Graphs, shared: bool, plain: Template | None) -> Template:
+    return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
 
 
 def _layer_of(template: Template) -> in_place.Layer:
@@ -184,9 +207,12 @@ class GraphForward(fx.GraphModule):
 
     @property
     def graphs(self) -> Graphs:
-        """The module's own graph, or its graphs of evaluation and of training. Call `recompile` after editing them."""
+        """The module's own graph, or its graphs of evaluation and of training. Call `recompile` after editing them.
+
+        Those of an optimized model can be read, not edited.
+        """
         if self._graphpeft_template.shared:
-            wear_template(self, Template(self._graphpeft_template.copied_graphs(), shared=False))
+            wear_template(self, self._graphpeft_template.for_edit())
         for graph in self._graphpeft_template.graphs:
             # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls; it is
             # weak, or a graph, which its module's class keeps, would keep the module
@@ -203,6 +229,7 @@ class GraphForward(fx.GraphModule):
 
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
+        self._refuse_edits_of_optimized()
         wear_template(self, Template((g,), shared=False))
 
     def delete_all_unused_submodules(self) -> None:
@@ -216,8 +243,21 @@ class GraphForward(fx.GraphModule):
                 self.delete_submodule(path)
 
     def recompile(self) -> Any:
-        """Compiles the forward from the graphs again, after an edit."""
+        """Compiles the forward from the graphs again, after an edit.
+
+        Raises:
+            RuntimeError: If the graphs are those of an optimized model.
+        """
+        self._refuse_edits_of_optimized()
         wear_template(self, Template(self.graphs, shared=False))
+
+    def _refuse_edits_of_optimized(self) -> None:
+        if self._graphpeft_template.plain is not self._graphpeft_template:
+            # adapters come and go in the plain graphs, which would know nothing of the edit
+            raise RuntimeError(
+                f"the graph of this {in_place.original_class(self).__name__} is an optimized one, and edits belong "
+                "into the plain one: call graphpeft.optimize(model, []), edit the graph, and optimize the model again"
+            )
 
 
 def wear_template(module: nn.Module, template: Template) -> None:
@@ -225,9 +265,15 @@ def wear_template(module: nn.Module, template: Template) -> None:
     in_place.put_on(module, template.layer)
 
 
-def template_of(module: nn.Module) -> Template | None:
+def worn_template(module: nn.Module) -> Template | None:
     """Returns the template that `module` wears, or None for a module that runs its own code."""
     return getattr(type(module), "_graphpeft_template", None)
+
+
+def template_of(module: nn.Module) -> Template | None:
+    """Returns the template that `module` wears, without what passes made of it, or None."""
+    worn = worn_template(module)
+    return None if worn is None else worn.plain
 
 
 def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: target) -> fx.Graph:

@@ -275,7 +275,8 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     def isinstance(instance: Any, classes: Any) -> bool:
         if ask(instance, classes):
             return True
-        if not ask(instance, ValueProxy) or instance.tracer.is_running:
+        # by far the most that is asked is about other things
+        if type(instance) is not ValueProxy or instance.tracer.is_running:
             return False
         if VALUE in instance.node.meta:
             answer = ask(instance.node.meta[VALUE], classes)

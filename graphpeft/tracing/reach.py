@@ -15,6 +15,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 from torch.nn.modules import module as hooks_of_all
 
 from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
@@ -170,7 +171,9 @@ def _opened_function(function: FunctionType) -> _Opened:
         Cell(cell, name, function)
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
     ]
-    holders += _globals_named_by(function.__code__, namespace)
+    named = _globals_named_by(function.__code__, namespace)
+    # what is wrapped for fx is exchanged while a trace runs
+    holders += (holder for holder in named if holder.key not in _wrapped_fns_to_patch)
     further = [value for holder in holders for value in holder.bindings().values()]
     own = OfFunction(function)
     return (*holders, own), (*further, *own.bindings().values())

@@ -74,6 +74,7 @@ class ValueTracer(fx.Tracer):
         not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
         examples: The values of its nodes in the example.
         recording: What goes on, if something does.
+        modules: The modules of the root, by their paths.
         assigners: The modules whose code has assigned to attributes, by their paths.
         called: How often modules were called that were inlined, by their paths.
         left: In a second recording, the nodes that stand for what the first one has left on modules.
@@ -96,6 +97,7 @@ class ValueTracer(fx.Tracer):
         self.mode: bool | None = None
         self.grad_mode = True
         self._has_values = False
+        self.modules: dict[str, nn.Module] = {}
         self._changing: dict[str, str] = {}
         self.begin()
 
@@ -109,7 +111,7 @@ class ValueTracer(fx.Tracer):
         self._made: dict[str, Any] = {}
         self._objects: dict[int, fx.Proxy] = {}
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
-        self.examples.given = {}
+        self.examples.begin()
         self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
 
@@ -144,6 +146,7 @@ class ValueTracer(fx.Tracer):
         self._entry = entry
         # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
         self._may_be_absent = not type(root).__module__.startswith("torch.nn.modules")
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self._names = {}
         for name, tensor in _named_tensors(root):
             self._names.setdefault(id(tensor), name)

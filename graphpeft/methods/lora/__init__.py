@@ -10,13 +10,17 @@ Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the numbers are those of PE
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.corda import CordaConfig, preprocess_corda
 from graphpeft.methods.lora.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
+from graphpeft.methods.lora.loftq import LoftQConfig
 from graphpeft.methods.lora.lora_ga import LoraGAConfig, preprocess_loraga
+from graphpeft.methods.lora.per_call import LoraPerCallConfig
 
 __all__ = [
     "CordaConfig",
     "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraPerCallConfig",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "preprocess_corda",

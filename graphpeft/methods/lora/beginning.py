@@ -27,12 +27,31 @@ class Beginning(NamedTuple):
     config: Any
 
 
+class First(NamedTuple):
+    """First values.
+
+    Attributes:
+        A: Of shape (r, in).
+        B: Of shape (out, r).
+        left: The weight that is read in the place of W, of its shape; None for W itself.
+    """
+
+    A: Tensor
+    B: Tensor
+    left: Tensor | None = None
+
+
 class Initialisation(Protocol):
     """How A and B get their first values, where these aren't random alone."""
 
     @property
-    def takes_from_weight(self) -> bool:
-        """Whether B A is taken from the weight."""
+    def replaces_weight(self) -> bool:
+        """Whether another weight is read in the place of W."""
+        ...
+
+    @property
+    def takes_product(self) -> bool:
+        """Whether that is W without s B A, so that both together are W."""
         ...
 
     @property
@@ -49,9 +68,14 @@ class Initialisation(Protocol):
         """Returns the reason why a weight of this shape can't be the beginning, or None."""
         ...
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
-        """Returns A and B."""
+    def first(self, given: Beginning) -> First:
+        """Returns A, B and what is left of the weight."""
         ...
+
+
+def taken_from(given: Beginning, A: Tensor, B: Tensor) -> First:
+    """Returns first values that are taken from the weight: what is left is W − s B A."""
+    return First(A, B, given.weight - given.scaling * B @ A)
 
 
 def refused_rank(shape: tuple[int, int], rank: int) -> str | None:

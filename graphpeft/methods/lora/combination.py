@@ -4,10 +4,10 @@
     cat         A = [w₁s₁A₁; w₂s₂A₂; …]    B = [B₁, B₂, …]                 exactly Σ wᵢ ΔWᵢ
     svd         B A = the best approximation of Σ wᵢ ΔWᵢ of the new rank
 
-The scale of the new adapter is 1. Kinds with `ties`, `dare` or `magnitude_prune` in their names leave elements out
-before the sum: of the factors themselves, or of ΔW where the name ends in `_svd`. Sources: Yadav et al.,
-"TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099; the numbers are
-those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
+The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
+`magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
+ends in `_svd`. Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario"
+(DARE), arXiv 2311.03099; the numbers are those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def _check(how: Combination) -> None:
         )
     if how.svd_rank is not None and how.svd_rank <= 0:
         raise ValueError(f"svd_rank must be a positive integer, not {how.svd_rank!r}")
+    if how.svd_clamp is not None and not 0 <= how.svd_clamp <= 1:
+        raise ValueError(f"svd_clamp is a quantile: 0 ≤ q ≤ 1, not {how.svd_clamp!r}")
 
 
 def _prunes(kind: str) -> bool:
@@ -122,14 +124,14 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
     if kind == "cat":
         A, B = _concatenated(target, parts)
     elif kind in SUMS:
-        A, B = _summed(kind, parts, how)
+        A, B = _summed(kind, target, parts, how)
     else:
         A, B = _decomposed(kind, target, parts, how)
     return {"lora_A": _padded(target, "lora_A", A), "lora_B": _padded(target, "lora_B", B)}
 
 
-def _summed(kind: str, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
-    scales = [part.weight * part.constants["lora_scaling"] for part in parts]
+def _summed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
+    scales = _scales(target, parts)
     roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
     signs = torch.tensor([1.0 if scale >= 0 else -1.0 for scale in scales])
     shapes = [tuple(part.tensors["lora_A"].shape) for part in parts]
@@ -143,7 +145,7 @@ def _summed(kind: str, parts: Sequence[Part], how: Combination) -> tuple[Tensor,
 def _concatenated(target: AdaptedSite, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     groups = _groups(target)
     a_axis, b_axis = target.rule.rank_axes
-    scaled = [part.tensors["lora_A"] * part.weight * part.constants["lora_scaling"] for part in parts]
+    scaled = [part.tensors["lora_A"] * scale for part, scale in zip(parts, _scales(target, parts), strict=True)]
     # B's groups use A's features group by group, so the ranks are put together within each
     grouped = [tensor.unflatten(a_axis, (groups, -1)) for tensor in scaled]
     A = torch.cat(grouped, a_axis + 1).flatten(a_axis, a_axis + 1)
@@ -154,7 +156,7 @@ def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Comb
     reason = target.rule.unmergeable(target.site)
     if reason is not None:
         raise ValueError(f"the change of {target.site.name} can't be decomposed: {reason}; choose 'linear' or 'cat'")
-    weights = torch.tensor([part.weight for part in parts])
+    weights = torch.tensor([part.weight / target.constants["lora_scaling"] for part in parts])
     change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
     product = target.rule.as_product(change)
     U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
@@ -167,6 +169,11 @@ def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Comb
         U, V = U.clamp(-most, most), V.clamp(-most, most)
     others = [size for axis, size in enumerate(specs["lora_A"].shape) if axis != a_axis]
     return V.reshape(rank, *others).movedim(0, a_axis), U.reshape(-1, rank, *specs["lora_B"].shape[2:])
+
+
+def _scales(target: AdaptedSite, parts: Sequence[Part]) -> list[float]:
+    """Returns the factor of each part's product, as a part of the factor that the new one gets."""
+    return [part.weight * part.constants["lora_scaling"] / target.constants["lora_scaling"] for part in parts]
 
 
 def _groups(target: AdaptedSite) -> int:

@@ -21,11 +21,12 @@ from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
-from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.eva import EvaConfig
-from graphpeft.methods.lora.initialisation import initialisation_of, takes_from_weight
+from graphpeft.methods.lora.initialisation import initialisation_of, takes_product
 from graphpeft.methods.lora.leaf import LoraLeaf
 from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.loftq import LoftQConfig
 from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
@@ -55,10 +56,12 @@ class LoraConfig(TargetedConfig):
             ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
             ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
             ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured. ``"eva"``: as
-            `initialize_lora_eva_weights` measures afterwards.
+            `initialize_lora_eva_weights` measures afterwards. ``"loftq"``: what rounding the weight leaves out; the
+            rounded weight is read instead.
         corda_config: A `CordaConfig`, or its values as a dict.
         eva_config: An `EvaConfig`, or its values as a dict.
         lora_ga_config: A `LoraGAConfig`, or its values as a dict.
+        loftq_config: A `LoftQConfig`, or its values as a dict; without any, an empty one.
         use_dora: Whether a vector of its own learns the lengths of the weight's rows.
         lora_bias: Whether B has a bias, which is trained.
         rank_pattern: Other ranks, by regular expression for the end of the path.
@@ -89,6 +92,7 @@ class LoraConfig(TargetedConfig):
     corda_config: Any = None
     eva_config: Any = None
     lora_ga_config: Any = None
+    loftq_config: Any = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -100,7 +104,6 @@ class LoraConfig(TargetedConfig):
     ensure_weight_tying: bool = False
     kasa_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
-    loftq_config: Any = field(default_factory=dict)
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
@@ -136,8 +139,10 @@ class LoraConfig(TargetedConfig):
             )
         initialisation_of(self.init_lora_weights)
         for name, (kind, _) in _NESTED.items():
-            if getattr(self, name) is not None and self.init_lora_weights != kind:
-                raise ValueError(f"{name} has no effect unless init_lora_weights is {kind!r}; leave it None")
+            if getattr(self, name) and self.init_lora_weights != kind:
+                raise ValueError(f"{name} has no effect unless init_lora_weights is {kind!r}; leave it out")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
 
     def _check_values(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -199,7 +204,7 @@ class LoraConfig(TargetedConfig):
                 "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
                 "or alpha_pattern no α keeps the scale; leave it None"
             )
-        if not takes_from_weight(self):
+        if not takes_product(self):
             raise ValueError(
                 f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
                 f"init_lora_weights={self.init_lora_weights!r} takes none; leave it None"
@@ -255,7 +260,7 @@ class LoraConfig(TargetedConfig):
         if site.layout is ops.Convolution:
             return LoraConvolution(site.transposed, drops, casts, self.lora_bias)
         if site.layout is ops.Embedding:
-            return LoraEmbedding(casts)
+            return LoraEmbedding(casts) if site.is_layer else LoraTable(casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(site.transposed)
         if site.op is ops.Weight:
@@ -267,13 +272,14 @@ _NESTED: dict[str, tuple[str, type]] = {
     "corda_config": ("corda", CordaConfig),
     "eva_config": ("eva", EvaConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),
+    "loftq_config": ("loftq", LoftQConfig),
 }
 """The options that have options of their own, with the `init_lora_weights` that they are for."""
 
 
 def _nested(value: Any, config_class: type, name: str) -> Any:
     """Returns options within options as what they are here, whether they come as a dict or as PEFT's class for them."""
-    if value is None or isinstance(value, config_class):
+    if not value or isinstance(value, config_class):
         return value
     values = value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -296,7 +302,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
-    "loftq_config",
     "megatron_config",
     "megatron_core",
     "monteclora_config",

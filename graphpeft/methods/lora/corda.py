@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from graphpeft.methods.lora.beginning import Beginning, refused_rank
+from graphpeft.methods.lora.beginning import Beginning, First, refused_rank, taken_from
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import (
     Measurements,
@@ -181,7 +181,7 @@ def _eigens(layer: nn.Module, covariance: Tensor, rank: int, method: str) -> Cor
 class Corda:
     """The singular vectors that `preprocess_corda` has found."""
 
-    takes_from_weight = True
+    replaces_weight = takes_product = True
     b_is_trained = True
     is_measured = True
 
@@ -191,7 +191,7 @@ class Corda:
             return "corda divides by the scale; make lora_alpha positive"
         return refused_rank(shape, rank)
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns the chosen singular vectors, each with a half of its singular value.
 
         Raises:
@@ -209,4 +209,4 @@ class Corda:
                 f"preprocess_corda was called for rank {len(eigens.S_WC)}, not {given.rank}; call it again"
             )
         root = (eigens.S_WC / given.scaling).sqrt()
-        return eigens.V_WC.T * root[:, None], eigens.U_WC * root
+        return taken_from(given, eigens.V_WC.T * root[:, None], eigens.U_WC * root)

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from graphpeft import ops
 from graphpeft.methods.lora.convolution import LoraConvolution
-from graphpeft.methods.lora.embedding import LoraEmbedding
+from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import scaling_of
-from graphpeft.methods.lora.initialisation import takes_from_weight
+from graphpeft.methods.lora.initialisation import replaces_weight
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import Site
 
-Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraMatrix | LoraExperts
+Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Dora:
 
     def replaces(self, site: Site, config: Any) -> bool:
         """Tells whether A and B start with a part of the weight, which is then taken from it."""
-        return takes_from_weight(config)
+        return replaces_weight(config)
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module

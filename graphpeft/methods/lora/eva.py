@@ -31,7 +31,7 @@ from tqdm import tqdm
 from graphpeft import adapters as _adapters
 from graphpeft import targets
 from graphpeft.adapters import Adapters
-from graphpeft.methods.lora.beginning import Beginning, refused_rank
+from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
 from graphpeft.plan import AdaptError, make_plan
@@ -72,7 +72,7 @@ class EvaConfig:
 class Eva:
     """What A and B are until `initialize_lora_eva_weights` has measured: random, and zero."""
 
-    takes_from_weight = False
+    replaces_weight = takes_product = False
     b_is_trained = True
     is_measured = True
 
@@ -80,9 +80,9 @@ class Eva:
         """Refuses a rank beyond the number of inputs."""
         return refused_rank((shape[1], shape[1]), rank)
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns A as it was drawn, and zero."""
-        return given.drawn, given.weight.new_zeros(given.weight.shape[0], given.rank)
+        return First(given.drawn, given.weight.new_zeros(given.weight.shape[0], given.rank))
 
 
 # what users can exchange

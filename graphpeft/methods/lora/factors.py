@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,10 +13,12 @@ from graphpeft import ops, targets
 from graphpeft.rewrite import ParameterSpec
 from graphpeft.sites import LeafSite, Site
 
+T = TypeVar("T")
+
 
 def rank_of(site: Site | LeafSite, config: Any) -> int:
     """Returns the rank of A and B at `site`."""
-    return rank_at(site.name, config)
+    return _own_value(config.rank_pattern, site, config.r)
 
 
 def rank_at(name: str, config: Any) -> int:
@@ -27,11 +29,17 @@ def rank_at(name: str, config: Any) -> int:
 def scaling_of(site: Site | LeafSite, config: Any) -> float:
     """Returns α/r, or α/√r with rank-stabilised LoRA."""
     rank = rank_of(site, config)
-    alpha = targets.pattern_value(config.alpha_pattern, site.name, config.lora_alpha)
+    alpha = _own_value(config.alpha_pattern, site, config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     # what a module's name stands for beside its own weights: an attention's output projection
     is_inside = site.named is not None and site.owner != site.named
     return TIMES_INSIDE * scaling if is_inside else scaling
+
+
+def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> T:
+    """Returns a site's own value: one call's goes before that of all calls."""
+    of_name = targets.pattern_value(patterns, site.name, default)
+    return of_name if site.call is None else targets.pattern_value(patterns, site.label, of_name)
 
 
 TIMES_INSIDE = 2

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphpeft.methods.lora.beginning import Beginning, refused_rank
+from graphpeft.methods.lora.beginning import Beginning, First, refused_rank, taken_from
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pissa:
     """
 
     iterations: int | None = None
-    takes_from_weight = True
+    replaces_weight = takes_product = True
     b_is_trained = True
     is_measured = False
 
@@ -41,7 +41,7 @@ class Pissa:
             return "pissa divides by the scale; make lora_alpha positive"
         return refused_rank(shape, rank)
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns the r first singular vectors, each with a half of its singular value."""
         if self.iterations is None:
             U, S, Vt = torch.linalg.svd(given.weight, full_matrices=False)
@@ -50,14 +50,14 @@ class Pissa:
             U, S, V = torch.svd_lowrank(given.weight, given.rank, niter=self.iterations)
             Vt = V.t()
         root = torch.diag(torch.sqrt(S / given.scaling))
-        return root @ Vt, U @ root
+        return taken_from(given, root @ Vt, U @ root)
 
 
 @dataclass(frozen=True)
 class Olora:
     """An orthonormal basis of the weight's first columns."""
 
-    takes_from_weight = True
+    replaces_weight = takes_product = True
     b_is_trained = True
     is_measured = False
 
@@ -65,17 +65,17 @@ class Olora:
         """Refuses a rank beyond the weight's."""
         return refused_rank(shape, rank)
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns the first rows and columns of a QR decomposition."""
         Q, R = torch.linalg.qr(given.weight)
-        return R[: given.rank], Q[:, : given.rank]
+        return taken_from(given, R[: given.rank], Q[:, : given.rank])
 
 
 @dataclass(frozen=True)
 class Mica:
     """The minor singular vectors, of which A alone learns a use."""
 
-    takes_from_weight = False
+    replaces_weight = takes_product = False
     b_is_trained = False
     is_measured = False
 
@@ -83,16 +83,17 @@ class Mica:
         """Refuses a rank beyond the weight's."""
         return refused_rank(shape, rank)
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns zero, and the last singular vectors."""
-        return given.weight.new_zeros(given.rank, given.weight.shape[1]), minor_directions(given.weight, given.rank)
+        zero = given.weight.new_zeros(given.rank, given.weight.shape[1])
+        return First(zero, minor_directions(given.weight, given.rank))
 
 
 @dataclass(frozen=True)
 class Orthogonal:
     """Random factors whose product is zero, though neither is."""
 
-    takes_from_weight = False
+    replaces_weight = takes_product = False
     b_is_trained = True
     is_measured = False
 
@@ -100,13 +101,13 @@ class Orthogonal:
         """Refuses a rank that can't be halved."""
         return f"orthogonal halves the rank, and {rank} is odd; choose an even r" if rank % 2 else None
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Draws both in the span of two halves of one orthonormal basis."""
         rows, columns = given.weight.shape
         Q, _ = torch.linalg.qr(torch.randn(given.rank, given.rank))
         A = (torch.randn(columns, given.rank // 2) @ Q[0::2]).T / 10.0
         B = (torch.randn(given.rank // 2, rows).T @ Q[1::2]) / 10.0
-        return A, B
+        return First(A, B)
 
 
 def minor_directions(weight: Tensor, rank: int) -> Tensor:

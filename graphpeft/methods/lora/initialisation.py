@@ -20,6 +20,7 @@ from graphpeft.methods.lora.corda import Corda
 from graphpeft.methods.lora.eva import Eva
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scaling_of
 from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
+from graphpeft.methods.lora.loftq import Loftq
 from graphpeft.methods.lora.lora_ga import LoraGa
 from graphpeft.sites import Site
 
@@ -34,9 +35,7 @@ _BY_NAME: dict[str, Initialisation] = {
     "corda": Corda(),
     "lora_ga": LoraGa(),
     "eva": Eva(),
-}
-_NOT_YET = {
-    "loftq": "it takes the weight's rounding from quantisation by bitsandbytes, which isn't used here",
+    "loftq": Loftq(),
 }
 _WITH_STEPS = re.compile(r"pissa_niter_(\d+)")
 
@@ -51,18 +50,22 @@ def initialisation_of(kind: bool | str) -> Initialisation | None:
         return None
     steps = _WITH_STEPS.fullmatch(str(kind))
     found = Pissa(int(steps[1])) if steps else _BY_NAME.get(str(kind))
-    if kind in _NOT_YET:
-        raise ValueError(f"init_lora_weights={kind!r} is not supported: {_NOT_YET[str(kind)]}")
     if found is None:
         known = ", ".join(map(repr, (*RANDOM, *_BY_NAME, "pissa_niter_<steps>")))
         raise ValueError(f"init_lora_weights={kind!r} is not supported; choose one of {known}")
     return found
 
 
-def takes_from_weight(config: Any) -> bool:
-    """Tells whether the first B A is taken from the weight."""
+def replaces_weight(config: Any) -> bool:
+    """Tells whether another weight is read in the place of the module's own."""
     found = initialisation_of(config.init_lora_weights)
-    return found is not None and found.takes_from_weight
+    return found is not None and found.replaces_weight
+
+
+def takes_product(config: Any) -> bool:
+    """Tells whether the first s B A is taken from the weight."""
+    found = initialisation_of(config.init_lora_weights)
+    return found is not None and found.takes_product
 
 
 def b_is_trained(config: Any) -> bool:
@@ -78,6 +81,8 @@ def refused(site: Site, config: Any, flipped: bool) -> str | None:
         return None
     if found.is_measured and not (site.is_layer and site.layout is ops.Linear):
         return f"init_lora_weights={config.init_lora_weights!r} is measured on linear layers, which it is none of"
+    if site.call is not None and (found.is_measured or found.replaces_weight):
+        return f"init_lora_weights={config.init_lora_weights!r} is for a weight as a whole, and it is one of its calls"
     if not site.dtype.is_floating_point:
         return f"init_lora_weights={config.init_lora_weights!r} looks at its values, which are {site.dtype}"
     rows, columns = reversed(site.shape) if flipped else site.shape
@@ -111,7 +116,7 @@ def initialise(
         flipped: Whether A and B are those of the weight's transpose.
 
     Returns:
-        The weight without B A, by its name, if that is taken from it.
+        The weight that is read in the place of the module's own, by its name, if there is one.
     """
     found, rank = initialisation_of(config.init_lora_weights), rank_of(site, config)
     if found is None:
@@ -120,13 +125,12 @@ def initialise(
     draw_as_layers(parameters)
     weight, scaling = weight_of(site, module), scaling_of(site, config)
     weight = weight.T if flipped else weight
-    A, B = found.factors(Beginning(weight, rank, scaling, parameters["lora_A"], module, config))
-    parameters["lora_A"].copy_(A)
-    parameters["lora_B"].copy_(B)
-    if not found.takes_from_weight:
+    first = found.first(Beginning(weight, rank, scaling, parameters["lora_A"], module, config))
+    parameters["lora_A"].copy_(first.A)
+    parameters["lora_B"].copy_(first.B)
+    if first.left is None:
         return None
-    left = weight - scaling * B @ A
-    return {site.attribute: (left.T if flipped else left).contiguous()}
+    return {site.attribute: (first.left.T if flipped else first.left).contiguous()}
 
 
 def weight_of(site: Site, module: nn.Module) -> Tensor:

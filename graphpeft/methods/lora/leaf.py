@@ -3,12 +3,13 @@
 y = module(x) + s · dropout(x) Aᵀ Bᵀ
 
 The module may be a quantised layer, one whose forward is an operation of its own, or a wrapper around a layer. Its
-weight, if it has one, isn't changed, so the branch can't be merged.
+weight, if it has one, isn't changed, so the branch can't be merged. The numbers are those of PEFT's
+``tuners/lora/bnb.py`` and ``tuners/lora/torchao.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
-from graphpeft.methods.lora.linear import matrix_factors
+from graphpeft.methods.lora.linear import dropped_by_row, in_graph, matrix_factors, products_by_row
 from graphpeft.rewrite import ParameterSpec, WeightRule
 from graphpeft.sites import LeafSite
 
@@ -34,7 +35,7 @@ class LoraLeaf(WeightRule):
 
     def check(self, site: LeafSite, config: Any) -> str | None:
         """Refuses what needs a weight."""
-        return refused_unless_plain(config, "the call of a module")
+        return refused_unless_plain(config, site.kind)
 
     def parameters(self, site: LeafSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -57,3 +58,23 @@ class LoraLeaf(WeightRule):
         if self.drops:
             h = F.dropout(h, lora_dropout, training)
         return torch.add(y, F.linear(F.linear(h, lora_A), lora_B), alpha=lora_scaling).to(y.dtype)
+
+    @property
+    def constants_by_row(self) -> Mapping[str, float | None]:
+        """The constants that `by_row` reads, with what they are for an adapter without them; None for any value."""
+        return {"lora_scaling": None} | ({"lora_dropout": 0.0} if self.drops else {})
+
+    def joined(self, rules: Sequence[Any]) -> LoraLeaf | None:
+        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        if any(type(rule) is not LoraLeaf for rule in rules):
+            return None
+        return LoraLeaf(any(rule.drops for rule in rules))
+
+    def by_row(
+        self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any
+    ) -> Any:
+        """Adds to each row of what the call returns the branch of its own A and B."""
+        h = x.to(lora_A.dtype)
+        if self.drops:
+            h = in_graph(dropped_by_row, h, lora_dropout, training)
+        return in_graph(products_by_row, y, h, lora_A.mT, lora_B.mT, lora_scaling).to(y.dtype)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.beginning import Beginning
+from graphpeft.methods.lora.beginning import Beginning, First, taken_from
 from graphpeft.methods.lora.measured import (
     Measurements,
     cached,
@@ -133,7 +133,7 @@ def _only_trained(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[Non
 class LoraGa:
     """The singular vectors of the gradient that `preprocess_loraga` has measured."""
 
-    takes_from_weight = True
+    replaces_weight = takes_product = True
     b_is_trained = True
     is_measured = True
 
@@ -145,7 +145,7 @@ class LoraGa:
             return None
         return f"lora_ga needs 2r directions; its rank is {min(shape)} at most, and r is {rank}: choose a smaller one"
 
-    def factors(self, given: Beginning) -> tuple[Tensor, Tensor]:
+    def first(self, given: Beginning) -> First:
         """Returns singular vectors of the gradient.
 
         Raises:
@@ -176,7 +176,7 @@ class LoraGa:
         elif options.scale == "gd_scale":
             A, B = A / given.scaling, B / given.scaling
         # in the precision that the branch has, so that what is taken is what it gives
-        return A.to(stored.dtype).float(), B.to(stored.dtype).float()
+        return taken_from(given, A.to(stored.dtype).float(), B.to(stored.dtype).float())
 
 
 def _chosen(direction: str, rank: int) -> tuple[Any, Any]:

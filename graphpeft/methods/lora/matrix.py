@@ -54,7 +54,7 @@ class LoraMatrix:
 
     def replaces(self, site: Site, config: Any) -> bool:
         """Tells whether A and B start with a part of the weight, which is then taken from it."""
-        return initialisation.takes_from_weight(config)
+        return initialisation.replaces_weight(config)
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module

@@ -1,0 +1,61 @@
+"""LoRA with an adapter of its own for each call of a shared module, such as the one layer of an ALBERT.
+
+    y_i = x_i Wᵀ + b + s · dropout(x_i) A_iᵀ B_iᵀ          for the i-th operation with the one weight W
+
+Only a flat graph of the whole model tells the calls apart, so the model has to be traced first. A weight that is used
+once has a plain adapter. The changes can't be merged, since the weight has no place for more than one, nor can PEFT
+hold them: it knows modules, not calls. Therefore files name a method that PEFT doesn't know, and the call is the last
+part of their tensors' names: ``….query.lora_A.weight.call_2``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from graphpeft.combining import Combination
+from graphpeft.config import PeftConfig, register
+from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.paths import TensorPaths
+from graphpeft.report import Refusal, Report
+from graphpeft.sites import SiteFinder
+from graphpeft.tracing.errors import TraceError
+
+_WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), config), or take LoraConfig for all calls"
+
+
+@register
+@dataclass(kw_only=True)
+class LoraPerCallConfig(LoraConfig):
+    """LoRA's options, for an adapter at each call; ``query.call_2`` in a pattern is the second call of ``query``."""
+
+    peft_type: ClassVar[Any] = "GRAPHPEFT_LORA_PER_CALL"
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
+        """Returns the calls with the weights that the config names, each as a site."""
+        found: list[Any] = []
+        for site in super().find_sites(finder, report, owned):
+            try:
+                found += finder.calls_of(site)
+            except TraceError as error:
+                report.refused.append(Refusal(site.label, f"its calls can't be told apart: {error}", _WAY_OUT))
+        return found
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config that names these sites alone, of which there must be all calls of a weight, or none."""
+        kept = Counter((site.owner, site.attribute) for site in sites)
+        for site in sites:
+            if site.call is not None and kept[site.owner, site.attribute] < site.call.of:
+                raise ValueError(f"no config names some calls of {site.name} alone; let where hold for all or none")
+        return super().naming(sites, names)
+
+    def for_file(self, sites: Sequence[Any]) -> LoraConfig:
+        """Returns the config as it is, since it isn't for PEFT."""
+        return copy.deepcopy(self)
+
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
+        """Refuses to combine adapters of calls."""
+        raise ValueError("adapters of calls can't be combined yet; leave them out")

@@ -1,0 +1,97 @@
+"""Passes: they change how an adapted graph computes, and not what.
+
+Each is a plain function on a graph. They recognise operations by what these compute, and know no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from graphpeft.passes.flattened_rows import flattened_rows
+from graphpeft.passes.grouped_products import grouped_products
+from graphpeft.passes.inplace_addmm import inplace_addmm
+from graphpeft.passes.outcome import Outcome, Pass
+from graphpeft.passes.recomputed_casts import recomputed_casts
+from graphpeft.passes.regenerated_dropout import regenerated_dropout
+from graphpeft.passes.shared_casts import shared_casts
+from graphpeft.tracing.graph_module import Graphs, Template
+
+__all__ = ["PASSES", "Optimized", "Outcome", "Pass", "in_order", "optimized"]
+
+PASSES: tuple[Pass, ...] = (
+    # first, since all others keep the shapes that they find
+    Pass("flattened_rows", flattened_rows, looks_for="linear operations with branches"),
+    # while each cast is one, and none is a part of a product
+    Pass("shared_casts", shared_casts, looks_for="casts of what several branches in one graph read"),
+    # before casts go into products, since dropout is between them
+    Pass("regenerated_dropout", regenerated_dropout, looks_for="products of what dropout leaves"),
+    # before the grouping, which takes over what is kept
+    Pass("recomputed_casts", recomputed_casts, looks_for="products of what was cast"),
+    Pass("grouped_products", grouped_products, looks_for="products of a branch's input"),
+    # last, since it takes the products apart that others look for
+    Pass(
+        "inplace_addmm",
+        inplace_addmm,
+        looks_for="sums of a linear operation's value and a branch's product",
+    ),
+)
+"""All passes, in the order in which they are applied."""
+
+_OUTCOMES = "graphpeft.passes"
+"""The key of a graph module's ``meta`` under which it has what the passes said of its sites, by their names."""
+
+
+class Optimized(NamedTuple):
+    """A template after passes.
+
+    Attributes:
+        template: The template; the plain one if no pass has changed anything.
+        outcomes: What each pass said of the sites, by its name.
+    """
+
+    template: Template
+    outcomes: Mapping[str, tuple[Outcome, ...]]
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of passes in the order in which they are applied.
+
+    Raises:
+        TypeError: If a text is given in place of names.
+        ValueError: If there is no pass of a name.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"passes is the text {names!r}; pass a list of names, [{names!r}]")
+    wanted = list(names)
+    known = [each.name for each in PASSES]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"there is no pass {unknown[0]!r}; there are {', '.join(known)}")
+    return tuple(name for name in known if name in wanted)
+
+
+def optimized(plain: Template, module: nn.Module, names: tuple[str, ...]) -> Optimized:
+    """Returns `plain` after the passes `names`.
+
+    Args:
+        plain: A template without passes.
+        module: A module that wears it.
+        names: The names of passes, in their order.
+    """
+    if not names:
+        return Optimized(plain, {})
+    outcomes: dict[str, tuple[Outcome, ...]] = {}
+
+    def edit(graphs: Graphs) -> None:
+        for each in PASSES:
+            if each.name in names:
+                found = [outcome for graph in graphs for outcome in each.apply(graph, module)]
+                outcomes[each.name] = tuple(dict.fromkeys(found))
+
+    template = plain.optimized(("passes", names), edit)
+    said = template.meta.setdefault(_OUTCOMES, outcomes)
+    is_changed = any(outcome.reason is None for found in said.values() for outcome in found)
+    return Optimized(template if is_changed else plain, said)

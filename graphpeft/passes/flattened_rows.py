@@ -1,0 +1,77 @@
+"""Computes a linear operation and its branches on one matrix of rows.
+
+    y = x Wᵀ + b + s · x Aᵀ Bᵀ    for x of shape (…, in)    becomes that for x as (rows, in), and y as (…, out)
+
+PyTorch multiplies matrices. Of an input with more dimensions each product makes one, and gives what comes out its shape
+back, in the forward and in the backward. Here that is done once. What draws random numbers stays as it is, since the
+mask of a dropout depends on how its input lies in memory.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from graphpeft import ops
+from graphpeft.passes.outcome import Outcome
+from graphpeft.passes.plain_form import wants_plain_form
+from graphpeft.passes.reading import adapted_values
+from graphpeft.recorded import recorded
+from graphpeft.tags import TAG
+
+
+def flattened_rows(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
+    """Lets linear operations that a graph computes itself be computed on matrices, with their branches."""
+    adapted = {value.meta[TAG].site for value in adapted_values(graph)}
+    matrices: dict[fx.Node, fx.Node] = {}
+    return [Outcome(node.name, _flattened(graph, node, root, matrices)) for node in graph.nodes if node.name in adapted]
+
+
+def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.Node, fx.Node]) -> str | None:
+    """Flattens one operation, or returns the reason why not."""
+    op = ops.read_op(y, root)
+    if not isinstance(op, ops.Linear) or y.target is not F.linear:
+        return "the graph doesn't compute it by F.linear"
+    branch = [node for node in graph.nodes if TAG in node.meta and node.meta[TAG].site == y.name]
+    if not all(_is_by_row(node, root) for node in branch):
+        return "its branch is more than casts, products and sums"
+    inside = {y, *branch}
+    last = [node for node in inside if not node.users.keys() <= inside]
+    if len(last) != 1:
+        return "others read values of its branch, too"
+    users = [user for user in last[0].users if user not in inside]
+    if op.x not in matrices:
+        with graph.inserting_before(y):
+            matrices[op.x] = graph.call_function(as_rows, (op.x,))
+    for node in inside - {user for user in op.x.users if ops.only_asks(user)}:
+        node.replace_input_with(op.x, matrices[op.x])
+    with graph.inserting_after(last[0]):
+        shaped = graph.call_function(in_shape_of, (last[0], op.x))
+    for user in users:
+        user.replace_input_with(last[0], shaped)
+    return None
+
+
+def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
+    """Tells whether a node of a branch makes each row of its value from the same row of others, in any shape."""
+    if node.op == "get_attr" or ops.only_asks(node) or isinstance(ops.read_op(node, root), ops.Linear):
+        return True
+    if node.target in (torch.add, operator.add):
+        # a parameter could be added to positions that have one in its shape alone
+        return all(source.op != "get_attr" for source in node.args if isinstance(source, fx.Node))
+    return node.op == "call_method" and node.target == "to"
+
+
+@recorded
+def as_rows(x: Tensor) -> Tensor:
+    """Returns x of shape (…, in) as a matrix of shape (rows, in); it is x itself if it has one row, or is a matrix."""
+    return x if x.ndim <= 2 or wants_plain_form() else x.flatten(0, -2)
+
+
+@recorded
+def in_shape_of(y: Tensor, x: Tensor) -> Tensor:
+    """Returns y of shape (rows, out) as (…, out), as x of shape (…, in) has its rows."""
+    return y if y.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,105 @@
+"""Adds a branch's last product to an operation's value in place.
+
+    y + s · (d Bᵀ)    becomes    y.addmm_(d, Bᵀ, alpha=s)
+
+so that neither the product nor the sum is a tensor of its own. It is done where y is the fresh output of a linear
+operation, which nobody else reads, and which the gradient of that operation doesn't need. In half precision the plain
+form rounds the product before it adds it, so there the product stays, and only the sum is made in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as _hooks_of_all
+
+from graphpeft import ops
+from graphpeft.passes.outcome import Outcome
+from graphpeft.passes.plain_form import HALVES, wants_plain_form
+from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
+from graphpeft.recorded import recorded
+from graphpeft.tags import TAG
+
+
+def inplace_addmm(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
+    """Lets the sums of linear operations' values and branches be made in place."""
+    return [Outcome(total.meta[TAG].site, _made_in_place(graph, total, root)) for total in adapted_values(graph)]
+
+
+def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | None:
+    """Makes one sum in place, or returns the reason why not."""
+    y, addend, scaling = _summands(total)
+    product = ops.read_op(addend, root) if isinstance(addend, fx.Node) else None
+    if not isinstance(y, fx.Node) or not isinstance(product, ops.Linear) or product.bias is not None:
+        return "what is there isn't a sum of the operation's value and a product"
+    if not _is_fresh(y, root):
+        return "what the product is added to isn't the fresh output of a linear operation"
+    if not is_read_by(y, total):
+        return "others read the operation's value, too"
+    if not is_read_by(product.node, total):
+        return "others read the product, too"
+    with graph.inserting_before(total):
+        B = matrix_of(product)
+        B = graph.call_method("t", (B,)) if product.transposed else B
+        if y.op == "call_module":
+            layer = graph.create_node("get_attr", str(y.target))
+            made = graph.call_function(add_product_unless_kept_, (y, product.x, B, scaling, layer))
+        else:
+            made = graph.call_function(add_product_, (y, product.x, B, scaling))
+    put_in_place_of(total, made)
+    return None
+
+
+def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
+    """Returns the terms of a sum and the factor of the second one; None each if it is no sum."""
+    if total.target in (torch.add, operator.add) and len(total.args) == 2 and total.kwargs.keys() <= {"alpha"}:
+        return *total.args, total.kwargs.get("alpha", 1)  # type: ignore[return-value]
+    return None, None, None
+
+
+def _is_fresh(y: fx.Node, root: nn.Module) -> bool:
+    """Tells whether a value is a tensor that its node has made, and that its gradient doesn't need."""
+    return y.target in (add_product_, add_product_unless_kept_) or isinstance(ops.read_op(y, root), ops.Linear)
+
+
+@recorded
+def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Returns y + s d Bᵀ, in the memory of y where its dtype can hold the sum.
+
+    Args:
+        y: Of shape (…, out); what it was is lost.
+        d: Of shape (…, r).
+        B: Of shape (out, r).
+        scaling: s.
+    """
+    if wants_plain_form():
+        return torch.add(y, F.linear(d, B), alpha=scaling)
+    dtype = y.dtype
+    if dtype == d.dtype == B.dtype and dtype not in HALVES:
+        if y.ndim == 2:
+            return y.addmm_(d, B.t(), alpha=scaling)
+        if y.ndim == 3:
+            # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
+            return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
+    product = F.linear(d, B)
+    if torch.promote_types(dtype, product.dtype) != dtype:
+        return torch.add(y, product, alpha=scaling)
+    return y.add_(product, alpha=scaling)
+
+
+@recorded
+def add_product_unless_kept_(y: Tensor, d: Tensor, B: Tensor, scaling: float, layer: nn.Module) -> Tensor:
+    """Returns the same where y is the output of a layer, whose hooks may have kept it."""
+    if _has_hooks(layer):
+        return torch.add(y, F.linear(d, B), alpha=scaling)
+    return add_product_(y, d, B, scaling)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    own = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    of_all = _hooks_of_all._global_forward_hooks or _hooks_of_all._global_backward_hooks
+    return bool(own or of_all or _hooks_of_all._global_backward_pre_hooks)

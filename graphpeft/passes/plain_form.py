@@ -1,0 +1,20 @@
+"""When a pass leaves a computation as it was written: where something else derives code or gradients from it."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+HALVES = (torch.float16, torch.bfloat16)
+"""The dtypes in which rounding once or twice makes a difference that can be seen."""
+
+
+def wants_plain_form() -> bool:
+    """Tells whether a compiler or an exporter reads the computation, or a transform other than the backward.
+
+    A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
+    and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )

@@ -1,0 +1,140 @@
+"""Products of a branch's input with its A's, which keep less for the backward than they would by themselves.
+
+    d_i = dropout(h) A_iᵀ        h = x, or x in the dtype of the A's
+
+For the gradients of the A's autograd keeps dropout(h), and for that of h the mask of the dropout, which is as large.
+Here x is kept alone, with the state that the random number generator had; the backward casts x again and draws the mask
+again. What is drawn is what ``F.dropout`` draws, so that equal seeds give equal results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphpeft.passes.plain_form import wants_plain_form
+from graphpeft.recorded import recorded
+
+
+@recorded
+def product(x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training: bool = False) -> Tensor:
+    """Returns dropout(h) Aᵀ, and keeps x for the backward.
+
+    Args:
+        x: Of shape (…, in).
+        h: x, or x in another dtype.
+        A: Of shape (r, in).
+        probability: That of an element to be dropped.
+        training: Whether elements are dropped.
+    """
+    drops = training and probability > 0
+    if wants_plain_form() or not torch.is_grad_enabled() or not (drops or x.dtype != h.dtype):
+        return F.linear(F.dropout(h, probability, training), A)
+    made: Any = _Products.apply(x, h, probability if drops else 0.0, A)
+    return made[0]
+
+
+@recorded
+def products(x: Tensor, h: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """Returns h Aᵀ for several A's, from one product with all of them, and keeps x for the backward if h is a cast.
+
+    Args:
+        x: Of shape (…, in).
+        h: x, or x in another dtype.
+        factors: The A's, each of shape (r, in) with an r of its own.
+    """
+    if wants_plain_form() or any(A.dtype != factors[0].dtype for A in factors):
+        return tuple([F.linear(h, A) for A in factors])
+    if torch.is_grad_enabled() and x.dtype != h.dtype:
+        made: Any = _Products.apply(x, h, 0.0, *factors)
+        return made
+    return F.linear(h, torch.cat(factors)).split([A.shape[0] for A in factors], -1)
+
+
+@recorded
+def cast_again(h: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x in another dtype, which is `h`, a cast of x, if that has it."""
+    return h if h.dtype == dtype else x.to(dtype)
+
+
+class _Products(torch.autograd.Function):
+    """Its backward is made of operations that have gradients themselves, so there are gradients of any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, probability: float, *factors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the products."""
+        state = _generator_state(h.device) if probability else None
+        kept = h * _noise_like(h, probability) if probability else h
+        # under autocast in another dtype than that of its operands
+        result = F.linear(kept, _stacked(factors))
+        ctx.probability, ctx.dtype, ctx.product_dtype = probability, h.dtype, result.dtype
+        ctx.save_for_backward(x, state, *factors)
+        return result.split([A.shape[0] for A in factors], -1) if len(factors) > 1 else (result,)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients of x and of the A's."""
+        x, state, *factors = ctx.saved_tensors
+        of_x, of_factors = None, [None] * len(factors)
+        # whatever is around the backward, the dtypes are those of the forward
+        with _without_autocast(x.device.type):
+            h = x.to(ctx.dtype)
+            noise = None if state is None else _noise_again(h, ctx.probability, state)
+            gradient, *others = gradients
+            gradient = torch.cat((gradient, *others), -1) if others else gradient
+            if ctx.needs_input_grad[0]:
+                of_kept = (gradient @ _stacked(factors).to(ctx.product_dtype)).to(ctx.dtype)
+                of_x = (of_kept if noise is None else of_kept * noise).to(x.dtype)
+            if any(ctx.needs_input_grad[3:]):
+                kept = (h if noise is None else h * noise).to(ctx.product_dtype)
+                of_all = gradient.reshape(-1, gradient.shape[-1]).t() @ kept.reshape(-1, kept.shape[-1])
+                of_factors = of_all.to(factors[0].dtype).split([A.shape[0] for A in factors])
+        return of_x, None, None, *of_factors
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()
+
+
+def _stacked(factors: Any) -> Tensor:
+    return torch.cat(tuple(factors)) if len(factors) > 1 else factors[0]
+
+
+def _noise_like(h: Tensor, probability: float) -> Tensor:
+    """Returns what ``F.dropout`` multiplies `h` by: 0 where an element is dropped, else 1 / (1 − p)."""
+    if h.device.type == "cpu":
+        return torch.empty_like(h).bernoulli_(1 - probability).div_(1 - probability)
+    # other devices draw and multiply at once, in an order that depends on where the values lie: those of h, which may
+    # begin anywhere, would get another mask than those of a copy
+    return F.dropout(torch.ones_like(h), probability, True)
+
+
+@torch.no_grad()
+def _noise_again(h: Tensor, probability: float, state: Tensor) -> Tensor:
+    """Returns what `_noise_like` has returned when the random number generator was in `state`."""
+    where = _where(h.device)
+    before = _generators(h.device).get_rng_state(*where)
+    _generators(h.device).set_rng_state(state, *where)
+    try:
+        return _noise_like(h, probability)
+    finally:
+        _generators(h.device).set_rng_state(before, *where)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return _generators(device).get_rng_state(*_where(device))
+
+
+def _generators(device: torch.device) -> Any:
+    """Returns PyTorch's module with the functions about random number generators of devices of this kind."""
+    return torch.random if device.type == "cpu" else torch.get_device_module(device)
+
+
+def _where(device: torch.device) -> tuple[torch.device, ...]:
+    """Returns what these functions are told of a device."""
+    return () if device.type == "cpu" else (device,)

@@ -1,0 +1,133 @@
+"""What passes read of an adapted graph, and how they put nodes into it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from graphpeft import ops
+from graphpeft.ops.reading import arguments_of
+from graphpeft.passes.products import cast_again, product
+from graphpeft.tags import TAG
+from graphpeft.tracing.autocast import enter_autocast, leave_autocast
+from graphpeft.tracing.proxy import writes
+
+
+def adapted_values(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the nodes of adapters that stand in the place of an operation's value, in the order of the graph."""
+    return [node for node in graph.nodes if TAG in node.meta and node.meta[TAG].over is not None]
+
+
+class FirstProduct(NamedTuple):
+    """The product of a branch's input with an adapter's matrix: dropout(h) Aᵀ.
+
+    Attributes:
+        node: Its node.
+        kept: The node of what the product keeps for the backward: h, or what h is a cast of.
+        h: The node of h.
+        A: The node of the matrix.
+        transposed: Whether that is Aᵀ.
+        dropped: The node of dropout(h), if that is a value of its own.
+        dropout: The probability and whether it is on, if the product itself drops elements.
+    """
+
+    node: fx.Node
+    kept: fx.Node
+    h: fx.Node
+    A: fx.Node
+    transposed: bool
+    dropped: fx.Node | None = None
+    dropout: tuple[Any, ...] = ()
+
+    @property
+    def site(self) -> str:
+        """The name of the adapted operation."""
+        return self.node.meta[TAG].site
+
+    def factor(self, before: fx.Node) -> fx.Node:
+        """Puts the reading of A in front of a node."""
+        with self.node.graph.inserting_before(before):
+            A = _read_again(self.A)
+            return self.node.graph.call_method("t", (A,)) if self.transposed else A
+
+
+def _read_again(node: fx.Node) -> fx.Node:
+    again = node.graph.node_copy(node, _read_again)
+    again.meta = dict(node.meta)
+    return again
+
+
+def first_products(graph: fx.Graph, root: nn.Module) -> list[FirstProduct]:
+    """Returns the products of adapters with what isn't computed by one, casts and dropout aside."""
+    found = (_first_product(node, root) for node in graph.nodes if TAG in node.meta)
+    return [each for each in found if each is not None]
+
+
+def _first_product(node: fx.Node, root: nn.Module) -> FirstProduct | None:
+    if node.target is product:
+        kept, h, A, *dropout = node.args
+        found = FirstProduct(node, kept, h, A, False, None, tuple(dropout))  # type: ignore[arg-type]
+        return found
+    op = ops.read_op(node, root)
+    if not isinstance(op, ops.Linear) or op.bias is not None or node.op == "call_module":
+        return None
+    A = matrix_of(op)
+    dropped = op.x if TAG in op.x.meta and op.x.target is F.dropout else None
+    h = op.x if dropped is None else arguments_of(dropped, "input")[0]
+    is_first = TAG not in h.meta or cast_from(h) is not None
+    return FirstProduct(node, h, h, A, op.transposed, dropped) if is_first and TAG in A.meta else None
+
+
+def matrix_of(op: ops.Linear) -> fx.Node:
+    """Returns the node that reads the matrix of a linear operation as it is stored."""
+    reading = (node for node in op.node.graph.nodes if node.op == "get_attr" and node.target == op.weight)
+    return next(reading)
+
+
+def cast_from(node: fx.Node) -> fx.Node | None:
+    """Returns what a node of an adapter casts to the dtype of a tensor, or None if it is no such cast."""
+    if TAG not in node.meta or node.kwargs:
+        return None
+    if node.target is cast_again:
+        return node.args[1]  # type: ignore[return-value]
+    is_cast = node.op == "call_method" and node.target == "to" and len(node.args) == 2
+    dtype = node.args[1] if is_cast else None
+    is_dtype = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args[1] == "dtype"
+    return node.args[0] if is_dtype else None  # type: ignore[return-value]
+
+
+def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
+    """Tells whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
+    return all(user is reader or ops.only_asks(user) for user in value.users)
+
+
+def separates(node: fx.Node, root: nn.Module) -> bool:
+    """Tells whether a value that is read before a node, and one that is read behind it, may not be the same.
+
+    It may write into tensors, or change the dtype in which others are multiplied.
+    """
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
+    writes_there = node.op.startswith("call_") and writes(node.target)
+    is_told = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return writes_there or is_told or node.target in (enter_autocast, leave_autocast)
+
+
+def put_in_place_of(old: fx.Node, new: fx.Node) -> None:
+    """Lets all that used `old` use `new`, which is marked as `old` was, and erases what is needed no more."""
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    erase_unused(old)
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erases an adapter's node that has no users, and then those of its inputs that have none any more."""
+    if node.users or TAG not in node.meta or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in inputs:
+        erase_unused(source)

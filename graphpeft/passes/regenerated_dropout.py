@@ -1,0 +1,36 @@
+"""Draws the mask of a branch's dropout again in the backward.
+
+    dropout(h) Aᵀ    keeps h and the state of the random number generator, and neither dropout(h) nor the mask
+
+Both are as large as h, and h itself is one tensor for all branches that read it. The mask is drawn from the same
+numbers as that of ``F.dropout``, so that a seed gives what it gave. Drawing it a second time takes its time, on a CPU
+more than anything else of a branch.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from graphpeft.ops.reading import arguments_of
+from graphpeft.passes.outcome import Outcome
+from graphpeft.passes.products import product
+from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of
+
+
+def regenerated_dropout(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
+    """Lets branches with dropout keep what they are given."""
+    found = [each for each in first_products(graph, root) if each.dropped is not None]
+    return [Outcome(each.site, _regenerated(each)) for each in found]
+
+
+def _regenerated(found: FirstProduct) -> str | None:
+    """Lets one product draw its mask itself, or returns the reason why not."""
+    assert found.dropped is not None
+    if len(found.dropped.users) > 1:
+        return "others than one product read what dropout leaves"
+    _, probability, training = arguments_of(found.dropped, "input", "p", "training")
+    factor = found.factor(found.node)
+    with found.node.graph.inserting_before(found.node):
+        args = (found.h, found.h, factor, probability, training)
+        put_in_place_of(found.node, found.node.graph.call_function(product, args))
+    return None

@@ -1,0 +1,105 @@
+"""The pass that multiplies what several branches read by all of their A's at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from blocks import block, body_of, computed, inputs, kept_bytes
+from torch import Tensor, nn
+
+from graphpeft import LoraConfig, get_peft_model, optimize, trace
+
+PASS = "grouped_products"
+
+
+def test_branches_of_one_input_share_a_product():
+    model = block("flat", target_modules=["q", "k"])
+    assert [line for line in body_of(model) if "linear(" in line] == [
+        "linear = torch._C._nn.linear(tanh, q_lora_a_default)",
+        "linear_1 = torch._C._nn.linear(linear, q_lora_b_default)",
+        "linear_2 = torch._C._nn.linear(tanh, k_lora_a_default)",
+        "linear_3 = torch._C._nn.linear(linear_2, k_lora_b_default)",
+    ]
+    report = optimize(model, [PASS])
+    assert report.changed == {PASS: ("q", "k")}
+    assert [line for line in body_of(model) if "linear(" in line or "products" in line] == [
+        "products = products(tanh, tanh, q_lora_a_default_1, k_lora_a_default_1)",
+        "getitem = products[0]",
+        "linear_1 = torch._C._nn.linear(getitem, q_lora_b_default)",
+        "getitem_1 = products[1]",
+        "linear_3 = torch._C._nn.linear(getitem_1, k_lora_b_default)",
+    ]
+
+
+def test_ranks_may_differ():
+    plain, grouped = (block("flat", rank_pattern={"k": 3, "v": 5}) for _ in range(2))
+    optimize(grouped, [PASS])
+    assert torch.allclose(grouped(inputs()), plain(inputs()), rtol=0, atol=1e-6)
+
+
+def test_branches_of_several_adapters_share_it():
+    model = block("flat")
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q", "v"]))
+    model.set_adapter(["default", "second"])
+    optimize(model, [PASS])
+    [line] = [line for line in body_of(model) if " = products(" in line]
+    assert line.count("_lora_a_") == 5
+
+
+def test_branches_with_dropout_keep_masks_of_their_own():
+    report = optimize(block("flat", lora_dropout=0.1), [PASS])
+    assert report.changed == {PASS: ()}
+    assert set(report.left[PASS].values()) == {"its dropout has a mask of its own"}
+
+
+def test_a_branch_alone_is_left():
+    assert optimize(block("regions"), [PASS]).left[PASS] == dict.fromkeys("qkvo", "no other branch reads what it reads")
+
+
+@pytest.mark.parametrize("write", ["add_", "relu", "module"])
+def test_an_input_that_is_written_between_two_branches_is_two(write):
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            y = self.a(x)
+            if write == "add_":
+                x.add_(1)
+            elif write == "relu":
+                nn.functional.relu(x, inplace=True)
+            else:
+                self.relu(x)
+            return y + self.b(x)
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(trace(Writing()), LoraConfig(target_modules=["a", "b"], init_lora_weights=False))
+
+    plain, grouped = adapted(), adapted()
+    assert optimize(grouped, [PASS]).changed == {PASS: ()}
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert torch.equal(grouped(x), plain(x))
+
+
+def test_beside_recomputed_casts_the_stacked_matrices_are_not_kept():
+    plain, grouped = block("flat", torch.bfloat16), block("flat", torch.bfloat16)
+    optimize(plain, ["recomputed_casts"])
+    optimize(grouped, ["recomputed_casts", PASS])
+    x = inputs(torch.bfloat16)
+    assert kept_bytes(grouped, x) == kept_bytes(plain, x)
+
+
+def test_frozen_adapters_get_no_gradient():
+    plain, grouped = block("flat"), block("flat")
+    optimize(grouped, [PASS])
+    for model in (plain, grouped):
+        model.k.lora_A_default.requires_grad_(False)
+    found, expected = computed(grouped, inputs()), computed(plain, inputs())
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-6) for name, value in expected.items())

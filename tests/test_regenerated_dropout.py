@@ -1,0 +1,79 @@
+"""The pass that draws the mask of a branch's dropout again in the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from blocks import body_of, kept_bytes
+from torch import nn
+
+from graphpeft import LoraConfig, get_peft_model, optimize
+
+TOKENS, FEATURES = 32, 64
+
+
+def layer(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.4, init_lora_weights=False, **options)
+    return get_peft_model(nn.Sequential(nn.Linear(FEATURES, FEATURES)), config).train()
+
+
+def test_a_branch_keeps_its_input_and_neither_the_mask_nor_what_it_leaves():
+    plain, regenerated = layer(), layer()
+    report = optimize(regenerated, ["regenerated_dropout"])
+    assert report.changed == {"regenerated_dropout": ("0",)}
+    assert "product = product(input_1, input_1, lora_a_default_1, lora_dropout_default, training)" in body_of(
+        regenerated[0]
+    )
+    x, down = torch.randn(TOKENS, FEATURES, requires_grad=True), 4 * TOKENS * 2
+    assert kept_bytes(plain, x) == 2 * x.nbytes + down
+    assert kept_bytes(regenerated, x) == down + torch.get_rng_state().nbytes
+
+
+def test_a_seed_gives_the_bits_that_it_gave():
+    plain, regenerated = layer(), layer()
+    optimize(regenerated, ["regenerated_dropout"])
+    x = torch.randn(TOKENS, FEATURES)
+    found = []
+    for model in (plain, regenerated):
+        torch.manual_seed(1)
+        found.append((model(x), model(x), torch.get_rng_state()))
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_the_backward_leaves_the_random_numbers_to_come():
+    model = layer()
+    optimize(model, ["regenerated_dropout"])
+    torch.manual_seed(1)
+    y = model(torch.randn(TOKENS, FEATURES, requires_grad=True))
+    before = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_calls_before_one_backward_have_masks_of_their_own():
+    plain, regenerated = layer(), layer()
+    optimize(regenerated, ["regenerated_dropout"])
+    x = torch.randn(TOKENS, FEATURES)
+    for model in (plain, regenerated):
+        torch.manual_seed(1)
+        (model(x) * model(x + 1)).sum().backward()
+    assert torch.equal(regenerated[0].lora_A_default.grad, plain[0].lora_A_default.grad)
+
+
+def test_evaluation_draws_nothing():
+    model = layer().eval()
+    optimize(model, ["regenerated_dropout"])
+    before = torch.get_rng_state()
+    x = torch.randn(TOKENS, FEATURES)
+    assert torch.equal(model(x), layer().eval()(x))
+    torch.set_rng_state(before)
+    model(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_dropout_leaves_for_others_is_kept():
+    report = optimize(layer(use_dora=True), ["regenerated_dropout"])
+    assert report.left["regenerated_dropout"] == {"0": "others than one product read what dropout leaves"}

@@ -1,21 +1,21 @@
 """What a forward can reach and change: its modules, the objects that they hold, and what the code of the user's names.
 
 From a module it goes on to what it holds and to its class; from a class to its attributes, methods and bases; from a
-function, a hook among them, to the variables around it, to the globals that it names, and to its defaults. It ends at
-code of libraries, whose forwards keep nothing there.
+function, a hook among them, to the variables around it, to the globals that it names, and to its defaults. Of methods
+those count whose names stand in code that is reached: ``forward`` and what it calls, and not all that a class can do.
+It ends at code of libraries, whose forwards keep nothing there.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
-from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 from torch.nn.modules import module as hooks_of_all
 
 from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
@@ -54,9 +54,11 @@ class Reach:
         # with what is at the start, or its identity could become that of something else
         self._known: dict[int, tuple[Any, list[Holder]]] = {}
         self.has_iterators = False
+        starts = {module: list(_starts(module)) for module in self._inside}
+        self._named = self._names_in_what_runs([value for values in starts.values() for value in values])
         for module in root.modules():
             self._note(OfObject(module), module)
-            for value in _starts(module):
+            for value in starts[module]:
                 for holder in self._beyond(value):
                     self._note(holder, module)
 
@@ -81,6 +83,26 @@ class Reach:
             self._known[id(start)] = (start, list(self._found_from(start)))
         return self._known[id(start)][1]
 
+    def _names_in_what_runs(self, waiting: list[Any]) -> set[str]:
+        """Returns the names that stand in the code of functions that can be reached, by way of methods so named."""
+        named, seen = {"forward"}, dict[int, Any]()
+        unnamed: defaultdict[str, list[Any]] = defaultdict(list)
+        while waiting:
+            value = waiting.pop()
+            if type(value) in PLAIN or id(value) in seen or (isinstance(value, nn.Module) and value in self._inside):
+                continue
+            seen[id(value)] = value
+            waiting += _opened(value, named)[1]
+            if isinstance(value, type) and _is_of_a_user(value):
+                for name, method in _methods(value).items():
+                    if name not in named:
+                        unnamed[name].append(method)
+            elif isinstance(value, FunctionType) and not _is_of_a_library(value.__globals__.get("__name__")):
+                new = names_in(value.__code__).read - named
+                named |= new
+                waiting += [method for name in new for method in unnamed.pop(name, ())]
+        return named
+
     def _found_from(self, start: Any) -> Iterator[Holder]:
         # many classes have the same bases
         for base in start.__bases__ if isinstance(start, type) and _is_of_a_user(start) else ():
@@ -93,7 +115,7 @@ class Reach:
                 seen[id(value)] = value
                 if not isinstance(value, nn.Module) or value not in self._inside:
                     self.has_iterators |= is_iterator(value)
-                    holders, further = _opened(value)
+                    holders, further = _opened(value, self._named)
                     yield from holders
                     waiting += further
 
@@ -125,12 +147,12 @@ _HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forwar
 _Opened = tuple[Iterable[Holder], Iterable[Any]]
 
 
-def _opened(value: Any) -> _Opened:
-    """Returns the holders that a value is, and the values to which it leads."""
+def _opened(value: Any, named: set[str]) -> _Opened:
+    """Returns the holders that a value is, and the values to which it leads, of a class's methods those so `named`."""
     if isinstance(value, FunctionType):
         return _opened_function(value)
     if isinstance(value, type):
-        return _opened_class(value)
+        return _opened_class(value, named)
     if isinstance(value, MethodType):
         return (), (value.__self__, value.__func__)
     if isinstance(value, functools.partial):
@@ -139,6 +161,8 @@ def _opened(value: Any) -> _Opened:
         return (), (value.__wrapped__,)
     if isinstance(value, property):
         return (), (value.fget, value.fset)
+    if isinstance(value, functools.cached_property):
+        return (), (value.func,)
     parts = parts_of(value) if isinstance(value, _WITH_PARTS) else ()
     if not _has_attributes(value):
         return (), parts
@@ -154,13 +178,28 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or bool(slots_of(type(value)))
 
 
-def _opened_class(cls: type) -> _Opened:
+def _opened_class(cls: type, named: set[str]) -> _Opened:
     if not _is_of_a_user(cls):
         return (), ()
-    # modules are there before the forward runs
-    left_out = ("__init__", "__annotations__") if issubclass(cls, nn.Module) else ("__annotations__",)
-    members = (value for name, value in vars(cls).items() if name not in left_out)
-    return (OfClass(cls),), (*members, *cls.__bases__)
+    methods = _methods(cls)
+    members = [value for name, value in vars(cls).items() if name not in methods and name not in _OF_EACH_CLASS]
+    return (OfClass(cls),), (*members, *(methods[name] for name in methods.keys() & named), *cls.__bases__)
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    """Returns the methods and properties of a class that run if they are named; others run by themselves."""
+    kinds = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
+    methods = {name: value for name, value in vars(cls).items() if isinstance(value, kinds)}
+    # modules are there before the forward runs, and so are made by none
+    made = issubclass(cls, nn.Module)
+    return {name: value for name, value in methods.items() if not _is_special(name) or (made and name == "__init__")}
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+_OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module__", "__weakref__"))
 
 
 def _opened_function(function: FunctionType) -> _Opened:
@@ -171,12 +210,12 @@ def _opened_function(function: FunctionType) -> _Opened:
         Cell(cell, name, function)
         for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
     ]
-    named = _globals_named_by(function.__code__, namespace)
-    # what is wrapped for fx is exchanged while a trace runs
-    holders += (holder for holder in named if holder.key not in _wrapped_fns_to_patch)
+    holders += _globals_named_by(function.__code__, namespace)
     further = [value for holder in holders for value in holder.bindings().values()]
     own = OfFunction(function)
-    return (*holders, own), (*further, *own.bindings().values())
+    made = names_in(function.__code__).made
+    changing = [holder for holder in holders if not isinstance(holder, Global) or _may_change(holder, made)]
+    return (*changing, own), (*further, *own.bindings().values())
 
 
 def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
@@ -189,6 +228,13 @@ def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Glo
         elif name in namespace:
             yield Global(namespace, name)
     yield from (Global(namespace, name) for name in names.made if name not in namespace)
+
+
+def _may_change(named: Global, made: frozenset[str]) -> bool:
+    """Tells whether a global is anything but a function or a class that its code gives no other value."""
+    return named.name in made or not isinstance(
+        named.namespace.get(named.name), FunctionType | BuiltinFunctionType | type
+    )
 
 
 def _is_of_a_user(cls: type) -> bool:

@@ -605,13 +605,18 @@ def of_the_same_dtype(x):
     return x * 2 if x.to(torch.float32) is x and x.contiguous() is x else x * 3
 
 
+def of_a_tuple(x):
+    parts = x.unbind(1)
+    return x * 2 if parts[0] is parts[0] and parts[0] is not parts[1] else x * 3
+
+
 def new(x):
     y = x * 1
     return x * 2 if y.mul(2) is y or y.detach() is y else x * 3
 
 
 @pytest.mark.parametrize(
-    "code", [changed_by_a_method, changed_by_a_function, changed_by_an_operator, of_the_same_dtype, new]
+    "code", [changed_by_a_method, changed_by_a_function, changed_by_an_operator, of_the_same_dtype, of_a_tuple, new]
 )
 def test_what_returns_its_argument_returns_the_same_object(code):
     model = module_of(lambda self, x: code(x))

@@ -83,11 +83,10 @@ def tests_identity(code: CodeType) -> bool:
 
 @functools.cache
 def compares_objects(code: CodeType) -> bool:
-    """Tells whether `code` asks whether two things, neither of them a constant, are the same object."""
+    """Tells whether `code` asks whether something is the same object as what is no constant."""
     instructions = list(dis.get_instructions(code))
-    loads = zip(instructions, instructions[1:], instructions[2:], strict=False)
     return any(
-        after.opname == "IS_OP" and "LOAD_CONST" not in (first.opname, second.opname) for first, second, after in loads
+        after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
     )
 
 

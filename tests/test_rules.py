@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
+import graphpeft.testing
 from graphpeft import (
     AdaptError,
     BoundaryRule,
@@ -206,6 +207,161 @@ def test_the_law_that_a_wrong_rule_breaks_names_its_site_and_its_nodes(rule, mon
 
 def test_every_law_of_adapters_has_a_wrong_rule():
     assert {law for law, *_ in WRONG.values()} == set(ADAPTERS)
+
+
+# wrong spellings and traces
+
+
+class Halved(nn.Module):
+    """A linear layer, spelled as the sum of two halves, or as one product."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spelling == "transposed":
+            return x @ self.w
+        return F.linear(x, self.w) if self.spelling == "whole" else torch.softmax(self.w, 0)[0] * x
+
+
+def halved(spelling: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("guilty", Halved(spelling))
+    return model
+
+
+def test_a_spelling_that_computes_something_else_is_caught_with_its_site() -> None:
+    config = LoraConfig(r=2, target_modules=["guilty.w"])
+    laws.assert_spellings_are_adapted_alike(lambda: halved("whole"), [lambda: halved("whole")], config, X)
+    with pytest.raises(LawError, match=r"(?s)another spelling's outputs differ.*at the site guilty\.w .*matmul = "):
+        laws.assert_spellings_are_adapted_alike(lambda: halved("whole"), [lambda: halved("transposed")], config, X)
+
+
+def test_a_spelling_with_other_sites_is_caught_with_both_reports() -> None:
+    config = LoraConfig(r=2, target_modules=r".*\.(w|extra)")
+
+    def other() -> nn.Module:
+        model = halved("whole")
+        model.add_module("odd", Halved("whole"))
+        return model
+
+    with pytest.raises(LawError, match=r"(?s)sites differ: \[\('guilty\.w', \(6, 6\)\)\] and those of.*odd\.w"):
+        laws.assert_spellings_are_adapted_alike(lambda: halved("whole"), [other], config, X)
+
+
+class Layered(nn.Module):
+    """Two layers around an activation, with a number that is counted."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 6)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y = torch.tanh(y) * 2
+        self.count.add_(1)
+        return self.last(y) + x.shape[0]
+
+
+def layered() -> nn.Module:
+    torch.manual_seed(0)
+    return Layered().eval()
+
+
+def edited(target: str, mend: Callable[[Any, Any], None]) -> Callable[..., Any]:
+    """Returns a tracer that changes one node of what it records."""
+
+    def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        traced: Any = trace(model, *args, **kwargs)
+        for graph in traced.graphs:
+            [node] = [node for node in graph.nodes if target in (node.target, getattr(node.target, "__name__", ""))]
+            mend(graph, node)
+        traced.recompile()
+        return traced
+
+    return wrong
+
+
+def computes_something_else(graph: Any, node: Any) -> None:
+    node.target = torch.sigmoid
+
+
+def forgets_a_layer(graph: Any, node: Any) -> None:
+    node.replace_all_uses_with(node.args[0])
+    graph.erase_node(node)
+
+
+def holds_a_size(graph: Any, node: Any) -> None:
+    node.args = (node.args[0], 4)
+
+
+def stops_the_gradient(graph: Any, node: Any) -> None:
+    with graph.inserting_after(node):
+        detached = graph.call_method("detach", (node,))
+    node.replace_all_uses_with(detached)
+    detached.args = (node,)
+
+
+def leaves_a_trace(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    model.first.was_traced = True  # type: ignore[union-attr]
+    return trace(model, *args, **kwargs)
+
+
+WRONG_TRACES: dict[str, tuple[Any, str, str]] = {
+    "another function": (edited("tanh", computes_something_else), "by ", "    tanh = torch.sigmoid(first)"),
+    "without a layer": (edited("last", forgets_a_layer), "by ", "    add = "),
+    "with the size of the example": (edited("add", holds_a_size), "by ", "    add = last + 4"),
+    "that leaves an attribute": (leaves_a_trace, "tracing changes the attributes of first", ""),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TRACES)
+def test_a_wrong_trace_is_caught_with_its_nodes(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer, what, line = WRONG_TRACES[wrong]
+    others = (torch.randn(2, 6),)
+    laws.assert_traced_is_the_model(layered, X, others)
+    monkeypatch.setattr(laws, "trace", tracer)
+    with pytest.raises(LawError) as caught:
+        laws.assert_traced_is_the_model(layered, X, others)
+    assert what in str(caught.value)
+    assert line in str(caught.value)
+
+
+WRONG_STEPS: dict[str, tuple[Any, str]] = {
+    "another function": (edited("tanh", computes_something_else), "the outputs: by "),
+    "without a gradient": (edited("tanh", stops_the_gradient), "the gradients, at ['input 0']: None, not a tensor"),
+    "without a buffer": (edited("add_", forgets_a_layer), "the buffers, at ['count']: by 1"),
+    "that leaves an attribute": (leaves_a_trace, "tracing changes the attributes of first"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STEPS)
+def test_a_trace_that_leaves_something_else_is_caught_with_what(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer, what = WRONG_STEPS[wrong]
+    laws.assert_traced_trains_as_the_model(layered, X)
+    monkeypatch.setattr(laws, "trace", tracer)
+    with pytest.raises(LawError, match=re.escape(what)):
+        laws.assert_traced_trains_as_the_model(layered, X)
+
+
+LAWS_OF_MODELS = {
+    laws.assert_spellings_are_adapted_alike,
+    laws.assert_traced_is_the_model,
+    laws.assert_traced_trains_as_the_model,
+}
+"""The laws that what is wrong breaks above, beside `ADAPTERS`."""
+
+
+def test_every_law_is_broken_by_something_wrong() -> None:
+    named = {getattr(laws, name) for name in graphpeft.testing.__all__ if name.startswith("assert_")}
+    assert named == {*ADAPTERS, *LAWS_OF_MODELS}
 
 
 def test_a_rule_that_is_no_value_is_refused_with_the_mend(monkeypatch):

@@ -1,13 +1,16 @@
-"""Which site breaks a law, and the nodes that a rule has there: what a law's error tells beside what it found."""
+"""Which site, or which nodes, break a law: what its error tells beside what it found."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 
 from graphpeft.config import PeftConfig
 from graphpeft.model import get_peft_model
@@ -86,6 +89,58 @@ def _breaks_at(
     except AdaptError:
         return False  # of these sites alone no config speaks
     return breaks(model.peft_config["default"])
+
+
+def first_difference(model: nn.Module, traced: nn.Module, run: Callable[[nn.Module], Any]) -> str:
+    """Returns the nodes of a traced model between the last layer whose value is the model's and the first where not.
+
+    Args:
+        model: The model.
+        traced: Its trace, of modules of its own.
+        run: Runs either.
+    """
+    template = template_of(traced)
+    assert template is not None
+    index = template.index(traced)
+    graph, source = template.graphs[index], template.codes[index].src.splitlines()
+    layers = [node for node in graph.nodes if node.op == "call_module"]
+    paths = {str(node.target) for node in layers}
+    found, expected = (_values_of_layers(each, paths, run) for each in (traced, model))
+    equal = list(itertools.takewhile(_are_equal, zip(found, expected, strict=False)))
+    nodes = list(graph.nodes)
+    first = nodes.index(layers[len(equal) - 1]) + 1 if equal else 0
+    behind = nodes.index(layers[len(equal)]) + 1 if len(equal) < len(layers) else len(nodes)
+    lines = [line for node in nodes[first:behind] if (line := _of_node(node.name, source))]
+    more = [f"… and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    shown = "\n".join(f"    {line}" for line in lines[:_MOST_LINES] + more)
+    return f"the first difference is in the trace's nodes\n{shown}"
+
+
+def _values_of_layers(
+    model: nn.Module, paths: Collection[str], run: Callable[[nn.Module], Any]
+) -> list[tuple[str, Any]]:
+    """Returns what the modules at `paths` return in a run, in the order of their calls."""
+    values: list[tuple[str, Any]] = []
+    hooks = [
+        model.get_submodule(path).register_forward_hook(
+            lambda _, __, value, path=path: values.append((path, pytree.tree_map_only(Tensor, Tensor.clone, value)))
+        )
+        for path in paths
+    ]
+    try:
+        run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return values
+
+
+def _are_equal(pair: tuple[tuple[str, Any], tuple[str, Any]]) -> bool:
+    (path, value), (other_path, other) = pair
+    (left, tree), (right, other_tree) = pytree.tree_flatten(value), pytree.tree_flatten(other)
+    return (path, tree) == (other_path, other_tree) and all(
+        torch.equal(a, b) if isinstance(b, Tensor) else a == b for a, b in zip(left, right, strict=True)
+    )
 
 
 def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:

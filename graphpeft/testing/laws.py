@@ -7,6 +7,7 @@ keyword arguments. The numbers are those of the list in ``docs/architecture.md``
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -23,7 +24,7 @@ from graphpeft.config import PeftConfig
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
-from graphpeft.testing.blame import Build, LawError, blames_a_site
+from graphpeft.testing.blame import Build, LawError, blames_a_site, describe, first_difference
 from graphpeft.tracing.errors import GuardError
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
 
@@ -188,7 +189,13 @@ def assert_spellings_are_adapted_alike(
             raise LawError(f"sites differ: {sites} and those of\n{other.adapter_report()}")
         # a file that doesn't fit raises
         set_peft_model_state_dict(other, _file_of(model))
-        require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
+        try:
+            require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
+        except LawError as error:
+            adapted = other.adapter_report().adapted
+            raise LawError(
+                "\n".join([str(error), *(describe(site, other, config.method) for site in adapted)])
+            ) from error
 
 
 @blames_a_site
@@ -231,7 +238,13 @@ def assert_traced_is_the_model(
                     if may_refuse and given is not inputs:
                         continue
                     raise
-                require_equal(found, expected, f"traced with training={training}, run with training={mode}")
+                law = f"traced with training={training}, run with training={mode}"
+                try:
+                    require_equal(found, expected, law)
+                except LawError as error:
+                    models = build().train(mode), copy.deepcopy(traced).train(mode)
+                    where = first_difference(*models, functools.partial(run, inputs=given))
+                    raise LawError(f"{error}\n{where}") from error
 
 
 def assert_traced_trains_as_the_model(
@@ -322,19 +335,21 @@ def _left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[
     }
     # before the backward pass, which may fail where something was written in place
     left = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), left)
-    return left | {"the gradients": _gradients(outputs, [*leaves, *parameters.values()])}
+    inputs_by_number = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
+    return left | {"the gradients": _gradients(outputs, inputs_by_number | parameters)}
 
 
-def _gradients(outputs: Any, tensors: list[torch.Tensor]) -> Any:
+def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> Any:
     loss = loss_of(outputs)
     if not loss.requires_grad:
         return None
     try:
-        return torch.autograd.grad(loss, tensors, allow_unused=True)
+        found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         return "values were overwritten that they need"
+    return dict(zip(tensors, found, strict=True))
 
 
 def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
@@ -373,19 +388,28 @@ def require_equal(found: Any, expected: Any, law: str) -> None:
 
 def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None:
     """Raises unless all tensors of both differ by `tolerance`, relative to their size, at the most."""
-    (left, left_tree), (right, right_tree) = pytree.tree_flatten(found), pytree.tree_flatten(expected)
+    left, left_tree = pytree.tree_flatten(found)
+    right, right_tree = pytree.tree_flatten_with_path(expected)
     if left_tree != right_tree:
         raise LawError(f"{law}: the outputs are {left_tree}, not {right_tree}")
-    left, right = ([part for leaf in leaves for part in _parts(leaf)] for leaves in (left, right))
-    for a, b in zip(left, right, strict=True):
+    parts = [part for leaf in left for part in _parts(leaf)]
+    expected_parts = [(path, part) for path, leaf in right for part in _parts(leaf)]
+    for a, (path, b) in zip(parts, expected_parts, strict=True):
+        where = f"{law}, at {pytree.keystr(path)}" if path else law
+        if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
+            raise LawError(f"{where}: {_kind(a)}, not {_kind(b)}")
         if isinstance(b, torch.Tensor):
             if a.dtype != b.dtype or a.shape != b.shape:
-                raise LawError(f"{law}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+                raise LawError(f"{where}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
             difference, scale = _difference(a, b) if b.numel() else (0.0, 1.0)
             if not difference <= tolerance * scale:
-                raise LawError(f"{law}: by {difference:.3g}")
+                raise LawError(f"{where}: by {difference:.3g}")
         elif a != b:
-            raise LawError(f"{law}: {a!r}, not {b!r}")
+            raise LawError(f"{where}: {a!r}, not {b!r}")
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:

@@ -1,0 +1,180 @@
+"""The laws hold for every class of rules that there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import LLAMA
+from torch import Tensor, nn
+
+import graphpeft.methods
+from graphpeft import (
+    CPTConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from graphpeft.testing import laws
+
+
+def rules() -> dict[str, type]:
+    """Returns the classes of rules, and of their parts, in ``graphpeft.methods``, by name."""
+    found = {}
+    for info in pkgutil.walk_packages(graphpeft.methods.__path__, "graphpeft.methods."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and value.__module__ == module.__name__ and _is_rule(value):
+                assert name not in found
+                found[name] = value
+    return found
+
+
+def _is_rule(value: type) -> bool:
+    return hasattr(value, "enter") or (hasattr(value, "initialise") and hasattr(value, "parameters"))
+
+
+class Weights(nn.Module):
+    """A table, a matrix and a stack of matrices, all of them plain parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 6) / 3)
+        self.matrix = nn.Parameter(torch.randn(6, 6) / 3)
+        self.stack = nn.Parameter(torch.randn(2, 6, 6) / 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.table) * torch.softmax(self.matrix, 0).sum(1)
+        return torch.einsum("bti,eoi->bto", x, self.stack)
+
+
+class Rounded(nn.Module):
+    """A linear layer whose weight is no floating-point number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 6
+        self.register_buffer("numbers", torch.randint(-4, 4, (6, 6), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.numbers.float() / 8)  # type: ignore[operator]
+
+
+class Case(NamedTuple):
+    """A model in which a rule is used, with a config and inputs."""
+
+    make: Callable[[], nn.Module]
+    config: PeftConfig
+    inputs: Any
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.make().eval()
+
+
+def lora(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **options: Any) -> Case:
+    return Case(make, LoraConfig(r=2, target_modules=[target], **options), (inputs,))
+
+
+VECTORS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.tensor([[0, 8, 3, 3, 1], [2, 2, 5, 7, 4]])
+TEXT = {"input_ids": torch.arange(3, 13).view(2, 5), "use_cache": False}
+IN_FRONT: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 3}
+
+
+def prompt(config_class: Any, **options: Any) -> Case:
+    inputs = TEXT | ({"task_ids": torch.tensor([1, 0])} if "num_tasks" in options else {})
+    return Case(LLAMA.make, config_class(**IN_FRONT | options), inputs)
+
+
+CASES = {
+    "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),
+    "LoraConvolution": lora(lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh()), VECTORS),
+    "LoraEmbedding": lora(lambda: nn.Sequential(nn.Embedding(9, 6), nn.Tanh()), TOKENS),
+    "LoraTable": lora(Weights, TOKENS, "table"),
+    "LoraMatrix": lora(Weights, TOKENS, "matrix"),
+    "LoraExperts": lora(Weights, TOKENS, "stack"),
+    "LoraParts": lora(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh()), VECTORS, target_parts={"0": [[0, 3], [6, 9]]}),
+    "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
+    "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
+    "TokenTable": prompt(PromptTuningConfig),
+    "MLP": prompt(PromptEncoderConfig, encoder_hidden_size=8),
+    "LSTM": prompt(PromptEncoderConfig, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),
+    "PrefixTable": prompt(PrefixTuningConfig),
+    "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
+    "InCache": prompt(PrefixTuningConfig),
+    "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
+    "Context": Case(
+        LLAMA.make,
+        CPTConfig(task_type=TaskType.CAUSAL_LM, cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 3]),
+        TEXT,
+    ),
+}
+CASES["ContextInFront"] = CASES["Context"]
+
+each_rule = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_class_of_rules_has_a_case() -> None:
+    assert set(CASES) == set(rules())
+
+
+def parts_of(rule: Any) -> Iterator[type]:
+    """Yields the class of a rule, and those of its parts."""
+    yield type(rule)
+    if dataclasses.is_dataclass(rule):
+        for field in dataclasses.fields(rule):
+            yield from parts_of(getattr(rule, field.name))
+
+
+@each_rule
+def test_the_case_of_a_rule_uses_it(name: str) -> None:
+    case = CASES[name]
+    model = get_peft_model(case.build(), case.config, example_inputs=case.inputs)
+    used = [part for adapted in model.adapter_report().adapted for part in parts_of(adapted.rule)]
+    assert rules()[name] in used
+
+
+LAWS = (
+    laws.assert_fresh_adapter_changes_no_output,
+    laws.assert_only_the_adapter_is_trained,
+    laws.assert_adapted_is_base_with_delta,
+    laws.assert_saved_is_loaded,
+    laws.assert_traced_is_adapted_alike,
+    laws.assert_dry_runs_change_nothing,
+    laws.assert_copies_stay_adapted,
+)
+
+
+def speaks_of(law: Any, case: Case) -> bool:
+    """Tells whether a law speaks of a case."""
+    if law is laws.assert_fresh_adapter_changes_no_output:
+        return case.config.starts_as_identity
+    # a prompt in front of a Transformers model isn't for its graph
+    return law is not laws.assert_traced_is_adapted_alike or isinstance(case.inputs, tuple)
+
+
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [
+        pytest.param(name, law, id=f"{name}-{law.__name__}")
+        for name in CASES
+        for law in LAWS
+        if speaks_of(law, CASES[name])
+    ],
+)
+def test_a_law_holds(name: str, law: Any) -> None:
+    case = CASES[name]
+    law(case.build, case.config, case.inputs)

@@ -12,7 +12,7 @@ from case import Case
 from torch import Tensor, nn
 
 from graphpeft import GuardError, LoraConfig, explain, trace
-from graphpeft.sites import linear_classes
+from graphpeft.layer_kinds import linear_classes
 from graphpeft.testing.laws import LawError, require_unchanged, snapshot
 from graphpeft.tracing.graph_module import template_of
 

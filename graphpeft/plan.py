@@ -19,7 +19,8 @@ from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import CallSite, LeafSite, Site, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import CallSite, LeafSite, Site
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
 from graphpeft.trained_whole import TrainedRows, trained_rows, trained_whole

@@ -19,7 +19,8 @@ from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
 from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule, other_cache_names
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.sites import CallSite, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import CallSite
 
 ENCODER_PREFIX = "prompt_encoder."
 """What the names of a prompt encoder's own tensors begin with in files; PEFT doesn't save them, and ignores them."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from graphpeft import targets
 from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import CallSite, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import CallSite
 from graphpeft.tracing.errors import TraceError
 
 SCOPE = "scope"

@@ -13,7 +13,8 @@ from graphpeft import targets
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
-from graphpeft.sites import LeafSite, Site, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import LeafSite, Site
 from graphpeft.targeting import targeted_sites
 
 

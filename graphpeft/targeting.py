@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from graphpeft import targets
+from graphpeft.layer_kinds import declares_features
 from graphpeft.paths import TensorPaths, join
 from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.sites import LeafSite, NoSiteError, Site, SiteFinder, declares_features
+from graphpeft.site_finder import NoSiteError, SiteFinder
+from graphpeft.sites import LeafSite, Site
 from graphpeft.targets import Match
 from graphpeft.tracing.trace import stands_for
 

@@ -7,7 +7,9 @@ import dataclasses
 import gc
 import random
 import threading
+import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -854,3 +856,120 @@ def test_a_method_that_the_forward_does_not_call_is_warned_of():
     model = module_of(lambda self, x: self.a.decode(self.a(x)), a=Tied())
     with pytest.warns(UserWarning, match=r"Tied\.decode uses w: the adapter acts where the forward"):
         get_peft_model(model, lora("a.w"))
+
+
+class ByAttribute(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        object.__setattr__(self, "other", other)
+
+    def forward(self, x):
+        return F.linear(x, self.other.weight)
+
+
+class ByList(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, x):
+        for other in self.others:
+            x = F.linear(x, other.weight)
+        return x
+
+
+class ByWeight(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.weights = {"other": other.weight}
+
+    def forward(self, x):
+        return F.linear(x, self.weights["other"])
+
+
+class ByFunction(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.function = lambda x: F.linear(x, other.weight)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class ByObject(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.holder = types.SimpleNamespace(layer=other)
+
+    def forward(self, x):
+        return F.linear(x, self.holder.layer.weight)
+
+
+class ByCall(nn.Module):
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, x):
+        return self.others[0](x)
+
+
+class Beside(nn.Module):
+    """Has a layer, and beside it a module that uses the layer without registering it."""
+
+    def __init__(self, user: Callable[[nn.Linear], nn.Module], calls: bool):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.user = user(self.layer)
+        self.calls = calls
+
+    def forward(self, x):
+        return self.user(self.layer(x) if self.calls else x)
+
+
+def seeded(make: Any, *args: Any) -> Any:
+    torch.manual_seed(1)
+    return make(*args)
+
+
+X4 = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+READING = [ByAttribute, ByList, ByWeight, ByFunction, ByObject]
+
+
+@pytest.mark.parametrize("calls", [True, False])
+@pytest.mark.parametrize("user", READING)
+def test_a_weight_that_a_module_beside_its_own_reads_is_refused(user, calls):
+    model = Beside(user, calls)
+    before = laws.snapshot(model)
+    with pytest.raises(AdaptError, match=r"user may read its weight by what it holds in self\.\w+, .* graphpeft.trace"):
+        get_peft_model(model, LoraConfig(target_modules=["layer"]))
+    laws.require_unchanged(model, before, "a refused adaptation")
+
+
+@pytest.mark.parametrize("calls", [True, False])
+@pytest.mark.parametrize("user", [*READING, ByCall])
+def test_in_a_graph_of_the_whole_model_such_a_weight_is_adapted_wherever_it_is_read(user, calls):
+    config = LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: trace(seeded(Beside, user, calls), (X4,)), config, (X4,))
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_layer_that_a_module_beside_it_calls_is_adapted(calls):
+    config = LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: seeded(Beside, ByCall, calls), config, (X4,))
+
+
+def test_a_module_around_that_reads_a_weight_from_a_list_is_its_region():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+            self.all = [self.inner[0]]
+
+        def forward(self, x):
+            for layer in self.all:
+                x = F.linear(x, layer.weight)
+            return x
+
+    config = LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: seeded(Around), config, (X4,))

@@ -38,7 +38,8 @@ from graphpeft.prompting import (
 )
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.sites import CallSite, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import CallSite
 
 
 @register

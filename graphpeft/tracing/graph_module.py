@@ -291,3 +291,11 @@ def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: ta
         nodes[node].meta = copy.copy(node.meta)
     copied._codegen = copy.deepcopy(graph._codegen)
     return copied
+
+
+def runs_graph(module: nn.Module) -> bool:
+    """Tells whether a graph is all that a module runs, and not only what stands around its own code."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    template = template_of(module)
+    return template is None or not template.calls_own_forward

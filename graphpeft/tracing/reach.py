@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Set
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -92,7 +92,7 @@ class Reach:
             if type(value) in PLAIN or id(value) in seen or (isinstance(value, nn.Module) and value in self._inside):
                 continue
             seen[id(value)] = value
-            waiting += _opened(value, named)[1]
+            waiting += opened(value, named)[1]
             if isinstance(value, type) and _is_of_a_user(value):
                 for name, method in _methods(value).items():
                     if name not in named:
@@ -115,7 +115,7 @@ class Reach:
                 seen[id(value)] = value
                 if not isinstance(value, nn.Module) or value not in self._inside:
                     self.has_iterators |= is_iterator(value)
-                    holders, further = _opened(value, self._named)
+                    holders, further = opened(value, self._named)
                     yield from holders
                     waiting += further
 
@@ -147,7 +147,7 @@ _HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forwar
 _Opened = tuple[Iterable[Holder], Iterable[Any]]
 
 
-def _opened(value: Any, named: set[str]) -> _Opened:
+def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
     """Returns the holders that a value is, and the values to which it leads, of a class's methods those so `named`."""
     if isinstance(value, FunctionType):
         return _opened_function(value)
@@ -178,7 +178,7 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or bool(slots_of(type(value)))
 
 
-def _opened_class(cls: type, named: set[str]) -> _Opened:
+def _opened_class(cls: type, named: Set[str]) -> _Opened:
     if not _is_of_a_user(cls):
         return (), ()
     methods = _methods(cls)

@@ -34,7 +34,8 @@ from graphpeft.methods.lora.target_parts import with_parts
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite, Rule
-from graphpeft.sites import Site, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import Site
 from graphpeft.target_config import TargetedConfig
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from graphpeft import ops, targets
 from graphpeft.parts import Runs
 from graphpeft.report import Refusal, Report
-from graphpeft.sites import LeafSite, Site, SiteFinder
+from graphpeft.site_finder import SiteFinder
+from graphpeft.sites import LeafSite, Site
 from graphpeft.tracing.errors import TraceError
 
 

@@ -1,0 +1,34 @@
+"""Which modules are layers that PEFT knows as such, and what they say of themselves."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from graphpeft import ops
+from graphpeft.ops import convolution, embedding
+from graphpeft.tracing.trace import plain_attribute
+
+
+def linear_classes() -> tuple[type, ...]:
+    """Returns the classes that PEFT adapts as modules with a linear weight."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def declares_features(module: nn.Module) -> bool:
+    """Tells whether a module says how many features it reads and gives, as layers do."""
+    return all(type(count) is int for count in declared_features(module))
+
+
+def declared_features(module: nn.Module) -> list[Any]:
+    """Returns how many features a module says that it reads and gives; None for what it doesn't say."""
+    return [plain_attribute(module, name, None) for name in ("in_features", "out_features")]
+
+
+def kind_of_layer(cls: type) -> type | None:
+    """Returns the kind of operation that a layer is, or None for other modules."""
+    kinds = {ops.Linear: linear_classes(), ops.Convolution: convolution.LAYERS, ops.Embedding: embedding.LAYERS}
+    return next((kind for kind, classes in kinds.items() if issubclass(cls, classes)), None)

@@ -1,0 +1,137 @@
+"""Which modules read weights of others without calling these, as far as their source tells."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.paths import join
+from graphpeft.tracing.graph_module import runs_graph
+from graphpeft.tracing.reach import opened
+from graphpeft.tracing.source import ANY, names_in, uses_in_forward
+
+
+def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
+    """Returns, by owner and name, the weights that modules around their owner read, with the paths of these modules."""
+    found: dict[tuple[str, str], list[str]] = {}
+    paths = {id(module): path for path, module in modules.items()}
+    for path, module in modules.items():
+        if runs_graph(module) or not module._modules or _is_off(module):
+            continue  # a graph tells by itself
+        for read in uses_in_forward(in_place.original_class(module)).read:
+            inside, _, name = read.rpartition(".")
+            owner = _inside(module, inside)
+            # a module in several places is known by its first one
+            if owner is not None and inside and name in owner._parameters:
+                found.setdefault((paths[id(owner)], name), []).append(path)
+    return found
+
+
+def _inside(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def may_read(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it."""
+    found = set()
+    for path, module in modules.items():
+        if runs_graph(module) or not module._modules or _is_off(module):
+            continue
+        uses = uses_in_forward(in_place.original_class(module))
+        if uses.read_elsewhere or holds_parameters(module) or any(join(path, read) in modules for read in uses.read):
+            found.add(path)
+    return found
+
+
+def holds_parameters(module: nn.Module) -> bool:
+    """Tells whether a module holds parameters in lists and the like, or closures, by which it may read others'."""
+    waiting = [value for name, value in module.__dict__.items() if name not in _TABLES]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, nn.Parameter) or (inspect.isfunction(value) and value.__closure__):
+            return True
+    return False
+
+
+_TABLES = frozenset(vars(nn.Module()))
+"""What every module has: its parameters, its submodules, its hooks."""
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Tells whether the code of a module that reads weights without calling their modules is switched off."""
+    return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()
+
+
+class Holding(NamedTuple):
+    """What holds a module or a parameter otherwise than by registering it.
+
+    Attributes:
+        path: The path of the module that holds it.
+        name: The attribute in which it does, whether by itself, in a container, an object or a function.
+    """
+
+    path: str
+    name: str
+
+
+def held_outside(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[Holding]]:
+    """Returns, by owner and name, what holds weights that its code may read where no path of modules leads to them."""
+    holdings = [(path, module, held) for path, module in modules.items() for held in _held(module)]
+    if not holdings:
+        return {}  # as in nearly all models
+    places = {
+        id(weight): (path, name)
+        for path, module in modules.items()
+        for name, weight in module._parameters.items()
+        if weight is not None
+    }
+    found: dict[tuple[str, str], list[Holding]] = {}
+    for path, module, (name, held, codes) in holdings:
+        for weight in held.parameters() if isinstance(held, nn.Module) else (held,):
+            place = places.get(id(weight))
+            if place is not None and place[0] != path and _reads(module, name, held, codes, place[1]):
+                found.setdefault(place, []).append(Holding(path, name))
+    return found
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
+    """Yields the modules and parameters that one holds without registering them: its attribute, what, by which code."""
+    if runs_graph(module) or type(module).__module__.startswith("torch.nn.modules."):
+        return
+    own = ((name, value) for name, value in module.__dict__.items() if name not in _TABLES)
+    waiting: list[tuple[str, Any, frozenset[CodeType]]] = [(name, value, frozenset()) for name, value in own]
+    seen: dict[int, Any] = {}
+    while waiting:
+        name, value, codes = waiting.pop()
+        if isinstance(value, nn.Module | nn.Parameter):
+            yield name, value, codes
+        elif id(value) not in seen and not isinstance(value, torch.Tensor | type):
+            seen[id(value)] = value
+            codes |= frozenset(_codes_of(value))
+            waiting += [(name, part, codes) for part in opened(value)[1]]
+
+
+def _codes_of(value: Any) -> Iterable[CodeType]:
+    functions = [value, *vars(type(value)).values()]
+    return (function.__code__ for function in functions if inspect.isfunction(function))
+
+
+def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:
+    """Tells whether the code of a module, or that by which it holds another, may read its parameter `attribute`."""
+    if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
+        return True
+    uses = uses_in_forward(in_place.original_class(module))
+    if not uses.read_elsewhere.isdisjoint((attribute, ANY)):
+        return True
+    return any(path.startswith(f"{name}.") and path.endswith(f".{attribute}") for path in uses.read)

@@ -1,0 +1,77 @@
+"""What a graph does with each weight that it reads."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from graphpeft import dataflow, ops
+from graphpeft.tracing.graph_module import Template
+
+
+class WeightUses(NamedTuple):
+    """What a graph does with one weight.
+
+    Attributes:
+        op: The kind of the operations that use it, or ``ops.Weight`` if they are of several kinds, or of none.
+        nodes: The names of the operations that use it, in each graph; or of the nodes that read it.
+        transposed: Whether the first of them reads it as (in, out).
+        groups: Into how many groups they divide their features.
+        shortens: Whether one of them shortens the rows that it reads.
+        others: What else uses it.
+        is_called_beside: Whether it is used by calls of its module and in another way, too.
+        is_unused: Whether nothing that is computed with it reaches an output.
+        bias: The path of the tensor that all operations add, or None.
+    """
+
+    op: Any
+    nodes: tuple[tuple[str, ...], ...]
+    transposed: bool
+    groups: int
+    shortens: bool
+    others: tuple[str, ...]
+    is_called_beside: bool
+    is_unused: bool
+    bias: str | None
+
+
+def weight_uses(template: Template, module: nn.Module) -> dict[str, WeightUses]:
+    """Returns what the graphs do with each weight, by the weight's path in `module`."""
+    uses: dict[str, WeightUses] | None = template.facts.get("uses")
+    if uses is None:
+        found = [ops.find_ops(graph, module) for graph in template.graphs]
+        alive = set().union(*(dataflow.reaching_output(graph) for graph in template.graphs))
+        paths = [op.weight for of_graph in found for op in of_graph]
+        paths += [str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "get_attr"]
+        uses = {path: _uses_of(path, template, module, found, alive) for path in dict.fromkeys(paths)}
+        template.facts["uses"] = uses
+    return uses
+
+
+def _uses_of(
+    path: str, template: Template, module: nn.Module, found: list[list[ops.Computation]], alive: set[fx.Node]
+) -> WeightUses:
+    own = [[op for op in of_graph if op.weight == path] for of_graph in found]
+    all_own = [op for of_graph in own for op in of_graph]
+    by_graph = zip(template.graphs, own, strict=True)
+    others = tuple(dict.fromkeys(itertools.chain(*(ops.other_uses(graph, path, using) for graph, using in by_graph))))
+    kinds = {(type(op), _number(op.groups, module)) for op in all_own}
+    is_of_one_kind = len(kinds) == 1 and not others
+    places = own if is_of_one_kind else [ops.reads(graph, path) for graph in template.graphs]
+    nodes = tuple(tuple(op.name for op in of_graph) for of_graph in places)
+    op, groups = next(iter(kinds)) if is_of_one_kind else (ops.Weight, 1)
+    is_unused = not any(op.node in alive for of_graph in places for op in of_graph)
+    is_called_beside = not is_of_one_kind and any(op.node.op == "call_module" for op in all_own)
+    transposed = bool(all_own) and all_own[0].transposed
+    biases = {op.bias for op in all_own} if is_of_one_kind else set()
+    bias = biases.pop() if len(biases) == 1 else None
+    shortens = any(isinstance(op, ops.Embedding) and op.shortens for op in all_own)
+    return WeightUses(op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias)
+
+
+def _number(value: Any, module: nn.Module) -> int:
+    """Returns a number that a graph has, or reads from the module."""
+    return operator.attrgetter(str(value.target))(module) if isinstance(value, fx.Node) else value

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graphpeft import embedding_layers, stand_ins, targets
-from graphpeft.adapters import Adapter, Modules, Tensors
+from graphpeft.adapter_state import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig, PeftType
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join

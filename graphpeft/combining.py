@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from graphpeft import adapters as _adapters
-from graphpeft import stand_ins
-from graphpeft.adapters import Adapter, Adapters, Modules, Tensors
+from graphpeft import adapter_tensors, changes, stand_ins
+from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
@@ -148,14 +147,14 @@ def combined_values(
     """
     sources = {name: adapters.by_name[name] for name in weights}
     for name, source in sources.items():
-        _adapters.refuse_missing(modules, source, name)
+        adapter_tensors.refuse_missing(modules, source, name)
     parts = _parts(modules, sources, weights)
     planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
         raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
     # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
-    _adapters.first_values(plan, modules)
+    adapter_tensors.first_values(plan, modules)
     values: Tensors = {}
     for adapted in plan.sites:
         try:
@@ -178,7 +177,7 @@ def _parts(
                 weights[name],
                 {local: getattr(owner, adapted.names[local]).detach() for local in adapted.specs},
                 {local: getattr(owner, adapted.names[local]) for local in adapted.constants},
-                functools.partial(_adapters.delta, adapted, modules),
+                functools.partial(changes.delta, adapted, modules),
             )
             parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)
     return parts

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft import adapter_tensors, checkpoint
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint
-from graphpeft.adapters import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapting import known_adapter, planned, refuse
 from graphpeft.config import PeftConfig
-from graphpeft.model import known_adapter, planned, refuse
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.replication import replicate
@@ -126,4 +126,4 @@ def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: 
         raise
     finally:
         state.by_name = {known: state.by_name[known] for known in order}
-    _adapters.set_trainable(modules, state, active if name in active else [name])
+    adapter_tensors.set_trainable(modules, state, active if name in active else [name])

@@ -11,30 +11,36 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from graphpeft import adapter_tensors, checkpoint, combining, in_place, merging, mixing, trainer
 from graphpeft import adapters as _adapters
-from graphpeft import checkpoint, combining, in_place, mixing, trainer
-from graphpeft.adapters import Adapter, Adapters
+from graphpeft.adapter_state import Adapters
+from graphpeft.adapting import (
+    STATE,
+    Where,
+    add_new,
+    carry_out,
+    known_adapter,
+    load,
+    modules_of,
+    plan_for,
+    refuse,
+    replicated,
+    warn_of_adapted_and_trained_whole,
+    warn_of_unmatched,
+)
 from graphpeft.combining import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
-from graphpeft.plan import AdaptError, Plan, make_plan
-from graphpeft.replication import replicate
+from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed
-from graphpeft.sites import Site
-from graphpeft.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
-
-Where = Callable[[Any], bool]
-"""Says of a site whether it is meant."""
-
-_STATE = "_peft_adapters"
 
 
 def explain(
@@ -58,10 +64,10 @@ def explain(
         AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
     ours = as_config(config)
-    with _replicated(model, ours, keep=False):
-        plan = _plan(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
-        _warn_of_unmatched(ours, plan)
-        _warn_of_adapted_and_trained_whole(plan)
+    with replicated(model, ours, keep=False):
+        plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
+        warn_of_unmatched(ours, plan)
+        warn_of_adapted_and_trained_whole(plan)
     return plan.report
 
 
@@ -103,7 +109,16 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    _add_new(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where, activates=True)
+    add_new(
+        model,
+        config,
+        adapter_name,
+        example_inputs,
+        autocast_adapter_dtype,
+        where,
+        activates=True,
+        methods=_methods_for(model),
+    )
     return model
 
 
@@ -168,12 +183,14 @@ class PeftModel(nn.Module):
         """
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        _load(
+        load(
             model,
             model_id,
             adapter_name,
             is_trainable,
             config,
+            activates=True,
+            methods=_methods_for(model),
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
@@ -208,7 +225,7 @@ class PeftModel(nn.Module):
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Lets all calls within the context have an adapter for each row, as ``model(…, adapter_names=…)`` does."""
-        return mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names)
+        return mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names)
 
     # adapters
 
@@ -258,7 +275,16 @@ class PeftModel(nn.Module):
             AdaptError: As for `get_peft_model`; the model is as it was.
         """
         config = as_config(peft_config)
-        _add_new(self, config, adapter_name, example_inputs, autocast_adapter_dtype, where, activates=False)
+        add_new(
+            self,
+            config,
+            adapter_name,
+            example_inputs,
+            autocast_adapter_dtype,
+            where,
+            activates=False,
+            methods=_methods_for(self),
+        )
 
     def load_adapter(
         self,
@@ -282,12 +308,13 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: As for `from_pretrained`, as the other errors are.
         """
-        _load(
+        load(
             self,
             model_id,
             adapter_name,
             is_trainable,
             activates=False,
+            methods=_methods_for(self),
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
@@ -328,17 +355,17 @@ class PeftModel(nn.Module):
             AdaptError: If a name isn't known, the new one is taken, the number of weights is another one, or the
                 adapters can't be combined; the model is as it was.
         """
-        state, modules = self._peft_adapters, _modules(self)
+        state, modules = self._peft_adapters, modules_of(self)
         combining.check_names(state, adapters, weights)
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
         config = combining.combined_config(state, adapters, how)
-        plan = _plan(self, config, adapter_name, None, autocast_adapter_dtype=True)
+        plan = plan_for(self, config, adapter_name, None, autocast_adapter_dtype=True)
         refuse(plan)
         by_name = dict(zip(adapters, weights, strict=True))
         values = combining.combined_values(modules, state, by_name, plan, how)
-        _adapt(self, adapter_name, plan, values, activates=False)
+        carry_out(self, adapter_name, plan, values, activates=False, methods=_methods_for(self))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters act, and be trained.
@@ -355,11 +382,11 @@ class PeftModel(nn.Module):
         configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
             _adapters.refuse_untrainable(known_adapter(self, name), name)
-        modules, before = _modules(self), self.active_adapters
+        modules, before = modules_of(self), self.active_adapters
         _adapters.activate(modules, self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode
-        _adapters.set_trainable(modules, self._peft_adapters, [*before, *names])
+        adapter_tensors.set_trainable(modules, self._peft_adapters, [*before, *names])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes one adapter off for good.
@@ -371,7 +398,7 @@ class PeftModel(nn.Module):
             AdaptError: If there is no such adapter, or it is merged; the model is as it was.
         """
         known_adapter(self, adapter_name)
-        modules, state = _modules(self), self._peft_adapters
+        modules, state = modules_of(self), self._peft_adapters
         if adapter_name in state.merged:
             raise AdaptError(
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
@@ -382,15 +409,15 @@ class PeftModel(nn.Module):
             [first, *_] = state.by_name
             warnings.warn(f"{adapter_name!r} was active and is deleted; {first!r} is active now", stacklevel=2)
             _adapters.activate(modules, state, [first])
-        _adapters.set_trainable(modules, state, state.active)
+        adapter_tensors.set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
-        _adapters.disable(_modules(self), self._peft_adapters, True)
+        _adapters.disable(modules_of(self), self._peft_adapters, True)
 
     def enable_adapters(self) -> None:
         """Lets the active adapters act again."""
-        _adapters.disable(_modules(self), self._peft_adapters, False)
+        _adapters.disable(modules_of(self), self._peft_adapters, False)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -401,8 +428,8 @@ class PeftModel(nn.Module):
             yield
         finally:
             # unless the model was unloaded within the context
-            if _STATE in self.__dict__:
-                _adapters.disable(_modules(self), self._peft_adapters, was)
+            if STATE in self.__dict__:
+                _adapters.disable(modules_of(self), self._peft_adapters, was)
 
     def get_base_model(self) -> Any:
         """Returns the model itself: it is the base model, with adapters."""
@@ -418,8 +445,8 @@ class PeftModel(nn.Module):
 
     def unload(self) -> Any:
         """Takes all adapters off and returns the model exactly as it was before the first one."""
-        state, modules = self._peft_adapters, _modules(self)
-        _adapters.unmerge(modules, state)
+        state, modules = self._peft_adapters, modules_of(self)
+        merging.unmerge(modules, state)
         for name in list(state.by_name):
             _adapters.remove(modules, state, name)
         for region in state.mixable & modules.keys():
@@ -427,7 +454,7 @@ class PeftModel(nn.Module):
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
-        _adapters.thaw(modules, state)
+        adapter_tensors.thaw(modules, state)
         if state.replication is not None:
             state.replication.undo()
         return self
@@ -446,11 +473,11 @@ class PeftModel(nn.Module):
             AdaptError: If a weight is tied to another one, two adapters train the same tensor whole, or a change isn't
                 finite; nothing is merged.
         """
-        state, modules = self._peft_adapters, _modules(self)
+        state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
         if safe_merge:
-            _adapters.refuse_infinite(modules, state, names)
-        _adapters.merge(modules, state, [*state.merged, *names])
+            merging.refuse_infinite(modules, state, names)
+        merging.merge(modules, state, [*state.merged, *names])
         return self.unload()
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -467,17 +494,17 @@ class PeftModel(nn.Module):
         Raises:
             AdaptError: As for `merge_and_unload`; nothing is merged.
         """
-        state, modules = self._peft_adapters, _modules(self)
+        state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
         if safe_merge:
-            _adapters.refuse_infinite(modules, state, names)
-        _adapters.merge_in_place(modules, state, names)
+            merging.refuse_infinite(modules, state, names)
+        merging.merge_in_place(modules, state, names)
 
     def unmerge_adapter(self) -> None:
         """Takes all adapters out of the weights again; the active ones act by nodes, as before."""
         if not self._peft_adapters.merged:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
-        _adapters.unmerge(_modules(self), self._peft_adapters)
+        merging.unmerge(modules_of(self), self._peft_adapters)
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -538,7 +565,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
-            _adapters.refuse_missing(_modules(self), adapter, name)
+            adapter_tensors.refuse_missing(modules_of(self), adapter, name)
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             first = path_initial_model_for_weight_conversion
@@ -562,7 +589,7 @@ class PeftModel(nn.Module):
         """
         for name in self.active_adapters[:1]:
             # names in files are never those of the model's own state dict
-            if not checkpoint.keys(known_adapter(self, name), name, _modules(self)).keys().isdisjoint(state_dict):
+            if not checkpoint.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
                 return set_peft_model_state_dict(self, state_dict, name)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -598,7 +625,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
-    return checkpoint.state_dict_of(_modules(model), adapter, adapter_name, state_dict, save_embedding_layers)
+    return checkpoint.state_dict_of(modules_of(model), adapter, adapter_name, state_dict, save_embedding_layers)
 
 
 def set_peft_model_state_dict(
@@ -612,193 +639,11 @@ def set_peft_model_state_dict(
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
     """
-    modules = _modules(model)
+    modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
-    _adapters.overwrite(modules, adapter, adapter_name, values)
+    adapter_tensors.overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
-
-
-# the way in and out
-
-
-def _load(
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    adapter_name: str,
-    is_trainable: bool,
-    config: ConfigLike | None = None,
-    *,
-    activates: bool = True,
-    autocast_adapter_dtype: bool = True,
-    ephemeral_gpu_offload: bool = False,
-    key_mapping: Mapping[str, str] | None = None,
-    ignore_mismatched_sizes: bool = False,
-    example_inputs: ExampleInputs | None = None,
-    use_safetensors: bool = True,
-    **hub_options: Any,
-) -> None:
-    if ephemeral_gpu_offload:
-        raise ValueError(
-            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
-            "the model as a whole"
-        )
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
-            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
-            "set_peft_model_state_dict"
-        )
-    given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
-    loaded = copy.copy(given)
-    loaded.inference_mode = not is_trainable
-    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
-    if key_mapping:
-        values = checkpoint.renamed(values, key_mapping)
-    loaded = loaded.fitted_to(values)
-    with _replicated(model, loaded):
-        plan = _plan(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
-        refuse(plan)
-        adapter = Adapter.of(plan)
-        fitted = checkpoint.fitted(adapter, adapter_name, _modules(model), values)
-        _refuse_other_base(model, adapter, adapter_name, fitted)
-        _adapt(model, adapter_name, plan, fitted, activates)
-
-
-def _add_new(
-    model: nn.Module,
-    config: PeftConfig,
-    adapter_name: str,
-    example_inputs: ExampleInputs | None,
-    autocast_adapter_dtype: bool,
-    where: Where | None,
-    *,
-    activates: bool,
-) -> None:
-    with _replicated(model, config):
-        plan = _plan(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
-        refuse(plan)
-        _warn_of_unmatched(config, plan, stacklevel=4)
-        _warn_of_adapted_and_trained_whole(plan, stacklevel=4)
-        _adapt(model, adapter_name, plan, None, activates)
-
-
-@contextlib.contextmanager
-def _replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
-    """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
-    state: Adapters | None = model.__dict__.get(_STATE)
-    done = replicate(model, config, state.replication if state is not None else None, state is not None)
-    try:
-        yield
-    except BaseException:
-        if done is not None:
-            done.undo()
-        raise
-    if done is not None and keep:
-        model.__dict__[_STATE].replication = done
-    elif done is not None:
-        done.undo()
-
-
-def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: _adapters.Tensors) -> None:
-    """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
-    state: Adapters | None = model.__dict__.get(_STATE)
-    others = list(state.by_name) if state is not None else []
-    own = set(adapter.tensor_names(name))
-    replaced = [".".join(place) for place in values if place not in own]
-    if others and replaced:
-        raise checkpoint.CheckpointError(
-            f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "
-            f"{listed(others)} would compute something else; load it on a model of its own"
-        )
-
-
-def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
-    if config.revision not in (None, revision):
-        warnings.warn(f"the config's revision {config.revision!r} is replaced by {revision!r}", stacklevel=3)
-    changed = copy.copy(config)
-    changed.revision = revision
-    return changed
-
-
-def _plan(
-    model: nn.Module,
-    config: PeftConfig,
-    adapter_name: str,
-    example_inputs: ExampleInputs | None,
-    autocast_adapter_dtype: bool,
-    where: Where | None = None,
-) -> Plan:
-    state: Adapters | None = model.__dict__.get(_STATE)
-    if not _is_name(adapter_name):
-        raise AdaptError(
-            f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
-            "choose one without dots, slashes, backslashes, control characters, and spaces at its ends"
-        )
-    if state is not None and adapter_name in state.by_name:
-        raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
-    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
-
-
-def planned(
-    model: nn.Module,
-    config: PeftConfig,
-    adapter_name: str,
-    example_inputs: ExampleInputs | None = None,
-    autocast_adapter_dtype: bool = True,
-    where: Where | None = None,
-) -> Plan:
-    """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
-    state: Adapters | None = model.__dict__.get(_STATE)
-    return make_plan(
-        model,
-        config,
-        adapter_name,
-        owned=state.owned if state is not None else None,
-        known=state.lifted if state is not None else {},
-        example_inputs=example_inputs,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        where=where,
-    )
-
-
-def _is_name(name: object) -> bool:
-    """Tells whether a module's attribute can end in `name`, and a folder inside another have that name."""
-    if not isinstance(name, str) or "." in name or not name.isprintable() or name.strip() != name:
-        return False
-    # whatever divides paths on any system divides them on Windows
-    return name != "" and name == PureWindowsPath(name).name
-
-
-def refuse(plan: Plan) -> None:
-    """Raises AdaptError if a plan can't be carried out whole."""
-    if plan.report.nothing_matched:
-        raise AdaptError(plan.report.nothing_matched)
-    refused = plan.report.refused
-    if refused:
-        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
-        ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
-        raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
-
-
-def _warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
-    unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
-    if unmatched:
-        model = type(plan.modules[""]).__name__
-        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
-
-
-def _warn_of_adapted_and_trained_whole(plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
-    sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
-    both = [site.label for site in sites if site.attribute in plan.whole.get(site.owner, ())]
-    if both:
-        warnings.warn(
-            f"modules_to_save={plan.config.modules_to_save} trains {listed(both)} whole beside the adapter there, as "
-            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
-            stacklevel=stacklevel,
-        )
 
 
 def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
@@ -822,53 +667,17 @@ def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
     return left
 
 
-def _adapt(model: Any, name: str, plan: Plan, values: Any, activates: bool) -> None:
-    """Carries out a plan: all of it, or nothing."""
-    modules = plan.modules
-    is_first = _STATE not in model.__dict__
-    touched = [name]
-    state = Adapters.before_any(modules) if is_first else model.__dict__[_STATE]
-    _adapters.add(modules, state, name, plan, values)
-    try:
-        if is_first:
-            in_place.put_on(model, _GENERATING_METHODS if hasattr(model, "generate") else _METHODS)
-        if activates:
-            before = state.active
-            _adapters.activate(modules, state, [name])
-            touched = [*before, name]
-    except BaseException:
-        _adapters.remove(modules, state, name)
-        if is_first:
-            in_place.take_off(model, "methods")
-        raise
-    model.__dict__[_STATE] = state
-    if is_first:
-        _adapters.freeze(modules, state)
-    else:
-        _adapters.set_trainable(modules, state, touched)
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules())
-
-
 def _undress(model: nn.Module) -> None:
-    del model.__dict__[_STATE]
+    del model.__dict__[STATE]
     in_place.take_off(model, "methods")
 
 
-def known_adapter(model: Any, name: str) -> Adapter:
-    """Returns an adapter of a model.
-
-    Raises:
-        AdaptError: If it has none of this name.
-    """
-    state: Adapters | None = model.__dict__.get(_STATE)
-    if state is None:
-        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
-    if name not in state.by_name:
-        raise AdaptError(f"the model has no adapter {name!r}; it has {sorted(state.by_name)}")
-    return state.by_name[name]
+def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
+    if config.revision not in (None, revision):
+        warnings.warn(f"the config's revision {config.revision!r} is replaced by {revision!r}", stacklevel=3)
+    changed = copy.copy(config)
+    changed.revision = revision
+    return changed
 
 
 class _GeneratingModel(PeftModel):
@@ -881,8 +690,13 @@ class _GeneratingModel(PeftModel):
             return base.generate(*args, **kwargs)
         config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
-        with mixing.mixed(lambda: _modules(self), self._peft_adapters, adapter_names, max(repeats)):
+        with mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats)):
             return base.generate(*args, **kwargs)
+
+
+def _methods_for(model: nn.Module) -> in_place.Layer:
+    """Returns what gives a model the methods of an adapted one."""
+    return _methods_layer(hasattr(model, "generate"))
 
 
 def _methods_layer(generates: bool = False) -> in_place.Layer:

@@ -178,6 +178,11 @@ class AdaptedSite(NamedTuple):
     replaced: Mapping[str, str] = MappingProxyType({})
 
     @property
+    def unmergeable(self) -> str | None:
+        """The reason why what the adapter does at the site is no change of a weight, or None."""
+        return self.site.unmergeable or self.rule.unmergeable(self.site)
+
+    @property
     def parameter_count(self) -> int:
         """The number of elements that the rule's parameters have."""
         return sum(prod(spec.shape) for spec in self.specs.values())

@@ -30,6 +30,13 @@ def tensors_of(module: nn.Module) -> Names:
     return tuple(name for kind in (module._parameters, module._buffers) for name, t in kind.items() if t is not None)
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Returns a module's parameter itself, whatever is read in its place."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
 def refusal(module: nn.Module) -> str | None:
     """Returns the reason why `module` can't read stand-ins, or None."""
     own = {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None}

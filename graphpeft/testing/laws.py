@@ -19,7 +19,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from graphpeft import adapters
+from graphpeft import changes
+from graphpeft.adapter_state import Adapter, Modules
 from graphpeft.config import PeftConfig
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.paths import join
@@ -91,7 +92,7 @@ def assert_adapted_is_base_with_delta(
 def _of_what_can_be_merged(build: Build, config: PeftConfig, inputs: ExampleInputs) -> list[PeftConfig]:
     """Returns a config that names the sites alone which can be merged, if these are some and not all."""
     sites = get_peft_model(build(), config, example_inputs=inputs)._peft_adapters.by_name["default"].sites
-    merged = {adapted.site.name for adapted in sites if adapters.unmergeable(adapted) is None}
+    merged = {adapted.site.name for adapted in sites if adapted.unmergeable is None}
     if not 0 < len(merged) < len(sites):
         return []
     narrowed = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name in merged)
@@ -140,13 +141,13 @@ def modes_to_compare(build: Build, config: PeftConfig, inputs: ExampleInputs) ->
 
 
 @torch.no_grad()
-def _add_deltas(base: nn.Module, adapter: adapters.Adapter, modules: adapters.Modules) -> None:
+def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
     for path, names in adapter.stand_ins.items():
         for name in names:
             getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
     for adapted in adapter.weight_sites:
-        base.get_parameter(adapted.site.weight).add_(adapters.delta(adapted, modules))
-        change = adapters.bias_delta(adapted, modules)
+        base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
+        change = changes.bias_delta(adapted, modules)
         if change is not None:
             base.get_parameter(adapted.site.bias).add_(change)
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from tqdm import tqdm
 
-from graphpeft.adapters import unmergeable
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.model import get_peft_model
 from graphpeft.plan import AdaptError
@@ -165,7 +164,7 @@ def _not_an_identity(adapted: Any) -> str:
 
 def _no_merge(adapted: Any) -> str:
     adapter = adapted._peft_adapters.by_name["default"]
-    reasons = {reason: site.site.name for site in reversed(adapter.sites) if (reason := unmergeable(site)) is not None}
+    reasons = {reason: site.site.name for site in reversed(adapter.sites) if (reason := site.unmergeable) is not None}
     return "; ".join(f"{name} can't be merged: {reason}" for reason, name in reversed(reasons.items()))
 
 

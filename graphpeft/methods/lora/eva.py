@@ -28,9 +28,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from graphpeft import adapter_tensors, targets
 from graphpeft import adapters as _adapters
-from graphpeft import targets
-from graphpeft.adapters import Adapters
+from graphpeft.adapter_state import Adapters
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
@@ -510,4 +510,4 @@ def _adapt_anew(model: nn.Module, state: Adapters, name: str, config: Any, found
     _adapters.activate(modules, state, [name])
     for adapted in plan.sites:
         modules[adapted.site.owner].get_parameter(adapted.names["lora_A"]).copy_(found[adapted.site.name])
-    _adapters.set_trainable(modules, state, [name])
+    adapter_tensors.set_trainable(modules, state, [name])

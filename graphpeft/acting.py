@@ -1,0 +1,78 @@
+"""Lets exactly some adapters act: their nodes are in the graphs, and modules read their stand-ins and rows.
+
+A region without any runs its own class's code again, so a disabled adapter costs nothing.
+"""
+
+from __future__ import annotations
+
+from graphpeft import in_place, passes, stand_ins
+from graphpeft.adapted_graphs import templates_with
+from graphpeft.adapter_state import Adapter, Adapters, Modules
+from graphpeft.paths import join
+from graphpeft.plan import AdaptError
+from graphpeft.tracing.graph_module import wear_template
+
+
+def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
+    """Makes exactly the adapters `wanted` act, in their order; those that are merged are in the weights already.
+
+    Raises:
+        AdaptError: If two of them have stand-ins for the same tensor; the model is as it was.
+    """
+    readers = stand_in_readers(adapters, wanted)
+    in_graphs = [name for name in wanted if name not in adapters.merged]
+    templates = templates_with(adapters, in_graphs, modules)
+    worn = {
+        region: template and passes.optimized(template, modules[region], adapters.passes).template
+        for region, template in templates.items()
+    }
+    for region, template in worn.items():
+        if template is None:
+            in_place.take_off(modules[region], "graph")
+        else:
+            wear_template(modules[region], template)
+    row_readers = _row_readers(adapters, wanted)
+    changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
+    paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}
+    for path in paths & modules.keys():
+        if path in readers or path in row_readers:
+            others = {own: stand_ins.stand_in(own, name) for own, name in readers.get(path, {}).items()}
+            stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
+        else:
+            stand_ins.read_own(modules[path])
+    adapters.acting, adapters.read = in_graphs, wanted
+
+
+def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:
+    """Returns the adapter whose stand-in is read for a tensor, by the path of its module and its name."""
+    readers: dict[str, dict[str, str]] = {}
+    for name in wanted:
+        for path, names in adapters.by_name[name].stand_ins.items():
+            for own in names:
+                other = readers.setdefault(path, {}).setdefault(own, name)
+                if other != name:
+                    do = _both_do(adapters.by_name[other], adapters.by_name[name], path, own)
+                    raise AdaptError(f"{other!r} and {name!r} both {do}; only one of them can be active")
+    _row_readers(adapters, wanted)
+    return readers
+
+
+def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Returns which rows are read of each weight; refuses what two adapters both have."""
+    readers: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name in wanted:
+        for path, rows in adapters.by_name[name].rows.items():
+            before = {index for _, indices in readers.get(path, ()) for index in indices}
+            whole = [other for other in wanted if "weight" in adapters.by_name[other].stand_ins.get(path, ())]
+            if whole or not before.isdisjoint(rows.indices):
+                raise AdaptError(
+                    f"{name!r} and another of {wanted} both train rows of {path}; only one of them can be active"
+                )
+            readers.setdefault(path, []).append((stand_ins.rows(name), rows.indices))
+    return readers
+
+
+def _both_do(one: Adapter, other: Adapter, path: str, name: str) -> str:
+    if all(name in adapter.whole.get(path, ()) for adapter in (one, other)):
+        return f"train {path} whole"
+    return f"have another tensor in the place of {join(path, name)}"

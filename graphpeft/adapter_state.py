@@ -1,0 +1,164 @@
+"""What a model knows of its adapters: which there are, which act, and what was there before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft import stand_ins
+from graphpeft.config import PeftConfig
+from graphpeft.paths import TensorPaths
+from graphpeft.plan import Plan
+from graphpeft.replication import Replication
+from graphpeft.report import Report
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import Site
+from graphpeft.tracing.graph_module import Template
+from graphpeft.trained_whole import TrainedRows
+
+Modules = Mapping[str, nn.Module]
+"""A model's modules by path."""
+
+Tensors = dict[tuple[str, str], torch.Tensor]
+"""Tensors by the path of their module and their name in it."""
+
+
+@dataclass
+class Adapter:
+    """One adapter of a model; its tensors live on the modules whose weights they adapt.
+
+    Attributes:
+        config: Its config.
+        sites: The sites that it adapts.
+        whole: The tensors for which it has stand-ins: names by the path of their module.
+        report: What was adapted, for a person to read.
+        rows: The weights of which it has rows, by the path of their module.
+        overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
+    """
+
+    config: PeftConfig
+    sites: list[AdaptedSite]
+    whole: dict[str, tuple[str, ...]]
+    report: Report
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    overwritten: Tensors = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Adapter:
+        """Returns the adapter that `plan` describes."""
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it can be merged into weights."""
+        return all(adapted.unmergeable is None for adapted in self.sites)
+
+    @property
+    def weight_sites(self) -> list[Any]:
+        """Those of the sites that are weights."""
+        return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
+
+    @property
+    def replaced(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has frozen stand-ins: names by the path of their module."""
+        found: dict[str, tuple[str, ...]] = {}
+        for adapted in self.sites:
+            if adapted.replaced:
+                found[adapted.site.owner] = (*found.get(adapted.site.owner, ()), *adapted.replaced)
+        return found
+
+    @property
+    def stand_ins(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has stand-ins of either kind."""
+        found = dict(self.whole)
+        for path, names in self.replaced.items():
+            found[path] = (*found.get(path, ()), *names)
+        return found
+
+    def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor of this adapter that is never trained."""
+        frozen = {
+            (adapted.site.owner, adapted.names[name])
+            for adapted in self.sites
+            for name, spec in adapted.specs.items()
+            if not spec.is_trained
+        }
+        return frozen | {
+            (path, stand_ins.stand_in(name, adapter)) for path, names in self.replaced.items() for name in names
+        }
+
+    def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
+        """Yields the module's path and the name of every tensor of this adapter."""
+        for adapted in self.sites:
+            for name in adapted.specs:
+                yield adapted.site.owner, adapted.names[name]
+        for path, names in self.stand_ins.items():
+            for name in names:
+                yield path, stand_ins.stand_in(name, adapter)
+        for path in self.rows:
+            yield path, stand_ins.rows(adapter)
+
+
+class Cache(dict[Any, Any]):
+    """What can be worked out again, and is of no use to a copy or a pickle: it begins empty there."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        return Cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, ()
+
+
+@dataclass
+class Adapters:
+    """All adapters of a model.
+
+    Attributes:
+        by_name: The adapters.
+        active: The names of those that act unless they are disabled, in the order in which they were activated.
+        acting: The names of those whose nodes are in the graphs: the active ones that aren't merged, or none.
+        read: The names of those whose stand-ins are read: the active ones, or none.
+        is_disabled: Whether none acts, whichever are active.
+        lifted: The graphs of the regions that were no graph modules before, by path.
+        merged: The names of those whose changes are in the weights, in the order in which they were added.
+        originals: The weights without any of these changes.
+        mixing: How regions run on a batch with several adapters, by what these have in common.
+        signatures: What each adapter has in common with others in that, by its name.
+        mixable: The paths of the regions that can run so.
+        owned: The paths of all tensors of adapters.
+        passes: The names of the passes that change how the graphs compute.
+        trained_before: The parameters that required grad before the first adapter came, by the path of their module and
+            their name.
+        replication: How the model's layers were exchanged for an adapter.
+    """
+
+    trained_before: list[tuple[str, str]]
+    by_name: dict[str, Adapter] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    lifted: dict[str, Template] = field(default_factory=dict)
+    acting: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    originals: Tensors = field(default_factory=dict)
+    mixing: Cache = field(default_factory=Cache)
+    signatures: Cache = field(default_factory=Cache)
+    mixable: set[str] = field(default_factory=set)
+    owned: TensorPaths = field(default_factory=TensorPaths)
+    is_disabled: bool = False
+    replication: Replication | None = None
+    passes: tuple[str, ...] = ()
+
+    @classmethod
+    def before_any(cls, modules: Modules) -> Adapters:
+        """Returns the adapters of a model that has none yet."""
+        trained = [
+            (path, name)
+            for path, module in modules.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        return cls(trained)

@@ -1,0 +1,175 @@
+"""The tensors of adapters: makes them with their first values or a file's, and says which of them are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft import in_place, stand_ins
+from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft.config import PeftConfig
+from graphpeft.paths import join
+from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.stand_ins import own_parameter
+
+
+def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    """Returns the tensors of the adapter of `plan`, which no module has yet; they require grad if they are trained.
+
+    Args:
+        plan: What `make_plan` worked out.
+        name: The adapter's name.
+        modules: The model's modules by path.
+        values: Their values; without them the method's first values are drawn.
+    """
+    made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
+    made |= _row_tensors(plan, name, modules, values)
+    if plan.config.inference_mode:
+        for tensor in made.values():
+            tensor.requires_grad_(False)
+    return made
+
+
+def first_values(plan: Plan, modules: Modules) -> Tensors:
+    """Draws the first values of the tensors at the sites of `plan`, and puts them nowhere."""
+    return _site_tensors(plan, modules, None)
+
+
+@torch.no_grad()
+def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
+    made: Tensors = {}
+    for adapted in plan.sites:
+        site = adapted.site
+        beside, attribute = site.beside
+        device = _device(modules[beside]._parameters.get(attribute))
+        drawn: Mapping[str, torch.Tensor] = {}
+        replacing: Mapping[str, torch.Tensor] = {}
+        if values is None or adapted.replaced:
+            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device)
+        if values is not None:
+            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
+        for own, tensor in replacing.items():
+            made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
+        for local, tensor in drawn.items():
+            made[site.owner, adapted.names[local]] = nn.Parameter(
+                tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
+            )
+    return made
+
+
+def _first_values(
+    adapted: AdaptedSite, config: PeftConfig, module: nn.Module, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own."""
+    own = {name: own_parameter(module, name) for name in adapted.replaced}
+    if device.type == "meta":
+        drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
+    drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
+    for other in adapted.site.redrawn:
+        rule: Any = config.rule_for(other, adapted.dtype)
+        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        rule.initialise(discarded, other, config, module)
+    given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
+    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
+    if adapted.site.dtype == torch.get_default_dtype():
+        return drawn, replacing
+    # through the weight's dtype, in which PEFT has them for a moment
+    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}, replacing
+
+
+def _device(weight: torch.Tensor | None) -> torch.device:
+    # a model without any parameter, such as a quantised one, tells no device
+    return torch.get_default_device() if weight is None else weight.device
+
+
+def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    made: Tensors = {}
+    for path, names in plan.whole.items():
+        for attribute, tensor in stand_ins.create(modules[path], names, name).items():
+            made[path, attribute] = tensor
+            if values is not None:
+                tensor.data.copy_(values[path, attribute])
+    return made
+
+
+def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    """Returns the rows that are trained; those that follow another module have its very tensor."""
+    made: Tensors = {}
+    for path, rows in plan.rows.items():
+        if rows.leader == path:
+            table = modules[path]._parameters["weight"]
+            assert table is not None
+            place = path, stand_ins.rows(name)
+            first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
+            made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast), copy=True))
+    for path, rows in plan.rows.items():
+        made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]
+    return made
+
+
+@torch.no_grad()
+def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
+    """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
+    of_adapter = set(adapter.tensor_names(name))
+    for (path, attribute), value in values.items():
+        kinds = (modules[path]._parameters, modules[path]._buffers)
+        tensor = next(kind[attribute] for kind in kinds if attribute in kind)
+        assert tensor is not None
+        if (path, attribute) not in of_adapter:
+            adapter.overwritten.setdefault((path, attribute), tensor.clone())
+        tensor.copy_(value)
+
+
+def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if a tensor of an adapter is no longer on the model."""
+    for path, attribute in adapter.tensor_names(name):
+        if path not in modules or not hasattr(modules[path], attribute):
+            raise AdaptError(
+                f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put "
+                "it back, or delete the adapter"
+            )
+        in_place.layers_of(modules[path])
+
+
+def freeze(modules: Modules, adapters: Adapters) -> None:
+    """Freezes the parameters of the base."""
+    for path, name in adapters.trained_before:
+        parameter = modules[path]._parameters[name]
+        assert parameter is not None
+        parameter.requires_grad_(False)
+
+
+def thaw(modules: Modules, adapters: Adapters) -> None:
+    """Makes those parameters require grad that did before the first adapter came, and no others."""
+    trained = set(adapters.trained_before)
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_((path, name) in trained)
+
+
+def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Makes the tensors of adapters require grad if they are active, and else not.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
+            more there are.
+    """
+    for name in dict.fromkeys(names):
+        adapter = adapters.by_name[name]
+        trains = name in adapters.active and not adapter.config.inference_mode
+        frozen = adapter.frozen_names(name)
+        for path, attribute in adapter.tensor_names(name):
+            # somebody may have put another module in the place of an adapted one
+            parameter = modules[path]._parameters.get(attribute) if path in modules else None
+            wanted = trains and (path, attribute) not in frozen
+            if parameter is not None and parameter.requires_grad != (wanted and parameter.is_floating_point()):
+                parameter.requires_grad_(wanted)

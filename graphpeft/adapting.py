@@ -1,0 +1,281 @@
+"""Adapts a model by a config, or by the files of an adapter: plans it, refuses what can't be, and carries the plan out.
+
+All of it is done, or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PureWindowsPath
+from typing import Any
+
+from torch import nn
+
+from graphpeft import adapter_tensors, checkpoint, in_place
+from graphpeft import adapters as _adapters
+from graphpeft.adapter_state import Adapter, Adapters, Tensors
+from graphpeft.config import ConfigLike, PeftConfig, as_config
+from graphpeft.plan import AdaptError, Plan, make_plan
+from graphpeft.replication import replicate
+from graphpeft.report import listed
+from graphpeft.sites import Site
+from graphpeft.targeting import unmatched_entries
+from graphpeft.tracing.trace import ExampleInputs
+
+Where = Callable[[Any], bool]
+"""Says of a site whether it is meant."""
+
+STATE = "_peft_adapters"
+"""The attribute of an adapted model that holds its adapters."""
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns a model's modules by path."""
+    return dict(model.named_modules())
+
+
+def known_adapter(model: Any, name: str) -> Adapter:
+    """Returns an adapter of a model.
+
+    Raises:
+        AdaptError: If it has none of this name.
+    """
+    state: Adapters | None = model.__dict__.get(STATE)
+    if state is None:
+        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    if name not in state.by_name:
+        raise AdaptError(f"the model has no adapter {name!r}; it has {sorted(state.by_name)}")
+    return state.by_name[name]
+
+
+def add_new(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    where: Where | None,
+    *,
+    activates: bool,
+    methods: in_place.Layer,
+) -> None:
+    """Gives a model a new adapter.
+
+    Args:
+        model: The model.
+        config: The adapter's config.
+        adapter_name: Its name.
+        example_inputs: As for `get_peft_model`, as the next two are.
+        autocast_adapter_dtype: See there.
+        where: See there.
+        activates: Whether it becomes the active one.
+        methods: What gives the model the methods of an adapted one, with its first adapter.
+
+    Raises:
+        AdaptError: If it can't be added; the model is as it was.
+    """
+    with replicated(model, config):
+        plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+        refuse(plan)
+        warn_of_unmatched(config, plan, stacklevel=4)
+        warn_of_adapted_and_trained_whole(plan, stacklevel=4)
+        carry_out(model, adapter_name, plan, None, activates, methods)
+
+
+def load(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool,
+    config: ConfigLike | None = None,
+    *,
+    activates: bool,
+    methods: in_place.Layer,
+    autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    example_inputs: ExampleInputs | None = None,
+    use_safetensors: bool = True,
+    **hub_options: Any,
+) -> None:
+    """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`.
+
+    Raises:
+        AdaptError: If it can't be added, as in all cases the model is as it was.
+        CheckpointError: If the file doesn't fit the model.
+        FileNotFoundError: If there is none.
+        ValueError: If an option is True that must be False.
+    """
+    if ephemeral_gpu_offload:
+        raise ValueError(
+            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
+            "the model as a whole"
+        )
+    if ignore_mismatched_sizes:
+        raise ValueError(
+            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
+            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
+            "set_peft_model_state_dict"
+        )
+    given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
+    loaded = copy.copy(given)
+    loaded.inference_mode = not is_trainable
+    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    if key_mapping:
+        values = checkpoint.renamed(values, key_mapping)
+    loaded = loaded.fitted_to(values)
+    with replicated(model, loaded):
+        plan = plan_for(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
+        refuse(plan)
+        adapter = Adapter.of(plan)
+        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), values)
+        _refuse_other_base(model, adapter, adapter_name, fitted)
+        carry_out(model, adapter_name, plan, fitted, activates, methods)
+
+
+def plan_for(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    where: Where | None = None,
+) -> Plan:
+    """Returns what `config` does to a model for a new adapter.
+
+    Raises:
+        AdaptError: If the adapter's name can't be one, or is taken.
+    """
+    state: Adapters | None = model.__dict__.get(STATE)
+    if not _is_name(adapter_name):
+        raise AdaptError(
+            f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
+            "choose one without dots, slashes, backslashes, control characters, and spaces at its ends"
+        )
+    if state is not None and adapter_name in state.by_name:
+        raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+
+
+def planned(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+    where: Where | None = None,
+) -> Plan:
+    """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
+    state: Adapters | None = model.__dict__.get(STATE)
+    return make_plan(
+        model,
+        config,
+        adapter_name,
+        owned=state.owned if state is not None else None,
+        known=state.lifted if state is not None else {},
+        example_inputs=example_inputs,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        where=where,
+    )
+
+
+def _is_name(name: object) -> bool:
+    """Tells whether a module's attribute can end in `name`, and a folder inside another have that name."""
+    if not isinstance(name, str) or "." in name or not name.isprintable() or name.strip() != name:
+        return False
+    # whatever divides paths on any system divides them on Windows
+    return name != "" and name == PureWindowsPath(name).name
+
+
+def refuse(plan: Plan) -> None:
+    """Raises AdaptError if a plan can't be carried out whole."""
+    if plan.report.nothing_matched:
+        raise AdaptError(plan.report.nothing_matched)
+    refused = plan.report.refused
+    if refused:
+        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
+        ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
+        raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
+
+
+def carry_out(
+    model: Any, name: str, plan: Plan, values: Tensors | None, activates: bool, methods: in_place.Layer
+) -> None:
+    """Carries out a plan: all of it, or nothing; arguments as for `add_new`, with values of the adapter's tensors."""
+    modules = plan.modules
+    is_first = STATE not in model.__dict__
+    touched = [name]
+    state = Adapters.before_any(modules) if is_first else model.__dict__[STATE]
+    _adapters.add(modules, state, name, plan, values)
+    try:
+        if is_first:
+            in_place.put_on(model, methods)
+        if activates:
+            before = state.active
+            _adapters.activate(modules, state, [name])
+            touched = [*before, name]
+    except BaseException:
+        _adapters.remove(modules, state, name)
+        if is_first:
+            in_place.take_off(model, "methods")
+        raise
+    model.__dict__[STATE] = state
+    if is_first:
+        adapter_tensors.freeze(modules, state)
+    else:
+        adapter_tensors.set_trainable(modules, state, touched)
+
+
+@contextlib.contextmanager
+def replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
+    """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
+    state: Adapters | None = model.__dict__.get(STATE)
+    done = replicate(model, config, state.replication if state is not None else None, state is not None)
+    try:
+        yield
+    except BaseException:
+        if done is not None:
+            done.undo()
+        raise
+    if done is not None and keep:
+        model.__dict__[STATE].replication = done
+    elif done is not None:
+        done.undo()
+
+
+def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:
+    """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
+    state: Adapters | None = model.__dict__.get(STATE)
+    others = list(state.by_name) if state is not None else []
+    own = set(adapter.tensor_names(name))
+    replaced = [".".join(place) for place in values if place not in own]
+    if others and replaced:
+        raise checkpoint.CheckpointError(
+            f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "
+            f"{listed(others)} would compute something else; load it on a model of its own"
+        )
+
+
+def warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
+    if unmatched:
+        model = type(plan.modules[""]).__name__
+        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
+
+
+def warn_of_adapted_and_trained_whole(plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
+    sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
+    both = [site.label for site in sites if site.attribute in plan.whole.get(site.owner, ())]
+    if both:
+        warnings.warn(
+            f"modules_to_save={plan.config.modules_to_save} trains {listed(both)} whole beside the adapter there, as "
+            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,94 @@
+"""The change that an adapter makes of a weight, and of the bias beside it, as numbers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from graphpeft import ops
+from graphpeft.adapter_state import Adapter, Modules
+from graphpeft.plan import HALVES
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import Site
+from graphpeft.stand_ins import own_parameter
+
+
+def delta(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the change of a site's weight, in the shape in which it is stored.
+
+    From half precision on a CPU it is computed in single precision, as PEFT does: faster and rounded once.
+
+    Args:
+        adapted: The site with its rule.
+        modules: The model's modules by path.
+        weight: The weight with the changes of adapters before this one; what the module reads if None.
+        base: The weight without them; likewise.
+    """
+    own = _read_weight(adapted, modules) if base is None else base
+    given = {"weight": own if weight is None else weight, "base": own}
+    values = _values(adapted.rule.delta, adapted, modules)
+    halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
+    values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
+    change = _asked(adapted.rule.delta, values | given)
+    return change.to(halves.pop()) if halves else change
+
+
+def _is_half_on_cpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in HALVES
+
+
+def bias_delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change."""
+    function = getattr(adapted.rule, "bias_delta", None)
+    return _asked(function, _values(function, adapted, modules)) if function is not None else None
+
+
+def _values(function: Any, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
+    """Returns the parameters and constants at a site for which a rule's function asks by the names of its arguments."""
+    owner = modules[adapted.site.owner]
+    asked = inspect.signature(function).parameters
+    return {local: getattr(owner, name) for local, name in adapted.names.items() if local in asked}
+
+
+def _asked(function: Any, values: Mapping[str, Any]) -> Any:
+    """Calls a rule's function with what it asks for by the names of its arguments; None for what there isn't."""
+    return function(**{name: values.get(name) for name in inspect.signature(function).parameters})
+
+
+def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
+    """Returns the weight that the site's module reads while the adapter acts."""
+    assert isinstance(adapted.site, Site)
+    attribute = adapted.site.attribute
+    return own_parameter(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))
+
+
+def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Yields the path of the module, and the name, of each weight and bias that merging changes."""
+    for adapted in adapter.weight_sites:
+        yield adapted.site.owner, adapted.site.attribute
+        if bias_delta(adapted, modules) is not None:
+            yield _bias_place(adapted)
+
+
+def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
+    assert isinstance(adapted.site, Site)
+    assert adapted.site.bias is not None
+    path, _, name = adapted.site.bias.rpartition(".")
+    return path, name
+
+
+def add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:
+    """Adds the change of a weight, and of the bias beside it."""
+    change = delta(adapted, modules, weight, base)
+    # where the weight itself changes, as the graph adds it; else the sum alone is rounded
+    weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
+    change = bias_delta(adapted, modules)
+    if change is not None:
+        path, name = _bias_place(adapted)
+        bias = own_parameter(modules[path], name)
+        bias += change.to(bias.dtype)

@@ -1,0 +1,237 @@
+"""Adds the changes of adapters to the weights, for good or until they are taken out again, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from graphpeft import stand_ins
+from graphpeft.acting import let_act, stand_in_readers
+from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapter_tensors import refuse_missing
+from graphpeft.changes import add_change, bias_delta, changed_places, delta
+from graphpeft.paths import join
+from graphpeft.plan import AdaptError
+from graphpeft.report import listed
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites import Site
+from graphpeft.stand_ins import own_parameter
+
+
+def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Adds the changes of adapters to the weights, and writes their stand-ins over the tensors themselves.
+
+    Raises:
+        AdaptError: If a weight is tied to another one, which would change too, or two adapters have stand-ins for the
+            same tensor; nothing is merged.
+    """
+    merged = list(dict.fromkeys(names))
+    _refuse_merging(modules, adapters, merged)
+    _restore(modules, adapters.originals)
+    adapters.merged, adapters.originals = [], {}
+    with torch.no_grad():
+        # these first, since they are what the changes are changes of
+        for name in merged:
+            for path, own_names in adapters.by_name[name].stand_ins.items():
+                for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
+                    own.copy_(other)
+            for path, rows in adapters.by_name[name].rows.items():
+                table = own_parameter(modules[path], "weight")
+                values = own_parameter(modules[path], stand_ins.rows(name))
+                table.copy_(stand_ins.put_rows(table, rows.indices, values))
+        for sites in _by_weight(adapters, merged).values():
+            _merge_into_weight(sites, modules)
+    for adapter in adapters.by_name.values():
+        adapter.overwritten.clear()  # what was merged into is kept
+
+
+def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Adds the changes of adapters to the weights until `unmerge`; nodes of theirs leave the graphs.
+
+    Stand-ins and rows are read as before: what is trained as it is needs no merging.
+
+    Raises:
+        AdaptError: As `merge` does, or if a change would go unread; nothing is merged.
+    """
+    given = list(names)
+    # in the order in which they act
+    names = [name for name in adapters.active if name in given]
+    names += [name for name in given if name not in names]
+    _refuse_merging(modules, adapters, names)
+    _refuse_unread(modules, adapters, names)
+    before = list(adapters.merged)
+    kept: Tensors = {}
+    try:
+        for name in names:
+            for path, attribute in changed_places(modules, adapters.by_name[name]):
+                if (path, attribute) not in adapters.originals:
+                    # a difference wouldn't do: adding and subtracting it doesn't give the same bits
+                    kept[path, attribute] = own_parameter(modules[path], attribute).detach().clone()
+                    adapters.originals[path, attribute] = kept[path, attribute]
+            _add_to_weights(modules, adapters.by_name[name], adapters.originals)
+            adapters.merged.append(name)
+        let_act(modules, adapters, list(adapters.read))
+    except BaseException:
+        _restore(modules, adapters.originals)
+        adapters.merged = before
+        adapters.originals = {place: tensor for place, tensor in adapters.originals.items() if place not in kept}
+        with torch.no_grad():
+            for name in before:
+                _add_to_weights(modules, adapters.by_name[name], adapters.originals)
+        raise
+
+
+def unmerge(modules: Modules, adapters: Adapters) -> None:
+    """Gives all weights the values that they had before `merge_in_place`, bit for bit."""
+    if not adapters.merged:
+        return
+    _restore(modules, adapters.originals)
+    adapters.merged, adapters.originals = [], {}
+    let_act(modules, adapters, list(adapters.read))
+
+
+@torch.no_grad()
+def _restore(modules: Modules, originals: Tensors) -> None:
+    for (path, name), original in originals.items():
+        if path in modules:
+            own_parameter(modules[path], name).copy_(original)
+
+
+@torch.no_grad()
+def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
+    for adapted in adapter.weight_sites:
+        base = originals[adapted.site.owner, adapted.site.attribute]
+        weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
+        add_change(adapted, modules, weight, base)
+
+
+def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
+    """Adds the changes of one weight, and of the bias beside it."""
+    site = sites[0].site
+    assert isinstance(site, Site)
+    weight = own_parameter(modules[site.owner], site.attribute)
+    base = weight if len(sites) == 1 else weight.clone()
+    for adapted in sites:
+        add_change(adapted, modules, weight, base)
+
+
+def _by_weight(adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
+    """Groups the sites of adapters by their weight."""
+    found: dict[str, list[AdaptedSite]] = {}
+    for name in names:
+        for adapted in adapters.by_name[name].weight_sites:
+            found.setdefault(adapted.site.weight, []).append(adapted)
+    return found
+
+
+@contextlib.contextmanager
+def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
+    """Lets weights be as they were before they were merged into, for what looks at their values."""
+    changed = {
+        (path, name): own_parameter(modules[path], name).detach().clone()
+        for path, name in adapters.originals
+        if path in modules
+    }
+    _restore(modules, adapters.originals)
+    try:
+        yield
+    finally:
+        _restore(modules, changed)
+
+
+def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if what is merged in place would have no effect: something else is read in its place."""
+    for name in names:
+        adapter = adapters.by_name[name]
+        if adapter.replaced:
+            raise AdaptError(
+                f"{name!r} has taken a part of {listed(list(adapter.replaced))}, so it can't be merged in place; leave "
+                "it active, or call merge_and_unload()"
+            )
+        if (adapter.whole or adapter.rows) and name not in adapters.active:
+            raise AdaptError(
+                f"{name!r} trains {listed([path or 'the model' for path in (*adapter.whole, *adapter.rows)])} whole or "
+                "by rows, which are read while it is active alone; activate it with set_adapter before you merge it"
+            )
+        for owner, attribute in changed_places(modules, adapter):
+            for other in (adapters.by_name[active] for active in adapters.active):
+                if attribute in other.stand_ins.get(owner, ()) or (owner in other.rows and attribute == "weight"):
+                    raise AdaptError(
+                        f"an active adapter has another tensor, or other rows, in the place of "
+                        f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
+                        "alone first"
+                    )
+    _refuse_of_base(adapters, names)
+
+
+def _refuse_of_base(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's."""
+    merged = [*adapters.merged, *names]
+    left = [name for name in adapters.active if name not in merged]
+    shared = {adapted.site.weight for name in merged for adapted in adapters.by_name[name].weight_sites}
+    shared &= {adapted.site.weight for name in left for adapted in adapters.by_name[name].weight_sites}
+    for name in (*merged, *left):
+        for adapted in adapters.by_name[name].weight_sites:
+            if adapted.site.weight in shared and "base" in inspect.signature(adapted.rule.delta).parameters:
+                raise AdaptError(
+                    f"the change of {adapted.site.weight} by {name!r} depends on the weight itself, so of the adapters "
+                    "that act on it, none can be merged alone; merge all that are active, or activate others"
+                )
+
+
+def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
+    for name in names:
+        _refuse_unmergeable(adapters.by_name[name], name)
+    stand_in_readers(adapters, names)
+    for name in names:
+        refuse_missing(modules, adapters.by_name[name], name)
+        _refuse_tied(modules, adapters.by_name[name])
+
+
+@torch.no_grad()
+def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
+    """Raises AdaptError if a weight's change isn't finite."""
+    for name in names:
+        for adapted in adapters.by_name[name].weight_sites:
+            changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
+            for path, change in changes.items():
+                if change is not None and not torch.isfinite(change).all():
+                    raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
+        for path in adapters.by_name[name].rows:
+            if not torch.isfinite(getattr(modules[path], stand_ins.rows(name))).all():
+                raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
+
+
+def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
+    for adapted in adapter.sites:
+        reason = adapted.unmergeable
+        if reason is not None:
+            raise AdaptError(
+                f"{adapted.site.label} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
+                "unload()"
+            )
+
+
+def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
+    holders: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append(join(path, name))
+    changed = list(changed_places(modules, adapter))
+    changed += [(path, name) for path, names in adapter.stand_ins.items() for name in names]
+    changed += [(path, "weight") for path in adapter.rows]
+    for path, name in changed:
+        # what follows the same rows changes with them
+        same = {join(path, name)}
+        if path in adapter.rows and name == "weight":
+            same |= {join(o, name) for o, rows in adapter.rows.items() if rows.leader == adapter.rows[path].leader}
+        tied = [other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other not in same]
+        if tied:
+            raise AdaptError(
+                f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "
+                "parameter of its own before adapting"
+            )

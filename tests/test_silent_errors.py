@@ -863,8 +863,9 @@ class ByAttribute(nn.Module):
         super().__init__()
         object.__setattr__(self, "other", other)
 
-    def forward(self, x):
-        return F.linear(x, self.other.weight)
+    def forward(self, x: Any) -> Any:
+        other: Any = self.other
+        return F.linear(x, other.weight)
 
 
 class ByList(nn.Module):
@@ -964,7 +965,7 @@ def test_a_module_around_that_reads_a_weight_from_a_list_is_its_region():
         def __init__(self):
             super().__init__()
             self.inner = nn.Sequential(nn.Linear(4, 4))
-            self.all = [self.inner[0]]
+            self.all: list[Any] = [self.inner[0]]
 
         def forward(self, x):
             for layer in self.all:

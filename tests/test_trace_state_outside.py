@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import random
@@ -18,7 +19,9 @@ from torch import fx, nn
 
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
+from graphpeft.tracing.holders import Global
 from graphpeft.tracing.lift import lift
+from graphpeft.tracing.reach import Reach
 
 
 def proxies_in(value: Any) -> bool:
@@ -328,6 +331,30 @@ class Names(list):
 
 
 VARIABLE: ContextVar[int] = ContextVar("VARIABLE", default=0)
+
+
+class Duration(datetime.timedelta):
+    """Has members of a class written in C, which can't be set."""
+
+
+def test_objects_whose_members_cannot_be_set_are_watched_as_a_whole():
+    def longer(self, x):
+        self.took = Duration(seconds=self.took.seconds + 1)
+        return x * self.took.seconds
+
+    assert_stays_a_call(lambda: module_of(longer, took=Duration(0)), "assigns self.took for its next call")
+
+
+def test_names_that_a_tool_has_put_into_code_are_not_followed():
+    def forward(self, x):
+        assert x.shape[1] == 5  # pytest has rewritten this
+        return x
+
+    assert not all(map(str.isidentifier, forward.__code__.co_names))
+    followed = {
+        holder.namespace["__name__"] for holder in Reach(module_of(forward)).holders if isinstance(holder, Global)
+    }
+    assert followed <= {__name__}
 
 
 def test_objects_of_any_kind_that_change_with_each_call_keep_the_module_a_call():

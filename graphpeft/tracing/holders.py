@@ -114,7 +114,8 @@ class OfSlots:
 @functools.cache
 def slots_of(cls: type) -> tuple[str, ...]:
     """Returns the names of the slots of a class written in Python."""
-    bases = [base for base in cls.__mro__ if base.__module__ != "builtins"]
+    # classes written in C have such members, too, which can't be set
+    bases = [base for base in cls.__mro__ if "__slots__" in vars(base)]
     return tuple(name for base in bases for name, slot in vars(base).items() if isinstance(slot, MemberDescriptorType))
 
 

@@ -220,7 +220,8 @@ def _opened_function(function: FunctionType) -> _Opened:
 
 def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
     names = names_in(code)
-    for name in namespace if "globals" in names.read else names.read:
+    for name in filter(str.isidentifier, namespace if "globals" in names.read else names.read):
+        # others are no user's: pytest gives the code of assertions such names, which lead into pytest and its plugins
         value = namespace.get(name)
         if isinstance(value, ModuleType):
             if not _is_of_a_library(value.__name__):

@@ -15,6 +15,7 @@ from graphpeft.passes.grouped_products import grouped_products
 from graphpeft.passes.inplace_addmm import inplace_addmm
 from graphpeft.passes.outcome import Outcome, Pass
 from graphpeft.passes.recomputed_casts import recomputed_casts
+from graphpeft.passes.recomputed_inputs import recomputed_inputs
 from graphpeft.passes.regenerated_dropout import regenerated_dropout
 from graphpeft.passes.shared_casts import shared_casts
 from graphpeft.tracing.graph_module import Graphs, Template
@@ -31,6 +32,8 @@ PASSES: tuple[Pass, ...] = (
     # before the grouping, which takes over what is kept
     Pass("recomputed_casts", recomputed_casts, looks_for="products of what was cast"),
     Pass("grouped_products", grouped_products, looks_for="products of a branch's input"),
+    # of those products, too
+    Pass("recomputed_inputs", recomputed_inputs, looks_for="products of a branch's input"),
     # last, since it takes the products apart that others look for
     Pass(
         "inplace_addmm",

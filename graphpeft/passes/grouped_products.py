@@ -55,7 +55,7 @@ def _group(graph: fx.Graph, group: list[FirstProduct]) -> None:
     first = group[0]
     factors = [each.factor(first.node) for each in group]
     with graph.inserting_before(first.node):
-        together = graph.call_function(products, (first.kept, first.h, *factors))
+        together = graph.call_function(products, (first.kept, first.h, None, *factors))
         together.meta = dict(first.node.meta)
     for index, each in enumerate(group):
         with graph.inserting_before(each.node):

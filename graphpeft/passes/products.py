@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft.passes.plain_form import wants_plain_form
+from graphpeft.passes.recipes import Recipe, computed_again
 from graphpeft.recorded import recorded
 
 
 @recorded
-def product(x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training: bool = False) -> Tensor:
+def product(
+    x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training: bool = False, source: Recipe | None = None
+) -> Tensor:
     """Returns dropout(h) Aᵀ, and keeps x for the backward.
 
     Args:
@@ -30,29 +33,35 @@ def product(x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training:
         A: Of shape (r, in).
         probability: That of an element to be dropped.
         training: Whether elements are dropped.
+        source: How x is computed again, so that it isn't kept; None keeps it.
     """
     drops = training and probability > 0
-    if wants_plain_form() or not torch.is_grad_enabled() or not (drops or x.dtype != h.dtype):
+    if wants_plain_form() or not torch.is_grad_enabled():
         return F.linear(F.dropout(h, probability, training), A)
-    made: Any = _Products.apply(x, h, probability if drops else 0.0, A)
-    return made[0]
+    with computed_again([(x, source)]):
+        if not drops and x.dtype == h.dtype:
+            return F.linear(h, A)
+        made: Any = _Products.apply(x, h, probability if drops else 0.0, A)
+        return made[0]
 
 
 @recorded
-def products(x: Tensor, h: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+def products(x: Tensor, h: Tensor, source: Recipe | None, *factors: Tensor) -> tuple[Tensor, ...]:
     """Returns h Aᵀ for several A's, from one product with all of them, and keeps x for the backward if h is a cast.
 
     Args:
         x: Of shape (…, in).
         h: x, or x in another dtype.
+        source: How x is computed again, so that it isn't kept; None keeps it.
         factors: The A's, each of shape (r, in) with an r of its own.
     """
     if wants_plain_form() or any(A.dtype != factors[0].dtype for A in factors):
         return tuple([F.linear(h, A) for A in factors])
-    if torch.is_grad_enabled() and x.dtype != h.dtype:
-        made: Any = _Products.apply(x, h, 0.0, *factors)
-        return made
-    return F.linear(h, torch.cat(factors)).split([A.shape[0] for A in factors], -1)
+    with computed_again([(x, source)]):
+        if torch.is_grad_enabled() and x.dtype != h.dtype:
+            made: Any = _Products.apply(x, h, 0.0, *factors)
+            return made
+        return F.linear(h, torch.cat(factors)).split([A.shape[0] for A in factors], -1)
 
 
 @recorded

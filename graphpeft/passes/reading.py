@@ -68,8 +68,7 @@ def first_products(graph: fx.Graph, root: nn.Module) -> list[FirstProduct]:
 def _first_product(node: fx.Node, root: nn.Module) -> FirstProduct | None:
     if node.target is product:
         kept, h, A, *dropout = node.args
-        found = FirstProduct(node, kept, h, A, False, None, tuple(dropout))  # type: ignore[arg-type]
-        return found
+        return FirstProduct(node, kept, h, A, False, None, tuple(dropout))  # type: ignore[arg-type]
     op = ops.read_op(node, root)
     if not isinstance(op, ops.Linear) or op.bias is not None or node.op == "call_module":
         return None

@@ -1,0 +1,160 @@
+"""Computes what branches read again in the backward, where that is cheap.
+
+    x = silu(g) ∘ u,  x Aᵀ    keeps g and u, and neither silu(g) nor x
+
+For the gradient of A autograd keeps x. The frozen weight beside it doesn't need it, and what x comes from is mostly
+kept by other operations: activations, norms and attentions keep what they are given. So x, and what is between, is
+computed a second time. A value that others keep anyway is where this begins; if x is such a value, there is nothing to
+gain.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from graphpeft import ops
+from graphpeft.passes.outcome import Outcome
+from graphpeft.passes.products import product, products
+from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of
+from graphpeft.passes.recipes import FUNCTIONS, LAYERS, METHODS, recipe, run
+from graphpeft.tags import TAG
+
+_KEEP_THEIR_INPUTS = frozenset(
+    (F.gelu, F.layer_norm, F.rms_norm, F.silu, operator.matmul, operator.mul, operator.truediv, torch.bmm, torch.matmul)
+)
+_METHODS_THAT_KEEP_THEIR_INPUTS = frozenset(("bmm", "matmul", "mul", "pow"))
+_KEEP_THEIR_RESULTS = frozenset(
+    (F.scaled_dot_product_attention, F.relu, F.softmax, torch.exp, torch.relu, torch.rsqrt, torch.sigmoid, torch.tanh)
+)
+_NAMES = {function: name for name, function in FUNCTIONS.items() if name != "layer"} | {torch.mul: "mul"}
+
+
+def recomputed_inputs(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
+    """Lets the products of branches keep how their inputs are computed."""
+    outcomes = []
+    for x, readers in _readers(graph, root).items():
+        steps = _steps(x, root)
+        if steps:
+            source = _write_recipes([node for node in graph.nodes if node in steps], root)
+            for reader in readers:
+                reader.keep(source)
+        reason = None if steps else "what it reads isn't computed from what others keep"
+        outcomes += [Outcome(site, reason) for reader in readers for site in reader.sites]
+    return outcomes
+
+
+class _Reader(NamedTuple):
+    """A product, or several at once, with what a branch, or several, read.
+
+    Attributes:
+        sites: The names of the adapted operations.
+        keep: Lets it keep a recipe instead of that.
+    """
+
+    sites: Sequence[str]
+    keep: Callable[[fx.Node], None]
+
+
+def _readers(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, list[_Reader]]:
+    """Returns the products of branches by what they keep."""
+    readers: dict[fx.Node, list[_Reader]] = {}
+    for found in first_products(graph, root):
+        if found.dropped is None:
+            readers.setdefault(found.kept, []).append(_Reader([found.site], functools.partial(_let_one_keep, found)))
+    for node in graph.nodes:
+        if node.target is products:
+            sites = [user.meta[TAG].site for user in node.users]
+            readers.setdefault(node.args[0], []).append(_Reader(sites, functools.partial(_let_several_keep, node)))
+    return readers
+
+
+def _let_one_keep(found: FirstProduct, source: fx.Node) -> None:
+    factor = found.factor(found.node)
+    with found.node.graph.inserting_before(found.node):
+        args = (found.kept, found.h, factor, *(found.dropout or (0.0, False)), source)
+        put_in_place_of(found.node, found.node.graph.call_function(product, args))
+
+
+def _let_several_keep(together: fx.Node, source: fx.Node) -> None:
+    together.update_arg(2, source)
+
+
+# what is computed again
+
+
+def _steps(x: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """Returns the nodes by which `x` is computed from values that others keep; none if it isn't, or is kept itself."""
+    steps: set[fx.Node] = set()
+    return steps if not _is_kept(x, root) and _follow(x, steps, root) else set()
+
+
+def _follow(node: fx.Node, steps: set[fx.Node], root: nn.Module) -> bool:
+    """Adds the steps that lead to a value, and tells whether they begin at what others keep."""
+    if _step(node, root) is None or not all(user in steps or ops.only_asks(user) for user in node.users if steps):
+        return _is_kept(node, root)
+    steps.add(node)
+    if node.op == "call_module":
+        return True  # it keeps its input itself
+    return all(_follow(source, steps, root) for source in node.all_input_nodes if not _is_no_tensor(source))
+
+
+def _step(node: fx.Node, root: nn.Module) -> str | None:
+    """Returns the name of what a node of the model does, if that can be a step of a recipe."""
+    if TAG in node.meta or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return None
+    if node.op == "call_module":
+        return "layer" if type(root.get_submodule(str(node.target))) in LAYERS else None
+    if node.op == "call_method":
+        return f".{node.target}" if node.target in METHODS else None
+    return _NAMES.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+def _is_no_tensor(node: fx.Node) -> bool:
+    """Tells whether a node gives a size, a dtype and the like."""
+    sources = node.all_input_nodes if node.op == "call_function" else []
+    return ops.only_asks(node) or (bool(sources) and all(map(_is_no_tensor, sources)))
+
+
+def _is_kept(node: fx.Node, root: nn.Module) -> bool:
+    """Tells whether a value is kept for the backward, or lives longer, whatever branches read it."""
+    if node.op in ("get_attr", "placeholder") or node.target in _KEEP_THEIR_RESULTS:
+        return True
+    return any(_keeps_input(user, node, root) for user in node.users)
+
+
+def _keeps_input(user: fx.Node, value: fx.Node, root: nn.Module) -> bool:
+    if user.op == "call_module":
+        return type(root.get_submodule(str(user.target))) in LAYERS
+    if user.op == "call_method":
+        return user.target in _METHODS_THAT_KEEP_THEIR_INPUTS
+    # of a product with a frozen weight that is the weight alone
+    others = [node for node in user.all_input_nodes if node is not value]
+    return user.target in _KEEP_THEIR_INPUTS and not (others and all(node.op == "get_attr" for node in others))
+
+
+def _write_recipes(steps: Sequence[fx.Node], root: nn.Module) -> fx.Node:
+    """Puts a recipe in front of each step, and lets the steps keep recipes, too; returns the last one's."""
+    recipes: dict[fx.Node, fx.Node] = {}
+    for node in steps:
+        recipes[node] = _write_recipe(node, recipes, root)
+    return recipes[steps[-1]]
+
+
+def _write_recipe(node: fx.Node, recipes: dict[fx.Node, fx.Node], root: nn.Module) -> fx.Node:
+    """Puts its recipe in front of a step, which keeps the `recipes` of what it reads instead of that."""
+    name, options = _step(node, root), dict(node.kwargs)
+    with node.graph.inserting_before(node):
+        layer = [node.graph.create_node("get_attr", str(node.target))] if node.op == "call_module" else []
+        args = fx.map_arg(tuple(node.args), lambda argument: recipes.get(argument, argument))
+        source = node.graph.call_function(recipe, (name, options, *layer, *args))
+    if node.op != "call_module" and any(argument in recipes for argument in node.all_input_nodes):
+        node.args, node.kwargs = (source, name, options, *node.args), {}
+        node.op, node.target = "call_function", run
+    return source

@@ -22,7 +22,10 @@ from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.tracing.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, slots_of
 from graphpeft.tracing.source import names_in
 
-_LIBRARIES = sys.stdlib_module_names | {
+_OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
+"""What runs tests: code with assertions leads there, since pytest has rewritten it."""
+
+_LIBRARIES = sys.stdlib_module_names | _OF_TESTS | {
     "einops", "graphpeft", "numpy", "timm", "torch", "torchaudio", "torchvision", "transformers",
 }  # fmt: skip
 """Whose functions and classes keep nothing that a forward changes."""
@@ -30,7 +33,7 @@ _LIBRARIES = sys.stdlib_module_names | {
 _HOLD_WHAT_USERS_PUT_THERE = {"_thread", "argparse", "types", "weakref"}
 """Python modules of the standard library whose objects hold a user's attributes."""
 
-_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | {"graphpeft", "numpy", "torch"}
+_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | _OF_TESTS | {"graphpeft", "numpy", "torch"}
 """Whose objects hold nothing that a forward changes."""
 
 _WITH_PARTS = (*CONTAINERS, tuple)
@@ -220,8 +223,7 @@ def _opened_function(function: FunctionType) -> _Opened:
 
 def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
     names = names_in(code)
-    for name in filter(str.isidentifier, namespace if "globals" in names.read else names.read):
-        # others are no user's: pytest gives the code of assertions such names, which lead into pytest and its plugins
+    for name in namespace if "globals" in names.read else names.read:
         value = namespace.get(name)
         if isinstance(value, ModuleType):
             if not _is_of_a_library(value.__name__):

@@ -63,7 +63,7 @@ def assert_equal_within(found: dict[str, Tensor], expected: dict[str, Tensor], t
         assert difference <= tolerance * max(1.0, float(value.detach().float().abs().max())), name
 
 
-_FILES = "|".join([*(each.name for each in PASSES), "products"])
+_FILES = "|".join([*(each.name for each in PASSES), "products", "recipes"])
 
 
 def body_of(module: Any) -> list[str]:
@@ -72,20 +72,3 @@ def body_of(module: Any) -> list[str]:
         re.sub(rf"graphpeft_passes_({_FILES})_", "", line.split(";")[0].strip()) for line in module.code.splitlines()
     ]
     return [line for line in lines if line and not line.startswith(("#", "def"))]
-
-
-def kept_bytes(model: Any, x: Tensor) -> int:
-    """Returns the bytes that a forward keeps for the backward, each memory once, without parameters and the input."""
-    aside = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), x)}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in aside:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = model(x)
-    del y
-    return sum(kept.values())

@@ -44,6 +44,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """Functions that are cheap beside a product, draw no random numbers, and don't keep what they return."""
 
+KEEP_THEIR_INPUTS = frozenset(("gelu", "layer_norm", "mul", "rms_norm", "silu", "truediv"))
+"""Those of them that keep what they are given, for their backward."""
+
 METHODS = frozenset(
     (
         "contiguous",
@@ -138,16 +141,19 @@ def run(source: Recipe | None, step: str, options: dict[str, Any], *args: Any) -
 
 def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextlib.AbstractContextManager[Any]:
     """Lets the backward of what is computed within the context have these tensors computed again, and not kept."""
-    known = [(tensor, source) for tensor, source in recipes if source is not None and tensor.is_contiguous()]
+    # by their memory, since the hook lives as long as what it packs
+    known = {
+        (tensor.data_ptr(), tensor.numel()): source
+        for tensor, source in recipes
+        if source is not None and tensor.is_contiguous()
+    }
     if not known:
         return contextlib.nullcontext()
 
     def pack(tensor: Tensor) -> _Kept | _Again:
-        for own, source in known:
-            # a product keeps another view of what it is given
-            if tensor.data_ptr() == own.data_ptr() and tensor.numel() == own.numel() and tensor.is_contiguous():
-                return _Again(source, tensor.shape)
-        return _Kept(tensor, tensor._version)
+        # a product keeps another view of what it is given
+        source = known.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
+        return _Kept(tensor, tensor._version) if source is None else _Again(source, tensor.shape)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor())
 

@@ -23,17 +23,17 @@ from graphpeft import ops
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product, products
 from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of
-from graphpeft.passes.recipes import FUNCTIONS, LAYERS, METHODS, recipe, run
+from graphpeft.passes.recipes import FUNCTIONS, KEEP_THEIR_INPUTS, LAYERS, METHODS, recipe, run
 from graphpeft.tags import TAG
 
-_KEEP_THEIR_INPUTS = frozenset(
-    (F.gelu, F.layer_norm, F.rms_norm, F.silu, operator.matmul, operator.mul, operator.truediv, torch.bmm, torch.matmul)
-)
 _METHODS_THAT_KEEP_THEIR_INPUTS = frozenset(("bmm", "matmul", "mul", "pow"))
 _KEEP_THEIR_RESULTS = frozenset(
     (F.scaled_dot_product_attention, F.relu, F.softmax, torch.exp, torch.relu, torch.rsqrt, torch.sigmoid, torch.tanh)
 )
 _NAMES = {function: name for name, function in FUNCTIONS.items() if name != "layer"} | {torch.mul: "mul"}
+_FUNCTIONS_THAT_KEEP_THEIR_INPUTS = frozenset(
+    (operator.matmul, torch.bmm, torch.matmul, *(each for each, name in _NAMES.items() if name in KEEP_THEIR_INPUTS))
+)
 
 
 def recomputed_inputs(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
@@ -136,7 +136,9 @@ def _keeps_input(user: fx.Node, value: fx.Node, root: nn.Module) -> bool:
         return user.target in _METHODS_THAT_KEEP_THEIR_INPUTS
     # of a product with a frozen weight that is the weight alone
     others = [node for node in user.all_input_nodes if node is not value]
-    return user.target in _KEEP_THEIR_INPUTS and not (others and all(node.op == "get_attr" for node in others))
+    return user.target in _FUNCTIONS_THAT_KEEP_THEIR_INPUTS and not (
+        others and all(node.op == "get_attr" for node in others)
+    )
 
 
 def _write_recipes(steps: Sequence[fx.Node], root: nn.Module) -> fx.Node:
@@ -154,7 +156,7 @@ def _write_recipe(node: fx.Node, recipes: dict[fx.Node, fx.Node], root: nn.Modul
         layer = [node.graph.create_node("get_attr", str(node.target))] if node.op == "call_module" else []
         args = fx.map_arg(tuple(node.args), lambda argument: recipes.get(argument, argument))
         source = node.graph.call_function(recipe, (name, options, *layer, *args))
-    if node.op != "call_module" and any(argument in recipes for argument in node.all_input_nodes):
+    if name in KEEP_THEIR_INPUTS and any(argument in recipes for argument in node.all_input_nodes):
         node.args, node.kwargs = (source, name, options, *node.args), {}
         node.op, node.target = "call_function", run
     return source

@@ -34,9 +34,9 @@ from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
+from graphpeft.tracing.questions import tests_truth_by_identity
 from graphpeft.tracing.reach import Reach
 from graphpeft.tracing.snapshot import Snapshot
-from graphpeft.tracing.source import uses_in_forward
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -294,7 +294,7 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
 def plain_or_proxy(tracer: ValueTracer, module: nn.Module, path: str, value: Any) -> Any:
     """Returns the attribute at `path` as an input of the graph; plain where the code compares by identity."""
     proxy = tracer.attribute(path)
-    if isinstance(proxy, fx.Proxy) and uses_in_forward(in_place.original_class(module)).compares_identity:
+    if isinstance(proxy, fx.Proxy) and tests_truth_by_identity(in_place.original_class(module)):
         tracer.decide(proxy, value)
         return value
     return proxy

@@ -19,7 +19,8 @@ import torch.fx as fx
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.source import only_tells, tests_identity
+from graphpeft.tracing.questions import tests_identity
+from graphpeft.tracing.source import only_tells
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer

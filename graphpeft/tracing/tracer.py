@@ -34,8 +34,8 @@ from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.proxy import ValueProxy, writes
+from graphpeft.tracing.questions import compares_objects, question_of_class
 from graphpeft.tracing.settling import changing_modules
-from graphpeft.tracing.source import compares_objects, uses_in_forward
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
@@ -551,7 +551,7 @@ class ValueTracer(fx.Tracer):
 
 def _refuse_questions_of_class(module: nn.Module) -> None:
     """Raises TraceError if the forward of `module` would see the class of a proxy."""
-    question = uses_in_forward(in_place.original_class(module)).asks_class
+    question = question_of_class(in_place.original_class(module))
     if question is not None:
         raise TraceError(
             f"{type(module).__name__}'s forward asks for the class of an argument by `{question}`, which a graph can't "

@@ -139,7 +139,7 @@ def _export_seconds(model: nn.Module, inputs: Any) -> float | str:
 class Clock:
     """Takes the processor time of what runs within it, which begins with nothing known of the model's shapes.
 
-    Both that are compared run on fake tensors, whose values PyTorch keeps: the second one would find those of the first.
+    What is compared runs on fake tensors, whose values PyTorch keeps: the second one would find those of the first.
     The garbage collector, which would go through all that this process has, waits.
 
     Attributes:

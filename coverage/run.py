@@ -78,8 +78,8 @@ another batch size, and with another length or resolution. It was run with {used
   model itself, which doesn't take such inputs.
 - *kept* are modules that stay calls in one of the modes, with the reason below the table.
 - *sites* are the linear layers that LoRA adapts, of those that there are.
-- *×* is the processor time of the trace beside that of `torch.export.export` in the same process, each on its own. Where the code goes another
-  way in training, the trace records two graphs, and the export one.
+- *×* is the processor time of the trace beside that of `torch.export.export` in the same process, each on its
+  own. Where the code goes another way in training, the trace records two graphs, and the export one.
 
 {"".join(sections)}"""
 

@@ -5,59 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from graphpeft import adapter_tensors, changes, stand_ins
 from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft.combination import Combination, Part
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import LeafSite
-
-
-class Combination(NamedTuple):
-    """How adapters are combined, by PEFT's names.
-
-    Attributes:
-        kind: What PEFT calls `combination_type`.
-        svd_rank: The rank of the new adapter, for kinds that decompose; the highest of the adapters' if None.
-        svd_clamp: The quantile at which the factors are cut off, for those kinds.
-        svd_full_matrices: Whether all singular vectors are computed.
-        svd_driver: The method of cuSOLVER.
-        density: The share of elements that is kept, for kinds that leave some out.
-        majority_sign_method: By what the sign of an element is elected: "total" or "frequency".
-    """
-
-    kind: str
-    svd_rank: int | None = None
-    svd_clamp: float | None = None
-    svd_full_matrices: bool = True
-    svd_driver: str | None = None
-    density: float | None = None
-    majority_sign_method: str = "total"
-
-
-class Part(NamedTuple):
-    """What one of the combined adapters has at a site.
-
-    Attributes:
-        adapted: The site with the adapter's rule.
-        weight: The adapter's weight.
-        tensors: Its tensors there, by the rule's names.
-        constants: Its constants there, likewise.
-        delta: Returns its change of the weight.
-    """
-
-    adapted: AdaptedSite
-    weight: float
-    tensors: Mapping[str, torch.Tensor]
-    constants: Mapping[str, float]
-    delta: Callable[[], torch.Tensor]
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -27,7 +27,7 @@ from graphpeft.hub import CONFIG_NAME, adapter_file
 from graphpeft.paths import TensorPaths
 
 if TYPE_CHECKING:
-    from graphpeft.combining import Combination, Part
+    from graphpeft.combination import Combination, Part
     from graphpeft.report import Report
     from graphpeft.rewrite import AdaptedSite, Rule
     from graphpeft.site_finder import SiteFinder

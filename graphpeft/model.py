@@ -36,7 +36,7 @@ from graphpeft.adapting import (
     warn_of_adapted_and_trained_whole,
     warn_of_unmatched,
 )
-from graphpeft.combining import Combination
+from graphpeft.combination import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.combining import Combination, Part
+from graphpeft.combination import Combination, Part
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites import Site
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphpeft import ops
 from graphpeft.boundaries import Leaf
-from graphpeft.combining import Combination, Part
+from graphpeft.combination import Combination, Part
 from graphpeft.config import OWN, PeftConfig, PeftType, register
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphpeft.combining import Combination
+from graphpeft.combination import Combination
 from graphpeft.config import PeftConfig, register
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.paths import TensorPaths

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphpeft import GuardError, LoraConfig, explain, trace
-from graphpeft.layer_kinds import linear_classes
+from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.testing.laws import LawError, require_unchanged, snapshot
 from graphpeft.tracing.graph_module import template_of
 

@@ -11,7 +11,6 @@ from graphpeft.auto import (
 )
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType, register
-from graphpeft.feeding import feeding
 from graphpeft.hotswap import hotswap_adapter
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
@@ -39,10 +38,11 @@ from graphpeft.model import (
 )
 from graphpeft.optimization import PassReport, optimize
 from graphpeft.plan import AdaptError
+from graphpeft.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.report import Report
 from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
-from graphpeft.target_config import TargetedConfig
-from graphpeft.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.sites.feeding import feeding
+from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.tracing.trace import trace
 

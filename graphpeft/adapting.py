@@ -15,15 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import adapter_tensors, checkpoint, in_place
-from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapter, Adapters, Tensors
+from graphpeft import checkpoint, in_place
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.replication import replicate
+from graphpeft.adapters.state import Adapter, Adapters, Tensors
+from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
-from graphpeft.replication import replicate
 from graphpeft.report import listed
-from graphpeft.sites import Site
-from graphpeft.targeting import unmatched_entries
+from graphpeft.sites.site import Site
+from graphpeft.targeting.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
 
 Where = Callable[[Any], bool]
@@ -211,24 +212,24 @@ def carry_out(
     is_first = STATE not in model.__dict__
     touched = [name]
     state = Adapters.before_any(modules) if is_first else model.__dict__[STATE]
-    _adapters.add(modules, state, name, plan, values)
+    lifecycle.add(modules, state, name, plan, values)
     try:
         if is_first:
             in_place.put_on(model, methods)
         if activates:
             before = state.active
-            _adapters.activate(modules, state, [name])
+            lifecycle.activate(modules, state, [name])
             touched = [*before, name]
     except BaseException:
-        _adapters.remove(modules, state, name)
+        lifecycle.remove(modules, state, name)
         if is_first:
             in_place.take_off(model, "methods")
         raise
     model.__dict__[STATE] = state
     if is_first:
-        adapter_tensors.freeze(modules, state)
+        freeze(modules, state)
     else:
-        adapter_tensors.set_trainable(modules, state, touched)
+        set_trainable(modules, state, touched)
 
 
 @contextlib.contextmanager

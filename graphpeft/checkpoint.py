@@ -19,14 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from graphpeft import embedding_layers, stand_ins, targets
-from graphpeft.adapter_state import Adapter, Modules, Tensors
+from graphpeft import stand_ins
+from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.config import PeftConfig, PeftType
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.rewrite import FileForm
-from graphpeft.sites import CallSite, LeafSite, Site
+from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting import embedding_layers, targets
 from graphpeft.tracing.trace import stands_for
 
 PREFIX = "base_model.model."

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from graphpeft.combination import Combination, Part
     from graphpeft.report import Report
     from graphpeft.rewrite import AdaptedSite, Rule
-    from graphpeft.site_finder import SiteFinder
-    from graphpeft.sites import CallSite, LeafSite, Site
+    from graphpeft.sites.finder import SiteFinder
+    from graphpeft.sites.site import CallSite, LeafSite, Site
 
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose files are written; PEFT records its own version in a config."""

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import adapter_tensors, checkpoint
-from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft import checkpoint
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.replication import replicate
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.tensors import set_trainable
 from graphpeft.adapting import known_adapter, planned, refuse
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
-from graphpeft.replication import replicate
 from graphpeft.report import listed
 
 
@@ -107,23 +108,23 @@ def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: 
     """Takes the adapter off and puts the other one on: both, or neither."""
     old, order, active = state.by_name[name], list(state.by_name), list(state.active)
     tensors = {(path, own): getattr(modules[path], own) for path, own in old.tensor_names(name) if path in modules}
-    _adapters.remove(modules, state, name)
+    lifecycle.remove(modules, state, name)
     try:
-        _adapters.add(modules, state, name, plan, values)
-        _adapters.activate(modules, state, [])  # so that nodes come in their order
-        _adapters.activate(modules, state, active)
+        lifecycle.add(modules, state, name, plan, values)
+        lifecycle.activate(modules, state, [])  # so that nodes come in their order
+        lifecycle.activate(modules, state, active)
     except BaseException:
         if name in state.by_name:
-            _adapters.remove(modules, state, name)
+            lifecycle.remove(modules, state, name)
         before = Plan(modules, old.config, old.report, old.sites, {}, old.whole, old.rows)
-        _adapters.add(modules, state, name, before, tensors)
+        lifecycle.add(modules, state, name, before, tensors)
         for (path, own), tensor in tensors.items():
             # the very tensors, which an optimizer may have
             kind = modules[path]._parameters if own in modules[path]._parameters else modules[path]._buffers
             kind[own] = tensor  # type: ignore[assignment]
-        _adapters.activate(modules, state, [])
-        _adapters.activate(modules, state, active)
+        lifecycle.activate(modules, state, [])
+        lifecycle.activate(modules, state, active)
         raise
     finally:
         state.by_name = {known: state.by_name[known] for known in order}
-    adapter_tensors.set_trainable(modules, state, active if name in active else [name])
+    set_trainable(modules, state, active if name in active else [name])

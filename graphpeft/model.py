@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from graphpeft import adapter_tensors, checkpoint, combining, in_place, merging, mixing, trainer
-from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapters
+from graphpeft import checkpoint, in_place, trainer
+from graphpeft.adapters import combining, lifecycle, merging, mixing
+from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
 from graphpeft.adapting import (
     STATE,
     Where,
@@ -381,12 +382,12 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
-            _adapters.refuse_untrainable(known_adapter(self, name), name)
+            lifecycle.refuse_untrainable(known_adapter(self, name), name)
         modules, before = modules_of(self), self.active_adapters
-        _adapters.activate(modules, self._peft_adapters, names)
+        lifecycle.activate(modules, self._peft_adapters, names)
         for config in configs:
             config.inference_mode = inference_mode
-        adapter_tensors.set_trainable(modules, self._peft_adapters, [*before, *names])
+        set_trainable(modules, self._peft_adapters, [*before, *names])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes one adapter off for good.
@@ -404,20 +405,20 @@ class PeftModel(nn.Module):
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
             )
         was_active = adapter_name in state.active
-        _adapters.remove(modules, state, adapter_name)
+        lifecycle.remove(modules, state, adapter_name)
         if was_active and not state.active and state.by_name:
             [first, *_] = state.by_name
             warnings.warn(f"{adapter_name!r} was active and is deleted; {first!r} is active now", stacklevel=2)
-            _adapters.activate(modules, state, [first])
-        adapter_tensors.set_trainable(modules, state, state.active)
+            lifecycle.activate(modules, state, [first])
+        set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
-        _adapters.disable(modules_of(self), self._peft_adapters, True)
+        lifecycle.disable(modules_of(self), self._peft_adapters, True)
 
     def enable_adapters(self) -> None:
         """Lets the active adapters act again."""
-        _adapters.disable(modules_of(self), self._peft_adapters, False)
+        lifecycle.disable(modules_of(self), self._peft_adapters, False)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -429,7 +430,7 @@ class PeftModel(nn.Module):
         finally:
             # unless the model was unloaded within the context
             if STATE in self.__dict__:
-                _adapters.disable(modules_of(self), self._peft_adapters, was)
+                lifecycle.disable(modules_of(self), self._peft_adapters, was)
 
     def get_base_model(self) -> Any:
         """Returns the model itself: it is the base model, with adapters."""
@@ -448,13 +449,13 @@ class PeftModel(nn.Module):
         state, modules = self._peft_adapters, modules_of(self)
         merging.unmerge(modules, state)
         for name in list(state.by_name):
-            _adapters.remove(modules, state, name)
+            lifecycle.remove(modules, state, name)
         for region in state.mixable & modules.keys():
             in_place.take_off(modules[region], "rows")
         for region in state.lifted.keys() & modules.keys():
             in_place.take_off(modules[region], "graph")
         _undress(self)
-        adapter_tensors.thaw(modules, state)
+        thaw(modules, state)
         if state.replication is not None:
             state.replication.undo()
         return self
@@ -565,7 +566,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
-            adapter_tensors.refuse_missing(modules_of(self), adapter, name)
+            refuse_missing(modules_of(self), adapter, name)
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             first = path_initial_model_for_weight_conversion
@@ -642,7 +643,7 @@ def set_peft_model_state_dict(
     modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)
     values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
-    adapter_tensors.overwrite(modules, adapter, adapter_name, values)
+    overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import adapters as _adapters
 from graphpeft import passes as _passes
+from graphpeft.adapters import lifecycle
 from graphpeft.passes import PASSES
 from graphpeft.plan import AdaptError
 from graphpeft.report import listed, table
@@ -70,7 +70,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
     state: Any = model.__dict__.get("_peft_adapters")
     if state is None:
         raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
-    done = _adapters.optimize(dict(model.named_modules()), state, names)
+    done = lifecycle.optimize(dict(model.named_modules()), state, names)
     labels = {
         (adapted.site.region, node): adapted.site.label
         for adapter in state.acting

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import ops, stand_ins, targets
+from graphpeft import ops, stand_ins
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths, join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import CallSite, LeafSite, Site
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting import targets
+from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained_whole
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
-from graphpeft.trained_whole import TrainedRows, trained_rows, trained_whole
 
 
 class AdaptError(ValueError):

@@ -18,13 +18,13 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from graphpeft.boundaries import Boundary, Leaf
 from graphpeft.ops import Operation, Weight
+from graphpeft.ops.boundaries import Boundary, Leaf
 from graphpeft.tags import TAG, Tag, top
 from graphpeft.tracing.calls import CALLS, calls_of
 
 if TYPE_CHECKING:
-    from graphpeft.sites import CallSite, LeafSite, Site
+    from graphpeft.sites.site import CallSite, LeafSite, Site
 
 Op = Operation | Boundary
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from graphpeft import LoraConfig, dataflow, get_peft_model, trace
+from graphpeft import LoraConfig, get_peft_model, trace
+from graphpeft.sites import dataflow
 from graphpeft.tags import TAG
 
 

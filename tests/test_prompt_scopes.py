@@ -28,7 +28,7 @@ from graphpeft import (
     get_peft_model,
     trace,
 )
-from graphpeft.prompt_scopes import mask_with_tokens
+from graphpeft.prompts.scopes import mask_with_tokens
 from graphpeft.testing import laws
 
 

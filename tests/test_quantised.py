@@ -31,7 +31,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 
 from graphpeft import LoraConfig, explain, get_peft_model, hotswap_adapter, trace
 from graphpeft.plan import AdaptError
-from graphpeft.quantised import is_quantised
+from graphpeft.sites.quantised import is_quantised
 from graphpeft.testing import laws, verify
 
 pytestmark = [

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from graphpeft import trace
-from graphpeft.targets import (
+from graphpeft.targeting.targets import (
     DEFAULT_TARGET_MODULES,
     Match,
     all_linear_names,

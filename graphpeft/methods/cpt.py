@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, TaskType, register
-from graphpeft.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
-from graphpeft.prompting import Encoder, InFront, PromptRule
+from graphpeft.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
+from graphpeft.prompts.prompting import Encoder, InFront, PromptRule
 from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.sites import CallSite
+from graphpeft.sites.site import CallSite
 
 _SMALLEST = 1e-10
 """The bound of tokens that aren't moved."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
 from graphpeft.methods.prompt_tuning import TokenTable
-from graphpeft.prompt_config import PromptLearningConfig
-from graphpeft.prompting import EMBEDDINGS_KEY, Encoder
+from graphpeft.prompts.prompt_config import PromptLearningConfig
+from graphpeft.prompts.prompting import EMBEDDINGS_KEY, Encoder
 from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft import prompting
 from graphpeft.config import PeftType, register
 from graphpeft.paths import TensorPaths
-from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.prompting import (
+from graphpeft.prompts import prompting
+from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
+from graphpeft.prompts.prompting import (
     CACHES,
     EMBEDDINGS_KEY,
     Encoder,
@@ -38,8 +38,8 @@ from graphpeft.prompting import (
 )
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import CallSite
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite
 
 
 @register

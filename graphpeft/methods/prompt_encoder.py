@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
-from graphpeft.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.prompting import Encoder
+from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
+from graphpeft.prompts.prompting import Encoder
 from graphpeft.recorded import recorded
 from graphpeft.rewrite import ParameterSpec
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
-from graphpeft.prompt_config import PromptLearningConfig, Table
-from graphpeft.prompting import Encoder
+from graphpeft.prompts.prompt_config import PromptLearningConfig, Table
+from graphpeft.prompts.prompting import Encoder
 from graphpeft.rewrite import ParameterSpec
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from graphpeft import changes
-from graphpeft.adapter_state import Adapter, Modules
+from graphpeft.adapters import changes
+from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.config import PeftConfig
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.paths import join

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graphpeft.combination import Combination, Part
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 
 SUMS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """The kinds that combine the factors element by element, whose ranks must be equal."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from graphpeft import ops
-from graphpeft.boundaries import Leaf
 from graphpeft.combination import Combination, Part
 from graphpeft.config import OWN, PeftConfig, PeftType, register
 from graphpeft.methods.lora import combination
@@ -31,12 +30,13 @@ from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
+from graphpeft.ops.boundaries import Leaf
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite, Rule
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import Site
-from graphpeft.target_config import TargetedConfig
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import Site
+from graphpeft.targeting.target_config import TargetedConfig
 
 
 @register

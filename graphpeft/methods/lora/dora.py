@@ -28,7 +28,7 @@ from graphpeft.methods.lora.initialisation import replaces_weight
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.rewrite import ParameterSpec
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 
 Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts
 

@@ -23,7 +23,7 @@ from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
 from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
 from graphpeft.rewrite import ParameterSpec
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from graphpeft import adapter_tensors, targets
-from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapters
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.tensors import set_trainable
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
 from graphpeft.plan import AdaptError, make_plan
+from graphpeft.targeting import targets
 
 PREFIX = "base_model.model."
 _SEED = 42
@@ -278,11 +279,11 @@ def _without_adapters(model: nn.Module, state: Adapters | None) -> Iterator[None
         yield
         return
     was = state.is_disabled
-    _adapters.disable(dict(model.named_modules()), state, True)
+    lifecycle.disable(dict(model.named_modules()), state, True)
     try:
         yield
     finally:
-        _adapters.disable(dict(model.named_modules()), state, was)
+        lifecycle.disable(dict(model.named_modules()), state, was)
 
 
 @dataclass
@@ -505,9 +506,9 @@ def _adapt_anew(model: nn.Module, state: Adapters, name: str, config: Any, found
         )
     if plan.report.refused:
         raise AdaptError("; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused))
-    _adapters.remove(modules, state, name)
-    _adapters.add(modules, state, name, plan)
-    _adapters.activate(modules, state, [name])
+    lifecycle.remove(modules, state, name)
+    lifecycle.add(modules, state, name, plan)
+    lifecycle.activate(modules, state, [name])
     for adapted in plan.sites:
         modules[adapted.site.owner].get_parameter(adapted.names["lora_A"]).copy_(found[adapted.site.name])
-    adapter_tensors.set_trainable(modules, state, [name])
+    set_trainable(modules, state, [name])

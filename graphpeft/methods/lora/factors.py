@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphpeft import ops, targets
+from graphpeft import ops
 from graphpeft.rewrite import ParameterSpec
-from graphpeft.sites import LeafSite, Site
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting import targets
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scalin
 from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
 from graphpeft.methods.lora.loftq import Loftq
 from graphpeft.methods.lora.lora_ga import LoraGa
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 
 RANDOM = (True, False, "gaussian")
 """Values of `init_lora_weights` that look at no weight."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
 from graphpeft.methods.lora.linear import dropped_by_row, in_graph, matrix_factors, products_by_row
 from graphpeft.rewrite import ParameterSpec, WeightRule
-from graphpeft.sites import LeafSite
+from graphpeft.sites.site import LeafSite
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from graphpeft.methods.lora.factors import (
     unmergeable_bias,
 )
 from graphpeft.rewrite import ParameterSpec
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)

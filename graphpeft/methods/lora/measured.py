@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from graphpeft import targets
-from graphpeft.layer_kinds import linear_classes
 from graphpeft.plan import AdaptError
+from graphpeft.sites.layer_kinds import linear_classes
+from graphpeft.targeting import targets
 
 Measurements = WeakKeyDictionary[nn.Module, Any]
 """By the module itself: the model isn't changed, and what was measured goes with it."""

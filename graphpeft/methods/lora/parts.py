@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from graphpeft.methods.lora.factors import constants_of, draw_as_layer, rank_of, refused_unless_plain, scaling_of
 from graphpeft.methods.lora.linear import matrix_delta
-from graphpeft.parts import Runs
 from graphpeft.rewrite import FileForm, ParameterSpec
-from graphpeft.sites import Site
+from graphpeft.sites.parts import Runs
+from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)

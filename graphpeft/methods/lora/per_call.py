@@ -21,7 +21,7 @@ from graphpeft.config import PeftConfig, register
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Refusal, Report
-from graphpeft.site_finder import SiteFinder
+from graphpeft.sites.finder import SiteFinder
 from graphpeft.tracing.errors import TraceError
 
 _WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), config), or take LoraConfig for all calls"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphpeft import ops, targets
-from graphpeft.parts import Runs
+from graphpeft import ops
 from graphpeft.report import Refusal, Report
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import LeafSite, Site
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.parts import Runs
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting import targets
 from graphpeft.tracing.errors import TraceError
 
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from graphpeft.layer_kinds import linear_classes
+from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")

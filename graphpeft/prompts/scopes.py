@@ -18,11 +18,11 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphpeft import targets
 from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import CallSite
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite
+from graphpeft.targeting import targets
 from graphpeft.tracing.errors import TraceError
 
 SCOPE = "scope"

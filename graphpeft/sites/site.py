@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from graphpeft.boundaries import Boundary, Leaf
-from graphpeft.parts import Runs
+from graphpeft.ops.boundaries import Boundary, Leaf
 from graphpeft.paths import join
+from graphpeft.sites.parts import Runs
 
 
 class OneCall(NamedTuple):

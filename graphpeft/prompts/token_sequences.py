@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphpeft import rewrite
-from graphpeft.attentions import LAYERS, attentions
-from graphpeft.boundaries import boundary_of
-from graphpeft.dataflow import as_digraph
-from graphpeft.prompt_scopes import InScope
+from graphpeft.ops.boundaries import boundary_of
+from graphpeft.prompts.scopes import InScope
 from graphpeft.report import listed
+from graphpeft.sites.attentions import LAYERS, attentions
+from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.calls import Call, calls_of
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import faked

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from graphpeft import targets
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import LeafSite, Site
-from graphpeft.targeting import targeted_sites
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting.targeting import targeted_sites, targets
 
 
 @dataclass(kw_only=True)

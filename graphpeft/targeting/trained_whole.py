@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from graphpeft import stand_ins, targets
+from graphpeft import stand_ins
 from graphpeft.config import TASK_HEADS, PeftConfig
-from graphpeft.embedding_layers import embedding_layers
 from graphpeft.paths import TensorPaths, join
-from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report
-from graphpeft.sites import LeafSite, Site
+from graphpeft.sites.quantised import described, is_quantised
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting import targets
+from graphpeft.targeting.embedding_layers import embedding_layers
 from graphpeft.tracing.trace import stands_for
 
 _WAY_OUT = "name other modules in modules_to_save, or none"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpeft import in_place, stand_ins
-from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan, dtype_of_adapter

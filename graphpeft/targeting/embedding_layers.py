@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import targets
 from graphpeft.config import PeftConfig
-from graphpeft.targets import Match
+from graphpeft.targeting import targets
+from graphpeft.targeting.targets import Match
 
 _NAMES = ("embed_tokens", "lm_head")
 """What embeddings are called, by PEFT's `EMBEDDING_LAYER_NAMES`; naming one as a target has its table saved."""

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from graphpeft import passes
-from graphpeft.acting import let_act, stand_in_readers
-from graphpeft.adapted_graphs import by_region, worn_in
-from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapter_tensors import new_tensors, overwrite
-from graphpeft.merging import unmerge, with_originals
+from graphpeft.adapters.acting import let_act, stand_in_readers
+from graphpeft.adapters.graphs import by_region, worn_in
+from graphpeft.adapters.merging import unmerge, with_originals
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
 from graphpeft.tracing.graph_module import template_of, wear_template

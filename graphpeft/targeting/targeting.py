@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from graphpeft import targets
-from graphpeft.layer_kinds import declares_features
 from graphpeft.paths import TensorPaths, join
-from graphpeft.quantised import described, is_quantised
 from graphpeft.report import Refusal, Report, listed
-from graphpeft.site_finder import NoSiteError, SiteFinder
-from graphpeft.sites import LeafSite, Site
-from graphpeft.targets import Match
+from graphpeft.sites.finder import NoSiteError, SiteFinder
+from graphpeft.sites.layer_kinds import declares_features
+from graphpeft.sites.quantised import described, is_quantised
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting import targets
+from graphpeft.targeting.targets import Match
 from graphpeft.tracing.trace import stands_for
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from graphpeft import stand_ins
+from graphpeft.adapters.replication import Replication
 from graphpeft.config import PeftConfig
 from graphpeft.paths import TensorPaths
 from graphpeft.plan import Plan
-from graphpeft.replication import Replication
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
+from graphpeft.targeting.trained_whole import TrainedRows
 from graphpeft.tracing.graph_module import Template
-from graphpeft.trained_whole import TrainedRows
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""

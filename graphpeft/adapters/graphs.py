@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from graphpeft import ops, rewrite
-from graphpeft.adapter_state import Adapter, Adapters, Modules
-from graphpeft.boundaries import Boundary, Leaf, boundary_of, leaf_of
+from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
 from graphpeft.rewrite import AdaptedSite

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft import dataflow, ops
+from graphpeft import ops
+from graphpeft.sites import dataflow
 from graphpeft.tracing.graph_module import Template
 
 

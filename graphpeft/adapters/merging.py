@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from graphpeft import stand_ins
-from graphpeft.acting import let_act, stand_in_readers
-from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapter_tensors import refuse_missing
-from graphpeft.changes import add_change, bias_delta, changed_places, delta
+from graphpeft.adapters.acting import let_act, stand_in_readers
+from graphpeft.adapters.changes import add_change, bias_delta, changed_places, delta
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 from graphpeft.stand_ins import own_parameter
 
 

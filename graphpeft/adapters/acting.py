@@ -6,8 +6,8 @@ A region without any runs its own class's code again, so a disabled adapter cost
 from __future__ import annotations
 
 from graphpeft import in_place, passes, stand_ins
-from graphpeft.adapted_graphs import templates_with
-from graphpeft.adapter_state import Adapter, Adapters, Modules
+from graphpeft.adapters.graphs import templates_with
+from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.tracing.graph_module import wear_template

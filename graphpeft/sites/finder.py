@@ -9,23 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import example_runs, in_place, ops
-from graphpeft.boundaries import NAME, boundaries_inside, boundary_of
-from graphpeft.gradient_flow import flow_of
-from graphpeft.layer_kinds import declared_features, declares_features, kind_of_layer
+from graphpeft import in_place, ops
 from graphpeft.ops import convolution
-from graphpeft.parts import Runs, parts_found
+from graphpeft.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.paths import join, within
-from graphpeft.quantised import described, is_quantised
-from graphpeft.readers import held_outside, holds_parameters, may_read, readers_around
-from graphpeft.sites import LeafSite, OneCall, Site
+from graphpeft.sites import example_runs
+from graphpeft.sites.gradient_flow import flow_of
+from graphpeft.sites.layer_kinds import declared_features, declares_features, kind_of_layer
+from graphpeft.sites.parts import Runs, parts_found
+from graphpeft.sites.quantised import described, is_quantised
+from graphpeft.sites.readers import held_outside, holds_parameters, may_read, readers_around
+from graphpeft.sites.site import LeafSite, OneCall, Site
+from graphpeft.sites.weight_uses import WeightUses, weight_uses
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, runs_graph, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.own_forward import call_on_weights, call_through
 from graphpeft.tracing.source import ANY, methods_reading, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, stands_for
-from graphpeft.weight_uses import WeightUses, weight_uses
 
 
 class Crossing(NamedTuple):

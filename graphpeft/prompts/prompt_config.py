@@ -12,15 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import prompting, targets
 from graphpeft.config import OWN, PeftConfig, TaskType
 from graphpeft.paths import TensorPaths, join
-from graphpeft.prompt_scopes import SCOPE, InScope, scope_sites
-from graphpeft.prompting import EMBEDDINGS_KEY, Encoder, InEncoding, InFront, Nothing, PromptRule, other_cache_names
+from graphpeft.prompts import prompting
+from graphpeft.prompts.prompting import (
+    EMBEDDINGS_KEY,
+    Encoder,
+    InEncoding,
+    InFront,
+    Nothing,
+    PromptRule,
+    other_cache_names,
+)
+from graphpeft.prompts.scopes import SCOPE, InScope, scope_sites
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import CallSite
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite
+from graphpeft.targeting import targets
 
 ENCODER_PREFIX = "prompt_encoder."
 """What the names of a prompt encoder's own tensors begin with in files; PEFT doesn't save them, and ignores them."""

@@ -24,8 +24,8 @@ from graphpeft.config import TaskType
 from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec
-from graphpeft.site_finder import SiteFinder
-from graphpeft.sites import CallSite
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite
 from graphpeft.tracing.errors import TraceError
 
 EMBEDDINGS_KEY = "prompt_embeddings"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from graphpeft import ops
-from graphpeft.adapter_state import Adapter, Modules
+from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.plan import HALVES
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import Site
+from graphpeft.sites.site import Site
 from graphpeft.stand_ins import own_parameter
 
 

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from graphpeft import adapter_tensors, changes, stand_ins
-from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
+from graphpeft import stand_ins
+from graphpeft.adapters import changes
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.tensors import first_values, refuse_missing
 from graphpeft.combination import Combination, Part
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
-from graphpeft.sites import LeafSite
+from graphpeft.sites.site import LeafSite
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -106,14 +108,14 @@ def combined_values(
     """
     sources = {name: adapters.by_name[name] for name in weights}
     for name, source in sources.items():
-        adapter_tensors.refuse_missing(modules, source, name)
+        refuse_missing(modules, source, name)
     parts = _parts(modules, sources, weights)
     planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
         raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
     # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
-    adapter_tensors.first_values(plan, modules)
+    first_values(plan, modules)
     values: Tensors = {}
     for adapted in plan.sites:
         try:

@@ -22,15 +22,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from graphpeft import adapted_graphs, adapter_tensors, in_place, rewrite
-from graphpeft.adapter_state import Adapter, Adapters, Modules
-from graphpeft.parts import is_view
+from graphpeft import in_place, rewrite
+from graphpeft.adapters.graphs import op_in, with_adapter, without
+from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
 from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
-from graphpeft.sites import CallSite
+from graphpeft.sites.parts import is_view
+from graphpeft.sites.site import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, worn_template
 
 BASE = "__base__"
@@ -311,7 +313,7 @@ def _place(adapted: AdaptedSite) -> tuple[Any, ...]:
 def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> _Known:
     by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
     for name in names:
-        adapter_tensors.refuse_missing(modules, adapters.by_name[name], name)
+        refuse_missing(modules, adapters.by_name[name], name)
         for adapted in adapters.by_name[name].sites:
             by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
     for name in adapters.acting:
@@ -339,7 +341,7 @@ def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
     template = template_of(modules[region]) or adapters.lifted[region]
     for name in adapters.acting:
         if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
-            template = adapted_graphs.without(template, name)
+            template = without(template, name)
     return template
 
 
@@ -363,7 +365,7 @@ def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tupl
         for adapted, _ in sites:
             site: Any = adapted.site
             for node in site.nodes[index]:
-                op: Any = adapted_graphs.op_in(graph, named, node, site.op, module, region)
+                op: Any = op_in(graph, named, node, site.op, module, region)
                 if is_view(op.x):
                     return True
     return False
@@ -416,7 +418,7 @@ def _by_row(
             named = {node.name: node for node in graph.nodes}
             for owner, prefix, kind, nodes, rule, parameters, constants, where in edits:
                 for node in nodes[index]:
-                    op: Any = adapted_graphs.op_in(graph, named, node, kind, module, region)
+                    op: Any = op_in(graph, named, node, kind, module, region)
                     values = _values_by_row(graph, op, owner, prefix, parameters, constants, where)
                     training = "training" if owner == _ITSELF else join(owner, "training")
                     rewrite.replace(graph, op, rule.by_row, values, {"training": training})
@@ -458,7 +460,7 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters)
         sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
         if content is None or not sites:
             return bare.forward
-        return adapted_graphs.with_adapter(bare, module, name, content, region, sites).forward
+        return with_adapter(bare, module, name, content, region, sites).forward
 
     forward_with = functools.cache(forward_with)
 

@@ -8,8 +8,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphpeft import ops
-from graphpeft.attentions import LAYERS, attentions
-from graphpeft.dataflow import feeding_directly
+from graphpeft.sites.attentions import LAYERS, attentions
+from graphpeft.sites.dataflow import feeding_directly
 from graphpeft.tracing.graph_module import VALUE, template_of
 from graphpeft.tracing.trace import stands_for
 

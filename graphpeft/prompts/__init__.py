@@ -1,0 +1,1 @@
+"""Virtual tokens in front of what a model reads."""

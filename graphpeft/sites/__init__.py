@@ -1,0 +1,1 @@
+"""What in a model can be adapted, and how it is found."""

@@ -1,0 +1,1 @@
+"""From what a config names to what it means in a model."""

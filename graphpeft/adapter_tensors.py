@@ -126,6 +126,11 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
         tensor.copy_(value)
 
 
+def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Tells whether a tensor of a model has the values of a saved one already."""
+    return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
+
+
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a tensor of an adapter is no longer on the model."""
     for path, attribute in adapter.tensor_names(name):

@@ -133,7 +133,9 @@ def load(
         plan = plan_for(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
         refuse(plan)
         adapter = Adapter.of(plan)
-        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), values)
+        state: Adapters | None = model.__dict__.get(STATE)
+        originals = state.originals if state is not None else {}
+        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         carry_out(model, adapter_name, plan, fitted, activates, methods)
 

@@ -65,7 +65,7 @@ def hotswap_adapter(
     plan = planned(model, config.fitted_to(values), adapter_name)
     refuse(plan)
     modules = plan.modules
-    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, values)
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values)
     swapped = Adapter.of(plan)
     of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
     of_base += [join(*place) for place in adapter.overwritten]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from graphpeft import stand_ins
 from graphpeft.acting import let_act, stand_in_readers
 from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapter_tensors import refuse_missing
+from graphpeft.adapter_tensors import is_same, refuse_missing
 from graphpeft.changes import add_change, bias_delta, changed_places, delta
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
@@ -140,6 +141,17 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
         yield
     finally:
         _restore(modules, changed)
+
+
+def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:
+    """Raises AdaptError if a state dict has other weights where adapters are merged, which `unmerge` would lose."""
+    for path, name in adapters.originals:
+        value = state_dict.get(join(path, name))
+        if value is not None and path in modules and not is_same(own_parameter(modules[path], name), value):
+            raise AdaptError(
+                f"the state dict has another {join(path, name)} than the one into which {listed(adapters.merged)} are "
+                "merged, and unmerging would lose it; call unmerge_adapter() before you load it"
+            )
 
 
 def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> None:

@@ -192,6 +192,9 @@ def test_a_file_that_fits_is_loaded_without_a_warning(tmp_path: Path) -> None:
     PeftModel.from_pretrained(fresh(), tmp_path)
 
 
+BARE = Example("bare", lambda: nn.Linear(3, 3), lambda generator: (torch.randn(2, 3, generator=generator),), {})
+
+
 @pytest.mark.parametrize(
     ("example", "options", "words"),
     [
@@ -202,6 +205,9 @@ def test_a_file_that_fits_is_loaded_without_a_warning(tmp_path: Path) -> None:
         (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["q_proj", "excluded"]),
         (LLAMA, {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, ["q_proj", "excluded"]),
         (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["q_proj", "layers_to_transform"]),
+        (LLAMA, {"target_modules": "q_proj"}, ["a regular expression for a whole name", "write ['q_proj']"]),
+        (LLAMA, {"target_modules": ["all-linear"]}, ["'all-linear' is written without a list"]),
+        (BARE, {"target_modules": "all-linear"}, ["a layer by itself has no name", "nn.Sequential(layer)"]),
         (MLP, {}, ["target_modules", "up"]),
     ],
 )

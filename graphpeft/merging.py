@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -176,22 +177,36 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
                         f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
                         "alone first"
                     )
-    _refuse_of_base(adapters, names)
+    _refuse_in_part(adapters, names)
 
 
-def _refuse_of_base(adapters: Adapters, names: list[str]) -> None:
-    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's."""
+def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's.
+
+    What is merged acts first. So a change of the weight so far is another one if that reverses the order of the two;
+    one of the base is another one in any case, since merging changes what the module has.
+    """
     merged = [*adapters.merged, *names]
     left = [name for name in adapters.active if name not in merged]
-    shared = {adapted.site.weight for name in merged for adapted in adapters.by_name[name].weight_sites}
-    shared &= {adapted.site.weight for name in left for adapted in adapters.by_name[name].weight_sites}
-    for name in (*merged, *left):
-        for adapted in adapters.by_name[name].weight_sites:
-            if adapted.site.weight in shared and "base" in inspect.signature(adapted.rule.delta).parameters:
-                raise AdaptError(
-                    f"the change of {adapted.site.weight} by {name!r} depends on the weight itself, so of the adapters "
-                    "that act on it, none can be merged alone; merge all that are active, or activate others"
-                )
+    asked = {name: _asked_of_weights(adapters.by_name[name]) for name in (*merged, *left) if left}
+    for one, other in itertools.product(merged, left):
+        overtakes = one in adapters.active[adapters.active.index(other) :]
+        reads = {"weight", "base"} if overtakes else {"base"}
+        for weight in asked[one].keys() & asked[other].keys():
+            for name in (one, other):
+                if reads & asked[name][weight]:
+                    raise AdaptError(
+                        f"the change of {weight} by {name!r} depends on the weight itself, so {one!r} can't be merged "
+                        f"without {other!r}, which acts there, too; merge all that are active, or activate others"
+                    )
+
+
+def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
+    """Returns what the changes of an adapter ask for, by their weights' paths."""
+    asked: dict[str, set[str]] = {}
+    for adapted in adapter.weight_sites:
+        asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
+    return asked
 
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:

@@ -215,6 +215,7 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     stand_in_readers(adapters, names)
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
+        _refuse_resized(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
 
 
@@ -239,6 +240,16 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
             raise AdaptError(
                 f"{adapted.site.label} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
                 "unload()"
+            )
+
+
+def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
+    for adapted in adapter.weight_sites:
+        shape = tuple(own_parameter(modules[adapted.site.owner], adapted.site.attribute).shape)
+        if shape != tuple(adapted.site.shape):
+            raise AdaptError(
+                f"{adapted.site.weight} has the shape {shape} now, and had {tuple(adapted.site.shape)} when {name!r} "
+                "was adapted to it; resize a model before you adapt it"
             )
 
 

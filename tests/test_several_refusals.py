@@ -279,6 +279,14 @@ def test_a_state_dict_of_other_weights_is_not_loaded_where_unmerging_would_lose_
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_vocabulary_that_was_resized_since_is_not_merged_into() -> None:
+    model = get_peft_model(llama(), lora(target_modules=["q_proj", "embed_tokens"]))
+    model.resize_token_embeddings(70)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with refused(model, AdaptError, r"embed_tokens\.weight has the shape \(70, 32\) now, and had \(64, 32\)"):
+            merge()
+
+
 def test_merging_twice_is_a_no_op_with_a_warning() -> None:
     model = with_plain(lora())
     model.merge_adapter()

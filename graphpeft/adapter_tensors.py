@@ -147,7 +147,7 @@ def freeze(modules: Modules, adapters: Adapters) -> None:
     for path, name in adapters.trained_before:
         parameter = modules[path]._parameters[name]
         assert parameter is not None
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # not by a method, which an uninitialised one of a lazy layer refuses
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
@@ -156,7 +156,7 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                parameter.requires_grad_((path, name) in trained)
+                parameter.requires_grad = (path, name) in trained
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from graphpeft import adapter_tensors, checkpoint
 from graphpeft import adapters as _adapters
 from graphpeft.adapter_state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapting import known_adapter, planned, refuse
+from graphpeft.adapting import known_adapter, known_adapters, planned, refuse
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
@@ -49,7 +49,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
-    state: Adapters = model.__dict__["_peft_adapters"]
+    state = known_adapters(model)
     if adapter_name in state.merged:
         raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
     hub_options = {name: value for name, value in options.items() if name != "use_safetensors"}

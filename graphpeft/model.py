@@ -21,9 +21,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import adapter_tensors, checkpoint, combining, in_place, merging, mixing, trainer
 from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapters
+from graphpeft.adapter_state import STATE, Adapters, adapters_of
 from graphpeft.adapting import (
-    STATE,
     Where,
     add_new,
     carry_out,
@@ -427,7 +426,7 @@ class PeftModel(nn.Module):
             yield
         finally:
             # unless the model was unloaded within the context
-            if STATE in self.__dict__:
+            if adapters_of(self) is not None:
                 _adapters.disable(modules_of(self), self._peft_adapters, was)
 
     def get_base_model(self) -> Any:

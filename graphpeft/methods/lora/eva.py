@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from graphpeft import adapter_tensors, targets
 from graphpeft import adapters as _adapters
-from graphpeft.adapter_state import Adapters
+from graphpeft.adapter_state import Adapters, adapters_of
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
@@ -258,7 +258,7 @@ def get_eva_state_dict(
             "gather_distributed_inputs=True isn't supported: each process measures what it runs. Let one measure, and "
             "give all the eva_state_dict"
         )
-    state: Adapters | None = model.__dict__.get("_peft_adapters")
+    state = adapters_of(model)
     config = peft_config
     if config is None:
         if state is None or adapter_name not in state.by_name:
@@ -433,7 +433,7 @@ def initialize_lora_eva_weights(
         AdaptError: As there; the adapter is as it was.
         ValueError: If the model or the adapter isn't of this kind, or neither batches nor directions are given.
     """
-    state: Adapters | None = model.__dict__.get("_peft_adapters")
+    state = adapters_of(model)
     if state is None or adapter_name not in state.by_name:
         raise ValueError(
             f"the {type(model).__name__} has no adapter {adapter_name!r}; adapt it with get_peft_model first"

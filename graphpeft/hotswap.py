@@ -107,10 +107,11 @@ def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: 
     """Takes the adapter off and puts the other one on: both, or neither."""
     old, order, active = state.by_name[name], list(state.by_name), list(state.active)
     tensors = {(path, own): getattr(modules[path], own) for path, own in old.tensor_names(name) if path in modules}
+    # so that nodes come in their order; first of all, since it unmerges others with a warning, which may be an error
+    _adapters.activate(modules, state, [])
     _adapters.remove(modules, state, name)
     try:
         _adapters.add(modules, state, name, plan, values)
-        _adapters.activate(modules, state, [])  # so that nodes come in their order
         _adapters.activate(modules, state, active)
     except BaseException:
         if name in state.by_name:

@@ -328,6 +328,20 @@ def test_a_swap_needs_a_file_that_fits(tmp_path: Path) -> None:
         graphpeft.hotswap_adapter(llama(), others, "default")
 
 
+def test_where_warnings_are_errors_nothing_is_swapped_beside_what_is_merged(tmp_path: Path) -> None:
+    other = saved(tmp_path, r=3)
+    model = with_plain(lora(target_modules=["v_proj"]))
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with refused(model, UserWarning, "plain are merged, and unmerged before other adapters act"):
+            graphpeft.hotswap_adapter(model, other, "odd")
+    assert model.merged_adapters == ["plain"]
+    with pytest.warns(UserWarning, match="plain are merged, and unmerged"):
+        graphpeft.hotswap_adapter(model, other, "odd")
+    assert model.active_adapters == ["plain"]
+
+
 def test_a_file_with_tables_of_the_base_is_not_swapped(tmp_path: Path) -> None:
     base = llama()
     with torch.no_grad():

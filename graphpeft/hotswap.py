@@ -21,6 +21,7 @@ from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.replication import replicate
 from graphpeft.report import listed
+from graphpeft.tracing.trace import ExampleInputs
 
 
 def hotswap_adapter(
@@ -28,6 +29,8 @@ def hotswap_adapter(
     model_name_or_path: str | os.PathLike[str],
     adapter_name: str,
     torch_device: str | torch.device | None = None,  # noqa: ARG001
+    *,
+    example_inputs: ExampleInputs | None = None,
     **options: Any,
 ) -> None:
     """Lets an adapter be a saved one instead; its name, and whether it is active and trained, stay.
@@ -41,6 +44,7 @@ def hotswap_adapter(
         model_name_or_path: A folder, or a repository on the Hub.
         adapter_name: The adapter whose place the saved one takes.
         torch_device: Accepted for PEFT's sake; tensors stay on the devices of their weights.
+        example_inputs: As for `get_peft_model`.
         options: `use_safetensors`, and options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
@@ -62,7 +66,7 @@ def hotswap_adapter(
     config.inference_mode = adapter.config.inference_mode
     replicate(model, config, state.replication, is_adapted=True)
     values = checkpoint.load(model_name_or_path, **options)
-    plan = planned(model, config.fitted_to(values), adapter_name)
+    plan = planned(model, config.fitted_to(values), adapter_name, example_inputs)
     refuse(plan)
     modules = plan.modules
     fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values)

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, draw_as_layer, rank_of, refused_unless_plain, scaling_of
+from graphpeft.methods.lora.factors import (
+    constants_of,
+    draw_as_layer,
+    rank_of,
+    refused_dropout,
+    refused_unless_plain,
+    scaling_of,
+)
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.parts import Runs
 from graphpeft.rewrite import FileForm, ParameterSpec
@@ -48,9 +55,13 @@ class LoraParts:
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses rows that the weight doesn't have, rows in several parts, and what is for whole layers."""
-        reason = refused_unless_plain(config, "a part of one")
+        reason = refused_unless_plain(config, "a part of one") or refused_dropout(site, config)
         if reason is not None:
             return reason
+        if len(site.shape) != 2:
+            return f"its weight has the shape {site.shape}, and parts are rows of a matrix"
+        if site.named is not None:
+            return "its name stands for several weights; name the one with parts in target_parameters"
         runs = sorted(run for part in self.parts for run in part)
         for first, behind in runs:
             if not 0 <= first < behind <= self.rows:

@@ -18,7 +18,7 @@ from torch import nn
 from graphpeft import checkpoint, in_place
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.replication import replicate
-from graphpeft.adapters.state import Adapter, Adapters, Tensors
+from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.plan import AdaptError, Plan, make_plan
@@ -30,24 +30,31 @@ from graphpeft.tracing.trace import ExampleInputs
 Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
 
-STATE = "_peft_adapters"
-"""The attribute of an adapted model that holds its adapters."""
-
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Returns a model's modules by path."""
     return dict(model.named_modules())
 
 
-def known_adapter(model: Any, name: str) -> Adapter:
+def known_adapters(model: nn.Module) -> Adapters:
+    """Returns the adapters of a model.
+
+    Raises:
+        AdaptError: If it isn't adapted.
+    """
+    state = adapters_of(model)
+    if state is None:
+        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    return state
+
+
+def known_adapter(model: nn.Module, name: str) -> Adapter:
     """Returns an adapter of a model.
 
     Raises:
         AdaptError: If it has none of this name.
     """
-    state: Adapters | None = model.__dict__.get(STATE)
-    if state is None:
-        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    state = known_adapters(model)
     if name not in state.by_name:
         raise AdaptError(f"the model has no adapter {name!r}; it has {sorted(state.by_name)}")
     return state.by_name[name]
@@ -134,7 +141,9 @@ def load(
         plan = plan_for(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
         refuse(plan)
         adapter = Adapter.of(plan)
-        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), values)
+        state = adapters_of(model)
+        originals = state.originals if state is not None else {}
+        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         carry_out(model, adapter_name, plan, fitted, activates, methods)
 
@@ -152,7 +161,7 @@ def plan_for(
     Raises:
         AdaptError: If the adapter's name can't be one, or is taken.
     """
-    state: Adapters | None = model.__dict__.get(STATE)
+    state = adapters_of(model)
     if not _is_name(adapter_name):
         raise AdaptError(
             f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
@@ -172,7 +181,7 @@ def planned(
     where: Where | None = None,
 ) -> Plan:
     """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
-    state: Adapters | None = model.__dict__.get(STATE)
+    state = adapters_of(model)
     return make_plan(
         model,
         config,
@@ -209,9 +218,10 @@ def carry_out(
 ) -> None:
     """Carries out a plan: all of it, or nothing; arguments as for `add_new`, with values of the adapter's tensors."""
     modules = plan.modules
-    is_first = STATE not in model.__dict__
+    present = adapters_of(model)
+    is_first = present is None
     touched = [name]
-    state = Adapters.before_any(modules) if is_first else model.__dict__[STATE]
+    state = Adapters.before_any(modules) if present is None else present
     lifecycle.add(modules, state, name, plan, values)
     try:
         if is_first:
@@ -235,7 +245,7 @@ def carry_out(
 @contextlib.contextmanager
 def replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
     """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
-    state: Adapters | None = model.__dict__.get(STATE)
+    state = adapters_of(model)
     done = replicate(model, config, state.replication if state is not None else None, state is not None)
     try:
         yield
@@ -244,14 +254,14 @@ def replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Itera
             done.undo()
         raise
     if done is not None and keep:
-        model.__dict__[STATE].replication = done
+        known_adapters(model).replication = done
     elif done is not None:
         done.undo()
 
 
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:
     """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
-    state: Adapters | None = model.__dict__.get(STATE)
+    state = adapters_of(model)
     others = list(state.by_name) if state is not None else []
     own = set(adapter.tensor_names(name))
     replaced = [".".join(place) for place in values if place not in own]

@@ -21,6 +21,7 @@ from torch import nn
 
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
+from graphpeft.adapters.tensors import is_same
 from graphpeft.config import PeftConfig, PeftType
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
@@ -122,6 +123,7 @@ def state_dict_of(
     modules: Modules,
     adapter: Adapter,
     name: str,
+    originals: Tensors,
     state_dict: Mapping[str, Any] | None,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
@@ -131,6 +133,7 @@ def state_dict_of(
         modules: The model's modules by path.
         adapter: The adapter.
         name: Its name.
+        originals: Those of the model's own weights that adapters are merged into, as they were before.
         state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
         save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
 
@@ -149,6 +152,7 @@ def state_dict_of(
         if lacking:
             raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
         tensors = {place: state_dict[join(*place)] for place in places}
+    tensors |= {place: originals[place].detach() for place in places if place in originals}
     derived: dict[str, torch.Tensor] = {}
     for adapted in adapter.sites:
         parameters = {local: tensors[adapted.site.owner, adapted.names[local]] for local in adapted.specs}
@@ -163,8 +167,17 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
 
 
-def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]) -> Tensors:
+def fitted(
+    adapter: Adapter, name: str, modules: Modules, originals: Tensors, values: Mapping[str, torch.Tensor]
+) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
+
+    Args:
+        adapter: The adapter.
+        name: Its name.
+        modules: The model's modules by path.
+        originals: As for `state_dict_of`.
+        values: The file's tensors by their names there.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; the first of each kind are named.
@@ -192,12 +205,9 @@ def fitted(adapter: Adapter, name: str, modules: Modules, values: Mapping[str, t
         )
     found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
     # mostly what the model has anyway
-    unchanged = {place for place in base.values() if _is_equal(_tensor(modules[place[0]], place[1]), found[place])}
+    own = {place: originals.get(place, _tensor(modules[place[0]], place[1])) for place in base.values()}
+    unchanged = {place for place, tensor in own.items() if is_same(tensor, found[place])}
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
-
-
-def _is_equal(own: torch.Tensor, value: torch.Tensor) -> bool:
-    return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
@@ -291,12 +301,13 @@ def save(
     adapter: Adapter,
     name: str,
     folder: Path,
+    originals: Tensors,
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | str = "auto",
     first_values: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes one adapter into `folder`; with `first_values`, a folder of these, as one that has taken no weights."""
-    tensors = state_dict_of(dict(model.named_modules()), adapter, name, state_dict, save_embedding_layers)
+    tensors = state_dict_of(dict(model.named_modules()), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))

@@ -281,7 +281,7 @@ class PeftConfig:
         """
         raise ValueError(
             f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, which a "
-            f"{self.peft_type.value} adapter never does; leave it None"
+            f"{self.method} adapter never does; leave it None"
         )
 
     def ignores(self, key: str) -> bool:
@@ -299,7 +299,7 @@ class PeftConfig:
         Raises:
             ValueError: If they can't be combined.
         """
-        raise ValueError(f"{self.peft_type.value} has no way to combine adapters")
+        raise ValueError(f"{self.method} has no way to combine adapters")
 
     def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Any]:
         """Returns the tensors of such an adapter at one site, by the rule's names.

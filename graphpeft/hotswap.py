@@ -17,11 +17,12 @@ from graphpeft.adapters import lifecycle
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import set_trainable
-from graphpeft.adapting import known_adapter, planned, refuse
+from graphpeft.adapting import known_adapter, known_adapters, planned, refuse
 from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
+from graphpeft.tracing.trace import ExampleInputs
 
 
 def hotswap_adapter(
@@ -29,6 +30,8 @@ def hotswap_adapter(
     model_name_or_path: str | os.PathLike[str],
     adapter_name: str,
     torch_device: str | torch.device | None = None,  # noqa: ARG001
+    *,
+    example_inputs: ExampleInputs | None = None,
     **options: Any,
 ) -> None:
     """Lets an adapter be a saved one instead; its name, and whether it is active and trained, stay.
@@ -42,6 +45,7 @@ def hotswap_adapter(
         model_name_or_path: A folder, or a repository on the Hub.
         adapter_name: The adapter whose place the saved one takes.
         torch_device: Accepted for PEFT's sake; tensors stay on the devices of their weights.
+        example_inputs: As for `get_peft_model`.
         options: `use_safetensors`, and options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
@@ -50,7 +54,7 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
-    state: Adapters = model.__dict__["_peft_adapters"]
+    state = known_adapters(model)
     if adapter_name in state.merged:
         raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
     hub_options = {name: value for name, value in options.items() if name != "use_safetensors"}
@@ -63,10 +67,10 @@ def hotswap_adapter(
     config.inference_mode = adapter.config.inference_mode
     replicate(model, config, state.replication, is_adapted=True)
     values = checkpoint.load(model_name_or_path, **options)
-    plan = planned(model, config.fitted_to(values), adapter_name)
+    plan = planned(model, config.fitted_to(values), adapter_name, example_inputs)
     refuse(plan)
     modules = plan.modules
-    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, values)
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values)
     swapped = Adapter.of(plan)
     of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
     of_base += [join(*place) for place in adapter.overwritten]
@@ -108,10 +112,11 @@ def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: 
     """Takes the adapter off and puts the other one on: both, or neither."""
     old, order, active = state.by_name[name], list(state.by_name), list(state.active)
     tensors = {(path, own): getattr(modules[path], own) for path, own in old.tensor_names(name) if path in modules}
+    # so that nodes come in their order; first of all, since it unmerges others with a warning, which may be an error
+    lifecycle.activate(modules, state, [])
     lifecycle.remove(modules, state, name)
     try:
         lifecycle.add(modules, state, name, plan, values)
-        lifecycle.activate(modules, state, [])  # so that nodes come in their order
         lifecycle.activate(modules, state, active)
     except BaseException:
         if name in state.by_name:

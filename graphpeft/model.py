@@ -21,10 +21,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft.adapters import combining, lifecycle, merging, mixing
-from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.state import STATE, Adapters, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
 from graphpeft.adapting import (
-    STATE,
     Where,
     add_new,
     carry_out,
@@ -404,12 +403,11 @@ class PeftModel(nn.Module):
             raise AdaptError(
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
             )
-        was_active = adapter_name in state.active
+        others = [name for name in state.by_name if name != adapter_name]
+        if state.active == [adapter_name] and others:
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
+            lifecycle.activate(modules, state, others[:1])
         lifecycle.remove(modules, state, adapter_name)
-        if was_active and not state.active and state.by_name:
-            [first, *_] = state.by_name
-            warnings.warn(f"{adapter_name!r} was active and is deleted; {first!r} is active now", stacklevel=2)
-            lifecycle.activate(modules, state, [first])
         set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
@@ -429,7 +427,7 @@ class PeftModel(nn.Module):
             yield
         finally:
             # unless the model was unloaded within the context
-            if STATE in self.__dict__:
+            if adapters_of(self) is not None:
                 lifecycle.disable(modules_of(self), self._peft_adapters, was)
 
     def get_base_model(self) -> Any:
@@ -570,7 +568,8 @@ class PeftModel(nn.Module):
         for name, adapter in selected.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             first = path_initial_model_for_weight_conversion
-            checkpoint.save(self, adapter, name, folder, state_dict, save_embedding_layers, first)
+            originals = self._peft_adapters.originals
+            checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
             if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                 trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
@@ -587,11 +586,13 @@ class PeftModel(nn.Module):
 
         Raises:
             CheckpointError: If an adapter's tensors don't fit.
+            AdaptError: If it has other weights where adapters are merged; nothing is loaded.
         """
         for name in self.active_adapters[:1]:
             # names in files are never those of the model's own state dict
             if not checkpoint.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
                 return set_peft_model_state_dict(self, state_dict, name)
+        merging.refuse_lost(modules_of(self), self._peft_adapters, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def push_to_hub(
@@ -626,7 +627,10 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
-    return checkpoint.state_dict_of(modules_of(model), adapter, adapter_name, state_dict, save_embedding_layers)
+    originals = model._peft_adapters.originals
+    return checkpoint.state_dict_of(
+        modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
+    )
 
 
 def set_peft_model_state_dict(
@@ -642,7 +646,8 @@ def set_peft_model_state_dict(
     """
     modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)
-    values = checkpoint.fitted(adapter, adapter_name, modules, peft_model_state_dict)
+    originals = model._peft_adapters.originals
+    values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
     overwrite(modules, adapter, adapter_name, values)
     return _IncompatibleKeys([], [])
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from graphpeft import passes as _passes
 from graphpeft.adapters import lifecycle
+from graphpeft.adapting import known_adapters
 from graphpeft.passes import PASSES
-from graphpeft.plan import AdaptError
 from graphpeft.report import listed, table
 
 
@@ -67,9 +66,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
         TypeError: If a text is given in place of names; likewise.
     """
     names = _passes.in_order([each.name for each in PASSES] if passes is None else passes)
-    state: Any = model.__dict__.get("_peft_adapters")
-    if state is None:
-        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    state = known_adapters(model)
     done = lifecycle.optimize(dict(model.named_modules()), state, names)
     labels = {
         (adapted.site.region, node): adapted.site.label

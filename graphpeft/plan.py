@@ -82,6 +82,7 @@ def make_plan(
     Raises:
         AdaptError: If the config asks for something that isn't supported.
     """
+    _refuse_scripted(model)
     try:
         config.check()
         resolved = config.resolved(model)
@@ -106,6 +107,15 @@ def make_plan(
         f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
     return plan
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AdaptError(
+                f"{path or 'the model'} is a ScriptModule, which can't be changed any more; put the module that it was "
+                "made from in its place, and adapt that"
+            )
 
 
 def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: TensorPaths) -> list[Any]:

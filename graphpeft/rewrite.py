@@ -119,7 +119,8 @@ class WeightRule(Rule, Protocol):
 
         It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
         tensors, and on proxies where the weight itself is the site. ``weight`` is what other adapters have made of it
-        so far; ``base`` is what the module itself has.
+        so far; ``base`` is what the module itself has. Name them only if the change depends on them: of two such
+        adapters at one weight, one isn't merged without the other where that would give something else.
 
         A rule may also have ``bias_delta``, a function of the parameters and the constants by name that returns the
         change of the bias that the operation adds, or None; and ``replaces``, a function of the site and the config

@@ -668,6 +668,34 @@ def test_a_table_that_other_adapters_do_not_know_is_refused(tmp_path: Path) -> N
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_merged_table_is_saved_and_compared_as_it_was_before(gathered: bool, tmp_path: Path) -> None:
+    config = graphpeft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(resized(0), config)
+    inputs = {"input_ids": torch.arange(7)[None]}
+    expected = output(model, inputs)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() if gathered else None)
+    assert torch.equal(output(graphpeft.PeftModel.from_pretrained(resized(0), tmp_path), inputs), expected)
+    model.load_adapter(tmp_path, "again")
+    assert model.merged_adapters == ["default"]
+    with pytest.warns(UserWarning, match="unmerged"):
+        model.set_adapter("again")
+    assert torch.equal(output(model, inputs), expected)
+
+
+def test_a_model_may_tell_its_input_embedding_alone(tmp_path: Path) -> None:
+    class Telling(Words):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.words
+
+    config = graphpeft.LoraConfig(r=2, target_modules=["words"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(Telling(), config)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.words.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    graphpeft.PeftModel.from_pretrained(Telling(), tmp_path)
+
+
 def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
     theirs: Any = graphpeft.get_peft_model(resized(0, VOCABULARY + 2), graphpeft.LoraConfig(r=2))
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)

@@ -13,7 +13,16 @@ import torch
 import transformers
 from torch import nn
 
-from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, explain, get_peft_model, trace
+from graphpeft import (
+    AdaptError,
+    CheckpointError,
+    LoraConfig,
+    PeftModel,
+    explain,
+    get_peft_model,
+    hotswap_adapter,
+    trace,
+)
 from graphpeft.checkpoint import load
 from graphpeft.testing import laws
 
@@ -132,6 +141,85 @@ def test_the_laws_hold_for_parts(init):
     laws.assert_dry_runs_change_nothing(vit, config, PIXELS)
     laws.assert_traced_is_adapted_alike(vit, config, PIXELS)
     laws.assert_copies_stay_adapted(vit, config, PIXELS)
+
+
+class Attending(nn.Module):
+    """An attention of PyTorch's, which uses its fused projection as a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def attending() -> nn.Module:
+    torch.manual_seed(0)
+    return Attending().eval()
+
+
+SEQUENCE = (torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)),)
+IN_PROJ = "attention.in_proj_weight"
+
+
+def in_proj(parts: list[Any], **options: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_parameters=[IN_PROJ], target_parts={IN_PROJ: parts}, **options)
+
+
+# PEFT uses the key, and looks for it among modules alone
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_rows_of_a_weight_that_is_used_as_such_are_parts_and_stock_lora_in_the_file(tmp_path):
+    config = in_proj([[0, 8], [16, 24]])
+    model = laws.perturbed(get_peft_model(attending(), config))
+    merged = copy.deepcopy(model).merge_and_unload()
+    change = merged.get_parameter(IN_PROJ) - attending().get_parameter(IN_PROJ)
+    assert (change[8:16] == 0).all()
+    assert (change[:8] != 0).any()
+    assert (change[16:] != 0).any()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="target_parts"):
+        theirs = peft.PeftModel.from_pretrained(attending(), str(tmp_path))
+    laws.require_close(laws.run(theirs.eval(), SEQUENCE), laws.run(model, SEQUENCE), 1e-6, "PEFT's outputs")
+    laws.assert_only_the_adapter_is_trained(attending, config, SEQUENCE)
+    laws.assert_adapted_is_base_with_delta(attending, config, SEQUENCE)
+    laws.assert_saved_is_loaded(attending, config, SEQUENCE)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (in_proj(["q"]), "its weight is used as such, .* name its rows"),
+        (in_proj([[0, 8]], lora_dropout=0.1), "set lora_dropout=0"),
+        (
+            LoraConfig(target_modules=["attention"], target_parts={"attention": [[0, 8]]}),
+            "its name stands for several weights; name the one with parts in target_parameters",
+        ),
+    ],
+)
+def test_what_has_no_parts_there_is_refused(config, reason):
+    model = attending()
+    before = laws.snapshot(model)
+    with pytest.raises(AdaptError, match=reason):
+        get_peft_model(model, config)
+    laws.require_unchanged(model, before, "a failed adaptation")
+
+
+def test_the_graph_tells_the_parts_where_another_adapter_acts_already():
+    model = adapted_vit()
+    config = LoraConfig(r=2, target_modules=["qkv"], target_parts={"qkv": ["k"]})
+    model.add_adapter("second", config, example_inputs=PIXELS)
+    model.set_adapter("second")
+    assert [adapted.site.parts for adapted in model.adapter_report().adapted] == [(((16, 32),),)] * 2
+
+
+def test_parts_that_are_named_are_swapped_with_example_inputs(tmp_path):
+    laws.perturbed(adapted_vit()).save_pretrained(tmp_path)
+    expected = laws.run(PeftModel.from_pretrained(vit(), tmp_path, example_inputs=PIXELS), PIXELS)
+    for rank in (2, 3):
+        model = adapted_vit(rank_pattern={"qkv": rank})
+        hotswap_adapter(model, tmp_path, "default", example_inputs=PIXELS)
+        laws.require_equal(laws.run(model, PIXELS), expected, "what is swapped")
 
 
 def test_training_goes_on_from_a_file(tmp_path):

@@ -192,6 +192,9 @@ def test_a_file_that_fits_is_loaded_without_a_warning(tmp_path: Path) -> None:
     PeftModel.from_pretrained(fresh(), tmp_path)
 
 
+BARE = Example("bare", lambda: nn.Linear(3, 3), lambda generator: (torch.randn(2, 3, generator=generator),), {})
+
+
 @pytest.mark.parametrize(
     ("example", "options", "words"),
     [
@@ -202,6 +205,9 @@ def test_a_file_that_fits_is_loaded_without_a_warning(tmp_path: Path) -> None:
         (LLAMA, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["q_proj", "excluded"]),
         (LLAMA, {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, ["q_proj", "excluded"]),
         (LLAMA, {"target_modules": ["q_proj"], "layers_to_transform": [7]}, ["q_proj", "layers_to_transform"]),
+        (LLAMA, {"target_modules": "q_proj"}, ["a regular expression for a whole name", "write ['q_proj']"]),
+        (LLAMA, {"target_modules": ["all-linear"]}, ["'all-linear' is written without a list"]),
+        (BARE, {"target_modules": "all-linear"}, ["a layer by itself has no name", "nn.Sequential(layer)"]),
         (MLP, {}, ["target_modules", "up"]),
     ],
 )
@@ -245,6 +251,29 @@ def test_a_weight_that_no_rule_adapts_is_named(
     targets = [*example.lora["target_modules"], target]
     with refused(model, AdaptError, *words):
         get_peft_model(model, LoraConfig(target_modules=targets))
+
+
+def test_a_layer_that_has_not_seen_its_input_yet_is_refused_and_beside_others_left_alone() -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+
+    with pytest.raises(AdaptError, match=r"can't adapt 1: its weight has no shape yet; run the model once"):
+        get_peft_model(lazy(), LoraConfig(r=2, target_modules=["1"]))
+    model = get_peft_model(lazy(), LoraConfig(r=2, target_modules=["0"]))
+    model(torch.randn(2, 4))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        "0.lora_A_default",
+        "0.lora_B_default",
+    }
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_module_is_refused_wherever_it_is() -> None:
+    scripted = torch.jit.script(nn.Linear(4, 3))
+    for model, name in ((scripted, "the model"), (nn.Sequential(nn.Linear(4, 4), scripted), "1")):
+        with pytest.raises(AdaptError, match=f"{name} is a ScriptModule, which can't be changed"):
+            get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
 
 
 def test_a_module_whose_forward_was_replaced_is_refused() -> None:

@@ -454,6 +454,43 @@ def test_a_method_of_ones_own_is_saved_and_loaded(tmp_path):
     assert list(get_peft_model_state_dict(model)) == ["base_model.model.guilty.factor"]
 
 
+# beside other methods
+
+
+@dataclass(frozen=True)
+class ScalesTheWeight(Scale):
+    def unmergeable(self, site: Any) -> str | None:
+        return None
+
+    def delta(self, weight: Any, factor: Any) -> Any:
+        return weight * factor.unsqueeze(1)
+
+
+def test_what_scales_a_weight_is_merged_alone_only_if_that_keeps_the_order(monkeypatch):
+    base = build()
+    base.get_submodule("guilty").register_parameter("bias", None)
+    config_with(ScalesTheWeight(), monkeypatch)
+    model = laws.perturbed(get_peft_model(base, ScaleConfig(target_modules=["guilty"]), "scale"))
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=["guilty"], init_lora_weights=False))
+    for first, second in (("scale", "lora"), ("lora", "scale")):
+        model.set_adapter([first, second])
+        expected = model(*X)
+        with pytest.raises(AdaptError, match=f"'{second}' can't be merged without '{first}'"):
+            model.merge_adapter([second])
+        assert torch.equal(model(*X), expected)
+        for name in (first, second):
+            model.merge_adapter([name])
+            torch.testing.assert_close(model(*X), expected)
+        model.unmerge_adapter()
+        assert torch.equal(model(*X), expected)
+
+
+def test_a_method_that_says_nothing_of_it_has_no_combinations():
+    model = get_peft_model(build(), ScaleConfig(target_modules=["guilty"]))
+    with pytest.raises(AdaptError, match="SCALE has no way to combine adapters"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
 def test_two_methods_cannot_have_one_name():
     with pytest.raises(ValueError, match=r"LORA is the method of .*LoraConfig already; choose another peft_type"):
 

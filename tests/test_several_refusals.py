@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,27 @@ def test_what_would_have_no_effect_is_not_merged_in_place() -> None:
         model.merge_adapter()
 
 
+def test_a_state_dict_of_other_weights_is_not_loaded_where_unmerging_would_lose_it() -> None:
+    model = with_plain(lora())
+    trained = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    with refused(model, AdaptError, r"another model\.layers\.0\.self_attn\.q_proj\.weight .* call unmerge_adapter\(\)"):
+        model.load_state_dict(trained)
+    merged = model.state_dict()
+    model.load_state_dict(merged)
+    model.unmerge_adapter()
+    model.load_state_dict(trained)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_vocabulary_that_was_resized_since_is_not_merged_into() -> None:
+    model = get_peft_model(llama(), lora(target_modules=["q_proj", "embed_tokens"]))
+    model.resize_token_embeddings(70)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with refused(model, AdaptError, r"embed_tokens\.weight has the shape \(70, 32\) now, and had \(64, 32\)"):
+            merge()
+
+
 def test_merging_twice_is_a_no_op_with_a_warning() -> None:
     model = with_plain(lora())
     model.merge_adapter()
@@ -304,6 +326,20 @@ def test_a_swap_needs_a_file_that_fits(tmp_path: Path) -> None:
         graphpeft.hotswap_adapter(model, layers, "default")
     with refused(llama(), AdaptError, "has no adapters; adapt it with get_peft_model first"):
         graphpeft.hotswap_adapter(llama(), others, "default")
+
+
+def test_where_warnings_are_errors_nothing_is_swapped_beside_what_is_merged(tmp_path: Path) -> None:
+    other = saved(tmp_path, r=3)
+    model = with_plain(lora(target_modules=["v_proj"]))
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with refused(model, UserWarning, "plain are merged, and unmerged before other adapters act"):
+            graphpeft.hotswap_adapter(model, other, "odd")
+    assert model.merged_adapters == ["plain"]
+    with pytest.warns(UserWarning, match="plain are merged, and unmerged"):
+        graphpeft.hotswap_adapter(model, other, "odd")
+    assert model.active_adapters == ["plain"]
 
 
 def test_a_file_with_tables_of_the_base_is_not_swapped(tmp_path: Path) -> None:
@@ -380,6 +416,15 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused(layer: nn.Module) -> No
 
 
 # names
+
+
+def test_where_warnings_are_errors_the_active_adapter_stays_as_it_is() -> None:
+    model = with_plain(lora())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with refused(model, UserWarning, "'plain' was active and is deleted; 'odd' is active now"):
+            model.delete_adapter("plain")
+    assert model.active_adapters == ["plain"]
 
 
 def test_nothing_is_lost_when_the_active_adapter_is_deleted() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from graphpeft import stand_ins
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, delta
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.adapters.tensors import is_same, refuse_missing
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.report import listed
@@ -142,6 +144,17 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
         _restore(modules, changed)
 
 
+def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:
+    """Raises AdaptError if a state dict has other weights where adapters are merged, which `unmerge` would lose."""
+    for path, name in adapters.originals:
+        value = state_dict.get(join(path, name))
+        if value is not None and path in modules and not is_same(own_parameter(modules[path], name), value):
+            raise AdaptError(
+                f"the state dict has another {join(path, name)} than the one into which {listed(adapters.merged)} are "
+                "merged, and unmerging would lose it; call unmerge_adapter() before you load it"
+            )
+
+
 def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> None:
     """Raises AdaptError if what is merged in place would have no effect: something else is read in its place."""
     for name in names:
@@ -164,22 +177,36 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
                         f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
                         "alone first"
                     )
-    _refuse_of_base(adapters, names)
+    _refuse_in_part(adapters, names)
 
 
-def _refuse_of_base(adapters: Adapters, names: list[str]) -> None:
-    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's."""
+def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's.
+
+    What is merged acts first. So a change of the weight so far is another one if that reverses the order of the two;
+    one of the base is another one in any case, since merging changes what the module has.
+    """
     merged = [*adapters.merged, *names]
     left = [name for name in adapters.active if name not in merged]
-    shared = {adapted.site.weight for name in merged for adapted in adapters.by_name[name].weight_sites}
-    shared &= {adapted.site.weight for name in left for adapted in adapters.by_name[name].weight_sites}
-    for name in (*merged, *left):
-        for adapted in adapters.by_name[name].weight_sites:
-            if adapted.site.weight in shared and "base" in inspect.signature(adapted.rule.delta).parameters:
-                raise AdaptError(
-                    f"the change of {adapted.site.weight} by {name!r} depends on the weight itself, so of the adapters "
-                    "that act on it, none can be merged alone; merge all that are active, or activate others"
-                )
+    asked = {name: _asked_of_weights(adapters.by_name[name]) for name in (*merged, *left) if left}
+    for one, other in itertools.product(merged, left):
+        overtakes = one in adapters.active[adapters.active.index(other) :]
+        reads = {"weight", "base"} if overtakes else {"base"}
+        for weight in asked[one].keys() & asked[other].keys():
+            for name in (one, other):
+                if reads & asked[name][weight]:
+                    raise AdaptError(
+                        f"the change of {weight} by {name!r} depends on the weight itself, so {one!r} can't be merged "
+                        f"without {other!r}, which acts there, too; merge all that are active, or activate others"
+                    )
+
+
+def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
+    """Returns what the changes of an adapter ask for, by their weights' paths."""
+    asked: dict[str, set[str]] = {}
+    for adapted in adapter.weight_sites:
+        asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
+    return asked
 
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
@@ -188,6 +215,7 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     stand_in_readers(adapters, names)
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
+        _refuse_resized(modules, adapters.by_name[name], name)
         _refuse_tied(modules, adapters.by_name[name])
 
 
@@ -212,6 +240,16 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
             raise AdaptError(
                 f"{adapted.site.label} of adapter {name!r} can't be merged: {reason}; keep it, or take it off with "
                 "unload()"
+            )
+
+
+def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
+    for adapted in adapter.weight_sites:
+        shape = tuple(own_parameter(modules[adapted.site.owner], adapted.site.attribute).shape)
+        if shape != tuple(adapted.site.shape):
+            raise AdaptError(
+                f"{adapted.site.weight} has the shape {shape} now, and had {tuple(adapted.site.shape)} when {name!r} "
+                "was adapted to it; resize a model before you adapt it"
             )
 
 

@@ -162,3 +162,12 @@ class Adapters:
             if parameter is not None and parameter.requires_grad
         ]
         return cls(trained)
+
+
+STATE = "_peft_adapters"
+"""The attribute of an adapted model that holds its adapters."""
+
+
+def adapters_of(model: nn.Module) -> Adapters | None:
+    """Returns a model's adapters; None if it was never adapted, or is unloaded."""
+    return model.__dict__.get(STATE)

@@ -126,6 +126,11 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
         tensor.copy_(value)
 
 
+def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
+    """Tells whether a tensor of a model has the values of a saved one already."""
+    return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
+
+
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a tensor of an adapter is no longer on the model."""
     for path, attribute in adapter.tensor_names(name):
@@ -142,7 +147,7 @@ def freeze(modules: Modules, adapters: Adapters) -> None:
     for path, name in adapters.trained_before:
         parameter = modules[path]._parameters[name]
         assert parameter is not None
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # not by a method, which an uninitialised one of a lazy layer refuses
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
@@ -151,7 +156,7 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                parameter.requires_grad_((path, name) in trained)
+                parameter.requires_grad = (path, name) in trained
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:

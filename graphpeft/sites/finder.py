@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from graphpeft import in_place, ops
 from graphpeft.ops import convolution
@@ -89,6 +90,8 @@ class SiteFinder:
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
+        if is_lazy(weight):
+            raise NoSiteError(f"its {attribute} has no shape yet; run the model once before you adapt it")
         if is_quantised(weight):
             raise NoSiteError(
                 f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "

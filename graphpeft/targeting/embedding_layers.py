@@ -22,9 +22,9 @@ _NAMES = ("embed_tokens", "lm_head")
 def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Returns the paths of the input and the output embedding of a model that tells them."""
     model: Any = modules[""]
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    # a model of one's own may tell one of them alone
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for layer in (getter() for getter in getters if getter is not None) if layer is not None]
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 

@@ -243,8 +243,21 @@ def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Repo
         if getattr(config, option, None) is not None:
             because += f"; {option} is {getattr(config, option)!r}"
     hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {listed(names, most=10)}"
+    if not report.excluded:
+        hint = _spelling(wanted, names) or hint
     shown = repr(wanted) if isinstance(wanted, str) else f"[{listed([repr(name) for name in sorted(wanted)])}]"
     return f"nothing in {type(model).__name__} matches {shown}{because}{hint}"
+
+
+def _spelling(wanted: Any, names: list[str]) -> str | None:
+    """Returns what is wrong with the spelling of targets that name what there is, but in another way."""
+    if not names:
+        return "; a layer by itself has no name: adapt the model that it is part of, or nn.Sequential(layer)"
+    if isinstance(wanted, str):
+        if targets.unmatched([wanted], names):
+            return None
+        return f"; a text is a regular expression for a whole name: write [{wanted!r}] for all names that end so"
+    return "; 'all-linear' is written without a list" if any(map(targets.is_all_linear, wanted)) else None
 
 
 def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: Report) -> list[str]:

@@ -224,7 +224,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         for name, module in model.named_modules()
         # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
         if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if name != head
+        if name and name != head
     ]
 
 

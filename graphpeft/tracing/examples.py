@@ -268,7 +268,7 @@ def _is_simple_layer(module: nn.Module) -> bool:
 
 def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
-    copied = type(layer).__new__(type(layer))
+    copied = object.__new__(type(layer))
     copied.__dict__.update(layer.__dict__, training=layer.training)
     for kind in ("_parameters", "_buffers"):
         tensors = layer.__dict__[kind].items()

@@ -251,7 +251,9 @@ class LoraConfig(TargetedConfig):
         if site.op is Leaf:
             return LoraLeaf(self.lora_dropout > 0)
         if site.parts:
-            return LoraParts(site.parts, site.is_layer and site.transposed, self.lora_dropout > 0, site.dtype != dtype)
+            flipped = site.is_layer and site.transposed
+            rows = site.shape[1] if flipped else site.shape[0]
+            return LoraParts(site.parts, rows, flipped, self.lora_dropout > 0, site.dtype != dtype)
         lora = self._lora_for(site, dtype)
         return with_magnitudes(lora, site) if self.use_dora else lora
 
@@ -263,7 +265,7 @@ class LoraConfig(TargetedConfig):
         if site.layout is ops.Embedding:
             return LoraEmbedding(casts) if site.is_layer else LoraTable(casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
-            return LoraExperts(site.transposed)
+            return LoraExperts(site.shape[0], site.transposed)
         if site.op is ops.Weight:
             return LoraMatrix(site.is_layer and site.transposed)
         return LoraLinear(site.is_layer and site.transposed, drops, casts, self.lora_bias)

@@ -114,10 +114,11 @@ class LoraConvolution:
             return unmergeable_bias(site, self.has_bias)
         return f"its features are in {site.groups} groups, and LoRA's change of them goes across groups"
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, in the shape of the weight."""
         equation = "irk,or->iok" if self.transposed else "rik,or->oik"
-        return torch.einsum(equation, lora_A.flatten(2), lora_B.flatten(1)).reshape(weight.shape) * lora_scaling
+        change = torch.einsum(equation, lora_A.flatten(2), lora_B.flatten(1))
+        return change.unflatten(2, lora_A.shape[2:]) * lora_scaling
 
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix B A, whose columns are the inputs at the kernel's positions."""

@@ -80,7 +80,7 @@ class Dora:
         assert own is not None
         weight = own.detach() if replacing is None else replacing[site.attribute].to(own.dtype)
         A, B = (factors[name].to(weight.device, weight.dtype) for name in ("lora_A", "lora_B"))
-        lengths = self._lengths(weight, self.direction.delta(weight, A, B, scaling_of(site, config)))
+        lengths = self._lengths(weight, self.direction.delta(A, B, scaling_of(site, config)))
         parameters["lora_magnitude"].copy_(lengths.view(parameters["lora_magnitude"].shape))
         return replacing
 
@@ -123,11 +123,11 @@ class Dora:
     def delta(self, weight: Any, base: Any, lora_A: Any, lora_B: Any, lora_magnitude: Any, lora_scaling: Any) -> Any:
         """Returns W' − W; what other adapters have added to W before is scaled with it."""
         ratio = self._ratio(base, lora_A, lora_B, lora_magnitude, lora_scaling)
-        return ratio * (weight + self.direction.delta(base, lora_A, lora_B, lora_scaling)) - weight
+        return ratio * (weight + self.direction.delta(lora_A, lora_B, lora_scaling)) - weight
 
     def _ratio(self, weight: Any, lora_A: Any, lora_B: Any, lora_magnitude: Any, lora_scaling: Any) -> Any:
         """Returns m/n, in a shape that goes with the weight."""
-        lengths = self._lengths(weight, self.direction.delta(weight, lora_A, lora_B, lora_scaling)).detach()
+        lengths = self._lengths(weight, self.direction.delta(lora_A, lora_B, lora_scaling)).detach()
         return lora_magnitude.view(lengths.shape) / lengths
 
     def _lengths(self, weight: Any, change: Any) -> Any:

@@ -88,7 +88,7 @@ class LoraEmbedding:
         """Refuses tables whose rows are shortened as they are read: those of the sum, and not each by itself."""
         return "its rows are shortened to max_norm, the table's and A's each by itself" if site.shortens else None
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ."""
         return (lora_B @ lora_A).T * lora_scaling
 
@@ -155,7 +155,7 @@ class LoraTable:
         """Every change can be merged."""
         return None
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A."""
         return matrix_delta(False, lora_A, lora_B, lora_scaling)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from graphpeft.adapters import lifecycle
-from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.adapters.tensors import set_trainable
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
@@ -259,7 +259,7 @@ def get_eva_state_dict(
             "gather_distributed_inputs=True isn't supported: each process measures what it runs. Let one measure, and "
             "give all the eva_state_dict"
         )
-    state: Adapters | None = model.__dict__.get("_peft_adapters")
+    state = adapters_of(model)
     config = peft_config
     if config is None:
         if state is None or adapter_name not in state.by_name:
@@ -434,7 +434,7 @@ def initialize_lora_eva_weights(
         AdaptError: As there; the adapter is as it was.
         ValueError: If the model or the adapter isn't of this kind, or neither batches nor directions are given.
     """
-    state: Adapters | None = model.__dict__.get("_peft_adapters")
+    state = adapters_of(model)
     if state is None or adapter_name not in state.by_name:
         raise ValueError(
             f"the {type(model).__name__} has no adapter {adapter_name!r}; adapt it with get_peft_model first"

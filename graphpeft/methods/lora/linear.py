@@ -152,7 +152,7 @@ class LoraLinear:
         """Refuses a bias of B where the operation adds none."""
         return unmergeable_bias(site, self.has_bias)
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
 

@@ -66,7 +66,7 @@ class LoraMatrix:
         """Every change can be merged."""
         return None
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
 
@@ -80,9 +80,11 @@ class LoraExperts:
     """The change of a stack of matrices, one for each expert.
 
     Attributes:
+        experts: How many there are.
         transposed: Whether each is stored as (in, out).
     """
 
+    experts: int
     transposed: bool
 
     def check(self, site: Site, config: Any) -> str | None:
@@ -92,9 +94,9 @@ class LoraExperts:
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
-        experts, *sides = site.shape
+        sides = site.shape[1:]
         rows, columns = reversed(sides) if self.transposed else sides
-        return matrix_factors(rank_of(site, config) * experts, rows, columns)
+        return matrix_factors(rank_of(site, config) * self.experts, rows, columns)
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:
         """Returns the scale."""
@@ -108,10 +110,9 @@ class LoraExperts:
         """Every change can be merged."""
         return None
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B_e A_e of each expert."""
-        experts = weight.shape[0]
-        A = lora_A.reshape(experts, -1, lora_A.shape[-1])
-        B = lora_B.reshape(lora_B.shape[0], -1, experts)
+        A = lora_A.reshape(self.experts, -1, lora_A.shape[-1])
+        B = lora_B.reshape(lora_B.shape[0], -1, self.experts)
         equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
         return torch.einsum(equation, B, A) * lora_scaling

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.lora.factors import constants_of, draw_as_layer, rank_of, refused_unless_plain, scaling_of
+from graphpeft.methods.lora.factors import (
+    constants_of,
+    draw_as_layer,
+    rank_of,
+    refused_dropout,
+    refused_unless_plain,
+    scaling_of,
+)
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.rewrite import FileForm, ParameterSpec
 from graphpeft.sites.parts import Runs
@@ -34,26 +41,31 @@ class LoraParts:
 
     Attributes:
         parts: The rows of each part.
+        rows: How many the weight has.
         flipped: Whether the weight is stored as (in, out).
         drops: Whether the branch has dropout.
         casts: Whether the dtype of A and B differs from the weight's.
     """
 
     parts: tuple[Runs, ...]
+    rows: int
     flipped: bool
     drops: bool
     casts: bool
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses rows that the weight doesn't have, rows in several parts, and what is for whole layers."""
-        reason = refused_unless_plain(config, "a part of one")
+        reason = refused_unless_plain(config, "a part of one") or refused_dropout(site, config)
         if reason is not None:
             return reason
-        features = site.shape[1] if self.flipped else site.shape[0]
+        if len(site.shape) != 2:
+            return f"its weight has the shape {site.shape}, and parts are rows of a matrix"
+        if site.named is not None:
+            return "its name stands for several weights; name the one with parts in target_parameters"
         runs = sorted(run for part in self.parts for run in part)
         for first, behind in runs:
-            if not 0 <= first < behind <= features:
-                return f"rows {first} to {behind} of a part aren't among its {features}"
+            if not 0 <= first < behind <= self.rows:
+                return f"rows {first} to {behind} of a part aren't among its {self.rows}"
         for (_, behind), (first, _) in itertools.pairwise(runs):
             if first < behind:
                 return f"its parts overlap: row {first} is in two of them"
@@ -62,8 +74,8 @@ class LoraParts:
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
         rank, count = rank_of(site, config), len(self.parts)
-        rows, columns = reversed(site.shape) if self.flipped else site.shape
-        form = FileForm((rows, count * rank), _Dense(self.parts, rows), _Compact(self.parts, rank))
+        columns = site.shape[0] if self.flipped else site.shape[1]
+        form = FileForm((self.rows, count * rank), _Dense(self.parts, self.rows), _Compact(self.parts, rank))
         own_rows = sum(behind - first for part in self.parts for first, behind in part)
         return {
             "lora_A": ParameterSpec((count * rank, columns), key="lora_A.weight"),
@@ -89,7 +101,6 @@ class LoraParts:
         self,
         x: Any,
         y: Any,
-        weight: Any,
         lora_A: Any,
         lora_B: Any,
         lora_scaling: Any,
@@ -100,8 +111,7 @@ class LoraParts:
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
             h = F.dropout(h, lora_dropout, training)
-        rows = weight.shape[1] if self.flipped else weight.shape[0]
-        product = F.linear(F.linear(h, lora_A), dense(self.parts, rows, lora_B))
+        product = F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
         result = torch.add(y, product, alpha=lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
@@ -109,10 +119,9 @@ class LoraParts:
         """Every change can be merged."""
         return None
 
-    def delta(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A of all parts, transposed where the weight is stored so."""
-        rows = weight.shape[1] if self.flipped else weight.shape[0]
-        return matrix_delta(self.flipped, lora_A, dense(self.parts, rows, lora_B), lora_scaling)
+        return matrix_delta(self.flipped, lora_A, dense(self.parts, self.rows, lora_B), lora_scaling)
 
 
 def dense(parts: tuple[Runs, ...], rows: Any, compact: Any) -> Any:

@@ -51,9 +51,11 @@ def with_parts(
 
 
 def _parts(site: Site, wanted: list[Any], finder: SiteFinder) -> tuple[Runs, ...]:
-    if site.op is not ops.Linear:
-        raise TraceError(f"its weight is used in a {site.op.__name__.lower()}, not a linear operation")
     named = [part for part in wanted if isinstance(part, str)]
+    if site.op is ops.Weight and named:
+        raise TraceError("its weight is used as such, and not in a linear operation whose result is parted")
+    if site.op not in (ops.Linear, ops.Weight):
+        raise TraceError(f"its weight is used in a {site.op.__name__.lower()}, not a linear operation")
     known = finder.parts_of(site) if named else {}
     unknown = [name for name in named if name not in known]
     if unknown:

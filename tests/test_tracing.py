@@ -938,24 +938,3 @@ def test_the_module_of_an_exported_program_is_adapted_as_the_model_is(example: E
     set_peft_model_state_dict(exported, get_peft_model_state_dict(model))
     found, expected = (pytree.tree_leaves(module(*args, **kwargs)) for module in (exported, model))
     laws.require_close(found, expected, 1e-6, "the adapted program")
-
-
-def by_type(self, x):
-    return x * 2 if type(x) is torch.Tensor else x
-
-
-def by_match(self, x):
-    match x:
-        case torch.Tensor():
-            return x * 2
-    return x
-
-
-@pytest.mark.parametrize(("forward", "question"), [(by_type, r"type\(x\)"), (by_match, "match x")])
-def test_a_question_for_the_class_of_an_argument_keeps_the_module_a_call(forward, question):
-    model = nn.Sequential(module_of(forward))
-    traced: Any = trace(model, (X,))
-    assert re.search(f"asks for the class of an argument by `{question}`.*isinstance", traced.kept["0"])
-    assert torch.equal(traced(X), 2 * X)
-    with pytest.raises(TraceError, match=question):
-        trace(model[0], (X,))

@@ -329,7 +329,8 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
             # the copy of a module whose call stays one would not be assigned to
             owned = {**module._parameters, **module._modules, "training": True}
             if tracer.keeps_whole(module) or name in owned or builtins.isinstance(value, nn.Parameter | nn.Module):
-                raise TraceError(f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold")
+                message = f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold"
+                raise tracer.failing(TraceError(message))
             tracer.note_assignment(module, name)
         assign(module, name, value)
 
@@ -347,7 +348,8 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
         with torch._C.DisableTorchFunction():
             is_converted = any(function(tensor) is not tensor for tensor in tensors)
         if is_converted:
-            raise TraceError(f"a {type(module).__name__} is converted in a forward, which a graph can't hold")
+            message = f"a {type(module).__name__} is converted in a forward, which a graph can't hold"
+            raise tracer.failing(TraceError(message))
         return module
 
     return refuse
@@ -360,7 +362,8 @@ def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[
             return apply(function, *args, **kwargs)
         # a module is known to the graph; of a function it would hold the model's own modules, out of reach
         if any(callable(leaf) and not builtins.isinstance(leaf, fx.Proxy | nn.Module) for leaf in given):
-            raise TraceError(f"{function.__name__} is given a function, whose code a graph can't hold")
+            message = f"{function.__name__} is given a function, whose code a graph can't hold"
+            raise tracer.failing(TraceError(message))
         return tracer.create_proxy("call_function", Applied(function), args, kwargs)
 
     return record
@@ -386,7 +389,8 @@ def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_running:
             return recompute(*args, **kwargs)
-        raise TraceError(f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold")
+        message = f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold"
+        raise tracer.failing(TraceError(message))
 
     return refuse
 

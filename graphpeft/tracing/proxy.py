@@ -80,7 +80,8 @@ class ValueProxy(fx.Proxy):
             self._call_method("requires_grad_", value)
             return
         if name not in ("node", "tracer"):
-            raise TraceError(f"{guards.deciding_line()} sets an attribute of a traced value, which a graph can't hold")
+            message = f"{guards.deciding_line()} sets an attribute of a traced value, which a graph can't hold"
+            raise self.tracer.failing(TraceError(message))
         super().__setattr__(name, value)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -101,6 +102,15 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return self._decide(float)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy  # it is what asks
+
+        value = self.node.meta.get(VALUE)
+        if not isinstance(value, int | float | torch.Size):
+            message = f"{guards.deciding_line()} gives a traced value to NumPy, which a graph can't hold"
+            raise self.tracer.failing(TraceError(message))
+        return numpy.array(self._decide(tuple if isinstance(value, tuple) else type(value)), dtype)
 
     def __hash__(self) -> int:
         # such values are keys of caches and tables

@@ -13,8 +13,9 @@ import functools
 import inspect
 import itertools
 import textwrap
+from collections.abc import Callable
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -36,28 +37,25 @@ class Uses(NamedTuple):
         read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
             ``layer.weight``, where ``layer`` may be a module inside.
         compares_identity: Whether something is compared with True or False by ``is``, which no stand-in can answer.
-        asks_class: The code that asks for the class of an argument by ``type(x)`` or ``match``, which none can either.
     """
 
     read: dict[str, set[str]]
     called: set[str]
     read_elsewhere: set[str]
     compares_identity: bool
-    asks_class: str | None
 
 
 @functools.cache
 def uses_in_forward(cls: type) -> Uses:
     """Returns what `cls`'s forward uses; nothing of what has no source."""
-    uses = Uses({}, set(), set(), False, None)
+    uses = Uses({}, set(), set(), False)
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
-        tree = _tree(getattr(cls, name, None))
+        tree = syntax_tree(getattr(cls, name, None))
         if tree is None:
             continue
         uses = uses._replace(compares_identity=uses.compares_identity or any(map(_is_identity_test, ast.walk(tree))))
-        uses = uses._replace(asks_class=uses.asks_class or _question_of_class(tree))
         for path, is_call in _paths(tree):
             if path.startswith("*."):
                 uses.read_elsewhere.add(path[2:])
@@ -69,6 +67,21 @@ def uses_in_forward(cls: type) -> Uses:
                     seen.add(path)
                     waiting.append(path)
     return uses
+
+
+@functools.cache
+def functions_in_forward(cls: type) -> tuple[Callable[..., Any], ...]:
+    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
+    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting += [getattr(cls, name, None) for name in uses_in_forward(cls).called]
+    found: dict[Any, None] = {}
+    while waiting:
+        function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
+        if not inspect.isfunction(function) or function in found or (function.__module__ or "").partition(".")[0] == "torch":
+            continue
+        found[function] = None
+        waiting += [function.__globals__.get(name) for name in function.__code__.co_names]
+    return tuple(found)
 
 
 @functools.cache
@@ -138,8 +151,8 @@ def only_tells(code: CodeType, line: int) -> bool:
     return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
 
 
-def _tree(method: object) -> ast.AST | None:
-    """Returns the syntax tree of a method of the user's, if it has source."""
+def syntax_tree(method: object) -> ast.AST | None:
+    """Returns the syntax tree of a function or a method of the user's, if it has source."""
     method = inspect.unwrap(method) if callable(method) else method
     if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
         return None
@@ -155,27 +168,12 @@ def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
     names.discard("reset_parameters")  # by convention what fills the weights, before anything adapts them
-    trees = {name: tree for name in names if (tree := _tree(getattr(cls, name, None))) is not None}
+    trees = {name: tree for name in names if (tree := syntax_tree(getattr(cls, name, None))) is not None}
     return frozenset(name for name, tree in trees.items() if _reads(tree, attribute))
 
 
 def _reads(tree: ast.AST, attribute: str) -> bool:
     return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in _paths(tree))
-
-
-def _question_of_class(tree: ast.AST) -> str | None:
-    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} - {"self"}
-
-    def is_argument(node: ast.AST) -> bool:
-        return isinstance(node, ast.Name) and node.id in arguments
-
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Match) and is_argument(node.subject):
-            return f"match {ast.unparse(node.subject)}"
-        for side in (node.left, *node.comparators) if isinstance(node, ast.Compare) else ():
-            if isinstance(side, ast.Call) and ast.unparse(side.func) == "type" and any(map(is_argument, side.args)):
-                return ast.unparse(side)
-    return None
 
 
 def _is_identity_test(node: ast.AST) -> bool:

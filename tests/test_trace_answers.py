@@ -243,6 +243,98 @@ def test_an_error_of_a_module_that_stays_a_call_is_none_of_what_is_around_it():
     assert traced.kept.keys() == {"inner"}
 
 
+def test_an_error_of_the_model_itself_names_the_line_of_its_code():
+    def failing(self, x):
+        return torch.vmap(self.layer)(x)
+
+    model = module_of(failing)
+    model.layer = nn.Linear(8, 8)
+    with pytest.raises(TraceError, match=r"Made's forward fails at `return torch.vmap\(self.layer\)\(x\)`"):
+        trace(model, (X,))
+
+
+def test_example_inputs_that_do_not_fit_the_forward_are_refused():
+    with pytest.raises(TraceError, match="example_inputs don't fit Linear's forward: too many positional arguments"):
+        trace(nn.Linear(8, 8), (X, X))
+
+
+# what may be there in one call and not in another
+
+
+def test_what_a_module_that_stays_a_call_returns_must_be_there():
+    def returning(self, x):
+        return (x.sign(), x) if (x > 0).any() else None
+
+    def returning_parts(self, x):
+        return (x, x.sign() if (x > 0).any() else None)
+
+    def around(self, x):
+        result = self.inner(x)
+        return x if result is None else result[0]
+
+    def around_parts(self, x):
+        x, bias = self.inner(x)
+        return torch.nn.functional.linear(x, torch.eye(8), bias)
+
+    for outer, inner in ((around, returning), (around_parts, returning_parts)):
+        model = module_of(outer)
+        model.inner = module_of(inner)
+        inputs = torch.ones(8)
+        traced: Any = trace(model, (inputs,))
+        assert torch.equal(traced(inputs), model(inputs))
+        with pytest.raises(GuardError, match="that is None now"):
+            traced(-inputs)
+
+
+def test_whether_a_parameter_is_trained_is_a_decision():
+    def forward(self, x):
+        return x * self.scale if self.scale.requires_grad else x
+
+    model = module_of(forward)
+    model.scale = nn.Parameter(torch.full((8,), 2.0))
+    traced: Any = trace(model, (X,))
+    assert torch.equal(traced(X), 2 * X)
+    model.scale.requires_grad_(False)
+    with pytest.raises(GuardError, match="requires_grad"):
+        traced(X)
+
+
+# random numbers
+
+
+def seeded(self, x):
+    torch.manual_seed(0)
+    return x + torch.rand(8)
+
+
+def with_its_state_kept(self, x):
+    with torch.random.fork_rng():
+        return x + torch.rand(8)
+
+
+@pytest.mark.parametrize("forward", [seeded, with_its_state_kept])
+def test_a_forward_that_sets_the_state_of_random_numbers_stays_a_call(forward):
+    model = nn.Sequential(module_of(forward), nn.Dropout())
+    state = torch.get_rng_state()
+    traced: Any = trace(model, (X,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "sets the state of random numbers" in traced.kept["0"]
+    torch.manual_seed(1)
+    expected = model(X)
+    torch.manual_seed(1)
+    assert torch.equal(traced(X), expected)
+
+
+def test_a_generator_of_random_numbers_keeps_the_module_a_call():
+    def forward(self, x):
+        return x + torch.rand(8, generator=torch.Generator().manual_seed(0))
+
+    model = nn.Sequential(module_of(forward))
+    traced: Any = trace(model, (X,))
+    assert "torch.Generator" in traced.kept["0"]
+    assert torch.equal(traced(X), model(X))
+
+
 # values that leave the graph
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import itertools
 import os
 import random
 import sys
@@ -59,6 +60,9 @@ _SIZED = (
 _SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
 """Functions of `torch` that tell what is switched on around a call."""
 
+_SEEDS = ("get_rng_state", "manual_seed", "seed", "set_rng_state")
+"""Functions of `torch` that read and set where its random numbers begin."""
+
 _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
 
@@ -99,6 +103,8 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
         for name in _SWITCHES:
             stack.enter_context(mock.patch.object(torch, name, _decided_switch(tracer, getattr(torch, name))))
+        for module, name in itertools.product((torch, torch.random), _SEEDS):
+            stack.enter_context(mock.patch.object(module, name, _refused_seed(tracer, getattr(module, name))))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _noted_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _refused_conversion(tracer, root)))
@@ -335,6 +341,17 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
         assign(module, name, value)
 
     return note
+
+
+def _refused_seed(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def refuse(*args: Any) -> Any:
+        if tracer.is_running:
+            return function(*args)
+        message = f"{guards.deciding_line()} sets the state of random numbers, which a graph can't hold"
+        raise tracer.failing(TraceError(message))
+
+    return refuse
 
 
 def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., nn.Module]:

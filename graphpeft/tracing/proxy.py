@@ -62,7 +62,7 @@ class ValueProxy(fx.Proxy):
             return functools.partial(self._call_method, name)
         if self.node.op == "get_attr" and not isinstance(attribute, torch.Tensor):
             self.tracer.specialised = True
-            if isinstance(attribute, int | torch.Size):
+            if isinstance(attribute, int | torch.Size) and not isinstance(attribute, bool):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not isinstance(read, fx.Proxy):

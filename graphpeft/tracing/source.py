@@ -77,11 +77,15 @@ def functions_in_forward(cls: type) -> tuple[Callable[..., Any], ...]:
     found: dict[Any, None] = {}
     while waiting:
         function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
-        if not inspect.isfunction(function) or function in found or (function.__module__ or "").partition(".")[0] == "torch":
+        if not inspect.isfunction(function) or function in found or _is_of_torch(function):
             continue
         found[function] = None
         waiting += [function.__globals__.get(name) for name in function.__code__.co_names]
     return tuple(found)
+
+
+def _is_of_torch(function: Callable[..., Any]) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"  # generated code is of no Python module
 
 
 @functools.cache

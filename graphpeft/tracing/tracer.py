@@ -56,15 +56,6 @@ _EFFECTS = (operator.setitem, leave_autocast)
 _WRITES_WITHOUT_GRAD = "{} writes under torch.no_grad(), which a graph can't hold"
 
 
-def _of_the_arguments(node: fx.Node) -> bool:
-    """Tells whether `node` is a part of an object or a container that is an argument, or of one inside it."""
-    container: Any = node.args[0]
-    while isinstance(container, fx.Node) and container.target in _TAKES_OUT:
-        container = container.args[0]
-    is_argument = isinstance(container, fx.Node) and container.op == "placeholder"
-    return is_argument and not isinstance(container.meta.get(VALUE), torch.Tensor | torch.Size)
-
-
 _Error = TypeVar("_Error", bound=BaseException)
 
 
@@ -175,7 +166,9 @@ class ValueTracer(fx.Tracer):
             except Exception as error:
                 if not self._has_values:
                     raise self.undecided(error) from error
-                raise
+                line = guards.failing_line(error)
+                message = f"{type(root).__name__}'s forward fails at {line} while it is traced"
+                raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
             finally:
                 self._thread = None
 
@@ -229,7 +222,10 @@ class ValueTracer(fx.Tracer):
         args, kwargs = self._call
         absent = None  # a default for extra arguments, which come after others with one
         signature = inspect.signature(self.root.forward)
-        bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
+        try:
+            bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
+        except TypeError as error:
+            raise TraceError(f"example_inputs don't fit {type(self.root).__name__}'s forward: {error}") from error
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
@@ -288,6 +284,15 @@ class ValueTracer(fx.Tracer):
         if self._may_be_absent:
             self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
         return proxy
+
+    def _may_lack(self, part: fx.Node) -> bool:
+        """Tells whether a part is one of an argument, or of what a module that stays a call returns."""
+        whole: Any = part.args[0]
+        while isinstance(whole, fx.Node) and whole.target in _TAKES_OUT:
+            whole = whole.args[0]
+        if not isinstance(whole, fx.Node) or isinstance(whole.meta.get(VALUE), torch.Tensor | torch.Size):
+            return False
+        return whole.op == "placeholder" or (whole.op == "call_module" and whole.target in self.kept)
 
     # what is recorded
 
@@ -349,8 +354,8 @@ class ValueTracer(fx.Tracer):
         if target not in _EFFECTS and (_is_compared_by_is(value) or _is_asked_about(value, kind, target)):
             self.decide(proxy, value)
             return value
-        if target in _TAKES_OUT and _of_the_arguments(proxy.node):
-            self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
+        if target in _TAKES_OUT and self._may_lack(proxy.node):
+            self._present(proxy, f"what {guards.deciding_line()} takes out of an object")
         if not torch.is_grad_enabled():
             return self._without_grad(proxy)
         same = self._objects.setdefault(id(value), proxy) if isinstance(value, torch.Tensor) else proxy
@@ -446,7 +451,8 @@ class ValueTracer(fx.Tracer):
             message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
             raise self.failing(TraceError(message))
         self.kept[path] = reason
-        return self.create_proxy("call_module", path, args, kwargs)
+        result = self.create_proxy("call_module", path, args, kwargs)
+        return self._present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_questions_of_class(m)
@@ -501,6 +507,8 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, dict) and type(a) is dict:
             # a proxy that is a key has been hashed, and so decided on
             return super().create_arg({_plain_key(key): value for key, value in a.items()})
+        if isinstance(a, torch.Generator):
+            raise TraceError("it draws random numbers with a torch.Generator, which a graph can't hold")
         if is_iterator(a):
             raise TraceError(f"a {type(a).__name__} goes through the graph, which can't hold it; make a list of it")
         if isinstance(a, dict):
@@ -601,8 +609,10 @@ class ValueTracer(fx.Tracer):
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
-        line = guards.deciding_line()
-        decides = f"decides on its inputs at {line}" if error is None else f"can't run without any at {line} ({error})"
+        if error is None:
+            decides = f"decides on its inputs at {guards.deciding_line()}"
+        else:
+            decides = f"can't run without any at {guards.failing_line(error)} ({error})"
         message = (
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"

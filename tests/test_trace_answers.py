@@ -253,6 +253,21 @@ def test_an_error_of_the_model_itself_names_the_line_of_its_code():
         trace(model, (X,))
 
 
+def test_what_a_mode_without_a_graph_would_keep_is_not_reported():
+    def deciding(self, x):
+        return x * 2 if self.training and x.sum() > 0 else x
+
+    def around(self, x):
+        x = self.inner(x)
+        return x * x.sum().item() if self.training else x
+
+    model = module_of(around)
+    model.inner = module_of(deciding)
+    traced: Any = trace(model.eval(), (X,))
+    assert traced.other_mode_error is not None
+    assert not traced.kept
+
+
 def test_example_inputs_that_do_not_fit_the_forward_are_refused():
     with pytest.raises(TraceError, match="example_inputs don't fit Linear's forward: too many positional arguments"):
         trace(nn.Linear(8, 8), (X, X))

@@ -154,6 +154,7 @@ class ValueTracer(fx.Tracer):
         self._names = {}
         for name, tensor in _named_tensors(root):
             self._names.setdefault(id(tensor), name)
+        kept = dict(self.kept)
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
@@ -162,8 +163,10 @@ class ValueTracer(fx.Tracer):
                     pass  # each time, more is known about the modules
                 return graph
             except TraceError:
+                self.kept = kept  # there is no graph that calls the others
                 raise
             except Exception as error:
+                self.kept = kept
                 if not self._has_values:
                     raise self.undecided(error) from error
                 line = guards.failing_line(error)

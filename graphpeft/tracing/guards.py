@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import traceback
 from types import FrameType
 from typing import Any
 
@@ -83,7 +84,17 @@ def deciding_frame() -> FrameType:
 def deciding_line() -> str:
     """Returns the line of model code that is being run, as ```code` (file:line)``."""
     frame = deciding_frame()
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    return _shown_line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def failing_line(error: BaseException) -> str:
+    """Returns the innermost line of code beside PyTorch's and the tracer's that an error came through."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [line for line in lines if not line[0].startswith((*_MACHINERY, os.path.dirname(torch.__file__)))]
+    return _shown_line(*outside[-1]) if outside else "its call"
+
+
+def _shown_line(file: str, line: int) -> str:
     return f"`{linecache.getline(file, line).strip()}` ({os.path.basename(file)}:{line})"
 
 

@@ -48,7 +48,8 @@ class StandIn:
         if not self._tracer.is_of_this_thread:
             return self._iterator
         if self._tracer.is_recording:
-            raise TraceError(f"a forward draws from {self._name}, an iterator, which a graph can't hold")
+            message = f"a forward draws from {self._name}, an iterator, which a graph can't hold"
+            raise self._tracer.failing(TraceError(message))
         if self._copy is None:
             self._copy = self._copied({})
         return self._copy

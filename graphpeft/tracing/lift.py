@@ -26,7 +26,7 @@ from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.patches import plain_or_proxy
-from graphpeft.tracing.source import uses_in_forward
+from graphpeft.tracing.source import functions_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
@@ -131,32 +131,17 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     template = Template(recorded.graphs, shared=True)
     if tracer.specialised or example_inputs is not None or module._modules or not reads.isdisjoint(_INTERNALS):
         return template, None
-    if any(_reads_its_dict(function) for function in _functions_of(type(module))):
+    if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
         return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
-
-
-@functools.cache
-def _functions_of(cls: type) -> tuple[Callable[..., Any], ...]:
-    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
-    waiting: list[Any] = [getattr(cls, "forward", None)]
-    waiting += [getattr(cls, name, None) for name in uses_in_forward(cls).called]
-    found: dict[Any, None] = {}
-    while waiting:
-        function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
-        if not inspect.isfunction(function) or function in found or function.__module__.partition(".")[0] == "torch":
-            continue
-        found[function] = None
-        waiting += [function.__globals__.get(name) for name in function.__code__.co_names]
-    return tuple(found)
 
 
 def _globals_of(cls: type) -> dict[tuple[str, str], Any]:
     """Returns the plain globals that a forward's functions name, which can change between two adaptations."""
     return {
         (function.__module__, name): function.__globals__[name]
-        for function in _functions_of(cls)
+        for function in functions_in_forward(cls)
         for name in function.__code__.co_names
         if isinstance(function.__globals__.get(name, _UNKNOWN), SIMPLE)
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import itertools
 import os
 import random
 import sys
@@ -32,9 +33,9 @@ from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.errors import DrawsNumbersError, TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.identity_questions import tests_truth_by_identity
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
-from graphpeft.tracing.questions import tests_truth_by_identity
 from graphpeft.tracing.reach import Reach
 from graphpeft.tracing.snapshot import Snapshot
 
@@ -58,6 +59,9 @@ _SIZED = (
 
 _SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
 """Functions of `torch` that tell what is switched on around a call."""
+
+_SEEDS = ("get_rng_state", "manual_seed", "seed", "set_rng_state")
+"""Functions of `torch` that read and set where its random numbers begin."""
 
 _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
@@ -99,6 +103,8 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
             stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
         for name in _SWITCHES:
             stack.enter_context(mock.patch.object(torch, name, _decided_switch(tracer, getattr(torch, name))))
+        for module, name in itertools.product((torch, torch.random), _SEEDS):
+            stack.enter_context(mock.patch.object(module, name, _refused_seed(tracer, getattr(module, name))))
         stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _noted_assignment(tracer, root)))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _refused_conversion(tracer, root)))
@@ -329,11 +335,23 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
             # the copy of a module whose call stays one would not be assigned to
             owned = {**module._parameters, **module._modules, "training": True}
             if tracer.keeps_whole(module) or name in owned or builtins.isinstance(value, nn.Parameter | nn.Module):
-                raise TraceError(f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold")
+                message = f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold"
+                raise tracer.failing(TraceError(message))
             tracer.note_assignment(module, name)
         assign(module, name, value)
 
     return note
+
+
+def _refused_seed(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def refuse(*args: Any) -> Any:
+        if tracer.is_running:
+            return function(*args)
+        message = f"{guards.deciding_line()} sets the state of random numbers, which a graph can't hold"
+        raise tracer.failing(TraceError(message))
+
+    return refuse
 
 
 def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., nn.Module]:
@@ -347,7 +365,8 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
         with torch._C.DisableTorchFunction():
             is_converted = any(function(tensor) is not tensor for tensor in tensors)
         if is_converted:
-            raise TraceError(f"a {type(module).__name__} is converted in a forward, which a graph can't hold")
+            message = f"a {type(module).__name__} is converted in a forward, which a graph can't hold"
+            raise tracer.failing(TraceError(message))
         return module
 
     return refuse
@@ -360,7 +379,8 @@ def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[
             return apply(function, *args, **kwargs)
         # a module is known to the graph; of a function it would hold the model's own modules, out of reach
         if any(callable(leaf) and not builtins.isinstance(leaf, fx.Proxy | nn.Module) for leaf in given):
-            raise TraceError(f"{function.__name__} is given a function, whose code a graph can't hold")
+            message = f"{function.__name__} is given a function, whose code a graph can't hold"
+            raise tracer.failing(TraceError(message))
         return tracer.create_proxy("call_function", Applied(function), args, kwargs)
 
     return record
@@ -386,7 +406,8 @@ def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_running:
             return recompute(*args, **kwargs)
-        raise TraceError(f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold")
+        message = f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold"
+        raise tracer.failing(TraceError(message))
 
     return refuse
 

@@ -19,7 +19,7 @@ import torch.fx as fx
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.questions import tests_identity
+from graphpeft.tracing.identity_questions import tests_identity
 from graphpeft.tracing.source import only_tells
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ValueProxy(fx.Proxy):
             return functools.partial(self._call_method, name)
         if self.node.op == "get_attr" and not isinstance(attribute, torch.Tensor):
             self.tracer.specialised = True
-            if isinstance(attribute, int | torch.Size):
+            if isinstance(attribute, int | torch.Size) and not isinstance(attribute, bool):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not isinstance(read, fx.Proxy):
@@ -81,7 +81,8 @@ class ValueProxy(fx.Proxy):
             self._call_method("requires_grad_", value)
             return
         if name not in ("node", "tracer"):
-            raise TraceError(f"{guards.deciding_line()} sets an attribute of a traced value, which a graph can't hold")
+            message = f"{guards.deciding_line()} sets an attribute of a traced value, which a graph can't hold"
+            raise self.tracer.failing(TraceError(message))
         super().__setattr__(name, value)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -102,6 +103,15 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return self._decide(float)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy  # it is what asks
+
+        value = self.node.meta.get(VALUE)
+        if not isinstance(value, int | float | torch.Size):
+            message = f"{guards.deciding_line()} gives a traced value to NumPy, which a graph can't hold"
+            raise self.tracer.failing(TraceError(message))
+        return numpy.array(self._decide(tuple if isinstance(value, tuple) else type(value)), dtype)
 
     def __hash__(self) -> int:
         # such values are keys of caches and tables

@@ -100,7 +100,7 @@ class Reach:
                 for name, method in _methods(value).items():
                     if name not in named:
                         unnamed[name].append(method)
-            elif isinstance(value, FunctionType) and not _is_of_a_library(value.__globals__.get("__name__")):
+            elif isinstance(value, FunctionType) and not is_of_a_library(value.__globals__.get("__name__")):
                 new = names_in(value.__code__).read - named
                 named |= new
                 waiting += [method for name in new for method in unnamed.pop(name, ())]
@@ -207,7 +207,7 @@ _OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module_
 
 def _opened_function(function: FunctionType) -> _Opened:
     namespace = function.__globals__
-    if _is_of_a_library(namespace.get("__name__")):
+    if is_of_a_library(namespace.get("__name__")):
         return (), tuple(function.__dict__.values())  # such as what a decorator wraps
     holders: list[Holder] = [
         Cell(cell, name, function)
@@ -226,7 +226,7 @@ def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Glo
     for name in namespace if "globals" in names.read else names.read:
         value = namespace.get(name)
         if isinstance(value, ModuleType):
-            if not _is_of_a_library(value.__name__):
+            if not is_of_a_library(value.__name__):
                 yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))
         elif name in namespace:
             yield Global(namespace, name)
@@ -248,5 +248,6 @@ def _root(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def _is_of_a_library(python_module: str | None) -> bool:
+def is_of_a_library(python_module: str | None) -> bool:
+    """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes."""
     return (python_module or "").partition(".")[0] in _LIBRARIES

@@ -12,8 +12,9 @@ import dis
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -48,7 +49,7 @@ def uses_in_forward(cls: type) -> Uses:
     waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
-        tree = tree_of(getattr(cls, name, None))
+        tree = syntax_tree(getattr(cls, name, None))
         if tree is None:
             continue
         for path, is_call in _paths(tree):
@@ -62,6 +63,25 @@ def uses_in_forward(cls: type) -> Uses:
                     seen.add(path)
                     waiting.append(path)
     return uses
+
+
+@functools.cache
+def functions_in_forward(cls: type) -> tuple[Callable[..., Any], ...]:
+    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
+    waiting: list[Any] = [getattr(cls, "forward", None)]
+    found: dict[Any, None] = {}
+    while waiting:
+        function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
+        if not inspect.isfunction(function) or function in found or _is_of_torch(function):
+            continue
+        found[function] = None
+        for name in names_in(function.__code__).read:
+            waiting += [inspect.getattr_static(cls, name, None), function.__globals__.get(name)]
+    return tuple(found)
+
+
+def _is_of_torch(function: Callable[..., Any]) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"  # generated code is of no Python module
 
 
 class Names(NamedTuple):
@@ -112,8 +132,8 @@ def only_tells(code: CodeType, line: int) -> bool:
     return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
 
 
-def tree_of(method: object) -> ast.AST | None:
-    """Returns the syntax tree of a method of the user's, if it has source."""
+def syntax_tree(method: object) -> ast.AST | None:
+    """Returns the syntax tree of a function or a method of the user's, if it has source."""
     method = inspect.unwrap(method) if callable(method) else method
     if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
         return None
@@ -129,7 +149,7 @@ def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
     names.discard("reset_parameters")  # by convention what fills the weights, before anything adapts them
-    trees = {name: tree for name in names if (tree := tree_of(getattr(cls, name, None))) is not None}
+    trees = {name: tree for name in names if (tree := syntax_tree(getattr(cls, name, None))) is not None}
     return frozenset(name for name, tree in trees.items() if _reads(tree, attribute))
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import enum
 import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx as fx
@@ -28,13 +30,15 @@ from graphpeft.paths import join
 from graphpeft.tracing import guards, patches
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
+from graphpeft.tracing.class_questions import question_of_class
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
 from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
+from graphpeft.tracing.identity_questions import compares_objects, tests_identity
 from graphpeft.tracing.proxy import ValueProxy, writes
-from graphpeft.tracing.questions import compares_objects, question_of_class
+from graphpeft.tracing.reach import is_iterator
 from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
@@ -43,19 +47,16 @@ ONE_TRACE_AT_A_TIME = threading.RLock()
 _GUARDS = (guards.expect, guards.expect_present)
 """Functions that check a decision."""
 
+_TAKES_OUT = (operator.getitem, getattr)
+"""Functions that take a part out of an object."""
+
 _EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
 
 _WRITES_WITHOUT_GRAD = "{} writes under torch.no_grad(), which a graph can't hold"
 
 
-def _of_the_arguments(node: fx.Node) -> bool:
-    """Tells whether `node` is an item of a container that is an argument, or of one inside it."""
-    container: Any = node.args[0]
-    while isinstance(container, fx.Node) and container.target is operator.getitem:
-        container = container.args[0]
-    is_argument = isinstance(container, fx.Node) and container.op == "placeholder"
-    return is_argument and not isinstance(container.meta.get(VALUE), torch.Tensor | torch.Size)
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class _RecordAgain(BaseException):
@@ -111,6 +112,9 @@ class ValueTracer(fx.Tracer):
         self._made: dict[str, Any] = {}
         self._objects: dict[int, fx.Proxy] = {}
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
+        self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
+        self._failure: BaseException | None = None
+        self._failing_line = ""
         self.examples.begin()
         self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
@@ -150,6 +154,7 @@ class ValueTracer(fx.Tracer):
         self._names = {}
         for name, tensor in _named_tensors(root):
             self._names.setdefault(id(tensor), name)
+        kept = dict(self.kept)
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
@@ -158,11 +163,15 @@ class ValueTracer(fx.Tracer):
                     pass  # each time, more is known about the modules
                 return graph
             except TraceError:
+                self.kept = kept  # there is no graph that calls the others
                 raise
             except Exception as error:
+                self.kept = kept
                 if not self._has_values:
                     raise self.undecided(error) from error
-                raise
+                line = guards.failing_line(error)
+                message = f"{type(root).__name__}'s forward fails at {line} while it is traced"
+                raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
             finally:
                 self._thread = None
 
@@ -216,7 +225,10 @@ class ValueTracer(fx.Tracer):
         args, kwargs = self._call
         absent = None  # a default for extra arguments, which come after others with one
         signature = inspect.signature(self.root.forward)
-        bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
+        try:
+            bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
+        except TypeError as error:
+            raise TraceError(f"example_inputs don't fit {type(self.root).__name__}'s forward: {error}") from error
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
@@ -235,7 +247,9 @@ class ValueTracer(fx.Tracer):
                     positional.append(value)
 
         def call() -> Any:
-            return self._entry(*positional, **keywords)
+            result = self._entry(*positional, **keywords)
+            self._refuse_to_go_on()
+            return result
 
         return call, []
 
@@ -246,19 +260,42 @@ class ValueTracer(fx.Tracer):
         placeholder = super().create_proxy("placeholder", name, defaults, {})
         if example is inspect.Parameter.empty:
             return self._present(placeholder, f"the argument {name!r}")
-        if isinstance(example, type(None) | bool | str):
+        code = getattr(inspect.unwrap(self.root.forward), "__code__", None)
+        is_asked_about = isinstance(example, _OFTEN_COMPARED) and code is not None and tests_identity(code)
+        if isinstance(example, bool) or _is_compared_by_is(example) or is_asked_about:
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
             self.decide(placeholder, example, f"the argument {name!r}")
             return example
         self.examples.give(placeholder.node, example)
-        self._objects[id(placeholder.node.meta[VALUE])] = placeholder
-        return self._present(placeholder, f"the argument {name!r}")
+        self._objects.setdefault(id(placeholder.node.meta[VALUE]), placeholder)
+        self._present(placeholder, f"the argument {name!r}")
+        is_compared = isinstance(example, torch.Tensor) and code is not None and compares_objects(code)
+        return self._told_apart(name, placeholder, example) if is_compared else placeholder
+
+    def _told_apart(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
+        """Puts checks into the graph that an argument is the same object as an earlier one, or another, in each run."""
+        for earlier_name, (earlier, other) in self._compared.items():
+            asked = self.create_proxy("call_function", operator.is_, (placeholder, earlier), {})
+            self.decide(asked, example is other, f"whether the argument {name!r} is {earlier_name!r}")
+            if example is other:
+                return earlier
+        self._compared[name] = (placeholder, example)
+        return placeholder
 
     def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
         """Puts a check into the graph that a value which the example has isn't None in a run."""
         if self._may_be_absent:
             self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
         return proxy
+
+    def _may_lack(self, part: fx.Node) -> bool:
+        """Tells whether a part is one of an argument, or of what a module that stays a call returns."""
+        whole: Any = part.args[0]
+        while isinstance(whole, fx.Node) and whole.target in _TAKES_OUT:
+            whole = whole.args[0]
+        if not isinstance(whole, fx.Node) or isinstance(whole.meta.get(VALUE), torch.Tensor | torch.Size):
+            return False
+        return whole.op == "placeholder" or (whole.op == "call_module" and whole.target in self.kept)
 
     # what is recorded
 
@@ -278,6 +315,29 @@ class ValueTracer(fx.Tracer):
         """Records one call and runs it on the example values; a result of None or a string is a plain value."""
         if self._thread is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
+        try:
+            return self._recorded_call(kind, target, args, kwargs, *rest, **more)
+        except Exception as error:
+            self.failing(error)
+            raise
+
+    def failing(self, error: _Error) -> _Error:
+        """Notes an error that the model's code may catch, and returns it.
+
+        That a call fails, here and not in another run, is a decision that no check can hold.
+        """
+        self._failure, self._failing_line = error, guards.deciding_line()
+        return error
+
+    def _refuse_to_go_on(self) -> None:
+        """Raises if the code that has just returned has caught an error of what it recorded."""
+        if isinstance(self._failure, NeedsInputsError | _RecordAgain):
+            raise self._failure
+        if self._failure is not None:
+            message = f"its code goes on after an error of {self._failing_line}, which a graph can't hold"
+            raise TraceError(f"{message}: {self._failure}")
+
+    def _recorded_call(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if not torch.is_grad_enabled() and (writes(target) or kwargs.get("out") is not None):
             args, kwargs = self._written_without_grad(args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
@@ -294,11 +354,11 @@ class ValueTracer(fx.Tracer):
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
         value = proxy.node.meta.get(VALUE, proxy)
-        if (value is None or isinstance(value, str)) and target not in _EFFECTS:
+        if target not in _EFFECTS and (_is_compared_by_is(value) or _is_asked_about(value, kind, target)):
             self.decide(proxy, value)
             return value
-        if target is operator.getitem and _of_the_arguments(proxy.node):
-            self._present(proxy, f"what {guards.deciding_line()} takes out of an argument")
+        if target in _TAKES_OUT and self._may_lack(proxy.node):
+            self._present(proxy, f"what {guards.deciding_line()} takes out of an object")
         if not torch.is_grad_enabled():
             return self._without_grad(proxy)
         same = self._objects.setdefault(id(value), proxy) if isinstance(value, torch.Tensor) else proxy
@@ -365,7 +425,7 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         if path in self._changing:
             return self._kept(m, path, self._changing[path], args, kwargs)
-        before = next(iter(reversed(self.graph.nodes)))
+        before, failure = next(iter(reversed(self.graph.nodes))), self._failure
         try:
             with patches.no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
@@ -375,8 +435,9 @@ class ValueTracer(fx.Tracer):
             if self._changed_inside(m):
                 # who has changed it, the module itself or another one before, shows if its code isn't run
                 self._changing[path] = str(error)
-                raise _RecordAgain from error
+                raise self.failing(_RecordAgain()) from error
             self._forget_after(before)
+            self._failure = failure
             return self._kept(m, path, str(error), args, kwargs)
 
     def _changed_inside(self, m: nn.Module) -> list[Attribute]:
@@ -390,9 +451,11 @@ class ValueTracer(fx.Tracer):
         for attribute in self._changed_inside(m):
             what = attribute.holder.described(attribute.name, m)
             kind = type(m).__name__
-            raise TraceError(f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold")
+            message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
+            raise self.failing(TraceError(message))
         self.kept[path] = reason
-        return self.create_proxy("call_module", path, args, kwargs)
+        result = self.create_proxy("call_module", path, args, kwargs)
+        return self._present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_questions_of_class(m)
@@ -402,6 +465,7 @@ class ValueTracer(fx.Tracer):
         around, self._calls = self._calls, (*self._calls, call)
         try:
             result = call_m(*args, **kwargs)
+            self._refuse_to_go_on()
         finally:
             self._calls = around
         call.returns(result)
@@ -443,7 +507,14 @@ class ValueTracer(fx.Tracer):
             return self._constant(a)
         if type(a).__module__ == "numpy" and isinstance(a, int | float):
             return float(a) if isinstance(a, float) else int(a)  # generated code doesn't know numpy's names
-        if isinstance(a, dict) and type(a) is not dict:
+        if isinstance(a, dict) and type(a) is dict:
+            # a proxy that is a key has been hashed, and so decided on
+            return super().create_arg({_plain_key(key): value for key, value in a.items()})
+        if isinstance(a, torch.Generator):
+            raise TraceError("it draws random numbers with a torch.Generator, which a graph can't hold")
+        if is_iterator(a):
+            raise TraceError(f"a {type(a).__name__} goes through the graph, which can't hold it; make a list of it")
+        if isinstance(a, dict):
             if isinstance(a, collections.defaultdict):
                 raise TraceError("a defaultdict goes through the graph, which can't hold its function; use a dict")
             return self.create_proxy("call_function", type(a), (dict(a),), {}).node
@@ -541,12 +612,15 @@ class ValueTracer(fx.Tracer):
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
-        line = guards.deciding_line()
-        decides = f"decides on its inputs at {line}" if error is None else f"can't run without any at {line} ({error})"
-        return NeedsInputsError(
+        if error is None:
+            decides = f"decides on its inputs at {guards.deciding_line()}"
+        else:
+            decides = f"can't run without any at {guards.failing_line(error)} ({error})"
+        message = (
             f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
             "a dict of keyword arguments of the model"
         )
+        return self.failing(NeedsInputsError(message))
 
 
 def _refuse_questions_of_class(module: nn.Module) -> None:
@@ -554,7 +628,7 @@ def _refuse_questions_of_class(module: nn.Module) -> None:
     question = question_of_class(in_place.original_class(module))
     if question is not None:
         raise TraceError(
-            f"{type(module).__name__}'s forward asks for the class of an argument by `{question}`, which a graph can't "
+            f"{type(module).__name__}'s forward asks for the class of a value by `{question}`, which a graph can't "
             "answer; ask by isinstance"
         )
 
@@ -608,6 +682,26 @@ def _may_require_grad(node: fx.Node) -> bool:
         return True
     leaves = pytree.tree_leaves(node.meta[VALUE])
     return any(isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
+
+
+def _plain_key(key: Any) -> Any:
+    value = key.node.meta.get(VALUE, key) if isinstance(key, fx.Proxy) else key
+    return key if isinstance(value, torch.Tensor) else value
+
+
+def _is_compared_by_is(value: Any) -> bool:
+    """Tells whether code asks by ``is`` for such a value: a proxy could only answer that it is another object."""
+    return value is None or isinstance(value, str | enum.Enum)
+
+
+def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
+    """Tells whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
+    is_taken = kind == "call_method" or target is operator.getitem
+    return is_taken and isinstance(value, _OFTEN_COMPARED) and tests_identity(guards.deciding_frame().f_code)
+
+
+_OFTEN_COMPARED = (bool, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
+"""Types of values for which some code asks by ``is``."""
 
 
 def _holds_proxy(value: Any, depth: int = 4) -> bool:

@@ -1,0 +1,80 @@
+"""Finds where a forward asks for the class of a value by other means than ``isinstance``: no proxy can answer that."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from graphpeft.tracing.reach import is_of_a_library
+from graphpeft.tracing.source import functions_in_forward, names_in, syntax_tree
+
+
+@functools.cache
+def question_of_class(cls: type) -> str | None:
+    """Returns the code in `cls`'s forward, or in what it calls, that asks for the class of a value.
+
+    Functions of libraries are left out: they do so for their messages.
+    """
+    own = {inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)}
+    for function in functions_in_forward(cls):
+        if function in own or not is_of_a_library(function.__module__):
+            question = _question(function)
+            if question is not None:
+                return question
+    return None
+
+
+@functools.cache
+def _question(function: Callable[..., Any]) -> str | None:
+    code = function.__code__
+    may_ask = not _ASKS.isdisjoint(names_in(code).read) or any(opcode in code.co_code for opcode in _MATCHES)
+    tree = syntax_tree(function) if may_ask else None  # which takes its time
+    return next(_questions(tree), None) if tree is not None else None
+
+
+_ASKS = {"type", "__class__"}
+_MATCHES = [bytes([dis.opmap[name]]) for name in ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")]
+
+
+def _questions(tree: ast.AST) -> Iterator[str]:
+    values = _names_of_values(tree)
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Raise | ast.JoinedStr):
+            continue  # it tells a person
+        asked = _asked_about(node)
+        if asked is not None and not values.isdisjoint(_names(asked)):
+            yield f"match {ast.unparse(asked)}" if isinstance(node, ast.Match) else ast.unparse(node)
+        # what is made of a class, as by type(x)(…), isn't a question
+        is_made = isinstance(node, ast.Call) and _asked_about(node.func) is not None
+        waiting += node.args if is_made else ast.iter_child_nodes(node)  # type: ignore[union-attr]
+
+
+def _asked_about(node: ast.AST) -> ast.expr | None:
+    """Returns that for whose class a node asks, if it does."""
+    if isinstance(node, ast.Match):
+        patterns = [part for case in node.cases for part in ast.walk(case.pattern)]
+        kinds = ast.MatchClass | ast.MatchMapping | ast.MatchSequence
+        return node.subject if any(isinstance(pattern, kinds) for pattern in patterns) else None
+    if isinstance(node, ast.Attribute):
+        return node.value if node.attr == "__class__" else None
+    is_type = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"
+    return node.args[0] if is_type and len(node.args) == 1 else None  # type: ignore[union-attr]
+
+
+def _names_of_values(tree: ast.AST) -> set[str]:
+    """Returns the names of arguments and variables that may have a traced value: not of what is taken out of self."""
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    variables = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.comprehension)]
+    own = {name for loop in loops if "self" in _names(loop.iter) for name in _names(loop.target)}
+    return (arguments | variables) - own - {"self", "cls"}
+
+
+def _names(expression: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}

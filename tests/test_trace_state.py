@@ -131,6 +131,19 @@ def test_a_cache_beside_a_tensor_that_is_made_in_each_call_is_computed_in_each_r
     assert_history_is_that_of(model, traced, X, X[:1], X)
 
 
+def test_values_that_come_from_a_cache_may_be_compared_with_others():
+    def forward(self, x):
+        if x.shape[1] not in self.cache:
+            self.cache[x.shape[1]] = torch.arange(x.shape[1]) * 1.0
+        y = x + self.cache[x.shape[1]][:, None]
+        return torch.where(y > 1, y, -y)
+
+    model = module_of(forward, cache={})
+    traced = traced_inside(model)
+    assert traced.kept == {}
+    assert_history_is_that_of(model, traced, X, X[:1], X)
+
+
 # what the next call depends on
 
 

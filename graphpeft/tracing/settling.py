@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.fx as fx
 from torch import nn
 
+from graphpeft.tracing import guards
 from graphpeft.tracing import left as left_values
-from graphpeft.tracing.dependence import above_with_writes, is_trained, varies
+from graphpeft.tracing.dependence import above, above_with_writes, is_trained, varies
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
@@ -142,12 +143,13 @@ def _varies(value: Any) -> bool:
 
 
 def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Tells whether the second recording asked if something is more or less than what the first one has left.
+    """Tells whether the second recording decided if something is more or less than what the first one has left.
 
     So do caches that only grow, and sizes that only shrink: what they hold is that of the largest call so far.
     """
     assert again.graph is not None
-    return any(_is_ordering(node) and comes_from_the_state(node) for node in again.graph.nodes)
+    decided = {source for node in again.graph.nodes if node.target is guards.expect for source in above(node)}
+    return any(_is_ordering(node) and comes_from_the_state(node) for node in decided)
 
 
 def _is_ordering(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from typing import Any
@@ -105,11 +106,17 @@ def _output(module: nn.Module, inputs: Any) -> Any:
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+            return _opened(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
     finally:
         for name, buffer in module.named_buffers():
             if name in buffers and buffer.shape == buffers[name].shape:
                 buffer.copy_(buffers[name])
+
+
+def _opened(output: Any) -> Any:
+    """Returns a dataclass of a user's as its type and its fields, which can be compared."""
+    is_closed = dataclasses.is_dataclass(output) and not isinstance(output, dict)
+    return (type(output), vars(output)) if is_closed else output
 
 
 def _sites(model: nn.Module, inputs: Any) -> Row:

@@ -24,6 +24,7 @@ import torchvision
 import torchvision_models
 import transformers
 import transformers_models
+import written_models
 from case import Case
 from measure import Row, measure
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "build" / "coverage.jsonl"
 TABLE = ROOT / "docs" / "coverage.md"
+MODELS = (written_models, torchvision_models, transformers_models, timm_models)
 
 
 def main(wanted: list[str]) -> None:
@@ -40,7 +42,11 @@ def main(wanted: list[str]) -> None:
     MEASURED.parent.mkdir(exist_ok=True)
     MEASURED.touch()
     done = {row["case"] for row in _rows()}
-    every = list(itertools.chain(torchvision_models.cases(), transformers_models.cases(), timm_models.cases()))
+    every = list(
+        itertools.chain(
+            written_models.cases(), torchvision_models.cases(), transformers_models.cases(), timm_models.cases()
+        )
+    )
     left = [case for case in every if case.key not in done and _is_wanted(case, wanted)]
     for case in (progress := tqdm(left, unit="model")):
         progress.set_description(case.key)
@@ -68,7 +74,7 @@ def _measured(case: Case) -> Row:
 def _page(rows: list[Row]) -> str:
     versions = {"torch": torch, "timm": timm, "torchvision": torchvision, "transformers": transformers}
     used = ", ".join(f"{name} {library.__version__.partition('+')[0]}" for name, library in versions.items())
-    sections = [_section(library, rows) for library in ("timm", "torchvision", "transformers")]
+    sections = [_section(library, rows) for library in ("timm", "torchvision", "transformers", "hand-written")]
     return f"""# Coverage
 
 `make coverage` traces each model, and compares the graph with it: in evaluation, in training with the same seed, with

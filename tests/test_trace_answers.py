@@ -388,3 +388,15 @@ def test_a_generator_that_a_forward_returns_is_refused():
 
     with pytest.raises(TraceError, match="a generator goes through the graph"):
         trace(module_of(forward), (X,))
+
+
+def test_a_call_that_is_more_than_the_forward_is_refused_and_recorded_inside():
+    class Calling(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model = Calling(8, 8)
+    with pytest.raises(TraceError, match="Calling has a __call__ of its own"):
+        trace(model, (X,))
+    around = nn.Sequential(model)
+    assert torch.equal(trace(around, (X,))(X), around(X))

@@ -100,6 +100,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
         NeedsInputsError: If the model decides on its inputs and none were given.
         TraceError: If the model's own forward can't be recorded truthfully; with `strict`, if that of any module can't.
     """
+    _refuse_own_call(model)
     args, kwargs = split_inputs(example_inputs)
     tracer = ValueTracer(keeps_whole=is_layer)
     # as a call does, with the model's own hooks
@@ -112,6 +113,16 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
         if strict and recorded.other_mode_error is not None:
             raise recorded.other_mode_error
         return _graph_module(model, recorded, tracer)
+
+
+def _refuse_own_call(model: nn.Module) -> None:
+    """Raises TraceError if calling a model is more than its hooks and its forward, which are what is recorded."""
+    call = in_place.original_class(model).__call__
+    if call is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+        raise TraceError(
+            f"{type(model).__name__} has a __call__ of its own, and a graph is of the forward; put what it does into "
+            "that, or trace a module that calls this one"
+        )
 
 
 def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:

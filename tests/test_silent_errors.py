@@ -974,3 +974,16 @@ def test_a_module_around_that_reads_a_weight_from_a_list_is_its_region():
 
     config = LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)
     laws.assert_adapted_is_base_with_delta(lambda: seeded(Around), config, (X4,))
+
+
+def test_a_layer_that_is_handed_to_a_checkpoint_is_called_there():
+    class Checkpointing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    config = LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: seeded(nn.Sequential, seeded(Checkpointing)), config, (X4,))

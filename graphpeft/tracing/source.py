@@ -173,8 +173,21 @@ def _paths(tree: ast.AST) -> list[tuple[str, bool]]:
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # only whole paths
         if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
-            found.append((_path(node), isinstance(parent, ast.Call) and parent.func is node))
+            found.append((_path(node), isinstance(parent, ast.Call) and _is_called(node, parent)))
     return found
+
+
+def _is_called(node: ast.AST, call: ast.Call) -> bool:
+    """Tells whether what `node` gives is called, by a call or by what it hands it to."""
+    return call.func is node or (_name_of(call.func) in _CALLERS and call.args[:1] == [node])
+
+
+def _name_of(function: ast.expr) -> str | None:
+    return getattr(function, "attr", getattr(function, "id", None))
+
+
+_CALLERS = {"checkpoint"}
+"""Functions that call their first argument, and read nothing of it."""
 
 
 def _is_getattr(node: ast.Call) -> bool:

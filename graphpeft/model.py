@@ -28,7 +28,6 @@ from graphpeft.adapting import (
     add_new,
     carry_out,
     known_adapter,
-    load,
     modules_of,
     plan_for,
     refuse,
@@ -38,6 +37,7 @@ from graphpeft.adapting import (
 )
 from graphpeft.combination import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
+from graphpeft.loading import load
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed
 from graphpeft.tracing.trace import ExampleInputs

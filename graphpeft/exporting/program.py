@@ -1,0 +1,172 @@
+"""From a plain module to an ``ExportedProgram``: which sizes of its inputs can change, and which can't."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.utils import _pytree as pytree
+
+from graphpeft.exporting import calls
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example, Shape, names
+from graphpeft.exporting.ways import Prepared
+from graphpeft.tracing.errors import GuardError, TraceError
+
+Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+"""True for all sizes that the model leaves open, False for none, or a spec of ``torch.export``."""
+
+
+class Input(NamedTuple):
+    """A tensor that an exported model takes.
+
+    Attributes:
+        name: Its name.
+        node: The name of its node in the program.
+        shape: Its shape, with symbols for sizes that can change.
+    """
+
+    name: str
+    node: str
+    shape: tuple[Any, ...]
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        """The dimensions that can change."""
+        return tuple(dim for dim, size in enumerate(self.shape) if isinstance(size, torch.SymInt))
+
+    def __str__(self) -> str:
+        return f"({', '.join(str(size) for size in self.shape)}{',' if len(self.shape) == 1 else ''})"
+
+
+class Program(NamedTuple):
+    """An exported model.
+
+    Attributes:
+        exported: PyTorch's program.
+        inputs: What it takes: the model's own inputs, and then those of adapters.
+    """
+
+    exported: ExportedProgram
+    inputs: tuple[Input, ...]
+
+    def other_shapes(self, own: int) -> list[tuple[Shape, ...]]:
+        """Returns other shapes that the first `own` inputs may have: with each size one more, and with each as one."""
+        sizes = {symbol: self._hint(symbol) for symbol in self._symbols()}
+        larger = {symbol: _next(size, *self._range(symbol)) for symbol, size in sizes.items()}
+        smallest = {symbol: self._range(symbol)[0] for symbol in sizes}
+        return [
+            tuple(_evaluated(one.shape, values) for one in self.inputs[:own])
+            for values in (larger, smallest)
+            if values != sizes
+        ]
+
+    def _symbols(self) -> list[Any]:
+        sizes = [size.node.expr for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
+        return sorted({symbol for size in sizes for symbol in size.free_symbols}, key=str)
+
+    def _hint(self, symbol: Any) -> int:
+        sizes = [size for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
+        environment: Any = sizes[0].node.shape_env
+        return int(environment.backed_var_to_val[symbol])
+
+    def _range(self, symbol: Any) -> tuple[int, int | None]:
+        limits = self.exported.range_constraints.get(symbol)
+        if limits is None:
+            return 1, None
+        # that PyTorch takes 0 and 1 for sizes of their own doesn't mean that a program can't run with them
+        least = 1 if limits.lower <= 2 else int(limits.lower)
+        return least, int(limits.upper) if limits.upper.is_Integer else None
+
+
+def _next(size: int, least: int, most: int | None) -> int:
+    return size + 1 if most is None or size < most else max(size - 1, least)
+
+
+def _evaluated(shape: tuple[Any, ...], values: Mapping[Any, int]) -> Shape:
+    return tuple(int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else int(size) for size in shape)
+
+
+def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
+    """Exports a module for a call with `example`.
+
+    Raises:
+        GuardError: If the model has decided otherwise when it was traced than it would on this example.
+        ExportError: If PyTorch can't export it, or not with these sizes open.
+    """
+    full = prepared.cases[0].full(example)
+    calls.let_return_plain(prepared.model)
+    shapes = _spec(prepared, example, full, dynamic)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(prepared.model, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
+    except (GuardError, TraceError):
+        raise
+    except Exception as error:
+        raise ExportError(_refusal(error)) from error
+    found = names(prepared.model.forward, full)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    values = {node.name: node.meta["val"] for node in nodes}
+    specs = program.graph_signature.input_specs
+    given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
+    inputs = [Input(own, node, tuple(values[node].shape)) for own, node in zip(found, given, strict=True)]
+    return Program(program, tuple(inputs))
+
+
+def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic) -> Any:
+    """Returns the ``dynamic_shapes`` of PyTorch's exporter."""
+    signature = inspect.signature(prepared.model.forward)
+    arguments = signature.bind(*full.args, **full.kwargs).arguments
+    more = full.kwargs.keys() - example.kwargs.keys()
+    own = {name: value for name, value in arguments.items() if name not in more}
+    if isinstance(dynamic, bool):
+        spec = pytree.tree_map(_open if dynamic else _fixed, own)
+    elif isinstance(dynamic, Mapping):
+        spec = dict(dynamic)
+    else:
+        spec = dict(zip(own, dynamic, strict=True))
+    of_adapters = {
+        name: pytree.tree_map(_stacked if "adapter_rows" in more else _fixed, full.kwargs[name]) for name in more
+    }
+    return spec | of_adapters
+
+
+def _open(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.ndim), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+
+def _stacked(_: Any) -> Any:
+    return {0: Dim.AUTO}
+
+
+def _fixed(_: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings from the user that PyTorch's exporter gives of its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        yield
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error).strip()
+    if "in output, which is not a known type" in text:
+        return (
+            f"torch.export can't return what the model does: {text.split(', which')[0]}. Pass an example with which it "
+            "returns tensors alone, such as use_cache=False"
+        )
+    return (
+        f"torch.export can't export the model: {type(error).__name__}: {text.splitlines()[0] if text else ''}. Its "
+        "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
+    )

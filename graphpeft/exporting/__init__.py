@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.format import Export, Format
-from graphpeft.exporting.program import Dynamic
+from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.model import PeftModel
+from graphpeft.tracing.errors import GuardError
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
 
@@ -64,12 +66,15 @@ def export(
     with shown(3) as step, whole_or_nothing.folder_for(target) as folder:
         step("copying the model")
         source = copies.sharing_weights(model)
+        _refuse_example(source, given)
         made = Export(source, prepare(model), example.widened(source, given), dynamic)
         step(f"writing {target.name}")
         unfinished = folder / target.name
         form.write(made, unfinished, _about(format, made.prepared))
         adapter_files = _write_adapters(form, made.prepared, unfinished)
         step("checking it")
+        if form.has_graph and dynamic is True:
+            _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
         found = checks.checked(form, made, unfinished, given) if check else []
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         sizes = {target.parent / file.relative_to(folder): file.stat().st_size for file in files}
@@ -128,6 +133,25 @@ def _refuse_suffix(form: Format, name: str, path: Path) -> None:
     if path.suffix not in form.suffixes:
         wanted = " or ".join(suffix or "no suffix" for suffix in form.suffixes)
         raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}")
+
+
+def _refuse_example(source: Any, given: Example) -> None:
+    try:
+        given.call(source)
+    except GuardError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the model can't be called with example_inputs: {type(error).__name__}: {error}. Pass such inputs as it takes"
+        ) from error
+
+
+def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
+    if not any(0 in one.dynamic for one in inputs):
+        shapes = ", ".join(f"{one.name} {one}" for one in inputs)
+        warnings.warn(
+            f"the batch isn't dynamic, since the model fixes the first size of its inputs: {shapes}", stacklevel=3
+        )
 
 
 def _about(format: str, prepared: Prepared) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,13 +27,12 @@ class Checked(NamedTuple):
     Attributes:
         case: What was computed, for a person to read.
         shapes: The shapes of the model's own inputs.
-        difference: The greatest one of any element, by the greatest value if that is above 1; None where the model
-            itself can't be called with these shapes.
+        difference: The greatest one of any element, by the greatest value if that is above 1.
     """
 
     case: str
     shapes: tuple[Shape, ...]
-    difference: float | None
+    difference: float
 
 
 def checked(form: Format, export: Export, path: Any, example: Example) -> list[Checked]:
@@ -42,24 +42,34 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
         ExportError: If it can't be run, or differs.
     """
     run = form.runner(export, path)
+    tolerance = _tolerance(export.source)
     found = []
-    for shapes in sizes(form, export, example):
-        sized = example.sized(shapes)
+    for sized in [example, *_others(form, export, example)]:
         for case in export.prepared.cases:
-            if not can_call(
-                lambda *args, case=case, **kwargs: case.expected(export.source, Example(args, kwargs)), sized
-            ):
-                found.append(Checked(case.name, shapes, None))
-                continue
             expected = case.expected(export.source, sized)
-            found.append(Checked(case.name, shapes, _compared(run, case, sized, expected, _tolerance(export.source))))
+            found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
     return found
 
 
-def sizes(form: Format, export: Export, example: Example) -> list[tuple[Shape, ...]]:
-    """Returns the shapes to compare on: those of the example first."""
-    others = export.program.other_shapes(len(example.tensors)) if form.has_graph else [export.example.shapes]
-    return list(dict.fromkeys([example.shapes, *others]))
+def _others(form: Format, export: Export, example: Example) -> Iterator[Example]:
+    """Yields the example in other sizes, those that both the model and its program take."""
+    if not form.has_graph:
+        return
+    for choices in export.program.other_shapes(len(example.tensors)):
+        for sized in map(example.sized, dict.fromkeys(choices)):
+            if all(_is_possible(case, export, sized) for case in export.prepared.cases):
+                if sized.shapes != example.shapes:
+                    yield sized
+                break
+
+
+def _is_possible(case: Case, export: Export, example: Example) -> bool:
+    by_model = functools.partial(_computed, case, export.source)
+    return can_call(by_model, example) and export.program.takes(case.full(example))
+
+
+def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:
+    return case.expected(source, Example(args, kwargs))
 
 
 def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: float) -> float:

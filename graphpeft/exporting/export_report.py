@@ -56,7 +56,7 @@ class ExportReport:
             (
                 one.case or "the model",
                 " ".join(str(shape) for shape in one.shapes),
-                "the model can't be called so" if one.difference is None else f"{one.difference:.1e}",
+                f"{one.difference:.1e}",
             )
             for one in self.checked
         ]

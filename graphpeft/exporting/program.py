@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphpeft.exporting import calls
 from graphpeft.exporting.errors import ExportError
-from graphpeft.exporting.example import Example, Shape, names
+from graphpeft.exporting.example import Example, Shape, can_call, names
 from graphpeft.exporting.ways import Prepared
 from graphpeft.tracing.errors import GuardError, TraceError
 
@@ -57,37 +56,49 @@ class Program(NamedTuple):
     exported: ExportedProgram
     inputs: tuple[Input, ...]
 
-    def other_shapes(self, own: int) -> list[tuple[Shape, ...]]:
-        """Returns other shapes that the first `own` inputs may have: with each size one more, and with each as one."""
+    def other_shapes(self, own: int) -> list[list[tuple[Shape, ...]]]:
+        """Returns other shapes that the first `own` inputs may have: larger ones, and small ones.
+
+        Each is a list, of which the later ones are for programs that don't take the earlier.
+        """
         sizes = {symbol: self._hint(symbol) for symbol in self._symbols()}
-        larger = {symbol: _next(size, *self._range(symbol)) for symbol, size in sizes.items()}
-        smallest = {symbol: self._range(symbol)[0] for symbol in sizes}
+        first = {symbol for one in self.inputs for symbol in _symbols_of(one.shape[:1])}
+        larger = [{symbol: self._limited(symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
+        ones = {symbol: self._limited(symbol, 1) for symbol in sizes}
+        smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
         return [
-            tuple(_evaluated(one.shape, values) for one in self.inputs[:own])
-            for values in (larger, smallest)
-            if values != sizes
+            [tuple(_evaluated(one.shape, values) for one in self.inputs[:own]) for values in choices if values != sizes]
+            for choices in (larger, smaller)
         ]
 
+    def takes(self, example: Example) -> bool:
+        """Tells whether the program can be called with an example; its own checks say so."""
+        return can_call(self.exported.module(), example)
+
     def _symbols(self) -> list[Any]:
-        sizes = [size.node.expr for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
-        return sorted({symbol for size in sizes for symbol in size.free_symbols}, key=str)
+        return sorted({symbol for one in self.inputs for symbol in _symbols_of(one.shape)}, key=str)
 
     def _hint(self, symbol: Any) -> int:
         sizes = [size for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
         environment: Any = sizes[0].node.shape_env
         return int(environment.backed_var_to_val[symbol])
 
-    def _range(self, symbol: Any) -> tuple[int, int | None]:
+    def _limited(self, symbol: Any, size: int) -> int:
+        """Returns a size in the range that the program allows."""
         limits = self.exported.range_constraints.get(symbol)
         if limits is None:
-            return 1, None
+            return size
         # that PyTorch takes 0 and 1 for sizes of their own doesn't mean that a program can't run with them
         least = 1 if limits.lower <= 2 else int(limits.lower)
-        return least, int(limits.upper) if limits.upper.is_Integer else None
+        return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
 
 
-def _next(size: int, least: int, most: int | None) -> int:
-    return size + 1 if most is None or size < most else max(size - 1, least)
+_MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
+"""Other sizes than that of the example; a model may want an even one, or allow no larger one."""
+
+
+def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
+    return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
 def _evaluated(shape: tuple[Any, ...], values: Mapping[Any, int]) -> Shape:
@@ -102,16 +113,15 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         ExportError: If PyTorch can't export it, or not with these sizes open.
     """
     full = prepared.cases[0].full(example)
-    calls.let_return_plain(prepared.model)
     shapes = _spec(prepared, example, full, dynamic)
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(prepared.model, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(prepared.root, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
     except (GuardError, TraceError):
         raise
     except Exception as error:
         raise ExportError(_refusal(error)) from error
-    found = names(prepared.model.forward, full)
+    found = names(prepared.root.forward, full)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = {node.name: node.meta["val"] for node in nodes}
     specs = program.graph_signature.input_specs
@@ -122,7 +132,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
 
 def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic) -> Any:
     """Returns the ``dynamic_shapes`` of PyTorch's exporter."""
-    signature = inspect.signature(prepared.model.forward)
+    signature = inspect.signature(prepared.root.forward)
     arguments = signature.bind(*full.args, **full.kwargs).arguments
     more = full.kwargs.keys() - example.kwargs.keys()
     own = {name: value for name, value in arguments.items() if name not in more}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from graphpeft import mixing
 from graphpeft.adapters import Adapters
-from graphpeft.exporting import adapter_inputs, calls, copies
+from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting.adapter_inputs import AdapterInput
+from graphpeft.exporting.calls import Root
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.rows import GivenRows
@@ -52,7 +53,8 @@ class Prepared:
 
     Attributes:
         way: The way's name.
-        model: The module, in evaluation mode.
+        model: The copied model, in evaluation mode, with what the way has made of it.
+        root: What is exported, which calls it.
         cases: What it has to compute; the first one is what it is traced with.
         adapters: The tensors of each adapter by their names as inputs, as the exported model takes them.
         defaults: Those that are given unless others are.
@@ -61,6 +63,7 @@ class Prepared:
 
     way: str
     model: Any
+    root: Root
     cases: tuple[Case, ...]
     adapters: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -78,13 +81,14 @@ def merged(model: nn.Module) -> Prepared:
     """Returns the base model with the active adapters in its weights."""
     state = _state(model)
     if state is None:
-        return Prepared("merged", copies.sharing_weights(model), (_AS_IT_IS,))
+        plain = copies.sharing_weights(model)
+        return Prepared("merged", plain, Root(plain), (_AS_IT_IS,))
     copied = copies.with_own_weights(model)
     try:
         plain = copied.merge_and_unload(adapter_names=[] if state.is_disabled else [*state.active])
     except AdaptError as error:
         raise ExportError(f"{error}. Or export it with adapters='baked', which keeps the branch") from error
-    return Prepared("merged", plain, (_AS_IT_IS,))
+    return Prepared("merged", plain, Root(plain), (_AS_IT_IS,))
 
 
 def baked(model: nn.Module) -> Prepared:
@@ -97,7 +101,7 @@ def baked(model: nn.Module) -> Prepared:
         for path, attribute in state.by_name[name].tensor_names(name):
             for held in (modules[path]._parameters, modules[path]._buffers):
                 held.pop(attribute, None)
-    return Prepared("baked", copied, (_AS_IT_IS,))
+    return Prepared("baked", copied, Root(copied), (_AS_IT_IS,))
 
 
 def inputs(model: nn.Module) -> Prepared:
@@ -105,9 +109,9 @@ def inputs(model: nn.Module) -> Prepared:
     copied, name, own, values = _with_inputs(model, "inputs")
     modules = dict(copied.named_modules())
     adapter_inputs.take_off(copied, copied._peft_adapters)
-    calls.let_take(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, own, adapters))
+    root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, own, adapters))
     cases = [_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name)]
-    return Prepared("inputs", copied, tuple(cases), values, values[name], _method(model, name))
+    return Prepared("inputs", copied, root, tuple(cases), values, values[name], _method(model, name))
 
 
 def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
@@ -135,11 +139,11 @@ def rows(model: nn.Module) -> Prepared:
         with adapter_inputs.given(modules, own, adapters), mixing.rows_present(GivenRows(name, adapter_rows)):
             yield
 
-    calls.let_take(copied, ("adapters", "adapter_rows"), around)
+    root = Root(copied, ("adapters", "adapter_rows"), around)
     names = list(values)
     ones = {other: {key: value.unsqueeze(0) for key, value in values[other].items()} for other in names}
     together = {key: torch.cat([ones[other][key] for other in names]) for key in own}
-    return Prepared("rows", copied, (_by_rows(names, together),), ones, together, _method(model, name))
+    return Prepared("rows", copied, root, (_by_rows(names, together),), ones, together, _method(model, name))
 
 
 def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:

@@ -24,7 +24,7 @@ def folder_for(target: Path) -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=ground)
     except OSError as error:
-        raise ExportError(f"{target} can't be written: {error.strerror}: {error.filename}") from error
+        raise ExportError(f"{target} can't be written: {error.strerror} ({ground})") from error
     with made as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()

@@ -178,24 +178,20 @@ def _refusal(error: BaseException, program: ExportedProgram) -> str:
         return f"the model can't be translated to ONNX: {texts[-1].splitlines()[0]}. format='pt2' holds any operator"
     operator = found[1] or found[2]
     modules = _modules_with(operator, program)
-    where = f", which {', '.join(modules)} calls," if modules else ""
+    where = f", which {', '.join(modules)} calls" if modules else ""
     return (
-        f"ONNX has no operator for {operator}{where}: replace it in the model by others, register a translation with "
+        f"ONNX has no operator for {operator}{where}. Replace it in the model by others, register a translation with "
         "torch.onnx, or export with format='pt2', which holds any operator"
     )
 
 
 def _modules_with(operator: str, program: ExportedProgram) -> list[str]:
-    """Returns the modules that call an operator, as the program has it or as it is decomposed."""
-    for each in (program, program.run_decompositions()):
-        found = [
-            _module(node.meta.get("nn_module_stack"))
-            for node in each.graph.nodes
-            if node.op == "call_function" and str(node.target).startswith(operator)
-        ]
-        if found:
-            return list(dict.fromkeys(found))
-    return []
+    """Returns the modules that call an operator, or one that is decomposed into it."""
+    own = operator.rpartition(".")[2]
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    exact = [node for node in nodes if str(node.target).startswith(operator)]
+    alike = [node for node in nodes if own in str(node.target)]
+    return list(dict.fromkeys(_module(node.meta.get("nn_module_stack")) for node in exact or alike))
 
 
 def _module(stack: Any) -> str:

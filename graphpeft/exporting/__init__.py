@@ -141,9 +141,7 @@ def _refuse_example(source: Any, given: Example) -> None:
     except GuardError:
         raise
     except Exception as error:
-        raise ExportError(
-            f"the model can't be called with example_inputs: {type(error).__name__}: {error}. Pass such inputs as it takes"
-        ) from error
+        raise ExportError(f"the model can't be called with example_inputs: {type(error).__name__}: {error}") from error
 
 
 def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:

@@ -8,8 +8,6 @@ shapes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -128,7 +126,7 @@ def fitted(found: Mapping[str, AdapterInput], wanted: Shapes, adapter: str, expo
 def let_numbers_be_tensors(model: Any, name: str) -> None:
     """Lets the graphs of an adapter that acts compute with tensors where they have its numbers.
 
-    A factor ``alpha`` can't be a tensor, so the product is written out. Dropout is left out, as the model is in
+    A factor ``alpha`` can't be a tensor, so another function adds the product. Dropout is left out, as the model is in
     evaluation mode, and with it the number that it reads.
     """
     modules = dict(model.named_modules())
@@ -146,10 +144,7 @@ def _with_tensors(graphs: Graphs) -> None:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             elif node.target is torch.add and isinstance(alpha, fx.Node):
-                with graph.inserting_before(node):
-                    scaled = graph.call_function(operator.mul, (node.args[1], alpha))
-                scaled.meta = {**node.meta, TAG: dataclasses.replace(node.meta[TAG], over=None)}
-                node.args, node.kwargs = (node.args[0], scaled), {}
+                node.target, node.args, node.kwargs = torch.addcmul, (*node.args, alpha), {}
 
 
 def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[str]:

@@ -116,17 +116,26 @@ def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
     """Lets an input have a value unless it is given one; a tensor without dimensions is given with one."""
     ir = importlib.import_module("onnx_ir")
     if not default.ndim:
-        squeezed = ir.node("Squeeze", [value])
-        squeezed.outputs[0].name = f"{value.name}.number"
-        squeezed.outputs[0].type = value.type
-        squeezed.outputs[0].shape = ir.Shape([])
-        for user, index in value.uses():
-            if user is not squeezed:
-                user.replace_input_with(index, squeezed.outputs[0])
-        graph.insert_before(graph[0], squeezed)
+        if any(user.op_type not in _ELEMENTWISE for user, _ in value.uses()):
+            _squeeze(graph, value)
         value.shape = ir.Shape([1])
     value.const_value = ir.tensor(_with_dimensions(default).contiguous(), name=value.name)
     graph.register_initializer(value)
+
+
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+"""Operators for which a number is the same with a dimension and without, as long as the other operand has some."""
+
+
+def _squeeze(graph: Any, value: Any) -> None:
+    ir = importlib.import_module("onnx_ir")
+    squeezed = ir.node("Squeeze", [value])
+    [number] = squeezed.outputs
+    number.name, number.type, number.shape = f"{value.name}.number", value.type, ir.Shape([])
+    for user, index in value.uses():
+        if user is not squeezed:
+            user.replace_input_with(index, number)
+    graph.insert_before(graph[0], squeezed)
 
 
 def _output_names(program: Program) -> list[str]:

@@ -43,7 +43,7 @@ class AdapterInput(NamedTuple):
 
 
 def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
-    """Returns the tensors and numbers of an adapter by their names as inputs.
+    """Returns the tensors and numbers of an adapter by their names as inputs, sorted by these.
 
     Raises:
         ExportError: If there is something else that belongs to the adapter, and so would to any other.
@@ -61,7 +61,8 @@ def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
     for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
         number = modules[path].__dict__[attribute]
         found[key] = AdapterInput(torch.tensor(float(number)), ((path, attribute),), is_number=True)
-    return found
+    # AOTInductor's loader goes by the order in a dictionary, so there has to be one that anybody can make
+    return dict(sorted(found.items()))
 
 
 def _refuse(adapter: Adapter, name: str) -> None:

@@ -126,8 +126,13 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     values = {node.name: node.meta["val"] for node in nodes}
     specs = program.graph_signature.input_specs
     given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
-    inputs = [Input(own, node, tuple(values[node].shape)) for own, node in zip(found, given, strict=True)]
+    inputs = [Input(own, node, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
     return Program(program, tuple(inputs))
+
+
+def _size(size: Any) -> Any:
+    """Returns a size, as a number if the model has fixed it."""
+    return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
 
 
 def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic) -> Any:

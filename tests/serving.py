@@ -181,13 +181,13 @@ def weights(job: Any) -> Callable[..., Tensor]:
     import peft
 
     [first, *others] = job["adapters"]
-    model = peft.PeftModel.from_pretrained(model, path / "adapters" / first, first)
+    adapted: Any = peft.PeftModel.from_pretrained(model, path / "adapters" / first, first)
     for name in others:
-        model.load_adapter(path / "adapters" / name, name)
+        adapted.load_adapter(path / "adapters" / name, name)
 
     def run(inputs: dict[str, Tensor], adapters: list[str], rows: list[int] | None) -> Tensor:
-        model.set_adapter(adapters[0] if adapters else first)
-        return _called(model.base_model.model.eval(), job, inputs, {})
+        adapted.set_adapter(adapters[0] if adapters else first)
+        return _called(adapted.base_model.model.eval(), job, inputs, {})
 
     return run
 

@@ -60,7 +60,8 @@ def test_compiled_packages_compute_what_the_models_do_in_a_fresh_process(model, 
 
 
 def test_rows_of_a_batch_have_adapters_of_their_own_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [LLAMA], ["pt2", "onnx"], ["rows"])
+    assert_served(tmp_path, [HAND_WRITTEN, LLAMA], ["pt2"], ["rows"])
+    assert_served(tmp_path, [HAND_WRITTEN], ["onnx"], ["rows"])
 
 
 @pytest.mark.long
@@ -79,7 +80,7 @@ def operations(path) -> collections.Counter[str]:
     return collections.Counter(target for target in targets if target.split(".")[1] in weighted)
 
 
-@pytest.mark.parametrize("model", [LLAMA, RESNET], ids=str)
+@pytest.mark.parametrize("model", [TIMM_VIT, RESNET], ids=str)
 def test_a_merged_program_is_the_bases_and_a_baked_one_adds_the_branches_alone(model, tmp_path):
     adapted = model.adapted()
     sites = len(adapted.adapter_report().adapted)

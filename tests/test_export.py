@@ -16,8 +16,6 @@ import graphpeft
 WAYS = ("merged", "baked", "inputs")
 BY_ROWS = (TIMM_VIT, HAND_WRITTEN, BERT, LLAMA)
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
-
 
 def assert_served(folder: Path, models: Sequence[Exported], formats: Sequence[str], ways: Sequence[str] = WAYS) -> None:
     served = Served(folder)

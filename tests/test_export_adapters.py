@@ -15,8 +15,6 @@ from torch._dynamo.testing import CompileCounter
 import graphpeft
 from graphpeft import ExportError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
-
 
 def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, atol=TOLERANCE, rtol=0)

@@ -11,8 +11,6 @@ from exports import LLAMA
 import graphpeft
 from graphpeft.command import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
-
 MODULE = """
 import torch
 from graphpeft import LoraConfig, get_peft_model

@@ -15,8 +15,6 @@ from graphpeft import ExportError, GuardError
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.pt2 import Pt2
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
-
 
 def state_of(model: nn.Module) -> dict:
     return {

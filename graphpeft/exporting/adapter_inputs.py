@@ -58,9 +58,10 @@ def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
     for key, place in checkpoint.keys(adapter, name, modules).items():
         tensor = _tensor(modules, place)
         found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
+    devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
     for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
-        number = modules[path].__dict__[attribute]
-        found[key] = AdapterInput(torch.tensor(float(number)), ((path, attribute),), is_number=True)
+        number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
+        found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
     # AOTInductor's loader goes by the order in a dictionary, so there has to be one that anybody can make
     return dict(sorted(found.items()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -55,17 +56,15 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
     """Yields the example in other sizes, those that both the model and its program take."""
     if not form.has_graph:
         return
-    for choices in export.program.other_shapes(len(example.tensors)):
-        for sized in map(example.sized, dict.fromkeys(choices)):
-            if all(_is_possible(case, export, sized) for case in export.prepared.cases):
-                if sized.shapes != example.shapes:
-                    yield sized
-                break
+    for choices in export.program.other_shapes(example.shapes):
+        others = [example.sized(shapes) for shapes in dict.fromkeys(choices) if shapes != example.shapes]
+        taken = (sized for sized in others if all(_is_possible(case, export, sized) for case in export.prepared.cases))
+        yield from itertools.islice(taken, 1)
 
 
 def _is_possible(case: Case, export: Export, example: Example) -> bool:
     by_model = functools.partial(_computed, case, export.source)
-    return can_call(by_model, example) and export.program.takes(case.full(example))
+    return can_call(by_model, example) and can_call(export.runnable, case.full(example))
 
 
 def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:

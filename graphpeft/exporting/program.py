@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from graphpeft.exporting.errors import ExportError
-from graphpeft.exporting.example import Example, Shape, can_call, names
+from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.exporting.ways import Prepared
 from graphpeft.tracing.errors import GuardError, TraceError
 
@@ -56,32 +57,21 @@ class Program(NamedTuple):
     exported: ExportedProgram
     inputs: tuple[Input, ...]
 
-    def other_shapes(self, own: int) -> list[list[tuple[Shape, ...]]]:
-        """Returns other shapes that the first `own` inputs may have: larger ones, and small ones.
+    def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
+        """Returns other shapes than `shapes` that the model's own inputs may have: larger ones, and small ones.
 
         Each is a list, of which the later ones are for programs that don't take the earlier.
         """
-        sizes = {symbol: self._hint(symbol) for symbol in self._symbols()}
-        first = {symbol for one in self.inputs for symbol in _symbols_of(one.shape[:1])}
+        own = [one.shape for one in self.inputs[: len(shapes)]]
+        sizes = dict(_solved(own, shapes))
+        first = {symbol for shape in own for symbol in _symbols_of(shape[:1])}
         larger = [{symbol: self._limited(symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
         ones = {symbol: self._limited(symbol, 1) for symbol in sizes}
         smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
         return [
-            [tuple(_evaluated(one.shape, values) for one in self.inputs[:own]) for values in choices if values != sizes]
+            [tuple(map(functools.partial(_evaluated, values), own, shapes)) for values in choices]
             for choices in (larger, smaller)
         ]
-
-    def takes(self, example: Example) -> bool:
-        """Tells whether the program can be called with an example; its own checks say so."""
-        return can_call(self.exported.module(), example)
-
-    def _symbols(self) -> list[Any]:
-        return sorted({symbol for one in self.inputs for symbol in _symbols_of(one.shape)}, key=str)
-
-    def _hint(self, symbol: Any) -> int:
-        sizes = [size for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
-        environment: Any = sizes[0].node.shape_env
-        return int(environment.backed_var_to_val[symbol])
 
     def _limited(self, symbol: Any, size: int) -> int:
         """Returns a size in the range that the program allows."""
@@ -101,8 +91,23 @@ def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
     return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
 
-def _evaluated(shape: tuple[Any, ...], values: Mapping[Any, int]) -> Shape:
-    return tuple(int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else int(size) for size in shape)
+def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
+    """Yields each symbol with its value where inputs have these shapes, as far as a size depends on it alone."""
+    import sympy  # here, since importing it takes longer than all of this library
+
+    for shape, known in zip(symbolic, shapes, strict=True):
+        for size, number in zip(shape, known, strict=True):
+            symbols = _symbols_of((size,))
+            if len(symbols) == 1:
+                yield from ((symbol, int(sympy.solve(size.node.expr - number, symbol)[0])) for symbol in symbols)
+
+
+def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
+    """Returns a shape with other values of symbols; sizes that depend on others remain."""
+    return tuple(
+        int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
+        for size, number in zip(symbolic, shape, strict=True)
+    )
 
 
 def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:

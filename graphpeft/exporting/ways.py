@@ -152,7 +152,8 @@ def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:
     count = max(len(names), 2)
 
     def given(example: Example) -> dict[str, Any]:
-        return {"adapters": stacked, "adapter_rows": torch.arange(example.batch - 1, -1, -1) % count}
+        rows = torch.arange(example.batch - 1, -1, -1, device=example.tensors[0].device) % count
+        return {"adapters": stacked, "adapter_rows": rows}
 
     def expected(model: Any, example: Example) -> Any:
         chosen = [names[row % len(names)] for row in given(example)["adapter_rows"].tolist()]

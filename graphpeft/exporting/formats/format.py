@@ -35,6 +35,11 @@ class Export:
         """The module as PyTorch's program."""
         return exported(self.prepared, self.example, self._dynamic)
 
+    @functools.cached_property
+    def runnable(self) -> Callable[..., Any]:
+        """The program, which checks its inputs when it is called."""
+        return self.program.exported.module()
+
 
 class Format(Protocol):
     """A format of files."""

@@ -66,7 +66,7 @@ class Onnx:
 
         def run(case: Case, example: Example) -> Any:
             tensors = case.full(example).tensors
-            feed = {name: _with_dimensions(tensor).numpy() for name, tensor in zip(names, tensors, strict=True)}
+            feed = {name: _with_dimensions(tensor).cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
             return [torch.from_numpy(array) for array in session.run(None, feed)]
 
         return run

@@ -49,6 +49,10 @@ def test_onnx_of_larger_models_computes_what_they_do_in_a_fresh_process(tmp_path
 
 def test_a_compiled_package_computes_what_the_model_does_in_a_fresh_process(tmp_path):
     assert_served(tmp_path, [HAND_WRITTEN], ["aoti"], ["inputs"])
+    [package] = tmp_path.glob("*.pt2")
+    again = graphpeft.export_adapter(HAND_WRITTEN.adapted(), "second", package, tmp_path / "again.safetensors")
+    [written] = tmp_path.glob("*.second.safetensors")
+    assert again.read_bytes() == written.read_bytes()
 
 
 @pytest.mark.long

@@ -169,6 +169,11 @@ def test_an_export_without_inputs_for_adapters_takes_none(tmp_path):
     graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", check=False)
     with pytest.raises(ExportError, match="takes no adapters"):
         graphpeft.export_adapter(model, "first", tmp_path / "m.pt2")
+    (tmp_path / "other.pt2").write_text("no archive")
+    with pytest.raises(ExportError, match="takes no adapters"):
+        graphpeft.export_adapter(model, "first", tmp_path / "other.pt2")
+    with pytest.raises(ExportError, match=r"there is no .*none\.pt2"):
+        graphpeft.export_adapter(model, "first", tmp_path / "none.pt2")
 
 
 # what an adapter can be made of

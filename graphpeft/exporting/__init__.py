@@ -160,6 +160,8 @@ def _about(format: str, prepared: Prepared) -> str:
 
 
 def _read_about(file: Path) -> tuple[str, Any]:
+    if not file.exists():
+        raise ExportError(f"there is no {file}; export the model there with adapters='inputs' or 'rows' first")
     for name, form in FORMATS.items():
         about = json.loads(form.about(file) or "{}") if file.suffix in form.suffixes else {}
         if about.get("format") == name and about["inputs"]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example, Shape, names
+from graphpeft.exporting.quiet import quiet
 from graphpeft.exporting.ways import Prepared
 from graphpeft.tracing.errors import GuardError, TraceError
 
@@ -120,7 +119,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     full = prepared.cases[0].full(example)
     shapes = _spec(prepared, example, full, dynamic)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.export.export(prepared.root, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
     except (GuardError, TraceError):
         raise
@@ -168,15 +167,6 @@ def _stacked(_: Any) -> Any:
 
 def _fixed(_: Any) -> None:
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps warnings from the user that PyTorch's exporter gives of its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=FutureWarning)
-        warnings.simplefilter("ignore", category=DeprecationWarning)
-        yield
 
 
 def _refusal(error: Exception) -> str:

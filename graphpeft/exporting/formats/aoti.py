@@ -14,6 +14,7 @@ from torch import Tensor
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.quiet import quiet
 
 _ABOUT = "graphpeft"
 
@@ -28,9 +29,11 @@ class Aoti:
     def write(self, export: Export, path: Path, about: str) -> None:
         """Compiles the program."""
         inductor: Any = torch._inductor
+        program = export.program.exported
         configs = {"aot_inductor.metadata": {_ABOUT: about}}
         try:
-            inductor.aoti_compile_and_package(export.program.exported, package_path=str(path), inductor_configs=configs)
+            with quiet():
+                inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ExportError(
@@ -46,6 +49,8 @@ class Aoti:
 
     def about(self, path: Path) -> str | None:
         """Reads one file of the archive."""
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("wrapper_metadata.json"):

@@ -33,6 +33,8 @@ class Pt2:
 
     def about(self, path: Path) -> str | None:
         """Reads one file of the archive, and none of the weights."""
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             found = [name for name in archive.namelist() if name.endswith(f"/extra/{_ABOUT}")]
             return archive.read(found[0]).decode() if found else None

@@ -65,7 +65,7 @@ def torchvision_vit(_: Path | None = None) -> Any:
     import torchvision
 
     model = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=16, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=CLASSES
+        image_size=32, patch_size=16, num_layers=1, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=CLASSES
     )
     # its head starts at zero, which would hide every difference
     nn.init.normal_(model.get_parameter("heads.head.weight"))
@@ -81,7 +81,7 @@ def bert(folder: Path | None = None) -> Any:
 
     if folder is not None:
         return transformers.AutoModel.from_pretrained(folder)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     return transformers.BertModel(
         transformers.BertConfig(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=32, **sizes)
     )

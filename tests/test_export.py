@@ -31,7 +31,12 @@ def assert_served(folder: Path, models: Sequence[Exported], formats: Sequence[st
 
 
 def test_programs_compute_what_the_models_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, MODELS, ["pt2"])
+    assert_served(tmp_path, [HAND_WRITTEN, TIMM_VIT, BERT], ["pt2"])
+
+
+@pytest.mark.long
+def test_programs_of_larger_models_compute_what_they_do_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [RESNET, TORCHVISION_VIT, LLAMA], ["pt2"])
 
 
 def test_weights_load_into_their_libraries_and_into_peft_in_a_fresh_process(tmp_path):
@@ -39,12 +44,12 @@ def test_weights_load_into_their_libraries_and_into_peft_in_a_fresh_process(tmp_
 
 
 def test_onnx_computes_what_the_models_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN, TIMM_VIT], ["onnx"])
+    assert_served(tmp_path, [HAND_WRITTEN], ["onnx"])
 
 
 @pytest.mark.long
 def test_onnx_of_larger_models_computes_what_they_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [RESNET, TORCHVISION_VIT, BERT, LLAMA], ["onnx"])
+    assert_served(tmp_path, [TIMM_VIT, RESNET, TORCHVISION_VIT, BERT, LLAMA], ["onnx"])
 
 
 def test_a_compiled_package_computes_what_the_model_does_in_a_fresh_process(tmp_path):
@@ -62,8 +67,7 @@ def test_compiled_packages_compute_what_the_models_do_in_a_fresh_process(model, 
 
 
 def test_rows_of_a_batch_have_adapters_of_their_own_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN, LLAMA], ["pt2"], ["rows"])
-    assert_served(tmp_path, [HAND_WRITTEN], ["onnx"], ["rows"])
+    assert_served(tmp_path, [HAND_WRITTEN], ["pt2", "onnx"], ["rows"])
 
 
 @pytest.mark.long
@@ -77,12 +81,12 @@ def test_rows_have_adapters_of_their_own_in_every_format(tmp_path):
 def operations(path) -> collections.Counter[str]:
     """Counts the operations of a program that have weights."""
     program = torch.export.load(path)
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    targets = [str(node.target) for node in program.graph.nodes if "aten" in str(node.target)]
     weighted = ("linear", "convolution", "conv2d", "matmul", "addmm", "embedding")
     return collections.Counter(target for target in targets if target.split(".")[1] in weighted)
 
 
-@pytest.mark.parametrize("model", [TIMM_VIT, RESNET], ids=str)
+@pytest.mark.parametrize("model", [BERT, pytest.param(RESNET, marks=pytest.mark.long)], ids=str)
 def test_a_merged_program_is_the_bases_and_a_baked_one_adds_the_branches_alone(model, tmp_path):
     adapted = model.adapted()
     sites = len(adapted.adapter_report().adapted)
@@ -110,7 +114,7 @@ def test_what_a_program_returns_needs_no_library(tmp_path):
 def test_a_flat_graph_is_exported_as_any_model(tmp_path):
     model = graphpeft.trace(TIMM_VIT.base(), (TIMM_VIT.tensor(),))
     graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, init_lora_weights=False, **TIMM_VIT.lora))
-    for way in ("merged", "baked", "inputs", "rows"):
+    for way in ("baked", "rows"):
         report = graphpeft.export(model, (TIMM_VIT.tensor(),), tmp_path / f"{way}.pt2", adapters=way)
         assert len(report.checked) == 3
 

@@ -53,7 +53,7 @@ def test_one_program_runs_adapters_in_turn(tmp_path):
     model = LLAMA.adapted()
     report = graphpeft.export(model, LLAMA.example(), tmp_path / "model.pt2", adapters="inputs", check=False)
     loaded = program(tmp_path / "model.pt2")
-    outputs = {}
+    outputs: dict[str, Tensor] = {}
     for name in ("first", "second", "first"):
         model.set_adapter(name)
         found = loaded(**LLAMA.inputs(), adapters=load_file(report.adapter_files[name]))["logits"]

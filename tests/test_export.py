@@ -6,6 +6,7 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from exports import BERT, HAND_WRITTEN, LLAMA, MODELS, RESNET, TIMM_VIT, TOLERANCE, TORCHVISION_VIT, Exported, Served
@@ -162,6 +163,37 @@ def test_sizes_can_be_named_as_for_pytorchs_exporter(tmp_path):
     assert report.inputs["x"].endswith(", 4, 8)")
     # the example's, the one below since there is none above, and the least
     assert [one.shapes for one in report.checked] == [((3, 4, 8),), ((2, 4, 8),), ((1, 4, 8),)]
+
+
+def test_a_spec_of_sizes_is_for_all_arguments(tmp_path):
+    with pytest.raises(graphpeft.ExportError, match="2 entries for the arguments x; give one for each"):
+        graphpeft.export(HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "model.pt2", dynamic=({}, {}))
+
+
+class Sum(torch.nn.Module):
+    def forward(self, x, *more, scale=None, **named):
+        for tensor in (*more, *named.values()):
+            x = x + (tensor if isinstance(tensor, torch.Tensor) else tensor["inside"])
+        return {"sum": x if scale is None else x * scale, "parts": [x, None]}
+
+
+TENSOR = torch.randn(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "names"),
+    [
+        ((TENSOR, TENSOR, TENSOR), ["x", "args.1", "args.2"]),
+        ({"x": TENSOR, "scale": 2.0, "bias": TENSOR}, ["x", "bias"]),
+        ({"x": TENSOR, "bias": {"inside": TENSOR}}, ["x", "bias.inside"]),
+    ],
+    ids=["by place", "by name", "nested"],
+)
+def test_arguments_of_every_kind_have_names_in_onnx_as_results_have(example, names, tmp_path):
+    report = graphpeft.export(Sum(), example, tmp_path / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_inputs()] == names == list(report.inputs)
+    assert [one.name for one in session.get_outputs()] == ["sum", "parts.0"]
 
 
 class Fixed(torch.nn.Module):

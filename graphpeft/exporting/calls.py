@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,6 +41,13 @@ class Root(nn.Module):
 
         forward.__dict__["__signature__"] = _with(inspect.signature(model.forward), names)
         self.__dict__["forward"] = forward
+
+    def name_arguments(self, names: Iterable[str]) -> None:
+        """Lets the signature name these keyword arguments in place of taking any, as PyTorch's exporter wants it."""
+        signature = inspect.signature(self.forward)
+        unnamed = tuple(name for name in names if name not in signature.parameters)
+        fixed = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        self.forward.__dict__["__signature__"] = _with(signature.replace(parameters=fixed), unnamed)
 
 
 def _with(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:

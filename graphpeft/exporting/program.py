@@ -117,6 +117,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         ExportError: If PyTorch can't export it, or not with these sizes open.
     """
     full = prepared.cases[0].full(example)
+    prepared.root.name_arguments(full.kwargs)
     shapes = _spec(prepared, example, full, dynamic)
     try:
         with torch.no_grad(), quiet():
@@ -149,8 +150,10 @@ def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic)
         spec = pytree.tree_map(_open if dynamic else _fixed, own)
     elif isinstance(dynamic, Mapping):
         spec = dict(dynamic)
-    else:
+    elif len(dynamic) == len(own):
         spec = dict(zip(own, dynamic, strict=True))
+    else:
+        raise ExportError(f"dynamic has {len(dynamic)} entries for the arguments {', '.join(own)}; give one for each")
     of_adapters = {
         name: pytree.tree_map(_stacked if "adapter_rows" in more else _fixed, full.kwargs[name]) for name in more
     }

@@ -157,6 +157,15 @@ def test_an_adapter_of_other_ranks_is_refused_with_its_shapes_and_the_graphs(way
     assert sorted(tmp_path.iterdir()) == files
 
 
+def test_an_adapter_in_single_precision_is_rounded_for_an_export_in_half(tmp_path):
+    model = HAND_WRITTEN.adapted(("first",)).to(torch.bfloat16)
+    example = (HAND_WRITTEN.tensor().to(torch.bfloat16),)
+    graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs")
+    file = graphpeft.export_adapter(HAND_WRITTEN.adapted(("single",)), "single", tmp_path / "m.pt2")
+    written, own = load_file(file), load_file(tmp_path / "m.first.safetensors")
+    assert {key: one.dtype for key, one in written.items()} == {key: one.dtype for key, one in own.items()}
+
+
 def test_an_adapter_with_other_targets_is_refused(tmp_path):
     graphpeft.export(BERT.adapted(), BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
     fewer = graphpeft.get_peft_model(BERT.base(), graphpeft.LoraConfig(r=2, target_modules=["query"]))

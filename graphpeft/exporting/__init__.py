@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft.exporting import adapter_inputs, copies, example, whole_or_nothing
 from graphpeft.exporting import check as checks
+from graphpeft.exporting.adapter_inputs import Slot
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
@@ -108,7 +110,7 @@ def export_adapter(
     format, about = _read_about(file)
     copied, name = _with_adapter(model, adapter)
     found = adapter_inputs.inputs_of(copied, name)
-    wanted = {key: tuple(shape) for key, shape in about["inputs"].items()}
+    wanted = {key: Slot(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in about["inputs"].items()}
     method = copied.peft_config[name].method
     if method != about["method"]:
         raise ExportError(
@@ -154,9 +156,8 @@ def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
 
 def _about(format: str, prepared: Prepared) -> str:
     """Returns what an exported file says of itself, for `export_adapter`."""
-    one = next(iter(prepared.adapters.values()), {})
-    shapes = {key: list(value.shape[1:] if prepared.way == "rows" else value.shape) for key, value in one.items()}
-    return json.dumps({"format": format, "adapters": prepared.way, "method": prepared.method, "inputs": shapes})
+    inputs = {key: (slot.shape, str(slot.dtype).removeprefix("torch.")) for key, slot in prepared.slots.items()}
+    return json.dumps({"format": format, "adapters": prepared.way, "method": prepared.method, "inputs": inputs})
 
 
 def _read_about(file: Path) -> tuple[str, Any]:

@@ -87,12 +87,27 @@ def _tensor(modules: Modules, place: Place) -> Tensor:
     return next(tensors[name] for tensors in held if name in tensors)  # type: ignore[return-value]
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of an exported model's inputs, by their names."""
+class Slot(NamedTuple):
+    """What an exported model takes as one input.
+
+    Attributes:
+        shape: The shape.
+        dtype: The dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def fitted(found: Mapping[str, AdapterInput], wanted: Shapes, adapter: str, exported: str) -> dict[str, Tensor]:
-    """Returns the values of an adapter for the inputs of an exported model.
+def slots_of(inputs: Mapping[str, AdapterInput]) -> dict[str, Slot]:
+    """Returns what a model takes that is exported with these inputs."""
+    return {key: Slot(tuple(one.value.shape), one.value.dtype) for key, one in inputs.items()}
+
+
+def fitted(
+    found: Mapping[str, AdapterInput], wanted: Mapping[str, Slot], adapter: str, exported: str
+) -> dict[str, Tensor]:
+    """Returns the values of an adapter for the inputs of an exported model, in their dtypes.
 
     Args:
         found: The adapter's tensors and numbers; a number that isn't wanted is left out.
@@ -107,9 +122,9 @@ def fitted(found: Mapping[str, AdapterInput], wanted: Shapes, adapter: str, expo
     lacking = [key for key in wanted if key not in shapes]
     needless = [key for key in shapes if key not in wanted]
     misshapen = [
-        f"{key} of the shape {shape} in place of {wanted[key]}"
+        f"{key} of the shape {shape} in place of {wanted[key].shape}"
         for key, shape in shapes.items()
-        if key in wanted and shape != wanted[key]
+        if key in wanted and shape != wanted[key].shape
     ]
     problems = [f"lacks {listed(lacking)}"] if lacking else []
     problems += [f"has {listed(needless)} too much"] if needless else []
@@ -119,7 +134,7 @@ def fitted(found: Mapping[str, AdapterInput], wanted: Shapes, adapter: str, expo
             f"adapter {adapter!r} doesn't fit the inputs of {exported}: it {'; it '.join(problems)}. One graph serves "
             "adapters with the same targets and ranks; export this one by itself, or give it these"
         )
-    return {key: found[key].value for key in wanted}
+    return {key: found[key].value.to(slot.dtype) for key, slot in wanted.items()}
 
 
 # numbers as tensors

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graphpeft import mixing
 from graphpeft.adapters import Adapters
 from graphpeft.exporting import adapter_inputs, copies
-from graphpeft.exporting.adapter_inputs import AdapterInput
+from graphpeft.exporting.adapter_inputs import AdapterInput, Slot
 from graphpeft.exporting.calls import Root
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
@@ -56,8 +56,9 @@ class Prepared:
         model: The copied model, in evaluation mode, with what the way has made of it.
         root: What is exported, which calls it.
         cases: What it has to compute; the first one is what it is traced with.
-        adapters: The tensors of each adapter by their names as inputs, as the exported model takes them.
-        defaults: Those that are given unless others are.
+        adapters: The tensors of each adapter by their names as inputs, as its file is to have them.
+        slots: What an adapter has to have.
+        defaults: The tensors that are given unless others are.
         method: The `peft_type` of their method.
     """
 
@@ -66,6 +67,7 @@ class Prepared:
     root: Root
     cases: tuple[Case, ...]
     adapters: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    slots: Mapping[str, Slot] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     method: str = ""
 
@@ -111,7 +113,8 @@ def inputs(model: nn.Module) -> Prepared:
     adapter_inputs.take_off(copied, copied._peft_adapters)
     root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, own, adapters))
     cases = [_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name)]
-    return Prepared("inputs", copied, root, tuple(cases), values, values[name], _method(model, name))
+    slots = adapter_inputs.slots_of(own)
+    return Prepared("inputs", copied, root, tuple(cases), values, slots, values[name], _method(model, name))
 
 
 def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
@@ -143,7 +146,8 @@ def rows(model: nn.Module) -> Prepared:
     names = list(values)
     ones = {other: {key: value.unsqueeze(0) for key, value in values[other].items()} for other in names}
     together = {key: torch.cat([ones[other][key] for other in names]) for key in own}
-    return Prepared("rows", copied, root, (_by_rows(names, together),), ones, together, _method(model, name))
+    slots = adapter_inputs.slots_of(own)
+    return Prepared("rows", copied, root, (_by_rows(names, together),), ones, slots, together, _method(model, name))
 
 
 def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:
@@ -207,7 +211,7 @@ def _with_inputs(model: nn.Module, way: str) -> tuple[Any, str, dict[str, Adapte
     adapter_inputs.let_numbers_be_tensors(copied, name)
     for key in adapter_inputs.unread(copied, name, own):
         del own[key]
-    wanted = {key: tuple(one.value.shape) for key, one in own.items()}
+    wanted = adapter_inputs.slots_of(own)
     of_name = f"a graph for adapter {name!r}"
     values = {name: {key: one.value for key, one in own.items()}}
     values |= {other: adapter_inputs.fitted(given, wanted, other, of_name) for other, given in others.items()}

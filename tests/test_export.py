@@ -196,6 +196,22 @@ def test_arguments_of_every_kind_have_names_in_onnx_as_results_have(example, nam
     assert [one.name for one in session.get_outputs()] == ["sum", "parts.0"]
 
 
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        y = x + self.w
+        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp()}
+
+
+def test_results_can_have_the_names_of_arguments_operations_and_weights(tmp_path):
+    graphpeft.export(Named(), (TENSOR,), tmp_path / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w"]
+
+
 class Fixed(torch.nn.Module):
     def forward(self, x):
         return x + 1 if x.shape[0] == 3 else x

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphpeft import checkpoint
-from graphpeft.adapters import Adapter, Adapters, Modules
+from graphpeft.adapters import Adapter, Modules
 from graphpeft.exporting.errors import ExportError
 from graphpeft.paths import join, within
 from graphpeft.report import listed
@@ -171,18 +171,17 @@ def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[st
     read: set[Place] = set()
     for region, sites in _regions(adapter, modules).items():
         template = template_of(modules[region])
-        for adapted in sites if template is not None else ():
-            read |= {(adapted.site.owner, attribute) for attribute in _read(template, adapted, region)}
+        if template is not None:
+            read |= {place for adapted in sites for place in _numbers_read(template, adapted, region)}
     return [key for key, given in inputs.items() if given.is_number and read.isdisjoint(given.places)]
 
 
-def _read(template: Template | None, adapted: AdaptedSite, region: str) -> Iterator[str]:
-    assert template is not None
-    owner = within(adapted.site.owner, region)
+def _numbers_read(template: Template, adapted: AdaptedSite, region: str) -> Iterator[Place]:
+    paths = {node.target for graph in template.graphs for node in graph.nodes if node.op == "get_attr" and node.users}
     for constant in adapted.constants:
-        path = join(owner, adapted.names[constant])
-        if any(node.target == path and node.users for graph in template.graphs for node in graph.nodes):
-            yield adapted.names[constant]
+        attribute = adapted.names[constant]
+        if join(within(adapted.site.owner, region), attribute) in paths:
+            yield adapted.site.owner, attribute
 
 
 def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]:
@@ -194,16 +193,6 @@ def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]
 
 
 # arguments
-
-
-def take_off(model: Any, adapters: Adapters) -> None:
-    """Takes all adapters' tensors and numbers off a model, whose graphs go on reading those that act."""
-    modules = dict(model.named_modules())
-    for name, adapter in adapters.by_name.items():
-        frozen = {(path, f"{own}_{name}") for path, names in adapter.replaced.items() for own in names}
-        for path, attribute in {*adapter.tensor_names(name)} - frozen:
-            for held in (modules[path]._parameters, modules[path]._buffers):
-                held.pop(attribute, None)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,15 @@ def sharing_weights(model: nn.Module) -> Any:
 def with_own_weights(model: nn.Module) -> Any:
     """Returns a copy in evaluation mode with parameters of its own."""
     return _copied(model, {})
+
+
+def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
+    """Takes the tensors of adapters off a copy, whose graphs go on reading them if they do."""
+    modules = dict(copied.named_modules())
+    for name in adapters:
+        for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):
+            for held in (modules[path]._parameters, modules[path]._buffers):
+                held.pop(attribute, None)
 
 
 def _same_memory(parameter: nn.Parameter) -> nn.Parameter:

@@ -98,11 +98,7 @@ def baked(model: nn.Module) -> Prepared:
     state = _adapted(model, "baked")
     copied = copies.sharing_weights(model)
     optimize(copied, [])
-    modules = dict(copied.named_modules())
-    for name in state.by_name.keys() - {*state.read}:
-        for path, attribute in state.by_name[name].tensor_names(name):
-            for held in (modules[path]._parameters, modules[path]._buffers):
-                held.pop(attribute, None)
+    copies.take_tensors_off(copied, state.by_name.keys() - {*state.read})
     return Prepared("baked", copied, Root(copied), (_AS_IT_IS,))
 
 
@@ -110,7 +106,7 @@ def inputs(model: nn.Module) -> Prepared:
     """Returns the model with one more argument, `adapters`: the tensors of one adapter by their names."""
     copied, name, own, values = _with_inputs(model, "inputs")
     modules = dict(copied.named_modules())
-    adapter_inputs.take_off(copied, copied._peft_adapters)
+    copies.take_tensors_off(copied, copied._peft_adapters.by_name)
     root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, own, adapters))
     cases = [_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name)]
     slots = adapter_inputs.slots_of(own)
@@ -135,7 +131,7 @@ def rows(model: nn.Module) -> Prepared:
         raise ExportError(
             f"{error}. Export it with adapters='inputs' and call it for the rows of each adapter"
         ) from error
-    adapter_inputs.take_off(copied, copied._peft_adapters)
+    copies.take_tensors_off(copied, copied._peft_adapters.by_name)
 
     @contextlib.contextmanager
     def around(adapters: Mapping[str, Tensor], adapter_rows: Tensor) -> Iterator[None]:

@@ -50,10 +50,8 @@ class Onnx:
         translated = _translated(program.exported)
         graph = translated.model.graph
         named = {value.name: value for value in graph.inputs}
-        for one in program.inputs:
-            named[one.node].name = one.name
-        for value, name in zip(graph.outputs, _output_names(program), strict=True):
-            value.name = name
+        _rename(graph, [named[one.node] for one in program.inputs], [one.name for one in program.inputs])
+        _rename(graph, list(graph.outputs), _output_names(program))
         for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
@@ -112,6 +110,16 @@ def _with_dimensions(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(tensor.shape or (1,))
 
 
+def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
+    """Gives values of a graph other names, and other ones to those that have these."""
+    inside = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in inside:
+        if value.name in names and value not in values:
+            value.name = f"{value.name}.inside"
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
 def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
     """Lets an input have a value unless it is given one; a tensor without dimensions is given with one."""
     ir = importlib.import_module("onnx_ir")
@@ -147,8 +155,9 @@ def _output_names(program: Program) -> list[str]:
     places = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     names = [pytree.keystr(path) for path, _ in places]
     plain = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
+    taken = {one.name for one in program.inputs}
     return [
-        name if not name[0].isdigit() else f"output.{name}"
+        f"output.{name}" if name[0].isdigit() or name in taken else name
         for name, one in zip(plain, returned, strict=True)
         if isinstance(one.arg, TensorArgument)
     ]

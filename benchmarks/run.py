@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
 import peft
 import torch
 import transformers
+from export import export_time
 from injection import injection_time
 from llama import forward_time, training_time
 from loading import loading_time
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "passes": (passes_time, 50),
     "kept": (kept_for_backward, 1),
     "compiled": (compiled_time, 30),
+    "export": (export_time, 30),
 }
 """The benchmarks by name, each with the number of rounds that gives steady medians."""
 

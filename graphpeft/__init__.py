@@ -11,6 +11,7 @@ from graphpeft.auto import (
 )
 from graphpeft.checkpoint import CheckpointError
 from graphpeft.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.exporting import ExportError, ExportReport, export, export_adapter
 from graphpeft.hotswap import hotswap_adapter
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
@@ -60,6 +61,8 @@ __all__ = [
     "CheckpointError",
     "CordaConfig",
     "EvaConfig",
+    "ExportError",
+    "ExportReport",
     "GuardError",
     "LoftQConfig",
     "LoraConfig",
@@ -83,6 +86,8 @@ __all__ = [
     "TraceError",
     "WeightRule",
     "explain",
+    "export",
+    "export_adapter",
     "feeding",
     "find_token_sequence",
     "get_eva_state_dict",

@@ -136,3 +136,8 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
 _BY_TASK: dict[TaskType, type[AutoPeftModel]] = {
     kind.task_type: kind for kind in AutoPeftModel.__subclasses__() if kind.task_type is not None
 }
+
+
+def class_for(config: PeftConfig) -> type[AutoPeftModel]:
+    """Returns the class that loads adapters with the task of `config`."""
+    return AutoPeftModel if config.task_type is None else _BY_TASK[config.task_type]

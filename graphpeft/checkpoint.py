@@ -62,6 +62,22 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     return found
 
 
+def constant_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each number that an adapter's rules read, the module's path and its name there.
+
+    Files don't have them, since they follow from the config. Their names are made as those of tensors are.
+    """
+    wrapped = _wrapped_parameters(adapter, modules)
+    return {
+        _key_at_site(adapted.site, local, wrapped, adapter.config.file_prefix): (
+            adapted.site.owner,
+            adapted.names[local],
+        )
+        for adapted in adapter.sites
+        for local in adapted.constants
+    }
+
+
 def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
     wrapped = _wrapped_parameters(adapter, modules)

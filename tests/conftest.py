@@ -6,12 +6,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import logging
+
 import pytest
 import torch
 
 from graphpeft.testing.profiles import load_profile
 
 torch.set_num_threads(1)
+# PyTorch notes there all that its exporter and its compiler do, which takes pytest longer to keep than them to do
+logging.getLogger("torch.__trace").propagate = False
 load_profile()
 
 

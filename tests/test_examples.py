@@ -80,8 +80,23 @@ def test_the_demo_adapts_three_models_to_what_they_have_not_seen(monkeypatch, ca
     assert capsys.readouterr().out.endswith(demo.table(results) + "\n")
 
 
-def load_demo(monkeypatch) -> Any:
-    spec = importlib.util.spec_from_file_location("graphpeft_demo", PROJECT / "examples" / "demo.py")
+def test_what_is_shipped_serves_each_adapter_with_one_session_that_knows_no_pytorch(monkeypatch):
+    ship = load_demo(monkeypatch, "ship")
+    monkeypatch.setattr(ship, "STEPS", 100)
+    shipped = ship.main()
+    base = shipped.accuracies["base"]
+    assert base["upright"] > 0.7
+    for task in ship.TURNED:
+        assert shipped.accuracies[task][task] > base[task] + 0.2
+    assert all(one.difference <= 1e-4 for one in shipped.report.checked)
+    assert set(shipped.bytes) == {"digits.onnx", *(f"digits.{task}.onnx_adapter" for task in ship.TURNED)}
+    assert ship.table(shipped).count("ms") == 3
+    imported = re.findall(r"^(?:import|from) (\w+)", ship.SERVE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(imported) == {"__future__", "json", "sys", "time", "typing", "numpy", "onnxruntime"}
+
+
+def load_demo(monkeypatch, name: str = "demo") -> Any:
+    spec = importlib.util.spec_from_file_location(f"graphpeft_{name}", PROJECT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,7 +16,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
@@ -33,7 +33,7 @@ from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites.parts import is_view
 from graphpeft.sites.site import CallSite
-from graphpeft.tracing.graph_module import Graphs, Template, template_of, worn_template
+from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
 
 BASE = "__base__"
 """In place of an adapter's name: the base model."""
@@ -145,14 +145,27 @@ class Rows:
         return self.by_count[count]
 
 
+class PresentRows(Protocol):
+    """What a call that has adapters by rows tells its regions."""
+
+    @property
+    def runners(self) -> Mapping[int, Runner]:
+        """How each region runs, by the id of its module."""
+        ...
+
+    def of(self, tensor: torch.Tensor) -> Any:
+        """Returns the adapters of the rows of `tensor`, which have ``stacked`` and ``number`` as `RowAdapters` has."""
+        ...
+
+
 class _Thread(threading.local):
-    rows: Rows | None = None
+    rows: PresentRows | None = None
 
 
 _PRESENT = _Thread()
 
 
-def present() -> Rows:
+def present() -> Any:
     """Returns the rows of the present call."""
     rows = _PRESENT.rows
     assert rows is not None
@@ -160,7 +173,8 @@ def present() -> Rows:
 
 
 @contextlib.contextmanager
-def _with(rows: Rows) -> Iterator[None]:
+def rows_present(rows: PresentRows) -> Iterator[None]:
+    """Lets calls in a context have these rows."""
     before = _PRESENT.rows
     _PRESENT.rows = rows
     try:
@@ -229,7 +243,7 @@ def mixed(
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return taken_along(functools.partial(_with, Rows(runners, by_count)))
+    return taken_along(functools.partial(rows_present, Rows(runners, by_count)))
 
 
 def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
@@ -325,15 +339,47 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
         bare = _bare(adapters, region, modules)
-        joined = _joined_sites(by_name)
-        if joined is not None and not _rearranges(bare, modules[region], region, joined):
-            runners[id(modules[region])] = _by_row(bare, modules[region], region, joined, regions).forward
+        at_once = _at_once(bare, modules[region], region, by_name, regions)
+        if isinstance(at_once, Template):
+            runners[id(modules[region])] = at_once.forward
         else:
             runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters)
     for region in by_region:
-        in_place.put_on(modules[region], _LAYER)
-        adapters.mixable.add(region)
+        _let_ask(modules, adapters, region)
     return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+
+
+def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
+    """Lets a region ask for the rows of the present call."""
+    in_place.put_on(modules[region], _LAYER)
+    adapters.mixable.add(region)
+
+
+def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
+    """Lets each region of an adapter always run all rows at once, those that are present.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters.
+        name: The adapter, or one of several with equal rules at the same sites.
+
+    Raises:
+        AdaptError: If rows can't differ in the adapter, or a region could only run the rows of each adapter in turn.
+    """
+    _refuse_adapter(adapters.by_name[name], name)
+    by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
+    for adapted in adapters.by_name[name].sites:
+        by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
+    regions = _regions_of_weights(by_region)
+    found: dict[str, Template] = {}
+    for region, by_name in by_region.items():
+        at_once = _at_once(_bare(adapters, region, modules), modules[region], region, by_name, regions)
+        if isinstance(at_once, str):
+            raise AdaptError(f"rows of a batch run in turn in {region or 'the model'}: {at_once}")
+        found[region] = at_once
+    for region, template in found.items():
+        wear_template(modules[region], template)
+        _let_ask(modules, adapters, region)
 
 
 def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
@@ -346,6 +392,23 @@ def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
 
 
 # all rows at once
+
+
+def _at_once(
+    bare: Template,
+    module: nn.Module,
+    region: str,
+    by_name: Mapping[str, list[AdaptedSite]],
+    regions: Mapping[tuple[str, str], set[str]],
+) -> Template | str:
+    """Returns the graph that runs all rows at once in a region, or the reason why there is none."""
+    joined = _joined_sites(by_name)
+    if joined is None:
+        rules = {type(adapted.rule).__name__ for sites in by_name.values() for adapted in sites}
+        return f"{listed(sorted(rules))} has no by_row for what the adapters do there"
+    if _rearranges(bare, module, region, joined):
+        return "an operation reads another view of a tensor, whose first dimension may not be the batch"
+    return _by_row(bare, module, region, joined, regions)
 
 
 def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:
@@ -480,7 +543,7 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters)
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)})
-            with taken_along(functools.partial(_with, own)):
+            with taken_along(functools.partial(rows_present, own)):
                 results.append(forward_with(name)(module, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)
 

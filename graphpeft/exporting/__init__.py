@@ -1,0 +1,200 @@
+"""Ships an adapted model: in a file that runs without this library, checked in its own runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.exporting import adapter_inputs, copies, example, whole_or_nothing
+from graphpeft.exporting import check as checks
+from graphpeft.exporting.adapter_inputs import Slot
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.export_report import ExportReport
+from graphpeft.exporting.formats import FORMATS
+from graphpeft.exporting.formats.format import Export, Format
+from graphpeft.exporting.program import Dynamic, Input
+from graphpeft.exporting.steps import shown
+from graphpeft.exporting.ways import WAYS, Prepared
+from graphpeft.model import PeftModel
+from graphpeft.tracing.errors import GuardError
+
+__all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    format: str = "pt2",
+    adapters: str = "merged",
+    dynamic: Dynamic = True,
+    check: bool = True,
+) -> ExportReport:
+    """Exports a model, adapted or not, in evaluation mode.
+
+    What is written is run in its own runtime and compared with the model, on the example and on other sizes. If it
+    differs, or anything else fails, nothing is left, and what was at `path` is as it was. So is the model in any case.
+
+    Args:
+        model: The model, which may be a traced one.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model.
+        path: The file. Weights can go into a folder, too, which has no suffix.
+        format: ``"pt2"`` for ``torch.export``, ``"aoti"`` for a package of AOTInductor, ``"onnx"``, or the weights as
+            ``"safetensors"`` or as a ``"state_dict"``.
+        adapters: ``"merged"`` into the weights; ``"baked"`` in as branches; as ``"inputs"``, where the tensors of any
+            adapter of the same shapes are an argument; or by ``"rows"``, where each row of the batch can have another.
+            For the last two, each adapter of the model is written into a file of its own beside `path`.
+        dynamic: Whether the sizes of the inputs can change; True for all that the model leaves open, and the report
+            says which these are. A ``dynamic_shapes`` of ``torch.export`` for exactly these.
+        check: Whether to run and compare what was written.
+
+    Raises:
+        ExportError: If the model can't be exported so, or what was written differs from it.
+        GuardError: If the model was traced with inputs for which it decides otherwise than for these.
+    """
+    form = _known(FORMATS, format, "format")
+    prepare = _known(WAYS, adapters, "adapters")
+    target = Path(path)
+    _refuse_suffix(form, format, target)
+    given = Example.of(example_inputs)
+    with shown(3) as step, whole_or_nothing.folder_for(target) as folder:
+        step("copying the model")
+        source = copies.sharing_weights(model)
+        _refuse_example(source, given)
+        made = Export(source, prepare(model), example.widened(source, given), dynamic)
+        step(f"writing {target.name}")
+        unfinished = folder / target.name
+        form.write(made, unfinished, _about(format, made.prepared))
+        adapter_files = _write_adapters(form, made.prepared, unfinished)
+        step("checking it")
+        if form.has_graph and dynamic is True:
+            _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
+        found = checks.checked(form, made, unfinished, given) if check else []
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        sizes = {target.parent / file.relative_to(folder): file.stat().st_size for file in files}
+    inputs = {one.name: str(one) for one in made.program.inputs[: len(given.tensors)]} if form.has_graph else {}
+    placed = {name: target.parent / file.name for name, file in adapter_files.items()}
+    return ExportReport(format, adapters, target, sizes, placed, inputs, tuple(found))
+
+
+def export_adapter(
+    model: nn.Module,
+    adapter: str | os.PathLike[str],
+    exported: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes an adapter for a model that was exported with adapters as inputs.
+
+    Args:
+        model: The model that was exported, with or without adapters; it stays as it is.
+        adapter: The name of one of its adapters, or a folder with PEFT's files.
+        exported: The file that `export` has written.
+        path: The file to write; None for one beside `exported`, as `export` names those.
+
+    Returns:
+        The file: an `.onnx_adapter` for ``onnxruntime.LoraAdapter``, or safetensors with the names of the inputs.
+
+    Raises:
+        ExportError: If `exported` takes no adapters, or this one doesn't fit its inputs; nothing was written.
+        CheckpointError: If the folder's files don't fit the model.
+    """
+    file = Path(exported)
+    format, about = _read_about(file)
+    copied, name = _with_adapter(model, adapter)
+    found = adapter_inputs.inputs_of(copied, name)
+    wanted = {key: Slot(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in about["inputs"].items()}
+    method = copied.peft_config[name].method
+    if method != about["method"]:
+        raise ExportError(
+            f"adapter {name!r} is of the method {method}, and the inputs of {file.name} {about['method']}"
+        )
+    values = adapter_inputs.fitted(found, wanted, name, file.name)
+    if about["adapters"] == "rows":
+        values = {key: value.unsqueeze(0) for key, value in values.items()}
+    target = Path(path) if path is not None else _adapter_file(FORMATS[format], file, name)
+    with whole_or_nothing.folder_for(target) as folder:
+        FORMATS[format].write_adapter(values, folder / target.name)
+    return target
+
+
+def _known(table: Mapping[str, Any], name: str, argument: str) -> Any:
+    if name not in table:
+        raise ExportError(f"{argument} is {name!r}; it can be {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def _refuse_suffix(form: Format, name: str, path: Path) -> None:
+    if path.suffix not in form.suffixes:
+        wanted = " or ".join(suffix or "no suffix" for suffix in form.suffixes)
+        raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}")
+
+
+def _refuse_example(source: Any, given: Example) -> None:
+    try:
+        given.call(source)
+    except GuardError:
+        raise
+    except Exception as error:
+        raise ExportError(f"the model can't be called with example_inputs: {type(error).__name__}: {error}") from error
+
+
+def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
+    if not any(0 in one.dynamic for one in inputs):
+        shapes = ", ".join(f"{one.name} {one}" for one in inputs)
+        warnings.warn(
+            f"the batch isn't dynamic, since the model fixes the first size of its inputs: {shapes}", stacklevel=3
+        )
+
+
+def _about(format: str, prepared: Prepared) -> str:
+    """Returns what an exported file says of itself, for `export_adapter`."""
+    inputs = {key: (slot.shape, str(slot.dtype).removeprefix("torch.")) for key, slot in prepared.slots.items()}
+    return json.dumps({"format": format, "adapters": prepared.way, "method": prepared.method, "inputs": inputs})
+
+
+def _read_about(file: Path) -> tuple[str, Any]:
+    if not file.exists():
+        raise ExportError(f"there is no {file}; export the model there with adapters='inputs' or 'rows' first")
+    for name, form in FORMATS.items():
+        about = json.loads(form.about(file) or "{}") if file.suffix in form.suffixes else {}
+        if about.get("format") == name and about["inputs"]:
+            return name, about
+    raise ExportError(
+        f"{file} takes no adapters: it wasn't written by export with adapters='inputs' or 'rows' as a graph"
+    )
+
+
+def _write_adapters(form: Format, prepared: Prepared, path: Path) -> dict[str, Path]:
+    files = {name: _adapter_file(form, path, name) for name in prepared.adapters} if form.has_graph else {}
+    for name, file in files.items():
+        form.write_adapter(prepared.adapters[name], file)
+    return files
+
+
+def _adapter_file(form: Format, exported: Path, name: str) -> Path:
+    return exported.with_name(f"{exported.stem}.{name}{form.adapter_suffix}")
+
+
+def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[Any, str]:
+    """Returns a copy of a model with an adapter, and the adapter's name there."""
+    copied = copies.sharing_weights(model)
+    own = getattr(copied, "peft_config", {})
+    if isinstance(adapter, str) and adapter in own:
+        return copied, adapter
+    folder = Path(adapter)
+    name = folder.absolute().name
+    while name in own:
+        name += "_"
+    if own:
+        copied.load_adapter(folder, name)
+    else:
+        PeftModel.from_pretrained(copied, folder, name)
+    return copied, name

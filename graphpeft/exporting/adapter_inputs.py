@@ -1,0 +1,217 @@
+"""An adapter's tensors as arguments of the model: ``model(x, adapters={"base_model.model.….lora_A.weight": A, …})``.
+
+Their names are those in PEFT's files. A number that the adapter's rules read, such as the scale, is one too, a tensor
+without dimensions: its name is the rule's behind the name of the module. So one graph serves all adapters of the same
+shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from graphpeft import checkpoint
+from graphpeft.adapters.lifecycle import Adapter, Modules
+from graphpeft.exporting.errors import ExportError
+from graphpeft.paths import join, within
+from graphpeft.report import listed
+from graphpeft.rewrite import AdaptedSite
+from graphpeft.tags import TAG
+from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
+
+Place = tuple[str, str]
+"""The path of a module, and the name of an attribute of it."""
+
+
+class AdapterInput(NamedTuple):
+    """One tensor of an adapter.
+
+    Attributes:
+        value: The tensor.
+        places: Where the model reads it.
+        is_number: Whether it is a number there.
+    """
+
+    value: Tensor
+    places: tuple[Place, ...]
+    is_number: bool = False
+
+
+def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
+    """Returns the tensors and numbers of an adapter by their names as inputs, sorted by these.
+
+    Raises:
+        ExportError: If there is something else that belongs to the adapter, and so would to any other.
+    """
+    adapter: Adapter = model._peft_adapters.by_name[name]
+    modules = dict(model.named_modules())
+    _refuse(adapter, name)
+    places: dict[int, list[Place]] = {}
+    for place in adapter.tensor_names(name):
+        places.setdefault(id(_tensor(modules, place)), []).append(place)
+    found = {}
+    for key, place in checkpoint.keys(adapter, name, modules).items():
+        tensor = _tensor(modules, place)
+        found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
+    devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
+    for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
+        number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
+        found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
+    # AOTInductor's loader goes by the order in a dictionary, so there has to be one that anybody can make
+    return dict(sorted(found.items()))
+
+
+def _refuse(adapter: Adapter, name: str) -> None:
+    if adapter.replaced:
+        raise ExportError(
+            f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which another adapter wouldn't "
+            "have taken. Save it by save_pretrained with path_initial_model_for_weight_conversion, load that, and "
+            "export it; or use adapters='baked'"
+        )
+    if adapter.overwritten:
+        changed = [join(*place) for place in adapter.overwritten]
+        raise ExportError(
+            f"the file of adapter {name!r} has brought other values of the model's own {listed(changed)}, which other "
+            "adapters wouldn't have. Export it with adapters='baked' or 'merged'"
+        )
+
+
+def _tensor(modules: Modules, place: Place) -> Tensor:
+    path, name = place
+    held = (modules[path]._parameters, modules[path]._buffers)
+    return next(tensors[name] for tensors in held if name in tensors)  # type: ignore[return-value]
+
+
+class Slot(NamedTuple):
+    """What an exported model takes as one input.
+
+    Attributes:
+        shape: The shape.
+        dtype: The dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def slots_of(inputs: Mapping[str, AdapterInput]) -> dict[str, Slot]:
+    """Returns what a model takes that is exported with these inputs."""
+    return {key: Slot(tuple(one.value.shape), one.value.dtype) for key, one in inputs.items()}
+
+
+def fitted(
+    found: Mapping[str, AdapterInput], wanted: Mapping[str, Slot], adapter: str, exported: str
+) -> dict[str, Tensor]:
+    """Returns the values of an adapter for the inputs of an exported model, in their dtypes.
+
+    Args:
+        found: The adapter's tensors and numbers; a number that isn't wanted is left out.
+        wanted: The inputs.
+        adapter: What the adapter is called, for a person to read.
+        exported: What has the inputs, likewise.
+
+    Raises:
+        ExportError: If a tensor is missing, unexpected or has another shape; the first of each kind are named.
+    """
+    shapes = {key: tuple(one.value.shape) for key, one in found.items() if key in wanted or not one.is_number}
+    lacking = [key for key in wanted if key not in shapes]
+    needless = [key for key in shapes if key not in wanted]
+    misshapen = [
+        f"{key} of the shape {shape} in place of {wanted[key].shape}"
+        for key, shape in shapes.items()
+        if key in wanted and shape != wanted[key].shape
+    ]
+    problems = [f"lacks {listed(lacking)}"] if lacking else []
+    problems += [f"has {listed(needless)} too much"] if needless else []
+    problems += [f"has {listed(misshapen)}"] if misshapen else []
+    if problems:
+        raise ExportError(
+            f"adapter {adapter!r} doesn't fit the inputs of {exported}: it {'; it '.join(problems)}. One graph serves "
+            "adapters with the same targets and ranks; export this one by itself, or give it these"
+        )
+    return {key: found[key].value.to(slot.dtype) for key, slot in wanted.items()}
+
+
+# numbers as tensors
+
+
+def let_numbers_be_tensors(model: Any, name: str) -> None:
+    """Lets the graphs of an adapter that acts compute with tensors where they have its numbers.
+
+    A factor ``alpha`` can't be a tensor, so another function adds the product. Dropout is left out, as the model is in
+    evaluation mode, and with it the number that it reads.
+    """
+    modules = dict(model.named_modules())
+    for region in _regions(model._peft_adapters.by_name[name], modules):
+        template = template_of(modules[region])
+        if template is not None:
+            wear_template(modules[region], template.derive(("numbers are tensors", name), _with_tensors))
+
+
+def _with_tensors(graphs: Graphs) -> None:
+    for graph in graphs:
+        for node in [node for node in graph.nodes if TAG in node.meta]:
+            alpha = node.kwargs.get("alpha")
+            if node.target is F.dropout:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            elif node.target is torch.add and isinstance(alpha, fx.Node):
+                node.target, node.args, node.kwargs = torch.addcmul, (*node.args, alpha), {}
+
+
+def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[str]:
+    """Returns the inputs whose numbers no graph of an adapter reads."""
+    adapter: Adapter = model._peft_adapters.by_name[name]
+    modules = dict(model.named_modules())
+    read: set[Place] = set()
+    for region, sites in _regions(adapter, modules).items():
+        template = template_of(modules[region])
+        if template is not None:
+            read |= {place for adapted in sites for place in _numbers_read(template, adapted, region)}
+    return [key for key, given in inputs.items() if given.is_number and read.isdisjoint(given.places)]
+
+
+def _numbers_read(template: Template, adapted: AdaptedSite, region: str) -> Iterator[Place]:
+    paths = {node.target for graph in template.graphs for node in graph.nodes if node.op == "get_attr" and node.users}
+    for constant in adapted.constants:
+        attribute = adapted.names[constant]
+        if join(within(adapted.site.owner, region), attribute) in paths:
+            yield adapted.site.owner, attribute
+
+
+def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]:
+    found: dict[str, list[AdaptedSite]] = {}
+    for adapted in adapter.sites:
+        if adapted.site.region in modules:
+            found.setdefault(adapted.site.region, []).append(adapted)
+    return found
+
+
+# arguments
+
+
+@contextlib.contextmanager
+def given(modules: Modules, inputs: Mapping[str, AdapterInput], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets a model read these tensors in a context."""
+    numbers = {
+        place: modules[place[0]].__dict__[place[1]]
+        for one in inputs.values()
+        for place in one.places
+        if place[1] in modules[place[0]].__dict__
+    }
+    try:
+        for key, one in inputs.items():
+            for path, attribute in one.places:
+                modules[path].__dict__[attribute] = values[key]
+        yield
+    finally:
+        for one in inputs.values():
+            for path, attribute in one.places:
+                modules[path].__dict__.pop(attribute, None)
+        for (path, attribute), number in numbers.items():
+            modules[path].__dict__[attribute] = number

@@ -1,0 +1,120 @@
+"""Runs what was exported, in its own runtime, and compares it with the model: on the example and on other sizes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphpeft.exporting.calls import plain
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example, Shape, can_call
+from graphpeft.exporting.formats.format import Export, Format
+from graphpeft.exporting.ways import Case
+from graphpeft.plan import HALVES
+
+TOLERANCE = 1e-4
+HALF_TOLERANCE = 3e-2
+
+
+class Checked(NamedTuple):
+    """A run that was compared.
+
+    Attributes:
+        case: What was computed, for a person to read.
+        shapes: The shapes of the model's own inputs.
+        difference: The greatest one of any element, by the greatest value if that is above 1.
+    """
+
+    case: str
+    shapes: tuple[Shape, ...]
+    difference: float
+
+
+def checked(form: Format, export: Export, path: Any, example: Example) -> list[Checked]:
+    """Compares what is at `path` with the model.
+
+    Raises:
+        ExportError: If it can't be run, or differs.
+    """
+    run = form.runner(export, path)
+    tolerance = _tolerance(export.source)
+    found = []
+    for sized in [example, *_others(form, export, example)]:
+        for case in export.prepared.cases:
+            expected = case.expected(export.source, sized)
+            found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
+    return found
+
+
+def _others(form: Format, export: Export, example: Example) -> Iterator[Example]:
+    """Yields the example in other sizes, those that both the model and its program take."""
+    if not form.has_graph:
+        return
+    for choices in export.program.other_shapes(example.shapes):
+        others = [example.sized(shapes) for shapes in dict.fromkeys(choices) if shapes != example.shapes]
+        taken = (sized for sized in others if all(_is_possible(case, export, sized) for case in export.prepared.cases))
+        yield from itertools.islice(taken, 1)
+
+
+def _is_possible(case: Case, export: Export, example: Example) -> bool:
+    by_model = functools.partial(_computed, case, export.source)
+    return can_call(by_model, example) and can_call(export.runnable, case.full(example))
+
+
+def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:
+    return case.expected(source, Example(args, kwargs))
+
+
+def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: float) -> float:
+    where = f"{case.name or 'the model'} on inputs of the shapes {list(example.shapes)}"
+    try:
+        found = run(case, example)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"what was exported can't be run for {where}, which the model itself can: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. Give example_inputs of such shapes, or dynamic=False"
+        ) from error
+    difference = max((_difference(*pair) for pair in _pairs(found, expected, where)), default=0.0)
+    if not difference <= tolerance:
+        raise ExportError(
+            f"what was exported differs by {difference:.2g} from the model for {where}, where {tolerance:.0e} is "
+            "allowed; check=False exports it all the same"
+        )
+    return difference
+
+
+def _pairs(found: Any, expected: Any, where: str) -> Iterator[tuple[Tensor, Tensor]]:
+    ours, theirs = _tensors(found), _tensors(expected)
+    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+        raise ExportError(
+            f"what was exported returns tensors of the shapes {[tuple(t.shape) for t in ours]} for {where}, and the "
+            f"model {[tuple(t.shape) for t in theirs]}"
+        )
+    return zip(ours, theirs, strict=True)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(plain(value)) if isinstance(leaf, Tensor)]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    ours, theirs = found.to("cpu", torch.float64), expected.to("cpu", torch.float64)
+    # what isn't finite is to be the same
+    if not torch.equal(torch.isfinite(ours), torch.isfinite(theirs)):
+        return float("inf")
+    difference = torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max()
+    return float(difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max())))
+
+
+def _tolerance(model: Any) -> float:
+    return HALF_TOLERANCE if any(p.dtype in HALVES for p in model.parameters()) else TOLERANCE

@@ -1,0 +1,47 @@
+"""Copies of a model to export from, so that whatever is done to them, the model itself stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from graphpeft.exporting.errors import ExportError
+
+
+def sharing_weights(model: nn.Module) -> Any:
+    """Returns a copy in evaluation mode whose parameters lie in the same memory; nothing may be written into them."""
+    # other objects in the same memory, since a copy's flags are its own; those of classes of their own have no flags
+    shared = {id(p): _same_memory(p) for p in model.parameters() if type(p) is nn.Parameter}
+    others = {id(p): p for p in model.parameters() if type(p) is not nn.Parameter}
+    return _copied(model, shared | others)
+
+
+def with_own_weights(model: nn.Module) -> Any:
+    """Returns a copy in evaluation mode with parameters of its own."""
+    return _copied(model, {})
+
+
+def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
+    """Takes the tensors of adapters off a copy, whose graphs go on reading them if they do."""
+    modules = dict(copied.named_modules())
+    for name in adapters:
+        for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):
+            for held in (modules[path]._parameters, modules[path]._buffers):
+                held.pop(attribute, None)
+
+
+def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), parameter.requires_grad)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ExportError(
+            f"the {type(model).__name__} can't be copied, and an export works on a copy: {error}. Give its class a "
+            "__deepcopy__, or detach() the tensors that it keeps"
+        ) from error

@@ -1,0 +1,137 @@
+"""The example inputs of an export: by name, in other sizes, and wide enough that a trace doesn't take a size for fixed.
+
+PyTorch's exporter takes a dimension of size 1 for one that always is. So such dimensions are widened for the trace, all
+of them or the first of each tensor, whichever the model can be called with. Other sizes of an example repeat what is
+in it along a dimension, so that ids, masks and positions stay valid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphpeft.exporting.errors import ExportError
+from graphpeft.tracing.errors import GuardError
+
+Shape = tuple[int, ...]
+
+
+class Example(NamedTuple):
+    """What a model is called with.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> Example:
+        """Returns that of a tuple of positional or a dict of keyword arguments.
+
+        Raises:
+            ExportError: If they are something else, or without a tensor.
+        """
+        if isinstance(example_inputs, dict):
+            example = cls((), dict(example_inputs))
+        elif isinstance(example_inputs, tuple):
+            example = cls(example_inputs, {})
+        else:
+            raise ExportError(
+                f"example_inputs is {type(example_inputs).__name__}; pass a tuple of positional arguments, as in (x,), "
+                "or a dict of keyword arguments"
+            )
+        if not example.tensors:
+            raise ExportError("example_inputs has no tensor; pass what the model is called with")
+        return example
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors in it, in the order in which an exported program has them."""
+        return [leaf for leaf in pytree.tree_leaves(tuple(self)) if isinstance(leaf, Tensor)]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of its tensors."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def batch(self) -> int:
+        """The first size of its first tensor; 1 if that is a number."""
+        return next(iter(self.tensors[0].shape), 1)
+
+    def with_(self, **more: Any) -> Example:
+        """Returns it with more keyword arguments."""
+        return Example(self.args, {**self.kwargs, **more})
+
+    def sized(self, shapes: Sequence[Shape]) -> Example:
+        """Returns it with tensors of other shapes, in which what is there is repeated or cut off."""
+        wanted = iter(shapes)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _sized(tensor, next(wanted)), tuple(self))
+        return Example(args, kwargs)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """Calls a function with it, without gradients."""
+        with torch.no_grad():
+            return function(*self.args, **self.kwargs)
+
+
+def _sized(tensor: Tensor, shape: Shape) -> Tensor:
+    for dim, size in enumerate(shape):
+        if size != tensor.shape[dim]:
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+    return tensor
+
+
+def names(function: Callable[..., Any], example: Example) -> list[str]:
+    """Returns the names of an example's tensors: those of arguments, with keys and places inside of them behind.
+
+    A key of `adapters`, which is the name of an adapter's tensor in its file, stands for itself.
+    """
+    bound = inspect.signature(function).bind(*example.args, **example.kwargs)
+    positional = [name for name in bound.arguments if bound.signature.parameters[name].kind in _POSITIONAL]
+    found = []
+    for path, leaf in pytree.tree_leaves_with_path(tuple(example)):
+        if isinstance(leaf, Tensor):
+            kind, own, *inside = [_key(entry) for entry in path]
+            first = own if kind == 1 else positional[own] if own < len(positional) else f"args.{own}"
+            found.append(str(inside[0]) if first == "adapters" else ".".join(map(str, (first, *inside))))
+    return found
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _key(entry: Any) -> Any:
+    return next(getattr(entry, name) for name in ("idx", "key", "name") if hasattr(entry, name))
+
+
+def widened(model: nn.Module, example: Example) -> Example:
+    """Returns an example with no dimension of size 1 that could be dynamic, as far as `model` can be called with it."""
+    for shapes in _wider(example):
+        wider = example.sized(shapes)
+        if shapes == example.shapes or can_call(model, wider):
+            return wider
+    return example
+
+
+def _wider(example: Example) -> Iterator[tuple[Shape, ...]]:
+    yield tuple(tuple(max(size, 2) for size in shape) for shape in example.shapes)
+    yield tuple(tuple(max(size, 2) if dim == 0 else size for dim, size in enumerate(s)) for s in example.shapes)
+    yield example.shapes
+
+
+def can_call(model: Callable[..., Any], example: Example) -> bool:
+    """Tells whether a model can be called with an example; what fails is an error of the model's code."""
+    try:
+        example.call(model)
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, GuardError):
+        return False
+    return True

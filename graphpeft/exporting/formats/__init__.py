@@ -1,0 +1,20 @@
+"""The formats that a model is exported to: each writes files, and runs them, in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graphpeft.exporting.formats.aoti import Aoti
+from graphpeft.exporting.formats.format import Format
+from graphpeft.exporting.formats.onnx import Onnx
+from graphpeft.exporting.formats.pt2 import Pt2
+from graphpeft.exporting.formats.weights import SAFETENSORS, STATE_DICT
+
+FORMATS: Mapping[str, Format] = {
+    "pt2": Pt2(),
+    "aoti": Aoti(),
+    "onnx": Onnx(),
+    "safetensors": SAFETENSORS,
+    "state_dict": STATE_DICT,
+}
+"""The formats by their names."""

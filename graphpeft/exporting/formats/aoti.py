@@ -1,0 +1,62 @@
+"""AOTInductor's package: the compiled model, which ``torch._inductor.aoti_load_package(path)`` runs without Python."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.formats.format import Export, Runner
+from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.quiet import quiet
+
+_ABOUT = "graphpeft"
+
+
+class Aoti:
+    """A program, compiled for the device that the model is on."""
+
+    suffixes = (".pt2",)
+    has_graph = True
+    adapter_suffix = ".safetensors"
+
+    def write(self, export: Export, path: Path, about: str) -> None:
+        """Compiles the program."""
+        inductor: Any = torch._inductor
+        program = export.program.exported
+        configs = {"aot_inductor.metadata": {_ABOUT: about}}
+        try:
+            with quiet():
+                inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ExportError(
+                f"AOTInductor can't compile the model: {type(error).__name__}: {reason[0] if reason else ''}. It needs "
+                "a C++ compiler, which the variable CXX may name; format='pt2' needs none"
+            ) from error
+
+    def runner(self, export: Export, path: Path) -> Runner:
+        """Loads the compiled model."""
+        inductor: Any = torch._inductor
+        model = inductor.aoti_load_package(str(path))
+        return lambda case, example: case.full(example).call(model)
+
+    def about(self, path: Path) -> str | None:
+        """Reads one file of the archive."""
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("wrapper_metadata.json"):
+                    return json.loads(archive.read(name)).get(_ABOUT)
+        return None
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Writes safetensors."""
+        write_safetensors(tensors, path)

@@ -1,0 +1,85 @@
+"""What a format is: it writes what was prepared for an export, and runs what it has written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.program import Dynamic, Program, exported
+from graphpeft.exporting.ways import Case, Prepared
+
+Runner = Callable[[Case, Example], Any]
+"""Computes one case of an export on an example, from the files."""
+
+
+class Export:
+    """What is written.
+
+    Args:
+        source: The adapted model, a copy in evaluation mode.
+        prepared: The plain module that is made of it.
+        example: What it is traced with.
+        dynamic: Which of the example's sizes can change.
+    """
+
+    def __init__(self, source: Any, prepared: Prepared, example: Example, dynamic: Dynamic) -> None:
+        self.source, self.prepared, self.example, self._dynamic = source, prepared, example, dynamic
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The module as PyTorch's program."""
+        return exported(self.prepared, self.example, self._dynamic)
+
+    @functools.cached_property
+    def runnable(self) -> Callable[..., Any]:
+        """The program, which checks its inputs when it is called."""
+        return self.program.exported.module()
+
+
+class Format(Protocol):
+    """A format of files."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the name of its file may end with."""
+        ...
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether it holds a computation, and not only weights."""
+        ...
+
+    @property
+    def adapter_suffix(self) -> str:
+        """What the names of adapters' files end with, for an export that takes adapters as inputs."""
+        ...
+
+    def write(self, export: Export, path: Path, about: str) -> None:
+        """Writes an export.
+
+        Args:
+            export: The export.
+            path: The file, or the folder, in a folder of its own, where other files may go beside it.
+            about: A text to keep in the file, which `about` returns.
+
+        Raises:
+            ExportError: If the format can't hold it, or what writes it isn't installed.
+        """
+        ...
+
+    def runner(self, export: Export, path: Path) -> Runner:
+        """Returns what computes with the files alone."""
+        ...
+
+    def about(self, path: Path) -> str | None:
+        """Returns the text that was kept in a file; None if there is none."""
+        ...
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Writes the tensors of an adapter, by their names as inputs, for whoever runs the export."""
+        ...

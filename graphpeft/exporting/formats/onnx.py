@@ -1,0 +1,220 @@
+"""ONNX, which onnxruntime and others run.
+
+The inputs have the names of the model's arguments, and those of adapters their names in PEFT's files. The latter are
+initialisers, too, with the values of the active adapter, so that a caller can leave them out, or have onnxruntime give
+others from an `.onnx_adapter`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.utils import _pytree as pytree
+
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.formats.format import Export, Runner
+from graphpeft.exporting.program import Program
+from graphpeft.exporting.ways import Case
+
+_ABOUT = "graphpeft"
+
+_ERRORS_ALONE = 3
+"""onnxruntime's level of logging at which it doesn't warn of initialisers that are inputs, as they are here."""
+
+
+class Onnx:
+    """A graph of ONNX operators."""
+
+    suffixes = (".onnx",)
+    has_graph = True
+    adapter_suffix = ".onnx_adapter"
+
+    def write(self, export: Export, path: Path, about: str) -> None:
+        """Translates the program, and gives its inputs and outputs their names."""
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            _library(package)
+        program = export.program
+        translated = _translated(program.exported)
+        graph = translated.model.graph
+        named = {value.name: value for value in graph.inputs}
+        _rename(graph, [named[one.node] for one in program.inputs], [one.name for one in program.inputs])
+        _rename(graph, list(graph.outputs), _output_names(program))
+        for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
+            _make_optional(graph, value, export.prepared.defaults[value.name])
+        translated.model.metadata_props[_ABOUT] = about
+        translated.save(path)
+
+    def runner(self, export: Export, path: Path) -> Runner:
+        """Loads the graph into onnxruntime."""
+        session = _session(path)
+        names = [one.name for one in export.program.inputs]
+
+        def run(case: Case, example: Example) -> Any:
+            tensors = case.full(example).tensors
+            feed = {name: _with_dimensions(tensor).cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+        return run
+
+    def about(self, path: Path) -> str | None:
+        """Reads the graph without its weights."""
+        model = _library("onnx").load(path, load_external_data=False)
+        return next((prop.value for prop in model.metadata_props if prop.key == _ABOUT), None)
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Writes what ``onnxruntime.LoraAdapter`` loads."""
+        runtime = _library("onnxruntime")
+        adapter = runtime.AdapterFormat()
+        adapter.set_adapter_version(1)
+        adapter.set_model_version(1)
+        arrays = {name: _with_dimensions(tensor).cpu().contiguous().numpy() for name, tensor in tensors.items()}
+        adapter.set_parameters({n: runtime.OrtValue.ortvalue_from_numpy(array) for n, array in arrays.items()})
+        adapter.export_adapter(str(path))
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f"format='onnx' needs {name}: pip install graphpeft[export]") from error
+
+
+def _session(path: Path) -> Any:
+    runtime = _library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _ERRORS_ALONE
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no class in common
+        raise ExportError(
+            f"onnxruntime can't load what was exported: {str(error).splitlines()[0]}. Its CPU provider lacks some "
+            "operators in half precision; export model.float()"
+        ) from error
+
+
+def _with_dimensions(tensor: Tensor) -> Tensor:
+    # onnxruntime's files of adapters can't hold tensors without
+    return tensor.detach().reshape(tensor.shape or (1,))
+
+
+def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
+    """Gives values of a graph other names, and other ones to those that have these."""
+    inside = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in inside:
+        if value.name in names and value not in values:
+            value.name = f"{value.name}.inside"
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
+    """Lets an input have a value unless it is given one; a tensor without dimensions is given with one."""
+    ir = importlib.import_module("onnx_ir")
+    if not default.ndim:
+        if any(user.op_type not in _ELEMENTWISE for user, _ in value.uses()):
+            _squeeze(graph, value)
+        value.shape = ir.Shape([1])
+    value.const_value = ir.tensor(_with_dimensions(default).contiguous(), name=value.name)
+    graph.register_initializer(value)
+
+
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+"""Operators for which a number is the same with a dimension and without, as long as the other operand has some."""
+
+
+def _squeeze(graph: Any, value: Any) -> None:
+    ir = importlib.import_module("onnx_ir")
+    squeezed = ir.node("Squeeze", [value])
+    [number] = squeezed.outputs
+    number.name, number.type, number.shape = f"{value.name}.number", value.type, ir.Shape([])
+    for user, index in value.uses():
+        if user is not squeezed:
+            user.replace_input_with(index, number)
+    graph.insert_before(graph[0], squeezed)
+
+
+def _output_names(program: Program) -> list[str]:
+    """Returns the keys, or the places, of the tensors in what the model returns."""
+    spec = program.exported.call_spec.out_spec
+    assert spec is not None
+    specs = program.exported.graph_signature.output_specs
+    returned = [one for one in specs if one.kind.name in ("USER_OUTPUT", "USER_INPUT_MUTATION")]
+    places = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    names = [pytree.keystr(path) for path, _ in places]
+    plain = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
+    taken = {one.name for one in program.inputs}
+    return [
+        f"output.{name}" if name[0].isdigit() or name in taken else name
+        for name, one in zip(plain, returned, strict=True)
+        if isinstance(one.arg, TensorArgument)
+    ]
+
+
+def _translated(program: ExportedProgram) -> Any:
+    try:
+        with _quiet():
+            return torch.onnx.export(program, dynamo=True, verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(_refusal(error, program)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the user what the exporter prints and warns of on its way."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refusal(error: BaseException, program: ExportedProgram) -> str:
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__
+    found = re.search(r"target=torch\.ops\.([\w.]+)|OpOverload\(op='([\w.]+)'", "\n".join(texts))
+    if found is None:
+        return f"the model can't be translated to ONNX: {texts[-1].splitlines()[0]}. format='pt2' holds any operator"
+    operator = found[1] or found[2]
+    modules = _modules_with(operator, program)
+    where = f", which {', '.join(modules)} calls" if modules else ""
+    return (
+        f"ONNX has no operator for {operator}{where}. Replace it in the model by others, register a translation with "
+        "torch.onnx, or export with format='pt2', which holds any operator"
+    )
+
+
+def _modules_with(operator: str, program: ExportedProgram) -> list[str]:
+    """Returns the modules that call an operator, or one that is decomposed into it."""
+    own = operator.rpartition(".")[2]
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    exact = [node for node in nodes if str(node.target).startswith(operator)]
+    alike = [node for node in nodes if own in str(node.target)]
+    return list(dict.fromkeys(_module(node.meta.get("nn_module_stack")) for node in exact or alike))
+
+
+def _module(stack: Any) -> str:
+    if not stack:
+        return "the model"
+    path, kind = list(stack.values())[-1]
+    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    return f"{path or 'the model'} ({name})"

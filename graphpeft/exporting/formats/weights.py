@@ -1,0 +1,140 @@
+"""Weights alone: the base's, by its own names, and adapters in PEFT's files.
+
+Merged weights are one file, which timm, torchvision and ``load_state_dict`` take. A path without a suffix is a folder,
+which a Transformers model's ``from_pretrained`` takes. Weights hold no computation, so the other ways give a folder
+with the base and, in `adapters`, a folder for each adapter: those load with PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from graphpeft import checkpoint
+from graphpeft.exporting import copies
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.formats.format import Export, Runner
+from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.ways import Case
+from graphpeft.model import PeftModel
+
+_ADAPTERS = "adapters"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of tensors.
+
+    Attributes:
+        suffixes: What its name may end with; "" is a folder with a file of the name `within`.
+        within: That name.
+        save: Writes tensors.
+        load: Reads them.
+        tied: Whether a tensor that has several names is written under each.
+    """
+
+    suffixes: tuple[str, ...]
+    within: str
+    save: Callable[[Mapping[str, Tensor], Path], None]
+    load: Callable[[Path], Mapping[str, Tensor]]
+    tied: bool
+
+    has_graph = False
+    adapter_suffix = ""
+
+    def write(self, export: Export, path: Path, about: str) -> None:
+        """Writes the weights, and beside them in a folder the model's config and its adapters."""
+        if export.prepared.way == "merged":
+            self._write_base(export.prepared.model, path)
+            return
+        if path.suffix:
+            raise ExportError(
+                f"{path.name} names one file, and with adapters={export.prepared.way!r} the base and the adapters are "
+                "files of their own; let the path be a folder"
+            )
+        self._write_base(copies.with_own_weights(export.source).unload(), path)
+        for name in self._adapters(export):
+            state = export.source._peft_adapters
+            checkpoint.save(export.source, state.by_name[name], name, path / _ADAPTERS / name, state.originals)
+
+    def _write_base(self, base: nn.Module, path: Path) -> None:
+        tensors = self._tensors(base)
+        if path.suffix:
+            self.save(tensors, path)
+            return
+        path.mkdir()
+        self.save(tensors, path / self.within)
+        config: Any = getattr(base, "config", None)
+        # what a Transformers model is built from again
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(path)
+
+    def _tensors(self, base: nn.Module) -> dict[str, Tensor]:
+        state = base.state_dict()
+        if self.tied:
+            return state
+        # under the first of its names, as Transformers has it, which ties the others again
+        first = {id(parameter): name for name, parameter in base.named_parameters()}
+        named = dict(base.named_parameters(remove_duplicate=False))
+        return {name: t for name, t in state.items() if name not in named or first[id(named[name])] == name}
+
+    def _adapters(self, export: Export) -> list[str]:
+        state = export.source._peft_adapters
+        return state.read if export.prepared.way == "baked" else list(state.by_name)
+
+    def runner(self, export: Export, path: Path) -> Runner:
+        """Loads the weights into a copy of the base whose own are gone, and the adapters onto it."""
+        if export.prepared.way == "merged":
+            merged = self._filled(export.prepared.model, path)
+            return lambda _, example: example.call(merged)
+        model = self._filled(copies.with_own_weights(export.source).unload(), path)
+        for name in self._adapters(export):
+            folder = path / _ADAPTERS / name
+            PeftModel.from_pretrained(model, folder, name, example_inputs=_example_inputs(export.example))
+        if export.prepared.way == "baked":
+            model.set_adapter(self._adapters(export), inference_mode=True)
+
+        def run(case: Case, example: Example) -> Any:
+            return case.expected(model, example)
+
+        return run
+
+    def _filled(self, base: Any, path: Path) -> Any:
+        copied = copies.with_own_weights(base)
+        tensors = self.load(path if path.suffix else path / self.within)
+        with torch.no_grad():
+            for tensor in copied.state_dict().values():
+                tensor.zero_()
+        copied.load_state_dict(tensors, strict=self.tied)
+        return copied
+
+    def about(self, path: Path) -> str | None:
+        """Returns nothing: there are no inputs for adapters."""
+        return None
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Isn't asked: adapters are in PEFT's files."""
+        raise ExportError("weights have no inputs for adapters; save an adapter with save_pretrained")
+
+
+def _example_inputs(example: Example) -> Any:
+    return example.kwargs or example.args
+
+
+def _save_state_dict(tensors: Mapping[str, Tensor], path: Path) -> None:
+    torch.save({name: tensor.detach() for name, tensor in tensors.items()}, path)
+
+
+def _load_state_dict(path: Path) -> Mapping[str, Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+SAFETENSORS = Weights((".safetensors", ""), "model.safetensors", write_safetensors, load_file, tied=False)
+STATE_DICT = Weights((".pt", ".pth", ".bin", ""), "pytorch_model.bin", _save_state_dict, _load_state_dict, tied=True)

@@ -1,0 +1,185 @@
+"""From a plain module to an ``ExportedProgram``: which sizes of its inputs can change, and which can't."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.utils import _pytree as pytree
+
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example, Shape, names
+from graphpeft.exporting.quiet import quiet
+from graphpeft.exporting.ways import Prepared
+from graphpeft.tracing.errors import GuardError, TraceError
+
+Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+"""True for all sizes that the model leaves open, False for none, or a spec of ``torch.export``."""
+
+
+class Input(NamedTuple):
+    """A tensor that an exported model takes.
+
+    Attributes:
+        name: Its name.
+        node: The name of its node in the program.
+        shape: Its shape, with symbols for sizes that can change.
+    """
+
+    name: str
+    node: str
+    shape: tuple[Any, ...]
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        """The dimensions that can change."""
+        return tuple(dim for dim, size in enumerate(self.shape) if isinstance(size, torch.SymInt))
+
+    def __str__(self) -> str:
+        return f"({', '.join(str(size) for size in self.shape)}{',' if len(self.shape) == 1 else ''})"
+
+
+class Program(NamedTuple):
+    """An exported model.
+
+    Attributes:
+        exported: PyTorch's program.
+        inputs: What it takes: the model's own inputs, and then those of adapters.
+    """
+
+    exported: ExportedProgram
+    inputs: tuple[Input, ...]
+
+    def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
+        """Returns other shapes than `shapes` that the model's own inputs may have: larger ones, and small ones.
+
+        Each is a list, of which the later ones are for programs that don't take the earlier.
+        """
+        own = [one.shape for one in self.inputs[: len(shapes)]]
+        sizes = dict(_solved(own, shapes))
+        first = {symbol for shape in own for symbol in _symbols_of(shape[:1])}
+        larger = [{symbol: self._limited(symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
+        ones = {symbol: self._limited(symbol, 1) for symbol in sizes}
+        smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
+        return [
+            [tuple(map(functools.partial(_evaluated, values), own, shapes)) for values in choices]
+            for choices in (larger, smaller)
+        ]
+
+    def _limited(self, symbol: Any, size: int) -> int:
+        """Returns a size in the range that the program allows."""
+        limits = self.exported.range_constraints.get(symbol)
+        if limits is None:
+            return size
+        # that PyTorch takes 0 and 1 for sizes of their own doesn't mean that a program can't run with them
+        least = 1 if limits.lower <= 2 else int(limits.lower)
+        return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
+
+
+_MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
+"""Other sizes than that of the example; a model may want an even one, or allow no larger one."""
+
+
+def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
+    return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+
+
+def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
+    """Yields each symbol with its value where inputs have these shapes, as far as a size depends on it alone."""
+    import sympy  # here, since importing it takes longer than all of this library
+
+    for shape, known in zip(symbolic, shapes, strict=True):
+        for size, number in zip(shape, known, strict=True):
+            symbols = _symbols_of((size,))
+            if len(symbols) == 1:
+                yield from ((symbol, int(sympy.solve(size.node.expr - number, symbol)[0])) for symbol in symbols)
+
+
+def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
+    """Returns a shape with other values of symbols; sizes that depend on others remain."""
+    return tuple(
+        int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
+        for size, number in zip(symbolic, shape, strict=True)
+    )
+
+
+def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
+    """Exports a module for a call with `example`.
+
+    Raises:
+        GuardError: If the model has decided otherwise when it was traced than it would on this example.
+        ExportError: If PyTorch can't export it, or not with these sizes open.
+    """
+    full = prepared.cases[0].full(example)
+    prepared.root.name_arguments(full.kwargs)
+    shapes = _spec(prepared, example, full, dynamic)
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(prepared.root, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
+    except (GuardError, TraceError):
+        raise
+    except Exception as error:
+        raise ExportError(_refusal(error)) from error
+    found = names(prepared.root.forward, full)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    values = {node.name: node.meta["val"] for node in nodes}
+    specs = program.graph_signature.input_specs
+    given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
+    inputs = [Input(own, node, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
+    return Program(program, tuple(inputs))
+
+
+def _size(size: Any) -> Any:
+    """Returns a size, as a number if the model has fixed it."""
+    return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
+
+
+def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic) -> Any:
+    """Returns the ``dynamic_shapes`` of PyTorch's exporter."""
+    signature = inspect.signature(prepared.root.forward)
+    arguments = signature.bind(*full.args, **full.kwargs).arguments
+    more = full.kwargs.keys() - example.kwargs.keys()
+    own = {name: value for name, value in arguments.items() if name not in more}
+    if isinstance(dynamic, bool):
+        spec = pytree.tree_map(_open if dynamic else _fixed, own)
+    elif isinstance(dynamic, Mapping):
+        spec = dict(dynamic)
+    elif len(dynamic) == len(own):
+        spec = dict(zip(own, dynamic, strict=True))
+    else:
+        raise ExportError(f"dynamic has {len(dynamic)} entries for the arguments {', '.join(own)}; give one for each")
+    of_adapters = {
+        name: pytree.tree_map(_stacked if "adapter_rows" in more else _fixed, full.kwargs[name]) for name in more
+    }
+    return spec | of_adapters
+
+
+def _open(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.ndim), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+
+def _stacked(_: Any) -> Any:
+    return {0: Dim.AUTO}
+
+
+def _fixed(_: Any) -> None:
+    return None
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error).strip()
+    if "in output, which is not a known type" in text:
+        return (
+            f"torch.export can't return what the model does: {text.split(', which')[0]}. Pass an example with which it "
+            "returns tensors alone, such as use_cache=False"
+        )
+    return (
+        f"torch.export can't export the model: {type(error).__name__}: {text.splitlines()[0] if text else ''}. Its "
+        "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
+    )

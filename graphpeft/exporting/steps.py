@@ -1,0 +1,20 @@
+"""Shows how far an export has come, where somebody watches: its steps can take minutes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def shown(count: int) -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows the name of the next of `count` steps; without a terminal it shows nothing."""
+    with tqdm(total=count, disable=None, leave=False, bar_format="{desc} ({n_fmt}/{total_fmt}, {elapsed})") as bar:
+
+        def step(name: str) -> None:
+            bar.set_description_str(name)
+            bar.update()
+
+        yield step

@@ -1,0 +1,252 @@
+"""Exported models compute what the models do, in processes that don't know this library."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from exports import BERT, HAND_WRITTEN, LLAMA, MODELS, RESNET, TIMM_VIT, TOLERANCE, TORCHVISION_VIT, Exported, Served
+from safetensors.torch import load_file
+
+import graphpeft
+
+WAYS = ("merged", "baked", "inputs")
+BY_ROWS = (TIMM_VIT, HAND_WRITTEN, BERT, LLAMA)
+
+
+def assert_served(folder: Path, models: Sequence[Exported], formats: Sequence[str], ways: Sequence[str] = WAYS) -> None:
+    served = Served(folder)
+    for model in models:
+        for format in formats:
+            for way in ways:
+                served.export(model, format, way)
+    wrong = {what: difference for what, difference in served.differences().items() if not difference <= TOLERANCE}
+    assert wrong == {}
+
+
+# each list of models shares a process, since importing takes longer than computing
+
+
+def test_programs_compute_what_the_models_do_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [HAND_WRITTEN, TIMM_VIT, BERT], ["pt2"])
+
+
+@pytest.mark.long
+def test_programs_of_larger_models_compute_what_they_do_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [RESNET, TORCHVISION_VIT, LLAMA], ["pt2"])
+
+
+def test_weights_load_into_their_libraries_and_into_peft_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, MODELS, ["safetensors", "state_dict"])
+
+
+def test_onnx_computes_what_the_models_do_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [HAND_WRITTEN], ["onnx"])
+
+
+@pytest.mark.long
+def test_onnx_of_larger_models_computes_what_they_do_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [TIMM_VIT, RESNET, TORCHVISION_VIT, BERT, LLAMA], ["onnx"])
+
+
+def test_a_compiled_package_computes_what_the_model_does_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [HAND_WRITTEN], ["aoti"], ["inputs"])
+    [package] = tmp_path.glob("*.pt2")
+    again = graphpeft.export_adapter(HAND_WRITTEN.adapted(), "second", package, tmp_path / "again.safetensors")
+    [written] = tmp_path.glob("*.second.safetensors")
+    assert again.read_bytes() == written.read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_compiled_packages_compute_what_the_models_do_in_a_fresh_process(model, tmp_path):
+    assert_served(tmp_path, [model], ["aoti"])
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own_in_a_fresh_process(tmp_path):
+    assert_served(tmp_path, [HAND_WRITTEN], ["pt2", "onnx"], ["rows"])
+
+
+@pytest.mark.long
+def test_rows_have_adapters_of_their_own_in_every_format(tmp_path):
+    assert_served(tmp_path, BY_ROWS, ["pt2", "onnx", "aoti"], ["rows"])
+
+
+# the graph
+
+
+def operations(path) -> collections.Counter[str]:
+    """Counts the operations of a program that have weights."""
+    program = torch.export.load(path)
+    targets = [str(node.target) for node in program.graph.nodes if "aten" in str(node.target)]
+    weighted = ("linear", "convolution", "conv2d", "matmul", "addmm", "embedding")
+    return collections.Counter(target for target in targets if target.split(".")[1] in weighted)
+
+
+@pytest.mark.parametrize("model", [BERT, pytest.param(RESNET, marks=pytest.mark.long)], ids=str)
+def test_a_merged_program_is_the_bases_and_a_baked_one_adds_the_branches_alone(model, tmp_path):
+    adapted = model.adapted()
+    sites = len(adapted.adapter_report().adapted)
+    graphpeft.export(model.base(), model.example(), tmp_path / "base.pt2", check=False)
+    for way in ("merged", "baked"):
+        graphpeft.export(adapted, model.example(), tmp_path / f"{way}.pt2", adapters=way, check=False)
+    base, merged, baked = (torch.export.load(tmp_path / f"{name}.pt2") for name in ("base", "merged", "baked"))
+    assert operations(tmp_path / "merged.pt2") == operations(tmp_path / "base.pt2")
+    assert len(merged.graph.nodes) == len(base.graph.nodes)
+    assert merged.state_dict.keys() == base.state_dict.keys()
+    added = operations(tmp_path / "baked.pt2") - operations(tmp_path / "base.pt2")
+    assert added.total() == 2 * sites
+    of_adapter = baked.state_dict.keys() - base.state_dict.keys()
+    assert len(of_adapter) == 2 * sites
+    assert all("_first" in name for name in of_adapter)
+
+
+def test_what_a_program_returns_needs_no_library(tmp_path):
+    graphpeft.export(BERT.adapted(), BERT.example(), tmp_path / "model.pt2")
+    returned = torch.export.load(tmp_path / "model.pt2").module()(BERT.tensor())
+    assert type(returned) is dict
+    assert returned.keys() == {"last_hidden_state", "pooler_output"}
+
+
+def test_a_flat_graph_is_exported_as_any_model(tmp_path):
+    model = graphpeft.trace(TIMM_VIT.base(), (TIMM_VIT.tensor(),))
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, init_lora_weights=False, **TIMM_VIT.lora))
+    for way in ("baked", "rows"):
+        report = graphpeft.export(model, (TIMM_VIT.tensor(),), tmp_path / f"{way}.pt2", adapters=way)
+        assert len(report.checked) == 3
+
+
+# sizes
+
+
+def test_the_report_names_the_sizes_that_can_change_and_what_was_checked(tmp_path):
+    report = graphpeft.export(LLAMA.adapted(), LLAMA.example(), tmp_path / "model.pt2", adapters="inputs")
+    [shape] = report.inputs.values()
+    assert not any(character.isdigit() and shape.startswith(character) for character in shape)
+    assert {(one.case, one.shapes) for one in report.checked} == {
+        (case, shapes)
+        for case in ("adapter 'first'", "adapter 'second'")
+        for shapes in (((2, 7),), ((3, 8),), ((1, 1),))
+    }
+    assert all(one.difference <= TOLERANCE for one in report.checked)
+    assert report.files.keys() == {
+        tmp_path / name for name in ("model.pt2", "model.first.safetensors", "model.second.safetensors")
+    }
+    assert "adapter 'second'  (1, 1)" in str(report)
+
+
+def test_an_example_of_one_row_and_one_token_serves_any_number_of_both(tmp_path):
+    example = {"input_ids": LLAMA.tensor()[:1, :1], "use_cache": False}
+    model = LLAMA.adapted()
+    graphpeft.export(model, example, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for which in (0, 1):
+        found = program(**LLAMA.inputs(which))["logits"]
+        assert torch.allclose(found, LLAMA.output(model, which), atol=TOLERANCE)
+
+
+def test_without_dynamic_sizes_they_are_the_examples(tmp_path):
+    report = graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "model.pt2", dynamic=False)
+    assert report.inputs == {"x": "(3, 4, 8)"}
+    assert [one.shapes for one in report.checked] == [((3, 4, 8),)]
+
+
+def test_sizes_can_be_named_as_for_pytorchs_exporter(tmp_path):
+    rows = torch.export.Dim("rows", min=2, max=3)
+    report = graphpeft.export(
+        HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "model.pt2", dynamic={"x": {0: rows}}
+    )
+    assert report.inputs["x"].endswith(", 4, 8)")
+    # the example's, the one below since there is none above, and the least
+    assert [one.shapes for one in report.checked] == [((3, 4, 8),), ((2, 4, 8),), ((1, 4, 8),)]
+
+
+def test_a_spec_of_sizes_is_for_all_arguments(tmp_path):
+    with pytest.raises(graphpeft.ExportError, match="2 entries for the arguments x; give one for each"):
+        graphpeft.export(HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "model.pt2", dynamic=({}, {}))
+
+
+class Sum(torch.nn.Module):
+    def forward(self, x, *more, scale=None, **named):
+        for tensor in (*more, *named.values()):
+            x = x + (tensor if isinstance(tensor, torch.Tensor) else tensor["inside"])
+        return {"sum": x if scale is None else x * scale, "parts": [x, None]}
+
+
+TENSOR = torch.randn(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "names"),
+    [
+        ((TENSOR, TENSOR, TENSOR), ["x", "args.1", "args.2"]),
+        ({"x": TENSOR, "scale": 2.0, "bias": TENSOR}, ["x", "bias"]),
+        ({"x": TENSOR, "bias": {"inside": TENSOR}}, ["x", "bias.inside"]),
+    ],
+    ids=["by place", "by name", "nested"],
+)
+def test_arguments_of_every_kind_have_names_in_onnx_as_results_have(example, names, tmp_path):
+    report = graphpeft.export(Sum(), example, tmp_path / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_inputs()] == names == list(report.inputs)
+    assert [one.name for one in session.get_outputs()] == ["sum", "parts.0"]
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        y = x + self.w
+        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp()}
+
+
+def test_results_can_have_the_names_of_arguments_operations_and_weights(tmp_path):
+    graphpeft.export(Named(), (TENSOR,), tmp_path / "model.onnx", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w"]
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        return x + 1 if x.shape[0] == 3 else x
+
+
+def test_a_batch_that_the_model_fixes_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"the batch isn't dynamic, .*x \(3, s\d+\)"):
+        graphpeft.export(Fixed(), (torch.randn(3, 4),), tmp_path / "model.pt2")
+
+
+def test_half_precision_is_compared_as_far_as_it_can_be(tmp_path):
+    model = LLAMA.adapted().to(torch.bfloat16)
+    report = graphpeft.export(model, LLAMA.example(), tmp_path / "model.pt2")
+    assert max(one.difference for one in report.checked) > 0
+
+
+# weights
+
+
+@pytest.mark.parametrize("format", ["safetensors", "state_dict"])
+def test_merged_weights_are_one_file_with_the_bases_own_keys(format, tmp_path):
+    suffix = ".safetensors" if format == "safetensors" else ".pt"
+    path = tmp_path / f"model{suffix}"
+    graphpeft.export(TIMM_VIT.adapted(), TIMM_VIT.example(), path, format)
+    assert _loaded(path).keys() == TIMM_VIT.base().state_dict().keys()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def _loaded(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def test_tied_weights_are_written_once_as_the_library_does(tmp_path):
+    graphpeft.export(LLAMA.adapted(), LLAMA.example(), tmp_path / "model", "safetensors")
+    LLAMA.base().save_pretrained(tmp_path / "own")
+    ours, theirs = (_loaded(tmp_path / name / "model.safetensors") for name in ("model", "own"))
+    assert ours.keys() == theirs.keys()
+    assert "lm_head.weight" not in ours

@@ -1,0 +1,228 @@
+"""What can't be exported is refused with the reason; no file is left, none is changed, and the model is as it was."""
+
+from __future__ import annotations
+
+import builtins
+import os
+
+import pytest
+import torch
+from exports import BERT, HAND_WRITTEN, LLAMA
+from torch import nn
+
+import graphpeft
+from graphpeft import ExportError, GuardError
+from graphpeft.exporting.formats import FORMATS
+from graphpeft.exporting.formats.pt2 import Pt2
+
+
+def state_of(model: nn.Module) -> dict:
+    return {
+        path: (
+            type(module),
+            module.training,
+            {
+                name: (id(p), p.requires_grad, p.detach().clone())
+                for name, p in module._parameters.items()
+                if p is not None
+            },
+            sorted(module.__dict__),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+def assert_as_it_was(model: nn.Module, before: dict) -> None:
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    for path, (cls, training, parameters, names) in before.items():
+        assert after[path][0] is cls
+        assert after[path][1] == training
+        assert after[path][3] == names
+        for name, (identity, requires_grad, value) in parameters.items():
+            assert after[path][2][name][:2] == (identity, requires_grad)
+            assert torch.equal(after[path][2][name][2], value)
+
+
+@pytest.mark.parametrize("way", ["merged", "baked", "inputs", "rows"])
+def test_an_export_leaves_the_model_as_it_is(way, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    model.train()
+    before = state_of(model)
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters=way)
+    assert_as_it_was(model, before)
+    assert model.active_adapters == ["first"]
+
+
+def refused(model, example, path, match: str, error: type[Exception] = ExportError, **options) -> None:
+    """Asserts that an export is refused, and changes neither the model nor any file."""
+    before = state_of(model)
+    folder = path.parent
+    files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(error, match=match):
+        graphpeft.export(model, example, path, **options)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == files
+    assert_as_it_was(model, before)
+
+
+def test_unknown_formats_and_ways_are_named_with_those_that_there_are(tmp_path):
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    refused(model, example, tmp_path / "m.pt2", r"format is 'tflite'; it can be 'pt2', .*'onnx'", format="tflite")
+    refused(model, example, tmp_path / "m.pt2", r"adapters is 'mixed'; it can be 'merged', ", adapters="mixed")
+
+
+def test_a_path_ends_as_its_format_does(tmp_path):
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.onnx", r"is to end with \.pt2")
+
+
+@pytest.mark.parametrize("way", ["baked", "inputs", "rows"])
+def test_a_model_without_adapters_has_none_to_carry(way, tmp_path):
+    refused(HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "m.pt2", "has no adapters", adapters=way)
+
+
+def test_example_inputs_are_a_tuple_or_a_dict_with_a_tensor(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    refused(model, HAND_WRITTEN.tensor(), tmp_path / "m.pt2", r"pass a tuple of positional arguments, as in \(x,\)")
+    refused(model, (3,), tmp_path / "m.pt2", "has no tensor")
+    refused(model, (torch.randn(3, 5),), tmp_path / "m.pt2", "can't be called with example_inputs: RuntimeError")
+
+
+def test_adapters_of_other_ranks_are_named_with_their_shapes(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    model.add_adapter("wide", graphpeft.LoraConfig(r=4, **HAND_WRITTEN.lora))
+    match = r"adapter 'wide' doesn't fit the inputs of a graph for adapter 'first': .*\(4, \d+\) in place of \(2, \d+\)"
+    refused(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", match, adapters="inputs")
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.w)
+        return y * 2 if x.shape[0] > 2 else y
+
+
+@pytest.mark.parametrize("way", ["merged", "baked", "inputs"])
+def test_an_example_for_which_the_model_decides_otherwise_violates_its_guard(way, tmp_path):
+    config = graphpeft.LoraConfig(target_modules=["w"], init_lora_weights=False)
+    model = graphpeft.get_peft_model(Deciding(), config, example_inputs=(torch.randn(5, 4),))
+    match = r"^`return y \* 2 if x\.shape\[0\] > 2 else y` .*that was True when the graph was recorded"
+    refused(model, (torch.randn(2, 4),), tmp_path / "m.pt2", match, GuardError, adapters=way)
+
+
+class Bessel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.special.bessel_j0(self.linear(x))
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), Bessel())
+    match = r"ONNX has no operator for \S*bessel_j0, which 1 \(Bessel\) calls\. .*format='pt2'"
+    refused(model, (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
+
+
+def test_a_change_that_cant_be_merged_says_why_and_what_to_do(tmp_path):
+    model = graphpeft.get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), graphpeft.LoraConfig(r=2, target_modules=["0"])
+    )
+    match = r"can't be merged: its features are in 2 groups.*adapters='baked'"
+    refused(model, (torch.randn(2, 4, 8, 8),), tmp_path / "m.pt2", match)
+
+
+def test_what_a_program_cant_return_is_named(tmp_path):
+    example = {"input_ids": LLAMA.tensor()}
+    refused(LLAMA.adapted(), example, tmp_path / "m.pt2", r"DynamicCache.*use_cache=False")
+
+
+def test_weights_apart_are_a_folder(tmp_path):
+    refused(
+        BERT.adapted(),
+        BERT.example(),
+        tmp_path / "m.safetensors",
+        "let the path be a folder",
+        format="safetensors",
+        adapters="inputs",
+    )
+
+
+# nothing half-written
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such path")
+def test_a_path_where_nothing_can_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a file is no folder")
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "file" / "m.pt2", "can't be written: Not a dir")
+
+
+def test_folders_on_the_way_are_made_with_the_file_and_not_without(tmp_path):
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    with pytest.raises(ExportError):
+        graphpeft.export(HAND_WRITTEN.base(), example, tmp_path / "a" / "b" / "m.pt2", adapters="baked")
+    assert list(tmp_path.iterdir()) == []
+    graphpeft.export(model, example, tmp_path / "a" / "b" / "m.pt2")
+    assert (tmp_path / "a" / "b" / "m.pt2").exists()
+
+
+class Wrong(Pt2):
+    """Writes another model than it is given."""
+
+    def runner(self, export, path):
+        run = super().runner(export, path)
+        return lambda case, example: run(case, example) + 1e-2
+
+
+def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "pt2", Wrong())
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    path = tmp_path / "m.pt2"
+    path.write_text("what was there")
+    match = r"differs by \S+ from the model for .*, where 1e-04 is allowed; check=False"
+    refused(model, example, path, match)
+    assert path.read_text() == "what was there"
+    report = graphpeft.export(model, example, path, check=False)
+    assert report.checked == ()
+    assert "not checked" in str(report)
+    assert torch.export.load(path) is not None
+
+
+def test_what_fails_to_be_put_into_place_is_taken_back(tmp_path, monkeypatch):
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs", check=False)
+    replace = os.replace
+
+    def full_disk(source, target):
+        if source.parent.name == "new" and target.name == "m.second.safetensors":
+            raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    refused(model, example, tmp_path / "m.pt2", "No space left on device", adapters="inputs", check=False)
+
+
+def test_a_library_that_isnt_there_is_named_with_the_extra(tmp_path, monkeypatch):
+    importing = builtins.__import__
+    monkeypatch.setattr("importlib.import_module", lambda name: importing("nothing_of_this_name"))
+    refused(
+        HAND_WRITTEN.adapted(),
+        HAND_WRITTEN.example(),
+        tmp_path / "m.onnx",
+        r"pip install graphpeft\[export\]",
+        format="onnx",
+    )
+
+
+def test_a_compiler_that_isnt_there_is_what_a_package_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    refused(
+        HAND_WRITTEN.adapted(),
+        HAND_WRITTEN.example(),
+        tmp_path / "m.pt2",
+        r"AOTInductor can't compile.*C\+\+ compiler",
+        format="aoti",
+    )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphpeft import checkpoint
-from graphpeft.adapters.lifecycle import Adapter, Modules
+from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.exporting.errors import ExportError
 from graphpeft.paths import join, within
 from graphpeft.report import listed

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters import mixing
-from graphpeft.adapters.lifecycle import Adapters
+from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting.adapter_inputs import AdapterInput, Slot
 from graphpeft.exporting.calls import Root

@@ -254,6 +254,46 @@ def test_several_active_adapters_are_baked_or_merged_and_no_inputs(tmp_path):
         graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / f"{way}.pt2", adapters=way)
 
 
+def test_what_is_merged_in_place_is_exported_so_and_is_no_input(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    expected = HAND_WRITTEN.output(model)
+    model.merge_adapter(["first"])
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for way in ("merged", "baked"):
+        graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / f"{way}.pt2", adapters=way)
+        assert close(program(tmp_path / f"{way}.pt2")(HAND_WRITTEN.tensor()), expected)
+    with pytest.raises(ExportError, match=r"merged into the weights; call unmerge_adapter\(\)"):
+        graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def test_an_optimized_model_is_exported_as_it_was_written(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    graphpeft.optimize(model)
+    for way in ("baked", "inputs", "rows"):
+        graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / f"{way}.pt2", adapters=way)
+
+
+def test_each_call_of_a_shared_weight_has_inputs_of_its_own(tmp_path):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    x = torch.randn(3, 4)
+    model = graphpeft.trace(Twice().eval(), (x,))
+    graphpeft.get_peft_model(model, graphpeft.LoraPerCallConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    graphpeft.export(model, (x,), tmp_path / "m.pt2", adapters="inputs")
+    named = load_file(tmp_path / "m.default.safetensors")
+    assert {
+        "base_model.model.layer.lora_A.weight.call_1",
+        "base_model.model.layer.lora_A.weight.call_2",
+    } <= named.keys()
+
+
 def test_disabled_adapters_are_left_out(tmp_path):
     model = HAND_WRITTEN.adapted()
     model.disable_adapters()

@@ -86,8 +86,9 @@ def merged(model: nn.Module) -> Prepared:
         plain = copies.sharing_weights(model)
         return Prepared("merged", plain, Root(plain), (_AS_IT_IS,))
     copied = copies.with_own_weights(model)
+    left = [] if state.is_disabled else [name for name in state.active if name not in state.merged]
     try:
-        plain = copied.merge_and_unload(adapter_names=[] if state.is_disabled else [*state.active])
+        plain = copied.merge_and_unload(adapter_names=left)
     except AdaptError as error:
         raise ExportError(f"{error}. Or export it with adapters='baked', which keeps the branch") from error
     return Prepared("merged", plain, Root(plain), (_AS_IT_IS,))

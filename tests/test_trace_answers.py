@@ -400,3 +400,16 @@ def test_a_call_that_is_more_than_the_forward_is_refused_and_recorded_inside():
         trace(model, (X,))
     around = nn.Sequential(model)
     assert torch.equal(trace(around, (X,))(X), around(X))
+
+
+def test_an_attention_without_weights_gives_none_for_them_without_gradients_too():
+    def forward(self, x):
+        with torch.no_grad():
+            y, weights = self.attention(x, x, x, need_weights=False)
+        return y if weights is None else 100 * y
+
+    model: Any = module_of(forward)
+    model.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model.eval()
+    x = torch.randn(2, 5, 8)
+    assert torch.allclose(trace(model, (x,))(x), model(x), atol=1e-6)

@@ -221,10 +221,21 @@ class Examples:
                 with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
                     return layer(*args, **kwargs)
             tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept(), unchanged(module):
+            with patches.random_python_states_kept(), unchanged(module), _slow_path():
                 return torch.func.functional_call(module, tensors, args, kwargs)
         with _directly(node, (), not isinstance(target, Applied)):
             return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
+
+
+@contextlib.contextmanager
+def _slow_path() -> Iterator[None]:
+    """Lets PyTorch's fast path for attentions be, which gives a fake tensor where it gives None otherwise."""
+    is_on = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_on)
 
 
 def _attribute_at(root: nn.Module, path: str) -> Any:

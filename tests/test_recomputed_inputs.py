@@ -185,3 +185,51 @@ def test_a_compiler_sees_the_plain_form():
     optimize(recomputed, [PASS])
     compiled: Any = torch.compile(recomputed, fullgraph=True, backend="aot_eager")
     assert_equal_within(computed(compiled, inputs()), computed(plain, inputs()))
+
+
+def test_an_input_that_is_written_between_its_computation_and_its_product_is_left():
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.first(x)) * 1
+            h[:, :2] = 0
+            return self.second(h)
+
+    plain, recomputed = adapted(Writing), adapted(Writing)
+    report = optimize(recomputed, [PASS])
+    assert report.left[PASS]["second"] == "something between may write into what it reads"
+    assert_equal_within(computed(recomputed, inputs(3, 8)), computed(plain, inputs(3, 8)))
+
+
+def test_a_layer_whose_weights_are_changed_before_the_backward_is_an_error():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.norm(x))
+
+    model = adapted(Normed)
+    assert optimize(model, [PASS]).changed == {PASS: ("layer",)}
+    y = model(inputs(3, 8).detach()).sum()  # the norm itself keeps nothing, as it has no gradient
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="was written to after the forward"):
+        y.backward()
+
+
+def test_a_backward_under_autocast_computes_in_the_dtypes_of_the_forward():
+    def gradients(model: Any) -> list[Tensor]:
+        y = model(inputs().bfloat16()).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            return list(torch.autograd.grad(y, [p for p in model.parameters() if p.requires_grad]))
+
+    plain, recomputed = (adapted(lambda: Gated().bfloat16()) for _ in range(2))
+    optimize(recomputed, [PASS, "recomputed_casts"])
+    for found, expected in zip(gradients(recomputed), gradients(plain), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.allclose(found, expected, rtol=0, atol=2**-7 * float(expected.abs().max()))

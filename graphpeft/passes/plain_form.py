@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -18,3 +21,9 @@ def wants_plain_form() -> bool:
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Lets a backward compute in the dtypes of its forward, whatever is around it."""
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()

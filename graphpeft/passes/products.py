@@ -9,14 +9,13 @@ again. What is drawn is what ``F.dropout`` draws, so that equal seeds give equal
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphpeft.passes.plain_form import wants_plain_form
+from graphpeft.passes.plain_form import wants_plain_form, without_autocast
 from graphpeft.passes.recipes import Recipe, computed_again
 from graphpeft.recorded import recorded
 
@@ -90,7 +89,7 @@ class _Products(torch.autograd.Function):
         x, state, *factors = ctx.saved_tensors
         of_x, of_factors = None, [None] * len(factors)
         # whatever is around the backward, the dtypes are those of the forward
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             h = x.to(ctx.dtype)
             noise = None if state is None else _noise_again(h, ctx.probability, state)
             gradient, *others = gradients
@@ -103,11 +102,6 @@ class _Products(torch.autograd.Function):
                 of_all = gradient.reshape(-1, gradient.shape[-1]).t() @ kept.reshape(-1, kept.shape[-1])
                 of_factors = of_all.to(factors[0].dtype).split([A.shape[0] for A in factors])
         return of_x, None, None, *of_factors
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    is_on = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def _stacked(factors: Any) -> Tensor:

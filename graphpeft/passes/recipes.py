@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._C import _autograd  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from graphpeft.passes.plain_form import wants_plain_form
+from graphpeft.passes.plain_form import wants_plain_form, without_autocast
 from graphpeft.recorded import recorded
 
 
@@ -93,7 +93,9 @@ class Recipe:
 
     def _kept(self) -> list[Tensor]:
         leaves = pytree.tree_leaves((self.args, self._options))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        layers = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+        tensors = [*leaves, *(parameter for layer in layers for parameter in layer.parameters())]
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()]
 
 
 _WRITTEN = (
@@ -118,15 +120,16 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
         options: Its arguments that are given by name.
         args: The others. Where one is None, and was to be a recipe, there is none of this tensor either.
     """
-    if wants_plain_form() or not torch.is_grad_enabled() or _others_keep() or any(arg is None for arg in args):
+    if wants_plain_form() or not torch.is_grad_enabled() or any(arg is None for arg in args) or _others_decide(args):
         return None
     return Recipe(step, options, args)
 
 
-def _others_keep() -> bool:
+def _others_decide(args: tuple[Any, ...]) -> bool:
     """Tells whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
+    devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
     hooks = _autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return hooks is not None or any(map(torch.is_autocast_enabled, devices))
 
 
 @recorded
@@ -153,7 +156,7 @@ def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextli
     def pack(tensor: Tensor) -> _Kept | _Again:
         # a product keeps another view of what it is given
         source = known.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
-        return _Kept(tensor, tensor._version) if source is None else _Again(source, tensor.shape)
+        return _Kept(tensor, tensor._version) if source is None else _Again(source, tensor.shape, tensor.device.type)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor())
 
@@ -163,10 +166,12 @@ class _Again(NamedTuple):
 
     source: Recipe
     shape: torch.Size
+    device: str
 
     def tensor(self) -> Tensor:
         """Computes it; autograd itself connects it with what it was computed from."""
-        with torch.no_grad():
+        # whatever is around the backward, there was no autocast around the forward
+        with torch.no_grad(), without_autocast(self.device):
             return self.source.compute().reshape(self.shape)
 
 

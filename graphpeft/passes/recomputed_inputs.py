@@ -22,7 +22,7 @@ from torch import fx, nn
 from graphpeft import ops
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product, products
-from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of
+from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of, separates
 from graphpeft.passes.recipes import FUNCTIONS, KEEP_THEIR_INPUTS, LAYERS, METHODS, recipe, run
 from graphpeft.tags import TAG
 
@@ -40,24 +40,37 @@ def recomputed_inputs(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
     """Lets the products of branches keep how their inputs are computed."""
     outcomes = []
     for x, readers in _readers(graph, root).items():
-        steps = _steps(x, root)
-        if steps:
-            source = _write_recipes([node for node in graph.nodes if node in steps], root)
-            for reader in readers:
-                reader.keep(source)
-        reason = None if steps else "what it reads isn't computed from what others keep"
+        reason = _recomputed(graph, x, readers, root)
         outcomes += [Outcome(site, reason) for reader in readers for site in reader.sites]
     return outcomes
+
+
+def _recomputed(graph: fx.Graph, x: fx.Node, readers: Sequence[_Reader], root: nn.Module) -> str | None:
+    """Lets those that read `x` keep how it is computed, or returns the reason why not."""
+    steps = _steps(x, root)
+    if not steps:
+        return "what it reads isn't computed from what others keep"
+    nodes = list(graph.nodes)
+    last = max(nodes.index(reader.node) for reader in readers)
+    between = nodes[min(map(nodes.index, steps)) : last]
+    if any(separates(node, root) for node in between):
+        return "something between may write into what it reads"
+    source = _write_recipes([node for node in nodes if node in steps], root)
+    for reader in readers:
+        reader.keep(source)
+    return None
 
 
 class _Reader(NamedTuple):
     """A product, or several at once, with what a branch, or several, read.
 
     Attributes:
+        node: Its node.
         sites: The names of the adapted operations.
         keep: Lets it keep a recipe instead of that.
     """
 
+    node: fx.Node
     sites: Sequence[str]
     keep: Callable[[fx.Node], None]
 
@@ -67,11 +80,14 @@ def _readers(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, list[_Reader]]:
     readers: dict[fx.Node, list[_Reader]] = {}
     for found in first_products(graph, root):
         if found.dropped is None:
-            readers.setdefault(found.kept, []).append(_Reader([found.site], functools.partial(_let_one_keep, found)))
+            keep = functools.partial(_let_one_keep, found)
+            readers.setdefault(found.kept, []).append(_Reader(found.node, [found.site], keep))
     for node in graph.nodes:
         if node.target is products:
             sites = [user.meta[TAG].site for user in node.users]
-            readers.setdefault(node.args[0], []).append(_Reader(sites, functools.partial(_let_several_keep, node)))
+            readers.setdefault(node.args[0], []).append(
+                _Reader(node, sites, functools.partial(_let_several_keep, node))
+            )
     return readers
 
 

@@ -274,9 +274,9 @@ def assert_traced_trains_as_the_model(
         traced = trace(model, differentiable(inputs)[1], strict=strict)
         require_unchanged(model, before, "tracing")
         for given, mode in itertools.product((inputs, *others), (training, not training)):
-            expected = _left_by(original.train(mode), original, given)
+            expected = left_by(original.train(mode), original, given)
             try:
-                found = _left_by(traced.train(mode), model, given)
+                found = left_by(traced.train(mode), model, given)
             except GuardError:
                 if may_refuse and (given is not inputs or mode != training):
                     return  # the run that was refused may have written into buffers
@@ -322,7 +322,7 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
     return model(*(args or ()), **kwargs)
 
 
-def _left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+def left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
     """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
     leaves, given = differentiable(inputs)
     outputs = run(model, given)

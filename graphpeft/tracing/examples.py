@@ -213,7 +213,7 @@ class Examples:
         if node.op == "call_module":
             module = self._tracer.modules[target]
             if target in self._tracer.kept:
-                with patches.random_python_states_kept(), unchanged(module):
+                with patches.random_python_states_kept(), unchanged(module), _slow_path():
                     return self._with_fakes(module)(*args, **kwargs)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             if _is_simple_layer(module):

@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, RuntimeError, TypeError, OSError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"graphpeft export: {reason}", file=sys.stderr)  # noqa: T201
+        print(f"graphpeft export: {reason}", file=sys.stderr)
         return 1
-    print(report)  # noqa: T201
+    print(report)
     return 0
 
 

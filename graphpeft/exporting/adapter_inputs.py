@@ -83,8 +83,9 @@ def _refuse(adapter: Adapter, name: str) -> None:
 
 def _tensor(modules: Modules, place: Place) -> Tensor:
     path, name = place
-    held = (modules[path]._parameters, modules[path]._buffers)
-    return next(tensors[name] for tensors in held if name in tensors)  # type: ignore[return-value]
+    held = {**modules[path]._buffers, **modules[path]._parameters}[name]
+    assert held is not None
+    return held
 
 
 class Slot(NamedTuple):

@@ -67,8 +67,9 @@ def first_products(graph: fx.Graph, root: nn.Module) -> list[FirstProduct]:
 
 def _first_product(node: fx.Node, root: nn.Module) -> FirstProduct | None:
     if node.target is product:
-        kept, h, A, *dropout = node.args
-        return FirstProduct(node, kept, h, A, False, None, tuple(dropout))  # type: ignore[arg-type]
+        args: tuple[Any, ...] = node.args
+        kept, h, A, *dropout = args
+        return FirstProduct(node, kept, h, A, False, None, tuple(dropout))
     op = ops.read_op(node, root)
     if not isinstance(op, ops.Linear) or op.bias is not None or node.op == "call_module":
         return None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _autograd  # type: ignore[attr-defined]
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils import _pytree as pytree
 
 from graphpeft.passes.plain_form import wants_plain_form, without_autocast
@@ -128,8 +128,8 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
 def _others_decide(args: tuple[Any, ...]) -> bool:
     """Tells whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
     devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
-    hooks = _autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or any(map(torch.is_autocast_enabled, devices))
+    # PyTorch has no public way to ask; its own checkpoints ask so
+    return _top_saved_tensors_default_hooks(True) is not None or any(map(torch.is_autocast_enabled, devices))
 
 
 @recorded

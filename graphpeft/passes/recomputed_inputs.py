@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ _METHODS_THAT_KEEP_THEIR_INPUTS = frozenset(("bmm", "matmul", "mul", "pow"))
 _KEEP_THEIR_RESULTS = frozenset(
     (F.scaled_dot_product_attention, F.relu, F.softmax, torch.exp, torch.relu, torch.rsqrt, torch.sigmoid, torch.tanh)
 )
-_NAMES = {function: name for name, function in FUNCTIONS.items() if name != "layer"} | {torch.mul: "mul"}
+_NAMES: dict[Any, str] = {torch.mul: "mul", **{each: name for name, each in FUNCTIONS.items() if name != "layer"}}
 _FUNCTIONS_THAT_KEEP_THEIR_INPUTS = frozenset(
     (operator.matmul, torch.bmm, torch.matmul, *(each for each, name in _NAMES.items() if name in KEEP_THEIR_INPUTS))
 )
@@ -129,7 +129,7 @@ def _step(node: fx.Node, root: nn.Module) -> str | None:
         return "layer" if type(root.get_submodule(str(node.target))) in LAYERS else None
     if node.op == "call_method":
         return f".{node.target}" if node.target in METHODS else None
-    return _NAMES.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+    return _NAMES.get(node.target) if node.op == "call_function" else None
 
 
 def _is_no_tensor(node: fx.Node) -> bool:

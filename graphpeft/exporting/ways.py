@@ -148,16 +148,17 @@ def rows(model: nn.Module) -> Prepared:
 
 
 def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:
-    # a trace takes the number of adapters for one that can change only if there is more than one
-    stacked = {key: value if len(names) > 1 else torch.cat([value, value]) for key, value in together.items()}
-    count = max(len(names), 2)
+    # a trace takes the number of adapters for one that can change only if there is more than one; nothing is the base
+    chosen_from = names if len(names) > 1 else [*names, mixing.BASE]
+    nothing = len(chosen_from) - len(names)
+    stacked = {key: torch.cat([value, *[torch.zeros_like(value)] * nothing]) for key, value in together.items()}
 
     def given(example: Example) -> dict[str, Any]:
-        rows = torch.arange(example.batch - 1, -1, -1, device=example.tensors[0].device) % count
+        rows = torch.arange(example.batch - 1, -1, -1, device=example.tensors[0].device) % len(chosen_from)
         return {"adapters": stacked, "adapter_rows": rows}
 
     def expected(model: Any, example: Example) -> Any:
-        chosen = [names[row % len(names)] for row in given(example)["adapter_rows"].tolist()]
+        chosen = [chosen_from[row] for row in given(example)["adapter_rows"].tolist()]
         return example.with_(adapter_names=chosen).call(model)
 
     return Case("a batch of adapters", given, expected)

@@ -507,7 +507,7 @@ class ValueTracer(fx.Tracer):
             return self._constant(a)
         if type(a).__module__ == "numpy" and isinstance(a, int | float):
             return float(a) if isinstance(a, float) else int(a)  # generated code doesn't know numpy's names
-        if type(a) is dict:
+        if isinstance(a, dict) and type(a) is dict:
             # a proxy that is a key has been hashed, and so decided on
             return super().create_arg({_plain_key(key): value for key, value in a.items()})
         if isinstance(a, torch.Generator):

@@ -31,7 +31,7 @@ from graphpeft.tracing.calls import Call, calls_of
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import faked
 from graphpeft.tracing.graph_module import VALUE, copy_graph, template_of
-from graphpeft.tracing.patches import random_python_states_kept
+from graphpeft.tracing.random_numbers import random_python_states_kept
 from graphpeft.tracing.trace import ExampleInputs, split_inputs, stands_for, trace
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
-from graphpeft.tracing import guards, patches
+from graphpeft.tracing import guards
 from graphpeft.tracing.dependence import above_with_writes, varies
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.fakes import FAKES
@@ -30,6 +30,7 @@ from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
 from graphpeft.tracing.proxy import writes
+from graphpeft.tracing.random_numbers import random_python_states_kept
 from graphpeft.tracing.snapshot import unchanged
 
 if TYPE_CHECKING:
@@ -183,8 +184,8 @@ class Examples:
         target: Any = node.target
         if node.op == "get_attr":
             return (
-                self._tracer.constants[target]
-                if target in self._tracer.constants
+                self._tracer.constants.values[target]
+                if target in self._tracer.constants.values
                 else _attribute_at(self._tracer.root, target)
             )
         return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
@@ -213,7 +214,7 @@ class Examples:
         if node.op == "call_module":
             module = self._tracer.modules[target]
             if target in self._tracer.kept:
-                with patches.random_python_states_kept(), unchanged(module), _slow_path():
+                with random_python_states_kept(), unchanged(module), _slow_path():
                     return self._with_fakes(module)(*args, **kwargs)
             # on fake tensors of its own, so that what it writes into its buffers is lost
             if _is_simple_layer(module):
@@ -221,7 +222,7 @@ class Examples:
                 with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
                     return layer(*args, **kwargs)
             tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-            with patches.random_python_states_kept(), unchanged(module), _slow_path():
+            with random_python_states_kept(), unchanged(module), _slow_path():
                 return torch.func.functional_call(module, tensors, args, kwargs)
         with _directly(node, (), not isinstance(target, Applied)):
             return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)

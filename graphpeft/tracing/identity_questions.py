@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import ast
 import dis
+import enum
 import functools
 import itertools
 from collections.abc import Iterator
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+import torch
 
 from graphpeft.tracing.source import functions_in_forward, syntax_tree
 
@@ -64,3 +68,16 @@ def compares_objects(code: CodeType) -> bool:
     return any(
         after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
     )
+
+
+def is_compared_by_is(value: Any) -> bool:
+    """Tells whether code asks by ``is`` for such a value: a proxy could only answer that it is another object."""
+    return value is None or isinstance(value, str | enum.Enum)
+
+
+def may_be_compared(value: Any, code: CodeType | None) -> bool:
+    """Tells whether `value` is of a type for which some code asks by ``is``, and `code` asks so for something."""
+    return isinstance(value, _OFTEN_COMPARED) and code is not None and tests_identity(code)
+
+
+_OFTEN_COMPARED = (bool, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)

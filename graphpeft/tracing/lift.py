@@ -126,7 +126,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         )
     if recorded.other_mode_error is not None:
         raise recorded.other_mode_error
-    for name, value in tracer.constants.items():
+    for name, value in tracer.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
     template = Template(recorded.graphs, shared=True)
     if tracer.specialised or example_inputs is not None or module._modules or not reads.isdisjoint(_INTERNALS):

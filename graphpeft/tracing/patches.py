@@ -12,11 +12,9 @@ import contextlib
 import functools
 import itertools
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -30,7 +28,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from graphpeft import in_place
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
-from graphpeft.tracing.errors import DrawsNumbersError, TraceError
+from graphpeft.tracing.caches import uncached
+from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.identity_questions import tests_truth_by_identity
@@ -86,7 +85,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         reach = Reach(root)
         if reach.has_iterators:
             stack.enter_context(iterators_stand_in(tracer, reach))
-        stack.enter_context(_uncached(root))
+        stack.enter_context(uncached(root))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             stack.enter_context(mock.patch.object(module, name, recorded))
@@ -176,51 +175,6 @@ _OF_THE_OBJECT = ("__repr__", "__format__", "__deepcopy__", "__reduce_ex__")
 
 def _is_tensor(value: Any) -> bool:
     return issubclass(type(value), torch.Tensor)
-
-
-@contextlib.contextmanager
-def no_random_python_numbers() -> Iterator[None]:
-    """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
-    before, failed = _random_python_states(), None
-    try:
-        yield
-    except Exception as error:
-        failed = error
-    after = _random_python_states()
-    _put_back(before, after)
-    if after != before:
-        # what else fails may come of the drawn numbers
-        message = "it draws random numbers with Python's random or NumPy, which a graph can't hold"
-        raise DrawsNumbersError(message) from failed
-    if failed is not None:
-        raise failed
-
-
-@contextlib.contextmanager
-def random_python_states_kept() -> Iterator[None]:
-    """Sets Python's and NumPy's generators back at the end."""
-    before = _random_python_states()
-    try:
-        yield
-    finally:
-        _put_back(before, _random_python_states())
-
-
-def _random_python_states() -> tuple[Any, Any]:
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return random.getstate(), None
-    name, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (name, keys.tobytes(), *rest)
-
-
-def _put_back(states: tuple[Any, Any], now: tuple[Any, Any]) -> None:
-    if now[0] != states[0]:
-        random.setstate(states[0])
-    if now[1] != states[1] and states[1] is not None:
-        numpy = sys.modules["numpy"]
-        name, keys, *rest = states[1]
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def _recorded(
@@ -410,45 +364,6 @@ def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
         raise tracer.failing(TraceError(message))
 
     return refuse
-
-
-@contextlib.contextmanager
-def _uncached(root: nn.Module) -> Iterator[None]:
-    """Lets functions with a cache compute anew: a cache would keep what belongs to the trace, or freeze what it has."""
-    with contextlib.ExitStack() as stack:
-        for holder in {owner for module in root.modules() for cls in type(module).__mro__ for owner in _holders(cls)}:
-            for name, value in list(vars(holder).items()):
-                if builtins.isinstance(value, _CACHED):
-                    stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
-                if builtins.isinstance(value, FunctionType):
-                    for cell in value.__closure__ or ():
-                        stack.enter_context(_uncached_cell(cell))
-        yield
-
-
-_CACHED = functools._lru_cache_wrapper
-
-
-def _holders(cls: type) -> tuple[Any, ...]:
-    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
-    module = sys.modules.get(cls.__module__)
-    return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
-
-
-@contextlib.contextmanager
-def _uncached_cell(cell: Any) -> Iterator[None]:
-    try:
-        cached = cell.cell_contents
-    except ValueError:
-        cached = None  # an empty cell
-    if not builtins.isinstance(cached, _CACHED):
-        yield
-        return
-    cell.cell_contents = cached.__wrapped__
-    try:
-        yield
-    finally:
-        cell.cell_contents = cached
 
 
 @contextlib.contextmanager

@@ -174,8 +174,8 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
             _container(root, model, path)
         elif kind == "call_module":
             _place(root, model, path, _sharing_copy(model.get_submodule(path), tensors))
-        elif path in tracer.constants:
-            setattr(root, path, tracer.constants[path])
+        elif path in tracer.constants.values:
+            setattr(root, path, tracer.constants.values[path])
         elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
         else:

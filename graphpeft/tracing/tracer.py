@@ -11,33 +11,31 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
-import enum
-import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import nn
 
 from graphpeft import in_place
 from graphpeft.paths import join
-from graphpeft.tracing import guards, patches
+from graphpeft.tracing import guards, no_grad, patches
+from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.class_questions import question_of_class
+from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
-from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
-from graphpeft.tracing.identity_questions import compares_objects, tests_identity
+from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
 from graphpeft.tracing.proxy import ValueProxy, writes
+from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.reach import is_iterator
 from graphpeft.tracing.settling import changing_modules
 
@@ -52,8 +50,6 @@ _TAKES_OUT = (operator.getitem, getattr)
 
 _EFFECTS = (operator.setitem, leave_autocast)
 """Functions that are called for what they do; that they return None decides nothing."""
-
-_WRITES_WITHOUT_GRAD = "{} writes under torch.no_grad(), which a graph can't hold"
 
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -88,7 +84,7 @@ class ValueTracer(fx.Tracer):
         super().__init__()
         self.keeps_whole = keeps_whole
         self.kept: dict[str, str] = {}
-        self.constants: dict[str, Any] = {}
+        self.constants = Constants()
         self.not_kept: dict[str, None] = {}
         self.specialised = False
         self.examples = Examples(self)
@@ -97,7 +93,7 @@ class ValueTracer(fx.Tracer):
         self._thread: int | None = None
         self.mode: bool | None = None
         self.grad_mode = True
-        self._has_values = False
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.modules: dict[str, nn.Module] = {}
         self._changing: dict[str, str] = {}
         self.begin()
@@ -109,12 +105,11 @@ class ValueTracer(fx.Tracer):
         self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
-        self._made: dict[str, Any] = {}
         self._objects: dict[int, fx.Proxy] = {}
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
-        self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
         self._failure: BaseException | None = None
         self._failing_line = ""
+        self.constants.begin()
         self.examples.begin()
         self.assigners: dict[Attribute, list[str]] = {}
         self.left: dict[fx.Node, fx.Node] | None = None
@@ -145,8 +140,7 @@ class ValueTracer(fx.Tracer):
         _refuse_questions_of_class(root)
         self.mode = mode
         self.grad_mode = torch.is_grad_enabled()
-        self._has_values = args is not None
-        self._call = (args or (), kwargs)
+        self._call = (args, kwargs) if args is not None else None
         self._entry = entry
         # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
         self._may_be_absent = not type(root).__module__.startswith("torch.nn.modules")
@@ -167,7 +161,7 @@ class ValueTracer(fx.Tracer):
                 raise
             except Exception as error:
                 self.kept = kept
-                if not self._has_values:
+                if self._call is None:
                     raise self.undecided(error) from error
                 line = guards.failing_line(error)
                 message = f"{type(root).__name__}'s forward fails at {line} while it is traced"
@@ -183,7 +177,7 @@ class ValueTracer(fx.Tracer):
             with (
                 patches.recording(self, root) as recording,
                 torch.enable_grad(),
-                patches.no_random_python_numbers(),
+                no_random_python_numbers(),
             ):
                 self.recording = recording
                 graph = self.trace(root)
@@ -221,30 +215,8 @@ class ValueTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Makes a placeholder for each argument, named, ordered and defaulted as in the forward's signature."""
-        args, kwargs = self._call
-        absent = None  # a default for extra arguments, which come after others with one
-        signature = inspect.signature(self.root.forward)
-        try:
-            bound = signature.bind(*args, **kwargs).arguments if self._has_values else {}
-        except TypeError as error:
-            raise TraceError(f"example_inputs don't fit {type(self.root).__name__}'s forward: {error}") from error
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                given = bound.get(name, ())
-                positional += [self._argument(f"{name}_{i}", absent, v) for i, v in enumerate(given)]
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                given = bound.get(name, {})
-                keywords |= {key: self._argument(key, absent, value) for key, value in given.items()}
-            else:
-                value = self._argument(name, parameter.default, bound.get(name, parameter.default))
-                # the forward is called as the example calls it, since decorators look at what they are given
-                if name in kwargs:
-                    keywords[name] = value
-                elif name in bound or (not self._has_values and parameter.default is parameter.empty):
-                    positional.append(value)
+        """Makes the arguments of the call that is recorded, see `arguments`."""
+        positional, keywords = Arguments(self, self._call).make()
 
         def call() -> Any:
             result = self._entry(*positional, **keywords)
@@ -253,36 +225,12 @@ class ValueTracer(fx.Tracer):
 
         return call, []
 
-    def _argument(self, name: str, default: Any, example: Any) -> Any:
-        defaults = () if default is inspect.Parameter.empty else (default,)
-        if not all(isinstance(leaf, SIMPLE) for leaf in pytree.tree_leaves(list(defaults))):
-            raise TraceError(f"the default of the argument {name!r} is {default!r}, which generated code can't hold")
-        placeholder = super().create_proxy("placeholder", name, defaults, {})
-        if example is inspect.Parameter.empty:
-            return self._present(placeholder, f"the argument {name!r}")
-        code = getattr(inspect.unwrap(self.root.forward), "__code__", None)
-        is_asked_about = isinstance(example, _OFTEN_COMPARED) and code is not None and tests_identity(code)
-        if isinstance(example, bool) or _is_compared_by_is(example) or is_asked_about:
-            # an absent argument must not become a proxy: `mask is None` would be answered wrongly
-            self.decide(placeholder, example, f"the argument {name!r}")
-            return example
+    def give(self, placeholder: fx.Proxy, example: Any) -> None:
+        """Notes the example argument that a placeholder stands for."""
         self.examples.give(placeholder.node, example)
         self._objects.setdefault(id(placeholder.node.meta[VALUE]), placeholder)
-        self._present(placeholder, f"the argument {name!r}")
-        is_compared = isinstance(example, torch.Tensor) and code is not None and compares_objects(code)
-        return self._told_apart(name, placeholder, example) if is_compared else placeholder
 
-    def _told_apart(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
-        """Puts checks into the graph that an argument is the same object as an earlier one, or another, in each run."""
-        for earlier_name, (earlier, other) in self._compared.items():
-            asked = self.create_proxy("call_function", operator.is_, (placeholder, earlier), {})
-            self.decide(asked, example is other, f"whether the argument {name!r} is {earlier_name!r}")
-            if example is other:
-                return earlier
-        self._compared[name] = (placeholder, example)
-        return placeholder
-
-    def _present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
+    def present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
         """Puts a check into the graph that a value which the example has isn't None in a run."""
         if self._may_be_absent:
             self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
@@ -339,30 +287,37 @@ class ValueTracer(fx.Tracer):
 
     def _recorded_call(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if not torch.is_grad_enabled() and (writes(target) or kwargs.get("out") is not None):
-            args, kwargs = self._written_without_grad(args, kwargs)
+            args, kwargs = no_grad.arguments_of_write(self, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
         if target in _GUARDS:
             proxy.node.meta[VALUE] = None  # what is checked is what the example has
             return proxy
-        before = _versions(proxy.node)
-        self.examples.evaluate(proxy.node)
-        if before != _versions(proxy.node):
-            raise TraceError(_WRITES_WITHOUT_GRAD.format(guards.deciding_line()))
+        self._evaluate(proxy.node)
         if writes(target) and proxy.node.all_input_nodes:
             written = proxy.node.all_input_nodes[0]
             self._decided = {key for key in self._decided if key[0] is not written}
         value = proxy.node.meta.get(VALUE, proxy)
-        if target not in _EFFECTS and (_is_compared_by_is(value) or _is_asked_about(value, kind, target)):
+        if target not in _EFFECTS and (is_compared_by_is(value) or _is_asked_about(value, kind, target)):
             self.decide(proxy, value)
             return value
         if target in _TAKES_OUT and self._may_lack(proxy.node):
-            self._present(proxy, f"what {guards.deciding_line()} takes out of an object")
+            self.present(proxy, f"what {guards.deciding_line()} takes out of an object")
         if not torch.is_grad_enabled():
-            return self._without_grad(proxy)
+            return no_grad.as_without_grad(proxy)
         same = self._objects.setdefault(id(value), proxy) if isinstance(value, torch.Tensor) else proxy
         return proxy if same is proxy else self._same_object(same, proxy)
+
+    def _evaluate(self, node: fx.Node) -> None:
+        """Runs a recorded call on the example values."""
+        if torch.is_grad_enabled():
+            self.examples.evaluate(node)
+            return
+        before = no_grad.versions(node)
+        self.examples.evaluate(node)
+        if before != no_grad.versions(node):
+            raise no_grad.writes_error()
 
     def _same_object(self, earlier: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
         """Returns what stands for the result of a call that is an earlier value, and no new one.
@@ -379,25 +334,6 @@ class ValueTracer(fx.Tracer):
             return result
         self.decide(self.create_proxy("call_function", operator.is_, (result, earlier), {}), True)
         return earlier
-
-    def _without_grad(self, proxy: fx.Proxy) -> fx.Proxy:
-        """Records that no gradient goes through a value that is computed under ``torch.no_grad()``."""
-        node = proxy.node
-        if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
-            return proxy
-        return self.create_proxy("call_function", detached, (proxy, *map(self.proxy, node.all_input_nodes)), {})
-
-    def _written_without_grad(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too."""
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
-        if not any(_may_require_grad(leaf.node) for leaf in leaves):
-            return args, kwargs
-        # a value that requires grad, even if only in another run, would get other gradients than it should
-        written = kwargs["out"] if "out" in kwargs else args[0] if args else None
-        name = _tensor_of_the_module(written.node) if isinstance(written, fx.Proxy) else None
-        if name is None or self.attribute(name).requires_grad:
-            raise TraceError(_WRITES_WITHOUT_GRAD.format(guards.deciding_line()))
-        return pytree.tree_map_only(fx.Proxy, lambda x: x if x is written else detached(x), (args, kwargs))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Gives a proxy for a parameter or buffer that a forward reads."""
@@ -427,10 +363,10 @@ class ValueTracer(fx.Tracer):
             return self._kept(m, path, self._changing[path], args, kwargs)
         before, failure = next(iter(reversed(self.graph.nodes))), self._failure
         try:
-            with patches.no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
+            with no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
         except Exception as error:
-            if not self._has_values:
+            if self._call is None:
                 raise
             if self._changed_inside(m):
                 # who has changed it, the module itself or another one before, shows if its code isn't run
@@ -455,7 +391,7 @@ class ValueTracer(fx.Tracer):
             raise self.failing(TraceError(message))
         self.kept[path] = reason
         result = self.create_proxy("call_module", path, args, kwargs)
-        return self._present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
+        return self.present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_questions_of_class(m)
@@ -538,9 +474,9 @@ class ValueTracer(fx.Tracer):
             self.left[node].meta[VALUE] = node.meta.get(VALUE)
         return self.left[node]
 
-    def _holds(self, tensor: Any) -> bool:
-        """Tells whether what the root can reach has held `tensor` before the recording."""
-        return self.recording is not None and self.recording.before.holds(tensor)
+    def _is_made_anew(self, value: Any) -> bool:
+        """Tells whether `value` is a tensor that the forward has made itself."""
+        return isinstance(value, torch.Tensor) and (self.recording is None or not self.recording.before.holds(value))
 
     def is_named(self, tensor: torch.Tensor) -> bool:
         """Tells whether `tensor` is one of the root's parameters, buffers or other attributes."""
@@ -551,29 +487,14 @@ class ValueTracer(fx.Tracer):
         return self.proxy(cast(fx.Node, self.create_arg(tensor)))
 
     def _constant(self, value: Any) -> fx.Node:
-        name = self._constant_name(value)
-        if not isinstance(value, torch.Tensor) or self._holds(value):
+        with self.examples.real_calls(makes_tensors=False):
+            name = self.constants.name_of(value, self._is_made_anew)
+        if not self._is_made_anew(value):
             return self.attribute(name).node
         # a copy in each run, since the forward may have made the tensor, and may write into it
         if name not in self._copies:
             self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
         return self._copies[name].node
-
-    def _constant_name(self, value: Any) -> str:
-        """Returns the name of a constant: of what the forward makes anew in each recording, that of the last one."""
-        names = [name for name, constant in self.constants.items() if constant is value]
-        names += [name for name, made in self._made.items() if made is value]
-        if not names and isinstance(value, torch.Tensor) and not self._holds(value):
-            with self.examples.real_calls(makes_tensors=False):
-                names = [
-                    name
-                    for name, other in self.constants.items()
-                    if name not in self._made and not self._holds(other) and _is_equal(value, other)
-                ]
-        name = names[0] if names else f"_constant_{len(self.constants)}"
-        self.constants.setdefault(name, value)
-        self._made[name] = value
-        return name
 
     # example values
 
@@ -641,47 +562,8 @@ def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield prefix + name, value
 
 
-def _tensor_of_the_module(node: Any) -> str | None:
-    """Returns the path of the tensor of a module that `node` stands for, or for a part of, or None if it does not."""
-    while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
-        node = node.args[0]
-    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
-
-
-def _is_equal(tensor: torch.Tensor, other: Any) -> bool:
-    if not isinstance(other, torch.Tensor) or (tensor.dtype, tensor.device) != (other.dtype, other.device):
-        return False
-    return not tensor.is_meta and not tensor.requires_grad and not other.requires_grad and torch.equal(tensor, other)
-
-
 def _writes_itself(node: fx.Node) -> bool:
     return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
-
-
-def _versions(node: fx.Node) -> list[int]:
-    """Returns, under ``torch.no_grad()``, how often each tensor that `node` is given was written into.
-
-    Some functions write by an option, such as ``inplace=True``. The tensors of modules are left out.
-    """
-    if torch.is_grad_enabled():
-        return []
-    given = [
-        source for source in node.all_input_nodes if _may_require_grad(source) and _tensor_of_the_module(source) is None
-    ]
-    with torch._C.DisableTorchFunction():
-        leaves = pytree.tree_leaves([source.meta.get(VALUE) for source in given])
-        return [leaf._version for leaf in leaves if _is_versioned(leaf)]
-
-
-def _is_versioned(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-
-
-def _may_require_grad(node: fx.Node) -> bool:
-    if VALUE not in node.meta:
-        return True
-    leaves = pytree.tree_leaves(node.meta[VALUE])
-    return any(isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def _plain_key(key: Any) -> Any:
@@ -689,19 +571,10 @@ def _plain_key(key: Any) -> Any:
     return key if isinstance(value, torch.Tensor) else value
 
 
-def _is_compared_by_is(value: Any) -> bool:
-    """Tells whether code asks by ``is`` for such a value: a proxy could only answer that it is another object."""
-    return value is None or isinstance(value, str | enum.Enum)
-
-
 def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
     """Tells whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
     is_taken = kind == "call_method" or target is operator.getitem
-    return is_taken and isinstance(value, _OFTEN_COMPARED) and tests_identity(guards.deciding_frame().f_code)
-
-
-_OFTEN_COMPARED = (bool, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
-"""Types of values for which some code asks by ``is``."""
+    return is_taken and may_be_compared(value, guards.deciding_frame().f_code)
 
 
 def _holds_proxy(value: Any, depth: int = 4) -> bool:

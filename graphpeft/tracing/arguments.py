@@ -1,0 +1,102 @@
+"""Placeholders for the arguments of the call that a trace records: names, order and defaults are the forward's."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.examples import SIMPLE
+from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+
+if TYPE_CHECKING:
+    from graphpeft.tracing.tracer import ValueTracer
+
+_EXTRA = None
+"""The default of an extra argument, which comes after others with one."""
+
+
+class Arguments:
+    """Makes the arguments of one recorded call.
+
+    Args:
+        tracer: The tracer.
+        example: The arguments of the example call, or None to record without example values.
+    """
+
+    def __init__(self, tracer: ValueTracer, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+        self._tracer = tracer
+        self._example = example
+        self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
+        forward = tracer.root.forward
+        self._signature = inspect.signature(forward)
+        self._code: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
+
+    def make(self) -> tuple[list[Any], dict[str, Any]]:
+        """Returns positional and keyword arguments: placeholders, or the example's values where they are decided on.
+
+        The forward is called as the example calls it, since decorators look at what they are given.
+
+        Raises:
+            TraceError: If the example doesn't fit the forward's signature, or a default can't stand in generated code.
+        """
+        bound, by_name = self._bound()
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                given = bound.get(name, ())
+                positional += [self._argument(f"{name}_{i}", _EXTRA, value) for i, value in enumerate(given)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                given = bound.get(name, {})
+                keywords |= {key: self._argument(key, _EXTRA, value) for key, value in given.items()}
+            else:
+                value = self._argument(name, parameter.default, bound.get(name, parameter.default))
+                if name in by_name:
+                    keywords[name] = value
+                elif name in bound or (self._example is None and parameter.default is parameter.empty):
+                    positional.append(value)
+        return positional, keywords
+
+    def _bound(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the example's arguments by the names of parameters, and those that it gives by name."""
+        if self._example is None:
+            return {}, {}
+        args, kwargs = self._example
+        try:
+            return self._signature.bind(*args, **kwargs).arguments, kwargs
+        except TypeError as error:
+            kind = type(self._tracer.root).__name__
+            raise TraceError(f"example_inputs don't fit {kind}'s forward: {error}") from error
+
+    def _argument(self, name: str, default: Any, example: Any) -> Any:
+        defaults = () if default is inspect.Parameter.empty else (default,)
+        if not all(isinstance(leaf, SIMPLE) for leaf in pytree.tree_leaves(list(defaults))):
+            raise TraceError(f"the default of the argument {name!r} is {default!r}, which generated code can't hold")
+        placeholder = self._tracer.create_proxy("placeholder", name, defaults, {})
+        if example is inspect.Parameter.empty:
+            return self._tracer.present(placeholder, f"the argument {name!r}")
+        if isinstance(example, bool) or is_compared_by_is(example) or may_be_compared(example, self._code):
+            # an absent argument must not become a proxy: `mask is None` would be answered wrongly
+            self._tracer.decide(placeholder, example, f"the argument {name!r}")
+            return example
+        self._tracer.give(placeholder, example)
+        self._tracer.present(placeholder, f"the argument {name!r}")
+        is_compared = isinstance(example, torch.Tensor) and self._code is not None and compares_objects(self._code)
+        return self._told_apart(name, placeholder, example) if is_compared else placeholder
+
+    def _told_apart(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
+        """Puts checks into the graph that an argument is the same object as an earlier one, or another, in each run."""
+        for earlier_name, (earlier, other) in self._compared.items():
+            asked = self._tracer.create_proxy("call_function", operator.is_, (placeholder, earlier), {})
+            self._tracer.decide(asked, example is other, f"whether the argument {name!r} is {earlier_name!r}")
+            if example is other:
+                return earlier
+        self._compared[name] = (placeholder, example)
+        return placeholder

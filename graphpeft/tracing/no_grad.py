@@ -1,0 +1,81 @@
+"""What is computed under ``torch.no_grad()``: values through which no gradient goes, and writes that would give some.
+
+A graph runs with gradients or without, as its caller likes. So each value of such a region is `detached`, and a write
+in it may only change what requires no gradient, such as a buffer.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+
+from graphpeft.tracing import guards
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.gradients import detached
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.proxy import writes
+
+if TYPE_CHECKING:
+    from graphpeft.tracing.tracer import ValueTracer
+
+
+def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
+    """Returns a proxy of the same value, through which no gradient goes."""
+    node = proxy.node
+    if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
+        return proxy
+    given = map(proxy.tracer.proxy, node.all_input_nodes)
+    return proxy.tracer.create_proxy("call_function", detached, (proxy, *given), {})
+
+
+def arguments_of_write(tracer: ValueTracer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too.
+
+    Raises:
+        TraceError: If what is written to may require grad: a graph can't hold that.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+    if not any(_may_require_grad(leaf.node) for leaf in leaves):
+        return args, kwargs
+    # a value that requires grad, even if only in another run, would get other gradients than it should
+    written = kwargs["out"] if "out" in kwargs else args[0] if args else None
+    name = _tensor_of_the_module(written.node) if isinstance(written, fx.Proxy) else None
+    if name is None or tracer.attribute(name).requires_grad:
+        raise writes_error()
+    return pytree.tree_map_only(fx.Proxy, lambda x: x if x is written else detached(x), (args, kwargs))
+
+
+def writes_error() -> TraceError:
+    """Returns the error for a write that a graph can't hold."""
+    return TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")
+
+
+def versions(node: fx.Node) -> list[int]:
+    """Returns how often each tensor that `node` is given, and that may require grad, was written into.
+
+    Some functions write by an option, such as ``inplace=True``. The tensors of modules are left out.
+    """
+    given = [
+        source for source in node.all_input_nodes if _may_require_grad(source) and _tensor_of_the_module(source) is None
+    ]
+    with torch._C.DisableTorchFunction():
+        leaves = pytree.tree_leaves([source.meta.get(VALUE) for source in given])
+        return [leaf._version for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+
+
+def _tensor_of_the_module(node: Any) -> str | None:
+    """Returns the path of the tensor of a module that `node` stands for, or for a part of, or None if it does not."""
+    while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _may_require_grad(node: fx.Node) -> bool:
+    if VALUE not in node.meta:
+        return True
+    leaves = pytree.tree_leaves(node.meta[VALUE])
+    return any(isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)

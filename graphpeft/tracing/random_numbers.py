@@ -1,0 +1,59 @@
+"""The states of Python's and NumPy's generators, from which a forward must not draw: a graph would repeat the numbers.
+
+PyTorch's own random numbers are drawn by calls, which a graph holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from graphpeft.tracing.errors import DrawsNumbersError
+
+
+@contextlib.contextmanager
+def no_random_python_numbers() -> Iterator[None]:
+    """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
+    before, failed = _random_python_states(), None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    after = _random_python_states()
+    _put_back(before, after)
+    if after != before:
+        # what else fails may come of the drawn numbers
+        message = "it draws random numbers with Python's random or NumPy, which a graph can't hold"
+        raise DrawsNumbersError(message) from failed
+    if failed is not None:
+        raise failed
+
+
+@contextlib.contextmanager
+def random_python_states_kept() -> Iterator[None]:
+    """Sets Python's and NumPy's generators back at the end."""
+    before = _random_python_states()
+    try:
+        yield
+    finally:
+        _put_back(before, _random_python_states())
+
+
+def _random_python_states() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return random.getstate(), None
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, keys.tobytes(), *rest)
+
+
+def _put_back(states: tuple[Any, Any], now: tuple[Any, Any]) -> None:
+    if now[0] != states[0]:
+        random.setstate(states[0])
+    if now[1] != states[1] and states[1] is not None:
+        numpy = sys.modules["numpy"]
+        name, keys, *rest = states[1]
+        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))

@@ -846,6 +846,36 @@ def test_a_function_that_fx_wraps_is_no_state_of_a_module_that_stays_a_call():
         assert torch.equal(traced(x), model(x))
 
 
+def calls_in(module: Any) -> list[str]:
+    return [str(node.target) for graph in module.graphs for node in graph.nodes if node.op == "call_module"]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.l(x) + x @ self.l.weight,
+        lambda self, x: F.linear(x, self.l.weight) if self.training else self.l(x),
+    ],
+    ids=["in one graph", "in another mode"],
+)
+def test_a_layer_whose_weight_is_used_beside_its_calls_is_inlined(forward):
+    model = module_of(forward, l=nn.Linear(8, 8), other=nn.Linear(8, 8))
+    traced: Any = trace(model, (X,))
+    assert calls_in(traced) == []
+    for is_training in (True, False):
+        assert torch.equal(traced.train(is_training)(X), model.train(is_training)(X))
+    x = traced(X)
+    get_peft_model(traced, LoraConfig(target_modules=["l"], init_lora_weights=False))
+    adapted = traced(X)
+    assert not torch.allclose(adapted, x)
+    torch.testing.assert_close(traced.merge_and_unload()(X), adapted)
+
+
+def test_a_layer_that_is_only_asked_about_stays_a_call():
+    traced = trace(module_of(lambda self, x: self.l(x.to(self.l.weight.dtype)), l=nn.Linear(8, 8)), (X,))
+    assert calls_in(traced) == ["l"]
+
+
 def test_hooks_of_inlined_modules_and_of_layers_act():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU()))
     factor: Any = 2  # which type checkers would take for the output

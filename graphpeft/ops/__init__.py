@@ -13,7 +13,7 @@ from graphpeft.ops.embedding import Embedding
 from graphpeft.ops.linear import Linear, transpose_of
 from graphpeft.ops.weight import Weight
 from graphpeft.tags import TAG
-from graphpeft.tracing.source import ABOUT
+from graphpeft.tracing.dependence import only_asks
 
 __all__ = [
     "Computation",
@@ -23,7 +23,6 @@ __all__ = [
     "Operation",
     "Weight",
     "find_ops",
-    "only_asks",
     "other_uses",
     "read_op",
     "reads",
@@ -93,9 +92,3 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> lis
             elif inputs.get(user, weight) is weight and not only_asks(user):
                 found.append(getattr(user.target, "__name__", str(user.target)))
     return found
-
-
-def only_asks(node: fx.Node) -> bool:
-    """Tells whether `node` asks something about a tensor without using its values."""
-    about = node.args[1] if node.target is getattr else node.target
-    return about in ABOUT

@@ -21,6 +21,7 @@ from graphpeft.passes.plain_form import wants_plain_form
 from graphpeft.passes.reading import adapted_values
 from graphpeft.recorded import recorded
 from graphpeft.tags import TAG
+from graphpeft.tracing.dependence import only_asks
 
 
 def flattened_rows(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
@@ -46,7 +47,7 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
     if op.x not in matrices:
         with graph.inserting_before(y):
             matrices[op.x] = graph.call_function(as_rows, (op.x,))
-    for node in inside - {user for user in op.x.users if ops.only_asks(user)}:
+    for node in inside - {user for user in op.x.users if only_asks(user)}:
         node.replace_input_with(op.x, matrices[op.x])
     with graph.inserting_after(last[0]):
         shaped = graph.call_function(in_shape_of, (last[0], op.x))
@@ -57,7 +58,7 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
 
 def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
     """Tells whether a node of a branch makes each row of its value from the same row of others, in any shape."""
-    if node.op == "get_attr" or ops.only_asks(node) or isinstance(ops.read_op(node, root), ops.Linear):
+    if node.op == "get_attr" or only_asks(node) or isinstance(ops.read_op(node, root), ops.Linear):
         return True
     if node.target in (torch.add, operator.add):
         # a parameter could be added to positions that have one in its shape alone

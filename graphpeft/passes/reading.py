@@ -12,6 +12,7 @@ from graphpeft.ops.reading import arguments_of
 from graphpeft.passes.products import cast_again, product
 from graphpeft.tags import TAG
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
+from graphpeft.tracing.dependence import only_asks
 from graphpeft.tracing.proxy import writes
 
 
@@ -100,7 +101,7 @@ def cast_from(node: fx.Node) -> fx.Node | None:
 
 def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
     """Tells whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
-    return all(user is reader or ops.only_asks(user) for user in value.users)
+    return all(user is reader or only_asks(user) for user in value.users)
 
 
 def separates(node: fx.Node, root: nn.Module) -> bool:

@@ -43,11 +43,16 @@ def above_with_writes(node: fx.Node) -> set[fx.Node]:
 
 def used_by(node: fx.Node) -> list[fx.Node]:
     """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
-    about = node.args[1] if node.target is getattr else node.target
-    if about in ABOUT:
+    if only_asks(node):
         return []
     asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
     return [source for source in node.all_input_nodes if source not in asked]
+
+
+def only_asks(node: fx.Node) -> bool:
+    """Tells whether `node` asks something about a tensor without using its values."""
+    about = node.args[1] if node.target is getattr else node.target
+    return about in ABOUT
 
 
 def _memory(node: fx.Node) -> set[int]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphpeft import in_place
 from graphpeft.tracing.calls import calls_of
+from graphpeft.tracing.dependence import used_by
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, template_of, wear_template
@@ -102,11 +103,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
     """
     _refuse_own_call(model)
     args, kwargs = split_inputs(example_inputs)
-    tracer = ValueTracer(keeps_whole=is_layer)
-    # as a call does, with the model's own hooks
-    entry = functools.partial(nn.Module._call_impl, model)
     with ONE_TRACE_AT_A_TIME:
-        recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
+        recorded, tracer = _recorded(model, args, kwargs)
         if strict and tracer.kept:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.kept.items())
             raise TraceError(f"not all of the model becomes a graph: {reasons}")
@@ -158,6 +156,31 @@ def is_layer(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
+
+
+def _recorded(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any], inlined: frozenset[nn.Module] = frozenset()
+) -> tuple[Recorded, ValueTracer]:
+    """Records a model, whose layers stay calls but for those `inlined`."""
+    tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
+    # as a call does, with the model's own hooks
+    entry = functools.partial(nn.Module._call_impl, model)
+    recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
+    read = _layers_read(model, recorded.graphs)
+    if read <= inlined:
+        return recorded, tracer
+    # once more, so that all uses of a weight stand in the graph side by side
+    return _recorded(model, args, kwargs, inlined | read)
+
+
+def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
+    """Returns the layers that graphs call and whose parameters they use, too, such as those of a fused kernel."""
+    nodes = [node for graph in graphs for node in graph.nodes]
+    called = {model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}
+    used = (node for node in nodes if node.op == "get_attr" and any(node in used_by(user) for user in node.users))
+    places = (str(node.target).rpartition(".") for node in used)
+    owners = {model.get_submodule(path) for path, _, name in places if name != "training"}
+    return called & owners
 
 
 def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:

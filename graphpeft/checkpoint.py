@@ -162,7 +162,9 @@ def state_dict_of(
     named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {(path, attribute): _tensor(modules[path], attribute).detach() for path, attribute in places}
+        tensors = {
+            (path, attribute): stand_ins.tensor_of(modules[path], attribute).detach() for path, attribute in places
+        }
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -178,11 +180,6 @@ def state_dict_of(
     return {key: packed[place] for key, place in named.items()} | derived
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor:
-    """Returns the tensor of this name itself, even where another stands in for it."""
-    return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
-
-
 def fitted(
     adapter: Adapter, name: str, modules: Modules, originals: Tensors, values: Mapping[str, torch.Tensor]
 ) -> Tensors:
@@ -196,12 +193,13 @@ def fitted(
         values: The file's tensors by their names there.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or has another shape; the first of each kind are named.
+        CheckpointError: If a tensor is missing, unexpected or has another shape; the first of each kind are named. And
+            if tied ones have other values each.
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
-    shapes |= {place: tuple(_tensor(modules[place[0]], place[1]).shape) for place in base.values()}
+    shapes |= {place: tuple(stand_ins.tensor_of(modules[place[0]], place[1]).shape) for place in base.values()}
     named |= base
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
@@ -220,8 +218,9 @@ def fitted(
             "names differ, from_pretrained maps them by key_mapping."
         )
     found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+    _refuse_untied(adapter, name, modules, found)
     # mostly what the model has anyway
-    own = {place: originals.get(place, _tensor(modules[place[0]], place[1])) for place in base.values()}
+    own = {place: originals.get(place, stand_ins.tensor_of(modules[place[0]], place[1])) for place in base.values()}
     unchanged = {place for place, tensor in own.items() if is_same(tensor, found[place])}
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
 
@@ -240,6 +239,26 @@ def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Ma
         }
     except ValueError as error:
         raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
+
+
+def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors) -> None:
+    """Raises CheckpointError if two places that share a tensor have other values each."""
+    tied = [
+        ((adapted.site.owner, adapted.names[local]), place)
+        for adapted in adapter.sites
+        for local, place in adapted.shared.items()
+    ]
+    if getattr(adapter.config, "ensure_weight_tying", False):
+        copies: dict[int, tuple[str, str]] = {}
+        for path, own, tensor in _whole(adapter, modules):
+            place = path, stand_ins.stand_in(own, name)
+            tied.append((place, copies.setdefault(id(tensor), place)))
+    for place, other in tied:
+        if not found[place].is_meta and not torch.equal(found[place], found[other]):
+            raise CheckpointError(
+                f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are tied; load "
+                "it with ensure_weight_tying=False in its config"
+            )
 
 
 def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
@@ -291,7 +310,7 @@ def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tup
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():
-        yield (path, stand_ins.rows(name)), (len(rows.indices), _tensor(modules[path], "weight").shape[1])
+        yield (path, stand_ins.rows(name)), (len(rows.indices), stand_ins.tensor_of(modules[path], "weight").shape[1])
 
 
 def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
@@ -303,10 +322,7 @@ def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tu
 def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, names in adapter.whole.items():
         for own in names:
-            tensor = modules[path]._parameters.get(own)
-            tensor = modules[path]._buffers[own] if tensor is None else tensor
-            assert tensor is not None
-            yield path, own, tensor
+            yield path, own, stand_ins.tensor_of(modules[path], own)
 
 
 # files

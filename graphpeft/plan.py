@@ -150,7 +150,8 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, 
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
-    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced))
+    shared = _shared(site, specs, plan.report.adapter)
+    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
 
@@ -168,6 +169,15 @@ def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping
     if replaces is None or not replaces(site, config):
         return {}
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
+
+
+def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> Mapping[str, tuple[str, str]]:
+    """Returns the places of the parameters that a tied site has from the other one."""
+    theirs = {name: spec.shared for name, spec in specs.items() if spec.shared is not None}
+    if not theirs:
+        return {}
+    names = _names(tuple(theirs.values()), site.prefix, adapter)
+    return {name: (site.tied_to, names[other]) for name, other in theirs.items()}
 
 
 def _refuse_replaced_twice(plan: Plan) -> None:

@@ -51,12 +51,14 @@ class ParameterSpec(NamedTuple):
         key: Its name in PEFT's files, behind the name of the module.
         is_trained: Whether it is trained, where the adapter is.
         form: Its form in files, if that is another one.
+        shared: At a site that is tied to another one: which of that one's parameters it is.
     """
 
     shape: tuple[int, ...]
     key: str
     is_trained: bool = True
     form: FileForm | None = None
+    shared: str | None = None
 
 
 class Rule(Protocol):
@@ -168,6 +170,7 @@ class AdaptedSite(NamedTuple):
         names: The attributes of the weight's module under which these live, by the rule's names for them.
         dtype: The dtype of the parameters.
         replaced: The names of the adapter's frozen stand-ins, by the names of what the weight's module has itself.
+        shared: The parameters that are those of another site: their module's path and their names there.
     """
 
     site: Site | LeafSite | CallSite
@@ -177,6 +180,7 @@ class AdaptedSite(NamedTuple):
     names: Mapping[str, str]
     dtype: torch.dtype
     replaced: Mapping[str, str] = MappingProxyType({})
+    shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     @property
     def unmergeable(self) -> str | None:
@@ -185,8 +189,8 @@ class AdaptedSite(NamedTuple):
 
     @property
     def parameter_count(self) -> int:
-        """The number of elements that the rule's parameters have."""
-        return sum(prod(spec.shape) for spec in self.specs.values())
+        """The number of elements that the rule's own parameters have."""
+        return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
 
 
 def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], adapter: str, method: str) -> None:

@@ -46,17 +46,15 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
-def create(module: nn.Module, names: Names, adapter: str) -> dict[str, torch.Tensor]:
-    """Returns copies of `module`'s tensors under their names as stand-ins; `module` doesn't have them yet."""
-    made: dict[str, torch.Tensor] = {}
-    for name in names:
-        own = module._parameters[name] if name in module._parameters else module._buffers[name]
-        assert own is not None
-        copied = own.detach().clone()
-        made[stand_in(name, adapter)] = (
-            nn.Parameter(copied, own.is_floating_point()) if name in module._parameters else copied
-        )
-    return made
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns a module's parameter or buffer itself, whatever is read in its place."""
+    return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
+
+
+def create(own: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of a module's parameter or buffer, as its stand-in."""
+    copied = own.detach().clone()
+    return nn.Parameter(copied, own.is_floating_point()) if isinstance(own, nn.Parameter) else copied
 
 
 def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:

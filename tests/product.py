@@ -569,11 +569,6 @@ FEATURES = [
         trained,
         applies=_has_table,
     ),
-    Feature(
-        "`ensure_weight_tying`, `modules_to_save`",
-        lambda kind: {"modules_to_save": [kind.whole], "ensure_weight_tying": True},
-        trained,
-    ),
     Feature("`save_embedding_layers=True`", observe=with_tables),
     Feature("float16", observe=trained, dtype=torch.float16, tolerance=HALF_TOLERANCE),
     Feature("bfloat16", observe=trained, dtype=torch.bfloat16, tolerance=BFLOAT_TOLERANCE),

@@ -696,6 +696,29 @@ def test_a_model_may_tell_its_input_embedding_alone(tmp_path: Path) -> None:
     graphpeft.PeftModel.from_pretrained(Telling(), tmp_path)
 
 
+def sounds() -> Any:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
+        conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return transformers.Wav2Vec2Model(config)
+
+
+def test_a_model_of_sounds_that_has_no_embedding_of_tokens_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError):
+        sounds().get_input_embeddings()
+    model: Any = graphpeft.get_peft_model(sounds(), graphpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    graphpeft.PeftModel.from_pretrained(sounds(), tmp_path)
+
+
+def test_a_model_of_sounds_that_has_no_embedding_of_tokens_takes_no_prompts_of_tokens() -> None:
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, task_type=graphpeft.TaskType.FEATURE_EXTRACTION)
+    with pytest.raises(graphpeft.AdaptError, match="a Wav2Vec2Model has no get_input_embeddings"):
+        graphpeft.get_peft_model(sounds(), config)
+
+
 def test_a_table_of_another_size_is_refused(tmp_path: Path) -> None:
     theirs: Any = graphpeft.get_peft_model(resized(0, VOCABULARY + 2), graphpeft.LoraConfig(r=2))
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -736,7 +759,6 @@ def by_rows(indices: Any, make: Callable[[], nn.Module] = tied_llama, **options:
             {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}, "ensure_weight_tying": True},
             "which ensure_weight_tying forbids",
         ),
-        ({"ensure_weight_tying": True}, "is supported for trainable_token_indices alone"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused(options: dict[str, Any], reason: str) -> None:

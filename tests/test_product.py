@@ -64,10 +64,9 @@ NOTES = {
     ),
     "g": Note(_LINEAR_ALONE, None),
     "h": Note("layer_replication: an? .* has no list of layers", "Could not locate the layers"),
-    "i": Note("ensure_weight_tying=True is supported for trainable_token_indices alone", None),
-    "j": Note("has no get_input_embeddings to tell which they are", None),
-    "k": Note("init_lora_weights='eva' is measured on linear layers", None),
-    "l": Note("can't be combined yet", r"does not support targeting nn\.Parameter"),
+    "i": Note("has no get_input_embeddings to tell which they are", None),
+    "j": Note("init_lora_weights='eva' is measured on linear layers", None),
+    "k": Note("can't be combined yet", r"does not support targeting nn\.Parameter"),
 }
 
 

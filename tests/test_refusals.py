@@ -421,7 +421,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("velora_config", {"a": 1}),
         ("use_bdlora", {"a": 1}),
         ("alora_invocation_tokens", [1]),
-        ("ensure_weight_tying", True),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

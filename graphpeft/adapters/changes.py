@@ -69,7 +69,7 @@ def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
 
 def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yields the path of the module, and the name, of each weight and bias that merging changes."""
-    for adapted in adapter.weight_sites:
+    for adapted in adapter.changing_sites:
         yield adapted.site.owner, adapted.site.attribute
         if bias_delta(adapted, modules) is not None:
             yield _bias_place(adapted)

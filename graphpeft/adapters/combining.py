@@ -118,6 +118,8 @@ def combined_values(
     first_values(plan, modules)
     values: Tensors = {}
     for adapted in plan.sites:
+        if adapted.shared:
+            continue
         try:
             made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
         except ValueError as error:
@@ -151,9 +153,6 @@ def _copies(modules: Modules, sources: Mapping[str, Adapter], plan: Plan) -> Ten
         for own in names:
             holder = next((name for name, source in sources.items() if own in source.whole.get(path, ())), None)
             attribute = own if holder is None else stand_ins.stand_in(own, holder)
-            module = modules[path]
-            tensor = module._parameters.get(attribute)
-            tensor = module._buffers[attribute] if tensor is None else tensor
-            assert tensor is not None
+            tensor = stand_ins.tensor_of(modules[path], attribute)
             values[path, stand_ins.stand_in(own, plan.report.adapter)] = tensor.detach()
     return values

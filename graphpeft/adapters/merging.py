@@ -104,7 +104,7 @@ def _restore(modules: Modules, originals: Tensors) -> None:
 
 @torch.no_grad()
 def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
-    for adapted in adapter.weight_sites:
+    for adapted in adapter.changing_sites:
         base = originals[adapted.site.owner, adapted.site.attribute]
         weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
         add_change(adapted, modules, weight, base)
@@ -124,7 +124,7 @@ def _by_weight(adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSi
     """Groups the sites of adapters by their weight."""
     found: dict[str, list[AdaptedSite]] = {}
     for name in names:
-        for adapted in adapters.by_name[name].weight_sites:
+        for adapted in adapters.by_name[name].changing_sites:
             found.setdefault(adapted.site.weight, []).append(adapted)
     return found
 
@@ -204,7 +204,7 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
 def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths."""
     asked: dict[str, set[str]] = {}
-    for adapted in adapter.weight_sites:
+    for adapted in adapter.changing_sites:
         asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
     return asked
 
@@ -216,14 +216,14 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
-        _refuse_tied(modules, adapters.by_name[name])
+        _refuse_tied(modules, adapters.by_name[name], name)
 
 
 @torch.no_grad()
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
-        for adapted in adapters.by_name[name].weight_sites:
+        for adapted in adapters.by_name[name].changing_sites:
             changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
             for path, change in changes.items():
                 if change is not None and not torch.isfinite(change).all():
@@ -244,7 +244,7 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
 
 
 def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
-    for adapted in adapter.weight_sites:
+    for adapted in adapter.changing_sites:
         shape = tuple(own_parameter(modules[adapted.site.owner], adapted.site.attribute).shape)
         if shape != tuple(adapted.site.shape):
             raise AdaptError(
@@ -253,23 +253,34 @@ def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
             )
 
 
-def _refuse_tied(modules: Modules, adapter: Adapter) -> None:
-    holders: dict[int, list[str]] = {}
+def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
+    holders: dict[int, list[tuple[str, str]]] = {}
     for path, module in modules.items():
-        for name, tensor in module._parameters.items():
+        for own, tensor in module._parameters.items():
             if tensor is not None:
-                holders.setdefault(id(tensor), []).append(join(path, name))
-    changed = list(changed_places(modules, adapter))
-    changed += [(path, name) for path, names in adapter.stand_ins.items() for name in names]
-    changed += [(path, "weight") for path in adapter.rows]
-    for path, name in changed:
-        # what follows the same rows changes with them
-        same = {join(path, name)}
-        if path in adapter.rows and name == "weight":
-            same |= {join(o, name) for o, rows in adapter.rows.items() if rows.leader == adapter.rows[path].leader}
-        tied = [other for other in holders.get(id(modules[path]._parameters.get(name)), ()) if other not in same]
+                holders.setdefault(id(tensor), []).append((path, own))
+    changed = dict.fromkeys(changed_places(modules, adapter))
+    changed |= {(path, own): None for path, names in adapter.stand_ins.items() for own in names}
+    changed |= {(path, "weight"): None for path in adapter.rows}
+    for path, own in changed:
+        others = [place for place in holders.get(id(modules[path]._parameters.get(own)), ()) if place != (path, own)]
+        tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
             raise AdaptError(
-                f"{join(path, name)} is tied to {', '.join(tied)}, which merging would change too; give one of them a "
-                "parameter of its own before adapting"
+                f"{join(path, own)} is tied to {', '.join(join(*other) for other in tied)}, which merging would change "
+                "too; give one of them a parameter of its own before adapting, or set ensure_weight_tying"
             )
+
+
+def _changes_alike(
+    modules: Modules, adapter: Adapter, name: str, place: tuple[str, str], other: tuple[str, str]
+) -> bool:
+    """Tells whether an adapter means one and the same change of a tensor at two places."""
+    (path, own), (other_path, other_own) = place, other
+    if own == other_own == "weight" and path in adapter.rows and other_path in adapter.rows:
+        return adapter.rows[path].leader == adapter.rows[other_path].leader
+    if own in adapter.whole.get(path, ()) and other_own in adapter.whole.get(other_path, ()):
+        copies = (stand_ins.tensor_of(modules[at], stand_ins.stand_in(what, name)) for at, what in (place, other))
+        return next(copies) is next(copies)
+    tied = (a for a in adapter.weight_sites if a.shared and (a.site.owner, a.site.attribute) == other)
+    return any(adapted.site.tied_to == path for adapted in tied)

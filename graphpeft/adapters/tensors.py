@@ -48,29 +48,44 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
+        shared = {local: made[place] for local, place in adapted.shared.items()}
         if values is None or adapted.replaced:
-            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device)
+            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
-            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs}
+            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs if local not in shared}
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
-            made[site.owner, adapted.names[local]] = nn.Parameter(
-                tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
-            )
+            if local in shared:
+                shared[local].copy_(tensor)
+            else:
+                made[site.owner, adapted.names[local]] = nn.Parameter(
+                    tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
+                )
+        made |= {(site.owner, adapted.names[local]): tensor for local, tensor in shared.items()}
     return made
 
 
 def _first_values(
-    adapted: AdaptedSite, config: PeftConfig, module: nn.Module, device: torch.device
+    adapted: AdaptedSite,
+    config: PeftConfig,
+    module: nn.Module,
+    device: torch.device,
+    shared: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own."""
+    """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own.
+
+    Those that are another site's have values already, which the rule may let be.
+    """
     own = {name: own_parameter(module, name) for name in adapted.replaced}
     if device.type == "meta":
         drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
-    drawn = {local: torch.empty(*spec.shape) for local, spec in adapted.specs.items()}
+    drawn = {
+        local: torch.empty(*spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
+        for local, spec in adapted.specs.items()
+    }
     for other in adapted.site.redrawn:
         rule: Any = config.rule_for(other, adapted.dtype)
         discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
@@ -89,12 +104,18 @@ def _device(weight: torch.Tensor | None) -> torch.device:
 
 
 def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
+    """Returns copies of tensors that are trained whole; what is tied has one copy, if the config keeps it tied."""
     made: Tensors = {}
+    of_tied: dict[int, torch.Tensor] = {}
     for path, names in plan.whole.items():
-        for attribute, tensor in stand_ins.create(modules[path], names, name).items():
-            made[path, attribute] = tensor
+        for own in names:
+            place = path, stand_ins.stand_in(own, name)
+            tensor = stand_ins.tensor_of(modules[path], own)
+            tied = of_tied.get(id(tensor)) if getattr(plan.config, "ensure_weight_tying", False) else None
+            made[place] = stand_ins.create(tensor) if tied is None else tied
+            of_tied[id(tensor)] = made[place]
             if values is not None:
-                tensor.data.copy_(values[path, attribute])
+                made[place].data.copy_(values[place])
     return made
 
 
@@ -118,9 +139,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
     of_adapter = set(adapter.tensor_names(name))
     for (path, attribute), value in values.items():
-        kinds = (modules[path]._parameters, modules[path]._buffers)
-        tensor = next(kind[attribute] for kind in kinds if attribute in kind)
-        assert tensor is not None
+        tensor = stand_ins.tensor_of(modules[path], attribute)
         if (path, attribute) not in of_adapter:
             adapter.overwritten.setdefault((path, attribute), tensor.clone())
         tensor.copy_(value)

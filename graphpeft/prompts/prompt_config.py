@@ -30,6 +30,7 @@ from graphpeft.rewrite import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets
+from graphpeft.tracing.trace import module_told
 
 ENCODER_PREFIX = "prompt_encoder."
 """What the names of a prompt encoder's own tensors begin with in files; PEFT doesn't save them, and ignores them."""
@@ -85,17 +86,18 @@ class PromptLearningConfig(PeftConfig):
         if self.prompt_scope is not None:
             return self._find_scopes(self.prompt_scope, finder, report)
         model = finder.modules[""]
-        if not hasattr(model, "get_input_embeddings"):
+        embedding = module_told(model, "get_input_embeddings")
+        if embedding is None:
             reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"
             report.refused.append(Refusal("the model", reason, "name the module to prompt in prompt_scope"))
             return []
-        if not self._fits_embedding(model, report):
+        if not self._fits_embedding(embedding, report):
             return []
         return prompting.transformers_sites(finder, report, self.task_type)
 
-    def _fits_embedding(self, model: Any, report: Report) -> bool:
+    def _fits_embedding(self, embedding: nn.Module, report: Report) -> bool:
         """Tells whether virtual tokens are as long as embeddings of tokens, and reports if they aren't."""
-        size = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", (self.token_dim,))[-1]
+        size = getattr(getattr(embedding, "weight", None), "shape", (self.token_dim,))[-1]
         if self.token_dim is not None and size != self.token_dim:
             reason = f"token_dim is {self.token_dim}, and the embedding of a token has {size} values"
             report.refused.append(Refusal("the model", reason, f"set token_dim={size}"))

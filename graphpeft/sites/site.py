@@ -52,6 +52,7 @@ class Site(NamedTuple):
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
         bias: The path of the parameter that all operations add, or None if there is no such one.
         call: Which of the weight's operations it is, if not all of them.
+        tied_to: The path of the embedding that has the same weight, and whose adapter's tensors are used here, too.
     """
 
     region: str
@@ -71,6 +72,7 @@ class Site(NamedTuple):
     redrawn: tuple[Site, ...] = ()
     bias: str | None = None
     call: OneCall | None = None
+    tied_to: str | None = None
 
     way_out = "leave targets out with exclude_modules, or narrow target_modules"
 

@@ -14,6 +14,7 @@ from torch import nn
 from graphpeft.config import PeftConfig
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
+from graphpeft.tracing.trace import TracedModel, module_told
 
 _NAMES = ("embed_tokens", "lm_head")
 """What embeddings are called, by PEFT's `EMBEDDING_LAYER_NAMES`; naming one as a target has its table saved."""
@@ -22,9 +23,11 @@ _NAMES = ("embed_tokens", "lm_head")
 def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Returns the paths of the input and the output embedding of a model that tells them."""
     model: Any = modules[""]
+    if isinstance(model, TracedModel):
+        return [path for path in modules if path in (model.input_embedding, model.output_head)]
     # a model of one's own may tell one of them alone
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    layers = [layer for layer in (getter() for getter in getters if getter is not None) if layer is not None]
+    told = (module_told(model, name) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for layer in told if layer is not None]
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 

@@ -66,13 +66,15 @@ class TracedModel(Place):
         not_kept: The paths of attributes that the model sets, of which its next call makes no use; the graph doesn't.
         other_mode_error: Why the graph is only that of the mode in which the model was traced, if it is.
         config: The model's config, if it has one: targets are chosen by its `model_type`.
-        output_head: The path of the model's output head, if it names one.
+        input_embedding: The path of the embedding of the model's inputs, if it names one.
+        output_head: That of its output head, likewise.
     """
 
     kept: dict[str, str]
     not_kept: tuple[str, ...]
     other_mode_error: str | None
     config: Any
+    input_embedding: str | None
     output_head: str | None
 
     @property
@@ -189,7 +191,8 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.not_kept = tuple(tracer.not_kept)
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
-    root.output_head = _output_head(model)
+    root.input_embedding = _path_of(model, module_told(model, "get_input_embeddings"))
+    root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
     # found once, since a model has hundreds of layers, each with a few of its tensors
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for kind, path in _in_order(model, recorded.graphs):
@@ -226,10 +229,17 @@ def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:
     return sorted(used | inlined, key=place)
 
 
-def _output_head(model: nn.Module) -> str | None:
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    head = get_output_embeddings() if get_output_embeddings is not None else None
-    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+def module_told(model: Any, getter: str) -> nn.Module | None:
+    """Returns the module that a method of a model tells, such as its `get_input_embeddings`; None if it tells none."""
+    try:
+        return getattr(model, getter)() if hasattr(model, getter) else None
+    except NotImplementedError:
+        return None  # so Transformers' models of sounds and images answer
+
+
+def _path_of(model: nn.Module, told: nn.Module | None) -> str | None:
+    paths = (path for path, module in model.named_modules() if told is not None and module is told)
+    return next(paths, None)
 
 
 def _container(root: nn.Module, model: nn.Module, path: str) -> nn.Module:

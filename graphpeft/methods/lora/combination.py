@@ -47,6 +47,8 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     _check(how)
     if any(config.target_parts for config in configs):
         raise ValueError("target_parts has factors for each part, which can't be combined yet")
+    if len({config.ensure_weight_tying for config in configs}) > 1:
+        raise ValueError("ensure_weight_tying is set for some of them alone; combine those that agree in it")
     # the highest rank that a config gives, which no site of the new adapter exceeds
     ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
     if _kind(how, len(configs)) in SUMS and len(set(ranks)) > 1:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphpeft import ops
 from graphpeft.combination import Combination, Part
@@ -30,6 +30,7 @@ from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
+from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.ops.boundaries import Leaf
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
@@ -74,7 +75,9 @@ class LoraConfig(TargetedConfig):
             embeddings. What is tied to an embedding follows.
         layer_replication: Ranges of a Transformers model's layers that it runs in turn instead of its own, each with
             an adapter of its own and the same weights.
-        ensure_weight_tying: Whether to refuse other rows for what is tied.
+        ensure_weight_tying: Whether what is tied to an embedding stays so: where one of them is named in
+            `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for what
+            is tied are refused.
     """
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
@@ -133,11 +136,6 @@ class LoraConfig(TargetedConfig):
             value, only = getattr(self, name), getattr(default, name)
             if value and value != only:
                 raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
-        if self.ensure_weight_tying and self.trainable_token_indices is None:
-            raise ValueError(
-                "ensure_weight_tying=True is supported for trainable_token_indices alone, not for an adapter of an "
-                "embedding or modules_to_save; leave it False, and untie the weights if you adapt one of them"
-            )
         initialisation_of(self.init_lora_weights)
         for name, (kind, _) in _NESTED.items():
             if getattr(self, name) and self.init_lora_weights != kind:
@@ -241,9 +239,18 @@ class LoraConfig(TargetedConfig):
         """Returns A and B of such an adapter at one site."""
         return combination.combine(target, parts, how, count)
 
+    def resolved(self, model: nn.Module) -> PeftConfig:
+        """Returns the config with everything filled in that depends on the model."""
+        config = super().resolved(model)
+        if self.ensure_weight_tying:
+            names_with_tied(config, dict(model.named_modules()))
+        return config
+
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
         """Returns the sites of the weights that the config names."""
         sites = super().find_sites(finder, report, owned)
+        if self.ensure_weight_tying:
+            sites = with_tied(sites, self, finder, report)
         return with_parts(sites, self.target_parts or {}, finder, report)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
@@ -254,6 +261,8 @@ class LoraConfig(TargetedConfig):
             flipped = site.is_layer and site.transposed
             rows = site.shape[1] if flipped else site.shape[0]
             return LoraParts(site.parts, rows, flipped, self.lora_dropout > 0, site.dtype != dtype)
+        if site.tied_to is not None and site.layout is not ops.Embedding:
+            return LoraTied(self.lora_dropout > 0, site.dtype != dtype)
         lora = self._lora_for(site, dtype)
         return with_magnitudes(lora, site) if self.use_dora else lora
 

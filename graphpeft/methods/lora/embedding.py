@@ -45,12 +45,13 @@ class LoraEmbedding:
         return reason or initialisation.refused_of_embedding(site, config)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns A and B."""
-        rank = rank_of(site, config)
+        """Returns A and B; at an embedding that is tied to another one, the other's."""
+        rank, is_trained = rank_of(site, config), initialisation.b_is_trained(config)
         entries, features = site.shape
+        shared = ("lora_A", "lora_B") if site.tied_to is not None else (None, None)
         return {
-            "lora_A": ParameterSpec((rank, entries), key="lora_embedding_A"),
-            "lora_B": ParameterSpec((features, rank), "lora_embedding_B", initialisation.b_is_trained(config)),
+            "lora_A": ParameterSpec((rank, entries), "lora_embedding_A", shared=shared[0]),
+            "lora_B": ParameterSpec((features, rank), "lora_embedding_B", is_trained, shared=shared[1]),
         }
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:

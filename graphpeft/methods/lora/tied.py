@@ -1,0 +1,158 @@
+"""LoRA at a linear layer that has an embedding's table as its weight, with the factors of the embedding.
+
+    y = x Wᵀ + b + s · dropout(x) B A        W of shape (entries, features), A (r, entries), B (features, r)
+
+The change of the table is then one and the same in both, and both train it. In files each has factors of its own, as in
+PEFT: those of a linear layer are Bᵀ and Aᵀ. Source: PEFT's ``LoraModel._add_targets_to_tie`` and ``LoraLayer``'s
+`tied_adapter`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft import ops
+from graphpeft.methods.lora.factors import constants_of, draw, draw_as_layers, input_of, rank_of
+from graphpeft.methods.lora.initialisation import RANDOM
+from graphpeft.report import Refusal, Report, listed
+from graphpeft.rewrite import FileForm, ParameterSpec
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.targeting import targets
+from graphpeft.targeting.targets import Match
+from graphpeft.targeting.tied import tied_layers
+
+_WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
+
+
+@dataclass(frozen=True)
+class LoraTied:
+    """The branch of a linear layer with the factors of the embedding to which it is tied.
+
+    Attributes:
+        drops: Whether the branch has dropout.
+        casts: Whether the dtype of A and B differs from the weight's.
+    """
+
+    drops: bool
+    casts: bool
+
+    def check(self, site: Site, config: Any) -> str | None:
+        """Refuses what is no linear layer."""
+        if site.op is ops.Linear and not site.transposed:
+            return None
+        return f"it is tied to {site.tied_to}, and isn't a linear layer that has the table as its weight"
+
+    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factor that is applied first, the embedding's B, and the other one, its A."""
+        rank = rank_of(site, config)
+        entries, features = site.shape
+        return {
+            "lora_A": ParameterSpec(
+                (features, rank), "lora_A.weight", form=_transposed((rank, features)), shared="lora_B"
+            ),
+            "lora_B": ParameterSpec(
+                (rank, entries), "lora_B.weight", form=_transposed((entries, rank)), shared="lora_A"
+            ),
+        }
+
+    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
+        """Returns the scale, and the probability of dropout if there is one."""
+        return constants_of(site, config, self.drops)
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Site, config: Any, module: nn.Module) -> None:
+        """Gives the factors the values that PEFT gives them last: those of a linear layer, if any are asked for."""
+        of_layer = {name: tensor.mT for name, tensor in parameters.items()}
+        if config.init_lora_weights is False:
+            draw_as_layers({name: tensor.clone() for name, tensor in of_layer.items()})
+        else:
+            draw(of_layer, config.init_lora_weights, rank_of(site, config))
+
+    def rewrite(
+        self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any
+    ) -> Any:
+        """Adds the branch to the operation's value."""
+        h = input_of(x, lora_A, lora_dropout, training, self.drops, self.casts)
+        result = torch.add(y, h @ lora_A @ lora_B, alpha=lora_scaling)
+        return result.to(y.dtype) if self.casts else result
+
+    def unmergeable(self, site: Site) -> str | None:
+        """The change is that of the embedding, and merged with it."""
+        return None
+
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s (B A)ᵀ, B and A being the embedding's."""
+        return (lora_A @ lora_B).mT * lora_scaling
+
+
+def _transposed(shape: tuple[int, int]) -> FileForm:
+    return FileForm(shape, _transpose, _transpose)
+
+
+def _transpose(tensor: Tensor) -> Tensor:
+    return tensor.mT
+
+
+def names_with_tied(config: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Lets a config name all layers that are tied to one which it names, in `target_modules` and `modules_to_save`."""
+    decide = targets.compile_matcher(config)
+    saved = tuple(config.modules_to_save or ())
+    for embedding, others in tied_layers(modules).items():
+        group = (embedding, *others)
+        lacking = [path for path in group if decide(path) is Match.NO]
+        if any(decide(path) is Match.YES for path in group) and lacking:
+            if isinstance(config.target_modules, str):
+                config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, lacking)])
+            else:
+                config.target_modules = {*config.target_modules, *lacking}
+        lacking = [path for path in group if not (saved and path.endswith(saved))]
+        if len(lacking) < len(group):
+            config.modules_to_save = [*config.modules_to_save, *lacking]
+
+
+def with_tied(
+    sites: Sequence[Site | LeafSite], config: Any, finder: SiteFinder, report: Report
+) -> list[Site | LeafSite]:
+    """Returns sites with those of tied layers marked and put last, as PEFT has them.
+
+    Args:
+        sites: The sites.
+        config: The config, which names all layers of a group or none, but for what it excludes.
+        finder: Finds sites in the model.
+        report: Gets what is refused.
+    """
+    by_owner = {site.owner: site for site in sites if isinstance(site, Site) and site.is_layer}
+    tied: dict[str, Site] = {}
+    groups = [(embedding, *others) for embedding, others in tied_layers(finder.modules).items()]
+    adapted = [group for group in groups if any(path in by_owner for path in group)]
+    if not adapted and config.modules_to_save is None and config.trainable_token_indices is None:
+        warnings.warn("ensure_weight_tying=True has no effect: nothing that is adapted is tied", stacklevel=2)
+    for embedding, *others in adapted:
+        for path in (embedding, *others):
+            if path not in by_owner:
+                reason = f"it is tied to {listed([*by_owner.keys() & {embedding, *others}])}, and isn't adapted"
+                report.refused.append(Refusal(path, f"{reason}, which ensure_weight_tying forbids", _WAY_OUT))
+            elif path != embedding:
+                tied[path] = by_owner[path]._replace(tied_to=embedding)
+                reason = _refusal(path, embedding, config)
+                if reason is not None:
+                    report.refused.append(Refusal(path, f"it is tied to {embedding}, and {reason}", _WAY_OUT))
+    return [*(site for site in sites if site.owner not in tied), *tied.values()]
+
+
+def _refusal(path: str, embedding: str, config: Any) -> str | None:
+    """Returns the reason why a layer can't have the factors of the embedding to which it is tied, or None."""
+    for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        own, other = (targets.pattern_value(getattr(config, name), each, default) for each in (path, embedding))
+        if own != other:
+            return f"{name} gives {own} to it and {other} to that; give both the same"
+    if config.init_lora_weights not in RANDOM:
+        return f"init_lora_weights={config.init_lora_weights!r} would be another one in each; choose a random one"
+    return "use_dora=True has lengths of its own for each; leave it False" if config.use_dora else None

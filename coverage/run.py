@@ -96,14 +96,15 @@ def _section(library: str, rows: list[Row]) -> str:
         return ""
     whole = [row for row in own if "error" not in row and not row["kept"]]
     ratios = [ratio for row in own if (ratio := _ratio(row)) is not None]
-    middle = f"{statistics.median(ratios):.2f}" if ratios else "-"
+    for_each = [ratio / row["graphs"] for row in own if (ratio := _ratio(row)) is not None]
     found, there = (sum(row.get(key, 0) for row in own) for key in ("adaptable", "linears"))
     wrong = sum(bool(_wrong(row)) for row in own)
     lines = [
         f"## {library}",
         "",
         f"{len(whole)} of {len(own)} whole; {wrong} that differ or fail; {found:,} of {there:,} sites; the trace takes "
-        f"{middle} × the time of `torch.export.export` (median of {len(ratios)}).",
+        f"{_median(ratios)} × the time of `torch.export.export` (median of {len(ratios)}), {_median(for_each)} × for "
+        "each graph that it records.",
         "",
         "| model | nodes | guards | kept | eval | train | batch | size | sites | s | × |",
         "|---|--:|--:|--:|---|---|---|---|--:|--:|--:|",
@@ -113,6 +114,10 @@ def _section(library: str, rows: list[Row]) -> str:
         "",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f}" if values else "-"
 
 
 _COLUMNS = ("eval", "train", "batch", "size")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,22 @@ def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator
 
 
 _FOR_NOW = "_graphpeft_read_for_now"
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Returns an object that is like `module`, with other tensors in place of its own; `module` stays as it is.
+
+    It has the class that `module` had before anything was put on, and is for one call of a forward.
+    """
+    other = nn.Module.__new__(in_place.original_class(module))
+    parameters = {name: tensor for name, tensor in tensors.items() if name in module._parameters}
+    buffers = {name: tensor for name, tensor in tensors.items() if name in module._buffers}
+    other.__dict__ = {
+        **module.__dict__,
+        "_parameters": {**module._parameters, **parameters},
+        "_buffers": {**module._buffers, **buffers},
+    }
+    return other
 
 
 def own_and_stand_in(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

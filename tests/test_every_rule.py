@@ -72,6 +72,18 @@ class Rounded(nn.Module):
         return F.linear(x, self.numbers.float() / 8)  # type: ignore[operator]
 
 
+class Tied(nn.Module):
+    """A head that has the table of an embedding as its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(tokens)))
+
+
 class Case(NamedTuple):
     """A model in which a rule is used, with a config and inputs."""
 
@@ -109,6 +121,7 @@ CASES = {
     "LoraParts": lora(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh()), VECTORS, target_parts={"0": [[0, 3], [6, 9]]}),
     "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
     "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
+    "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),
     "MLP": prompt(PromptEncoderConfig, encoder_hidden_size=8),
     "LSTM": prompt(PromptEncoderConfig, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),

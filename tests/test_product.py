@@ -168,7 +168,7 @@ def test_what_is_refused_has_its_reason_and_leaves_the_model_alone(
     attempted(note, feature, kind, tmp_path / "theirs")
 
 
-IN_VAIN = {"a": "plain", "g": "plain", "i": "`modules_to_save`"}
+IN_VAIN = {"a": "plain", "g": "plain"}
 """Notes of what PEFT takes and ignores, with the feature that is the same without it."""
 
 

@@ -488,6 +488,55 @@ def test_rows_follow_adapters_that_come_go_and_are_edited():
     assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
 
 
+WITH_TENSORS_OF_THEIR_OWN: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "up_proj", "model.norm"]},
+    {"target_modules": ["q_proj", "up_proj"], "trainable_token_indices": [3, 7, 20]},
+    {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora"},
+    {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": True},
+    {"target_modules": ["q_proj"], "bias": "lora_only"},
+    {"target_modules": ["q_proj"], "bias": "all"},
+]
+
+
+@pytest.mark.parametrize("active", ["u", "v", "w"])
+@pytest.mark.parametrize(
+    "own", WITH_TENSORS_OF_THEIR_OWN, ids=lambda own: list(own)[1] + "-" + str(list(own.values())[1])
+)
+def test_rows_have_the_tensors_that_stand_in_for_the_models_own(own: dict[str, Any], active: str):
+    plain, other = {"r": 4, "target_modules": ["q_proj", "up_proj", "lm_head"]}, own | {"r": 2}
+    base = transformers.LlamaForCausalLM(llama_config(attention_bias=True, mlp_bias=True)).eval()
+    model = with_adapters(graphpeft, base, plain, other, other)
+    expected = by_row(model, text(), ROWS)
+    model.set_adapter(active)
+    alone = output(model, text())
+    assert near(model(**text(), adapter_names=ROWS).logits, expected, 1e-5)
+    assert torch.equal(output(model, text()), alone)
+    model.set_adapter("w")
+    model(**text(), adapter_names=["w", "w", "u", "w", "__base__"]).logits.square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert any("weight_w" in name or "weight_rows_w" in name or "lora_" in name for name in found)
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        assert gradient.abs().max() > 0, name
+
+
+def test_heads_of_their_own_are_mixed_as_in_peft():
+    head = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    names = ["u", "v", "__base__", "v", "u"]
+    theirs, ours = (with_adapters(library, LLAMA.build(), head, head) for library in LIBRARIES)
+    with torch.no_grad():
+        expected, found = (model(**text(), adapter_names=names).logits for model in (theirs, ours))
+    assert near(found, expected, 1e-6)
+
+
+def test_what_is_read_elsewhere_cannot_differ_from_row_to_row():
+    head = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = with_adapters(graphpeft, graphpeft.trace(LLAMA.build(), text() | {"use_cache": False}), head, head)
+    with pytest.raises(AdaptError, match=r"those of lm_head, .*that is called by itself: the model reads its tensors"):
+        model(**text(), use_cache=False, adapter_names=ROWS[:1] * 5)
+
+
 def test_a_compiled_model_has_mixed_batches_in_one_graph():
     model = mixed_llama(graphpeft)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -517,17 +566,20 @@ def test_what_cannot_be_merged_can_be_mixed():
 @pytest.mark.parametrize(
     ("names", "error", "reason"),
     [
-        (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 's', 'u'\], and '__base__'"),
+        (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 'u'\], and '__base__'"),
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
         ([], ValueError, "adapter_names is empty; name one adapter for each row"),
         (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
-        (["u", "s"], AdaptError, "'s' trains lm_head whole"),
+        (
+            ["u", "n"],
+            AdaptError,
+            "in the place of those of model.norm, and rows of a batch can differ",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(names: Any, error: type[Exception], reason: str):
     model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
     model.add_adapter("p", graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
-    model.add_adapter("s", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     before = snapshot(model)
     with pytest.raises(error, match=reason):
         model(**text(), adapter_names=names)

@@ -2,7 +2,8 @@
 
 Each region with adapters gets a layer whose forward asks for the `Rows` of the present call. Without any it runs what
 it ran before. With them it runs a graph in which a rule's `by_row` works on the adapters' parameters, stacked row by
-row; where a rule has none, it runs the graphs of the adapters in turn on their rows.
+row; where a rule has none, or a module has other tensors for an adapter, it runs the graphs of the adapters in turn on
+their rows.
 
 The rows are no argument of the modules, which hand on only what they know, but belong to the thread for the time of the
 call. A checkpointed function that runs again in the backward takes them along.
@@ -15,14 +16,14 @@ import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from graphpeft import in_place, rewrite
+from graphpeft import in_place, rewrite, stand_ins
 from graphpeft.adapters.graphs import op_in, with_adapter, without
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
@@ -31,6 +32,7 @@ from graphpeft.plan import AdaptError
 from graphpeft.recomputing import taken_along
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
+from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.parts import is_view
 from graphpeft.sites.site import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
@@ -250,14 +252,6 @@ def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
     unknown = [repr(name) for name in dict.fromkeys(names) if name != BASE and name not in adapters.by_name]
     if unknown:
         raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}, and {BASE!r}")
-    for name in adapters.read:
-        read = (*adapters.by_name[name].stand_ins, *adapters.by_name[name].rows)
-        if read:
-            raise AdaptError(
-                f"the active adapter {name!r} has tensors or rows in the place of those of "
-                f"{listed([path or 'the model' for path in read])}, which all rows of the batch would read; activate "
-                "another one with set_adapter first"
-            )
     if adapters.merged:
         raise AdaptError(
             f"{listed(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"
@@ -266,7 +260,7 @@ def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
 
 def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> Mapping[int, Runner]:
     """Returns how each region runs; what adapters at the same sites have in common is worked out once."""
-    key = frozenset([_signature(adapters, name) for name in names]), tuple(adapters.acting)
+    key = frozenset([_signature(adapters, name) for name in names]), tuple(adapters.acting), tuple(adapters.read)
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
@@ -290,7 +284,7 @@ def _signature(adapters: Adapters, name: str) -> int:
     if name not in known:
         adapter = adapters.by_name[name]
         _refuse_adapter(adapter, name)
-        sites = tuple((_place(adapted), adapted.rule) for adapted in adapter.sites)
+        sites = tuple((_place(adapted), adapted.rule) for adapted in adapter.sites), *_reads(adapter)
         # comparing hundreds of sites in each call would take its time
         known[name] = known.setdefault(sites, len(known))
     return known[name]
@@ -302,21 +296,11 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
             f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "
             "activate it with set_adapter, for all rows"
         )
-    if adapter.rows:
-        raise AdaptError(
-            f"adapter {name!r} trains rows of {listed(list(adapter.rows))}, which rows of a batch can't differ in yet; "
-            "activate it with set_adapter, for all rows"
-        )
-    if adapter.replaced:
-        raise AdaptError(
-            f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which rows of a batch can't "
-            "differ in yet; activate it with set_adapter, for all rows"
-        )
-    if adapter.whole:
-        raise AdaptError(
-            f"adapter {name!r} trains {listed([path or 'the model' for path in adapter.whole])} whole, which rows of a "
-            "batch can't differ in yet; activate it with set_adapter, for all rows"
-        )
+
+
+def _reads(adapter: Adapter) -> dict[str, None]:
+    """Returns the paths of the modules that have other tensors, or other rows of one, for an adapter."""
+    return dict.fromkeys((*adapter.stand_ins, *adapter.rows))
 
 
 def _place(adapted: AdaptedSite) -> tuple[Any, ...]:
@@ -335,18 +319,44 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
         for adapted in adapters.by_name[name].sites:
             if adapted.site.region in modules:
                 by_region.setdefault(adapted.site.region, {})
+    reading = {path for name in (*names, *adapters.read) for path in _reads(adapters.by_name[name])}
+    _refuse_read_elsewhere(modules, adapters, reading)
+    by_region |= {path: {} for path in reading if path not in by_region}
     regions = _regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
         bare = _bare(adapters, region, modules)
-        at_once = _at_once(bare, modules[region], region, by_name, regions)
+        at_once = None
+        if bare is not None and region not in reading:
+            at_once = _at_once(bare, modules[region], region, by_name, regions)
         if isinstance(at_once, Template):
             runners[id(modules[region])] = at_once.forward
         else:
-            runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters)
+            runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters, region in reading)
     for region in by_region:
         _let_ask(modules, adapters, region)
     return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+
+
+def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, paths: Collection[str]) -> None:
+    """Raises AdaptError unless the modules at `paths` are layers whose tensors nothing reads but their own forward."""
+    finder = SiteFinder(modules[""], adapters.lifted) if paths else None
+    for path in paths:
+        assert finder is not None
+        try:
+            region = finder.find(path, "weight").region if "weight" in modules[path]._parameters else None
+            reason = f"{region or 'the model'} reads its tensors" if region is not None else "it has no weight"
+        except NoSiteError as error:
+            region, reason = None, str(error)
+        if region != path or finder.templates[path].calls_own_forward:
+            raise AdaptError(
+                f"an adapter has tensors or rows in the place of those of {path or 'the model'}, and rows of a batch "
+                f"can differ only in those of a layer that is called by itself: {reason}; activate that adapter with "
+                "set_adapter, for all rows"
+            )
+        if template_of(modules[path]) is None:
+            # once it asks for rows, its forward can't be recorded any more
+            adapters.lifted.setdefault(path, finder.templates[path])
 
 
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
@@ -367,13 +377,20 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
         AdaptError: If rows can't differ in the adapter, or a region could only run the rows of each adapter in turn.
     """
     _refuse_adapter(adapters.by_name[name], name)
+    if _reads(adapters.by_name[name]):
+        raise AdaptError(
+            f"{listed(list(_reads(adapters.by_name[name])))} have tensors of their own for {name!r}, with which rows "
+            "run in turn; only what adapters add can differ in rows that run at once"
+        )
     by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
     for adapted in adapters.by_name[name].sites:
         by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
     regions = _regions_of_weights(by_region)
     found: dict[str, Template] = {}
     for region, by_name in by_region.items():
-        at_once = _at_once(_bare(adapters, region, modules), modules[region], region, by_name, regions)
+        bare = _bare(adapters, region, modules)
+        assert bare is not None
+        at_once = _at_once(bare, modules[region], region, by_name, regions)
         if isinstance(at_once, str):
             raise AdaptError(f"rows of a batch run in turn in {region or 'the model'}: {at_once}")
         found[region] = at_once
@@ -382,9 +399,11 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
         _let_ask(modules, adapters, region)
 
 
-def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
-    """Returns the graph of a region without any adapter."""
-    template = template_of(modules[region]) or adapters.lifted[region]
+def _bare(adapters: Adapters, region: str, modules: Modules) -> Template | None:
+    """Returns the graph of a region without any adapter; None for one that has none."""
+    template = template_of(modules[region]) or adapters.lifted.get(region)
+    if template is None:
+        return None
     for name in adapters.acting:
         if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
             template = without(template, name)
@@ -515,17 +534,32 @@ def _rows_of(x: torch.Tensor) -> RowAdapters:
 # one adapter after the other
 
 
-def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters) -> Runner:
-    """Returns a function that runs the graph of each adapter on its own rows."""
+def _in_turn(bare: Template | None, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
+    """Returns a function that runs the graph of each adapter on its own rows.
+
+    Args:
+        bare: The graph without any adapter; None for the module's own code.
+        module: The module.
+        region: Its path.
+        adapters: The model's adapters.
+        has_others: Whether the module has other tensors for some of them.
+    """
 
     def forward_with(name: str) -> Callable[..., Any]:
         content = adapters.by_name.get(name)
         sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
+        if bare is None:
+            return in_place.original_class(module).forward
         if content is None or not sites:
             return bare.forward
         return with_adapter(bare, module, name, content, region, sites).forward
 
     forward_with = functools.cache(forward_with)
+
+    @functools.cache
+    def reading_of(name: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+        content = adapters.by_name.get(name)
+        return content.reading(region, name) if content is not None else lambda _: {}
 
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -544,7 +578,8 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters)
             # regions inside have the same adapter for all of these rows
             own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)})
             with taken_along(functools.partial(rows_present, own)):
-                results.append(forward_with(name)(module, *own_args, **own_kwargs))
+                owner = stand_ins.with_tensors(module, reading_of(name)(module)) if has_others else module
+                results.append(forward_with(name)(owner, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,24 @@ class Adapter:
         for path, names in self.replaced.items():
             found[path] = (*found.get(path, ()), *names)
         return found
+
+    def reading(self, path: str, adapter: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+        """Returns a function that tells what a module reads in place of its own tensors while this adapter acts.
+
+        Args:
+            path: The path of the module.
+            adapter: The name of this adapter.
+        """
+        names, rows = self.stand_ins.get(path, ()), self.rows.get(path)
+
+        def read(module: nn.Module) -> dict[str, torch.Tensor]:
+            tensors = {own: stand_ins.tensor_of(module, stand_ins.stand_in(own, adapter)) for own in names}
+            if rows is None:
+                return tensors
+            table, values = (stand_ins.own_parameter(module, own) for own in ("weight", stand_ins.rows(adapter)))
+            return tensors | {"weight": stand_ins.put_rows(table, rows.indices, values)}
+
+        return read
 
     def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
         """Returns the module's path and the name of each tensor of this adapter that is never trained."""

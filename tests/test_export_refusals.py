@@ -169,6 +169,57 @@ def test_folders_on_the_way_are_made_with_the_file_and_not_without(tmp_path):
     assert (tmp_path / "a" / "b" / "m.pt2").exists()
 
 
+def full_disk(at: str):
+    """Returns an ``os.replace`` for which there is no space when a new file of this name is put into place."""
+    replace = os.replace
+
+    def replace_or_fail(source, target):
+        if "new" in source.parts and target.name == at and "new" not in target.parts:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+
+    return replace_or_fail
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_is_there_keeps_what_isnt_the_exports(fails, tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    (folder / "adapters").mkdir(parents=True)
+    for name in ("notes.txt", "adapters/notes.txt", "model.safetensors"):
+        (folder / name).write_text(name)
+    if fails:
+        monkeypatch.setattr(os, "replace", full_disk(at="adapter_model.safetensors"))
+        match, options = "No space left on device", {"format": "safetensors", "adapters": "inputs"}
+        refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), folder, match, **options)
+        assert {path.name for path in folder.iterdir()} == {"notes.txt", "adapters", "model.safetensors"}
+    else:
+        graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), folder, "safetensors", "inputs")
+        assert (folder / "model.safetensors").read_bytes() != b"model.safetensors"
+        assert (folder / "adapters" / "second" / "adapter_model.safetensors").exists()
+    for name in ("notes.txt", "adapters/notes.txt"):
+        assert (folder / name).read_text() == name
+
+
+def test_the_folder_itself_can_be_the_place(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path / "weights")
+    report = graphpeft.export(HAND_WRITTEN.base(), HAND_WRITTEN.example(), ".", "safetensors")
+    assert report.path == tmp_path / "weights"
+    assert list(tmp_path.rglob("*.*")) == [tmp_path / "weights" / "model.safetensors"]
+
+
+def test_a_folder_doesnt_make_way_for_a_file_nor_a_file_for_a_folder(tmp_path):
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    (tmp_path / "m.pt2").mkdir()
+    (tmp_path / "m.pt2" / "notes.txt").write_text("mine")
+    (tmp_path / "m").write_text("mine")
+    refused(model, example, tmp_path / "m.pt2", "is a folder, and format='pt2' would write a file there")
+    refused(model, example, tmp_path / "m", "is a file, and .* a folder there", format="state_dict")
+    # nor where the file of an adapter is to go
+    (tmp_path / "other.second.safetensors").mkdir()
+    refused(model, example, tmp_path / "other.pt2", "Is a directory", adapters="inputs", check=False)
+
+
 class Wrong(Pt2):
     """Writes another model than it is given."""
 
@@ -194,14 +245,7 @@ def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
 def test_what_fails_to_be_put_into_place_is_taken_back(tmp_path, monkeypatch):
     model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
     graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs", check=False)
-    replace = os.replace
-
-    def full_disk(source, target):
-        if source.parent.name == "new" and target.name == "m.second.safetensors":
-            raise OSError(28, "No space left on device", str(target))
-        return replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk(at="m.second.safetensors"))
     refused(model, example, tmp_path / "m.pt2", "No space left on device", adapters="inputs", check=False)
 
 

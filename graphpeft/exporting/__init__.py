@@ -62,8 +62,8 @@ def export(
     """
     form = _known(FORMATS, format, "format")
     prepare = _known(WAYS, adapters, "adapters")
-    target = Path(path)
-    _refuse_suffix(form, format, target)
+    target = Path(os.path.abspath(path))  # the folder "." has a name, too
+    _refuse_path(form, format, target)
     given = Example.of(example_inputs)
     with shown(3) as step, whole_or_nothing.folder_for(target) as folder:
         step("copying the model")
@@ -131,10 +131,13 @@ def _known(table: Mapping[str, Any], name: str, argument: str) -> Any:
     return table[name]
 
 
-def _refuse_suffix(form: Format, name: str, path: Path) -> None:
+def _refuse_path(form: Format, name: str, path: Path) -> None:
     if path.suffix not in form.suffixes:
         wanted = " or ".join(suffix or "no suffix" for suffix in form.suffixes)
         raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}")
+    if path.exists() and path.is_dir() == bool(path.suffix):
+        there, wanted = ("a folder", "a file") if path.suffix else ("a file", "a folder")
+        raise ExportError(f"{path} is {there}, and format={name!r} would write {wanted} there; choose another path")
 
 
 def _refuse_example(source: Any, given: Example) -> None:

@@ -173,6 +173,41 @@ def test_an_adapter_with_other_targets_is_refused(tmp_path):
         graphpeft.export_adapter(fewer, "default", tmp_path / "m.pt2")
 
 
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (
+            {"trainable_token_indices": {"word_embeddings": [3, 5]}},
+            {"trainable_token_indices": {"word_embeddings": [3, 6]}},
+        ),
+        ({"target_parts": {"query": [[0, 8], [8, 16]]}}, {"target_parts": {"query": [[0, 8], [16, 24]]}}),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_adapter_of_equal_shapes_that_means_other_places_is_refused(options, others, tmp_path):
+    model = BERT.adapted(("first",), **options)
+    graphpeft.export(model, BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    same, other = BERT.adapted(("same",), **options), BERT.adapted(("other",), **others)
+    graphpeft.export_adapter(same, "same", tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match=r"'other' doesn't fit m\.pt2, though its tensors do: .*other rows, parts"):
+        graphpeft.export_adapter(other, "other", tmp_path / "m.pt2")
+    # nor beside another one in one model, whether the file would be checked or not
+    both = BERT.adapted(("first",), **options)
+    both.add_adapter("other", graphpeft.LoraConfig(r=2, **BERT.lora, **others))
+    with pytest.raises(ExportError, match=r"'other' doesn't fit a graph for adapter 'first'"):
+        graphpeft.export(both, BERT.example(), tmp_path / "both.pt2", adapters="inputs", check=False)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_with_and_without_dropout_fit_one_graph(use_dora, tmp_path):
+    models = [BERT.adapted(("own",), lora_dropout=p, use_dora=use_dora) for p in (0.0, 0.2)]
+    for model, other in (models, models[::-1]):
+        graphpeft.export(model, BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+        file = graphpeft.export_adapter(other, "own", tmp_path / "m.pt2", tmp_path / "other.safetensors")
+        found = program(tmp_path / "m.pt2")(BERT.tensor(), adapters=load_file(file))
+        assert close(serving.result(found), BERT.output(other))
+
+
 def test_an_export_without_inputs_for_adapters_takes_none(tmp_path):
     model = HAND_WRITTEN.adapted()
     graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", check=False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphpeft.exporting import adapter_inputs, copies, example, whole_or_nothing
 from graphpeft.exporting import check as checks
-from graphpeft.exporting.adapter_inputs import Slot
+from graphpeft.exporting.adapter_inputs import Interface, Slot
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
@@ -24,6 +24,7 @@ from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.model import PeftModel
+from graphpeft.optimization import optimize
 from graphpeft.tracing.errors import GuardError
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
@@ -107,17 +108,10 @@ def export_adapter(
         CheckpointError: If the folder's files don't fit the model.
     """
     file = Path(exported)
-    format, about = _read_about(file)
+    format, way, wanted = _read_about(file)
     copied, name = _with_adapter(model, adapter)
-    found = adapter_inputs.inputs_of(copied, name)
-    wanted = {key: Slot(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in about["inputs"].items()}
-    method = copied.peft_config[name].method
-    if method != about["method"]:
-        raise ExportError(
-            f"adapter {name!r} is of the method {method}, and the inputs of {file.name} {about['method']}"
-        )
-    values = adapter_inputs.fitted(found, wanted, name, file.name)
-    if about["adapters"] == "rows":
+    values = adapter_inputs.fitted(adapter_inputs.carried(copied, name), wanted, name, file.name)
+    if way == "rows":
         values = {key: value.unsqueeze(0) for key, value in values.items()}
     target = Path(path) if path is not None else _adapter_file(FORMATS[format], file, name)
     with whole_or_nothing.folder_for(target) as folder:
@@ -159,17 +153,23 @@ def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
 
 def _about(format: str, prepared: Prepared) -> str:
     """Returns what an exported file says of itself, for `export_adapter`."""
-    inputs = {key: (slot.shape, str(slot.dtype).removeprefix("torch.")) for key, slot in prepared.slots.items()}
-    return json.dumps({"format": format, "adapters": prepared.way, "method": prepared.method, "inputs": inputs})
+    about: dict[str, Any] = {"format": format, "adapters": prepared.way}
+    if prepared.interface is not None:
+        slots, method, computations = prepared.interface
+        inputs = {key: (slot.shape, str(slot.dtype).removeprefix("torch.")) for key, slot in slots.items()}
+        about |= {"inputs": inputs, "method": method, "computations": computations}
+    return json.dumps(about)
 
 
-def _read_about(file: Path) -> tuple[str, Any]:
+def _read_about(file: Path) -> tuple[str, str, Interface]:
+    """Returns a file's format and way, and what an adapter has to be for it."""
     if not file.exists():
         raise ExportError(f"there is no {file}; export the model there with adapters='inputs' or 'rows' first")
     for name, form in FORMATS.items():
         about = json.loads(form.about(file) or "{}") if file.suffix in form.suffixes else {}
-        if about.get("format") == name and about["inputs"]:
-            return name, about
+        if about.get("format") == name and "inputs" in about:
+            slots = {key: Slot(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in about["inputs"].items()}
+            return name, about["adapters"], Interface(slots, about["method"], about["computations"])
     raise ExportError(
         f"{file} takes no adapters: it wasn't written by export with adapters='inputs' or 'rows' as a graph"
     )
@@ -190,6 +190,8 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
     """Returns a copy of a model with an adapter, and the adapter's name there."""
     copied = copies.sharing_weights(model)
     own = getattr(copied, "peft_config", {})
+    if own:
+        optimize(copied, [])
     if isinstance(adapter, str) and adapter in own:
         return copied, adapter
     folder = Path(adapter)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import graphpeft
 
 WAYS = ("merged", "baked", "inputs")
+TENSOR = torch.randn(3, 4)
 BY_ROWS = (TIMM_VIT, HAND_WRITTEN, BERT, LLAMA)
 
 
@@ -155,6 +156,83 @@ def test_without_dynamic_sizes_they_are_the_examples(tmp_path):
     assert [one.shapes for one in report.checked] == [((3, 4, 8),)]
 
 
+@pytest.mark.parametrize("dynamic", [True, False, {"x": {0: torch.export.Dim("rows")}}], ids=["all", "none", "named"])
+def test_an_example_of_one_row_serves_itself_whichever_sizes_are_open(dynamic, tmp_path):
+    report = graphpeft.export(HAND_WRITTEN.base(), (torch.randn(1, 1, 8),), tmp_path / "m.pt2", dynamic=dynamic)
+    assert report.checked[0].shapes == ((1, 1, 8),)
+    assert (report.inputs["x"] == "(1, 1, 8)") == (dynamic is False)
+
+
+class Masked(torch.nn.Module):
+    """Attention of two heads, whose mask may be one for both, and whose rows may share a factor."""
+
+    def forward(self, q, mask, factor):
+        q = q.unflatten(-1, (2, -1)).transpose(1, 2) * factor[:, None, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def test_a_size_of_one_that_stands_for_all_remains_one(tmp_path):
+    example = (torch.randn(2, 5, 4), torch.ones(2, 1, 5, 5, dtype=torch.bool), torch.ones(1))
+    report = graphpeft.export(Masked(), example, tmp_path / "m.pt2")
+    assert report.inputs["mask"].split(", ")[1] == "1"
+    assert report.inputs["factor"] == "(1,)"
+    assert [one.shapes[0][0] for one in report.checked] == [2, 4, 1]
+
+
+def test_an_example_without_rows_serves_any_number(tmp_path):
+    report = graphpeft.export(HAND_WRITTEN.base(), (torch.randn(0, 4, 8),), tmp_path / "m.pt2")
+    assert [one.shapes for one in report.checked][:2] == [((0, 4, 8),), ((1, 5, 8),)]
+
+
+def test_an_example_can_be_any_mapping(tmp_path):
+    example = collections.UserDict(BERT.inputs())
+    assert graphpeft.export(BERT.base(), example, tmp_path / "m.pt2").inputs.keys() == {"input_ids"}
+
+
+class OwnNames(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, adapters):
+        return self.linear(x) + adapters
+
+
+def test_a_model_may_have_arguments_of_the_names_of_an_exports(tmp_path):
+    model = graphpeft.get_peft_model(OwnNames(), graphpeft.LoraConfig(target_modules=["linear"]))
+    report = graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "m.pt2", adapters="baked")
+    assert list(report.inputs) == ["x", "adapters"]
+    with pytest.raises(graphpeft.ExportError, match=r"has an argument 'adapters' itself, .*adapters='baked'"):
+        graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "m.pt2", adapters="inputs")
+
+
+class Counting(torch.nn.Module):
+    """Changes in each call what the next one gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(1)
+        return x.mul_(self.count)
+
+
+def test_a_program_counts_its_calls_as_the_model_does(tmp_path):
+    model, x = Counting(), torch.ones(3, 4)
+    graphpeft.export(model, (x,), tmp_path / "m.pt2")
+    assert model.count == 0
+    assert torch.equal(x, torch.ones(3, 4))
+    loaded = torch.export.load(tmp_path / "m.pt2").module()
+    assert [float(loaded(torch.ones(3, 4))[0, 0]) for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_onnx_counts_no_calls(dynamic, tmp_path):
+    with pytest.raises(graphpeft.ExportError, match=r"differs by 0\.5 from the model"):
+        graphpeft.export(Counting(), (torch.ones(3, 4),), tmp_path / "m.onnx", "onnx", dynamic=dynamic)
+
+
 def test_sizes_can_be_named_as_for_pytorchs_exporter(tmp_path):
     rows = torch.export.Dim("rows", min=2, max=3)
     report = graphpeft.export(
@@ -175,9 +253,6 @@ class Sum(torch.nn.Module):
         for tensor in (*more, *named.values()):
             x = x + (tensor if isinstance(tensor, torch.Tensor) else tensor["inside"])
         return {"sum": x if scale is None else x * scale, "parts": [x, None]}
-
-
-TENSOR = torch.randn(3, 4)
 
 
 @pytest.mark.parametrize(

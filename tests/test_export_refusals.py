@@ -48,10 +48,20 @@ def assert_as_it_was(model: nn.Module, before: dict) -> None:
 def test_an_export_leaves_the_model_as_it_is(way, tmp_path):
     model = HAND_WRITTEN.adapted()
     model.train()
-    before = state_of(model)
+    before, generator = state_of(model), torch.get_rng_state()
     graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters=way)
     assert_as_it_was(model, before)
+    assert torch.equal(torch.get_rng_state(), generator)
     assert model.active_adapters == ["first"]
+
+
+def test_no_random_numbers_are_drawn_for_files_of_adapters(tmp_path):
+    model, base, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.base(), HAND_WRITTEN.example()
+    generator = torch.get_rng_state()
+    graphpeft.export(model, example, tmp_path / "weights", "safetensors", "inputs")
+    graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs", check=False)
+    graphpeft.export_adapter(base, tmp_path / "weights" / "adapters" / "second", tmp_path / "m.pt2")
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def refused(model, example, path, match: str, error: type[Exception] = ExportError, **options) -> None:

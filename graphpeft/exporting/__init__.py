@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.exporting import adapter_inputs, copies, example, whole_or_nothing
+from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import Interface, Slot
 from graphpeft.exporting.errors import ExportError
@@ -66,11 +67,11 @@ def export(
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
     given = Example.of(example_inputs)
-    with shown(3) as step, whole_or_nothing.folder_for(target) as folder:
+    with shown(3) as step, _generators_kept(model), whole_or_nothing.folder_for(target) as folder:
         step("copying the model")
-        source = copies.sharing_weights(model)
-        _refuse_example(source, given)
-        made = Export(source, prepare(model), example.widened(source, given), dynamic)
+        source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
+        _refuse_example(probe, given)
+        made = Export(source, probe, prepare(model), given, dynamic)
         step(f"writing {target.name}")
         unfinished = folder / target.name
         form.write(made, unfinished, _about(format, made.prepared))
@@ -109,7 +110,8 @@ def export_adapter(
     """
     file = Path(exported)
     format, way, wanted = _read_about(file)
-    copied, name = _with_adapter(model, adapter)
+    with _generators_kept(model):
+        copied, name = _with_adapter(model, adapter)
     values = adapter_inputs.fitted(adapter_inputs.carried(copied, name), wanted, name, file.name)
     if way == "rows":
         values = {key: value.unsqueeze(0) for key, value in values.items()}
@@ -117,6 +119,12 @@ def export_adapter(
     with whole_or_nothing.folder_for(target) as folder:
         FORMATS[format].write_adapter(values, folder / target.name)
     return target
+
+
+def _generators_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Lets the random numbers behind a context be those that would have come without it."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(devices=list(devices))
 
 
 def _known(table: Mapping[str, Any], name: str, argument: str) -> Any:

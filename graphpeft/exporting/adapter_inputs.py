@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from graphpeft import checkpoint
 from graphpeft.adapters.graphs import templates_with, worn_in
@@ -235,7 +236,7 @@ def _computed(template: Template, name: str, places: Mapping[str, str]) -> str:
     for node in graphs[0].nodes:
         if TAG in node.meta and node.meta[TAG].adapter == name:
             target = places.get(str(node.target)) or node._pretty_print_target(node.target)
-            arguments = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            arguments = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = _digest(f"{node.op} {target} {arguments}")
         else:
             # the model's own are the same anyway, but for which argument it is that something is added to

@@ -45,11 +45,21 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     run = form.runner(export, path)
     tolerance = _tolerance(export.source)
     found = []
-    for sized in [example, *_others(form, export, example)]:
+    for sized in _examples(form, export, example):
         for case in export.prepared.cases:
             expected = case.expected(export.source, sized)
             found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
     return found
+
+
+def _examples(form: Format, export: Export, example: Example) -> Iterator[Example]:
+    """Yields what is to be computed: the example, in other sizes, and again if a call has changed what the next gives."""
+    before = {name: buffer.clone() for name, buffer in export.source.named_buffers()}
+    yield example
+    yield from _others(form, export, example)
+    after = dict(export.source.named_buffers())
+    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+        yield example
 
 
 def _others(form: Format, export: Export, example: Example) -> Iterator[Example]:
@@ -63,7 +73,7 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
 
 
 def _is_possible(case: Case, export: Export, example: Example) -> bool:
-    by_model = functools.partial(_computed, case, export.source)
+    by_model = functools.partial(_computed, case, export.probe)
     return can_call(by_model, example) and can_call(export.runnable, case.full(example))
 
 

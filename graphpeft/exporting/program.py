@@ -98,7 +98,10 @@ def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Ite
         for size, number in zip(shape, known, strict=True):
             symbols = _symbols_of((size,))
             if len(symbols) == 1:
-                yield from ((symbol, int(sympy.solve(size.node.expr - number, symbol)[0])) for symbol in symbols)
+                [symbol] = symbols
+                # a symbol is taken to be positive, and so an equation for 0 to have no solution
+                solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
+                yield from ((symbol, int(solution)) for solution in solutions[:1])
 
 
 def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
@@ -126,7 +129,8 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         raise
     except Exception as error:
         raise ExportError(_refusal(error)) from error
-    found = names(prepared.root.forward, full)
+    more = full.kwargs.keys() - example.kwargs.keys()
+    found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = {node.name: node.meta["val"] for node in nodes}
     specs = program.graph_signature.input_specs

@@ -278,13 +278,13 @@ class Named(torch.nn.Module):
 
     def forward(self, x):
         y = x + self.w
-        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp()}
+        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp(), "same": x, "again": y}
 
 
 def test_results_can_have_the_names_of_arguments_operations_and_weights(tmp_path):
     graphpeft.export(Named(), (TENSOR,), tmp_path / "model.onnx", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w"]
+    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w", "same", "again"]
 
 
 class Fixed(torch.nn.Module):

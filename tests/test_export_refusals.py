@@ -231,15 +231,18 @@ def test_a_folder_doesnt_make_way_for_a_file_nor_a_file_for_a_folder(tmp_path):
 
 
 class Wrong(Pt2):
-    """Writes another model than it is given."""
+    """Computes something else than the model."""
+
+    def __init__(self, change):
+        self.change = change
 
     def runner(self, export, path):
         run = super().runner(export, path)
-        return lambda case, example: run(case, example) + 1e-2
+        return lambda case, example: self.change(run(case, example))
 
 
 def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMATS, "pt2", Wrong())
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(lambda found: found + 1e-2))
     model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
     path = tmp_path / "m.pt2"
     path.write_text("what was there")
@@ -250,6 +253,54 @@ def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
     assert report.checked == ()
     assert "not checked" in str(report)
     assert torch.export.load(path) is not None
+
+
+class Results(nn.Module):
+    """Returns results of all kinds."""
+
+    def forward(self, x):
+        complex_, indices = torch.complex(x, x), torch.arange(50_000, device=x.device)
+        return {"complex": complex_, "indices": indices, "mask": x.log(), "number": 3, "rows": x.shape[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("complex", lambda complex_: complex_.real + 1.5j * complex_.imag, "differs by"),
+        ("indices", lambda indices: indices + 1, "differs by 1 "),
+        ("mask", lambda mask: mask.abs(), "differs by inf"),
+        ("number", lambda number: number + 1, r"returns \[4, 3\] .* the model \[3, 3\]"),
+        ("mask", lambda mask: mask[None], "returns tensors of the shapes"),
+    ],
+    ids=["imaginary parts", "an index", "the sign of infinity", "a number", "a shape"],
+)
+def test_results_of_all_kinds_are_compared(name, change, match, tmp_path, monkeypatch):
+    x = torch.zeros(3, 4) + torch.tensor([0.0, 1.0, 2.0, 3.0])
+    graphpeft.export(Results(), (x,), tmp_path / "m.pt2")
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(lambda found: {**found, name: change(found[name])}))
+    refused(Results(), (x,), tmp_path / "m.pt2", match)
+
+
+def test_what_onnx_cant_return_is_named(tmp_path):
+    match = r"returns what is no tensor: \['number'\], \['rows'\]\. .*format='pt2'"
+    refused(Results(), (torch.randn(3, 4),), tmp_path / "m.onnx", match, format="onnx")
+
+
+def test_a_file_that_cant_be_loaded_isnt_left(tmp_path):
+    class Texts(nn.Module):
+        def forward(self, x):
+            return x, "text"
+
+    refused(Texts(), (torch.randn(3, 4),), tmp_path / "m.pt2", "can't be loaded: .*tensors and plain numbers alone")
+
+
+def test_what_fails_while_it_is_written_is_named_with_the_format(tmp_path, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    match = "can't be written with format='pt2': OSError: .*No space left"
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", match)
 
 
 def test_what_fails_to_be_put_into_place_is_taken_back(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.model import PeftModel
 from graphpeft.optimization import optimize
-from graphpeft.tracing.errors import GuardError
+from graphpeft.tracing.errors import GuardError, TraceError
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
 
@@ -74,8 +74,7 @@ def export(
         made = Export(source, probe, prepare(model), given, dynamic)
         step(f"writing {target.name}")
         unfinished = folder / target.name
-        form.write(made, unfinished, _about(format, made.prepared))
-        adapter_files = _write_adapters(form, made.prepared, unfinished)
+        adapter_files = _write(form, format, made, unfinished)
         step("checking it")
         if form.has_graph and dynamic is True:
             _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
@@ -183,10 +182,21 @@ def _read_about(file: Path) -> tuple[str, str, Interface]:
     )
 
 
-def _write_adapters(form: Format, prepared: Prepared, path: Path) -> dict[str, Path]:
-    files = {name: _adapter_file(form, path, name) for name in prepared.adapters} if form.has_graph else {}
-    for name, file in files.items():
-        form.write_adapter(prepared.adapters[name], file)
+def _write(form: Format, name: str, export: Export, path: Path) -> dict[str, Path]:
+    """Writes an export, and returns the files of its adapters."""
+    prepared = export.prepared
+    files = {one: _adapter_file(form, path, one) for one in prepared.adapters} if form.has_graph else {}
+    try:
+        form.write(export, path, _about(name, prepared))
+        for one, file in files.items():
+            form.write_adapter(prepared.adapters[one], file)
+    except (ExportError, GuardError, TraceError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ExportError(
+            f"the model can't be written with format={name!r}: {type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
     return files
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from graphpeft.exporting.calls import plain
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example, Shape, can_call
-from graphpeft.exporting.formats.format import Export, Format
+from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.ways import Case
 from graphpeft.plan import HALVES
 
@@ -28,7 +28,7 @@ class Checked(NamedTuple):
     Attributes:
         case: What was computed, for a person to read.
         shapes: The shapes of the model's own inputs.
-        difference: The greatest one of any element, by the greatest value if that is above 1.
+        difference: The greatest one of any element, by the greatest value if that is above 1 and no integer.
     """
 
     case: str
@@ -42,7 +42,7 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     Raises:
         ExportError: If it can't be run, or differs.
     """
-    run = form.runner(export, path)
+    run = _loaded(form, export, path)
     tolerance = _tolerance(export.source)
     found = []
     for sized in _examples(form, export, example):
@@ -52,8 +52,20 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     return found
 
 
+def _loaded(form: Format, export: Export, path: Any) -> Runner:
+    try:
+        return form.runner(export, path)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"what was exported can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}. Let the model "
+            "take and return tensors and plain numbers alone"
+        ) from error
+
+
 def _examples(form: Format, export: Export, example: Example) -> Iterator[Example]:
-    """Yields what is to be computed: the example, in other sizes, and again if a call has changed what the next gives."""
+    """Yields the example, in other sizes, and as it is again if a call has changed what the next one gives."""
     before = {name: buffer.clone() for name, buffer in export.source.named_buffers()}
     yield example
     yield from _others(form, export, example)
@@ -81,7 +93,7 @@ def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:
     return case.expected(source, Example(args, kwargs))
 
 
-def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: float) -> float:
+def _compared(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> float:
     where = f"{case.name or 'the model'} on inputs of the shapes {list(example.shapes)}"
     try:
         found = run(case, example)
@@ -92,7 +104,7 @@ def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: 
             f"what was exported can't be run for {where}, which the model itself can: {type(error).__name__}: "
             f"{str(error).splitlines()[0]}. Give example_inputs of such shapes, or dynamic=False"
         ) from error
-    difference = max((_difference(*pair) for pair in _pairs(found, expected, where)), default=0.0)
+    difference = _differences(found, expected, where)
     if not difference <= tolerance:
         raise ExportError(
             f"what was exported differs by {difference:.2g} from the model for {where}, where {tolerance:.0e} is "
@@ -101,29 +113,47 @@ def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: 
     return difference
 
 
-def _pairs(found: Any, expected: Any, where: str) -> Iterator[tuple[Tensor, Tensor]]:
-    ours, theirs = _tensors(found), _tensors(expected)
+def _differences(found: Any, expected: Any, where: str) -> float:
+    """Returns the greatest difference of two results.
+
+    Raises:
+        ExportError: If they have other tensors, or other values that are no tensors.
+    """
+    (ours, our_others), (theirs, their_others) = _leaves(found), _leaves(expected)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         raise ExportError(
             f"what was exported returns tensors of the shapes {[tuple(t.shape) for t in ours]} for {where}, and the "
             f"model {[tuple(t.shape) for t in theirs]}"
         )
-    return zip(ours, theirs, strict=True)
+    if our_others != their_others:
+        raise ExportError(f"what was exported returns {our_others} for {where}, and the model {their_others}")
+    return max((_difference(*pair) for pair in zip(ours, theirs, strict=True)), default=0.0)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(plain(value)) if isinstance(leaf, Tensor)]
+def _leaves(value: Any) -> tuple[list[Tensor], list[Any]]:
+    """Returns the tensors of a result, and what else is in it."""
+    leaves = [leaf for leaf in pytree.tree_leaves(plain(value)) if leaf is not None]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
-    ours, theirs = found.to("cpu", torch.float64), expected.to("cpu", torch.float64)
-    # what isn't finite is to be the same
-    if not torch.equal(torch.isfinite(ours), torch.isfinite(theirs)):
+    if expected.is_complex():
+        return _difference(torch.view_as_real(found.to(expected.dtype)), torch.view_as_real(expected))
+    ours, theirs = found.detach().to("cpu", torch.float64), expected.detach().to("cpu", torch.float64)
+    if not torch.equal(_infinite(ours), _infinite(theirs)):
         return float("inf")
-    difference = torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max()
-    return float(difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max())))
+    difference = float(torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max())
+    if not expected.is_floating_point():
+        return difference  # an index of 50,001 isn't nearly one of 50,000
+    return difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max()))
+
+
+def _infinite(values: Tensor) -> Tensor:
+    """Returns 0 for what is finite, and other numbers for each of ∞, −∞ and NaN."""
+    return torch.where(torch.isfinite(values), 0.0, torch.nan_to_num(values, 1.0, 2.0, 3.0))
 
 
 def _tolerance(model: Any) -> float:

@@ -28,12 +28,10 @@ class Input(NamedTuple):
 
     Attributes:
         name: Its name.
-        node: The name of its node in the program.
         shape: Its shape, with symbols for sizes that can change.
     """
 
     name: str
-    node: str
     shape: tuple[Any, ...]
 
     @property
@@ -135,7 +133,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     values = {node.name: node.meta["val"] for node in nodes}
     specs = program.graph_signature.input_specs
     given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
-    inputs = [Input(own, node, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
+    inputs = [Input(own, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
     return Program(program, tuple(inputs))
 
 

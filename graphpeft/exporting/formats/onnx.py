@@ -47,11 +47,11 @@ class Onnx:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _library(package)
         program = export.program
+        names = _output_names(program)
         translated = _translated(program.exported)
         graph = translated.model.graph
-        named = {value.name: value for value in graph.inputs}
-        _rename(graph, [named[one.node] for one in program.inputs], [one.name for one in program.inputs])
-        _rename(graph, list(graph.outputs), _output_names(program))
+        _rename(graph, list(graph.inputs), [one.name for one in program.inputs])
+        _rename(graph, list(graph.outputs), names)
         for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
@@ -154,6 +154,14 @@ def _output_names(program: Program) -> list[str]:
     returned = [one for one in specs if one.kind.name in ("USER_OUTPUT", "USER_INPUT_MUTATION")]
     places = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     names = [pytree.keystr(path) for path, _ in places]
+    others = [
+        name or "the result" for name, one in zip(names, returned, strict=True) if not _is_tensor_or_none(one.arg)
+    ]
+    if others:
+        raise ExportError(
+            f"the model returns what is no tensor: {', '.join(others)}. ONNX has tensors alone: let the model return "
+            "a tensor there, or nothing, or export with format='pt2'"
+        )
     plain = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
     taken = {one.name for one in program.inputs}
     return [
@@ -161,6 +169,10 @@ def _output_names(program: Program) -> list[str]:
         for name, one in zip(plain, returned, strict=True)
         if isinstance(one.arg, TensorArgument)
     ]
+
+
+def _is_tensor_or_none(argument: Any) -> bool:
+    return isinstance(argument, TensorArgument) or getattr(argument, "value", argument) is None
 
 
 def _translated(program: ExportedProgram) -> Any:

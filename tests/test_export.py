@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -209,6 +210,8 @@ def test_a_model_may_have_arguments_of_the_names_of_an_exports(tmp_path):
 class Counting(torch.nn.Module):
     """Changes in each call what the next one gives."""
 
+    count: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
@@ -223,7 +226,7 @@ def test_a_program_counts_its_calls_as_the_model_does(tmp_path):
     graphpeft.export(model, (x,), tmp_path / "m.pt2")
     assert model.count == 0
     assert torch.equal(x, torch.ones(3, 4))
-    loaded = torch.export.load(tmp_path / "m.pt2").module()
+    loaded: Any = torch.export.load(tmp_path / "m.pt2").module()
     assert [float(loaded(torch.ones(3, 4))[0, 0]) for _ in range(3)] == [1, 2, 3]
 
 

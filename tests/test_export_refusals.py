@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from exports import BERT, HAND_WRITTEN, LLAMA
+from exports import BERT, HAND_WRITTEN, LLAMA, SUFFIXES
 from torch import nn
 
 import graphpeft
@@ -122,6 +122,42 @@ def test_an_example_for_which_the_model_decides_otherwise_violates_its_guard(way
     refused(model, (torch.randn(2, 4),), tmp_path / "m.pt2", match, GuardError, adapters=way)
 
 
+def least(x, y):
+    return x * 2 if x.shape[0] > 2 else x
+
+
+def most(x, y):
+    return x * 2 if x.shape[0] < 10 else x
+
+
+def of_two(x, y):
+    return x * 2 if x.shape[0] > y.shape[0] else x
+
+
+class By(nn.Module):
+    """Computes what a function does."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, y):
+        return self.function(x, y)
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("aoti", marks=pytest.mark.long)])
+@pytest.mark.parametrize("function", [least, most, of_two])
+def test_a_file_that_doesnt_see_where_the_model_decides_otherwise_isnt_left(function, format, tmp_path):
+    example = (torch.randn(4, 5), torch.randn(2))
+    path = tmp_path / f"m{SUFFIXES[format]}"
+    refused(By(function), example, path, "decides otherwise than on the example, .*Limit the sizes", format=format)
+    rows = torch.export.Dim("rows", min=3, max=9)
+    limited = {"x": {0: rows}, "y": None}
+    graphpeft.export(By(function), example, path, format, dynamic=limited)
+    # a program checks its inputs itself
+    graphpeft.export(By(function), example, tmp_path / "checked.pt2")
+
+
 class Bessel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,8 +235,14 @@ def test_a_folder_that_is_there_keeps_what_isnt_the_exports(fails, tmp_path, mon
         (folder / name).write_text(name)
     if fails:
         monkeypatch.setattr(os, "replace", full_disk(at="adapter_model.safetensors"))
-        match, options = "No space left on device", {"format": "safetensors", "adapters": "inputs"}
-        refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), folder, match, **options)
+        refused(
+            HAND_WRITTEN.adapted(),
+            HAND_WRITTEN.example(),
+            folder,
+            "No space left on device",
+            format="safetensors",
+            adapters="inputs",
+        )
         assert {path.name for path in folder.iterdir()} == {"notes.txt", "adapters", "model.safetensors"}
     else:
         graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), folder, "safetensors", "inputs")

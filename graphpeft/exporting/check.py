@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
         for case in export.prepared.cases:
             expected = case.expected(export.source, sized)
             found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
+    if form.has_graph and not form.checks_inputs and export.dynamic is True:
+        _refuse_unchecked_decisions(run, export, example, tolerance)
     return found
 
 
@@ -84,9 +86,42 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
         yield from itertools.islice(taken, 1)
 
 
+def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, tolerance: float) -> None:
+    """Raises ExportError if a file computes something else where the model decides by its sizes, without a word.
+
+    PyTorch's program refuses such sizes, but what other runtimes are given has lost these checks.
+    """
+    case = export.prepared.cases[0]
+    for shapes in export.program.extreme_shapes(example.shapes):
+        sized = example.sized(shapes)
+        if can_call(export.runnable, case.full(sized)) or not can_call(_by_probe(case, export), sized):
+            continue
+        if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
+            raise ExportError(
+                f"on inputs of the shapes {list(shapes)} the model decides otherwise than on the example, and what was "
+                "exported doesn't see that, but returns something else. Limit the sizes, as in "
+                'dynamic={"x": {0: torch.export.Dim("rows", min=3)}}, or use format=\'pt2\', which refuses others; '
+                "check=False exports it all the same"
+            )
+
+
+def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> bool:
+    try:
+        found = run(case, example)
+    except Exception:  # each runtime has errors of its own; one is what is wanted here
+        return False
+    try:
+        return not _differences(found, expected, "") <= tolerance
+    except ExportError:
+        return True
+
+
 def _is_possible(case: Case, export: Export, example: Example) -> bool:
-    by_model = functools.partial(_computed, case, export.probe)
-    return can_call(by_model, example) and can_call(export.runnable, case.full(example))
+    return can_call(_by_probe(case, export), example) and can_call(export.runnable, case.full(example))
+
+
+def _by_probe(case: Case, export: Export) -> Callable[..., Any]:
+    return functools.partial(_computed, case, export.probe)
 
 
 def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:

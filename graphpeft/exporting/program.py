@@ -70,6 +70,17 @@ class Program(NamedTuple):
             for choices in (larger, smaller)
         ]
 
+    def extreme_shapes(self, shapes: Sequence[Shape]) -> list[tuple[Shape, ...]]:
+        """Returns shapes in which one size alone is another: 1, more than all others, or beyond what it may be."""
+        own = [one.shape for one in self.inputs[: len(shapes)]]
+        sizes = dict(_solved(own, shapes))
+        found = []
+        for symbol, size in sizes.items():
+            limit = self._limited(symbol, _FAR * max(size, 1)) + 1
+            wanted = [1, max(sizes.values()) + 1, *([limit] if limit <= _FAR * size else [])]
+            found += [tuple(map(functools.partial(_evaluated, {**sizes, symbol: one}), own, shapes)) for one in wanted]
+        return [one for one in dict.fromkeys(found) if one != tuple(shapes)]
+
     def _limited(self, symbol: Any, size: int) -> int:
         """Returns a size in the range that the program allows."""
         limits = self.exported.range_constraints.get(symbol)
@@ -82,6 +93,10 @@ class Program(NamedTuple):
 
 _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
 """Other sizes than that of the example; a model may want an even one, or allow no larger one."""
+
+
+_FAR = 8
+"""How many times the example's size a limit may be to be tried out; a model may need all memory for one beyond."""
 
 
 def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:

@@ -24,6 +24,7 @@ class Aoti:
 
     suffixes = (".pt2",)
     has_graph = True
+    checks_inputs = False
     adapter_suffix = ".safetensors"
 
     def write(self, export: Export, path: Path, about: str) -> None:

@@ -66,6 +66,11 @@ class Format(Protocol):
         ...
 
     @property
+    def checks_inputs(self) -> bool:
+        """Whether a file refuses inputs for which the model decides otherwise than it did when it was exported."""
+        ...
+
+    @property
     def adapter_suffix(self) -> str:
         """What the names of adapters' files end with, for an export that takes adapters as inputs."""
         ...

@@ -31,8 +31,8 @@ from graphpeft.exporting.ways import Case
 
 _ABOUT = "graphpeft"
 
-_ERRORS_ALONE = 3
-"""onnxruntime's level of logging at which it doesn't warn of initialisers that are inputs, as they are here."""
+_FATAL_ALONE = 4
+"""onnxruntime's level of logging at which it prints no errors, which are exceptions too, and no warnings."""
 
 
 class Onnx:
@@ -40,6 +40,7 @@ class Onnx:
 
     suffixes = (".onnx",)
     has_graph = True
+    checks_inputs = False
     adapter_suffix = ".onnx_adapter"
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -95,7 +96,7 @@ def _library(name: str) -> Any:
 def _session(path: Path) -> Any:
     runtime = _library("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = _ERRORS_ALONE
+    options.log_severity_level = _FATAL_ALONE
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no class in common

@@ -47,6 +47,7 @@ class Weights:
     tied: bool
 
     has_graph = False
+    checks_inputs = True
     adapter_suffix = ""
 
     def write(self, export: Export, path: Path, about: str) -> None:

@@ -142,6 +142,24 @@ def test_a_folder_of_pefts_files_becomes_a_file_for_an_export(suffix, tmp_path):
     assert close(found, HAND_WRITTEN.output(later))
 
 
+def test_a_folder_may_have_dots_in_its_name(tmp_path):
+    graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    HAND_WRITTEN.adapted(("default",)).save_pretrained(tmp_path / "v1.2")
+    for model in (HAND_WRITTEN.base(), HAND_WRITTEN.adapted()):
+        file = graphpeft.export_adapter(model, tmp_path / "v1.2", tmp_path / "m.pt2")
+        assert file == tmp_path / "m.v1_2.safetensors"
+
+
+@pytest.mark.parametrize("adapter", ["thrid", "no/such/folder"])
+def test_an_adapter_that_isnt_there_is_named_with_those_that_are(adapter, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    with pytest.raises(
+        ExportError, match=f"'{adapter}' is no adapter of the model, which has 'first', 'second', and no"
+    ):
+        graphpeft.export_adapter(model, adapter, tmp_path / "m.pt2")
+
+
 @pytest.mark.parametrize("way", ["inputs", "rows"])
 def test_an_adapter_of_other_ranks_is_refused_with_its_shapes_and_the_graphs(way, tmp_path):
     path = tmp_path / "m.onnx"

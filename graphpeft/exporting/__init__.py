@@ -213,7 +213,12 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
     if isinstance(adapter, str) and adapter in own:
         return copied, adapter
     folder = Path(adapter)
-    name = folder.absolute().name
+    if not folder.is_dir():
+        raise ExportError(
+            f"{str(adapter)!r} is no adapter of the model, which has {', '.join(map(repr, own)) or 'none'}, and no folder "
+            "with PEFT's files"
+        )
+    name = folder.absolute().name.replace(".", "_")  # an adapter's name can't have dots, unlike that of a checkpoint
     while name in own:
         name += "_"
     if own:

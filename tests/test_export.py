@@ -7,10 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import BERT, HAND_WRITTEN, LLAMA, MODELS, RESNET, TIMM_VIT, TOLERANCE, TORCHVISION_VIT, Exported, Served
+from exports import (
+    BERT,
+    HAND_WRITTEN,
+    LLAMA,
+    MODELS,
+    RESNET,
+    SUFFIXES,
+    TIMM_VIT,
+    TOLERANCE,
+    TORCHVISION_VIT,
+    Exported,
+    Served,
+)
 from safetensors.torch import load_file
 
 import graphpeft
@@ -105,6 +118,37 @@ def test_a_merged_program_is_the_bases_and_a_baked_one_adds_the_branches_alone(m
     of_adapter = baked.state_dict.keys() - base.state_dict.keys()
     assert len(of_adapter) == 2 * sites
     assert all("_first" in name for name in of_adapter)
+
+
+@pytest.mark.parametrize("model", [HAND_WRITTEN, pytest.param(RESNET, marks=pytest.mark.long)], ids=str)
+def test_a_merged_onnx_graph_has_the_bases_operators_and_a_baked_one_two_products_more_at_each_site(model, tmp_path):
+    adapted = model.adapted(("first",))
+    graphpeft.export(model.base(), model.example(), tmp_path / "base.onnx", "onnx", check=False)
+    for way in ("merged", "baked"):
+        graphpeft.export(adapted, model.example(), tmp_path / f"{way}.onnx", "onnx", way, check=False)
+    base, merged, baked = (
+        collections.Counter(node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node)
+        for name in ("base", "merged", "baked")
+    )
+    assert merged == base
+    products = [(baked - base)[operator] for operator in ("MatMul", "Gemm", "Conv")]
+    assert sum(products) == 2 * len(adapted.adapter_report().adapted)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx", "safetensors", "state_dict"])
+def test_merged_files_have_the_bases_size(format, tmp_path):
+    suffix = {"safetensors": ".safetensors", "state_dict": ".pt"}.get(format) or SUFFIXES[format]
+    base, merged = tmp_path / f"base{suffix}", tmp_path / f"merged{suffix}"
+    graphpeft.export(TIMM_VIT.base(), TIMM_VIT.example(), base, format, check=False)
+    graphpeft.export(TIMM_VIT.adapted(), TIMM_VIT.example(), merged, format, check=False)
+    assert merged.stat().st_size == pytest.approx(base.stat().st_size, rel=0.02)
+
+
+def test_an_export_over_another_one_is_as_the_first(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    reports = [graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.onnx", "onnx", "inputs") for _ in range(2)]
+    assert str(reports[0]) == str(reports[1])
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in reports[1].files}
 
 
 def test_what_a_program_returns_needs_no_library(tmp_path):

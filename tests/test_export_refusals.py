@@ -64,7 +64,7 @@ def test_no_random_numbers_are_drawn_for_files_of_adapters(tmp_path):
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def refused(model, example, path, match: str, error: type[Exception] = ExportError, **options) -> None:
+def refused(model, example, path, match: str, error: type[BaseException] = ExportError, **options) -> None:
     """Asserts that an export is refused, and changes neither the model nor any file."""
     before = state_of(model)
     folder = path.parent
@@ -343,6 +343,28 @@ def test_what_fails_while_it_is_written_is_named_with_the_format(tmp_path, monke
     monkeypatch.setattr(torch.export, "save", full_disk)
     match = "can't be written with format='pt2': OSError: .*No space left"
     refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", match)
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    class Interrupted(Pt2):
+        def write(self, export, path, about):
+            super().write(export, path, about)
+            raise KeyboardInterrupt("by hand")
+
+    monkeypatch.setitem(FORMATS, "pt2", Interrupted())
+    (tmp_path / "m.pt2").write_text("what was there")
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", "by hand", KeyboardInterrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def test_an_error_of_a_runtime_may_say_nothing(tmp_path, monkeypatch):
+    def fail(_):
+        raise AssertionError
+
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(fail))
+    refused(
+        HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "m.pt2", r"itself can: AssertionError\. Give example"
+    )
 
 
 def test_what_fails_to_be_put_into_place_is_taken_back(tmp_path, monkeypatch):

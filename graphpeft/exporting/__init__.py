@@ -16,7 +16,7 @@ from torch import nn
 from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import Interface, Slot
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
 from graphpeft.exporting.formats import FORMATS
@@ -193,10 +193,7 @@ def _write(form: Format, name: str, export: Export, path: Path) -> dict[str, Pat
     except (ExportError, GuardError, TraceError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"the model can't be written with format={name!r}: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+        raise ExportError(f"the model can't be written with format={name!r}: {in_short(error)}") from error
     return files
 
 
@@ -215,8 +212,8 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
     folder = Path(adapter)
     if not folder.is_dir():
         raise ExportError(
-            f"{str(adapter)!r} is no adapter of the model, which has {', '.join(map(repr, own)) or 'none'}, and no folder "
-            "with PEFT's files"
+            f"{str(adapter)!r} is no adapter of the model, which has {', '.join(map(repr, own)) or 'none'}, and no "
+            "folder with PEFT's files"
         )
     name = folder.absolute().name.replace(".", "_")  # an adapter's name can't have dots, unlike that of a checkpoint
     while name in own:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphpeft.exporting.calls import plain
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.ways import Case
@@ -61,8 +61,8 @@ def _loaded(form: Format, export: Export, path: Any) -> Runner:
         raise
     except Exception as error:
         raise ExportError(
-            f"what was exported can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}. Let the model "
-            "take and return tensors and plain numbers alone"
+            f"what was exported can't be loaded: {in_short(error)}. Let the model take and return "
+            "tensors and plain numbers alone"
         ) from error
 
 
@@ -136,8 +136,8 @@ def _compared(run: Runner, case: Case, example: Example, expected: Any, toleranc
         raise
     except Exception as error:
         raise ExportError(
-            f"what was exported can't be run for {where}, which the model itself can: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Give example_inputs of such shapes, or dynamic=False"
+            f"what was exported can't be run for {where}, which the model itself can: {in_short(error)}. Give "
+            "example_inputs of such shapes, or dynamic=False"
         ) from error
     difference = _differences(found, expected, where)
     if not difference <= tolerance:

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.exporting.quiet import quiet
 from graphpeft.exporting.ways import Prepared
@@ -197,6 +197,6 @@ def _refusal(error: Exception) -> str:
             "returns tensors alone, such as use_cache=False"
         )
     return (
-        f"torch.export can't export the model: {type(error).__name__}: {text.splitlines()[0] if text else ''}. Its "
+        f"torch.export can't export the model: {in_short(error)}. Its "
         "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
     )

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
@@ -101,7 +101,7 @@ def _session(path: Path) -> Any:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no class in common
         raise ExportError(
-            f"onnxruntime can't load what was exported: {str(error).splitlines()[0]}. Its CPU provider lacks some "
+            f"onnxruntime can't load what was exported: {in_short(error)}. Its CPU provider lacks some "
             "operators in half precision; export model.float()"
         ) from error
 
@@ -187,26 +187,26 @@ def _translated(program: ExportedProgram) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps from the user what the exporter prints and warns of on its way."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _refusal(error: BaseException, program: ExportedProgram) -> str:
-    texts = []
-    cause: BaseException | None = error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__
-    found = re.search(r"target=torch\.ops\.([\w.]+)|OpOverload\(op='([\w.]+)'", "\n".join(texts))
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    found = re.search(r"target=torch\.ops\.([\w.]+)|OpOverload\(op='([\w.]+)'", "\n".join(map(str, causes)))
     if found is None:
-        return f"the model can't be translated to ONNX: {texts[-1].splitlines()[0]}. format='pt2' holds any operator"
+        return f"the model can't be translated to ONNX: {in_short(causes[-1])}. format='pt2' holds any operator"
     operator = found[1] or found[2]
     modules = _modules_with(operator, program)
     where = f", which {', '.join(modules)} calls" if modules else ""

@@ -161,16 +161,27 @@ def test_a_file_that_doesnt_see_where_the_model_decides_otherwise_isnt_left(func
 class Bessel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.w = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x):
-        return torch.special.bessel_j0(self.linear(x))
+        return torch.special.bessel_j0(nn.functional.linear(x, self.w))
 
 
-def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4), Bessel())
+@pytest.mark.parametrize("way", ["merged", "baked", "inputs"])
+@pytest.mark.parametrize("target", ["0", "1.w"], ids=["beside it", "in it"])
+@pytest.mark.parametrize("is_flat", [False, True], ids=["modules", "flat"])
+def test_an_operator_that_onnx_lacks_is_named_with_its_module(way, target, is_flat, tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 4), Bessel()), torch.randn(2, 4)
+    if is_flat:
+        model = graphpeft.trace(model, (x,))
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, target_modules=[target]))
     match = r"ONNX has no operator for \S*bessel_j0, which 1 \(Bessel\) calls\. .*format='pt2'"
-    refused(model, (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
+    refused(model, (x,), tmp_path / "m.onnx", match, format="onnx", adapters=way)
+
+
+def test_an_operator_of_the_model_itself_that_onnx_lacks_is_named_with_it(tmp_path):
+    match = r"bessel_j0, which the model \(Bessel\) calls"
+    refused(Bessel(), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
 
 
 def test_a_change_that_cant_be_merged_says_why_and_what_to_do(tmp_path):

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import ExportedProgram
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
@@ -28,6 +27,10 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
 from graphpeft.exporting.ways import Case
+from graphpeft.paths import join
+from graphpeft.tracing.calls import calls_of
+from graphpeft.tracing.graph_module import template_of
+from graphpeft.tracing.trace import stands_for
 
 _ABOUT = "graphpeft"
 
@@ -49,7 +52,7 @@ class Onnx:
             _library(package)
         program = export.program
         names = _output_names(program)
-        translated = _translated(program.exported)
+        translated = _translated(export)
         graph = translated.model.graph
         _rename(graph, list(graph.inputs), [one.name for one in program.inputs])
         _rename(graph, list(graph.outputs), names)
@@ -176,12 +179,12 @@ def _is_tensor_or_none(argument: Any) -> bool:
     return isinstance(argument, TensorArgument) or getattr(argument, "value", argument) is None
 
 
-def _translated(program: ExportedProgram) -> Any:
+def _translated(export: Export) -> Any:
     try:
         with _quiet():
-            return torch.onnx.export(program, dynamo=True, verbose=False)
+            return torch.onnx.export(export.program.exported, dynamo=True, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(_refusal(error, program)) from error
+        raise ExportError(_refusal(error, export)) from error
 
 
 @contextlib.contextmanager
@@ -200,7 +203,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _refusal(error: BaseException, program: ExportedProgram) -> str:
+def _refusal(error: BaseException, export: Export) -> str:
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
@@ -208,26 +211,37 @@ def _refusal(error: BaseException, program: ExportedProgram) -> str:
     if found is None:
         return f"the model can't be translated to ONNX: {in_short(causes[-1])}. format='pt2' holds any operator"
     operator = found[1] or found[2]
-    modules = _modules_with(operator, program)
-    where = f", which {', '.join(modules)} calls" if modules else ""
+    modules = ", ".join(_modules_with(operator, export))
     return (
-        f"ONNX has no operator for {operator}{where}. Replace it in the model by others, register a translation with "
-        "torch.onnx, or export with format='pt2', which holds any operator"
+        f"ONNX has no operator for {operator}, which {modules} calls. Replace it in the model by others, register a "
+        "translation with torch.onnx, or export with format='pt2', which holds any operator"
     )
 
 
-def _modules_with(operator: str, program: ExportedProgram) -> list[str]:
+def _modules_with(operator: str, export: Export) -> list[str]:
     """Returns the modules that call an operator, or one that is decomposed into it."""
     own = operator.rpartition(".")[2]
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in export.program.exported.graph.nodes if node.op == "call_function"]
     exact = [node for node in nodes if str(node.target).startswith(operator)]
     alike = [node for node in nodes if own in str(node.target)]
-    return list(dict.fromkeys(_module(node.meta.get("nn_module_stack")) for node in exact or alike))
+    modules = dict(export.prepared.model.named_modules())
+    paths = dict.fromkeys(path for node in exact or alike if (path := _path_in_program(node)) in modules)
+    # PyTorch's exporter goes through modules that are graphs as if they were the code around them
+    paths |= dict.fromkeys(_paths_in_graphs(own, modules))
+    inside = [path for path in paths if path] or [""]
+    return [f"{path or 'the model'} ({stands_for(modules[path]).__name__})" for path in inside]
 
 
-def _module(stack: Any) -> str:
-    if not stack:
-        return "the model"
-    path, kind = list(stack.values())[-1]
-    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-    return f"{path or 'the model'} ({name})"
+def _path_in_program(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return path.partition("@")[0]  # which call of the module it is
+
+
+def _paths_in_graphs(operator: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    for path, module in modules.items():
+        template = template_of(module)
+        for node in template.graphs[0].nodes if template is not None else ():
+            if node.op.startswith("call_") and node.op != "call_module" and operator in str(node.target):
+                calls = calls_of(node)
+                yield join(path, calls[-1].path) if calls else path

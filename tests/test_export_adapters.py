@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnxruntime
 import peft
 import pytest
@@ -357,6 +359,15 @@ def test_disabled_adapters_are_left_out(tmp_path):
 
 
 # compiled
+
+
+def test_what_is_compiled_is_exported_as_the_model_inside(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    compiled: Any = torch.compile(model, backend="eager")
+    report = graphpeft.export(compiled, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
+    assert list(report.inputs) == ["x"]
+    again = graphpeft.export_adapter(compiled, "second", tmp_path / "m.pt2", tmp_path / "again.safetensors")
+    assert again.read_bytes() == report.adapter_files["second"].read_bytes()
 
 
 def test_a_compiled_program_isnt_compiled_again_for_another_adapter(tmp_path):

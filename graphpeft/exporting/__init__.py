@@ -46,7 +46,7 @@ def export(
     differs, or anything else fails, nothing is left, and what was at `path` is as it was. So is the model in any case.
 
     Args:
-        model: The model, which may be a traced one.
+        model: The model, which may be a traced one, or what ``torch.compile`` made of it.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         path: The file. Weights can go into a folder, too, which has no suffix.
         format: ``"pt2"`` for ``torch.export``, ``"aoti"`` for a package of AOTInductor, ``"onnx"``, or the weights as
@@ -66,7 +66,7 @@ def export(
     prepare = _known(WAYS, adapters, "adapters")
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
-    given = Example.of(example_inputs)
+    model, given = getattr(model, "_orig_mod", model), Example.of(example_inputs)
     with shown(3) as step, _generators_kept(model), whole_or_nothing.folder_for(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
@@ -95,7 +95,7 @@ def export_adapter(
     """Writes an adapter for a model that was exported with adapters as inputs.
 
     Args:
-        model: The model that was exported, with or without adapters; it stays as it is.
+        model: The model that was exported, with or without adapters; it stays as it is. It may be compiled, too.
         adapter: The name of one of its adapters, or a folder with PEFT's files.
         exported: The file that `export` has written.
         path: The file to write; None for one beside `exported`, as `export` names those.
@@ -107,7 +107,7 @@ def export_adapter(
         ExportError: If `exported` takes no adapters, or this one doesn't fit its inputs; nothing was written.
         CheckpointError: If the folder's files don't fit the model.
     """
-    file = Path(exported)
+    file, model = Path(exported), getattr(model, "_orig_mod", model)
     format, way, wanted = _read_about(file)
     with _generators_kept(model):
         copied, name = _with_adapter(model, adapter)

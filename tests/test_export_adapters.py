@@ -144,6 +144,21 @@ def test_a_folder_of_pefts_files_becomes_a_file_for_an_export(suffix, tmp_path):
     assert close(found, HAND_WRITTEN.output(later))
 
 
+def test_a_file_with_other_values_of_the_models_own_leaves_them_as_they_are(tmp_path):
+    graphpeft.export(BERT.adapted(), BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    trained = BERT.adapted(("trained",))
+    with torch.no_grad():
+        trained.get_parameter("embeddings.word_embeddings.weight").add_(1)
+    trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = BERT.base()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ExportError, match=r"has brought other values of .*embeddings\.word_embeddings\.weight"):
+        graphpeft.export_adapter(base, tmp_path / "trained", tmp_path / "m.pt2")
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_a_folder_may_have_dots_in_its_name(tmp_path):
     graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
     HAND_WRITTEN.adapted(("default",)).save_pretrained(tmp_path / "v1.2")

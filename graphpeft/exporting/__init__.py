@@ -203,12 +203,9 @@ def _adapter_file(form: Format, exported: Path, name: str) -> Path:
 
 def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[Any, str]:
     """Returns a copy of a model with an adapter, and the adapter's name there."""
-    copied = copies.sharing_weights(model)
-    own = getattr(copied, "peft_config", {})
-    if own:
-        optimize(copied, [])
+    own = getattr(model, "peft_config", {})
     if isinstance(adapter, str) and adapter in own:
-        return copied, adapter
+        return _plain(copies.sharing_weights(model)), adapter
     folder = Path(adapter)
     if not folder.is_dir():
         raise ExportError(
@@ -218,8 +215,15 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
     name = folder.absolute().name.replace(".", "_")  # an adapter's name can't have dots, unlike that of a checkpoint
     while name in own:
         name += "_"
+    copied = copies.with_own_weights(model)  # a file may bring other values of the model's own
     if own:
         copied.load_adapter(folder, name)
     else:
         PeftModel.from_pretrained(copied, folder, name)
-    return copied, name
+    return _plain(copied), name
+
+
+def _plain(copied: Any) -> Any:
+    """Returns an adapted copy without passes, which would show in what an adapter computes."""
+    optimize(copied, [])
+    return copied

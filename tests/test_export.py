@@ -366,6 +366,22 @@ def _loaded(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda model: model.merge_adapter(["second"]), ["first", "second"]),
+        (lambda model: model.set_adapter(["first", "second"]), ["first", "second"]),
+        (lambda model: model.disable_adapters(), []),
+    ],
+    ids=["merged beside it", "both active", "disabled"],
+)
+def test_baked_weights_have_a_folder_for_each_adapter_that_acts(change, names, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    change(model)
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m", "safetensors", "baked")
+    assert sorted(folder.name for folder in tmp_path.glob("m/adapters/*")) == names
+
+
 def test_tied_weights_are_written_once_as_the_library_does(tmp_path):
     graphpeft.export(LLAMA.adapted(), LLAMA.example(), tmp_path / "model", "safetensors")
     LLAMA.base().save_pretrained(tmp_path / "own")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -397,12 +399,14 @@ def test_a_library_that_isnt_there_is_named_with_the_extra(tmp_path, monkeypatch
     )
 
 
-def test_a_compiler_that_isnt_there_is_what_a_package_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    refused(
-        HAND_WRITTEN.adapted(),
-        HAND_WRITTEN.example(),
-        tmp_path / "m.pt2",
-        r"AOTInductor can't compile.*C\+\+ compiler",
-        format="aoti",
-    )
+def test_a_compiler_that_isnt_there_is_what_a_package_lacks(tmp_path):
+    # not by monkeypatch, which would take the setting away in the end
+    config: Any = importlib.import_module("torch._inductor.config")
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        refused(
+            HAND_WRITTEN.adapted(),
+            HAND_WRITTEN.example(),
+            tmp_path / "m.pt2",
+            r"AOTInductor can't compile.*C\+\+ compiler",
+            format="aoti",
+        )

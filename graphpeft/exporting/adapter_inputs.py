@@ -225,7 +225,7 @@ def computations_of(model: Any, name: str) -> dict[str, str]:
             for local, attribute in adapted.names.items()
         }
         found[region] = _computed(template, name, places)
-    return found | {path: str(list(rows.indices)) for path, rows in adapter.rows.items()}
+    return found | {path: f"{found.get(path, '')}{list(rows.indices)}" for path, rows in adapter.rows.items()}
 
 
 def _computed(template: Template, name: str, places: Mapping[str, str]) -> str:

@@ -5,16 +5,31 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import BERT, HAND_WRITTEN, LLAMA, MODELS, RESNET, TIMM_VIT, TOLERANCE, TORCHVISION_VIT, Exported, Served
+from exports import (
+    BERT,
+    HAND_WRITTEN,
+    LLAMA,
+    MODELS,
+    RESNET,
+    SUFFIXES,
+    TIMM_VIT,
+    TOLERANCE,
+    TORCHVISION_VIT,
+    Exported,
+    Served,
+)
 from safetensors.torch import load_file
 
 import graphpeft
 
 WAYS = ("merged", "baked", "inputs")
+TENSOR = torch.randn(3, 4)
 BY_ROWS = (TIMM_VIT, HAND_WRITTEN, BERT, LLAMA)
 
 
@@ -105,6 +120,37 @@ def test_a_merged_program_is_the_bases_and_a_baked_one_adds_the_branches_alone(m
     assert all("_first" in name for name in of_adapter)
 
 
+@pytest.mark.parametrize("model", [HAND_WRITTEN, pytest.param(RESNET, marks=pytest.mark.long)], ids=str)
+def test_a_merged_onnx_graph_has_the_bases_operators_and_a_baked_one_two_products_more_at_each_site(model, tmp_path):
+    adapted = model.adapted(("first",))
+    graphpeft.export(model.base(), model.example(), tmp_path / "base.onnx", "onnx", check=False)
+    for way in ("merged", "baked"):
+        graphpeft.export(adapted, model.example(), tmp_path / f"{way}.onnx", "onnx", way, check=False)
+    base, merged, baked = (
+        collections.Counter(node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node)
+        for name in ("base", "merged", "baked")
+    )
+    assert merged == base
+    products = [(baked - base)[operator] for operator in ("MatMul", "Gemm", "Conv")]
+    assert sum(products) == 2 * len(adapted.adapter_report().adapted)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx", "safetensors", "state_dict"])
+def test_merged_files_have_the_bases_size(format, tmp_path):
+    suffix = {"safetensors": ".safetensors", "state_dict": ".pt"}.get(format) or SUFFIXES[format]
+    base, merged = tmp_path / f"base{suffix}", tmp_path / f"merged{suffix}"
+    graphpeft.export(TIMM_VIT.base(), TIMM_VIT.example(), base, format, check=False)
+    graphpeft.export(TIMM_VIT.adapted(), TIMM_VIT.example(), merged, format, check=False)
+    assert merged.stat().st_size == pytest.approx(base.stat().st_size, rel=0.02)
+
+
+def test_an_export_over_another_one_is_as_the_first(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    reports = [graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.onnx", "onnx", "inputs") for _ in range(2)]
+    assert str(reports[0]) == str(reports[1])
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in reports[1].files}
+
+
 def test_what_a_program_returns_needs_no_library(tmp_path):
     graphpeft.export(BERT.adapted(), BERT.example(), tmp_path / "model.pt2")
     returned = torch.export.load(tmp_path / "model.pt2").module()(BERT.tensor())
@@ -155,6 +201,85 @@ def test_without_dynamic_sizes_they_are_the_examples(tmp_path):
     assert [one.shapes for one in report.checked] == [((3, 4, 8),)]
 
 
+@pytest.mark.parametrize("dynamic", [True, False, {"x": {0: torch.export.Dim("rows")}}], ids=["all", "none", "named"])
+def test_an_example_of_one_row_serves_itself_whichever_sizes_are_open(dynamic, tmp_path):
+    report = graphpeft.export(HAND_WRITTEN.base(), (torch.randn(1, 1, 8),), tmp_path / "m.pt2", dynamic=dynamic)
+    assert report.checked[0].shapes == ((1, 1, 8),)
+    assert (report.inputs["x"] == "(1, 1, 8)") == (dynamic is False)
+
+
+class Masked(torch.nn.Module):
+    """Attention of two heads, whose mask may be one for both, and whose rows may share a factor."""
+
+    def forward(self, q, mask, factor):
+        q = q.unflatten(-1, (2, -1)).transpose(1, 2) * factor[:, None, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def test_a_size_of_one_that_stands_for_all_remains_one(tmp_path):
+    example = (torch.randn(2, 5, 4), torch.ones(2, 1, 5, 5, dtype=torch.bool), torch.ones(1))
+    report = graphpeft.export(Masked(), example, tmp_path / "m.pt2")
+    assert report.inputs["mask"].split(", ")[1] == "1"
+    assert report.inputs["factor"] == "(1,)"
+    assert [one.shapes[0][0] for one in report.checked] == [2, 4, 1]
+
+
+def test_an_example_without_rows_serves_any_number(tmp_path):
+    report = graphpeft.export(HAND_WRITTEN.base(), (torch.randn(0, 4, 8),), tmp_path / "m.pt2")
+    assert [one.shapes for one in report.checked][:2] == [((0, 4, 8),), ((1, 5, 8),)]
+
+
+def test_an_example_can_be_any_mapping(tmp_path):
+    example = collections.UserDict(BERT.inputs())
+    assert graphpeft.export(BERT.base(), example, tmp_path / "m.pt2").inputs.keys() == {"input_ids"}
+
+
+class OwnNames(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, adapters):
+        return self.linear(x) + adapters
+
+
+def test_a_model_may_have_arguments_of_the_names_of_an_exports(tmp_path):
+    model = graphpeft.get_peft_model(OwnNames(), graphpeft.LoraConfig(target_modules=["linear"]))
+    report = graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "m.pt2", adapters="baked")
+    assert list(report.inputs) == ["x", "adapters"]
+    with pytest.raises(graphpeft.ExportError, match=r"has an argument 'adapters' itself, .*adapters='baked'"):
+        graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "m.pt2", adapters="inputs")
+
+
+class Counting(torch.nn.Module):
+    """Changes in each call what the next one gives."""
+
+    count: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(1)
+        return x.mul_(self.count)
+
+
+def test_a_program_counts_its_calls_as_the_model_does(tmp_path):
+    model, x = Counting(), torch.ones(3, 4)
+    graphpeft.export(model, (x,), tmp_path / "m.pt2")
+    assert model.count == 0
+    assert torch.equal(x, torch.ones(3, 4))
+    loaded: Any = torch.export.load(tmp_path / "m.pt2").module()
+    assert [float(loaded(torch.ones(3, 4))[0, 0]) for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_onnx_counts_no_calls(dynamic, tmp_path):
+    with pytest.raises(graphpeft.ExportError, match=r"differs by 0\.5 from the model"):
+        graphpeft.export(Counting(), (torch.ones(3, 4),), tmp_path / "m.onnx", "onnx", dynamic=dynamic)
+
+
 def test_sizes_can_be_named_as_for_pytorchs_exporter(tmp_path):
     rows = torch.export.Dim("rows", min=2, max=3)
     report = graphpeft.export(
@@ -175,9 +300,6 @@ class Sum(torch.nn.Module):
         for tensor in (*more, *named.values()):
             x = x + (tensor if isinstance(tensor, torch.Tensor) else tensor["inside"])
         return {"sum": x if scale is None else x * scale, "parts": [x, None]}
-
-
-TENSOR = torch.randn(3, 4)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +325,13 @@ class Named(torch.nn.Module):
 
     def forward(self, x):
         y = x + self.w
-        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp()}
+        return {"x": y * 2, "add": y.relu(), "mul": y, "w": y.exp(), "same": x, "again": y}
 
 
 def test_results_can_have_the_names_of_arguments_operations_and_weights(tmp_path):
     graphpeft.export(Named(), (TENSOR,), tmp_path / "model.onnx", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w"]
+    assert [one.name for one in session.get_outputs()] == ["output.x", "add", "mul", "w", "same", "again"]
 
 
 class Fixed(torch.nn.Module):
@@ -242,6 +364,22 @@ def test_merged_weights_are_one_file_with_the_bases_own_keys(format, tmp_path):
 
 def _loaded(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda model: model.merge_adapter(["second"]), ["first", "second"]),
+        (lambda model: model.set_adapter(["first", "second"]), ["first", "second"]),
+        (lambda model: model.disable_adapters(), []),
+    ],
+    ids=["merged beside it", "both active", "disabled"],
+)
+def test_baked_weights_have_a_folder_for_each_adapter_that_acts(change, names, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    change(model)
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m", "safetensors", "baked")
+    assert sorted(folder.name for folder in tmp_path.glob("m/adapters/*")) == names
 
 
 def test_tied_weights_are_written_once_as_the_library_does(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnxruntime
 import peft
 import pytest
@@ -142,6 +144,39 @@ def test_a_folder_of_pefts_files_becomes_a_file_for_an_export(suffix, tmp_path):
     assert close(found, HAND_WRITTEN.output(later))
 
 
+def test_a_file_with_other_values_of_the_models_own_leaves_them_as_they_are(tmp_path):
+    graphpeft.export(BERT.adapted(), BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    trained = BERT.adapted(("trained",))
+    with torch.no_grad():
+        trained.get_parameter("embeddings.word_embeddings.weight").add_(1)
+    trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = BERT.base()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ExportError, match=r"has brought other values of .*embeddings\.word_embeddings\.weight"):
+        graphpeft.export_adapter(base, tmp_path / "trained", tmp_path / "m.pt2")
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_folder_may_have_dots_in_its_name(tmp_path):
+    graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    HAND_WRITTEN.adapted(("default",)).save_pretrained(tmp_path / "v1.2")
+    for model in (HAND_WRITTEN.base(), HAND_WRITTEN.adapted()):
+        file = graphpeft.export_adapter(model, tmp_path / "v1.2", tmp_path / "m.pt2")
+        assert file == tmp_path / "m.v1_2.safetensors"
+
+
+@pytest.mark.parametrize("adapter", ["thrid", "no/such/folder"])
+def test_an_adapter_that_isnt_there_is_named_with_those_that_are(adapter, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    with pytest.raises(
+        ExportError, match=f"'{adapter}' is no adapter of the model, which has 'first', 'second', and no"
+    ):
+        graphpeft.export_adapter(model, adapter, tmp_path / "m.pt2")
+
+
 @pytest.mark.parametrize("way", ["inputs", "rows"])
 def test_an_adapter_of_other_ranks_is_refused_with_its_shapes_and_the_graphs(way, tmp_path):
     path = tmp_path / "m.onnx"
@@ -171,6 +206,41 @@ def test_an_adapter_with_other_targets_is_refused(tmp_path):
     fewer = graphpeft.get_peft_model(BERT.base(), graphpeft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ExportError, match=r"lacks .*value\.lora_A\.weight"):
         graphpeft.export_adapter(fewer, "default", tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (
+            {"trainable_token_indices": {"word_embeddings": [3, 5]}},
+            {"trainable_token_indices": {"word_embeddings": [3, 6]}},
+        ),
+        ({"target_parts": {"query": [[0, 8], [8, 16]]}}, {"target_parts": {"query": [[0, 8], [16, 24]]}}),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_adapter_of_equal_shapes_that_means_other_places_is_refused(options, others, tmp_path):
+    model = BERT.adapted(("first",), **options)
+    graphpeft.export(model, BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+    same, other = BERT.adapted(("same",), **options), BERT.adapted(("other",), **others)
+    graphpeft.export_adapter(same, "same", tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match=r"'other' doesn't fit m\.pt2, though its tensors do: .*other rows, parts"):
+        graphpeft.export_adapter(other, "other", tmp_path / "m.pt2")
+    # nor beside another one in one model, whether the file would be checked or not
+    both = BERT.adapted(("first",), **options)
+    both.add_adapter("other", graphpeft.LoraConfig(r=2, **BERT.lora, **others))
+    with pytest.raises(ExportError, match=r"'other' doesn't fit a graph for adapter 'first'"):
+        graphpeft.export(both, BERT.example(), tmp_path / "both.pt2", adapters="inputs", check=False)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_with_and_without_dropout_fit_one_graph(use_dora, tmp_path):
+    models = [BERT.adapted(("own",), lora_dropout=p, use_dora=use_dora) for p in (0.0, 0.2)]
+    for model, other in (models, models[::-1]):
+        graphpeft.export(model, BERT.example(), tmp_path / "m.pt2", adapters="inputs", check=False)
+        file = graphpeft.export_adapter(other, "own", tmp_path / "m.pt2", tmp_path / "other.safetensors")
+        found = program(tmp_path / "m.pt2")(BERT.tensor(), adapters=load_file(file))
+        assert close(serving.result(found), BERT.output(other))
 
 
 def test_an_export_without_inputs_for_adapters_takes_none(tmp_path):
@@ -304,6 +374,15 @@ def test_disabled_adapters_are_left_out(tmp_path):
 
 
 # compiled
+
+
+def test_what_is_compiled_is_exported_as_the_model_inside(tmp_path):
+    model = HAND_WRITTEN.adapted()
+    compiled: Any = torch.compile(model, backend="eager")
+    report = graphpeft.export(compiled, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
+    assert list(report.inputs) == ["x"]
+    again = graphpeft.export_adapter(compiled, "second", tmp_path / "m.pt2", tmp_path / "again.safetensors")
+    assert again.read_bytes() == report.adapter_files["second"].read_bytes()
 
 
 def test_a_compiled_program_isnt_compiled_again_for_another_adapter(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import os
+from typing import Any
 
 import pytest
 import torch
-from exports import BERT, HAND_WRITTEN, LLAMA
+from exports import BERT, HAND_WRITTEN, LLAMA, SUFFIXES
 from torch import nn
 
 import graphpeft
@@ -48,13 +50,23 @@ def assert_as_it_was(model: nn.Module, before: dict) -> None:
 def test_an_export_leaves_the_model_as_it_is(way, tmp_path):
     model = HAND_WRITTEN.adapted()
     model.train()
-    before = state_of(model)
+    before, generator = state_of(model), torch.get_rng_state()
     graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters=way)
     assert_as_it_was(model, before)
+    assert torch.equal(torch.get_rng_state(), generator)
     assert model.active_adapters == ["first"]
 
 
-def refused(model, example, path, match: str, error: type[Exception] = ExportError, **options) -> None:
+def test_no_random_numbers_are_drawn_for_files_of_adapters(tmp_path):
+    model, base, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.base(), HAND_WRITTEN.example()
+    generator = torch.get_rng_state()
+    graphpeft.export(model, example, tmp_path / "weights", "safetensors", "inputs")
+    graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs", check=False)
+    graphpeft.export_adapter(base, tmp_path / "weights" / "adapters" / "second", tmp_path / "m.pt2")
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def refused(model, example, path, match: str, error: type[BaseException] = ExportError, **options) -> None:
     """Asserts that an export is refused, and changes neither the model nor any file."""
     before = state_of(model)
     folder = path.parent
@@ -112,19 +124,66 @@ def test_an_example_for_which_the_model_decides_otherwise_violates_its_guard(way
     refused(model, (torch.randn(2, 4),), tmp_path / "m.pt2", match, GuardError, adapters=way)
 
 
+def least(x, y):
+    return x * 2 if x.shape[0] > 2 else x
+
+
+def most(x, y):
+    return x * 2 if x.shape[0] < 10 else x
+
+
+def of_two(x, y):
+    return x * 2 if x.shape[0] > y.shape[0] else x
+
+
+class By(nn.Module):
+    """Computes what a function does."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, y):
+        return self.function(x, y)
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("aoti", marks=pytest.mark.long)])
+@pytest.mark.parametrize("function", [least, most, of_two])
+def test_a_file_that_doesnt_see_where_the_model_decides_otherwise_isnt_left(function, format, tmp_path):
+    example = (torch.randn(4, 5), torch.randn(2))
+    path = tmp_path / f"m{SUFFIXES[format]}"
+    refused(By(function), example, path, "decides otherwise than on the example, .*Limit the sizes", format=format)
+    rows = torch.export.Dim("rows", min=3, max=9)
+    limited = {"x": {0: rows}, "y": None}
+    graphpeft.export(By(function), example, path, format, dynamic=limited)
+    # a program checks its inputs itself
+    graphpeft.export(By(function), example, tmp_path / "checked.pt2")
+
+
 class Bessel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.w = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x):
-        return torch.special.bessel_j0(self.linear(x))
+        return torch.special.bessel_j0(nn.functional.linear(x, self.w))
 
 
-def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4), Bessel())
+@pytest.mark.parametrize("way", ["merged", "baked", "inputs"])
+@pytest.mark.parametrize("target", ["0", "1.w"], ids=["beside it", "in it"])
+@pytest.mark.parametrize("is_flat", [False, True], ids=["modules", "flat"])
+def test_an_operator_that_onnx_lacks_is_named_with_its_module(way, target, is_flat, tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 4), Bessel()), torch.randn(2, 4)
+    if is_flat:
+        model = graphpeft.trace(model, (x,))
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, target_modules=[target]))
     match = r"ONNX has no operator for \S*bessel_j0, which 1 \(Bessel\) calls\. .*format='pt2'"
-    refused(model, (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
+    refused(model, (x,), tmp_path / "m.onnx", match, format="onnx", adapters=way)
+
+
+def test_an_operator_of_the_model_itself_that_onnx_lacks_is_named_with_it(tmp_path):
+    match = r"bessel_j0, which the model \(Bessel\) calls"
+    refused(Bessel(), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
 
 
 def test_a_change_that_cant_be_merged_says_why_and_what_to_do(tmp_path):
@@ -169,16 +228,76 @@ def test_folders_on_the_way_are_made_with_the_file_and_not_without(tmp_path):
     assert (tmp_path / "a" / "b" / "m.pt2").exists()
 
 
+def full_disk(at: str):
+    """Returns an ``os.replace`` for which there is no space when a new file of this name is put into place."""
+    replace = os.replace
+
+    def replace_or_fail(source, target):
+        if "new" in source.parts and target.name == at and "new" not in target.parts:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+
+    return replace_or_fail
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_is_there_keeps_what_isnt_the_exports(fails, tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    (folder / "adapters").mkdir(parents=True)
+    for name in ("notes.txt", "adapters/notes.txt", "model.safetensors"):
+        (folder / name).write_text(name)
+    if fails:
+        monkeypatch.setattr(os, "replace", full_disk(at="adapter_model.safetensors"))
+        refused(
+            HAND_WRITTEN.adapted(),
+            HAND_WRITTEN.example(),
+            folder,
+            "No space left on device",
+            format="safetensors",
+            adapters="inputs",
+        )
+        assert {path.name for path in folder.iterdir()} == {"notes.txt", "adapters", "model.safetensors"}
+    else:
+        graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), folder, "safetensors", "inputs")
+        assert (folder / "model.safetensors").read_bytes() != b"model.safetensors"
+        assert (folder / "adapters" / "second" / "adapter_model.safetensors").exists()
+    for name in ("notes.txt", "adapters/notes.txt"):
+        assert (folder / name).read_text() == name
+
+
+def test_the_folder_itself_can_be_the_place(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path / "weights")
+    report = graphpeft.export(HAND_WRITTEN.base(), HAND_WRITTEN.example(), ".", "safetensors")
+    assert report.path == tmp_path / "weights"
+    assert list(tmp_path.rglob("*.*")) == [tmp_path / "weights" / "model.safetensors"]
+
+
+def test_a_folder_doesnt_make_way_for_a_file_nor_a_file_for_a_folder(tmp_path):
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    (tmp_path / "m.pt2").mkdir()
+    (tmp_path / "m.pt2" / "notes.txt").write_text("mine")
+    (tmp_path / "m").write_text("mine")
+    refused(model, example, tmp_path / "m.pt2", "is a folder, and format='pt2' would write a file there")
+    refused(model, example, tmp_path / "m", "is a file, and .* a folder there", format="state_dict")
+    # nor where the file of an adapter is to go
+    (tmp_path / "other.second.safetensors").mkdir()
+    refused(model, example, tmp_path / "other.pt2", "Is a directory", adapters="inputs", check=False)
+
+
 class Wrong(Pt2):
-    """Writes another model than it is given."""
+    """Computes something else than the model."""
+
+    def __init__(self, change):
+        self.change = change
 
     def runner(self, export, path):
         run = super().runner(export, path)
-        return lambda case, example: run(case, example) + 1e-2
+        return lambda case, example: self.change(run(case, example))
 
 
 def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(FORMATS, "pt2", Wrong())
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(lambda found: found + 1e-2))
     model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
     path = tmp_path / "m.pt2"
     path.write_text("what was there")
@@ -191,17 +310,80 @@ def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
     assert torch.export.load(path) is not None
 
 
+class Results(nn.Module):
+    """Returns results of all kinds."""
+
+    def forward(self, x):
+        complex_, indices = torch.complex(x, x), torch.arange(50_000, device=x.device)
+        return {"complex": complex_, "indices": indices, "mask": x.log(), "number": 3, "rows": x.shape[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("complex", lambda complex_: complex_.real + 1.5j * complex_.imag, "differs by"),
+        ("indices", lambda indices: indices + 1, "differs by 1 "),
+        ("mask", lambda mask: mask.abs(), "differs by inf"),
+        ("number", lambda number: number + 1, r"returns \[4, 3\] .* the model \[3, 3\]"),
+        ("mask", lambda mask: mask[None], "returns tensors of the shapes"),
+    ],
+    ids=["imaginary parts", "an index", "the sign of infinity", "a number", "a shape"],
+)
+def test_results_of_all_kinds_are_compared(name, change, match, tmp_path, monkeypatch):
+    x = torch.zeros(3, 4) + torch.tensor([0.0, 1.0, 2.0, 3.0])
+    graphpeft.export(Results(), (x,), tmp_path / "m.pt2")
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(lambda found: {**found, name: change(found[name])}))
+    refused(Results(), (x,), tmp_path / "m.pt2", match)
+
+
+def test_what_onnx_cant_return_is_named(tmp_path):
+    match = r"returns what is no tensor: \['number'\], \['rows'\]\. .*format='pt2'"
+    refused(Results(), (torch.randn(3, 4),), tmp_path / "m.onnx", match, format="onnx")
+
+
+def test_a_file_that_cant_be_loaded_isnt_left(tmp_path):
+    class Texts(nn.Module):
+        def forward(self, x):
+            return x, "text"
+
+    refused(Texts(), (torch.randn(3, 4),), tmp_path / "m.pt2", "can't be loaded: .*tensors and plain numbers alone")
+
+
+def test_what_fails_while_it_is_written_is_named_with_the_format(tmp_path, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    match = "can't be written with format='pt2': OSError: .*No space left"
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", match)
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    class Interrupted(Pt2):
+        def write(self, export, path, about):
+            super().write(export, path, about)
+            raise KeyboardInterrupt("by hand")
+
+    monkeypatch.setitem(FORMATS, "pt2", Interrupted())
+    (tmp_path / "m.pt2").write_text("what was there")
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", "by hand", KeyboardInterrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+
+
+def test_an_error_of_a_runtime_may_say_nothing(tmp_path, monkeypatch):
+    def fail(_):
+        raise AssertionError
+
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(fail))
+    refused(
+        HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "m.pt2", r"itself can: AssertionError\. Give example"
+    )
+
+
 def test_what_fails_to_be_put_into_place_is_taken_back(tmp_path, monkeypatch):
     model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
     graphpeft.export(model, example, tmp_path / "m.pt2", adapters="inputs", check=False)
-    replace = os.replace
-
-    def full_disk(source, target):
-        if source.parent.name == "new" and target.name == "m.second.safetensors":
-            raise OSError(28, "No space left on device", str(target))
-        return replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk(at="m.second.safetensors"))
     refused(model, example, tmp_path / "m.pt2", "No space left on device", adapters="inputs", check=False)
 
 
@@ -217,12 +399,14 @@ def test_a_library_that_isnt_there_is_named_with_the_extra(tmp_path, monkeypatch
     )
 
 
-def test_a_compiler_that_isnt_there_is_what_a_package_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    refused(
-        HAND_WRITTEN.adapted(),
-        HAND_WRITTEN.example(),
-        tmp_path / "m.pt2",
-        r"AOTInductor can't compile.*C\+\+ compiler",
-        format="aoti",
-    )
+def test_a_compiler_that_isnt_there_is_what_a_package_lacks(tmp_path):
+    # not by monkeypatch, which would take the setting away in the end
+    config: Any = importlib.import_module("torch._inductor.config")
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        refused(
+            HAND_WRITTEN.adapted(),
+            HAND_WRITTEN.example(),
+            tmp_path / "m.pt2",
+            r"AOTInductor can't compile.*C\+\+ compiler",
+            format="aoti",
+        )

@@ -8,16 +8,21 @@ shapes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from graphpeft import checkpoint
-from graphpeft.adapters.state import Adapter, Modules
+from graphpeft.adapters.graphs import templates_with, worn_in
+from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
+from graphpeft.ops.reading import applied_if
 from graphpeft.paths import join, within
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
@@ -88,6 +93,30 @@ def _tensor(modules: Modules, place: Place) -> Tensor:
     return held
 
 
+class Carried(NamedTuple):
+    """An adapter as inputs.
+
+    Attributes:
+        inputs: Its tensors and numbers by their names as inputs.
+        method: The `peft_type` of its method.
+        computations: What is computed with them, see `computations_of`.
+    """
+
+    inputs: Mapping[str, AdapterInput]
+    method: str
+    computations: Mapping[str, str]
+
+
+def carried(model: Any, name: str) -> Carried:
+    """Returns an adapter of a model as inputs.
+
+    Raises:
+        ExportError: As `inputs_of` does.
+    """
+    method = model._peft_adapters.by_name[name].config.method
+    return Carried(inputs_of(model, name), method, computations_of(model, name))
+
+
 class Slot(NamedTuple):
     """What an exported model takes as one input.
 
@@ -100,25 +129,51 @@ class Slot(NamedTuple):
     dtype: torch.dtype
 
 
-def slots_of(inputs: Mapping[str, AdapterInput]) -> dict[str, Slot]:
-    """Returns what a model takes that is exported with these inputs."""
-    return {key: Slot(tuple(one.value.shape), one.value.dtype) for key, one in inputs.items()}
+class Interface(NamedTuple):
+    """What an adapter has to be for an exported model.
+
+    Attributes:
+        slots: What the model takes, by the names of its inputs.
+        method: The `peft_type` of its method.
+        computations: What the model computes with them, see `computations_of`.
+    """
+
+    slots: Mapping[str, Slot]
+    method: str
+    computations: Mapping[str, str]
+
+    @classmethod
+    def of(cls, adapter: Carried) -> Interface:
+        """Returns that of a model that is exported with this adapter."""
+        slots = {key: Slot(tuple(one.value.shape), one.value.dtype) for key, one in adapter.inputs.items()}
+        return cls(slots, adapter.method, adapter.computations)
 
 
-def fitted(
-    found: Mapping[str, AdapterInput], wanted: Mapping[str, Slot], adapter: str, exported: str
-) -> dict[str, Tensor]:
+def fitted(found: Carried, wanted: Interface, adapter: str, exported: str) -> dict[str, Tensor]:
     """Returns the values of an adapter for the inputs of an exported model, in their dtypes.
 
     Args:
-        found: The adapter's tensors and numbers; a number that isn't wanted is left out.
-        wanted: The inputs.
+        found: The adapter; a number of it that isn't wanted is left out.
+        wanted: What the exported model takes.
         adapter: What the adapter is called, for a person to read.
         exported: What has the inputs, likewise.
 
     Raises:
-        ExportError: If a tensor is missing, unexpected or has another shape; the first of each kind are named.
+        ExportError: If it is of another method or computes something else, or a tensor is missing, unexpected or has
+            another shape; the first of each kind are named.
     """
+    if found.method != wanted.method:
+        raise ExportError(
+            f"adapter {adapter!r} is of the method {found.method}, and the inputs of {exported} {wanted.method}"
+        )
+    _refuse_other_tensors(found.inputs, wanted.slots, adapter, exported)
+    _refuse_other_computations(found.computations, wanted.computations, adapter, exported)
+    return {key: found.inputs[key].value.to(slot.dtype) for key, slot in wanted.slots.items()}
+
+
+def _refuse_other_tensors(
+    found: Mapping[str, AdapterInput], wanted: Mapping[str, Slot], adapter: str, exported: str
+) -> None:
     shapes = {key: tuple(one.value.shape) for key, one in found.items() if key in wanted or not one.is_number}
     lacking = [key for key in wanted if key not in shapes]
     needless = [key for key in shapes if key not in wanted]
@@ -135,7 +190,64 @@ def fitted(
             f"adapter {adapter!r} doesn't fit the inputs of {exported}: it {'; it '.join(problems)}. One graph serves "
             "adapters with the same targets and ranks; export this one by itself, or give it these"
         )
-    return {key: found[key].value.to(slot.dtype) for key, slot in wanted.items()}
+
+
+def _refuse_other_computations(
+    found: Mapping[str, str], wanted: Mapping[str, str], adapter: str, exported: str
+) -> None:
+    others = [path or "the model" for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
+    if others:
+        raise ExportError(
+            f"adapter {adapter!r} doesn't fit {exported}, though its tensors do: something else is computed with them "
+            f"in {listed(others)}, since it has other rows, parts or options, or is cast from another dtype. Export it "
+            "by itself"
+        )
+
+
+# what is computed with them
+
+
+def computations_of(model: Any, name: str) -> dict[str, str]:
+    """Returns what an adapter computes beside its tensors and numbers, by the path of each module that it changes.
+
+    Two adapters whose tensors have equal shapes can be exchanged in a graph only if these are equal, too: of parts of a
+    weight and of rows of a table, the graph has the places, and of some methods the options.
+    """
+    adapters: Adapters = model._peft_adapters
+    adapter, modules = adapters.by_name[name], dict(model.named_modules())
+    templates = templates_with(adapters, [name], modules)
+    found = {}
+    for region, sites in _regions(adapter, modules).items():
+        template = templates.get(region) or worn_in(adapters, region, modules)
+        places = {
+            join(within(adapted.site.owner, region), attribute): f"{adapted.site.label} {local}"
+            for adapted in sites
+            for local, attribute in adapted.names.items()
+        }
+        found[region] = _computed(template, name, places)
+    return found | {path: f"{found.get(path, '')}{list(rows.indices)}" for path, rows in adapter.rows.items()}
+
+
+def _computed(template: Template, name: str, places: Mapping[str, str]) -> str:
+    """Returns a digest of an adapter's nodes in evaluation, as far as a value of the model is made of them."""
+    graphs = template.copied_graphs()
+    _with_tensors(graphs)
+    known: dict[fx.Node, str] = {}
+    for node in graphs[0].nodes:
+        if TAG in node.meta and node.meta[TAG].adapter == name:
+            target = places.get(str(node.target)) or node._pretty_print_target(node.target)
+            arguments = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = _digest(f"{node.op} {target} {arguments}")
+        else:
+            # the model's own are the same anyway, but for which argument it is that something is added to
+            known[node] = f"{node.op} {node.target if node.op == 'placeholder' else ''}"
+    results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].over is not None]
+    return _digest(" ".join(results))
+
+
+def _digest(text: str) -> str:
+    without_addresses = re.sub(r"0x[0-9a-f]+", "", text)
+    return hashlib.sha256(without_addresses.encode()).hexdigest()[:16]
 
 
 # numbers as tensors
@@ -145,7 +257,7 @@ def let_numbers_be_tensors(model: Any, name: str) -> None:
     """Lets the graphs of an adapter that acts compute with tensors where they have its numbers.
 
     A factor ``alpha`` can't be a tensor, so another function adds the product. Dropout is left out, as the model is in
-    evaluation mode, and with it the number that it reads.
+    evaluation mode, and with it the number that it reads; so is what is computed in training alone.
     """
     modules = dict(model.named_modules())
     for region in _regions(model._peft_adapters.by_name[name], modules):
@@ -161,8 +273,15 @@ def _with_tensors(graphs: Graphs) -> None:
             if node.target is F.dropout:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+            elif node.target is applied_if and _is_training(node.args[0]):
+                node.replace_all_uses_with(node.args[1])
+                graph.erase_node(node)
             elif node.target is torch.add and isinstance(alpha, fx.Node):
                 node.target, node.args, node.kwargs = torch.addcmul, (*node.args, alpha), {}
+
+
+def _is_training(condition: Any) -> bool:
+    return isinstance(condition, fx.Node) and str(condition.target).rpartition(".")[2] == "training"
 
 
 def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[str]:

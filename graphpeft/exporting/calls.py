@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.exporting.errors import ExportError
+
 
 class Root(nn.Module):
     """A module that has a model's tensors and modules by the same names, and calls it.
@@ -20,6 +22,9 @@ class Root(nn.Module):
         model: The model.
         names: The names of keyword arguments that its forward doesn't have.
         around: Makes the context of a call from these.
+
+    Raises:
+        ExportError: If its forward has an argument of one of these names.
     """
 
     def __init__(
@@ -29,6 +34,12 @@ class Root(nn.Module):
         around: Callable[..., contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         super().__init__()
+        taken = [name for name in names if name in inspect.signature(model.forward).parameters]
+        if taken:
+            raise ExportError(
+                f"the forward of the {type(model).__name__} has an argument {taken[0]!r} itself, which is the name of "
+                "what an export takes beside the model's own; rename that, or use adapters='baked'"
+            )
         # the very dictionaries, so that the exporter's tensors, which it puts into them, are those that the model reads
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = model.__dict__[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphpeft.exporting.calls import plain
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
-from graphpeft.exporting.formats.format import Export, Format
+from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.ways import Case
 from graphpeft.plan import HALVES
 
@@ -28,7 +28,7 @@ class Checked(NamedTuple):
     Attributes:
         case: What was computed, for a person to read.
         shapes: The shapes of the model's own inputs.
-        difference: The greatest one of any element, by the greatest value if that is above 1.
+        difference: The greatest one of any element, by the greatest value if that is above 1 and no integer.
     """
 
     case: str
@@ -42,14 +42,38 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     Raises:
         ExportError: If it can't be run, or differs.
     """
-    run = form.runner(export, path)
+    run = _loaded(form, export, path)
     tolerance = _tolerance(export.source)
     found = []
-    for sized in [example, *_others(form, export, example)]:
+    for sized in _examples(form, export, example):
         for case in export.prepared.cases:
             expected = case.expected(export.source, sized)
             found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
+    if form.has_graph and not form.checks_inputs and export.dynamic is True:
+        _refuse_unchecked_decisions(run, export, example, tolerance)
     return found
+
+
+def _loaded(form: Format, export: Export, path: Any) -> Runner:
+    try:
+        return form.runner(export, path)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"what was exported can't be loaded: {in_short(error)}. Let the model take and return "
+            "tensors and plain numbers alone"
+        ) from error
+
+
+def _examples(form: Format, export: Export, example: Example) -> Iterator[Example]:
+    """Yields the example, in other sizes, and as it is again if a call has changed what the next one gives."""
+    before = {name: buffer.clone() for name, buffer in export.source.named_buffers()}
+    yield example
+    yield from _others(form, export, example)
+    after = dict(export.source.named_buffers())
+    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
+        yield example
 
 
 def _others(form: Format, export: Export, example: Example) -> Iterator[Example]:
@@ -62,16 +86,49 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
         yield from itertools.islice(taken, 1)
 
 
+def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, tolerance: float) -> None:
+    """Raises ExportError if a file computes something else where the model decides by its sizes, without a word.
+
+    PyTorch's program refuses such sizes, but what other runtimes are given has lost these checks.
+    """
+    case = export.prepared.cases[0]
+    for shapes in export.program.extreme_shapes(example.shapes):
+        sized = example.sized(shapes)
+        if can_call(export.runnable, case.full(sized)) or not can_call(_by_probe(case, export), sized):
+            continue
+        if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
+            raise ExportError(
+                f"on inputs of the shapes {list(shapes)} the model decides otherwise than on the example, and what was "
+                "exported doesn't see that, but returns something else. Limit the sizes, as in "
+                'dynamic={"x": {0: torch.export.Dim("rows", min=3)}}, or use format=\'pt2\', which refuses others; '
+                "check=False exports it all the same"
+            )
+
+
+def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> bool:
+    try:
+        found = run(case, example)
+    except Exception:  # each runtime has errors of its own; one is what is wanted here
+        return False
+    try:
+        return not _differences(found, expected, "") <= tolerance
+    except ExportError:
+        return True
+
+
 def _is_possible(case: Case, export: Export, example: Example) -> bool:
-    by_model = functools.partial(_computed, case, export.source)
-    return can_call(by_model, example) and can_call(export.runnable, case.full(example))
+    return can_call(_by_probe(case, export), example) and can_call(export.runnable, case.full(example))
+
+
+def _by_probe(case: Case, export: Export) -> Callable[..., Any]:
+    return functools.partial(_computed, case, export.probe)
 
 
 def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:
     return case.expected(source, Example(args, kwargs))
 
 
-def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: float) -> float:
+def _compared(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> float:
     where = f"{case.name or 'the model'} on inputs of the shapes {list(example.shapes)}"
     try:
         found = run(case, example)
@@ -79,10 +136,10 @@ def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: 
         raise
     except Exception as error:
         raise ExportError(
-            f"what was exported can't be run for {where}, which the model itself can: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Give example_inputs of such shapes, or dynamic=False"
+            f"what was exported can't be run for {where}, which the model itself can: {in_short(error)}. Give "
+            "example_inputs of such shapes, or dynamic=False"
         ) from error
-    difference = max((_difference(*pair) for pair in _pairs(found, expected, where)), default=0.0)
+    difference = _differences(found, expected, where)
     if not difference <= tolerance:
         raise ExportError(
             f"what was exported differs by {difference:.2g} from the model for {where}, where {tolerance:.0e} is "
@@ -91,29 +148,47 @@ def _compared(run: Any, case: Case, example: Example, expected: Any, tolerance: 
     return difference
 
 
-def _pairs(found: Any, expected: Any, where: str) -> Iterator[tuple[Tensor, Tensor]]:
-    ours, theirs = _tensors(found), _tensors(expected)
+def _differences(found: Any, expected: Any, where: str) -> float:
+    """Returns the greatest difference of two results.
+
+    Raises:
+        ExportError: If they have other tensors, or other values that are no tensors.
+    """
+    (ours, our_others), (theirs, their_others) = _leaves(found), _leaves(expected)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         raise ExportError(
             f"what was exported returns tensors of the shapes {[tuple(t.shape) for t in ours]} for {where}, and the "
             f"model {[tuple(t.shape) for t in theirs]}"
         )
-    return zip(ours, theirs, strict=True)
+    if our_others != their_others:
+        raise ExportError(f"what was exported returns {our_others} for {where}, and the model {their_others}")
+    return max((_difference(*pair) for pair in zip(ours, theirs, strict=True)), default=0.0)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(plain(value)) if isinstance(leaf, Tensor)]
+def _leaves(value: Any) -> tuple[list[Tensor], list[Any]]:
+    """Returns the tensors of a result, and what else is in it."""
+    leaves = [leaf for leaf in pytree.tree_leaves(plain(value)) if leaf is not None]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
-    ours, theirs = found.to("cpu", torch.float64), expected.to("cpu", torch.float64)
-    # what isn't finite is to be the same
-    if not torch.equal(torch.isfinite(ours), torch.isfinite(theirs)):
+    if expected.is_complex():
+        return _difference(torch.view_as_real(found.to(expected.dtype)), torch.view_as_real(expected))
+    ours, theirs = found.detach().to("cpu", torch.float64), expected.detach().to("cpu", torch.float64)
+    if not torch.equal(_infinite(ours), _infinite(theirs)):
         return float("inf")
-    difference = torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max()
-    return float(difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max())))
+    difference = float(torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max())
+    if not expected.is_floating_point():
+        return difference  # an index of 50,001 isn't nearly one of 50,000
+    return difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max()))
+
+
+def _infinite(values: Tensor) -> Tensor:
+    """Returns 0 for what is finite, and other numbers for each of ∞, −∞ and NaN."""
+    return torch.where(torch.isfinite(values), 0.0, torch.nan_to_num(values, 1.0, 2.0, 3.0))
 
 
 def _tolerance(model: Any) -> float:

@@ -1,18 +1,18 @@
 """The example inputs of an export: by name, in other sizes, and wide enough that a trace doesn't take a size for fixed.
 
 PyTorch's exporter takes a dimension of size 1 for one that always is. So such dimensions are widened for the trace, all
-of them or the first of each tensor, whichever the model can be called with. Other sizes of an example repeat what is
+of them or the first of each tensor, unless they can't have another size. Other sizes of an example repeat what is
 in it along a dimension, so that ids, masks and positions stay valid.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphpeft.exporting.errors import ExportError
@@ -39,7 +39,7 @@ class Example(NamedTuple):
         Raises:
             ExportError: If they are something else, or without a tensor.
         """
-        if isinstance(example_inputs, dict):
+        if isinstance(example_inputs, Mapping):
             example = cls((), dict(example_inputs))
         elif isinstance(example_inputs, tuple):
             example = cls(example_inputs, {})
@@ -78,22 +78,28 @@ class Example(NamedTuple):
         return Example(args, kwargs)
 
     def call(self, function: Callable[..., Any]) -> Any:
-        """Calls a function with it, without gradients."""
+        """Calls a function with copies of it, into which the function may write, without gradients."""
         with torch.no_grad():
-            return function(*self.args, **self.kwargs)
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, tuple(self))
+            return function(*args, **kwargs)
 
 
 def _sized(tensor: Tensor, shape: Shape) -> Tensor:
+    if not tensor.numel():
+        return tensor.new_zeros(shape)  # there is nothing to repeat
     for dim, size in enumerate(shape):
         if size != tensor.shape[dim]:
             tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
     return tensor
 
 
-def names(function: Callable[..., Any], example: Example) -> list[str]:
+def names(function: Callable[..., Any], example: Example, keyed: Collection[str] = ()) -> list[str]:
     """Returns the names of an example's tensors: those of arguments, with keys and places inside of them behind.
 
-    A key of `adapters`, which is the name of an adapter's tensor in its file, stands for itself.
+    Args:
+        function: What is called with the example.
+        example: The example.
+        keyed: The names of arguments that are dictionaries whose keys stand for themselves.
     """
     bound = inspect.signature(function).bind(*example.args, **example.kwargs)
     positional = [name for name in bound.arguments if bound.signature.parameters[name].kind in _POSITIONAL]
@@ -102,7 +108,7 @@ def names(function: Callable[..., Any], example: Example) -> list[str]:
         if isinstance(leaf, Tensor):
             kind, own, *inside = [_key(entry) for entry in path]
             first = own if kind == 1 else positional[own] if own < len(positional) else f"args.{own}"
-            found.append(str(inside[0]) if first == "adapters" else ".".join(map(str, (first, *inside))))
+            found.append(".".join(map(str, inside if first in keyed else (first, *inside))))
     return found
 
 
@@ -113,19 +119,14 @@ def _key(entry: Any) -> Any:
     return next(getattr(entry, name) for name in ("idx", "key", "name") if hasattr(entry, name))
 
 
-def widened(model: nn.Module, example: Example) -> Example:
-    """Returns an example with no dimension of size 1 that could be dynamic, as far as `model` can be called with it."""
-    for shapes in _wider(example):
-        wider = example.sized(shapes)
-        if shapes == example.shapes or can_call(model, wider):
-            return wider
-    return example
-
-
-def _wider(example: Example) -> Iterator[tuple[Shape, ...]]:
-    yield tuple(tuple(max(size, 2) for size in shape) for shape in example.shapes)
-    yield tuple(tuple(max(size, 2) if dim == 0 else size for dim, size in enumerate(s)) for s in example.shapes)
-    yield example.shapes
+def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
+    """Yields an example without dimensions of size 1, as far as `model` can be called with it, and at last as it is."""
+    everywhere = tuple(tuple(max(size, 2) for size in shape) for shape in example.shapes)
+    in_front = tuple((*(max(size, 2) for size in shape[:1]), *shape[1:]) for shape in example.shapes)
+    for shapes in dict.fromkeys((everywhere, in_front)):
+        if shapes != example.shapes and can_call(model, example.sized(shapes)):
+            yield example.sized(shapes)
+    yield example
 
 
 def can_call(model: Callable[..., Any], example: Example) -> bool:

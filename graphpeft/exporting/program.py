@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.exporting.quiet import quiet
 from graphpeft.exporting.ways import Prepared
@@ -28,12 +28,10 @@ class Input(NamedTuple):
 
     Attributes:
         name: Its name.
-        node: The name of its node in the program.
         shape: Its shape, with symbols for sizes that can change.
     """
 
     name: str
-    node: str
     shape: tuple[Any, ...]
 
     @property
@@ -72,6 +70,17 @@ class Program(NamedTuple):
             for choices in (larger, smaller)
         ]
 
+    def extreme_shapes(self, shapes: Sequence[Shape]) -> list[tuple[Shape, ...]]:
+        """Returns shapes in which one size alone is another: 1, more than all others, or beyond what it may be."""
+        own = [one.shape for one in self.inputs[: len(shapes)]]
+        sizes = dict(_solved(own, shapes))
+        found = []
+        for symbol, size in sizes.items():
+            limit = self._limited(symbol, _FAR * max(size, 1)) + 1
+            wanted = [1, max(sizes.values()) + 1, *([limit] if limit <= _FAR * size else [])]
+            found += [tuple(map(functools.partial(_evaluated, {**sizes, symbol: one}), own, shapes)) for one in wanted]
+        return [one for one in dict.fromkeys(found) if one != tuple(shapes)]
+
     def _limited(self, symbol: Any, size: int) -> int:
         """Returns a size in the range that the program allows."""
         limits = self.exported.range_constraints.get(symbol)
@@ -86,6 +95,10 @@ _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2
 """Other sizes than that of the example; a model may want an even one, or allow no larger one."""
 
 
+_FAR = 8
+"""How many times the example's size a limit may be to be tried out; a model may need all memory for one beyond."""
+
+
 def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
     return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
 
@@ -98,7 +111,10 @@ def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Ite
         for size, number in zip(shape, known, strict=True):
             symbols = _symbols_of((size,))
             if len(symbols) == 1:
-                yield from ((symbol, int(sympy.solve(size.node.expr - number, symbol)[0])) for symbol in symbols)
+                [symbol] = symbols
+                # a symbol is taken to be positive, and so an equation for 0 to have no solution
+                solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
+                yield from ((symbol, int(solution)) for solution in solutions[:1])
 
 
 def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
@@ -126,12 +142,13 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         raise
     except Exception as error:
         raise ExportError(_refusal(error)) from error
-    found = names(prepared.root.forward, full)
+    more = full.kwargs.keys() - example.kwargs.keys()
+    found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
     values = {node.name: node.meta["val"] for node in nodes}
     specs = program.graph_signature.input_specs
     given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
-    inputs = [Input(own, node, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
+    inputs = [Input(own, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
     return Program(program, tuple(inputs))
 
 
@@ -180,6 +197,6 @@ def _refusal(error: Exception) -> str:
             "returns tensors alone, such as use_cache=False"
         )
     return (
-        f"torch.export can't export the model: {type(error).__name__}: {text.splitlines()[0] if text else ''}. Its "
+        f"torch.export can't export the model: {in_short(error)}. Its "
         "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
     )

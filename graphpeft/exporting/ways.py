@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graphpeft.adapters import mixing
 from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.exporting import adapter_inputs, copies
-from graphpeft.exporting.adapter_inputs import AdapterInput, Slot
+from graphpeft.exporting.adapter_inputs import AdapterInput, Interface
 from graphpeft.exporting.calls import Root
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
@@ -57,9 +57,8 @@ class Prepared:
         root: What is exported, which calls it.
         cases: What it has to compute; the first one is what it is traced with.
         adapters: The tensors of each adapter by their names as inputs, as its file is to have them.
-        slots: What an adapter has to have.
+        interface: What an adapter has to be; None where adapters are no inputs.
         defaults: The tensors that are given unless others are.
-        method: The `peft_type` of their method.
     """
 
     way: str
@@ -67,9 +66,8 @@ class Prepared:
     root: Root
     cases: tuple[Case, ...]
     adapters: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
-    slots: Mapping[str, Slot] = dataclasses.field(default_factory=dict)
+    interface: Interface | None = None
     defaults: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    method: str = ""
 
 
 def _as_it_is(model: Any, example: Example) -> Any:
@@ -105,13 +103,12 @@ def baked(model: nn.Module) -> Prepared:
 
 def inputs(model: nn.Module) -> Prepared:
     """Returns the model with one more argument, `adapters`: the tensors of one adapter by their names."""
-    copied, name, own, values = _with_inputs(model, "inputs")
+    copied, name, own, values, interface = _with_inputs(model, "inputs")
     modules = dict(copied.named_modules())
     copies.take_tensors_off(copied, copied._peft_adapters.by_name)
     root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, own, adapters))
     cases = [_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name)]
-    slots = adapter_inputs.slots_of(own)
-    return Prepared("inputs", copied, root, tuple(cases), values, slots, values[name], _method(model, name))
+    return Prepared("inputs", copied, root, tuple(cases), values, interface, values[name])
 
 
 def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
@@ -124,7 +121,7 @@ def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
 
 def rows(model: nn.Module) -> Prepared:
     """Returns the model with two more arguments: `adapters`, those of several, and `adapter_rows`, one for each row."""
-    copied, name, own, values = _with_inputs(model, "rows")
+    copied, name, own, values, interface = _with_inputs(model, "rows")
     modules = dict(copied.named_modules())
     try:
         mixing.run_at_once(modules, copied._peft_adapters, name)
@@ -143,8 +140,7 @@ def rows(model: nn.Module) -> Prepared:
     names = list(values)
     ones = {other: {key: value.unsqueeze(0) for key, value in values[other].items()} for other in names}
     together = {key: torch.cat([ones[other][key] for other in names]) for key in own}
-    slots = adapter_inputs.slots_of(own)
-    return Prepared("rows", copied, root, (_by_rows(names, together),), ones, slots, together, _method(model, name))
+    return Prepared("rows", copied, root, (_by_rows(names, together),), ones, interface, together)
 
 
 def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:
@@ -173,10 +169,6 @@ WAYS: Mapping[str, Callable[[nn.Module], Prepared]] = {
 """The ways by their names; each leaves the model as it is, and raises ExportError for what it can't carry."""
 
 
-def _method(model: Any, name: str) -> str:
-    return model._peft_adapters.by_name[name].config.method
-
-
 def _adapted(model: nn.Module, way: str) -> Adapters:
     state = adapters_of(model)
     if state is None:
@@ -187,8 +179,25 @@ def _adapted(model: nn.Module, way: str) -> Adapters:
     return state
 
 
-def _with_inputs(model: nn.Module, way: str) -> tuple[Any, str, dict[str, AdapterInput], dict[str, dict[str, Tensor]]]:
-    """Returns a copy, its adapter that acts, that adapter's tensors, and the values of all adapters by these names."""
+class _WithInputs(NamedTuple):
+    """A copy of a model, of which an adapter is to be inputs.
+
+    Attributes:
+        model: The copy.
+        name: Its adapter that acts.
+        inputs: That adapter's tensors and numbers.
+        values: Those of all adapters, by the same names.
+        interface: What an adapter has to be.
+    """
+
+    model: Any
+    name: str
+    inputs: dict[str, AdapterInput]
+    values: dict[str, dict[str, Tensor]]
+    interface: Interface
+
+
+def _with_inputs(model: nn.Module, way: str) -> _WithInputs:
     state = _adapted(model, way)
     if state.merged:
         raise ExportError("adapters are merged into the weights; call unmerge_adapter() before you export them apart")
@@ -200,13 +209,13 @@ def _with_inputs(model: nn.Module, way: str) -> tuple[Any, str, dict[str, Adapte
     [name] = state.acting
     copied = copies.sharing_weights(model)
     optimize(copied, [])
-    own = adapter_inputs.inputs_of(copied, name)
-    others = {other: adapter_inputs.inputs_of(copied, other) for other in state.by_name if other != name}
+    # all of them before the graphs are changed
+    found = {own: adapter_inputs.carried(copied, own) for own in (name, *state.by_name)}
     adapter_inputs.let_numbers_be_tensors(copied, name)
+    own = dict(found[name].inputs)
     for key in adapter_inputs.unread(copied, name, own):
         del own[key]
-    wanted = adapter_inputs.slots_of(own)
+    interface = Interface.of(found[name]._replace(inputs=own))
     of_name = f"a graph for adapter {name!r}"
-    values = {name: {key: one.value for key, one in own.items()}}
-    values |= {other: adapter_inputs.fitted(given, wanted, other, of_name) for other, given in others.items()}
-    return copied, name, own, values
+    values = {other: adapter_inputs.fitted(one, interface, other, of_name) for other, one in found.items()}
+    return _WithInputs(copied, name, own, values, interface)

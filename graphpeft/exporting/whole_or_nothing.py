@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from graphpeft.exporting.errors import ExportError
 def folder_for(target: Path) -> Iterator[Path]:
     """Gives an empty folder, and puts what is in it beside `target` at the end, unless something fails.
 
-    Files of the same names make way. What was there before is there again after an error.
+    Files of the same names make way, and all others stay. What was there before is there again after an error.
 
     Raises:
         ExportError: If nothing can be written there.
@@ -31,25 +33,42 @@ def folder_for(target: Path) -> Iterator[Path]:
         old.mkdir()
         yield new
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             _exchange(new, target.parent, old)
         except OSError as error:
             raise ExportError(f"{target} can't be written: {error.strerror}: {error.filename}") from error
 
 
 def _exchange(new: Path, place: Path, old: Path) -> None:
-    """Moves all that is in `new` to `place`, and what is there under these names to `old`; back after an error."""
+    """Moves all files in `new` to `place`, and what is there under their names to `old`; back after an error.
+
+    A folder that is there already keeps its other files: they are somebody's.
+    """
     moved: list[tuple[Path, Path]] = []
+    made: list[Path] = []
     try:
-        for source in sorted(new.iterdir()):
-            target = place / source.name
-            if target.exists():
-                _move(target, old / source.name, moved)
+        for source in sorted(file for file in new.rglob("*") if file.is_file()):
+            name = source.relative_to(new)
+            target, kept = place / name, old / name
+            _make_folder(target.parent, made)
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            if os.path.lexists(target):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                _move(target, kept, moved)
             _move(source, target, moved)
     except BaseException:
         for source, target in reversed(moved):
             os.replace(target, source)
+        for folder in reversed(made):
+            folder.rmdir()
         raise
+
+
+def _make_folder(folder: Path, made: list[Path]) -> None:
+    lacking = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    for path in reversed(lacking):
+        path.mkdir()
+        made.append(path)
 
 
 def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:

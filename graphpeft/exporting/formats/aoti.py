@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
 from graphpeft.exporting.quiet import quiet
@@ -24,6 +24,7 @@ class Aoti:
 
     suffixes = (".pt2",)
     has_graph = True
+    checks_inputs = False
     adapter_suffix = ".safetensors"
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -35,10 +36,9 @@ class Aoti:
             with quiet():
                 inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except Exception as error:
-            reason = str(error).strip().splitlines()
             raise ExportError(
-                f"AOTInductor can't compile the model: {type(error).__name__}: {reason[0] if reason else ''}. It needs "
-                "a C++ compiler, which the variable CXX may name; format='pt2' needs none"
+                f"AOTInductor can't compile the model: {in_short(error)}. It needs a "
+                "C++ compiler, which the variable CXX may name; format='pt2' needs none"
             ) from error
 
     def runner(self, export: Export, path: Path) -> Runner:

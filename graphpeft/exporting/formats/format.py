@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from graphpeft.exporting.example import Example
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example, can_call, wider
 from graphpeft.exporting.program import Dynamic, Program, exported
 from graphpeft.exporting.ways import Case, Prepared
 
@@ -22,18 +24,27 @@ class Export:
 
     Args:
         source: The adapted model, a copy in evaluation mode.
+        probe: Another copy, to find out what it can be called with: a call may change what the next one gives.
         prepared: The plain module that is made of it.
-        example: What it is traced with.
+        example: What it is called with.
         dynamic: Which of the example's sizes can change.
     """
 
-    def __init__(self, source: Any, prepared: Prepared, example: Example, dynamic: Dynamic) -> None:
-        self.source, self.prepared, self.example, self._dynamic = source, prepared, example, dynamic
+    def __init__(self, source: Any, probe: Any, prepared: Prepared, example: Example, dynamic: Dynamic) -> None:
+        self.source, self.probe, self.prepared, self.example, self.dynamic = source, probe, prepared, example, dynamic
 
     @functools.cached_property
     def program(self) -> Program:
         """The module as PyTorch's program."""
-        return exported(self.prepared, self.example, self._dynamic)
+        if self.dynamic is not False:
+            *widened, _ = wider(self.probe, self.example)
+            for one in widened:
+                # a size of 1 that means something, such as that of a mask for all heads, can't be any other
+                with contextlib.suppress(ExportError):
+                    program = exported(self.prepared, one, self.dynamic)
+                    if can_call(program.exported.module(), self.prepared.cases[0].full(self.example)):
+                        return program
+        return exported(self.prepared, self.example, self.dynamic)
 
     @functools.cached_property
     def runnable(self) -> Callable[..., Any]:
@@ -52,6 +63,11 @@ class Format(Protocol):
     @property
     def has_graph(self) -> bool:
         """Whether it holds a computation, and not only weights."""
+        ...
+
+    @property
+    def checks_inputs(self) -> bool:
+        """Whether a file refuses inputs for which the model decides otherwise than it did when it was exported."""
         ...
 
     @property

@@ -18,21 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import ExportedProgram
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
 from graphpeft.exporting.ways import Case
+from graphpeft.paths import join
+from graphpeft.tracing.calls import calls_of
+from graphpeft.tracing.graph_module import template_of
+from graphpeft.tracing.trace import stands_for
 
 _ABOUT = "graphpeft"
 
-_ERRORS_ALONE = 3
-"""onnxruntime's level of logging at which it doesn't warn of initialisers that are inputs, as they are here."""
+_FATAL_ALONE = 4
+"""onnxruntime's level of logging at which it prints no errors, which are exceptions too, and no warnings."""
 
 
 class Onnx:
@@ -40,6 +43,7 @@ class Onnx:
 
     suffixes = (".onnx",)
     has_graph = True
+    checks_inputs = False
     adapter_suffix = ".onnx_adapter"
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -47,11 +51,11 @@ class Onnx:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _library(package)
         program = export.program
-        translated = _translated(program.exported)
+        names = _output_names(program)
+        translated = _translated(export)
         graph = translated.model.graph
-        named = {value.name: value for value in graph.inputs}
-        _rename(graph, [named[one.node] for one in program.inputs], [one.name for one in program.inputs])
-        _rename(graph, list(graph.outputs), _output_names(program))
+        _rename(graph, list(graph.inputs), [one.name for one in program.inputs])
+        _rename(graph, list(graph.outputs), names)
         for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
@@ -95,12 +99,12 @@ def _library(name: str) -> Any:
 def _session(path: Path) -> Any:
     runtime = _library("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = _ERRORS_ALONE
+    options.log_severity_level = _FATAL_ALONE
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no class in common
         raise ExportError(
-            f"onnxruntime can't load what was exported: {str(error).splitlines()[0]}. Its CPU provider lacks some "
+            f"onnxruntime can't load what was exported: {in_short(error)}. Its CPU provider lacks some "
             "operators in half precision; export model.float()"
         ) from error
 
@@ -154,6 +158,14 @@ def _output_names(program: Program) -> list[str]:
     returned = [one for one in specs if one.kind.name in ("USER_OUTPUT", "USER_INPUT_MUTATION")]
     places = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     names = [pytree.keystr(path) for path, _ in places]
+    others = [
+        name or "the result" for name, one in zip(names, returned, strict=True) if not _is_tensor_or_none(one.arg)
+    ]
+    if others:
+        raise ExportError(
+            f"the model returns what is no tensor: {', '.join(others)}. ONNX has tensors alone: let the model return "
+            "a tensor there, or nothing, or export with format='pt2'"
+        )
     plain = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
     taken = {one.name for one in program.inputs}
     return [
@@ -163,58 +175,73 @@ def _output_names(program: Program) -> list[str]:
     ]
 
 
-def _translated(program: ExportedProgram) -> Any:
+def _is_tensor_or_none(argument: Any) -> bool:
+    return isinstance(argument, TensorArgument) or getattr(argument, "value", argument) is None
+
+
+def _translated(export: Export) -> Any:
     try:
         with _quiet():
-            return torch.onnx.export(program, dynamo=True, verbose=False)
+            return torch.onnx.export(export.program.exported, dynamo=True, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(_refusal(error, program)) from error
+        raise ExportError(_refusal(error, export)) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps from the user what the exporter prints and warns of on its way."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _refusal(error: BaseException, program: ExportedProgram) -> str:
-    texts = []
-    cause: BaseException | None = error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__
-    found = re.search(r"target=torch\.ops\.([\w.]+)|OpOverload\(op='([\w.]+)'", "\n".join(texts))
+def _refusal(error: BaseException, export: Export) -> str:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    found = re.search(r"target=torch\.ops\.([\w.]+)|OpOverload\(op='([\w.]+)'", "\n".join(map(str, causes)))
     if found is None:
-        return f"the model can't be translated to ONNX: {texts[-1].splitlines()[0]}. format='pt2' holds any operator"
+        return f"the model can't be translated to ONNX: {in_short(causes[-1])}. format='pt2' holds any operator"
     operator = found[1] or found[2]
-    modules = _modules_with(operator, program)
-    where = f", which {', '.join(modules)} calls" if modules else ""
+    modules = ", ".join(_modules_with(operator, export))
     return (
-        f"ONNX has no operator for {operator}{where}. Replace it in the model by others, register a translation with "
-        "torch.onnx, or export with format='pt2', which holds any operator"
+        f"ONNX has no operator for {operator}, which {modules} calls. Replace it in the model by others, register a "
+        "translation with torch.onnx, or export with format='pt2', which holds any operator"
     )
 
 
-def _modules_with(operator: str, program: ExportedProgram) -> list[str]:
+def _modules_with(operator: str, export: Export) -> list[str]:
     """Returns the modules that call an operator, or one that is decomposed into it."""
     own = operator.rpartition(".")[2]
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in export.program.exported.graph.nodes if node.op == "call_function"]
     exact = [node for node in nodes if str(node.target).startswith(operator)]
     alike = [node for node in nodes if own in str(node.target)]
-    return list(dict.fromkeys(_module(node.meta.get("nn_module_stack")) for node in exact or alike))
+    modules = dict(export.prepared.model.named_modules())
+    paths = dict.fromkeys(path for node in exact or alike if (path := _path_in_program(node)) in modules)
+    # PyTorch's exporter goes through modules that are graphs as if they were the code around them
+    paths |= dict.fromkeys(_paths_in_graphs(own, modules))
+    inside = [path for path in paths if path] or [""]
+    return [f"{path or 'the model'} ({stands_for(modules[path]).__name__})" for path in inside]
 
 
-def _module(stack: Any) -> str:
-    if not stack:
-        return "the model"
-    path, kind = list(stack.values())[-1]
-    name = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-    return f"{path or 'the model'} ({name})"
+def _path_in_program(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return path.partition("@")[0]  # which call of the module it is
+
+
+def _paths_in_graphs(operator: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    for path, module in modules.items():
+        template = template_of(module)
+        for node in template.graphs[0].nodes if template is not None else ():
+            if node.op.startswith("call_") and node.op != "call_module" and operator in str(node.target):
+                calls = calls_of(node)
+                yield join(path, calls[-1].path) if calls else path

@@ -20,6 +20,7 @@ class Pt2:
 
     suffixes = (".pt2",)
     has_graph = True
+    checks_inputs = True
     adapter_suffix = ".safetensors"
 
     def write(self, export: Export, path: Path, about: str) -> None:

@@ -47,6 +47,7 @@ class Weights:
     tied: bool
 
     has_graph = False
+    checks_inputs = True
     adapter_suffix = ""
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -87,7 +88,10 @@ class Weights:
 
     def _adapters(self, export: Export) -> list[str]:
         state = export.source._peft_adapters
-        return state.read if export.prepared.way == "baked" else list(state.by_name)
+        if export.prepared.way != "baked":
+            return list(state.by_name)
+        # what is merged acts, too, whether it is active or not
+        return list(dict.fromkeys((*state.read, *state.merged)))
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the weights into a copy of the base whose own are gone, and the adapters onto it."""
@@ -95,11 +99,12 @@ class Weights:
             merged = self._filled(export.prepared.model, path)
             return lambda _, example: example.call(merged)
         model = self._filled(copies.with_own_weights(export.source).unload(), path)
-        for name in self._adapters(export):
+        names = self._adapters(export)
+        for name in names:
             folder = path / _ADAPTERS / name
             PeftModel.from_pretrained(model, folder, name, example_inputs=_example_inputs(export.example))
-        if export.prepared.way == "baked":
-            model.set_adapter(self._adapters(export), inference_mode=True)
+        if export.prepared.way == "baked" and names:
+            model.set_adapter(names, inference_mode=True)
 
         def run(case: Case, example: Example) -> Any:
             return case.expected(model, example)

@@ -570,6 +570,7 @@ def test_what_cannot_be_merged_can_be_mixed():
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
         ([], ValueError, "adapter_names is empty; name one adapter for each row"),
         (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
+    ],
 )
 def test_what_cannot_be_mixed_is_refused(names: Any, error: type[Exception], reason: str):
     model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})

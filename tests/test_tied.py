@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphpeft
@@ -323,3 +324,16 @@ def test_the_laws_hold() -> None:
 def test_rows_follow_as_before() -> None:
     model = by(graphpeft, llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3]})
     assert sum("weight_rows" in name for name, _ in model.named_parameters()) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["head"]}, {"target_modules": ["between"], "modules_to_save": ["head"]}]
+)
+def test_an_exported_model_takes_what_is_tied_once(options: dict[str, Any], tmp_path: Path) -> None:
+    model = by(graphpeft, Plain, options)
+    graphpeft.export(model, {"input_ids": IDS}, tmp_path / "tied.pt2", adapters="inputs")
+    oracle.perturb(model)
+    values = load_file(graphpeft.export_adapter(model, "default", tmp_path / "tied.pt2"))
+    assert not any(".head.lora_A" in key or key.endswith(".head.weight") for key in values)
+    program = torch.export.load(tmp_path / "tied.pt2").module()
+    oracle.assert_close(program(input_ids=IDS, adapters=values), output(model))

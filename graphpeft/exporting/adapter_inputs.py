@@ -62,7 +62,9 @@ def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
     found = {}
     for key, place in checkpoint.keys(adapter, name, modules).items():
         tensor = _tensor(modules, place)
-        found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
+        first, *_ = places[id(tensor)]
+        if place == first:  # what is tied has one input, and a name in files for each place
+            found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
     devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
     for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
         number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])

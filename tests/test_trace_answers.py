@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,46 @@ def test_a_question_for_the_class_of_a_value_keeps_the_module_a_call(forward, qu
     assert torch.equal(traced(X), 2 * X)
     with pytest.raises(TraceError, match=f"asks for the class of a value by `{question}`.*isinstance"):
         trace(model[0], (X,))
+
+
+def all_of(self, x):
+    for function in self.functions.values():
+        x = function(x)
+    return x
+
+
+def halved_by_match(value):
+    match value:
+        case torch.Tensor():
+            return value / 2
+    return value
+
+
+@pytest.mark.parametrize(
+    ("function", "question"),
+    [
+        (doubled_by_type, r"type\(value\)"),
+        (functools.partial(lambda factor, value: factor * value if type(value) is torch.Tensor else value, 2), "type"),
+        (lambda value: 4 * halved_by_match(value), "match value"),
+    ],
+    ids=["in a container", "partial", "in what that calls"],
+)
+def test_so_does_one_in_a_function_that_the_module_holds(function, question):
+    model: Any = nn.Sequential(module_of(all_of))
+    model[0].functions = {"first": function}
+    traced: Any = trace(model, (X,))
+    assert traced.kept.keys() == {"0"}
+    assert torch.equal(traced(X), 2 * X)
+    with pytest.raises(TraceError, match=f"asks for the class of a value by `{question}"):
+        trace(model[0], (X,))
+
+
+def test_so_does_one_in_a_hook():
+    model = nn.Sequential(nn.Sequential(nn.Tanh()))
+    model[0].register_forward_hook(lambda module, args, output: doubled_by_type(output))
+    traced: Any = trace(model, (X,))
+    assert traced.kept.keys() == {"0"}
+    assert torch.equal(traced(X), model(X))
 
 
 def test_the_class_of_what_a_module_holds_or_of_what_a_message_tells_is_no_question():

@@ -1376,6 +1376,8 @@ def program_cases(draw: Any, most: int = 7) -> ProgramCase:
     # few programs do what may be refused, but these do it in most of their steps
     if draw(st.sampled_from([False] * 9 + [True])):
         names = [name for name in STEPS if name not in names] * 10 + names
+        # `match` tells nothing of what a call returns that stays one, and no name leads from a program to this step
+        names.remove(called_inside_by_another_name.__name__)
     outputs = st.sampled_from(["last", "all", "pair"])
     inner = draw(st.lists(st.builds(Spec, _steps(names, 1, 3), outputs), max_size=2).map(tuple))
     spec = Spec(draw(_steps(names, 2, most)), draw(outputs), inner)

@@ -9,8 +9,21 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from graphpeft.tracing.reach import is_of_a_library
-from graphpeft.tracing.source import functions_in_forward, names_in, syntax_tree
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.tracing.reach import functions_held, is_of_a_library
+from graphpeft.tracing.source import functions_called, functions_in_forward, names_in, syntax_tree
+
+
+def question_in(module: nn.Module) -> str | None:
+    """Returns the code that asks for the class of a value: in a module's forward, or in what it holds and may call."""
+    held = map(_question_of_function, functions_held(module))
+    return question_of_class(in_place.original_class(module)) or next(filter(None, held), None)
+
+
+def _question_of_function(function: Callable[..., Any]) -> str | None:
+    return next(filter(None, map(_question, functions_called(function))), None)
 
 
 @functools.cache
@@ -28,7 +41,6 @@ def question_of_class(cls: type) -> str | None:
     return None
 
 
-@functools.cache
 def _question(function: Callable[..., Any]) -> str | None:
     code = function.__code__
     may_ask = not _ASKS.isdisjoint(names_in(code).read) or any(opcode in code.co_code for opcode in _MATCHES)

@@ -144,6 +144,27 @@ def _starts(module: nn.Module) -> Iterator[Any]:
             waiting += parts_of(value)
 
 
+def functions_held(module: nn.Module) -> Iterator[FunctionType]:
+    """Yields the user's functions that a module holds: by itself, in containers, or in closures of such; hooks, too."""
+    _, *waiting = _starts(module)
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        # by their types, since a value of the trace would take isinstance for a question of the model's
+        if not issubclass(type(value), _MAY_HOLD_FUNCTIONS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, FunctionType):
+            waiting += opened(value)[1]
+        elif not is_of_a_library(value.__module__):
+            yield value
+            cells = (holder for holder in _opened_function(value)[0] if isinstance(holder, Cell))
+            waiting += [held for cell in cells for held in cell.bindings().values()]
+
+
+_MAY_HOLD_FUNCTIONS = (FunctionType, MethodType, functools.partial, functools._lru_cache_wrapper, *_WITH_PARTS)
+
+
 _HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
 """Hooks that PyTorch calls for each module."""
 

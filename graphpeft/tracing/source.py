@@ -68,7 +68,12 @@ def uses_in_forward(cls: type) -> Uses:
 @functools.cache
 def functions_in_forward(cls: type) -> tuple[Callable[..., Any], ...]:
     """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
-    waiting: list[Any] = [getattr(cls, "forward", None)]
+    return functions_called(getattr(cls, "forward", None), cls)
+
+
+def functions_called(function: Any, cls: type = object) -> tuple[Callable[..., Any], ...]:
+    """Returns a function and those that it runs, as far as names tell: methods of `cls`, and those of its file."""
+    waiting: list[Any] = [function]
     found: dict[Any, None] = {}
     while waiting:
         function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()

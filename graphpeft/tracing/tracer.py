@@ -21,13 +21,12 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing import guards, no_grad, patches
 from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
-from graphpeft.tracing.class_questions import question_of_class
+from graphpeft.tracing.class_questions import question_in
 from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
@@ -546,7 +545,7 @@ class ValueTracer(fx.Tracer):
 
 def _refuse_questions_of_class(module: nn.Module) -> None:
     """Raises TraceError if the forward of `module` would see the class of a proxy."""
-    question = question_of_class(in_place.original_class(module))
+    question = question_in(module)
     if question is not None:
         raise TraceError(
             f"{type(module).__name__}'s forward asks for the class of a value by `{question}`, which a graph can't "

@@ -431,6 +431,14 @@ def test_a_buffer_that_a_forward_assigns_moves_the_stand_in_alone():
     assert adapted.unload()[1].mean == 0
 
 
+def test_a_state_dict_that_is_assigned_reaches_the_tensors_behind_stand_ins():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", modules_to_save=["1"]))
+    expected = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(expected, assign=True)
+    laws.require_equal(dict(model.state_dict()), expected, "assigning loads other values")
+    assert torch.equal(model[1].weight, expected["1.weight_default"])
+
+
 # what a trace must not lose
 
 

@@ -195,6 +195,58 @@ def test_what_is_tied_is_merged_once_and_stays_tied(
     assert after.keys() == dict(before.named_parameters()).keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "another tensor.* in the place of lm_head"),
+        (
+            {"target_modules": ["lm_head"], "use_dora": True},
+            "change of lm_head.weight by 'other' depends on the weight",
+        ),
+    ],
+)
+def test_what_acts_at_one_of_them_keeps_what_is_tied_from_being_merged_beside_it(
+    options: dict[str, Any], reason: str
+) -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, **options))
+    model.set_adapter(["default", "other"])
+    before = output(model)
+    with pytest.raises(AdaptError, match=reason):
+        model.merge_adapter(["default"])
+    assert torch.equal(output(model), before)
+
+
+def test_weights_that_were_untied_since_are_each_merged_into() -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    adapted = output(model)
+    model.load_state_dict(copy.deepcopy(dict(model.state_dict())), assign=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    merged = output(model.merge_and_unload())
+    assert (merged - adapted).abs().max() < 1e-4 * adapted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_weights_are_tied_by_their_memory(options: dict[str, Any]) -> None:
+    model = by(graphpeft, llama, options)
+    oracle.perturb(model)
+    adapted = output(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.lm_head._parameters["weight"] is not model.model.embed_tokens._parameters["weight"]
+    merged = output(model.merge_and_unload())
+    assert (merged - adapted).abs().max() < 1e-4 * adapted.abs().max()
+
+
+def test_a_tied_weight_with_factors_that_were_untied_since_is_not_merged_into() -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    factors = {name: value + 1 for name, value in model.state_dict().items() if "lm_head.lora" in name}
+    model.load_state_dict(factors, strict=False, assign=True)
+    with pytest.raises(AdaptError, match=r"is tied to lm_head\.weight, which merging would change"):
+        model.merge_and_unload()
+
+
 def test_peft_merges_the_change_of_a_tied_weight_twice() -> None:
     model = by(peft, llama, {"target_modules": ["embed_tokens"]})
     adapted = output(model)

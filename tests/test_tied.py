@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,49 @@ def test_what_would_untie_them_is_refused(options: dict[str, Any], reason: str) 
         )
     assert model.state_dict().keys() == before.keys()
     assert torch.equal(output(model), expected)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens", "lm_head"])
+def test_one_of_them_alone_is_no_choice(kept: str) -> None:
+    model = seeded(llama)
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(AdaptError, match=r"where holds for one alone of .* and lm_head, which are tied"):
+        get_peft_model(model, config, where=lambda site: site.name == kept)
+    get_peft_model(model, config, where=lambda site: site.name in ("model.embed_tokens", "lm_head"))
+    assert not any("q_proj.lora" in name for name, _ in model.named_parameters())
+
+
+class WithOtherHeads(Plain):
+    """A model in which the head's path is the end of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Sequential(OrderedDict(head=nn.Linear(16, 16), subhead=nn.Linear(16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"target_modules": ["table"]}, "between.head as well; give target_modules as a regular expression"),
+        ({"target_modules": ["between"], "modules_to_save": ["table"]}, "between.head, between.subhead as well"),
+    ],
+)
+def test_names_that_would_mean_others_are_not_added(options: dict[str, Any], others: str) -> None:
+    with pytest.raises(AdaptError, match=f"ensure_weight_tying has head named, too, .* {others}"):
+        by(graphpeft, WithOtherHeads, options)
+    model = by(graphpeft, WithOtherHeads, {"target_modules": "table"})
+    assert {name.partition(".")[0] for name, _ in model.named_parameters() if "lora" in name} == {"table"}
+    assert hasattr(model.head, "lora_A_default")
+
+
+def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
+    def nested() -> nn.Module:
+        model = Plain()
+        inner = nn.Sequential(OrderedDict(table=model.table))
+        return nn.Sequential(OrderedDict(inner=inner, between=model.between, head=model.head))
+
+    model = by(graphpeft, nested, {"target_modules": ["between"], "modules_to_save": ["inner"]})
+    assert model.head.weight_default is model.inner.table.weight_default
 
 
 class Doubled(nn.Linear):

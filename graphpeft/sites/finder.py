@@ -97,11 +97,7 @@ class SiteFinder:
                 f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "
                 "module that computes with it in target_modules"
             )
-        readers = (
-            self._readers.get((owner, attribute))
-            or self._hidden_readers(owner, attribute)
-            or self._readers_outside(owner, attribute)
-        )
+        readers = self.readers(owner, attribute)
         region = self._region(owner, attribute, readers)
         caller = self._caller_outside(region, owner) if region in readers else None
         if caller is not None:
@@ -112,6 +108,22 @@ class SiteFinder:
         uses = self._uses(region, owner, attribute)
         assert uses is not None
         return self._site(region, owner, attribute, weight, uses)
+
+    def readers(self, owner: str, attribute: str) -> list[str]:
+        """Returns the paths of modules around the owner of a tensor that read it without calling the owner.
+
+        Args:
+            owner: The path of the module that owns the tensor.
+            attribute: The tensor's name in it.
+
+        Raises:
+            NoSiteError: If that can't be known, or a module elsewhere may read it.
+        """
+        return (
+            self._readers.get((owner, attribute))
+            or self._hidden_readers(owner, attribute)
+            or self._readers_outside(owner, attribute)
+        )
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> str:
         """Returns the path of the smallest module whose graph, which is in `templates`, uses a weight.

@@ -92,6 +92,24 @@ def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
         get_peft_model(model, lora("fc"))
 
 
+def test_a_weight_that_a_flat_graph_reads_and_a_call_in_it_uses_is_refused():
+    sub = module_of(lambda self, x: self.fc(x) if x.sum() > -100 else x, fc=nn.Linear(4, 4))
+    model = trace(module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub), (X,))
+    assert set(model.kept) == {"sub"}
+    with pytest.raises(AdaptError, match="is read by the model, and its module is called by sub"):
+        get_peft_model(model, lora("fc"))
+
+
+@pytest.mark.parametrize("read", [lambda a: a.out_proj.weight, lambda a: a.in_proj_weight], ids=["out_proj", "in_proj"])
+def test_an_attention_whose_weights_are_read_is_traced_with_its_inside(read):
+    def forward(self, x):
+        return F.linear(self.attention(x, x, x, need_weights=False)[0], read(self.attention))
+
+    base = module_of(forward, attention=nn.MultiheadAttention(4, 2, batch_first=True))
+    config = lora("attention", init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: trace(copy.deepcopy(base), (X,)), config, (X,))
+
+
 @pytest.mark.parametrize(
     "forward",
     [

@@ -99,7 +99,8 @@ class SiteFinder:
             )
         readers = self.readers(owner, attribute)
         region = self._region(owner, attribute, readers)
-        caller = self._caller_outside(region, owner) if region in readers else None
+        is_read = region in readers or (region in self._graphs and region != owner)
+        caller = self._caller_outside(region, owner) if is_read else None
         if caller is not None:
             raise NoSiteError(
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "

@@ -76,6 +76,39 @@ def test_a_weight_that_a_module_around_reads_is_adapted_there():
     assert_adapted_truly(model, "qkv")
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x @ self.fc.weight.T,
+        lambda self, x: x @ self.fc.weight.t() + self.fc.bias.view(-1),
+    ],
+    ids=["attribute", "method"],
+)
+def test_a_weight_of_which_a_module_around_reads_something_is_adapted_there(forward):
+    assert_adapted_truly(module_of(forward, fc=nn.Linear(4, 4)), "fc")
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("forward", "part"),
+    [
+        (lambda self, x: self.part(x[..., 0].long() % 4) @ self.part.weight.T, nn.Embedding(4, 4)),
+        (lambda self, x: F.linear(self.part(x), self.part.weight.to(x.dtype)), nn.Linear(4, 4)),
+        (lambda self, x: F.linear(self.part(x), self.part.weight), hooked()),
+        (lambda self, x: self.part(x, x, x)[0] @ self.part.in_proj_weight.T, nn.MultiheadAttention(4, 2)),
+    ],
+    ids=["embedding", "cast", "hooked", "attention"],
+)
+def test_a_weight_that_is_read_beside_calls_that_are_more_than_an_operation_is_refused(forward, part):
+    with pytest.raises(AdaptError, match=r"weight is used in .*, and its module is called as well"):
+        get_peft_model(module_of(forward, part=part), lora("part"))
+
+
 def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():
     model = module_of(lambda self, x: F.linear(self.fc(x), self.fc.weight), fc=nn.Linear(4, 4))
     assert_adapted_truly(model, "fc")

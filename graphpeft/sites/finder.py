@@ -428,7 +428,7 @@ class SiteFinder:
         return None, inside
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: WeightUses) -> Site:
-        if uses.is_called_beside:
+        if uses.is_called_beside or self._is_called_beside(region, owner, uses):
             using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
             raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
@@ -452,6 +452,20 @@ class SiteFinder:
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )
+
+    def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
+        """Tells whether a region calls the owner of a weight where that is no operation of the site, or not alone."""
+        target, graphs = within(owner, region), self.templates[region].graphs
+        calls = [
+            (node, names)
+            for graph, names in zip(graphs, uses.nodes, strict=True)
+            for node in graph.nodes
+            if node.op == "call_module" and node.target == target
+        ]
+        module = self.modules[owner]
+        # in a flat graph they were put on since; in that of a module around, the branch would be behind them
+        is_hooked = region not in self._graphs and bool(module._forward_hooks or module._forward_pre_hooks)
+        return any(node.name not in names or is_hooked for node, names in calls)
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""

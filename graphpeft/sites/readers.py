@@ -24,13 +24,22 @@ def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], li
     for path, module in modules.items():
         if runs_graph(module) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
-        for read in uses_in_forward(in_place.original_class(module)).read:
-            inside, _, name = read.rpartition(".")
-            owner = _inside(module, inside)
+        uses = uses_in_forward(in_place.original_class(module))
+        for owner, name in dict.fromkeys(_tensor_at(module, used) for used in (*uses.read, *uses.called)):
             # a module in several places is known by its first one
-            if owner is not None and inside and (name in owner._parameters or name in owner._buffers):
+            if owner is not module and (name in owner._parameters or name in owner._buffers):
                 found.setdefault((paths[id(owner)], name), []).append(path)
     return found
+
+
+def _tensor_at(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns the module to which a path leads, and the next name in it; behind that may be more, as in `weight.T`."""
+    names = path.split(".")
+    while names[0] in module._modules and module._modules[names[0]] is not None:
+        module = module._modules[names.pop(0)]  # type: ignore[assignment]
+        if not names:
+            return module, ""
+    return module, names[0]
 
 
 def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> str | None:

@@ -380,6 +380,17 @@ def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
     assert model.head.weight_default is model.inner.table.weight_default
 
 
+def test_factors_of_parts_or_calls_are_not_tied() -> None:
+    config = LoraConfig(target_modules=["table"], target_parts={"head": [[0, 8]]}, ensure_weight_tying=True)
+    with pytest.raises(
+        AdaptError, match="head: it is tied to table, and target_parts has factors for some of its rows"
+    ):
+        get_peft_model(seeded(Plain), config)
+    calls = graphpeft.LoraPerCallConfig(target_modules=["table"], ensure_weight_tying=True)
+    with pytest.raises(AdaptError, match="head: it is tied to table, and each call has factors of its own"):
+        get_peft_model(trace(seeded(Plain), {"input_ids": IDS}), calls)
+
+
 class Doubled(nn.Linear):
     """A head that has another use for its weight than a linear layer."""
 

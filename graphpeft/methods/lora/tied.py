@@ -188,6 +188,8 @@ def _refusal(path: str, embedding: str, config: Any) -> str | None:
         own, other = (targets.pattern_value(getattr(config, name), each, default) for each in (path, embedding))
         if own != other:
             return f"{name} gives {own} to it and {other} to that; give both the same"
+    if any(each == key or each.endswith(f".{key}") for key in config.target_parts or () for each in (path, embedding)):
+        return "target_parts has factors for some of its rows alone; leave them out"
     if config.init_lora_weights not in RANDOM:
         return f"init_lora_weights={config.init_lora_weights!r} would be another one in each; choose a random one"
     return "use_dora=True has lengths of its own for each; leave it False" if config.use_dora else None

@@ -89,8 +89,11 @@ def test_a_weight_of_which_a_module_around_reads_something_is_adapted_there(forw
 
 
 def hooked() -> nn.Module:
+    def doubled(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2
+
     layer = nn.Linear(4, 4)
-    layer.register_forward_hook(lambda module, args, output: output * 2)
+    layer.register_forward_hook(doubled)
     return layer
 
 
@@ -127,7 +130,7 @@ def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
 
 def test_a_weight_that_a_flat_graph_reads_and_a_call_in_it_uses_is_refused():
     sub = module_of(lambda self, x: self.fc(x) if x.sum() > -100 else x, fc=nn.Linear(4, 4))
-    model = trace(module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub), (X,))
+    model: Any = trace(module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub), (X,))
     assert set(model.kept) == {"sub"}
     with pytest.raises(AdaptError, match="is read by the model, and its module is called by sub"):
         get_peft_model(model, lora("fc"))

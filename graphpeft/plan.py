@@ -125,6 +125,7 @@ def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owne
         plan.report.nothing_matched = f"where holds for none of {listed([site.name for site in sites])}"
         plan.report.refused.append(Refusal("where", plan.report.nothing_matched, "let where hold for some sites"))
     elif len(kept) < len(sites):
+        _refuse_untied(kept, sites)
         parameters = (join(path, name) for path, module in plan.modules.items() for name in module._parameters)
         names = [*filter(None, plan.modules), *(path for path in parameters if path not in owned)]
         try:
@@ -132,6 +133,14 @@ def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owne
         except ValueError as error:
             raise AdaptError(str(error)) from error
     return kept
+
+
+def _refuse_untied(kept: Sequence[Any], sites: Sequence[Any]) -> None:
+    """Raises AdaptError if one of two tied sites is kept without the other."""
+    owners = {site.owner for site in kept}
+    for site in sites:
+        if isinstance(site, Site) and site.tied_to is not None and (site.owner in owners) != (site.tied_to in owners):
+            raise AdaptError(f"where holds for one alone of {site.tied_to} and {site.owner}, which are tied")
 
 
 def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, autocast: bool) -> None:

@@ -146,8 +146,14 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
     if rows:
         namespace["weight"] = property(functools.partial(_read_with_rows, rows))
-    namespace["__setattr__"] = assign
+    namespace |= {"__setattr__": assign, "_load_from_state_dict": _load}
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
+
+
+def _load(module: nn.Module, *args: Any, **options: Any) -> None:
+    # a state dict has each tensor under its own name, and with `assign` it is set there
+    with in_place.without(module, "tensors"):
+        module._load_from_state_dict(*args, **options)
 
 
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:

@@ -537,6 +537,75 @@ def test_what_is_read_elsewhere_cannot_differ_from_row_to_row():
         model(**text(), use_cache=False, adapter_names=ROWS[:1] * 5)
 
 
+class Entered(nn.Linear):
+    """A layer that has another way in than its forward."""
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """Multiplies by the weight alone."""
+        return x @ self.weight.T
+
+
+def with_head(forward: Any, head: nn.Module) -> nn.Module:
+    """Returns a model with this forward, a projection and this head."""
+    model = type("Made", (nn.Module,), {"forward": forward})()
+    model.q_proj, model.head = nn.Linear(8, 8), head
+    return model
+
+
+def subtracts_bias(self: Any, x: Tensor) -> Tensor:
+    return self.head(self.q_proj(x)) - self.head.bias
+
+
+def enters_otherwise(self: Any, x: Tensor) -> Tensor:
+    return self.head.without_bias(self.q_proj(x))
+
+
+def enters_by_another_name(self: Any, x: Tensor) -> Tensor:
+    head = self.head
+    return head.without_bias(self.q_proj(x))
+
+
+def enters_untraced(self: Any, x: Tensor) -> Tensor:
+    head = self.head
+    return head.without_bias(x) if x.sum() > 0 else self.head(self.q_proj(x))
+
+
+def calls(self: Any, x: Tensor) -> Tensor:
+    return self.head(self.q_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "head", "options", "reason"),
+    [
+        (subtracts_bias, nn.Linear(8, 8), {"modules_to_save": ["head"]}, "the model reads its tensors"),
+        (subtracts_bias, nn.Linear(8, 8), {"bias": "all"}, "the model reads its tensors"),
+        (enters_otherwise, Entered(8, 8), {"modules_to_save": ["head"]}, "calls a method of it other than its forward"),
+        (enters_by_another_name, Entered(8, 8), {"modules_to_save": ["head"]}, "the model reads its tensors"),
+        (enters_untraced, Entered(8, 8), {"modules_to_save": ["head"]}, "calls a method of it other than its forward"),
+        (calls, nn.BatchNorm1d(8), {"modules_to_save": ["head"]}, "its forward can't become a graph"),
+        (calls, nn.MultiheadAttention(8, 2), {"modules_to_save": ["head"]}, "it has no weight"),
+    ],
+)
+def test_tensors_that_are_not_read_by_their_layer_alone_cannot_differ_from_row_to_row(
+    forward: Any, head: nn.Module, options: dict[str, Any], reason: str
+):
+    given = {"r": 2, "target_modules": ["q_proj"]}
+    model = with_adapters(graphpeft, with_head(forward, head), given, given | options)
+    with pytest.raises(AdaptError, match=f"those of head, .*that is called by itself: .*{reason}; activate"):
+        model(torch.randn(2, 8), adapter_names=["u", "v"])
+
+
+def test_methods_that_nobody_calls_keep_no_layer_from_differing_from_row_to_row():
+    given = {"r": 2, "target_modules": ["q_proj"]}
+    model = with_adapters(graphpeft, with_head(calls, Entered(8, 8)), given, given | {"modules_to_save": ["head"]})
+    x, expected = torch.randn(2, 8), []
+    for name in "uv":
+        model.set_adapter(name)
+        expected.append(model(x))
+    found = model(x, adapter_names=["u", "v"])
+    assert near(found, torch.stack([expected[0][0], expected[1][1]]), 1e-6)
+
+
 def test_a_compiled_model_has_mixed_batches_in_one_graph():
     model = mixed_llama(graphpeft)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

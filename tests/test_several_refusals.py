@@ -78,6 +78,73 @@ QV = {"qkv": [[0, 8], [16, 24]]}
 # combined
 
 
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        (lora(trainable_token_indices=[3]), "'odd' trains rows of model.embed_tokens, which can't be combined yet"),
+        (lora(init_lora_weights="pissa"), r"'odd' has taken a part of .*path_initial_model_for_weight_conversion"),
+        (lora(use_dora=True), "has factors of parts, or other ones than A and B"),
+        (lora(lora_bias=True, target_modules=["q_proj"]), "has factors of parts, or other ones than A and B"),
+        (lora(rank_pattern={"q_proj": 1}), r"has A of the shapes \[\(2, 32\), \(1, 32\)\]; choose 'cat' or 'svd'"),
+    ],
+)
+def test_what_has_no_sum_is_not_combined(odd: LoraConfig, reason: str) -> None:
+    model = with_plain(odd)
+    with refused(model, AdaptError, reason):
+        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "linear")
+
+
+def test_calls_and_parts_are_not_combined() -> None:
+    layers = nn.Sequential(Rounded(), nn.Tanh(), nn.Linear(8, 3))
+    model = with_plain(lora(target_modules=["0", "2"]), layers, target_modules=["2"])
+    with refused(model, AdaptError, "'odd' adapts the calls of 0, which can't be combined yet"):
+        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat")
+    model = with_plain(lora(target_modules=["qkv"], target_parts=QV), Fused(), target_modules=["qkv"])
+    with refused(model, AdaptError, "target_parts has factors for each part, which can't be combined yet"):
+        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"adapters": "plain"}, TypeError, r"adapters is the text 'plain'; pass a list of names, \['plain'\]"),
+        ({"weights": [1, "2"]}, TypeError, "weights has '2', which is no number"),
+        ({"weights": [1, float("nan")]}, AdaptError, "weights has nan; give finite numbers"),
+        ({"adapter_name": "a.b"}, AdaptError, "'a.b' can't be an adapter's name"),
+        ({"svd_rank": 0}, AdaptError, "svd_rank must be a positive integer, not 0"),
+        ({"svd_clamp": 3.0}, AdaptError, "svd_clamp is a quantile: 0 ≤ q ≤ 1, not 3.0"),
+        ({"combination_type": "ties", "density": 1.5}, AdaptError, "0 < density ≤ 1, not 1.5"),
+        (
+            {"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"},
+            AdaptError,
+            "majority_sign_method is 'most'; choose 'total' or 'frequency'",
+        ),
+    ],
+)
+def test_how_adapters_are_combined_is_checked(options: dict[str, Any], error: type[Exception], reason: str) -> None:
+    model = with_plain(lora())
+    with refused(model, error, reason):
+        model.add_weighted_adapter(
+            **{"adapters": ["plain", "odd"], "weights": [1, 1], "adapter_name": "new", **options}
+        )
+
+
+def test_what_is_gone_from_the_model_is_neither_combined_nor_mixed_nor_merged() -> None:
+    base = MLP.build()
+    model = with_plain(lora(target_modules=["up"]), base, target_modules=["up"])
+    model.first.up = nn.Linear(8, 16)
+    for use in (
+        lambda: model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat"),
+        lambda: model(*MLP.inputs(), adapter_names=["plain", "odd", "odd"]),
+        lambda: model.merge_adapter(),
+    ):
+        with refused(model, AdaptError, "of adapter '(plain|odd)' is gone, since its module was replaced"):
+            use()
+
+
+# mixed
+
+
 def test_copies_of_data_parallel_are_not_mixed() -> None:
     model = with_plain(lora())
     model._is_replica = True

@@ -76,6 +76,42 @@ def test_a_weight_that_a_module_around_reads_is_adapted_there():
     assert_adapted_truly(model, "qkv")
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: x @ self.fc.weight.T,
+        lambda self, x: x @ self.fc.weight.t() + self.fc.bias.view(-1),
+    ],
+    ids=["attribute", "method"],
+)
+def test_a_weight_of_which_a_module_around_reads_something_is_adapted_there(forward):
+    assert_adapted_truly(module_of(forward, fc=nn.Linear(4, 4)), "fc")
+
+
+def hooked() -> nn.Module:
+    def doubled(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2
+
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(doubled)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("forward", "part"),
+    [
+        (lambda self, x: self.part(x[..., 0].long() % 4) @ self.part.weight.T, nn.Embedding(4, 4)),
+        (lambda self, x: F.linear(self.part(x), self.part.weight.to(x.dtype)), nn.Linear(4, 4)),
+        (lambda self, x: F.linear(self.part(x), self.part.weight), hooked()),
+        (lambda self, x: self.part(x, x, x)[0] @ self.part.in_proj_weight.T, nn.MultiheadAttention(4, 2)),
+    ],
+    ids=["embedding", "cast", "hooked", "attention"],
+)
+def test_a_weight_that_is_read_beside_calls_that_are_more_than_an_operation_is_refused(forward, part):
+    with pytest.raises(AdaptError, match=r"weight is used in .*, and its module is called as well"):
+        get_peft_model(module_of(forward, part=part), lora("part"))
+
+
 def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():
     model = module_of(lambda self, x: F.linear(self.fc(x), self.fc.weight), fc=nn.Linear(4, 4))
     assert_adapted_truly(model, "fc")
@@ -90,6 +126,24 @@ def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
     model = module_of(lambda self, x: self.part(x) + self.part.fc(x), part=part)
     with pytest.raises(AdaptError, match="is read by part, and its module is called by the model"):
         get_peft_model(model, lora("fc"))
+
+
+def test_a_weight_that_a_flat_graph_reads_and_a_call_in_it_uses_is_refused():
+    sub = module_of(lambda self, x: self.fc(x) if x.sum() > -100 else x, fc=nn.Linear(4, 4))
+    model: Any = trace(module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub), (X,))
+    assert set(model.kept) == {"sub"}
+    with pytest.raises(AdaptError, match="is read by the model, and its module is called by sub"):
+        get_peft_model(model, lora("fc"))
+
+
+@pytest.mark.parametrize("read", [lambda a: a.out_proj.weight, lambda a: a.in_proj_weight], ids=["out_proj", "in_proj"])
+def test_an_attention_whose_weights_are_read_is_traced_with_its_inside(read):
+    def forward(self, x):
+        return F.linear(self.attention(x, x, x, need_weights=False)[0], read(self.attention))
+
+    base = module_of(forward, attention=nn.MultiheadAttention(4, 2, batch_first=True))
+    config = lora("attention", init_lora_weights=False)
+    laws.assert_adapted_is_base_with_delta(lambda: trace(copy.deepcopy(base), (X,)), config, (X,))
 
 
 @pytest.mark.parametrize(
@@ -429,6 +483,14 @@ def test_a_buffer_that_a_forward_assigns_moves_the_stand_in_alone():
     adapted(X)
     assert adapted[1].mean_default != 0
     assert adapted.unload()[1].mean == 0
+
+
+def test_a_state_dict_that_is_assigned_reaches_the_tensors_behind_stand_ins():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", modules_to_save=["1"]))
+    expected = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(expected, assign=True)
+    laws.require_equal(dict(model.state_dict()), expected, "assigning loads other values")
+    assert torch.equal(model[1].weight, expected["1.weight_default"])
 
 
 # what a trace must not lose

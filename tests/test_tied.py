@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,58 @@ def test_what_is_tied_is_merged_once_and_stays_tied(
     assert after.keys() == dict(before.named_parameters()).keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "another tensor.* in the place of lm_head"),
+        (
+            {"target_modules": ["lm_head"], "use_dora": True},
+            "change of lm_head.weight by 'other' depends on the weight",
+        ),
+    ],
+)
+def test_what_acts_at_one_of_them_keeps_what_is_tied_from_being_merged_beside_it(
+    options: dict[str, Any], reason: str
+) -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, **options))
+    model.set_adapter(["default", "other"])
+    before = output(model)
+    with pytest.raises(AdaptError, match=reason):
+        model.merge_adapter(["default"])
+    assert torch.equal(output(model), before)
+
+
+def test_weights_that_were_untied_since_are_each_merged_into() -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    adapted = output(model)
+    model.load_state_dict(copy.deepcopy(dict(model.state_dict())), assign=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    merged = output(model.merge_and_unload())
+    assert (merged - adapted).abs().max() < 1e-4 * adapted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_weights_are_tied_by_their_memory(options: dict[str, Any]) -> None:
+    model = by(graphpeft, llama, options)
+    oracle.perturb(model)
+    adapted = output(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model.lm_head._parameters["weight"] is not model.model.embed_tokens._parameters["weight"]
+    merged = output(model.merge_and_unload())
+    assert (merged - adapted).abs().max() < 1e-4 * adapted.abs().max()
+
+
+def test_a_tied_weight_with_factors_that_were_untied_since_is_not_merged_into() -> None:
+    model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
+    factors = {name: value + 1 for name, value in model.state_dict().items() if "lm_head.lora" in name}
+    model.load_state_dict(factors, strict=False, assign=True)
+    with pytest.raises(AdaptError, match=r"is tied to lm_head\.weight, which merging would change"):
+        model.merge_and_unload()
+
+
 def test_peft_merges_the_change_of_a_tied_weight_twice() -> None:
     model = by(peft, llama, {"target_modules": ["embed_tokens"]})
     adapted = output(model)
@@ -282,6 +335,60 @@ def test_what_would_untie_them_is_refused(options: dict[str, Any], reason: str) 
         )
     assert model.state_dict().keys() == before.keys()
     assert torch.equal(output(model), expected)
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens", "lm_head"])
+def test_one_of_them_alone_is_no_choice(kept: str) -> None:
+    model = seeded(llama)
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(AdaptError, match=r"where holds for one alone of .* and lm_head, which are tied"):
+        get_peft_model(model, config, where=lambda site: site.name == kept)
+    get_peft_model(model, config, where=lambda site: site.name in ("model.embed_tokens", "lm_head"))
+    assert not any("q_proj.lora" in name for name, _ in model.named_parameters())
+
+
+class WithOtherHeads(Plain):
+    """A model in which the head's path is the end of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Sequential(OrderedDict(head=nn.Linear(16, 16), subhead=nn.Linear(16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"target_modules": ["table"]}, "between.head as well; give target_modules as a regular expression"),
+        ({"target_modules": ["between"], "modules_to_save": ["table"]}, "between.head, between.subhead as well"),
+    ],
+)
+def test_names_that_would_mean_others_are_not_added(options: dict[str, Any], others: str) -> None:
+    with pytest.raises(AdaptError, match=f"ensure_weight_tying has head named, too, .* {others}"):
+        by(graphpeft, WithOtherHeads, options)
+    model = by(graphpeft, WithOtherHeads, {"target_modules": "table"})
+    assert {name.partition(".")[0] for name, _ in model.named_parameters() if "lora" in name} == {"table"}
+    assert hasattr(model.head, "lora_A_default")
+
+
+def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
+    def nested() -> nn.Module:
+        model = Plain()
+        inner = nn.Sequential(OrderedDict(table=model.table))
+        return nn.Sequential(OrderedDict(inner=inner, between=model.between, head=model.head))
+
+    model = by(graphpeft, nested, {"target_modules": ["between"], "modules_to_save": ["inner"]})
+    assert model.head.weight_default is model.inner.table.weight_default
+
+
+def test_factors_of_parts_or_calls_are_not_tied() -> None:
+    config = LoraConfig(target_modules=["table"], target_parts={"head": [[0, 8]]}, ensure_weight_tying=True)
+    with pytest.raises(
+        AdaptError, match="head: it is tied to table, and target_parts has factors for some of its rows"
+    ):
+        get_peft_model(seeded(Plain), config)
+    calls = graphpeft.LoraPerCallConfig(target_modules=["table"], ensure_weight_tying=True)
+    with pytest.raises(AdaptError, match="head: it is tied to table, and each call has factors of its own"):
+        get_peft_model(trace(seeded(Plain), {"input_ids": IDS}), calls)
 
 
 class Doubled(nn.Linear):

@@ -67,9 +67,31 @@ def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     return own_parameter(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))
 
 
+def changing_sites(modules: Modules, adapter: Adapter) -> list[Any]:
+    """Returns the sites whose change merging adds to a weight; what is tied to one of these changes with it."""
+    return [adapted for adapted in adapter.weight_sites if not _is_tied(adapted, modules)]
+
+
+def _is_tied(adapted: AdaptedSite, modules: Modules) -> bool:
+    """Tells whether a site's weight is that of the site whose parameters it has."""
+    if not adapted.shared:
+        return False
+    # somebody may have untied them since
+    site: Any = adapted.site
+    own, other = (own_parameter(modules[path], site.attribute) for path in (site.owner, site.tied_to))
+    return memory_of(own) == memory_of(other)
+
+
+def memory_of(tensor: torch.Tensor) -> Any:
+    """Returns what is equal for two tensors if a change of one is a change of the other."""
+    # two parameters may lie at one place: `load_state_dict(model.state_dict(), assign=True)` makes such
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return (tensor.device, tensor.data_ptr()) if is_plain and tensor.numel() else id(tensor)
+
+
 def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yields the path of the module, and the name, of each weight and bias that merging changes."""
-    for adapted in adapter.changing_sites:
+    for adapted in changing_sites(modules, adapter):
         yield adapted.site.owner, adapted.site.attribute
         if bias_delta(adapted, modules) is not None:
             yield _bias_place(adapted)

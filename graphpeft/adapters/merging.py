@@ -12,7 +12,7 @@ import torch
 
 from graphpeft import stand_ins
 from graphpeft.adapters.acting import let_act, stand_in_readers
-from graphpeft.adapters.changes import add_change, bias_delta, changed_places, delta
+from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import is_same, refuse_missing
 from graphpeft.paths import join
@@ -44,7 +44,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
                 table = own_parameter(modules[path], "weight")
                 values = own_parameter(modules[path], stand_ins.rows(name))
                 table.copy_(stand_ins.put_rows(table, rows.indices, values))
-        for sites in _by_weight(adapters, merged).values():
+        for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
         adapter.overwritten.clear()  # what was merged into is kept
@@ -104,7 +104,7 @@ def _restore(modules: Modules, originals: Tensors) -> None:
 
 @torch.no_grad()
 def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
-    for adapted in adapter.changing_sites:
+    for adapted in changing_sites(modules, adapter):
         base = originals[adapted.site.owner, adapted.site.attribute]
         weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
         add_change(adapted, modules, weight, base)
@@ -120,11 +120,11 @@ def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
         add_change(adapted, modules, weight, base)
 
 
-def _by_weight(adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
+def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
     """Groups the sites of adapters by their weight."""
     found: dict[str, list[AdaptedSite]] = {}
     for name in names:
-        for adapted in adapters.by_name[name].changing_sites:
+        for adapted in changing_sites(modules, adapters.by_name[name]):
             found.setdefault(adapted.site.weight, []).append(adapted)
     return found
 
@@ -169,7 +169,8 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
                 f"{name!r} trains {listed([path or 'the model' for path in (*adapter.whole, *adapter.rows)])} whole or "
                 "by rows, which are read while it is active alone; activate it with set_adapter before you merge it"
             )
-        for owner, attribute in changed_places(modules, adapter):
+        tied = ((adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites)
+        for owner, attribute in (*changed_places(modules, adapter), *tied):
             for other in (adapters.by_name[active] for active in adapters.active):
                 if attribute in other.stand_ins.get(owner, ()) or (owner in other.rows and attribute == "weight"):
                     raise AdaptError(
@@ -202,9 +203,9 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
 
 
 def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
-    """Returns what the changes of an adapter ask for, by their weights' paths."""
+    """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
-    for adapted in adapter.changing_sites:
+    for adapted in adapter.weight_sites:
         asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
     return asked
 
@@ -223,7 +224,7 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
-        for adapted in adapters.by_name[name].changing_sites:
+        for adapted in changing_sites(modules, adapters.by_name[name]):
             changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
             for path, change in changes.items():
                 if change is not None and not torch.isfinite(change).all():
@@ -244,7 +245,7 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
 
 
 def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
-    for adapted in adapter.changing_sites:
+    for adapted in changing_sites(modules, adapter):
         shape = tuple(own_parameter(modules[adapted.site.owner], adapted.site.attribute).shape)
         if shape != tuple(adapted.site.shape):
             raise AdaptError(
@@ -254,21 +255,24 @@ def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
 
 
 def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
-    holders: dict[int, list[tuple[str, str]]] = {}
+    holders: dict[Any, list[tuple[str, str]]] = {}
     for path, module in modules.items():
         for own, tensor in module._parameters.items():
             if tensor is not None:
-                holders.setdefault(id(tensor), []).append((path, own))
+                holders.setdefault(memory_of(tensor), []).append((path, own))
     changed = dict.fromkeys(changed_places(modules, adapter))
     changed |= {(path, own): None for path, names in adapter.stand_ins.items() for own in names}
     changed |= {(path, "weight"): None for path in adapter.rows}
     for path, own in changed:
-        others = [place for place in holders.get(id(modules[path]._parameters.get(own)), ()) if place != (path, own)]
+        holding = holders.get(memory_of(stand_ins.tensor_of(modules[path], own)), ())
+        others = [place for place in holding if place != (path, own)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
+            keeps_tied = getattr(adapter.config, "ensure_weight_tying", True)
             raise AdaptError(
                 f"{join(path, own)} is tied to {', '.join(join(*other) for other in tied)}, which merging would change "
-                "too; give one of them a parameter of its own before adapting, or set ensure_weight_tying"
+                f"too; give one of them a parameter of its own before adapting"
+                f"{'' if keeps_tied else ', or set ensure_weight_tying'}"
             )
 
 
@@ -281,6 +285,15 @@ def _changes_alike(
         return adapter.rows[path].leader == adapter.rows[other_path].leader
     if own in adapter.whole.get(path, ()) and other_own in adapter.whole.get(other_path, ()):
         copies = (stand_ins.tensor_of(modules[at], stand_ins.stand_in(what, name)) for at, what in (place, other))
-        return next(copies) is next(copies)
+        return memory_of(next(copies)) == memory_of(next(copies))
     tied = (a for a in adapter.weight_sites if a.shared and (a.site.owner, a.site.attribute) == other)
-    return any(adapted.site.tied_to == path for adapted in tied)
+    return any(adapted.site.tied_to == path and _has_shared(modules, adapted) for adapted in tied)
+
+
+def _has_shared(modules: Modules, adapted: AdaptedSite) -> bool:
+    """Tells whether a tied site still has the very parameters of the other one."""
+    module = modules[adapted.site.owner]
+    return all(
+        memory_of(own_parameter(module, adapted.names[local])) == memory_of(own_parameter(modules[path], name))
+        for local, (path, name) in adapted.shared.items()
+    )

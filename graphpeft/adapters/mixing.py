@@ -34,6 +34,7 @@ from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.parts import is_view
+from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
 
@@ -284,7 +285,7 @@ def _signature(adapters: Adapters, name: str) -> int:
     if name not in known:
         adapter = adapters.by_name[name]
         _refuse_adapter(adapter, name)
-        sites = tuple((_place(adapted), adapted.rule) for adapted in adapter.sites), *_reads(adapter)
+        sites = tuple((_place(adapted), adapted.rule) for adapted in adapter.sites), *_reads(adapter).items()
         # comparing hundreds of sites in each call would take its time
         known[name] = known.setdefault(sites, len(known))
     return known[name]
@@ -298,9 +299,9 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
         )
 
 
-def _reads(adapter: Adapter) -> dict[str, None]:
-    """Returns the paths of the modules that have other tensors, or other rows of one, for an adapter."""
-    return dict.fromkeys((*adapter.stand_ins, *adapter.rows))
+def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """Returns the names of the tensors that are others, or have other rows, for an adapter, by their module's path."""
+    return adapter.stand_ins | {path: (*adapter.stand_ins.get(path, ()), "weight") for path in adapter.rows}
 
 
 def _place(adapted: AdaptedSite) -> tuple[Any, ...]:
@@ -319,16 +320,17 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
         for adapted in adapters.by_name[name].sites:
             if adapted.site.region in modules:
                 by_region.setdefault(adapted.site.region, {})
-    reading = {path for name in (*names, *adapters.read) for path in _reads(adapters.by_name[name])}
+    reading: dict[str, set[str]] = {}
+    for name in (*names, *adapters.read):
+        for path, own in _reads(adapters.by_name[name]).items():
+            reading.setdefault(path, set()).update(own)
     _refuse_read_elsewhere(modules, adapters, reading)
     by_region |= {path: {} for path in reading if path not in by_region}
     regions = _regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
         bare = _bare(adapters, region, modules)
-        at_once = None
-        if bare is not None and region not in reading:
-            at_once = _at_once(bare, modules[region], region, by_name, regions)
+        at_once = _at_once(bare, modules[region], region, by_name, regions) if region not in reading else None
         if isinstance(at_once, Template):
             runners[id(modules[region])] = at_once.forward
         else:
@@ -338,17 +340,13 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
     return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
 
 
-def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, paths: Collection[str]) -> None:
-    """Raises AdaptError unless the modules at `paths` are layers whose tensors nothing reads but their own forward."""
-    finder = SiteFinder(modules[""], adapters.lifted) if paths else None
-    for path in paths:
+def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mapping[str, Collection[str]]) -> None:
+    """Raises AdaptError unless the tensors of these names are read by the forwards of their modules alone."""
+    finder = SiteFinder(modules[""], adapters.lifted) if reading else None
+    for path, names in reading.items():
         assert finder is not None
-        try:
-            region = finder.find(path, "weight").region if "weight" in modules[path]._parameters else None
-            reason = f"{region or 'the model'} reads its tensors" if region is not None else "it has no weight"
-        except NoSiteError as error:
-            region, reason = None, str(error)
-        if region != path or finder.templates[path].calls_own_forward:
+        reason = _read_elsewhere(finder, path, names)
+        if reason is not None:
             raise AdaptError(
                 f"an adapter has tensors or rows in the place of those of {path or 'the model'}, and rows of a batch "
                 f"can differ only in those of a layer that is called by itself: {reason}; activate that adapter with "
@@ -357,6 +355,24 @@ def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, paths: Collecti
         if template_of(modules[path]) is None:
             # once it asks for rows, its forward can't be recorded any more
             adapters.lifted.setdefault(path, finder.templates[path])
+
+
+def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> str | None:
+    """Returns the reason why the graph of a module may not be all that reads these tensors of it, or None."""
+    if finder.modules[path]._parameters.get("weight") is None:
+        return "it has no weight"
+    try:
+        region = finder.find(path, "weight").region
+        readers = [region, *(reader for name in sorted(names) for reader in finder.readers(path, name))]
+    except NoSiteError as error:
+        return str(error)
+    for reader in readers:
+        if reader != path:
+            return f"{reader or 'the model'} reads its tensors"
+    caller = caller_of_other_methods(finder.modules, path, names)
+    if caller is not None:
+        return f"{caller or 'the model'} calls a method of it other than its forward"
+    return "its forward can't become a graph" if finder.templates[path].calls_own_forward else None
 
 
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
@@ -388,9 +404,7 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
     regions = _regions_of_weights(by_region)
     found: dict[str, Template] = {}
     for region, by_name in by_region.items():
-        bare = _bare(adapters, region, modules)
-        assert bare is not None
-        at_once = _at_once(bare, modules[region], region, by_name, regions)
+        at_once = _at_once(_bare(adapters, region, modules), modules[region], region, by_name, regions)
         if isinstance(at_once, str):
             raise AdaptError(f"rows of a batch run in turn in {region or 'the model'}: {at_once}")
         found[region] = at_once
@@ -399,11 +413,9 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
         _let_ask(modules, adapters, region)
 
 
-def _bare(adapters: Adapters, region: str, modules: Modules) -> Template | None:
-    """Returns the graph of a region without any adapter; None for one that has none."""
-    template = template_of(modules[region]) or adapters.lifted.get(region)
-    if template is None:
-        return None
+def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
+    """Returns the graph of a region without any adapter."""
+    template = template_of(modules[region]) or adapters.lifted[region]
     for name in adapters.acting:
         if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
             template = without(template, name)
@@ -534,11 +546,11 @@ def _rows_of(x: torch.Tensor) -> RowAdapters:
 # one adapter after the other
 
 
-def _in_turn(bare: Template | None, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
+def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
     """Returns a function that runs the graph of each adapter on its own rows.
 
     Args:
-        bare: The graph without any adapter; None for the module's own code.
+        bare: The graph without any adapter.
         module: The module.
         region: Its path.
         adapters: The model's adapters.
@@ -548,8 +560,6 @@ def _in_turn(bare: Template | None, module: nn.Module, region: str, adapters: Ad
     def forward_with(name: str) -> Callable[..., Any]:
         content = adapters.by_name.get(name)
         sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
-        if bare is None:
-            return in_place.original_class(module).forward
         if content is None or not sites:
             return bare.forward
         return with_adapter(bare, module, name, content, region, sites).forward

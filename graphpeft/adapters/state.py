@@ -63,11 +63,6 @@ class Adapter:
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
     @property
-    def changing_sites(self) -> list[Any]:
-        """Those of them that change a weight by parameters of their own; what is tied to one changes with it."""
-        return [adapted for adapted in self.weight_sites if not adapted.shared]
-
-    @property
     def replaced(self) -> dict[str, tuple[str, ...]]:
         """The tensors for which it has frozen stand-ins: names by the path of their module."""
         found: dict[str, tuple[str, ...]] = {}

@@ -97,13 +97,10 @@ class SiteFinder:
                 f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "
                 "module that computes with it in target_modules"
             )
-        readers = (
-            self._readers.get((owner, attribute))
-            or self._hidden_readers(owner, attribute)
-            or self._readers_outside(owner, attribute)
-        )
+        readers = self.readers(owner, attribute)
         region = self._region(owner, attribute, readers)
-        caller = self._caller_outside(region, owner) if region in readers else None
+        is_read = region in readers or (region in self._graphs and region != owner)
+        caller = self._caller_outside(region, owner) if is_read else None
         if caller is not None:
             raise NoSiteError(
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "
@@ -112,6 +109,22 @@ class SiteFinder:
         uses = self._uses(region, owner, attribute)
         assert uses is not None
         return self._site(region, owner, attribute, weight, uses)
+
+    def readers(self, owner: str, attribute: str) -> list[str]:
+        """Returns the paths of modules around the owner of a tensor that read it without calling the owner.
+
+        Args:
+            owner: The path of the module that owns the tensor.
+            attribute: The tensor's name in it.
+
+        Raises:
+            NoSiteError: If that can't be known, or a module elsewhere may read it.
+        """
+        return (
+            self._readers.get((owner, attribute))
+            or self._hidden_readers(owner, attribute)
+            or self._readers_outside(owner, attribute)
+        )
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> str:
         """Returns the path of the smallest module whose graph, which is in `templates`, uses a weight.
@@ -415,7 +428,7 @@ class SiteFinder:
         return None, inside
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: WeightUses) -> Site:
-        if uses.is_called_beside:
+        if uses.is_called_beside or self._is_called_beside(region, owner, uses):
             using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
             raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
@@ -439,6 +452,20 @@ class SiteFinder:
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )
+
+    def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
+        """Tells whether a region calls the owner of a weight where that is no operation of the site, or not alone."""
+        target, graphs = within(owner, region), self.templates[region].graphs
+        calls = [
+            (node, names)
+            for graph, names in zip(graphs, uses.nodes, strict=True)
+            for node in graph.nodes
+            if node.op == "call_module" and node.target == target
+        ]
+        module = self.modules[owner]
+        # in a flat graph they were put on since; in that of a module around, the branch would be behind them
+        is_hooked = region not in self._graphs and bool(module._forward_hooks or module._forward_pre_hooks)
+        return any(node.name not in names or is_hooked for node, names in calls)
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
         """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""

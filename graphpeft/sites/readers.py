@@ -14,23 +14,52 @@ from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing.graph_module import runs_graph
 from graphpeft.tracing.reach import opened
-from graphpeft.tracing.source import ANY, names_in, uses_in_forward
+from graphpeft.tracing.source import ANY, methods_reading, names_in, uses_in_forward
 
 
 def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
-    """Returns, by owner and name, the weights that modules around their owner read, with the paths of these modules."""
+    """Returns, by owner and name, the tensors that modules around their owner read, with the paths of these modules."""
     found: dict[tuple[str, str], list[str]] = {}
     paths = {id(module): path for path, module in modules.items()}
     for path, module in modules.items():
         if runs_graph(module) or not module._modules or _is_off(module):
             continue  # a graph tells by itself
-        for read in uses_in_forward(in_place.original_class(module)).read:
-            inside, _, name = read.rpartition(".")
-            owner = _inside(module, inside)
+        uses = uses_in_forward(in_place.original_class(module))
+        for owner, name in dict.fromkeys(_tensor_at(module, used) for used in (*uses.read, *uses.called)):
             # a module in several places is known by its first one
-            if owner is not None and inside and name in owner._parameters:
+            if owner is not module and (name in owner._parameters or name in owner._buffers):
                 found.setdefault((paths[id(owner)], name), []).append(path)
     return found
+
+
+def _tensor_at(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Returns the module to which a path leads, and the next name in it; behind that may be more, as in `weight.T`."""
+    names = path.split(".")
+    while names[0] in module._modules and module._modules[names[0]] is not None:
+        module = module._modules[names.pop(0)]  # type: ignore[assignment]
+        if not names:
+            return module, ""
+    return module, names[0]
+
+
+def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> str | None:
+    """Returns the path of a module that may call a method of another one which reads tensors beside its forward.
+
+    Args:
+        modules: The model's modules by path.
+        path: That of the other module.
+        names: The names of the tensors.
+    """
+    cls = in_place.original_class(modules[path])
+    methods = {method for name in names for method in methods_reading(cls, name)} - {"forward"}
+    for around, module in modules.items() if methods else ():
+        uses = uses_in_forward(in_place.original_class(module))
+        called = (each.rpartition(".") for each in uses.called)
+        if any(method in methods and owner and _inside(module, owner) is modules[path] for owner, _, method in called):
+            return around
+        if not methods.isdisjoint(uses.read_elsewhere) and modules[path] in module.modules():
+            return around
+    return None
 
 
 def _inside(module: nn.Module, path: str) -> nn.Module | None:

@@ -145,7 +145,7 @@ def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
     for path, names in adapter.stand_ins.items():
         for name in names:
             getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
-    for adapted in adapter.changing_sites:
+    for adapted in changes.changing_sites(modules, adapter):
         base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
         change = changes.bias_delta(adapted, modules)
         if change is not None:

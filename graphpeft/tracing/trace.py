@@ -176,13 +176,14 @@ def _recorded(
 
 
 def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
-    """Returns the layers that graphs call and whose parameters they use, too, such as those of a fused kernel."""
+    """Returns the layers that graphs call and whose tensors they use, too, such as those of a fused kernel."""
     nodes = [node for graph in graphs for node in graph.nodes]
     called = {model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}
     used = (node for node in nodes if node.op == "get_attr" and any(node in used_by(user) for user in node.users))
     places = (str(node.target).rpartition(".") for node in used)
     owners = {model.get_submodule(path) for path, _, name in places if name != "training"}
-    return called & owners
+    # an attention has a layer inside
+    return {module for module in called if is_layer(module) and not owners.isdisjoint(module.modules())}
 
 
 def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:

@@ -243,7 +243,7 @@ class LoraConfig(TargetedConfig):
         """Returns the config with everything filled in that depends on the model."""
         config = super().resolved(model)
         if self.ensure_weight_tying:
-            names_with_tied(config, dict(model.named_modules()))
+            names_with_tied(config, model)
         return config
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:

@@ -22,6 +22,7 @@ from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import Site
 from graphpeft.tracing.errors import TraceError
 
 _WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), config), or take LoraConfig for all calls"
@@ -38,6 +39,9 @@ class LoraPerCallConfig(LoraConfig):
         """Returns the calls with the weights that the config names, each as a site."""
         found: list[Any] = []
         for site in super().find_sites(finder, report, owned):
+            if isinstance(site, Site) and site.tied_to is not None:
+                reason = f"it is tied to {site.tied_to}, and each call has factors of its own"
+                report.refused.append(Refusal(site.label, reason, "leave ensure_weight_tying False"))
             try:
                 found += finder.calls_of(site)
             except TraceError as error:

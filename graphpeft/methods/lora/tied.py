@@ -9,9 +9,10 @@ PEFT: those of a linear layer are Bᵀ and Aᵀ. Source: PEFT's ``LoraModel._add
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from graphpeft import ops
 from graphpeft.methods.lora.factors import constants_of, draw, draw_as_layers, input_of, rank_of
 from graphpeft.methods.lora.initialisation import RANDOM
+from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import FileForm, ParameterSpec
 from graphpeft.sites.finder import SiteFinder
@@ -100,21 +102,54 @@ def _transpose(tensor: Tensor) -> Tensor:
     return tensor.mT
 
 
-def names_with_tied(config: Any, modules: Mapping[str, nn.Module]) -> None:
-    """Lets a config name all layers that are tied to one which it names, in `target_modules` and `modules_to_save`."""
+def names_with_tied(config: Any, model: nn.Module) -> None:
+    """Lets a config name all layers that are tied to one which it names, in `target_modules` and `modules_to_save`.
+
+    Raises:
+        ValueError: If their names would mean others, too.
+    """
+    modules = dict(model.named_modules())
+    groups = [(embedding, *others) for embedding, others in tied_layers(modules).items()]
+    _name_targets(config, groups, [*modules, *(name for name, _ in model.named_parameters())])
+    _name_saved(config, groups, modules)
+
+
+def _name_targets(config: Any, groups: Sequence[Sequence[str]], names: Sequence[str]) -> None:
     decide = targets.compile_matcher(config)
+    named = (group for group in groups if any(decide(path) for path in group))
+    lacking = [path for group in named for path in group if decide(path) is Match.NO]
+    if lacking and isinstance(config.target_modules, str):
+        config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, lacking)])
+    elif lacking:
+        config.target_modules = {*config.target_modules, *lacking}
+        decide_now = targets.compile_matcher(config)
+        others = [name for name in names if decide_now(name) and not decide(name) and name not in lacking]
+        _refuse_others(others, lacking, "give target_modules as a regular expression")
+
+
+def _name_saved(config: Any, groups: Sequence[Sequence[str]], paths: Iterable[str]) -> None:
     saved = tuple(config.modules_to_save or ())
-    for embedding, others in tied_layers(modules).items():
-        group = (embedding, *others)
-        lacking = [path for path in group if decide(path) is Match.NO]
-        if any(decide(path) is Match.YES for path in group) and lacking:
-            if isinstance(config.target_modules, str):
-                config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, lacking)])
-            else:
-                config.target_modules = {*config.target_modules, *lacking}
-        lacking = [path for path in group if not (saved and path.endswith(saved))]
-        if len(lacking) < len(group):
-            config.modules_to_save = [*config.modules_to_save, *lacking]
+    named = (group for group in groups if any(_is_saved(path, saved) for path in group))
+    lacking = [path for group in named for path in group if not _is_saved(path, saved)]
+    if lacking:
+        config.modules_to_save = [*saved, *lacking]
+        now = tuple(config.modules_to_save)
+        others = [path for path in paths if _is_saved(path, now) and not _is_saved(path, saved) and path not in lacking]
+        _refuse_others(others, lacking, "leave ensure_weight_tying False")
+
+
+def _is_saved(path: str, saved: tuple[str, ...]) -> bool:
+    """Tells whether a module is one of `modules_to_save` or inside of one."""
+    around = itertools.accumulate(path.split("."), join)
+    return bool(saved) and any(outer.endswith(saved) for outer in around)
+
+
+def _refuse_others(others: Sequence[str], wanted: Sequence[str], way_out: str) -> None:
+    if others:
+        raise ValueError(
+            f"ensure_weight_tying has {listed(wanted)} named, too, and that name would mean {listed(others)} as well; "
+            f"{way_out}"
+        )
 
 
 def with_tied(
@@ -153,6 +188,8 @@ def _refusal(path: str, embedding: str, config: Any) -> str | None:
         own, other = (targets.pattern_value(getattr(config, name), each, default) for each in (path, embedding))
         if own != other:
             return f"{name} gives {own} to it and {other} to that; give both the same"
+    if any(each == key or each.endswith(f".{key}") for key in config.target_parts or () for each in (path, embedding)):
+        return "target_parts has factors for some of its rows alone; leave them out"
     if config.init_lora_weights not in RANDOM:
         return f"init_lora_weights={config.init_lora_weights!r} would be another one in each; choose a random one"
     return "use_dora=True has lengths of its own for each; leave it False" if config.use_dora else None

@@ -75,13 +75,12 @@ def test_it_cannot_be_combined(options: dict[str, Any]):
         several(**options).add_weighted_adapter(["plain", "odd"], [1, 1], "both", "cat")
 
 
-def test_what_has_taken_from_the_weight_is_neither_mixed_nor_combined_nor_merged_in_place():
+def test_what_has_taken_from_the_weight_is_neither_combined_nor_merged_in_place():
     model, x = several(init_lora_weights="pissa"), torch.randn(2, 4)
     expected = model(x)
     for refused in (
         lambda: model.merge_adapter(),
         lambda: model.add_weighted_adapter(["plain", "odd"], [1, 1], "both", "cat"),
-        lambda: model(x, adapter_names=["plain", "odd"]),
     ):
         with pytest.raises(AdaptError, match=r"has taken a part|in the place of"):
             refused()

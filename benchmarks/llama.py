@@ -134,6 +134,7 @@ def check_training(models: dict[str, Any], tokens: torch.Tensor, dropout: float)
     """Makes sure that both libraries train the same tensors, with the same gradients where there is no chance in it."""
     gradients, losses = {}, {}
     for library, model in models.items():
+        model.zero_grad()  # it may have been compared with another one before
         torch.manual_seed(1)
         losses[library] = loss_of(model, tokens)
         losses[library].backward()

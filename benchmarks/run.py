@@ -1,4 +1,4 @@
-"""Compares graphpeft's speed with PEFT's, both in one process, and prints a table.
+"""Compares graphpeft's speed with PEFT's, both in one process, and prints tables.
 
 python benchmarks/run.py                       everything
 python benchmarks/run.py import forward        some of it
@@ -47,7 +47,7 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
 
 
 def main() -> None:
-    """Runs the chosen benchmarks and prints their rows."""
+    """Runs the chosen benchmarks and prints a table of each, as soon as it is measured."""
     options = parse()
     # PEFT asks transformers for this attribute by its old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -55,11 +55,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(machine())
     start = time.perf_counter()
-    rows = []
     for name in BENCHMARKS if "all" in options.names else options.names:
         benchmark, rounds = BENCHMARKS[name]
-        rows += benchmark(options.rounds or rounds)
-    print(f"\n{table(rows)}\n\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
+        print(f"\n{table(benchmark(options.rounds or rounds))}", flush=True)
+    print(f"\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
 
 
 NOTES = """\

@@ -142,8 +142,10 @@ def check_training(models: dict[str, Any], tokens: torch.Tensor, dropout: float)
         assert (dropout > 0) == bool(loss_of(model, tokens) != losses[library]), "dropout should change the loss"
     peft, ours = gradients["PEFT"], gradients["graphpeft"]
     assert peft.keys() == ours.keys()
+    # of a single token, the gradients of queries and keys are nothing but rounding
+    noise = 1e-6 * max(gradient.abs().max().item() for gradient in peft.values())
     for name in peft if dropout == 0 else ():
-        assert_close(name, ours[name], peft[name])
+        assert_close(name, ours[name], peft[name], noise)
 
 
 # rows

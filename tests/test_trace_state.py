@@ -136,7 +136,8 @@ def test_values_that_come_from_a_cache_may_be_compared_with_others():
         if x.shape[1] not in self.cache:
             self.cache[x.shape[1]] = torch.arange(x.shape[1]) * 1.0
         y = x + self.cache[x.shape[1]][:, None]
-        return torch.where(y > 1, y, -y)
+        z = torch.where(y > 1, y, -y)
+        return z * 2 if z.is_floating_point() else z  # asks nothing of their values
 
     model = module_of(forward, cache={})
     traced = traced_inside(model)

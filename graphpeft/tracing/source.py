@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-ABOUT = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda"}
+ABOUT = {
+    "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
+    "is_complex",
+}  # fmt: skip
 """What code asks of a tensor without using its values."""
 
 

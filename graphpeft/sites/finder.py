@@ -428,7 +428,7 @@ class SiteFinder:
         return None, inside
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: WeightUses) -> Site:
-        if uses.is_called_beside or self._is_called_beside(region, owner, uses):
+        if uses.is_called_beside or (region != owner and self._is_called_beside(region, owner, uses)):
             using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
             raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:

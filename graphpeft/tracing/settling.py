@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.fx as fx
 from torch import nn
 
@@ -23,6 +24,7 @@ from graphpeft.tracing import guards
 from graphpeft.tracing import left as left_values
 from graphpeft.tracing.dependence import above, above_with_writes, is_trained, varies
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
 
@@ -154,7 +156,14 @@ def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node
 
 def _is_ordering(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op.startswith("call_") and name.strip("_") in ("lt", "le", "gt", "ge")
+    if not node.op.startswith("call_") or name.strip("_") not in ("lt", "le", "gt", "ge"):
+        return False
+    # nothing can be decided on the values of floating-point tensors
+    return not any(_is_floating(source.meta.get(VALUE)) for source in node.all_input_nodes)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _around(called: Collection[str], paths: list[str]) -> str:

@@ -48,7 +48,9 @@ def refusal(module: nn.Module) -> str | None:
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
     """Returns a module's parameter or buffer itself, whatever is read in its place."""
-    return next(held[name] for held in (module._parameters, module._buffers) if name in held)  # type: ignore[return-value]
+    tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
+    assert tensor is not None
+    return tensor
 
 
 def create(own: torch.Tensor) -> torch.Tensor:

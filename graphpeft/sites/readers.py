@@ -34,12 +34,12 @@ def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], li
 
 def _tensor_at(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Returns the module to which a path leads, and the next name in it; behind that may be more, as in `weight.T`."""
-    names = path.split(".")
-    while names[0] in module._modules and module._modules[names[0]] is not None:
-        module = module._modules[names.pop(0)]  # type: ignore[assignment]
-        if not names:
-            return module, ""
-    return module, names[0]
+    for name in path.split("."):
+        inner = module._modules.get(name)
+        if inner is None:
+            return module, name
+        module = inner
+    return module, ""
 
 
 def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> str | None:

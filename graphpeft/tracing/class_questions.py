@@ -63,8 +63,10 @@ def _questions(tree: ast.AST) -> Iterator[str]:
         if asked is not None and not values.isdisjoint(_names(asked)):
             yield f"match {ast.unparse(asked)}" if isinstance(node, ast.Match) else ast.unparse(node)
         # what is made of a class, as by type(x)(…), isn't a question
-        is_made = isinstance(node, ast.Call) and _asked_about(node.func) is not None
-        waiting += node.args if is_made else ast.iter_child_nodes(node)  # type: ignore[union-attr]
+        if isinstance(node, ast.Call) and _asked_about(node.func) is not None:
+            waiting += node.args
+        else:
+            waiting += ast.iter_child_nodes(node)
 
 
 def _asked_about(node: ast.AST) -> ast.expr | None:
@@ -75,8 +77,9 @@ def _asked_about(node: ast.AST) -> ast.expr | None:
         return node.subject if any(isinstance(pattern, kinds) for pattern in patterns) else None
     if isinstance(node, ast.Attribute):
         return node.value if node.attr == "__class__" else None
-    is_type = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"
-    return node.args[0] if is_type and len(node.args) == 1 else None  # type: ignore[union-attr]
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "type":
+        return None
+    return node.args[0] if len(node.args) == 1 else None
 
 
 def _names_of_values(tree: ast.AST) -> set[str]:

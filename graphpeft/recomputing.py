@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.utils.checkpoint
 
+from graphpeft._torch import CHECKPOINT_GENERATOR
+
 Factory = Callable[[], AbstractContextManager[Any]]
 
 
@@ -50,7 +52,7 @@ def _wrap_checkpoints() -> None:
     checkpoint: Any = torch.utils.checkpoint
     if getattr(checkpoint, "_graphpeft_takes_along", False):
         return
-    run_again, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+    run_again, reentrant = getattr(checkpoint, CHECKPOINT_GENERATOR), checkpoint.CheckpointFunction
 
     @functools.wraps(run_again)
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +63,8 @@ def _wrap_checkpoints() -> None:
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
             return reentrant.apply(_bound(function), *args)
 
-    checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction = generator, Reentrant
+    setattr(checkpoint, CHECKPOINT_GENERATOR, generator)
+    checkpoint.CheckpointFunction = Reentrant
     checkpoint._graphpeft_takes_along = True
 
 

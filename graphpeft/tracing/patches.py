@@ -26,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from graphpeft import in_place
+from graphpeft._torch import CHECKPOINT_GENERATOR
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.caches import uncached
@@ -109,10 +110,10 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _refused_conversion(tracer, root)))
         stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
         stack.enter_context(_recorded_autocast(tracer))
-        apply = classmethod(_recorded_apply(tracer, torch.autograd.Function.apply.__func__))
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", apply))
+        apply = _recorded_apply(tracer, vars(torch.autograd.Function)["apply"])
+        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)))
         stack.enter_context(_decided_grad_mode(tracer))
-        stack.enter_context(mock.patch.object(recomputation, _RECOMPUTES, _refused_recomputation(tracer)))
+        stack.enter_context(mock.patch.object(recomputation, CHECKPOINT_GENERATOR, _refused_recomputation(tracer)))
         yield Recording(before, functools.partial(_set_aside, calls, ask))
 
 
@@ -326,11 +327,13 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
     return refuse
 
 
-def _recorded_apply(tracer: ValueTracer, apply: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded_apply(tracer: ValueTracer, apply: Any) -> Callable[..., Any]:
+    """Returns the function of a class method in place of `apply`, a class method of Python or, since 2.15, of C."""
+
     def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy) for leaf in given):
-            return apply(function, *args, **kwargs)
+            return apply.__get__(None, function)(*args, **kwargs)
         # a module is known to the graph; of a function it would hold the model's own modules, out of reach
         if any(callable(leaf) and not builtins.isinstance(leaf, fx.Proxy | nn.Module) for leaf in given):
             message = f"{function.__name__} is given a function, whose code a graph can't hold"
@@ -350,12 +353,8 @@ def _decided_grad_mode(tracer: ValueTracer) -> Any:
     return mock.patch.object(torch.set_grad_enabled, "__init__", decide)
 
 
-_RECOMPUTES = "_checkpoint_without_reentrant_generator"
-"""What ``torch.utils.checkpoint.checkpoint`` calls with ``use_reentrant=False``."""
-
-
 def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
-    recompute = getattr(recomputation, _RECOMPUTES)
+    recompute = getattr(recomputation, CHECKPOINT_GENERATOR)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_running:

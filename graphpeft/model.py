@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from graphpeft import checkpoint, in_place, trainer
+from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, lifecycle, merging, mixing
 from graphpeft.adapters.state import STATE, Adapters, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
@@ -320,7 +320,7 @@ class PeftModel(nn.Module):
             key_mapping=key_mapping,
             **options,
         )
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
 
     def add_weighted_adapter(
         self,
@@ -649,7 +649,7 @@ def set_peft_model_state_dict(
     originals = model._peft_adapters.originals
     values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
     overwrite(modules, adapter, adapter_name, values)
-    return _IncompatibleKeys([], [])
+    return IncompatibleKeys([], [])
 
 
 def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:

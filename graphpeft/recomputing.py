@@ -1,32 +1,32 @@
 """What a checkpointed function takes along when it runs again in the backward.
 
 PyTorch keeps the state of generators and of autocast for it, but nothing of ours: the call in which it ran is over by
-then, and another may have begun. So what holds for the time of a call is entered again around the function.
+then, and another may have begun. So what holds for the time of a call is entered again around the function. PyTorch has
+no public way to do so for checkpoints in others' code; therefore, its two ways to checkpoint are exchanged, for the
+time of such a call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
-import torch.utils.checkpoint
+import torch
 
-from graphpeft._torch import CHECKPOINT_GENERATOR
+from graphpeft._torch import CHECKPOINT_GENERATOR, CheckpointFunction, checkpoint_module
 
 Factory = Callable[[], AbstractContextManager[Any]]
 
+Function = Callable[..., Any]
 
-class _Present(threading.local):
-    """What holds in a thread just now, the outermost first."""
-
-    factories: tuple[Factory, ...] = ()
-
-
-_PRESENT = _Present()
+_PRESENT: ContextVar[tuple[Factory, ...]] = ContextVar("graphpeft_taken_along", default=())
+"""What holds just now, the outermost first."""
 
 
 @contextlib.contextmanager
@@ -36,48 +36,119 @@ def taken_along(factory: Factory) -> Iterator[None]:
     Args:
         factory: Makes a context, each time anew.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _wrap_checkpoints()
-    before = _PRESENT.factories
-    _PRESENT.factories = (*before, factory)
-    try:
+    if torch.compiler.is_compiling():
+        # a compiler follows checkpoints by itself, and can't follow a context variable that is set
         with factory():
             yield
-    finally:
-        _PRESENT.factories = before
-
-
-def _wrap_checkpoints() -> None:
-    """Lets both of PyTorch's ways to checkpoint bind the functions that they are given, once and for all."""
-    checkpoint: Any = torch.utils.checkpoint
-    if getattr(checkpoint, "_graphpeft_takes_along", False):
         return
-    run_again, reentrant = getattr(checkpoint, CHECKPOINT_GENERATOR), checkpoint.CheckpointFunction
-
-    @functools.wraps(run_again)
-    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return run_again(_bound(function), *args, **kwargs)
-
-    class Reentrant(reentrant):
-        @classmethod
-        def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
-            return reentrant.apply(_bound(function), *args)
-
-    setattr(checkpoint, CHECKPOINT_GENERATOR, generator)
-    checkpoint.CheckpointFunction = Reentrant
-    checkpoint._graphpeft_takes_along = True
+    with _present((*_PRESENT.get(), factory)), factory():
+        yield
 
 
-def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    factories = _PRESENT.factories
+@contextlib.contextmanager
+def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
+    """Lets functions that are checkpointed within the context take along what `factories` make."""
+    before = _PRESENT.get()
+    with checkpoints_bound_by(_bound):
+        _PRESENT.set(factories)
+        try:
+            yield
+        finally:
+            # not by a token, which another context may have made: that of a generator's caller
+            _PRESENT.set(before)
+
+
+def _bound(function: Function) -> Function:
+    factories = _PRESENT.get()
     if not factories:
         return function
 
-    @functools.wraps(function)
+    @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
+        if _PRESENT.get() is factories:
+            return function(*args, **kwargs)
         with contextlib.ExitStack() as stack:
+            # what is checkpointed inside takes them along, too
+            stack.enter_context(_present(factories))
             for factory in factories:
                 stack.enter_context(factory())
             return function(*args, **kwargs)
 
     return run
+
+
+# checkpoints
+
+Bind = Callable[[Function], Function]
+
+_LOCK = threading.Lock()
+_BINDS: list[tuple[object, Bind]] = []
+"""What binds checkpointed functions just now, in any thread; an entry for each context."""
+
+os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+
+
+@contextlib.contextmanager
+def checkpoints_bound_by(bind: Bind) -> Iterator[None]:
+    """Lets each function that is checkpointed within the context be bound by `bind`.
+
+    Args:
+        bind: Returns what is checkpointed in place of a function. Since it is asked in other threads and tasks, too,
+            it must know whether it concerns them.
+    """
+    entry = (object(), bind)
+    try:
+        with _LOCK:
+            _BINDS.append(entry)
+            if len(_BINDS) == 1:
+                _exchange()
+        yield
+    finally:
+        with _LOCK:
+            if entry in _BINDS:
+                _BINDS.remove(entry)
+            if not _BINDS:
+                _put_back()
+
+
+def _exchange() -> None:
+    run_again: Any = getattr(checkpoint_module, CHECKPOINT_GENERATOR)
+
+    @functools.wraps(run_again)
+    def generator(function: Function, *args: Any, **kwargs: Any) -> Any:
+        return run_again(_bound_by_all(function), *args, **kwargs)
+
+    reentrant: Any = vars(CheckpointFunction).get("apply")
+
+    def apply(cls: Any, function: Function, *args: Any) -> Any:
+        run_again = (reentrant or vars(torch.autograd.Function)["apply"]).__get__(None, cls)
+        return run_again(_bound_by_all(function), *args)
+
+    for owner, name, new in (
+        (checkpoint_module, CHECKPOINT_GENERATOR, generator),
+        (CheckpointFunction, "apply", classmethod(apply)),
+    ):
+        _EXCHANGED.append((owner, name, new, vars(owner).get(name)))
+        setattr(owner, name, new)
+
+
+_EXCHANGED: list[tuple[Any, str, Any, Any]] = []
+"""What was exchanged: in which object, by which name, the new value and that of before."""
+
+
+def _put_back() -> None:
+    while _EXCHANGED:
+        owner, name, new, before = _EXCHANGED[-1]
+        # another's exchange, made since, stays; it puts back ours, which does nothing then
+        if vars(owner).get(name) is new:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        _EXCHANGED.pop()
+
+
+def _bound_by_all(function: Function) -> Function:
+    for bind in dict.fromkeys(bind for _, bind in tuple(_BINDS)):
+        function = bind(function)
+    return function

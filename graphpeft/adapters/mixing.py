@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from graphpeft import in_place, rewrite, stand_ins
+from graphpeft._torch import pytree
 from graphpeft.adapters.graphs import op_in, with_adapter, without
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphpeft import checkpoint
+from graphpeft._torch import printed_target
 from graphpeft.adapters.graphs import templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
@@ -237,7 +238,7 @@ def _computed(template: Template, name: str, places: Mapping[str, str]) -> str:
     known: dict[fx.Node, str] = {}
     for node in graphs[0].nodes:
         if TAG in node.meta and node.meta[TAG].adapter == name:
-            target = places.get(str(node.target)) or node._pretty_print_target(node.target)
+            target = places.get(str(node.target)) or printed_target(node)
             arguments = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = _digest(f"{node.op} {target} {arguments}")
         else:

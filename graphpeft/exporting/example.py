@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from graphpeft._torch import pytree
 from graphpeft.exporting.errors import ExportError
 from graphpeft.tracing.errors import GuardError
 

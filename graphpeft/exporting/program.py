@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
-from torch.utils import _pytree as pytree
 
+from graphpeft._torch import pytree
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.exporting.quiet import quiet

@@ -14,6 +14,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
+from graphpeft._torch import padding_of_convolution
 from graphpeft.ops.reading import applied_if, arguments_of, in_graph, path_of, plain_layer
 
 aten = torch.ops.aten
@@ -147,7 +148,7 @@ def of_module(node: fx.Node, root: nn.Module) -> Convolution | None:
         options["output_padding"] = module.output_padding
     padding = None
     if module.padding_mode != "zeros":
-        padding = Padding(tuple(module._reversed_padding_repeated_twice), module.padding_mode)
+        padding = Padding(padding_of_convolution(module), module.padding_mode)
         options["padding"] = 0
     bias = f"{node.target}.bias" if module._parameters.get("bias") is not None else None
     return Convolution(node, x, f"{node.target}.weight", bias, function, options, padding)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as _hooks_of_all
 
 from graphpeft import ops
+from graphpeft._torch import has_hooks_of_all
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import HALVES, wants_plain_form
 from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
@@ -100,6 +100,4 @@ def add_product_unless_kept_(y: Tensor, d: Tensor, B: Tensor, scaling: float, la
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    own = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    of_all = _hooks_of_all._global_forward_hooks or _hooks_of_all._global_backward_hooks
-    return bool(own or of_all or _hooks_of_all._global_backward_pre_hooks)
+    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks) or has_hooks_of_all()

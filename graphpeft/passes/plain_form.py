@@ -6,7 +6,8 @@ import contextlib
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+
+from graphpeft._torch import is_transformed
 
 HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which rounding once or twice makes a difference that can be seen."""
@@ -18,9 +19,7 @@ def wants_plain_form() -> bool:
     A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
     and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.
     """
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

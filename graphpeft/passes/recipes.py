@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.utils import _pytree as pytree
 
+from graphpeft._torch import pytree, saved_tensors_go_elsewhere, version
 from graphpeft.passes.plain_form import wants_plain_form, without_autocast
 from graphpeft.recorded import recorded
 
@@ -78,7 +77,7 @@ class Recipe:
     def __init__(self, step: str, options: dict[str, Any], args: tuple[Any, ...]) -> None:
         self.args = args
         self._step, self._options = step, options
-        self._versions = [tensor._version for tensor in self._kept()]
+        self._versions = [version(tensor) for tensor in self._kept()]
 
     def compute(self) -> Tensor:
         """Computes the tensor.
@@ -86,7 +85,7 @@ class Recipe:
         Raises:
             RuntimeError: If a tensor that is kept has been written to.
         """
-        if [tensor._version for tensor in self._kept()] != self._versions:
+        if [version(tensor) for tensor in self._kept()] != self._versions:
             raise RuntimeError(_WRITTEN)
         args = [argument.compute() if isinstance(argument, Recipe) else argument for argument in self.args]
         return stepped(self._step, self._options, *args)
@@ -128,8 +127,7 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
 def _others_decide(args: tuple[Any, ...]) -> bool:
     """Tells whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
     devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
-    # PyTorch has no public way to ask; its own checkpoints ask so
-    return _top_saved_tensors_default_hooks(True) is not None or any(map(torch.is_autocast_enabled, devices))
+    return saved_tensors_go_elsewhere() or any(map(torch.is_autocast_enabled, devices))
 
 
 @recorded
@@ -156,7 +154,7 @@ def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextli
     def pack(tensor: Tensor) -> _Kept | _Again:
         # a product keeps another view of what it is given
         source = known.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
-        return _Kept(tensor, tensor._version) if source is None else _Again(source, tensor.shape, tensor.device.type)
+        return _Kept(tensor, version(tensor)) if source is None else _Again(source, tensor.shape, tensor.device.type)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor())
 
@@ -187,7 +185,7 @@ class _Kept(NamedTuple):
         Raises:
             RuntimeError: If it has been written to.
         """
-        if self.itself._version != self.version:
+        if version(self.itself) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"tensor of the shape {tuple(self.itself.shape)}"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graphpeft._torch import pytree
 from graphpeft.recorded import recorded
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.sites.finder import SiteFinder

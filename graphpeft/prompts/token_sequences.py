@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import networkx as nx
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphpeft import rewrite
+from graphpeft._torch import fake_tensor, pytree
 from graphpeft.ops.boundaries import boundary_of
 from graphpeft.prompts.scopes import InScope
 from graphpeft.report import listed
@@ -116,7 +115,7 @@ def _run(root: nn.Module, graph: fx.Graph, example_inputs: ExampleInputs) -> _Ra
     args, kwargs = split_inputs(example_inputs)
     bound = inspect.signature(root.forward).bind(*(args or ()), **kwargs)
     bound.apply_defaults()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[str, Any] = {}
 
     class Noting(fx.Interpreter):
@@ -133,7 +132,7 @@ def _run(root: nn.Module, graph: fx.Graph, example_inputs: ExampleInputs) -> _Ra
 @contextlib.contextmanager
 def _quiet_fake_tensors() -> Iterator[None]:
     """Keeps fake tensors from logging what they raise, which is an answer here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(fake_tensor.__name__)
     was, logger.disabled = logger.disabled, True
     try:
         yield

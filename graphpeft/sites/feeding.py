@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphpeft import ops
+from graphpeft._torch import pytree
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import feeding_directly
 from graphpeft.tracing.graph_module import VALUE, template_of

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graphpeft._torch import pytree
 from graphpeft.config import PeftConfig
 from graphpeft.model import get_peft_model
 from graphpeft.plan import AdaptError

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from graphpeft._torch import pytree
 from graphpeft.adapters import changes
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.config import PeftConfig

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 
+from graphpeft._torch import pytree
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.amp.autocast_mode import _enter_autocast as enter_autocast
-from torch.amp.autocast_mode import _exit_autocast as leave_autocast
+
+from graphpeft._torch import enter_autocast, leave_autocast
 
 __all__ = ["closing_regions", "enter_autocast", "leave_autocast"]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
-import torch.utils._pytree as pytree
+
+from graphpeft._torch import pytree
 
 CALLS = "graphpeft_calls"
 """The key of ``node.meta`` under which a node keeps its calls, the outermost first."""

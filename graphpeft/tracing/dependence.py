@@ -6,9 +6,9 @@ import re
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import nn
 
+from graphpeft._torch import pytree, storage_key
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
 from graphpeft.tracing.proxy import writes
@@ -58,7 +58,7 @@ def only_asks(node: fx.Node) -> bool:
 def _memory(node: fx.Node) -> set[int]:
     """Returns what tells the memory of a value's tensors from that of others; views share it."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return {storage_key(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def varies(node: fx.Node) -> bool:

@@ -17,11 +17,10 @@ from unittest import mock
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses import fake_tensor
 from torch.fx.node import map_arg
 
+from graphpeft._torch import DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
 from graphpeft.tracing import guards
 from graphpeft.tracing.dependence import above_with_writes, varies
 from graphpeft.tracing.errors import TraceError
@@ -103,7 +102,7 @@ class Examples:
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a tensor that has everything of `tensor` but its data."""
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             if tensor.is_leaf:
                 return self._mode.from_tensor(tensor)
             with fake_tensor.unset_fake_temporarily():
@@ -307,7 +306,7 @@ def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextl
     """
     values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
     is_plain = is_known and all(type(value) in _PLAIN for value in values)
-    return torch._C.DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
+    return DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
 
 
 def _is_not_whole(node: fx.Node) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from graphpeft._torch import GROUPED_MM
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -18,9 +18,5 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: An
     return mat_a.new_empty(*mat_a.shape[:-1], mat_b.shape[-1])
 
 
-FAKES: dict[Any, Callable[..., Any]] = {
-    function: _grouped_mm
-    for function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
-    if function is not None
-}
+FAKES: dict[Any, Callable[..., Any]] = dict.fromkeys(GROUPED_MM, _grouped_mm)
 """What stands for functions while fake tensors are given to them."""

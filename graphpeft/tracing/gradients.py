@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
+
+from graphpeft._torch import pytree
 
 
 @dataclass(frozen=True)

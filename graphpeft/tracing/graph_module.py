@@ -16,11 +16,10 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.fx as fx
 from torch import nn
-from torch._ops import OpOverload
-from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import map_arg
 
 from graphpeft import in_place
+from graphpeft._torch import OpOverload, empty_graph_like, forward_from_source, lines_of_nodes
 from graphpeft.tracing.autocast import closing_regions
 
 VALUE = "val"
@@ -57,7 +56,7 @@ class Template:
         self.meta: dict[str, Any] = {}
         self._derived: dict[Hashable, Template] = {}
         forwards = [
-            closing_regions(graph, _forward_from_src(code.src, code.globals))
+            closing_regions(graph, forward_from_source(code.src, code.globals))
             for graph, code in zip(graphs, self.codes, strict=True)
         ]
         self.forward: Callable[..., Any] = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
@@ -199,7 +198,7 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _lineno_map(self) -> Any:
-        return self._graphpeft_template.codes[self._graphpeft_template.index(self)]._lineno_map
+        return lines_of_nodes(self._graphpeft_template.codes[self._graphpeft_template.index(self)])
 
     @property
     def _graphpeft_own_forward(self) -> Callable[..., Any]:
@@ -283,13 +282,12 @@ def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: ta
         graph: The graph.
         target: What the copy calls in place of what a node of the graph calls.
     """
-    copied = fx.Graph(tracer_cls=graph._tracer_cls)
+    copied = empty_graph_like(graph)
     nodes: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         args, kwargs = map_arg((node.args, node.kwargs), nodes.__getitem__)  # type: ignore[misc]
         nodes[node] = copied.create_node(node.op, target(node.target), args, kwargs, node.name, node.type)
         nodes[node].meta = copy.copy(node.meta)
-    copied._codegen = copy.deepcopy(graph._codegen)
     return copied
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch.fx.node import has_side_effect
 
+from graphpeft._torch import pytree
 from graphpeft.tracing.errors import GuardError
 
 _WAY_OUT = (

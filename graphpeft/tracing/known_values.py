@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.dropout import _DropoutNd
 
+from graphpeft._torch import fake_tensor
 from graphpeft.tracing.graph_module import VALUE
 
 _PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.Size, torch.dtype, torch.device)
 _DEVICES = ("cpu", "cuda")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class Call(NamedTuple):
@@ -75,7 +75,7 @@ def call_of(node: fx.Node, layer: nn.Module | None) -> Call | None:
     """
     arguments = _key((node.args, node.kwargs))
     # in evaluation dropout returns the very tensor that it is given, which isn't what it does in training
-    if arguments is None or isinstance(layer, _DropoutNd):
+    if arguments is None or isinstance(layer, _DROPOUTS):
         return None
     own = () if layer is None else tuple(map(id, (*layer._parameters.values(), *layer._buffers.values())))
     autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
@@ -88,7 +88,7 @@ def _key(value: Any) -> Hashable | None:
     """Returns what tells a value from others, or None if that can't be told, or the value can change."""
     if isinstance(value, fx.Node):
         return _key(value.meta[VALUE])
-    if type(value) is FakeTensor:
+    if type(value) is fake_tensor.FakeTensor:
         return id(value)
     if type(value) in _PLAIN:
         return (type(value), value)

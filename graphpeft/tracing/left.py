@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 from torch import nn
 
+from graphpeft._torch import pytree
 from graphpeft.tracing import contents
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject

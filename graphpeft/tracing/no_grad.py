@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
 
+from graphpeft._torch import DisableTorchFunction, pytree, version
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.gradients import detached
@@ -62,9 +62,9 @@ def versions(node: fx.Node) -> list[int]:
     given = [
         source for source in node.all_input_nodes if _may_require_grad(source) and _tensor_of_the_module(source) is None
     ]
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         leaves = pytree.tree_leaves([source.meta.get(VALUE) for source in given])
-        return [leaf._version for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+        return [version(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
 
 
 def _tensor_of_the_module(node: Any) -> str | None:

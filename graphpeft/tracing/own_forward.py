@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from graphpeft import in_place, stand_ins
+from graphpeft._torch import reparametrized
 from graphpeft.recomputing import taken_along
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import SIMPLE
@@ -132,5 +132,5 @@ def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[No
             owner = module.get_submodule(owner_path)
             if stand_ins.stands_in(owner, name):
                 stack.enter_context(stand_ins.read_for_now(owner, name, own.pop(path)))
-        stack.enter_context(_reparametrize_module(module, own))
+        stack.enter_context(reparametrized(module, own))
         yield

@@ -20,13 +20,18 @@ from unittest import mock
 
 import torch
 import torch.fx as fx
-import torch.utils._pytree as pytree
-import torch.utils.checkpoint as recomputation
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 
 from graphpeft import in_place
-from graphpeft._torch import CHECKPOINT_GENERATOR
+from graphpeft._torch import (
+    DisableTorchFunction,
+    autocast_options,
+    current_function_mode,
+    function_mode_set_aside,
+    pytree,
+)
+from graphpeft.recomputing import checkpoints_bound_by
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.caches import uncached
@@ -113,7 +118,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         apply = _recorded_apply(tracer, vars(torch.autograd.Function)["apply"])
         stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)))
         stack.enter_context(_decided_grad_mode(tracer))
-        stack.enter_context(mock.patch.object(recomputation, CHECKPOINT_GENERATOR, _refused_recomputation(tracer)))
+        stack.enter_context(checkpoints_bound_by(_refused_recomputation(tracer)))
         yield Recording(before, functools.partial(_set_aside, calls, ask))
 
 
@@ -123,8 +128,8 @@ def _set_aside(calls: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Ite
     truthful, builtins.isinstance = builtins.isinstance, ask  # type: ignore[assignment]
     try:
         # a mode that the forward has entered goes first, and stays where it is
-        is_first = _get_current_function_mode() is calls
-        with _pop_mode_temporarily() if is_first else contextlib.nullcontext():
+        is_first = current_function_mode() is calls
+        with function_mode_set_aside() if is_first else contextlib.nullcontext():
             yield
     finally:
         builtins.isinstance = truthful
@@ -317,7 +322,7 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
         if tracer.is_running or module not in modules:
             return convert(module, function, *args, **kwargs)
         tensors = (*module.parameters(), *module.buffers())
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             is_converted = any(function(tensor) is not tensor for tensor in tensors)
         if is_converted:
             message = f"a {type(module).__name__} is converted in a forward, which a graph can't hold"
@@ -354,11 +359,9 @@ def _decided_grad_mode(tracer: ValueTracer) -> Any:
 
 
 def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
-    recompute = getattr(recomputation, CHECKPOINT_GENERATOR)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
         if tracer.is_running:
-            return recompute(*args, **kwargs)
+            return function
         message = f"{guards.deciding_line()} is computed again for gradients, which a graph can't hold"
         raise tracer.failing(TraceError(message))
 
@@ -374,8 +377,7 @@ def _recorded_autocast(tracer: ValueTracer) -> Iterator[None]:
     def record_enter(context: Any) -> Any:
         if tracer.is_running:
             return enter(context)
-        options = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-        inside.append((context, tracer.create_proxy("call_function", enter_autocast, options, {})))
+        inside.append((context, tracer.create_proxy("call_function", enter_autocast, autocast_options(context), {})))
         return context
 
     def record_leave(context: Any, *error: Any) -> Any:

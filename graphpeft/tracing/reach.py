@@ -16,8 +16,8 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as hooks_of_all
 
+from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.tracing.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, slots_of
 from graphpeft.tracing.source import names_in
@@ -131,7 +131,7 @@ def is_iterator(value: Any) -> bool:
 def _starts(module: nn.Module) -> Iterator[Any]:
     """Yields the class of a module, and what it holds by itself or in containers, if that may lead further."""
     yield type(module)
-    waiting = [*module.__dict__.values(), *_HOOKS_OF_ALL]
+    waiting = [*module.__dict__.values(), *FORWARD_HOOKS_OF_ALL]
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
@@ -164,9 +164,6 @@ def functions_held(module: nn.Module) -> Iterator[FunctionType]:
 
 _MAY_HOLD_FUNCTIONS = (FunctionType, MethodType, functools.partial, functools._lru_cache_wrapper, *_WITH_PARTS)
 
-
-_HOOKS_OF_ALL = (hooks_of_all._global_forward_hooks, hooks_of_all._global_forward_pre_hooks)
-"""Hooks that PyTorch calls for each module."""
 
 _Opened = tuple[Iterable[Holder], Iterable[Any]]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from graphpeft import in_place
+from graphpeft._torch import call_with_hooks
 from graphpeft.tracing.calls import calls_of
 from graphpeft.tracing.dependence import used_by
 from graphpeft.tracing.errors import TraceError
@@ -166,7 +167,7 @@ def _recorded(
     """Records a model, whose layers stay calls but for those `inlined`."""
     tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
     # as a call does, with the model's own hooks
-    entry = functools.partial(nn.Module._call_impl, model)
+    entry = functools.partial(call_with_hooks, model)
     recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
     read = _layers_read(model, recorded.graphs)
     if read <= inlined:

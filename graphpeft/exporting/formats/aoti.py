@@ -6,11 +6,10 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from graphpeft._torch import aot_inductor
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
@@ -29,12 +28,11 @@ class Aoti:
 
     def write(self, export: Export, path: Path, about: str) -> None:
         """Compiles the program."""
-        inductor: Any = torch._inductor
         program = export.program.exported
         configs = {"aot_inductor.metadata": {_ABOUT: about}}
         try:
             with quiet():
-                inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+                aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         except Exception as error:
             raise ExportError(
                 f"AOTInductor can't compile the model: {in_short(error)}. It needs a "
@@ -43,8 +41,7 @@ class Aoti:
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the compiled model."""
-        inductor: Any = torch._inductor
-        model = inductor.aoti_load_package(str(path))
+        model = aot_inductor().aoti_load_package(str(path))
         return lambda case, example: case.full(example).call(model)
 
     def about(self, path: Path) -> str | None:

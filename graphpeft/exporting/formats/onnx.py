@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
-from torch.utils import _pytree as pytree
 
+from graphpeft._torch import pytree
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from graphpeft._torch import pytree
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.adapters.tensors import set_trainable

@@ -186,6 +186,15 @@ def inputs_of(base: Base, side: str | None = "right", method: str = "") -> dict[
     return given
 
 
+def for_peft(base: Base, method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns inputs with the positions that generation counts, where a prefix needs them."""
+    if not (base.task == "CAUSAL_LM" and method.startswith("prefix") and "attention_mask" in given):
+        return given
+    mask = given["attention_mask"] == 1
+    first = mask.int().argmax(1, keepdim=True)
+    return given | {"position_ids": (torch.arange(mask.shape[1]) - first).clamp(min=0)}
+
+
 def result(called: Any) -> Tensor:
     return next(called[name] for name in ("logits", "start_logits", "last_hidden_state") if name in called)
 
@@ -206,7 +215,8 @@ def test_outputs_losses_and_gradients_are_pefts(base: Base, method: str) -> None
     ours, theirs = adapted(graphpeft, base, method), adapted(peft, base, method)
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     for side in (None, "right", "left"):
-        called, expected = ours(**inputs_of(base, side, method)), theirs(**inputs_of(base, side, method))
+        given = inputs_of(base, side, method)
+        called, expected = ours(**given), theirs(**for_peft(base, method, given))
         assert equal(result(called), result(expected))
         assert equal(loss(called), loss(expected))
         loss(called).backward()
@@ -220,8 +230,9 @@ def test_files_go_both_ways(base: Base, method: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     loaded = peft.PeftModel.from_pretrained(base.build(), tmp_path / "ours").eval()
     with torch.no_grad():
-        expected = result(ours(**inputs_of(base, method=method)))
-        assert equal(result(loaded(**inputs_of(base, method=method))), expected)
+        given = inputs_of(base, method=method)
+        expected = result(ours(**given))
+        assert equal(result(loaded(**for_peft(base, method, given))), expected)
         adapted(peft, base, method).save_pretrained(tmp_path / "theirs")
         loaded = PeftModel.from_pretrained(base.build(), tmp_path / "theirs")
         assert equal(result(loaded(**inputs_of(base, method=method))), expected)
@@ -285,6 +296,28 @@ def test_generated_tokens_are_pefts(base: Base, method: str) -> None:
     plain = {name: value for name, value in given.items() if name != "task_ids"}
     unprompted = base.build().generate(**plain, eos_token_id=None, forced_eos_token_id=None, max_new_tokens=5)
     assert not torch.equal(found, unprompted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["prefix", "prefix-projection"])
+@pytest.mark.parametrize("hole", [slice(0, 3), slice(2, 4)], ids=["left", "holed"])
+def test_generation_with_a_prefix_computes_what_the_forward_computes(name: str, method: str, hole: slice) -> None:
+    base = next(base for base in BASES if base.name == name and base.task == "CAUSAL_LM")
+    model = adapted(graphpeft, base, method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(3)
+    ids = inputs_of(base, None)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, hole] = 0
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": None, "return_dict_in_generate": True}
+    made = model.generate(input_ids=ids, attention_mask=mask, **options, output_logits=True)
+    longer = torch.cat((mask, torch.ones(3, 3, dtype=torch.long)), 1)
+    computed = model(input_ids=made.sequences, attention_mask=longer, use_cache=False).logits[:, -4:-1]
+    assert equal(torch.stack(made.logits, 1), computed)
+    seen = ids[1:2, mask[1] == 1]
+    assert equal(model(input_ids=seen).logits[:, -1], made.logits[0][1:2])
 
 
 def test_sampled_tokens_are_those_of_a_run_without_cache() -> None:

@@ -23,6 +23,7 @@ from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, lin
 from graphpeft.prompts.prompting import (
     CACHES,
     EMBEDDINGS_KEY,
+    GENERATOR,
     Encoder,
     PromptRule,
     cache_of,
@@ -100,7 +101,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         assert self.num_attention_heads is not None
         encoder = PrefixTable() if self.holds_table else self.encoder()
         sizes = (self.num_virtual_tokens, self.num_layers, self.num_attention_heads)
-        return PromptRule(encoder, InCache(*sizes, other_cache_names(site.arguments)))
+        counts = site.role == GENERATOR
+        return PromptRule(encoder, InCache(*sizes, other_cache_names(site.arguments), counts))
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,14 @@ class InCache:
         layers: The number of layers.
         heads: The number of heads that have keys.
         asks: The other name of the cache.
+        counts: Whether positions that aren't given are counted by the attention mask, as `generate` counts them.
     """
 
     tokens: int
     layers: int
     heads: int
     asks: tuple[str, ...]
+    counts: bool
 
     def check(self, site: CallSite) -> str | None:
         """Returns why the module can't take a prefix, or None."""
@@ -131,8 +135,10 @@ class InCache:
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened_for(inputs["attention_mask"], self.tokens, tokens, cache)
         if "position_ids" in inputs:
-            checked = checked_positions(inputs["position_ids"], self.tokens, tokens, cache)
-            changed["position_ids"] = shifted(checked, self.tokens)
+            positions = checked_positions(inputs["position_ids"], self.tokens, tokens, cache)
+            if self.counts and "attention_mask" in inputs:
+                positions = counted(positions, inputs["attention_mask"], tokens)
+            changed["position_ids"] = shifted(positions, self.tokens)
         cache = filled(cache, prompt, tokens, (self.layers, self.heads), word_embeddings, config)
         changed |= under_one_name(cache, inputs)
         return changed
@@ -185,6 +191,26 @@ class Projection:
         """Returns the keys and values, (tokens, 2 · layers · heads · head size)."""
         hidden = torch.tanh(linear_by("transform_0", parameters["prompt_embedding_weight"], parameters))
         return linear_by("transform_2", hidden, parameters)
+
+
+@recorded
+def counted(position_ids: Tensor | None, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Returns the positions of tokens, (batch, length); counted by their mask where they aren't given.
+
+    `generate` counts them so, and a row's result doesn't depend on its padding: the keys of a prefix have no position
+    of their own, so padding that is counted would move the tokens away from them. Padding behind the last token is
+    counted, as a model does by itself.
+
+    Args:
+        position_ids: The positions, (batch, length), or None.
+        mask: The attention mask of all tokens, those in the cache first, (batch, all), or None.
+        tokens: The ids or the embeddings of the input, (batch, length, …).
+    """
+    if position_ids is not None or mask is None:
+        return position_ids
+    is_token = mask != 0
+    is_behind = is_token.flip(-1).cumsum(-1).flip(-1) == 0
+    return ((is_token | is_behind).cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
 
 
 @recorded

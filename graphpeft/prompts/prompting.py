@@ -266,7 +266,7 @@ def under_one_name(cache: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 # where prompts go in
 
-ENCODER, DECODER = "encoder", "decoder"
+ENCODER, DECODER, GENERATOR = "encoder", "decoder", "generator"
 LABELS_TOKENS, LABELS_SEQUENCES = "labels tokens", "labels sequences"
 """The roles of modules that get a prompt."""
 
@@ -297,12 +297,19 @@ def cache_sites(finder: SiteFinder, report: Report) -> list[CallSite]:
     """
     model: Any = finder.modules[""]
     candidates = [model.get_decoder()] if _is_pair(model) else [model, *model.children()]
+    role = GENERATOR if generates_by_mask(model) else DECODER
     for module in candidates:
         if not set(CACHES).isdisjoint(inspect.signature(module.forward).parameters):
-            site = _site(finder, report, DECODER, module)
+            site = _site(finder, report, role, module)
             return [site] if site is not None else []
     report.refused.append(Refusal("the model", "its forward takes no cache, where a prefix goes", "use prompt tuning"))
     return []
+
+
+def generates_by_mask(model: Any) -> bool:
+    """Tells whether `generate` counts the positions of a model's tokens by their mask, and hands them in."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate() and not _is_pair(model)
 
 
 def _is_pair(model: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import pickle
 import threading
@@ -465,6 +467,66 @@ def test_rows_of_one_thread_are_not_those_of_another():
         other.start()
         other.join()
     assert torch.equal(found[0], plain)
+
+
+def test_rows_of_one_task_are_not_those_of_another():
+    model = mixed_llama(graphpeft)
+    names = [["u"] * 5, ["v"] * 5, ["w"] * 5, ["__base__"] * 5, ROWS]
+    with torch.no_grad():
+        expected = [model(**text(), adapter_names=of_row).logits for of_row in names]
+        active = output(model, text())
+
+        async def answer(of_row: list[str] | None) -> Tensor:
+            with model.mixed_batch(of_row) if of_row is not None else contextlib.nullcontext():
+                await asyncio.sleep(0)
+                first = model(**text()).logits
+                await asyncio.sleep(0)
+                assert torch.equal(model(**text()).logits, first)
+                return first
+
+        async def answers() -> list[Tensor]:
+            return await asyncio.gather(*(answer(of_row) for of_row in (*names, None)))
+
+        for found, wanted in zip(asyncio.run(answers()), (*expected, active), strict=True):
+            assert equal(found, wanted)
+
+
+def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
+    model, plain = mixed_llama(graphpeft), mixed_llama(graphpeft)
+    compiled = torch.compile(model, backend="eager")
+    names = [["u"] * 5, ["v"] * 5, ROWS]
+    with torch.no_grad():
+        expected = [plain(**text(), adapter_names=of_row).logits for of_row in names]
+
+        async def answer(of_row: list[str]) -> Tensor:
+            await asyncio.sleep(0)
+            alone = compiled(**text(), adapter_names=of_row).logits
+            with model.mixed_batch(of_row):
+                await asyncio.sleep(0)
+                assert near(compiled(**text()).logits, alone, 1e-6)
+            return alone
+
+        async def answers() -> list[Tensor]:
+            return await asyncio.gather(*(answer(of_row) for of_row in names))
+
+        for found, wanted in zip(asyncio.run(answers()), expected, strict=True):
+            assert near(found, wanted, 1e-6)
+
+
+def test_a_whole_compiled_graph_refuses_rows_of_tasks():
+    torch._dynamo.reset()
+    model = mixed_llama(graphpeft)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+
+    async def ask() -> None:
+        with model.mixed_batch(ROWS), pytest.raises(Exception, match="pass adapter_names to the"):
+            whole(**text())
+
+    asyncio.run(ask())
+    with torch.no_grad(), model.mixed_batch(ROWS):
+        found = whole(**text()).logits
+    with torch.no_grad():
+        assert near(found, model(**text(), adapter_names=ROWS).logits, 1e-6)
 
 
 def test_rows_follow_adapters_that_come_go_and_are_edited():

@@ -5,8 +5,8 @@ it ran before. With them it runs a graph in which a rule's `by_row` works on the
 row; where a rule has none, or a module has other tensors for an adapter, it runs the graphs of the adapters in turn on
 their rows.
 
-The rows are no argument of the modules, which hand on only what they know, but belong to the thread for the time of the
-call. A checkpointed function that runs again in the backward takes them along.
+The rows are no argument of the modules, which hand on only what they know, but belong to the context of the call (see
+`present_rows`). A checkpointed function that runs again in the backward takes them along.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import contextlib
 import functools
 import inspect
 import itertools
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -25,6 +24,7 @@ from torch import fx, nn
 from graphpeft import in_place, rewrite, stand_ins
 from graphpeft._torch import pytree
 from graphpeft.adapters.graphs import op_in, with_adapter, without
+from graphpeft.adapters.present_rows import present, rows_if_any, rows_present
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.paths import join, within
@@ -148,49 +148,11 @@ class Rows:
         return self.by_count[count]
 
 
-class PresentRows(Protocol):
-    """What a call that has adapters by rows tells its regions."""
-
-    @property
-    def runners(self) -> Mapping[int, Runner]:
-        """How each region runs, by the id of its module."""
-        ...
-
-    def of(self, tensor: torch.Tensor) -> Any:
-        """Returns the adapters of the rows of `tensor`, which have ``stacked`` and ``number`` as `RowAdapters` has."""
-        ...
-
-
-class _Thread(threading.local):
-    rows: PresentRows | None = None
-
-
-_PRESENT = _Thread()
-
-
-def present() -> Any:
-    """Returns the rows of the present call."""
-    rows = _PRESENT.rows
-    assert rows is not None
-    return rows
-
-
-@contextlib.contextmanager
-def rows_present(rows: PresentRows) -> Iterator[None]:
-    """Lets calls in a context have these rows."""
-    before = _PRESENT.rows
-    _PRESENT.rows = rows
-    try:
-        yield
-    finally:
-        _PRESENT.rows = before
-
-
 # the layer
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    rows = _PRESENT.rows
+    rows = rows_if_any()
     runner = rows.runners.get(id(module)) if rows is not None else None
     if runner is not None:
         return runner(module, *args, **kwargs)

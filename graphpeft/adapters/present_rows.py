@@ -1,0 +1,122 @@
+"""Which adapter each row of a batch has, for the time of a call: a context variable.
+
+So tasks and threads each have their own. `torch.compile` can't follow a context variable that is set, but it follows an
+attribute of the thread. Therefore rows are noted there, too, as far as one thread runs one call at a time; where it
+runs tasks, compiled code refuses what it can't know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+
+
+class PresentRows(Protocol):
+    """The adapters of the rows of a call, as its regions ask for them."""
+
+    @property
+    def runners(self) -> Mapping[int, Callable[..., Any]]:
+        """How each region runs, by the id of its module."""
+        ...
+
+    def of(self, tensor: torch.Tensor) -> Any:
+        """Returns the adapters of the rows of `tensor`, which have ``stacked`` and ``number`` as `RowAdapters` has."""
+        ...
+
+
+class _Thread(threading.local):
+    """The rows for compiled code.
+
+    Attributes:
+        rows: The rows of the present call; only those of a thread that runs no tasks.
+        tasks: How many tasks of the thread have rows.
+        is_shared: Whether any has.
+    """
+
+    rows: PresentRows | None = None
+    tasks: int = 0
+    is_shared: bool = False
+
+
+_OF_CONTEXT: ContextVar[PresentRows | None] = ContextVar("graphpeft_rows", default=None)
+_OF_THREAD = _Thread()
+
+
+def rows_if_any() -> PresentRows | None:
+    """Returns the rows of the present call, or None.
+
+    Raises:
+        RuntimeError: If compiled code asks in a thread some of whose tasks have rows.
+    """
+    if not torch.compiler.is_compiling():
+        rows = _OF_CONTEXT.get()
+        return _OF_THREAD.rows if rows is None else rows
+    if _OF_THREAD.is_shared:
+        raise RuntimeError(
+            "compiled code can't tell the rows of one asyncio task from those of another: pass adapter_names to the "
+            "compiled model instead of entering mixed_batch around it, or run it in a thread (asyncio.to_thread)"
+        )
+    return _OF_THREAD.rows
+
+
+def present() -> Any:
+    """Returns the rows of the present call."""
+    rows = rows_if_any()
+    assert rows is not None
+    return rows
+
+
+@contextlib.contextmanager
+def rows_present(rows: PresentRows) -> Iterator[None]:
+    """Lets calls in a context have these rows."""
+    if torch.compiler.is_compiling():
+        before, was_shared = _OF_THREAD.rows, _OF_THREAD.is_shared
+        _OF_THREAD.rows, _OF_THREAD.is_shared = rows, False
+        try:
+            yield
+        finally:
+            _OF_THREAD.rows, _OF_THREAD.is_shared = before, was_shared
+        return
+    with _of_tasks() if _runs_tasks() else _of_thread(rows):
+        of_context = _OF_CONTEXT.get()
+        _OF_CONTEXT.set(rows)
+        try:
+            yield
+        finally:
+            # not by a token, which another context may have made: that of a generator's caller
+            _OF_CONTEXT.set(of_context)
+
+
+def _runs_tasks() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _of_tasks() -> Iterator[None]:
+    _OF_THREAD.tasks += 1
+    _OF_THREAD.is_shared = True
+    try:
+        yield
+    finally:
+        _OF_THREAD.tasks -= 1
+        _OF_THREAD.is_shared = _OF_THREAD.tasks > 0
+
+
+@contextlib.contextmanager
+def _of_thread(rows: PresentRows) -> Iterator[None]:
+    before = _OF_THREAD.rows
+    _OF_THREAD.rows = rows
+    try:
+        yield
+    finally:
+        _OF_THREAD.rows = before

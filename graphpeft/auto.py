@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from graphpeft.config import ConfigLike, PeftConfig, TaskType
 from graphpeft.model import PeftModel
 from graphpeft.plan import AdaptError
+from graphpeft.wording import shown
 
 _LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 """From which a file may name a class, as in PEFT: importing what a file names runs code."""
@@ -82,13 +83,27 @@ class AutoPeftModel:
             return getattr(importlib.import_module("transformers"), cls.auto_class)
         if config.auto_mapping is None:
             raise AdaptError("the adapter's config names neither a task nor the class of its base; load that yourself")
-        library, name = config.auto_mapping["parent_library"], config.auto_mapping["base_model_class"]
+        library, name = (config.auto_mapping.get(key) for key in ("parent_library", "base_model_class"))
+        if not (isinstance(library, str) and isinstance(name, str) and library and name):
+            raise AdaptError(
+                f"auto_mapping of the adapter's config names no class by parent_library and base_model_class, but "
+                f"{shown(config.auto_mapping)}; load the base yourself"
+            )
         if not any(library == allowed or library.startswith(f"{allowed}.") for allowed in libraries):
             raise AdaptError(
                 f"the adapter's config wants to import {library!r}, which runs its code; if you trust it, pass "
                 f"import_allowlist=[{library!r}]"
             )
-        return getattr(importlib.import_module(library), name)
+        try:
+            base_class = getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError) as error:
+            raise AdaptError(f"auto_mapping of the adapter's config names {library}.{name}: {error}") from error
+        if not hasattr(base_class, "from_pretrained"):
+            raise AdaptError(
+                f"auto_mapping of the adapter's config names {library}.{name}, which loads no model; load the base "
+                "yourself"
+            )
+        return base_class
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

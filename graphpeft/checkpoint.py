@@ -8,34 +8,31 @@ for each of its parameters that is adapted on its own (`target_parameters`), so 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
 from graphpeft.config import PeftConfig, PeftType
+from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
 from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.rewrite import FileForm
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.targeting import embedding_layers, targets
+from graphpeft.targeting import embedding_layers
+from graphpeft.targeting.patterns import Pattern
 from graphpeft.tracing.trace import stands_for
+from graphpeft.wording import shortened
 
 PREFIX = "base_model.model."
-
-
-class CheckpointError(ValueError):
-    """An adapter file that doesn't fit the model; the model is as it was."""
 
 
 # names
@@ -193,21 +190,33 @@ def fitted(
         values: The file's tensors by their names there.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or has another shape; the first of each kind are named. And
-            if tied ones have other values each.
+        CheckpointError: If a tensor is missing, unexpected, or has another shape or other numbers; the first of each kind
+            are named. And if tied ones have other values each.
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
+    dtypes = {(path, stand_ins.stand_in(own, name)): tensor.dtype for path, own, tensor in _whole(adapter, modules)}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
-    shapes |= {place: tuple(stand_ins.tensor_of(modules[place[0]], place[1]).shape) for place in base.values()}
+    own = {place: stand_ins.tensor_of(modules[place[0]], place[1]) for place in base.values()}
+    shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
+    dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
-    needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
+    needless = [
+        shortened(key) for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)
+    ]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
         if key in values and tuple(values[key].shape) != shapes[place]
+    ]
+    # an adapter's own tensors are of floating-point numbers, whatever its weights are
+    wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
+    misshapen += [
+        f"{key} of {values[key].dtype} where the model wants {dtype}"
+        for key, dtype in wanted.items()
+        if not _becomes(values[key].dtype, dtype)
     ]
     problems = [f"lacks {listed(lacking)}"] if lacking else []
     problems += [f"has what the model has no place for: {listed(needless)}"] if needless else []
@@ -220,9 +229,26 @@ def fitted(
     found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
     _refuse_untied(adapter, name, modules, found)
     # mostly what the model has anyway
-    own = {place: originals.get(place, stand_ins.tensor_of(modules[place[0]], place[1])) for place in base.values()}
-    unchanged = {place for place, tensor in own.items() if is_same(tensor, found[place])}
+    unchanged = {place for place, tensor in own.items() if is_same(originals.get(place, tensor), found[place])}
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def _becomes(dtype: torch.dtype, wanted: torch.dtype) -> bool:
+    """Tells whether numbers of one dtype may be read as those of another: floating-point ones in any precision."""
+    return dtype == wanted or (dtype in _FLOATING_POINT and wanted.is_floating_point)
+
+
+_FLOATING_POINT = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
+"""Those that PyTorch converts; not those that pack two numbers into a byte."""
 
 
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
@@ -279,7 +305,7 @@ def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) 
         key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
             one that is found is replaced.
     """
-    patterns = {targets.compiled(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
+    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
 
     def mapped(key: str) -> str:
         own = key.removeprefix(PREFIX)
@@ -409,21 +435,8 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged.
+        CheckpointError: If the file is damaged, or holds anything but tensors by their names.
     """
-    if not use_safetensors:
-        path = adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{path} is damaged, or a pickle of more than tensors: {error}. Copy it anew, or have PEFT save it as "
-                "safetensors."
-            ) from error
-    path = adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file: {error}. Copy it anew, or save the adapter again."
-        ) from error
+    if use_safetensors:
+        return read_safetensors(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options))
+    return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options))

@@ -12,19 +12,20 @@ import enum
 import functools
 import json
 import os
-import types
-import typing
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from graphpeft.foreign_files import CheckpointError, read_json
 from graphpeft.hub import CONFIG_NAME, adapter_file
+from graphpeft.options import check_options
 from graphpeft.paths import TensorPaths
+from graphpeft.wording import shown
 
 if TYPE_CHECKING:
     from graphpeft.combination import Combination, Part
@@ -200,16 +201,11 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None:
             if self.task_type not in list(TaskType):
-                raise ValueError(f"task_type is {self.task_type!r}; choose one of {[task.value for task in TaskType]}")
+                raise ValueError(
+                    f"task_type is {shown(self.task_type)}; choose one of {[task.value for task in TaskType]}"
+                )
             self.task_type = TaskType(self.task_type)
-        self._check_types()
-
-    def _check_types(self) -> None:
-        hints = _type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not field.default and not _fits(value, hints[field.name]):
-                raise ValueError(f"{field.name} must be {field.type}, not {value!r}")
+        check_options(self)
 
     # what a method says
 
@@ -224,8 +220,8 @@ class PeftConfig:
         return False
 
     def check(self) -> None:
-        """Raises ValueError for options that this library doesn't support, and for values set to another type since."""
-        self._check_types()
+        """Raises ValueError for options that this library doesn't support, and for values set since that can't be."""
+        check_options(self)
 
     def find_sites(
         self, finder: SiteFinder, report: Report, owned: TensorPaths
@@ -349,13 +345,13 @@ class PeftConfig:
         named = values.pop("peft_type", None)
         config_class = next((c for t, c in _REGISTRY.items() if named == t), None)
         if config_class is None:
-            raise ValueError(f"peft_type is {named!r}; supported are {sorted(map(_plain, _REGISTRY))}")
+            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(_plain, _REGISTRY))}")
         if not issubclass(config_class, cls):
             raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
         known = [field.name for field in dataclasses.fields(config_class)]
         for name in [name for name in values if name not in known]:
             warnings.warn(
-                f"{CONFIG_NAME} has an unknown key {name!r}, which is ignored{_nearest(name, known)}", stacklevel=3
+                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{_nearest(name, known)}", stacklevel=3
             )
             del values[name]
         return config_class(**values)
@@ -366,19 +362,14 @@ class PeftConfig:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
+            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
         """
         path = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} isn't JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not the keys of a config")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true."""
@@ -407,33 +398,6 @@ def as_config(config: ConfigLike) -> PeftConfig:
     values = config.to_dict()
     known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
-
-
-# a class's annotations are text, and reading them is slow
-_type_hints = functools.cache(typing.get_type_hints)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tells whether `value` is of the annotated type.
-
-    Lists, sets and tuples pass for each other: JSON has lists alone, and in code people write what they have. An
-    integer is a number, but True isn't.
-    """
-    if hint is Any or type(value) is hint:
-        return True
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in parts
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is dict:
-        key, content = parts
-        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, content) for k, v in value.items())
-    if origin is not None:
-        return isinstance(value, list | tuple | set | frozenset) and all(_fits(part, parts[0]) for part in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 def _plain(value: Any) -> Any:

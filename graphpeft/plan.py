@@ -5,8 +5,9 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
+from graphpeft.targeting.patterns import PatternError
 from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained_whole
 from graphpeft.tracing.graph_module import Template
 from graphpeft.tracing.trace import ExampleInputs
@@ -83,21 +85,31 @@ def make_plan(
         AdaptError: If the config asks for something that isn't supported.
     """
     _refuse_scripted(model)
+    finder = SiteFinder(model, known, example_inputs)
     try:
         config.check()
+        _refuse_too_many_names(config, finder.modules)
         resolved = config.resolved(model)
         targets.compile_matcher(resolved)
     except ValueError as error:
         raise AdaptError(str(error)) from error
-    owned = owned if owned is not None else TensorPaths()
-    finder = SiteFinder(model, known, example_inputs)
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
+    try:
+        _fill(plan, finder, owned if owned is not None else TensorPaths(), where)
+    except PatternError as error:
+        raise AdaptError(str(error)) from error
+    return plan
+
+
+def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[Any], bool] | None) -> None:
+    """Puts into a plan what its config comes to."""
+    resolved = plan.config
     plan.report.adapted = plan.sites
     sites = resolved.find_sites(finder, plan.report, owned)
     if where is not None and sites:
         sites = _narrow(plan, sites, where, owned)
     for site in sites:
-        _add_site(plan, site, finder.templates[site.region], autocast_adapter_dtype)
+        _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
     plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     _refuse_replaced_twice(plan)
@@ -106,7 +118,20 @@ def make_plan(
     plan.report.trained_whole += [
         f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
-    return plan
+
+
+def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if an option has more names than a model of this size can give a meaning."""
+    most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
+    for option in dataclasses.fields(config):
+        entries = getattr(config, option.name)
+        if isinstance(entries, Collection) and len(entries) > most and not isinstance(entries, str):
+            if isinstance(next(iter(entries)), str):
+                raise ValueError(f"{option.name} has {len(entries)} names; for a model of this size, {most} at most")
+
+
+_NAMES_BESIDE = 1000
+"""How many names a config may have beside those of the model, since it may be written for several."""
 
 
 def _refuse_scripted(model: nn.Module) -> None:
@@ -143,9 +168,9 @@ def _refuse_untied(kept: Sequence[Any], sites: Sequence[Any]) -> None:
             raise AdaptError(f"where holds for one alone of {site.tied_to} and {site.owner}, which are tied")
 
 
-def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template, autocast: bool) -> None:
+def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) -> None:
     config = plan.config
-    dtype = dtype_of_adapter(site.dtype, autocast)
+    dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
     _refuse_unhashable(rule)
     reason = rule.check(site, config)

@@ -17,6 +17,9 @@ from graphpeft.plan import AdaptError
 
 Pairs = Sequence[Sequence[int]]
 
+_MOST_TIMES = 16
+"""How many times as many layers there may be; models that were made deeper so have twice as many."""
+
 
 @dataclass
 class Replication:
@@ -77,6 +80,12 @@ def replicate(model: nn.Module, config: Any, before: Replication | None, is_adap
             raise AdaptError(
                 f"layer_replication has the pair {(start, end)}, and the model layers 0 to {len(layers) - 1}"
             )
+    count = sum(end - start for start, end in pairs)
+    if count > _MOST_TIMES * len(layers):
+        raise AdaptError(
+            f"layer_replication makes {count} layers of the model's {len(layers)}; {_MOST_TIMES} times as many are the "
+            "most that are made"
+        )
     indices = [index for start, end in pairs for index in range(start, end)]
     model_config = getattr(holder, "config", None) or getattr(model, "config", None)
     options = _options(model_config, indices, len(layers))

@@ -21,11 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, TaskType, register
+from graphpeft.options import Index, Kind, NotNegative, Number, check_options
+from graphpeft.paths import TensorPaths
 from graphpeft.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
 from graphpeft.prompts.prompting import Encoder, InFront, PromptRule
 from graphpeft.recorded import recorded
+from graphpeft.report import Refusal, Report
 from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
+from graphpeft.tracing.trace import module_told
 
 _SMALLEST = 1e-10
 """The bound of tokens that aren't moved."""
@@ -49,25 +54,28 @@ class CPTConfig(PromptLearningConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.CPT
 
-    cpt_token_ids: list[int] | None = None
+    cpt_token_ids: list[Index] | None = None
     cpt_mask: list[int] | None = None
-    cpt_tokens_type_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[Kind] | None = None
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
-    opt_loss_decay_factor: float | None = 1.0
-    opt_projection_epsilon: float | None = 0.1
-    opt_projection_format_epsilon: float | None = 0.1
+    opt_loss_decay_factor: Number | None = 1.0
+    opt_projection_epsilon: NotNegative | None = 0.1
+    opt_projection_format_epsilon: NotNegative | None = 0.1
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"a CPTConfig is for task_type='CAUSAL_LM', not {self.task_type!r}")
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        if not self.cpt_token_ids:
+            raise ValueError("cpt_token_ids is empty; give the tokens of a context")
         self.num_virtual_tokens = len(self.cpt_token_ids)
         self.num_transformer_submodules = 1
         for name in ("cpt_mask", "cpt_tokens_type_mask"):
             if getattr(self, name) is None:
                 setattr(self, name, [1] * self.num_virtual_tokens)
-            if len(getattr(self, name)) != self.num_virtual_tokens:
+            elif len(getattr(self, name)) != self.num_virtual_tokens:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.num_virtual_tokens} tokens")
         super().__post_init__()
 
@@ -81,6 +89,17 @@ class CPTConfig(PromptLearningConfig):
         super().check()
         if self.prompt_scope is not None:
             raise ValueError("prompt_scope has no place for a context, which is text; use prompt tuning")
+
+    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
+        """Returns the model's boundary, if the model knows the tokens of the context."""
+        embedding: Any = module_told(finder.modules[""], "get_input_embeddings")
+        known = getattr(embedding, "num_embeddings", None)
+        outside = [token for token in self.cpt_token_ids or () if known is not None and token >= known]
+        if outside:
+            reason = f"cpt_token_ids has tokens outside of the vocabulary, such as {outside[0]}, which has {known}"
+            report.refused.append(Refusal("the model", reason, "give tokens of the model's own tokenizer"))
+            return []
+        return super().find_sites(finder, report, owned)
 
     def encoder(self) -> Encoder:
         """Returns what moves the tokens of the context."""
@@ -165,8 +184,6 @@ class Context:
     def initialise(self, parameters: Mapping[str, Tensor], config: CPTConfig, embedding: nn.Module) -> None:
         """Takes the embeddings of the context's tokens, and no change."""
         weight: Any = embedding.weight
-        if not all(0 <= token < weight.shape[0] for token in config.cpt_token_ids or ()):
-            raise ValueError(f"cpt_token_ids has tokens outside of the vocabulary, which has {weight.shape[0]}")
         parameters["prompt_embedding"].copy_(embedding(torch.tensor(config.cpt_token_ids, device=weight.device)))
         parameters["prompt_delta"].zero_()
 

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
+from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
 from graphpeft.methods.prompt_tuning import TokenTable
+from graphpeft.options import Index, Size
 from graphpeft.prompts.prompt_config import PromptLearningConfig
 from graphpeft.prompts.prompting import EMBEDDINGS_KEY, Encoder
 from graphpeft.recorded import recorded
+from graphpeft.report import listed
 from graphpeft.rewrite import ParameterSpec
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
@@ -51,11 +53,11 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     )
     prompt_tuning_init_text: str | None = None
     prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int | None = 0
+    prompt_tuning_init_task: Index | None = 0
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
-    num_ranks: int = 1
-    num_tasks: int = 1
+    num_ranks: Size = 1
+    num_tasks: Size = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,9 +66,6 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
         for name in needed.get(self.prompt_tuning_init, ()):
             if not getattr(self, name):
                 raise ValueError(f"prompt_tuning_init={self.prompt_tuning_init!r} needs {name}")
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     def check(self) -> None:
         """Raises ValueError for options that can't be."""
@@ -147,11 +146,13 @@ def of_tasks(table: Tensor, cols: Tensor, rows: Tensor, task_ids: Tensor | None)
 def _of_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """Returns the first values that a trained file gives."""
     path = config.prompt_tuning_init_state_dict_path or ""
-    saved = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    saved = read_safetensors(path) if path.endswith(".safetensors") else read_pickle(path)
+    tasks = () if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ("prefix_task_cols", "prefix_task_rows")
+    lacking = [name for name in (EMBEDDINGS_KEY, *tasks) if name not in saved]
+    if lacking:
+        raise CheckpointError(f"{path} lacks {listed(lacking)}; name the file of a multitask prompt")
     found = {"prompt_embeddings": saved[EMBEDDINGS_KEY]}
-    if config.prompt_tuning_init == "ONLY_SOURCE_SHARED":
-        return found
-    for name in ("prefix_task_cols", "prefix_task_rows"):
+    for name in tasks:
         averaged = config.prompt_tuning_init == "AVERAGE_SOURCE_TASKS"
         found[name] = (
             saved[name].mean(0, keepdim=True) if averaged else saved[name][[config.prompt_tuning_init_task or 0]]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
+from graphpeft.options import Size
 from graphpeft.paths import TensorPaths
 from graphpeft.prompts import prompting
 from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
@@ -57,7 +58,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING
 
     init_weights: Literal["zero"] | None = None
-    encoder_hidden_size: int | None = None
+    encoder_hidden_size: Size | None = None
     prefix_projection: bool = False
 
     def check(self) -> None:
@@ -92,7 +93,20 @@ class PrefixTuningConfig(PromptLearningConfig):
             reason = "prefix tuning works through the cache, which gradient checkpointing switches off"
             report.refused.append(Refusal("the model", reason, "call gradient_checkpointing_disable() on the model"))
             return []
-        return prompting.cache_sites(finder, report)
+        return prompting.cache_sites(finder, report) if self._fits_cache(finder.modules[""], report) else []
+
+    def _fits_cache(self, model: nn.Module, report: Report) -> bool:
+        """Tells whether the prefix can be keys and values of the model, and reports if it can't."""
+        known = _sizes_of_cache(model)
+        reasons = [
+            f"{name} is {getattr(self, name)}, and the model has {' or '.join(map(str, sizes))}"
+            for name, sizes in known.items()
+            if sizes and getattr(self, name) not in sizes
+        ]
+        if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
+            reasons.append(f"token_dim={self.token_dim} is no multiple of num_attention_heads")
+        report.refused += [Refusal("the model", reason, "leave the sizes out of the config") for reason in reasons]
+        return not reasons
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
         """Returns the rule for a boundary."""
@@ -269,6 +283,23 @@ def _key_sizes(model: nn.Module) -> dict[str, int]:
         return {}
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {"token_dim": size * heads, "num_attention_heads": heads}
+
+
+def _sizes_of_cache(model: nn.Module) -> dict[str, list[int]]:
+    """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # a model in which all heads share one key says so, in one way or another
+    shares = hasattr(config, "num_kv_heads") or getattr(config, "multi_query", False)
+    heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+    if getattr(config, "num_key_value_heads", None) is not None:
+        heads = ("num_key_value_heads",)
+    asked = {
+        "num_attention_heads": () if shares else heads,
+        "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_decoder_layers"),
+    }
+    found = {name: [getattr(config, option, None) for option in options] for name, options in asked.items()}
+    return {name: sorted({size for size in sizes if isinstance(size, int)}) for name, sizes in found.items()}
 
 
 def _width(config: PrefixTuningConfig) -> int:

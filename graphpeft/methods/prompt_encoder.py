@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, register
+from graphpeft.options import Probability, Size, Steps
 from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.prompts.prompting import Encoder
 from graphpeft.recorded import recorded
@@ -42,9 +43,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     peft_type: ClassVar[PeftType] = PeftType.P_TUNING
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_hidden_size: Size | None = None
+    encoder_num_layers: Steps = 2
+    encoder_dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from graphpeft.config import OWN, PeftConfig, TaskType
+from graphpeft.options import Layers, Size, Within
 from graphpeft.paths import TensorPaths, join
 from graphpeft.prompts import prompting
 from graphpeft.prompts.prompting import (
@@ -56,11 +57,11 @@ class PromptLearningConfig(PeftConfig):
 
     file_prefix: ClassVar[str] = "base_model."
 
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: Size | None = None
+    token_dim: Size | None = None
+    num_transformer_submodules: Annotated[int, Within("1 or 2", 1, 2)] | None = None
+    num_attention_heads: Size | None = None
+    num_layers: Layers | None = None
     prompt_scope: str | list[str] | None = field(default=None, metadata=OWN)
     prompt_position: Literal["before", "after"] = field(default="before", metadata=OWN)
     labels_include_prompt: bool = field(default=False, metadata=OWN)
@@ -68,8 +69,6 @@ class PromptLearningConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._encoder_is_lost = False
-        if self.num_virtual_tokens is not None and self.num_virtual_tokens <= 0:
-            raise ValueError(f"num_virtual_tokens must be positive, not {self.num_virtual_tokens}")
 
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support."""

@@ -22,6 +22,7 @@ from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
 from graphpeft.tracing.trace import stands_for
+from graphpeft.wording import shown
 
 
 class _Weights(NamedTuple):
@@ -245,8 +246,9 @@ def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Repo
     hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {listed(names, most=10)}"
     if not report.excluded:
         hint = _spelling(wanted, names) or hint
-    shown = repr(wanted) if isinstance(wanted, str) else f"[{listed([repr(name) for name in sorted(wanted)])}]"
-    return f"nothing in {type(model).__name__} matches {shown}{because}{hint}"
+    named = shown(wanted) if isinstance(wanted, str) else f"[{listed([shown(name) for name in sorted(wanted)])}]"
+    option = "target_modules" if config.target_modules else "target_parameters"
+    return f"nothing in {type(model).__name__} matches {option}={named}{because}{hint}"
 
 
 def _spelling(wanted: Any, names: list[str]) -> str | None:

@@ -22,13 +22,15 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from graphpeft.sites.layer_kinds import linear_classes
+from graphpeft.targeting.endings import Endings
+from graphpeft.targeting.patterns import Pattern
 from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
@@ -194,9 +196,9 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     """
     if not patterns:
         return default
-    for key, value in patterns.items():
-        if _ending(key).match(name):
-            return value
+    place = _endings(tuple(patterns)).first(name)
+    if place is not None:
+        return next(itertools.islice(patterns.values(), place, None))
     # A name may hold characters that mean something else in a regular expression; its plain spelling counts as well.
     return patterns.get(name, default)
 
@@ -291,7 +293,7 @@ def near_misses(targets: str | Iterable[str], names: Iterable[str], n: int = 5) 
         repetition. The order of `targets` matters only if they have one; sets are sorted.
     """
     known = [name for name in names if name]
-    wanted = _in_order(targets)
+    wanted = _in_order(targets)[: max(n, 1)]  # each takes milliseconds
     found = [difflib.get_close_matches(target, _comparable(known, target), n=max(n, 1)) for target in wanted]
     by_rank = itertools.chain.from_iterable(itertools.zip_longest(*found))
     return list(dict.fromkeys(name for name in by_rank if name is not None))[:n]
@@ -324,8 +326,8 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def fits_any(key: str, names: Iterable[str]) -> bool:
     """Says whether a key of `rank_pattern` or `alpha_pattern` fits one of `names`, see `pattern_value`."""
-    pattern = _ending(key)
-    return any(pattern.match(name) or name == key for name in names)
+    pattern = _endings((key,))
+    return any(pattern.first(name) is not None or name == key for name in names)
 
 
 def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
@@ -338,7 +340,7 @@ def _exclusion(config: object) -> Predicate:
     by_name = _listed(getattr(config, "exclude_modules", None) or (), "exclude_modules")
     # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
     saved = [
-        compiled(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
+        Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
         for entry in getattr(config, "modules_to_save", None) or ()
     ]
     if not saved:
@@ -364,7 +366,7 @@ def _targeting(config: object) -> Predicate:
 def _listed(entries: str | Collection[str], field: str) -> Predicate:
     """A string must match the whole name, as a regular expression; a list holds names and their endings."""
     if isinstance(entries, str):
-        pattern = compiled(entries, entries, field)
+        pattern = Pattern(entries, entries, field)
         return lambda name: pattern.fullmatch(name) is not None
     if not entries:
         return _never
@@ -412,10 +414,10 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
     """
     if not layers_pattern:
         # The number must be the third component or a later one: `layers.0.q_proj` has no index for PEFT either.
-        patterns = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+        patterns: Sequence[Any] = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
     else:
         entries = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        patterns = [compiled(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", entry, "layers_pattern") for entry in entries]
+        patterns = [Pattern(rf"(?:^|.*?\.){entry}\.(?P<idx>\d+)\.", entry, "layers_pattern") for entry in entries]
 
     def layer_of(name: str) -> int | None:
         found = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
@@ -425,28 +427,10 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
     return layer_of
 
 
-@functools.cache  # re's own cache holds 512, and a rank_pattern can have an entry for every module
-def _ending(key: str) -> re.Pattern[str]:
-    return compiled(rf"(.*\.)?({key})$", key, "rank_pattern or alpha_pattern")
-
-
-def compiled(pattern: str, entry: str, field: str) -> re.Pattern[str]:
-    """Compiles a regular expression that somebody has written.
-
-    Args:
-        pattern: The expression.
-        entry: What was written of it.
-        field: The option where it was written.
-
-    Raises:
-        ValueError: It is not a regular expression.
-    """
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{entry!r} in {field} is not a regular expression: {error}. Write special characters as re.escape does."
-        ) from error
+# asked for each site, with the same keys
+@functools.lru_cache(maxsize=16)
+def _endings(keys: tuple[str, ...]) -> Endings:
+    return Endings(keys, "rank_pattern or alpha_pattern")
 
 
 def _advice(model: nn.Module) -> str:

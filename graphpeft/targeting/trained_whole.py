@@ -18,6 +18,7 @@ from graphpeft.targeting.embedding_layers import embedding_layers
 from graphpeft.tracing.trace import stands_for
 
 _WAY_OUT = "name other modules in modules_to_save, or none"
+_MOST_HINTS = 5  # an error names so many
 _ROWS_WAY_OUT = "change trainable_token_indices, or leave it None"
 
 
@@ -54,7 +55,7 @@ def trained_whole(
     for name in config.modules_to_save or ():
         # the heads that a task brings along are named for every model, whichever it has
         if name not in TASK_HEADS and not any(path.endswith(name) for path in saved):
-            near = targets.near_misses([name], modules)
+            near = targets.near_misses([name], modules) if len(report.refused) < _MOST_HINTS else []
             hint = f"; near misses: {', '.join(near)}" if near else ""
             report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", _WAY_OUT))
     adapted = {site.owner for site in sites if site.is_layer}

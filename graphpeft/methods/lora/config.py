@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,16 @@ from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.ops.boundaries import Leaf
+from graphpeft.options import Index, Number, Size, Within
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting.target_config import TargetedConfig
+from graphpeft.wording import shown
+
+Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]
 
 
 @register
@@ -83,10 +88,10 @@ class LoraConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
 
-    r: int = 8
+    r: Size = 8
     target_parameters: list[str] | None = None
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_alpha: Number = 8
+    lora_dropout: Dropout = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
@@ -97,17 +102,17 @@ class LoraConfig(TargetedConfig):
     eva_config: Any = None
     lora_ga_config: Any = None
     loftq_config: Any = field(default_factory=dict)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, Size] = field(default_factory=dict)
+    alpha_pattern: dict[str, Number] = field(default_factory=dict)
 
-    target_parts: dict[str, list[Any]] | None = field(default=None, metadata=OWN)
+    target_parts: dict[str, list[str | tuple[Index, Index]]] | None = field(default=None, metadata=OWN)
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
     arrow_config: Any = None
     ensure_weight_tying: bool = False
     kasa_config: Any = None
-    layer_replication: list[tuple[int, int]] | None = None
+    layer_replication: list[tuple[Index, Index]] | None = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
@@ -135,7 +140,7 @@ class LoraConfig(TargetedConfig):
         for name in _UNSUPPORTED:
             value, only = getattr(self, name), getattr(default, name)
             if value and value != only:
-                raise ValueError(f"{name}={value!r} is not supported; leave it {only!r}")
+                raise ValueError(f"{name}={shown(value)} is not supported; leave it {only!r}")
         initialisation_of(self.init_lora_weights)
         for name, (kind, _) in _NESTED.items():
             if getattr(self, name) and self.init_lora_weights != kind:
@@ -144,13 +149,6 @@ class LoraConfig(TargetedConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
 
     def _check_values(self) -> None:
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if rank <= 0:
-                raise ValueError(f"{name} must be a positive integer, not {rank!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"lora_dropout is the probability of dropping an element: 0 ≤ p < 1, not {self.lora_dropout}"
-            )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -297,12 +295,15 @@ def _nested(value: Any, config_class: type, name: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         values = dataclasses.asdict(value)
     if not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {value!r}")
+        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {shown(value)}")
     known = {field.name for field in dataclasses.fields(config_class)}
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return config_class(**values)
+        raise ValueError(f"{name} has no option {shown(unknown[0])}; it has {', '.join(sorted(known))}")
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _exactly(name: str) -> str:

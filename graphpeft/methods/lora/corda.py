@@ -30,6 +30,7 @@ from graphpeft.methods.lora.measured import (
     targeted_layers,
     write_cache,
 )
+from graphpeft.options import check_options
 from graphpeft.plan import AdaptError
 
 
@@ -54,8 +55,7 @@ class CordaConfig:
     prune_temporary_fields: bool = True
 
     def __post_init__(self) -> None:
-        if self.corda_method not in ("ipm", "kpm"):
-            raise ValueError(f"corda_method must be 'ipm' or 'kpm', not {self.corda_method!r}")
+        check_options(self)
 
 
 class CordaEigens(NamedTuple):

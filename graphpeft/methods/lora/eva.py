@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from graphpeft.adapters.tensors import set_trainable
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
+from graphpeft.options import Within, check_options
 from graphpeft.plan import AdaptError, make_plan
 from graphpeft.targeting import targets
 
@@ -55,18 +56,15 @@ class EvaConfig:
         adjust_scaling_factors: Whether α grows with a layer's rank.
     """
 
-    rho: float = 2.0
-    tau: float = 0.99
+    rho: Annotated[float, Within("at least 1 and finite", 1, 2**20)] = 2.0
+    tau: Annotated[float, Within("a cosine, 0 ≤ tau ≤ 1", 0, 1)] = 0.99
     use_label_mask: bool = True
     label_mask_value: int = -100
     whiten: bool = False
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        if self.rho < 1:
-            raise ValueError(f"rho must be at least 1, not {self.rho}")
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau is a cosine: 0 ≤ tau ≤ 1, not {self.tau}")
+        check_options(self)
 
 
 @dataclass(frozen=True)

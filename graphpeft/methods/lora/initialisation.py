@@ -23,6 +23,7 @@ from graphpeft.methods.lora.from_weight import Mica, Olora, Orthogonal, Pissa
 from graphpeft.methods.lora.loftq import Loftq
 from graphpeft.methods.lora.lora_ga import LoraGa
 from graphpeft.sites.site import Site
+from graphpeft.wording import shown
 
 RANDOM = (True, False, "gaussian")
 """Values of `init_lora_weights` that look at no weight."""
@@ -37,7 +38,9 @@ _BY_NAME: dict[str, Initialisation] = {
     "eva": Eva(),
     "loftq": Loftq(),
 }
-_WITH_STEPS = re.compile(r"pissa_niter_(\d+)")
+_WITH_STEPS = re.compile(r"pissa_niter_(\d{1,9})")
+_MOST_STEPS = 100
+"""More change no digit."""
 
 
 def initialisation_of(kind: bool | str) -> Initialisation | None:
@@ -49,10 +52,12 @@ def initialisation_of(kind: bool | str) -> Initialisation | None:
     if kind in RANDOM:
         return None
     steps = _WITH_STEPS.fullmatch(str(kind))
+    if steps and int(steps[1]) > _MOST_STEPS:
+        raise ValueError(f"init_lora_weights={kind!r} asks for more than {_MOST_STEPS} steps; choose fewer")
     found = Pissa(int(steps[1])) if steps else _BY_NAME.get(str(kind))
     if found is None:
         known = ", ".join(map(repr, (*RANDOM, *_BY_NAME, "pissa_niter_<steps>")))
-        raise ValueError(f"init_lora_weights={kind!r} is not supported; choose one of {known}")
+        raise ValueError(f"init_lora_weights={shown(kind)} is not supported; choose one of {known}")
     return found
 
 

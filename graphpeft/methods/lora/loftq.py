@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
+from graphpeft.options import Steps, check_options
 
 _BLOCK = 64
 _LARGEST_QUANTILE = 0.9677083
@@ -35,17 +36,16 @@ class LoftQConfig:
         loftq_iter: How often.
 
     Raises:
-        ValueError: For other bits, and for less than one time.
+        ValueError: For other bits, and for other numbers of times than 1 to 100.
     """
 
     loftq_bits: int = 4
-    loftq_iter: int = 1
+    loftq_iter: Steps = 1
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.loftq_bits not in (4, 8):
             raise ValueError(f"loftq_bits must be 4 or 8, as in PEFT, not {self.loftq_bits!r}")
-        if self.loftq_iter < 1:
-            raise ValueError(f"loftq_iter must be a positive integer, not {self.loftq_iter!r}")
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,8 @@ from graphpeft.methods.lora.measured import (
     targeted_layers,
     write_cache,
 )
+from graphpeft.options import Size, check_options
 from graphpeft.plan import AdaptError
-
-_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
-_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @dataclass
@@ -49,12 +47,10 @@ class LoraGAConfig:
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: int = 16
+    stable_gamma: Size = 16
 
     def __post_init__(self) -> None:
-        for name, known in (("direction", _DIRECTIONS), ("scale", _SCALES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        check_options(self)
 
 
 _GRADIENTS: Measurements = Measurements()

@@ -1,0 +1,154 @@
+"""What the options of a config admit, by their annotations: types, and bounds of the numbers in them.
+
+A field says once what it takes, as in ``r: Size`` or ``rank_pattern: dict[str, Size]``; `check_options` compares the
+values with that, whether somebody wrote them in code or in a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from graphpeft.wording import shown
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that an annotated option admits; what is no number, NaN, isn't among them.
+
+    Attributes:
+        words: These numbers in words, behind "must be".
+        least: The smallest one.
+        most: The largest one.
+    """
+
+    words: str
+    least: float
+    most: float
+
+    def problem(self, value: Any) -> str | None:
+        """Returns what a number must be, if it isn't."""
+        if self.least <= value <= self.most:
+            return None
+        is_too_large = isinstance(value, int) and isinstance(self.most, int) and value > self.most
+        return f"{self.most} at most" if is_too_large else self.words
+
+
+_LARGEST = 3.4e38  # of single precision, in which adapters compute
+
+Size = Annotated[int, Within("a positive integer", 1, 2**20)]
+"""The number of a model's dimensions, of ranks, of tokens: far more than any model has, and few enough to multiply."""
+
+Layers = Annotated[int, Within("a positive integer", 1, 2**12)]
+"""The number of a model's layers."""
+
+Steps = Annotated[int, Within("a positive integer", 1, 100)]
+"""How often something is computed anew: more changes no digit."""
+
+Index = Annotated[int, Within("a whole number from 0 on", 0, 2**31 - 1)]
+"""A place in a tensor."""
+
+Kind = Annotated[int, Within("a number of 32 bits", -(2**31), 2**31 - 1)]
+"""A whole number that tensors hold."""
+
+Number = Annotated[float, Within("a finite number of single precision", -_LARGEST, _LARGEST)]
+"""A factor."""
+
+NotNegative = Annotated[float, Within("a finite number from 0 on", 0, _LARGEST)]
+"""A length."""
+
+Probability = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1)]
+"""Of dropping an element."""
+
+
+def check_options(options: Any) -> None:
+    """Raises ValueError, with its name, for an option whose value its annotation doesn't admit.
+
+    Args:
+        options: An instance of a dataclass.
+    """
+    hints = _type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value, hint = getattr(options, field.name), hints[field.name]
+        if value is field.default:
+            continue
+        if not _fits(value, hint):
+            raise ValueError(f"{field.name} must be {_spelled(hint)}, not {shown(value)}")
+        problem = next(_problems(field.name, value, hint), None)
+        if problem is not None:
+            raise ValueError(problem)
+
+
+@functools.cache  # a class's annotations are text, and reading them is slow
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tells whether `value` is of the annotated type.
+
+    Lists, sets and tuples pass for each other: JSON has lists alone, and in code people write what they have. An
+    integer is a number, but True isn't.
+    """
+    if hint is Any or type(value) is hint:
+        return True
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _fits(value, parts[0])
+    if origin is Literal:
+        return value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is dict:
+        key, content = parts
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, content) for k, v in value.items())
+    if origin is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(parts)
+            and all(_fits(inner, part) for inner, part in zip(value, parts, strict=True))
+        )
+    if origin is not None:
+        return isinstance(value, list | tuple | set | frozenset) and all(_fits(part, parts[0]) for part in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _problems(name: str, value: Any, hint: Any) -> Iterator[str]:
+    """Yields what is wrong with the numbers in a value of the annotated type."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        found = parts[1].problem(value)
+        if found is not None:
+            yield f"{name} must be {found}, not {shown(value)}"
+    elif origin in (typing.Union, types.UnionType):
+        yield from _problems(name, value, next(part for part in parts if _fits(value, part)))
+    elif origin is dict:
+        for key, inner in value.items():
+            yield from _problems(f"{name}[{shown(key)}]", inner, parts[1])
+    elif origin is tuple:
+        for place, (inner, part) in enumerate(zip(value, parts, strict=True)):
+            yield from _problems(f"{name}[{place}]", inner, part)
+    elif origin in (list, set) and typing.get_origin(parts[0]) is not None:
+        for place, inner in enumerate(value):
+            yield from _problems(f"{name}[{place}]", inner, parts[0])
+
+
+def _spelled(hint: Any) -> str:
+    """Returns a type as it is written in a config's class, without bounds."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _spelled(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_spelled, parts))
+    if origin is Literal:
+        return f"Literal[{', '.join(map(repr, parts))}]"
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_spelled, parts))}]"
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))

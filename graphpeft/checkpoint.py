@@ -190,8 +190,8 @@ def fitted(
         values: The file's tensors by their names there.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected, or has another shape or other numbers; the first of each kind
-            are named. And if tied ones have other values each.
+        CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
+            of each are named. And if tied ones have other values each.
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))

@@ -125,9 +125,10 @@ def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module])
     most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
     for option in dataclasses.fields(config):
         entries = getattr(config, option.name)
-        if isinstance(entries, Collection) and len(entries) > most and not isinstance(entries, str):
-            if isinstance(next(iter(entries)), str):
-                raise ValueError(f"{option.name} has {len(entries)} names; for a model of this size, {most} at most")
+        if not isinstance(entries, Collection) or isinstance(entries, str) or len(entries) <= most:
+            continue
+        if isinstance(next(iter(entries)), str):
+            raise ValueError(f"{option.name} has {len(entries)} names; for a model of this size, {most} at most")
 
 
 _NAMES_BESIDE = 1000

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.config import PeftType, TaskType, register
-from graphpeft.options import Index, Kind, NotNegative, Number, check_options
+from graphpeft.options import Index, Kind, NotNegative, Number
 from graphpeft.paths import TensorPaths
 from graphpeft.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
 from graphpeft.prompts.prompting import Encoder, InFront, PromptRule
@@ -64,7 +64,7 @@ class CPTConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.task_type != TaskType.CAUSAL_LM:
             raise ValueError(f"a CPTConfig is for task_type='CAUSAL_LM', not {self.task_type!r}")
         self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
@@ -77,7 +77,6 @@ class CPTConfig(PromptLearningConfig):
                 setattr(self, name, [1] * self.num_virtual_tokens)
             elif len(getattr(self, name)) != self.num_virtual_tokens:
                 raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.num_virtual_tokens} tokens")
-        super().__post_init__()
 
     @property
     def has_encoder(self) -> bool:

@@ -28,7 +28,7 @@ class _Spelled(NamedTuple):
 
 
 class Endings:
-    """Patterns for the ends of names, each cut at a dot: ``(.*\\.)?(key)$``.
+    r"""Patterns for the ends of names, each cut at a dot: ``(.*\.)?(key)$``.
 
     Args:
         keys: The patterns.

@@ -248,7 +248,7 @@ def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Repo
         hint = _spelling(wanted, names) or hint
     named = shown(wanted) if isinstance(wanted, str) else f"[{listed([shown(name) for name in sorted(wanted)])}]"
     option = "target_modules" if config.target_modules else "target_parameters"
-    return f"nothing in {type(model).__name__} matches {option}={named}{because}{hint}"
+    return f"{option}: nothing in {type(model).__name__} matches {named}{because}{hint}"
 
 
 def _spelling(wanted: Any, names: list[str]) -> str | None:

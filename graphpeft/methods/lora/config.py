@@ -33,7 +33,7 @@ from graphpeft.methods.lora.parts import LoraParts, as_stock
 from graphpeft.methods.lora.target_parts import with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.ops.boundaries import Leaf
-from graphpeft.options import Index, Number, Size, Within
+from graphpeft.options import Index, Kind, Number, Size, Within
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite, Rule
@@ -105,7 +105,7 @@ class LoraConfig(TargetedConfig):
     rank_pattern: dict[str, Size] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
 
-    target_parts: dict[str, list[str | tuple[Index, Index]]] | None = field(default=None, metadata=OWN)
+    target_parts: dict[str, list[str | tuple[Kind, Kind]]] | None = field(default=None, metadata=OWN)
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None

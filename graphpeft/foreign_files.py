@@ -117,7 +117,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(path, error) from error
     # of a damaged pickle, the functions that it names get any arguments, and raise whatever they do
     except Exception as error:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -79,9 +79,10 @@ def check_options(options: Any) -> None:
             continue
         if not _fits(value, hint):
             raise ValueError(f"{field.name} must be {_spelled(hint)}, not {shown(value)}")
-        problem = next(_problems(field.name, value, hint), None)
+        problem = _problem(value, hint)
         if problem is not None:
-            raise ValueError(problem)
+            place, wanted, number = problem
+            raise ValueError(f"{field.name}{place} must be {wanted}, not {shown(number)}")
 
 
 @functools.cache  # a class's annotations are text, and reading them is slow
@@ -120,24 +121,30 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _problems(name: str, value: Any, hint: Any) -> Iterator[str]:
-    """Yields what is wrong with the numbers in a value of the annotated type."""
+def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
+    """Returns the first number in a value of the annotated type that is out of bounds.
+
+    Returns:
+        Where in the value it is, as one writes that in Python; what it must be; and the number. None if there is none.
+    """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        found = parts[1].problem(value)
-        if found is not None:
-            yield f"{name} must be {found}, not {shown(value)}"
-    elif origin in (typing.Union, types.UnionType):
-        yield from _problems(name, value, next(part for part in parts if _fits(value, part)))
-    elif origin is dict:
-        for key, inner in value.items():
-            yield from _problems(f"{name}[{shown(key)}]", inner, parts[1])
+        wanted = parts[1].problem(value)
+        return None if wanted is None else ("", wanted, value)
+    if origin in (typing.Union, types.UnionType):
+        return _problem(value, next(part for part in parts if _fits(value, part)))
+    inside: Iterable[tuple[Any, Any, Any]] = ()
+    if origin is dict:
+        inside = ((key, inner, parts[1]) for key, inner in value.items())
     elif origin is tuple:
-        for place, (inner, part) in enumerate(zip(value, parts, strict=True)):
-            yield from _problems(f"{name}[{place}]", inner, part)
+        inside = ((place, inner, part) for place, (inner, part) in enumerate(zip(value, parts, strict=True)))
     elif origin in (list, set) and typing.get_origin(parts[0]) is not None:
-        for place, inner in enumerate(value):
-            yield from _problems(f"{name}[{place}]", inner, parts[0])
+        inside = ((place, inner, parts[0]) for place, inner in enumerate(value))
+    for key, inner, part in inside:
+        found = _problem(inner, part)
+        if found is not None:
+            return f"[{shown(key)}]{found[0]}", *found[1:]
+    return None
 
 
 def _spelled(hint: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import random
@@ -10,6 +11,9 @@ import reprlib
 import shutil
 import struct
 import tempfile
+import time
+import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft.testing.laws import snapshot
+from graphpeft import checkpoint
+from graphpeft.adapters.state import adapters_of
+from graphpeft.testing.laws import require_unchanged, snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CAUSAL_LM = "CAUSAL_LM"
@@ -134,7 +140,7 @@ def _lora(**options: Any) -> Callable[[], graphpeft.PeftConfig]:
     return lambda: graphpeft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options})
 
 
-_PATTERNS: dict[str, Any] = {"rank_pattern": {"head": 3}, "alpha_pattern": {"conv": 5.0, "h.*": 7.0}}
+_PATTERNS: dict[str, Any] = {"rank_pattern": {"qkv": 3}, "alpha_pattern": {"qkv": 5.0, "q.*": 7.0}}
 
 SAVED = [
     Saved("lora", _layers, _lora(target_modules=["embed", "conv", "qkv", "w"], modules_to_save=["norm"], **_PATTERNS)),
@@ -290,9 +296,14 @@ def _nested(depth: int) -> Any:
     return value
 
 
+def copy_of(saved: Saved, folder: Path) -> None:
+    """Puts a copy of an adapter into an empty folder."""
+    shutil.copytree(_folder(saved), folder, dirs_exist_ok=True)
+
+
 def damage(saved: Saved, folder: Path, random: random.Random) -> Damage:
     """Puts a damaged copy of an adapter into an empty folder."""
-    shutil.copytree(_folder(saved), folder, dirs_exist_ok=True)
+    copy_of(saved, folder)
     kind = random.choices((_config, _config_bytes, _tensors, _tensor_bytes, _pickle, _files), (45, 10, 15, 12, 14, 4))[
         0
     ]
@@ -307,7 +318,7 @@ def _config(folder: Path, random: random.Random) -> Damage:
         ("another value", "no", "two", "more", "another peft_type", "nested", "neighbour"), (70, 6, 6, 4, 4, 3, 7)
     )[0]
     if action == "another value":
-        values[key] = random.choice(ODD)
+        values[key] = random.choice(ODD if random.random() < 0.4 else _fitting(values["peft_type"], key))
     elif action == "no":
         del values[key]
     elif action == "two":
@@ -325,6 +336,16 @@ def _config(folder: Path, random: random.Random) -> Damage:
         values[key] = _near(values[key], random)
     file.write_text(json.dumps(values))
     return Damage(f"{action} {key}: {reprlib.repr(values.get(key))}", key)
+
+
+@functools.cache
+def _fitting(method: str, key: str) -> list[Any]:
+    """Returns those odd values whose type may be that of an option."""
+    kinds: dict[type, str] = {int: "int", float: "float", str: "str", list: "list", dict: "dict", bool: "bool"}
+    cls = graphpeft.config.registered()[method]
+    written = next((field.type for field in dataclasses.fields(cls) if field.name == key), "str")
+    hint = str(typing.get_type_hints(cls).get(key, written))
+    return [value for value in ODD if kinds.get(type(value), "None") in hint] or ODD
 
 
 def _near(value: Any, random: random.Random) -> Any:
@@ -529,7 +550,87 @@ def _files(folder: Path, random: random.Random) -> Damage:
 # what becomes of it
 
 
+class Verdict(NamedTuple):
+    """What loading a damaged folder came to.
+
+    Attributes:
+        fault: What is wrong with it; None if there was a clear error or a right load.
+        error: The error, if there was one.
+        seconds: How long it took.
+    """
+
+    fault: str | None
+    error: Exception | None
+    seconds: float
+
+
+def verdict(saved: Saved, folder: Path, damage: Damage, is_trainable: bool) -> Verdict:
+    """Loads a folder onto a model, and judges what comes of it."""
+    model = saved.model()
+    before = state_of(model)
+    began, found = time.process_time(), None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graphpeft.PeftModel.from_pretrained(
+                model, folder, is_trainable=is_trainable, use_safetensors=damage.use_safetensors
+            )
+    except Exception as error:
+        found = error
+    seconds = time.process_time() - began
+    fault = _fault_of_load(saved, model, folder, damage) if found is None else _fault_of_error(found, model, before)
+    return Verdict(fault if fault or seconds < _SECONDS else f"it took {seconds:.1f} s", found, seconds)
+
+
+_SECONDS = 2.0
+_CLEAR = (graphpeft.CheckpointError, graphpeft.AdaptError, FileNotFoundError)
+_LONGEST_ERROR = 3000
+
+
 def state_of(model: Any) -> Any:
     """Returns all that loading could change: in the model, and in its config."""
     config = getattr(model, "config", None)
     return snapshot(model), copy.deepcopy(config.to_dict()) if config is not None else None
+
+
+def _fault_of_error(error: Exception, model: Any, before: Any) -> str | None:
+    text = str(error)
+    if type(error) not in _CLEAR:
+        return f"it is a raw {type(error).__name__}: {text[:200]}"
+    named = {"adapter_config.json", "adapter_model.", "adapter's file", "targets", "can't adapt", *_options()}
+    if not any(name in text for name in named):
+        return f"the error names neither a file nor a key: {text[:200]}"
+    if len(text) > _LONGEST_ERROR:
+        return f"the error has {len(text)} letters"
+    try:
+        require_unchanged(model, before[0], "a refused load")
+    except AssertionError as changed:
+        return str(changed)
+    config = getattr(model, "config", None)
+    return "the model's config is changed" if config is not None and config.to_dict() != before[1] else None
+
+
+@functools.cache
+def _options() -> frozenset[str]:
+    return frozenset(field.name for cls in graphpeft.config.registered().values() for field in dataclasses.fields(cls))
+
+
+def _fault_of_load(saved: Saved, model: Any, folder: Path, damage: Damage) -> str | None:
+    """Returns what is wrong with a model that has the adapter: its tensors must be the file's, and it must run."""
+    adapter = adapters_of(model).by_name["default"]  # type: ignore[union-attr]
+    named = checkpoint.keys(adapter, "default", dict(model.named_modules()))
+    own = {key: value for key, value in graphpeft.get_peft_model_state_dict(model).items() if key in named}
+    file = load_file(folder / WEIGHTS) if damage.use_safetensors else torch.load(folder / PICKLE, weights_only=True)
+    for key, tensor in own.items():
+        value = file[key]
+        if value.is_complex() or value.is_floating_point() != tensor.is_floating_point():
+            return f"{key} of {value.dtype} is read as {tensor.dtype}"
+        if not torch.equal(tensor.double().nan_to_num(), value.to(tensor.dtype).double().nan_to_num()):
+            return f"{key} has other values than in the file"
+    positional, named_arguments = saved.inputs()
+    try:
+        for training in (False, True):
+            model.train(training)(*positional, **named_arguments)
+    except Exception as error:
+        return f"the forward fails: {type(error).__name__}: {str(error)[:200]}"
+    return None

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused_with_its_reason() -> None:
         preprocess_corda(model, config(LINEAR, init_lora_weights="corda"))
     for options, words in (
         ({"corda_config": {"method": "ipm"}, "init_lora_weights": "corda"}, "corda_config has no option 'method'"),
-        ({"corda_config": {"corda_method": "x"}, "init_lora_weights": "corda"}, "'ipm' or 'kpm'"),
+        ({"corda_config": {"corda_method": "x"}, "init_lora_weights": "corda"}, "corda_method must be Literal"),
         ({"lora_ga_config": {"scale": "x"}, "init_lora_weights": "lora_ga"}, "scale must be Literal"),
         ({"lora_ga_config": 3, "init_lora_weights": "lora_ga"}, "must be a LoraGAConfig, a dict"),
     ):

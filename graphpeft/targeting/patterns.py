@@ -53,6 +53,9 @@ class Pattern:
         self._entry, self._option = entry, option
         if len(pattern) > _LONGEST:
             raise PatternError(f"{shown(entry)} in {option} has {len(entry)} characters; {_LONGEST} are read at most")
+        unlike = _READ_OTHERWISE.search(pattern)
+        if unlike is not None:
+            raise PatternError(f"{shown(entry)} in {option} has {unlike[0]!r}; write it as re.escape does")
         try:
             re.compile(pattern)
             self._compiled = regex.compile(pattern, regex.VERSION0)
@@ -61,9 +64,6 @@ class Pattern:
                 f"{shown(entry)} in {option} is not a regular expression: {error}. Write special characters as "
                 "re.escape does."
             ) from error
-        unlike = _READ_OTHERWISE.search(pattern)
-        if unlike is not None:
-            raise PatternError(f"{shown(entry)} in {option} has {unlike[0]!r}; write it as re.escape does")
         self._usual = _USUAL + _USUAL_A_CHARACTER * len(pattern)
 
     def match(self, name: str) -> Any:

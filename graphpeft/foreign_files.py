@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 
 from graphpeft.wording import shortened
 
-_MOST_BYTES = 16 * 2**20
-"""Of JSON: a config that names each of 100,000 layers has less."""
+_MOST_BYTES = 8 * 2**20
+"""Of JSON."""
+
+_MOST_PARTS = 100_000
+"""Entries of a config: one that names 30,000 layers thrice has fewer."""
 
 _DEEPEST = 16
 """How deep lists and objects of JSON may nest; those of configs nest three deep."""
@@ -57,8 +60,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, not the keys of a config")
     for key, value in values.items():
-        if _is_too_deep(value):
-            raise CheckpointError(f"{path}: {shortened(key)} nests deeper than {_DEEPEST} levels, as no option does")
+        problem = _excess(value)
+        if problem is not None:
+            raise CheckpointError(f"{path}: {shortened(key)} {problem}")
     return values
 
 
@@ -75,14 +79,18 @@ def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _is_too_deep(value: Any) -> bool:
-    level = [value]
+def _excess(value: Any) -> str | None:
+    """Returns what a value of JSON has too much of for an option, or None."""
+    level, count = [value], 0
     for _ in range(_DEEPEST):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        count += sum(map(len, parts))
+        if count > _MOST_PARTS:
+            return f"has more than {_MOST_PARTS} entries, as no option does"
         level = [inner for part in parts for inner in part]
         if not level:
-            return False
-    return True
+            return None
+    return f"nests deeper than {_DEEPEST} levels, as no option does"
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -578,7 +578,9 @@ def verdict(saved: Saved, folder: Path, damage: Damage, is_trainable: bool) -> V
     except Exception as error:
         found = error
     seconds = time.process_time() - began
-    fault = _fault_of_load(saved, model, folder, damage) if found is None else _fault_of_error(found, model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fault = _fault_of_load(saved, model, folder, damage) if found is None else _fault_of_error(found, model, before)
     return Verdict(fault if fault or seconds < _SECONDS else f"it took {seconds:.1f} s", found, seconds)
 
 
@@ -619,7 +621,8 @@ def _fault_of_load(saved: Saved, model: Any, folder: Path, damage: Damage) -> st
     """Returns what is wrong with a model that has the adapter: its tensors must be the file's, and it must run."""
     adapter = adapters_of(model).by_name["default"]  # type: ignore[union-attr]
     named = checkpoint.keys(adapter, "default", dict(model.named_modules()))
-    own = {key: value for key, value in graphpeft.get_peft_model_state_dict(model).items() if key in named}
+    state = graphpeft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = {key: value for key, value in state.items() if key in named}
     file = load_file(folder / WEIGHTS) if damage.use_safetensors else torch.load(folder / PICKLE, weights_only=True)
     for key, tensor in own.items():
         value = file[key]

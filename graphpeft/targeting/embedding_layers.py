@@ -15,6 +15,7 @@ from graphpeft.config import PeftConfig
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
 from graphpeft.tracing.trace import TracedModel, module_told
+from graphpeft.wording import shortened
 
 _NAMES = ("embed_tokens", "lm_head")
 """What embeddings are called, by PEFT's `EMBEDDING_LAYER_NAMES`; naming one as a target has its table saved."""
@@ -79,7 +80,8 @@ def _is_resized(model: Any, base: str | None) -> bool:
         before = type(model.config).from_pretrained(base)
     except (OSError, ValueError):
         warnings.warn(
-            f"the config of {base} can't be read, so that its embeddings are saved only if save_embedding_layers=True",
+            f"the config of {shortened(base)} can't be read, so that its embeddings are saved only if "
+            "save_embedding_layers=True",
             stacklevel=4,
         )
         return False

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import checkpoint
 from graphpeft.adapters.state import adapters_of
+from graphpeft.config import registered
 from graphpeft.testing.laws import require_unchanged, snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -329,7 +330,7 @@ def _config(folder: Path, random: random.Random) -> Damage:
         values[key] = random.choice(ODD)
     elif action == "another peft_type":
         key = "peft_type"
-        values[key] = random.choice([None, "", "lora", "IA3", "X", 3, [], {}, *graphpeft.config.registered()])
+        values[key] = random.choice([None, "", "lora", "IA3", "X", 3, [], {}, *registered()])
     elif action == "nested":
         values[key] = _nested(random.choice([5, 50, 400, 900]))
     else:
@@ -342,7 +343,7 @@ def _config(folder: Path, random: random.Random) -> Damage:
 def _fitting(method: str, key: str) -> list[Any]:
     """Returns those odd values whose type may be that of an option."""
     kinds: dict[type, str] = {int: "int", float: "float", str: "str", list: "list", dict: "dict", bool: "bool"}
-    cls = graphpeft.config.registered()[method]
+    cls = registered()[method]
     written = next((field.type for field in dataclasses.fields(cls) if field.name == key), "str")
     hint = str(typing.get_type_hints(cls).get(key, written))
     return [value for value in ODD if kinds.get(type(value), "None") in hint] or ODD
@@ -516,7 +517,7 @@ def _pickle(folder: Path, random: random.Random) -> Damage:
         "turned": lambda: tensors | {key: flat.as_strided((len(flat), 1), (1, 10**6))},
         "whole numbers": lambda: tensors | {key: tensor.long()},
         "complex, conjugate": lambda: tensors | {key: tensor.to(torch.complex64).conj()},
-        "negated": lambda: tensors | {key: torch._neg_view(tensor.float())},
+        "negated": lambda: tensors | {key: torch.imag(torch.complex(tensor.float(), tensor.float()).conj())},
         "gone": lambda: {other: value for other, value in tensors.items() if other != key},
     }
     name = random.choice([*sorted(changes), "foreign", "foreign", "cut", "cut", "a bit", "noise", "legacy"])
@@ -614,7 +615,7 @@ def _fault_of_error(error: Exception, model: Any, before: Any) -> str | None:
 
 @functools.cache
 def _options() -> frozenset[str]:
-    return frozenset(field.name for cls in graphpeft.config.registered().values() for field in dataclasses.fields(cls))
+    return frozenset(field.name for cls in registered().values() for field in dataclasses.fields(cls))
 
 
 def _fault_of_load(saved: Saved, model: Any, folder: Path, damage: Damage) -> str | None:

@@ -23,6 +23,7 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model
+from graphpeft.config import registered
 from graphpeft.options import Probability, Size
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
@@ -60,7 +61,7 @@ def test_a_thousand_damaged_folders_are_refused_clearly_or_loaded_right(tmp_path
 
 
 def test_every_method_has_files_that_are_damaged() -> None:
-    methods = {cls for cls in graphpeft.config.registered().values() if cls.__module__.startswith("graphpeft.methods.")}
+    methods = {cls for cls in registered().values() if cls.__module__.startswith("graphpeft.methods.")}
     assert {type(saved.config()) for saved in SAVED} == methods
 
 

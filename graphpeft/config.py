@@ -381,9 +381,12 @@ class PeftConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true."""
+        """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true.
+
+        What is inside them stays in its order, in which the first pattern that matches counts.
+        """
         values = self.to_dict() | {"inference_mode": True}
-        text = json.dumps(values, indent=2, sort_keys=True)
+        text = json.dumps(dict(sorted(values.items())), indent=2)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         Path(save_directory, CONFIG_NAME).write_text(text, encoding="utf-8")
 

@@ -314,6 +314,9 @@ def test_an_option_means_what_it_means_to_peft(example: Example, options: dict[s
         # PEFT keeps the ends of paths that it was given, this library writes the paths
         for name in ("target_modules", "target_parameters"):
             del ours_config[name], theirs_config[name]
+    for name in ("rank_pattern", "alpha_pattern"):
+        # this library writes the site of each
+        assert bool(ours_config.pop(name)) == bool(theirs_config.pop(name))
     assert ours_config == theirs_config
 
     perturb(ours)

@@ -203,7 +203,7 @@ def fitted(
     named |= base
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
-    needless = [key for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)]
+    needless = [key for key in values if known.isdisjoint(_meanings(key)) and not adapter.config.ignores(key)]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
@@ -289,8 +289,17 @@ def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) 
     return {mapped(key): tensor for key, tensor in values.items()}
 
 
-_REDUNDANT = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
-"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained."""
+def _meanings(key: str) -> set[str]:
+    """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
+    return {pattern.sub("", key) for pattern in _REDUNDANT}
+
+
+_REDUNDANT = (
+    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
+    re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
+)
+"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
+module with others inside, with the adapter's name."""
 
 
 def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,60 @@ def test_a_layer_inside_of_what_ends_in_an_entry_of_modules_to_save_is_trained_b
     ours = graphpeft.PeftModel.from_pretrained(VIT.build(), tmp_path)
     assert_same_outputs(ours, theirs, VIT)
     assert_same_tensors(graphpeft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs))
+
+
+class HeadOfLayers(nn.Module):
+    """A head as that of RoBERTa, with a bias of its own and layers with one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.out = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.dense(x))) + self.bias
+
+
+def with_head_of_layers() -> nn.Module:
+    return nn.Sequential(OrderedDict(up=nn.Linear(6, 6), between=nn.Linear(6, 6), act=nn.Tanh(), head=HeadOfLayers()))
+
+
+HEAD_OF_LAYERS = Example(
+    "head-of-layers",
+    with_head_of_layers,
+    lambda generator: (torch.randn(5, 6, generator=generator),),
+    {"target_modules": ["up"]},
+)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize(
+    ("example", "saved"),
+    [
+        (HEAD_OF_LAYERS, ["head"]),
+        (HEAD_OF_LAYERS, ["head", "between"]),
+        (BERT, ["attention.output"]),
+        (VIT, ["mlp", "head"]),
+    ],
+    ids=str,
+)
+def test_biases_beside_a_container_in_modules_to_save_are_loaded_from_pefts_files(
+    example: Example, saved: list[str], adapter_name: str, bias: str, tmp_path: Path
+) -> None:
+    targets = ["query" if example is BERT else "qkv" if example is VIT else "up"]
+    theirs = adapted_by_peft(example, adapter_name, target_modules=targets, bias=bias, modules_to_save=saved)
+    perturb(theirs)
+    assert_matters(theirs, example)
+    theirs.save_pretrained(tmp_path)
+    ours = graphpeft.PeftModel.from_pretrained(
+        example.build(), tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    )
+    assert_same_outputs(ours, theirs, example)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours").eval()
+    assert_same_outputs(again, theirs, example)
 
 
 def test_a_layer_that_ends_in_an_entry_of_modules_to_save_is_refused() -> None:

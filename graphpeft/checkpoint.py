@@ -7,23 +7,26 @@ for each of its parameters that is adapted on its own (`target_parameters`), so 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.config import PeftConfig, PeftType
-from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.atomic_files import read_one, waiting
+from graphpeft.config import PeftConfig
+from graphpeft.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.rewrite import FileForm
@@ -355,10 +358,12 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    unfinished = folder / f".{WEIGHTS_NAME}"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / WEIGHTS_NAME)
-    config.save_pretrained(folder)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", _DIGEST: config.digest()})
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+
+
+_DIGEST = "graphpeft_config"
+"""Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
 
 
 def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -389,27 +394,13 @@ def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
     return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 
-def write_model_card(config: PeftConfig, folder: Path) -> None:
-    """Writes `README.md`, unless somebody has written one."""
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text(_model_card(config), encoding="utf-8")
-
-
-def _model_card(config: PeftConfig) -> str:
-    base = config.base_model_name_or_path
-    front = [f"base_model: {base}"] if base else []
-    is_of_peft = config.method in list(PeftType)
-    front += [f"library_name: {'peft' if is_of_peft else 'graphpeft'}", "tags:", f"- {config.method.lower()}"]
-    about = f"A {config.method} adapter" + (f" for `{base}`" if base else "")
-    how = "in the format of Hugging Face PEFT" if is_of_peft else "which alone can load it: PEFT has no such method"
-    return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft{' ' if is_of_peft else ', '}{how}.", ""])
-
-
-def load(
+def read(
     path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
-) -> dict[str, torch.Tensor]:
-    """Reads an adapter's tensors by their names in the file, onto the CPU.
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Reads an adapter's config, and its tensors by their names in the file, onto the CPU.
+
+    Two files can't take their places at once. A reader who finds one alone there reads the other from where its writer
+    has it, who may have been ended, or reads again.
 
     Args:
         path_or_repo: A folder, or a repository on the Hub.
@@ -417,22 +408,72 @@ def load(
         hub_options: Options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged.
+        FileNotFoundError: If a file is missing.
+        CheckpointError: If one is damaged, or they don't belong together.
+        ValueError: As `PeftConfig.from_pretrained`.
     """
+    for wait in _WAITS:
+        if wait:
+            time.sleep(wait)
+        found = _look(path_or_repo, use_safetensors, hub_options)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean something "
+        "else: the config was edited, or two programs have saved there at once. Save the adapter again; or give the "
+        f"config that you want, as from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
+    )
+
+
+def _look(
+    path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
+) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:
+    """Returns an adapter's config and tensors, or None if they don't belong together."""
+    config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
+    tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
+    if digest in (None, config.digest()):
+        return config, tensors
+    for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
+        with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+            config = PeftConfig.from_pretrained(file.parent)
+            if digest == config.digest():
+                return config, tensors
+    return None
+
+
+_WAITS = (0, 0.01, 0.03, 0.1, 0.3)
+"""How many seconds a reader waits before each further look; a writer is done in some milliseconds."""
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors alone; arguments and errors as for `read`."""
+    return _read(path_or_repo, use_safetensors, hub_options)[0]
+
+
+def _read(
+    path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Returns an adapter's tensors, and the digest of their config if the file has it."""
     if not use_safetensors:
         path = adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True), None
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
                 f"{path} is damaged, or a pickle of more than tensors: {error}. Copy it anew, or have PEFT save it as "
                 "safetensors."
             ) from error
-    path = adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options)
+    return read_one(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options), _read_safetensors)
+
+
+def _read_safetensors(path: str) -> tuple[dict[str, torch.Tensor], str | None]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, (file.metadata() or {}).get(_DIGEST)
+    except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file: {error}. Copy it anew, or save the adapter again."
         ) from error

@@ -12,7 +12,7 @@ from torch import nn
 from graphpeft import checkpoint, in_place
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapting import carry_out, modules_of, plan_for, refuse, replicated
-from graphpeft.config import ConfigLike, PeftConfig, as_config
+from graphpeft.config import ConfigLike, as_config
 from graphpeft.report import listed
 from graphpeft.tracing.trace import ExampleInputs
 
@@ -53,10 +53,12 @@ def load(
             "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
             "set_peft_model_state_dict"
         )
-    given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
+    if config is not None:
+        given, values = as_config(config), checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    else:
+        given, values = checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
     loaded = copy.copy(given)
     loaded.inference_mode = not is_trainable
-    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)

@@ -83,6 +83,11 @@ class LoraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
+        "fan_in_fan_out",
+        "lora_dropout",
+        "target_parts",  # without, they are the same tensors of stock LoRA
+    }
 
     r: int = 8
     target_parameters: list[str] | None = None

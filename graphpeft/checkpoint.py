@@ -358,8 +358,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", _DIGEST: config.digest()})
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", _DIGEST: digest})
 
 
 _DIGEST = "graphpeft_config"

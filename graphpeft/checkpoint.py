@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -395,10 +395,35 @@ def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
     return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 
-def read(
-    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
-) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Reads an adapter's config, and its tensors by their names in the file, onto the CPU.
+class SavedAdapter(NamedTuple):
+    """What an adapter's files hold.
+
+    Attributes:
+        config: The config.
+        tensors: The tensors by their names in the file, on the CPU.
+        is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
+    """
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+    is_of_one_save: bool = True
+
+    def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
+        """Raises CheckpointError if the tensors were saved with another config.
+
+        It comes last, since a mistake in an edited config has an error of its own.
+        """
+        if not self.is_of_one_save:
+            raise CheckpointError(
+                f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean "
+                "something else: the config was edited, or two programs have saved there at once. Save the adapter "
+                "again; or give the config that you want, as "
+                f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
+            )
+
+
+def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any) -> SavedAdapter:
+    """Reads an adapter's config and its tensors.
 
     Two files can't take their places at once. A reader who finds one alone there reads the other from where its writer
     has it, who may have been ended, or reads again.
@@ -410,36 +435,22 @@ def read(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        CheckpointError: If one is damaged, or they don't belong together.
+        CheckpointError: If one is damaged.
         ValueError: As `PeftConfig.from_pretrained`.
     """
     for wait in _WAITS:
         if wait:
             time.sleep(wait)
-        found = _look(path_or_repo, use_safetensors, hub_options)
-        if found is not None:
-            return found
-    raise CheckpointError(
-        f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean something "
-        "else: the config was edited, or two programs have saved there at once. Save the adapter again; or give the "
-        f"config that you want, as from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
-    )
-
-
-def _look(
-    path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
-) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:
-    """Returns an adapter's config and tensors, or None if they don't belong together."""
-    config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
-    tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
-    if digest in (None, config.digest()):
-        return config, tensors
-    for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
-        with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
-            config = PeftConfig.from_pretrained(file.parent)
-            if digest == config.digest():
-                return config, tensors
-    return None
+        config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
+        tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
+        if digest in (None, config.digest()):
+            return SavedAdapter(config, tensors)
+        for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
+            with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+                ready = PeftConfig.from_pretrained(file.parent)
+                if digest == ready.digest():
+                    return SavedAdapter(ready, tensors)
+    return SavedAdapter(config, tensors, is_of_one_save=False)
 
 
 _WAITS = (0, 0.01, 0.03, 0.1, 0.3)

@@ -55,7 +55,8 @@ def hotswap_adapter(
     state = known_adapters(model)
     if adapter_name in state.merged:
         raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
-    config, values = checkpoint.read(model_name_or_path, **options)
+    saved = checkpoint.read(model_name_or_path, **options)
+    config, values = saved.config, saved.tensors
     if config.method != adapter.config.method:
         raise AdaptError(
             f"{adapter_name!r} is a {adapter.config.method} adapter, and the saved one is of "
@@ -75,6 +76,7 @@ def hotswap_adapter(
             f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
             f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
         )
+    saved.refuse_two_saves(model_name_or_path)
     if _have_same_places(adapter, plan):
         _copy(modules, adapter, plan, fitted)
     else:

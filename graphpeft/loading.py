@@ -54,10 +54,11 @@ def load(
             "set_peft_model_state_dict"
         )
     if config is not None:
-        given, values = as_config(config), checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+        values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+        saved = checkpoint.SavedAdapter(as_config(config), values)
     else:
-        given, values = checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
-    loaded = copy.copy(given)
+        saved = checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
@@ -70,6 +71,7 @@ def load(
         originals = state.originals if state is not None else {}
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
+        saved.refuse_two_saves(model_id)
         carry_out(model, adapter_name, plan, fitted, activates, methods)
 
 

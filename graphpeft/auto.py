@@ -52,7 +52,8 @@ class AutoPeftModel:
             config: Used in place of the file's config.
             revision: The adapter's revision on the Hub.
             import_allowlist: Libraries from which the config may name the base's class; None for PEFT's list.
-            kwargs: What the base's ``from_pretrained`` takes, such as `dtype`; options of the Hub go to both.
+            kwargs: What the base's ``from_pretrained`` takes, such as `dtype`; options of the Hub go to both. Code from
+                the base's repository runs only with `trust_remote_code`, which is False unless it is given.
 
         Raises:
             AdaptError: If the config names no base, or its task is that of another class.
@@ -67,6 +68,8 @@ class AutoPeftModel:
             )
         base_class = cls._base_class(saved, _LIBRARIES if import_allowlist is None else import_allowlist)
         base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
+        if _is_of_transformers(base_class):
+            base_options.setdefault("trust_remote_code", False)
         if saved.revision is not None:
             base_options["revision"] = saved.revision
         base = base_class.from_pretrained(saved.base_model_name_or_path, **base_options)
@@ -104,6 +107,11 @@ class AutoPeftModel:
                 "yourself"
             )
         return base_class
+
+
+def _is_of_transformers(cls: type) -> bool:
+    """Tells whether a class loads models as Transformers' do, which ask a person if they aren't told what to trust."""
+    return any(base.__module__.partition(".")[0] == "transformers" for base in cls.__mro__)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

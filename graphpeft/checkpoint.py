@@ -7,11 +7,13 @@ for each of its parameters that is adapted on its own (`target_parameters`), so 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,9 +22,10 @@ from torch import nn
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.config import PeftConfig, PeftType
+from graphpeft.atomic_files import read_one, waiting
+from graphpeft.config import PeftConfig
 from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
-from graphpeft.hub import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
 from graphpeft.rewrite import FileForm
@@ -204,7 +207,7 @@ def fitted(
     known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
     needless = [
-        shortened(key) for key in values if _REDUNDANT.sub("", key) not in known and not adapter.config.ignores(key)
+        shortened(key) for key in values if known.isdisjoint(_meanings(key)) and not adapter.config.ignores(key)
     ]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
@@ -315,8 +318,17 @@ def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) 
     return {mapped(key): tensor for key, tensor in values.items()}
 
 
-_REDUNDANT = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
-"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained."""
+def _meanings(key: str) -> set[str]:
+    """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
+    return {pattern.sub("", key) for pattern in _REDUNDANT}
+
+
+_REDUNDANT = (
+    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
+    re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
+)
+"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
+module with others inside, with the adapter's name."""
 
 
 def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
@@ -372,10 +384,13 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    unfinished = folder / f".{WEIGHTS_NAME}"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / WEIGHTS_NAME)
-    config.save_pretrained(folder)
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", _DIGEST: digest})
+
+
+_DIGEST = "graphpeft_config"
+"""Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
 
 
 def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -406,27 +421,38 @@ def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
     return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 
-def write_model_card(config: PeftConfig, folder: Path) -> None:
-    """Writes `README.md`, unless somebody has written one."""
-    card = folder / "README.md"
-    if not card.exists():
-        card.write_text(_model_card(config), encoding="utf-8")
+class SavedAdapter(NamedTuple):
+    """What an adapter's files hold.
+
+    Attributes:
+        config: The config.
+        tensors: The tensors by their names in the file, on the CPU.
+        is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
+    """
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+    is_of_one_save: bool = True
+
+    def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
+        """Raises CheckpointError if the tensors were saved with another config.
+
+        It comes last, since a mistake in an edited config has an error of its own.
+        """
+        if not self.is_of_one_save:
+            raise CheckpointError(
+                f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean "
+                "something else: the config was edited, or two programs have saved there at once. Save the adapter "
+                "again; or give the config that you want, as "
+                f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
+            )
 
 
-def _model_card(config: PeftConfig) -> str:
-    base = config.base_model_name_or_path
-    front = [f"base_model: {base}"] if base else []
-    is_of_peft = config.method in list(PeftType)
-    front += [f"library_name: {'peft' if is_of_peft else 'graphpeft'}", "tags:", f"- {config.method.lower()}"]
-    about = f"A {config.method} adapter" + (f" for `{base}`" if base else "")
-    how = "in the format of Hugging Face PEFT" if is_of_peft else "which alone can load it: PEFT has no such method"
-    return "\n".join(["---", *front, "---", "", f"{about}, saved by graphpeft{' ' if is_of_peft else ', '}{how}.", ""])
+def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any) -> SavedAdapter:
+    """Reads an adapter's config and its tensors.
 
-
-def load(
-    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
-) -> dict[str, torch.Tensor]:
-    """Reads an adapter's tensors by their names in the file, onto the CPU.
+    Two files can't take their places at once. A reader who finds one alone there reads the other from where its writer
+    has it, who may have been ended, or reads again.
 
     Args:
         path_or_repo: A folder, or a repository on the Hub.
@@ -434,9 +460,41 @@ def load(
         hub_options: Options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, or holds anything but tensors by their names.
+        FileNotFoundError: If a file is missing.
+        CheckpointError: If one is damaged.
+        ValueError: As `PeftConfig.from_pretrained`.
     """
-    if use_safetensors:
-        return read_safetensors(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options))
-    return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options))
+    for wait in _WAITS:
+        if wait:
+            time.sleep(wait)
+        config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
+        tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
+        if digest in (None, config.digest()):
+            return SavedAdapter(config, tensors)
+        for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
+            with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+                ready = PeftConfig.from_pretrained(file.parent)
+                if digest == ready.digest():
+                    return SavedAdapter(ready, tensors)
+    return SavedAdapter(config, tensors, is_of_one_save=False)
+
+
+_WAITS = (0, 0.01, 0.03, 0.1, 0.3)
+"""How many seconds a reader waits before each further look; a writer is done in some milliseconds."""
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors alone; arguments and errors as for `read`."""
+    return _read(path_or_repo, use_safetensors, hub_options)[0]
+
+
+def _read(
+    path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Returns an adapter's tensors, and the digest of their config if the file has it."""
+    if not use_safetensors:
+        return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)), None
+    saved = read_one(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options), read_safetensors)
+    return saved.tensors, saved.metadata.get(_DIGEST)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
+from graphpeft.atomic_files import Staging
 from graphpeft.foreign_files import CheckpointError, read_json
 from graphpeft.hub import CONFIG_NAME, adapter_file
 from graphpeft.options import check_options
@@ -189,6 +191,11 @@ class PeftConfig:
 
     file_prefix: ClassVar[str] = "base_model.model."
     """What the names of tensors inside the model begin with in files."""
+
+    not_of_tensors: ClassVar[frozenset[str]] = frozenset(
+        {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+    )
+    """Options that don't change what an adapter's tensors mean, and so may be edited in its file."""
 
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
@@ -372,11 +379,31 @@ class PeftConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json` as PEFT does: sorted keys, and `inference_mode` true."""
+        """Writes `adapter_config.json`, which takes the place of one that is there as a whole."""
+        with Staging(Path(save_directory)) as staging:
+            (staging.folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+            staging.put()
+
+    def to_json(self) -> str:
+        """Returns what `adapter_config.json` holds, as PEFT writes it: sorted keys, and `inference_mode` true.
+
+        What is inside them stays in its order, in which the first pattern that matches counts.
+        """
         values = self.to_dict() | {"inference_mode": True}
-        text = json.dumps(values, indent=2, sort_keys=True)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        Path(save_directory, CONFIG_NAME).write_text(text, encoding="utf-8")
+        return json.dumps(dict(sorted(values.items())), indent=2)
+
+    def digest(self) -> str:
+        """Returns a digest of the options that decide what an adapter's tensors mean.
+
+        Options with their default values are left out, so that it stays the same when there are more of them.
+        """
+        default = {field.name: _default(field) for field in dataclasses.fields(self)}
+        values = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in self.not_of_tensors and (name not in default or value != default[name])
+        }
+        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def as_config(config: ConfigLike) -> PeftConfig:
@@ -398,6 +425,10 @@ def as_config(config: ConfigLike) -> PeftConfig:
     values = config.to_dict()
     known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return _plain(field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default)
 
 
 def _plain(value: Any) -> Any:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from graphpeft.wording import shortened
 
@@ -93,8 +93,20 @@ def _excess(value: Any) -> str | None:
     return f"nests deeper than {_DEEPEST} levels, as no option does"
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a safetensors file by name, onto the CPU.
+class Safetensors(NamedTuple):
+    """What a safetensors file holds.
+
+    Attributes:
+        tensors: The tensors by name, on the CPU.
+        metadata: Texts by name.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
+    """Reads a safetensors file.
 
     Args:
         path: The file.
@@ -103,7 +115,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         CheckpointError: If it can't be read, or isn't such a file.
     """
     try:
-        return _checked(load_file(path), path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            return Safetensors(_checked(tensors, path), file.metadata() or {})
     except OSError as error:
         raise _unreadable(path, error) from error
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
@@ -124,7 +138,10 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         CheckpointError: If it can't be read, or holds anything but dense tensors by their names.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # PyTorch's, about how it loads tensors of some kinds itself
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise _unreadable(path, error) from error
     # of a damaged pickle, the functions that it names get any arguments, and raise whatever they do

@@ -5,7 +5,6 @@ Where both adapt the same weights in the same shapes, only values are copied, so
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -18,7 +17,6 @@ from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import set_trainable
 from graphpeft.adapting import known_adapter, known_adapters, planned, refuse
-from graphpeft.config import PeftConfig
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
@@ -57,8 +55,8 @@ def hotswap_adapter(
     state = known_adapters(model)
     if adapter_name in state.merged:
         raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
-    hub_options = {name: value for name, value in options.items() if name != "use_safetensors"}
-    config = copy.copy(PeftConfig.from_pretrained(model_name_or_path, **hub_options))
+    saved = checkpoint.read(model_name_or_path, **options)
+    config, values = saved.config, saved.tensors
     if config.method != adapter.config.method:
         raise AdaptError(
             f"{adapter_name!r} is a {adapter.config.method} adapter, and the saved one is of "
@@ -66,7 +64,6 @@ def hotswap_adapter(
         )
     config.inference_mode = adapter.config.inference_mode
     replicate(model, config, state.replication, is_adapted=True)
-    values = checkpoint.load(model_name_or_path, **options)
     plan = planned(model, config.fitted_to(values), adapter_name, example_inputs)
     refuse(plan)
     modules = plan.modules
@@ -79,6 +76,7 @@ def hotswap_adapter(
             f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
             f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
         )
+    saved.refuse_two_saves(model_name_or_path)
     if _have_same_places(adapter, plan):
         _copy(modules, adapter, plan, fitted)
     else:

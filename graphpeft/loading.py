@@ -12,7 +12,7 @@ from torch import nn
 from graphpeft import checkpoint, in_place
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapting import carry_out, modules_of, plan_for, refuse, replicated
-from graphpeft.config import ConfigLike, PeftConfig, as_config
+from graphpeft.config import ConfigLike, as_config
 from graphpeft.report import listed
 from graphpeft.tracing.trace import ExampleInputs
 
@@ -53,10 +53,13 @@ def load(
             "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
             "set_peft_model_state_dict"
         )
-    given = as_config(config) if config is not None else PeftConfig.from_pretrained(model_id, **hub_options)
-    loaded = copy.copy(given)
+    if config is not None:
+        values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+        saved = checkpoint.SavedAdapter(as_config(config), values)
+    else:
+        saved = checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
-    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
@@ -68,6 +71,7 @@ def load(
         originals = state.originals if state is not None else {}
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
+        saved.refuse_two_saves(model_id)
         carry_out(model, adapter_name, plan, fitted, activates, methods)
 
 

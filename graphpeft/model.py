@@ -35,9 +35,11 @@ from graphpeft.adapting import (
     warn_of_adapted_and_trained_whole,
     warn_of_unmatched,
 )
+from graphpeft.atomic_files import Staging
 from graphpeft.combination import Combination
 from graphpeft.config import ConfigLike, PeftConfig, as_config
 from graphpeft.loading import load
+from graphpeft.model_card import model_card
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed
 from graphpeft.tracing.trace import ExampleInputs
@@ -539,6 +541,9 @@ class PeftModel(nn.Module):
     ) -> None:
         """Writes the adapters alone, in PEFT's files: `default` into the folder itself, any other into one of its name.
 
+        Each file takes the place of one that is there as a whole, when all are written. One that is a symbolic link is
+        replaced itself, and what it points to stays as it is.
+
         Args:
             save_directory: The folder.
             safe_serialization: Only safetensors are written, so it must be True.
@@ -565,21 +570,33 @@ class PeftModel(nn.Module):
         selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
             refuse_missing(modules_of(self), adapter, name)
-        for name, adapter in selected.items():
-            folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            first = path_initial_model_for_weight_conversion
-            originals = self._peft_adapters.originals
-            checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
-            if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
-                trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, Path(save_directory))
+
+        def folder_of(name: str) -> Path:
+            return Path(save_directory) if name == "default" else Path(save_directory, name)
+
+        with contextlib.ExitStack() as stack:
+            staged = {
+                folder: stack.enter_context(Staging(folder))
+                for folder in dict.fromkeys((Path(save_directory), *map(folder_of, names)))
+            }
+            for name, adapter in selected.items():
+                folder = staged[folder_of(name)].folder
+                first = path_initial_model_for_weight_conversion
+                originals = self._peft_adapters.originals
+                checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
+                if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
+                    trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, staged[Path(save_directory)].folder)
+            if names and not (card := Path(save_directory, "README.md")).exists():
+                text = model_card(self.peft_config[names[0]])
+                (staged[Path(save_directory)].folder / card.name).write_text(text, encoding="utf-8")
+            for staging in staged.values():
+                staging.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
                 f"a Trainer resumes the first active adapter alone, {self.active_adapter!r}; load the others from the "
                 "checkpoint with load_adapter",
                 stacklevel=2,
             )
-        if names:
-            checkpoint.write_model_card(self.peft_config[names[0]], Path(save_directory))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the whole model's state dict, or that of an adapter's file into the active adapter.

@@ -7,10 +7,10 @@ name.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
+
+from graphpeft.atomic_files import link_or_copy
 
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 
@@ -22,10 +22,4 @@ def is_trainer_checkpoint(folder: Path) -> bool:
 
 def give_trainers_name(weights: Path, checkpoint: Path) -> None:
     """Makes the file `weights` known as the model's weights to a Trainer that resumes from `checkpoint`."""
-    named = checkpoint / TRAINER_WEIGHTS_NAME
-    named.unlink(missing_ok=True)
-    try:
-        os.link(weights, named)
-    except OSError:
-        # a file system without hard links
-        shutil.copyfile(weights, named)
+    link_or_copy(weights, checkpoint / TRAINER_WEIGHTS_NAME)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import safetensors
 import torch
+from huggingface_hub import ModelCard
 from models import (
     BERT,
     CLASSIFIER,
@@ -153,12 +154,6 @@ def test_functional_weights_are_saved_as_target_parameters(tmp_path: Path) -> No
     assert sorted(config["target_parameters"]) == ["one.v", "one.w", "two.e", "two.v", "two.w"]
 
 
-def test_the_tensor_file_says_that_it_is_pytorchs(tmp_path: Path) -> None:
-    adapted(MLP).save_pretrained(tmp_path)
-    with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
 @each_way
 @each_example
 def test_peft_loads_what_we_save(example: Example, traced: bool, tmp_path: Path) -> None:
@@ -211,6 +206,60 @@ def test_a_layer_inside_of_what_ends_in_an_entry_of_modules_to_save_is_trained_b
     ours = graphpeft.PeftModel.from_pretrained(VIT.build(), tmp_path)
     assert_same_outputs(ours, theirs, VIT)
     assert_same_tensors(graphpeft.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs))
+
+
+class HeadOfLayers(nn.Module):
+    """A head as that of RoBERTa, with a bias of its own and layers with one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.out = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.dense(x))) + self.bias
+
+
+def with_head_of_layers() -> nn.Module:
+    return nn.Sequential(OrderedDict(up=nn.Linear(6, 6), between=nn.Linear(6, 6), act=nn.Tanh(), head=HeadOfLayers()))
+
+
+HEAD_OF_LAYERS = Example(
+    "head-of-layers",
+    with_head_of_layers,
+    lambda generator: (torch.randn(5, 6, generator=generator),),
+    {"target_modules": ["up"]},
+)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize(
+    ("example", "saved"),
+    [
+        (HEAD_OF_LAYERS, ["head"]),
+        (HEAD_OF_LAYERS, ["head", "between"]),
+        (BERT, ["attention.output"]),
+        (VIT, ["mlp", "head"]),
+    ],
+    ids=str,
+)
+def test_biases_beside_a_container_in_modules_to_save_are_loaded_from_pefts_files(
+    example: Example, saved: list[str], adapter_name: str, bias: str, tmp_path: Path
+) -> None:
+    targets = ["query" if example is BERT else "qkv" if example is VIT else "up"]
+    theirs = adapted_by_peft(example, adapter_name, target_modules=targets, bias=bias, modules_to_save=saved)
+    perturb(theirs)
+    assert_matters(theirs, example)
+    theirs.save_pretrained(tmp_path)
+    ours = graphpeft.PeftModel.from_pretrained(
+        example.build(), tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    )
+    assert_same_outputs(ours, theirs, example)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(example.build(), tmp_path / "ours").eval()
+    assert_same_outputs(again, theirs, example)
 
 
 def test_a_layer_that_ends_in_an_entry_of_modules_to_save_is_refused() -> None:
@@ -314,6 +363,9 @@ def test_an_option_means_what_it_means_to_peft(example: Example, options: dict[s
         # PEFT keeps the ends of paths that it was given, this library writes the paths
         for name in ("target_modules", "target_parameters"):
             del ours_config[name], theirs_config[name]
+    for name in ("rank_pattern", "alpha_pattern"):
+        # this library writes the site of each
+        assert bool(ours_config.pop(name)) == bool(theirs_config.pop(name))
     assert ours_config == theirs_config
 
     perturb(ours)
@@ -393,6 +445,33 @@ def test_a_config_of_four_keys_is_enough(tmp_path: Path) -> None:
     few = {"peft_type": "LORA", "r": 4, "lora_alpha": 3, "target_modules": ["up", "down", "head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(few))
     assert_same_outputs(graphpeft.PeftModel.from_pretrained(MLP.build(), tmp_path), theirs, MLP)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta/llama",
+        "x\nlicense: mit\ntags:\n- evil",
+        "x\n---\n# A title",
+        "a: b # no comment",
+        "'\"`*[x](y)",
+        "- x",
+        "null",
+        "1.5",
+        "ü 模型",
+    ],
+)
+def test_a_model_card_names_any_base_and_nothing_else(name: str, tmp_path: Path) -> None:
+    adapted(MLP, base_model_name_or_path=name).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict() == {"base_model": name, "library_name": "peft", "tags": ["lora"]}
+    assert card.text.strip() == "A LORA adapter, saved by graphpeft in the format of Hugging Face PEFT."
+
+
+def test_a_model_card_that_somebody_has_written_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    adapted(MLP).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 # several adapters

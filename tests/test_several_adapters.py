@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import pickle
 import threading
 from pathlib import Path
@@ -929,3 +930,23 @@ def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
                 graphpeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[])
     with pytest.raises(TypeError, match=r"call AutoPeftModel.from_pretrained"):
         graphpeft.AutoPeftModel()
+
+
+def test_code_of_a_bases_repository_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tmp_path / "base"
+    base.mkdir()
+    auto_map = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (base / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": auto_map}))
+    (base / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    config = graphpeft.LoraConfig(target_modules=["q"], task_type=TaskType.CAUSAL_LM)
+    config.base_model_name_or_path = str(base)
+    config.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # it isn't asked for
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    load = graphpeft.AutoPeftModelForCausalLM.from_pretrained
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load(tmp_path / "adapter")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(AttributeError):  # the code has no such classes
+        load(tmp_path / "adapter", trust_remote_code=True)
+    assert (tmp_path / "ran").exists()

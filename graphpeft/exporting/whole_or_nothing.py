@@ -1,15 +1,14 @@
-"""Files that appear at their places whole and together, or not at all."""
+"""An export's files appear at their places whole and together, or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import itertools
-import os
-import tempfile
+import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from graphpeft.atomic_files import Staging
 from graphpeft.exporting.errors import ExportError
 
 
@@ -17,60 +16,48 @@ from graphpeft.exporting.errors import ExportError
 def folder_for(target: Path) -> Iterator[Path]:
     """Gives an empty folder, and puts what is in it beside `target` at the end, unless something fails.
 
-    Files of the same names make way, and all others stay. What was there before is there again after an error.
+    Files of the same names make way, and so do parts of them that are files of their own; all others stay. What was
+    there before is there again after an error.
 
     Raises:
         ExportError: If nothing can be written there.
     """
-    ground = next(folder for folder in target.absolute().parents if folder.exists())
-    try:
-        made = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=ground)
-    except OSError as error:
-        raise ExportError(f"{target} can't be written: {error.strerror} ({ground})") from error
-    with made as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
-        new.mkdir()
-        old.mkdir()
-        yield new
-        try:
-            _exchange(new, target.parent, old)
-        except OSError as error:
-            raise ExportError(f"{target} can't be written: {error.strerror}: {error.filename}") from error
+    with _told(target):
+        staging = Staging(target.parent)
+    with staging:
+        yield staging.folder
+        with _told(target):
+            placed = staging.put()
+        for part in target.parent.glob("*.data"):
+            if part not in placed and _is_part(part.name, target.name):
+                with contextlib.suppress(OSError):
+                    part.unlink()
 
 
-def _exchange(new: Path, place: Path, old: Path) -> None:
-    """Moves all files in `new` to `place`, and what is there under their names to `old`; back after an error.
+def named_by_content(part: Path, whole: Path) -> Path:
+    """Names a file by what it holds, so that who reads it finds this one and no other.
 
-    A folder that is there already keeps its other files: they are somebody's.
+    Args:
+        part: The file.
+        whole: The file that reads it, beside it.
+
+    Returns:
+        The file under its new name.
     """
-    moved: list[tuple[Path, Path]] = []
-    made: list[Path] = []
+    digest = hashlib.blake2b(digest_size=8)
+    with part.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return part.rename(whole.with_name(f"{whole.name}.{digest.hexdigest()}.data"))
+
+
+def _is_part(name: str, whole: str) -> bool:
+    return re.fullmatch(rf"{re.escape(whole)}\.[0-9a-f]{{16}}\.data", name) is not None
+
+
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
     try:
-        for source in sorted(file for file in new.rglob("*") if file.is_file()):
-            name = source.relative_to(new)
-            target, kept = place / name, old / name
-            _make_folder(target.parent, made)
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            if os.path.lexists(target):
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                _move(target, kept, moved)
-            _move(source, target, moved)
-    except BaseException:
-        for source, target in reversed(moved):
-            os.replace(target, source)
-        for folder in reversed(made):
-            folder.rmdir()
-        raise
-
-
-def _make_folder(folder: Path, made: list[Path]) -> None:
-    lacking = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
-    for path in reversed(lacking):
-        path.mkdir()
-        made.append(path)
-
-
-def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
-    os.replace(source, target)
-    moved.append((source, target))
+        yield
+    except OSError as error:
+        raise ExportError(f"{target} can't be written: {error.strerror}: {error.filename}") from error

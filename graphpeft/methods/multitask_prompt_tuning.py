@@ -146,7 +146,7 @@ def of_tasks(table: Tensor, cols: Tensor, rows: Tensor, task_ids: Tensor | None)
 def _of_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """Returns the first values that a trained file gives."""
     path = config.prompt_tuning_init_state_dict_path or ""
-    saved = read_safetensors(path) if path.endswith(".safetensors") else read_pickle(path)
+    saved = read_safetensors(path).tensors if path.endswith(".safetensors") else read_pickle(path)
     tasks = () if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ("prefix_task_cols", "prefix_task_rows")
     lacking = [name for name in (EMBEDDINGS_KEY, *tasks) if name not in saved]
     if lacking:

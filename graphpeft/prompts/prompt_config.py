@@ -56,6 +56,10 @@ class PromptLearningConfig(PeftConfig):
     """
 
     file_prefix: ClassVar[str] = "base_model."
+    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    }
 
     num_virtual_tokens: Size | None = None
     token_dim: Size | None = None

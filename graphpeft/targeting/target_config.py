@@ -30,6 +30,8 @@ class TargetedConfig(PeftConfig):
         layers_pattern: The name before that index.
     """
 
+    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
+
     adapts_leaves: ClassVar[bool] = False
     """Whether the method's rules take the call of a module as an operation, where it has no weight: a `LeafSite`."""
 

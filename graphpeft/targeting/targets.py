@@ -203,6 +203,17 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     return patterns.get(name, default)
 
 
+def pattern_of(name: str) -> str:
+    """Returns the key of `rank_pattern` or `alpha_pattern` that matches this name and no other."""
+    return f"^{re.escape(name)}$"
+
+
+def name_of(pattern: str) -> str | None:
+    """Returns the name whose `pattern_of` this key is, or None if it is another key."""
+    name = re.sub(r"\\(.)", r"\1", pattern[1:-1], flags=re.DOTALL)
+    return name if pattern == pattern_of(name) else None
+
+
 def is_all_linear(target_modules: object) -> bool:
     """Says whether `target_modules` is the shorthand for all linear modules, in any mix of cases."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR

@@ -27,6 +27,7 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
 from graphpeft.exporting.ways import Case
+from graphpeft.exporting.whole_or_nothing import named_by_content
 from graphpeft.paths import join
 from graphpeft.tracing.calls import calls_of
 from graphpeft.tracing.graph_module import template_of
@@ -60,6 +61,7 @@ class Onnx:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
         translated.save(path)
+        _name_data_by_content(path)
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the graph into onnxruntime."""
@@ -87,6 +89,21 @@ class Onnx:
         arrays = {name: _with_dimensions(tensor).cpu().contiguous().numpy() for name, tensor in tensors.items()}
         adapter.set_parameters({n: runtime.OrtValue.ortvalue_from_numpy(array) for n, array in arrays.items()})
         adapter.export_adapter(str(path))
+
+
+def _name_data_by_content(path: Path) -> None:
+    """Names the file in which a large graph's weights are by what it holds, so that no other graph reads it."""
+    data = path.with_name(f"{path.name}.data")
+    if not data.exists():
+        return
+    onnx = _library("onnx")
+    model = onnx.load(path, load_external_data=False)
+    name = named_by_content(data, path).name
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    onnx.save(model, path)
 
 
 def _library(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +22,15 @@ from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.eva import EvaConfig
+from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
 from graphpeft.methods.lora.initialisation import initialisation_of, takes_product
 from graphpeft.methods.lora.leaf import LoraLeaf
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.loftq import LoftQConfig
 from graphpeft.methods.lora.lora_ga import LoraGAConfig
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.methods.lora.parts import LoraParts, as_stock
-from graphpeft.methods.lora.target_parts import with_parts
+from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts
+from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.ops.boundaries import Leaf
 from graphpeft.options import Index, Kind, Number, Size, Within
@@ -39,6 +39,7 @@ from graphpeft.report import Report
 from graphpeft.rewrite import AdaptedSite, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
+from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.wording import shown
 
@@ -87,6 +88,11 @@ class LoraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
+        "fan_in_fan_out",
+        "lora_dropout",
+        "target_parts",  # without, they are the same tensors of stock LoRA
+    }
 
     r: Size = 8
     target_parameters: list[str] | None = None
@@ -166,14 +172,12 @@ class LoraConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
+        config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         for site in sites:
             if isinstance(site, Site) and site.parts:
-                config.rank_pattern, config.alpha_pattern = (
-                    {_exactly(site.name): value, **own}
-                    for value, own in zip(
-                        as_stock(site, self), (config.rank_pattern, config.alpha_pattern), strict=True
-                    )
-                )
+                key = targets.pattern_of(site.name)
+                own = rank_of(site, self), alpha_of(site, self)
+                config.rank_pattern[key], config.alpha_pattern[key] = as_stock(len(site.parts), *own, self.use_rslora)
         layers = [site for site in sites if site.is_layer]
         config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
         if len(layers) < len(sites):
@@ -221,12 +225,15 @@ class LoraConfig(TargetedConfig):
 
     def fitted_to(self, keys: Collection[str]) -> LoraConfig:
         """Returns the config as it was before `for_file`: the ranks of parts are their own."""
-        if not self.target_parts:
-            return self
         config = copy.deepcopy(self)
-        for own in (config.rank_pattern, config.alpha_pattern):
-            for key in [key for key in own if key.startswith("^") and key.endswith("$")]:
-                del own[key]
+        for key in self.rank_pattern.keys() & self.alpha_pattern.keys():
+            name = targets.name_of(key)
+            parts = wanted_parts(name, self.target_parts or {}) if name is not None else None
+            if parts is not None:
+                stock = config.rank_pattern.pop(key), config.alpha_pattern.pop(key)
+                rank, alpha = of_parts(len(parts), *stock, self.use_rslora)
+                config.rank_pattern |= {key: rank} if rank != self.r else {}
+                config.alpha_pattern |= {key: alpha} if alpha != self.lora_alpha else {}
         return config
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
@@ -304,11 +311,6 @@ def _nested(value: Any, config_class: type, name: str) -> Any:
         return config_class(**values)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _exactly(name: str) -> str:
-    """Returns the key of `rank_pattern` that one site alone has."""
-    return f"^{re.escape(name)}$"
 
 
 _UNSUPPORTED = (

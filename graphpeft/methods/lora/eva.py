@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -477,13 +476,9 @@ def _with_ranks(config: Any, sites: list[Any], found: Mapping[str, Tensor]) -> A
         if options.adjust_scaling_factors and rank != before:
             alpha *= rank / before
         if rank != config.r:
-            changed.rank_pattern[path] = rank
+            changed.rank_pattern[targets.pattern_of(path)] = rank
         if alpha != config.lora_alpha:
-            changed.alpha_pattern[path] = alpha
-    for path, rank in ranks.items():
-        # the end of another path may be this one
-        if rank_at(path, changed) != rank:
-            changed.rank_pattern = {f"^{re.escape(path)}": rank, **changed.rank_pattern}
+            changed.alpha_pattern[targets.pattern_of(path)] = alpha
     return changed
 
 

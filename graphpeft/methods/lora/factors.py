@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
@@ -27,10 +27,14 @@ def rank_at(name: str, config: Any) -> int:
     return targets.pattern_value(config.rank_pattern, name, config.r)
 
 
+def alpha_of(site: Site | LeafSite, config: Any) -> float:
+    """Returns α at `site`."""
+    return _own_value(config.alpha_pattern, site, config.lora_alpha)
+
+
 def scaling_of(site: Site | LeafSite, config: Any) -> float:
     """Returns α/r, or α/√r with rank-stabilised LoRA."""
-    rank = rank_of(site, config)
-    alpha = _own_value(config.alpha_pattern, site, config.lora_alpha)
+    rank, alpha = rank_of(site, config), alpha_of(site, config)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     # what a module's name stands for beside its own weights: an attention's output projection
     is_inside = site.named is not None and site.owner != site.named
@@ -41,6 +45,23 @@ def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> 
     """Returns a site's own value: one call's goes before that of all calls."""
     of_name = targets.pattern_value(patterns, site.name, default)
     return of_name if site.call is None else targets.pattern_value(patterns, site.label, of_name)
+
+
+def exact_patterns(sites: Sequence[Site | LeafSite], config: Any) -> tuple[dict[str, int], dict[str, float]]:
+    """Returns a `rank_pattern` and an `alpha_pattern` that give these sites what `config` gives them, in any order.
+
+    In those of the config, the first key that matches wins; a file may have them in another order.
+    """
+    ranks = {_pattern_of(site): rank_of(site, config) for site in sites}
+    alphas = {_pattern_of(site): alpha_of(site, config) for site in sites}
+    return (
+        {key: rank for key, rank in ranks.items() if rank != config.r},
+        {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha},
+    )
+
+
+def _pattern_of(site: Site | LeafSite) -> str:
+    return targets.pattern_of(site.name if site.call is None else site.label)
 
 
 TIMES_INSIDE = 2

@@ -25,7 +25,6 @@ from graphpeft.methods.lora.factors import (
     rank_of,
     refused_dropout,
     refused_unless_plain,
-    scaling_of,
 )
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.rewrite import FileForm, ParameterSpec
@@ -187,7 +186,16 @@ class _Compact:
         return compact
 
 
-def as_stock(site: Site, config: Any) -> tuple[int, float]:
-    """Returns the rank and α with which stock LoRA has the same adapter at `site`."""
-    rank = rank_of(site, config) * len(site.parts)
-    return rank, scaling_of(site, config) * (math.sqrt(rank) if config.use_rslora else rank)
+def as_stock(parts: int, rank: int, alpha: float, rslora: bool) -> tuple[int, float]:
+    """Returns the rank and α with which stock LoRA has the same adapter as so many parts of a rank and an α each."""
+    return parts * rank, _times(parts, rslora) * alpha
+
+
+def of_parts(parts: int, rank: int, alpha: float, rslora: bool) -> tuple[int, float]:
+    """Returns what `as_stock` was given for so many parts."""
+    # without the last digit, in which a product with √n, divided by it, may be another number
+    return rank // parts, float(f"{alpha / _times(parts, rslora):.15g}")
+
+
+def _times(parts: int, rslora: bool) -> float:
+    return math.sqrt(parts) if rslora else parts

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from graphpeft.combination import Combination
 from graphpeft.config import PeftConfig, register
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.methods.lora.factors import exact_patterns
 from graphpeft.paths import TensorPaths
 from graphpeft.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
@@ -57,8 +58,14 @@ class LoraPerCallConfig(LoraConfig):
         return super().naming(sites, names)
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
-        """Returns the config as it is, since it isn't for PEFT."""
-        return copy.deepcopy(self)
+        """Returns the config with what each call got; the rest is as it is, since it isn't for PEFT."""
+        config = copy.deepcopy(self)
+        config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
+        return config
+
+    def fitted_to(self, keys: Collection[str]) -> LoraConfig:
+        """Returns the config as it is: what parts of projections have is in the file as their own."""
+        return self
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
         """Refuses to combine adapters of calls."""

@@ -28,7 +28,7 @@ def with_parts(
     found: list[Site | LeafSite] = []
     used: set[str] = set()
     for site in sites:
-        key = next((key for key in wanted if site.name == key or site.name.endswith(f".{key}")), None)
+        key = _key_for(site.name, wanted)
         if key is None:
             found.append(site)
             continue
@@ -48,6 +48,16 @@ def with_parts(
         hint = f"; near misses: {', '.join(near)}" if near else ""
         report.refused.append(Refusal(key, f"target_parts names no target{hint}", "name a target, or leave it out"))
     return found
+
+
+def wanted_parts(name: str, wanted: Mapping[str, list[Any]]) -> list[Any] | None:
+    """Returns the parts that a config names of the projection of this name, or None if it names none."""
+    key = _key_for(name, wanted)
+    return None if key is None else wanted[key]
+
+
+def _key_for(name: str, wanted: Mapping[str, list[Any]]) -> str | None:
+    return next((key for key in wanted if name == key or name.endswith(f".{key}")), None)
 
 
 def _parts(site: Site, wanted: list[Any], finder: SiteFinder) -> tuple[Runs, ...]:

@@ -15,6 +15,7 @@ from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.stand_ins import own_parameter
+from graphpeft.transaction import remember, set_attribute, set_item
 
 
 def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
@@ -140,8 +141,11 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
     of_adapter = set(adapter.tensor_names(name))
     for (path, attribute), value in values.items():
         tensor = stand_ins.tensor_of(modules[path], attribute)
-        if (path, attribute) not in of_adapter:
-            adapter.overwritten.setdefault((path, attribute), tensor.clone())
+        place, copied = (path, attribute), None
+        if place not in of_adapter and place not in adapter.overwritten:
+            copied = tensor.clone()
+            set_item(adapter.overwritten, place, copied)
+        remember(tensor, copied)
         tensor.copy_(value)
 
 
@@ -166,7 +170,8 @@ def freeze(modules: Modules, adapters: Adapters) -> None:
     for path, name in adapters.trained_before:
         parameter = modules[path]._parameters[name]
         assert parameter is not None
-        parameter.requires_grad = False  # not by a method, which an uninitialised one of a lazy layer refuses
+        # not by a method, which an uninitialised one of a lazy layer refuses
+        set_attribute(parameter, "requires_grad", False)
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
@@ -174,8 +179,8 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
     trained = set(adapters.trained_before)
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                parameter.requires_grad = (path, name) in trained
+            if parameter is not None and parameter.requires_grad != ((path, name) in trained):
+                set_attribute(parameter, "requires_grad", (path, name) in trained)
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -194,6 +199,8 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
             parameter = modules[path]._parameters.get(attribute) if path in modules else None
-            wanted = trains and (path, attribute) not in frozen
-            if parameter is not None and parameter.requires_grad != (wanted and parameter.is_floating_point()):
-                parameter.requires_grad_(wanted)
+            if parameter is None:
+                continue
+            wanted = trains and (path, attribute) not in frozen and parameter.is_floating_point()
+            if parameter.requires_grad != wanted:
+                set_attribute(parameter, "requires_grad", wanted)

@@ -44,9 +44,7 @@ class _Journal:
 
     @torch.no_grad()
     def roll_back(self, begin: int) -> None:
-        """Takes back all changes from `begin` on.
-
-        That a user interrupts this, too, changes nothing: the first interruption is on its way to them.
+        """Takes back all changes from `begin` on; it can be interrupted, and called again.
 
         Raises:
             RuntimeError: If something couldn't be taken back, after all that could be was.
@@ -54,12 +52,11 @@ class _Journal:
         failed: list[Exception] = []
         while len(self.undo) > begin:
             function, args = self.undo[-1]
-            with contextlib.suppress(KeyboardInterrupt):
-                try:
-                    function(*args)
-                except Exception as error:
-                    failed.append(error)
-                self.undo.pop()
+            try:
+                function(*args)
+            except Exception as error:
+                failed.append(error)
+            self.undo.pop()
         self.remembered = {known: place for known, place in self.remembered.items() if place < begin}
         if failed:
             raise RuntimeError(
@@ -99,7 +96,10 @@ def transaction(model: nn.Module) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            journal.roll_back(begin)
+            try:
+                journal.roll_back(begin)
+            finally:
+                journal.roll_back(begin)  # the rest, for users who are impatient and interrupt this, too
             raise
         finally:
             journal.begin = outer

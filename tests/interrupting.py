@@ -37,14 +37,14 @@ def lines_of(call: Callable[[], Any]) -> list[Line]:
 
 
 @contextlib.contextmanager
-def failing_at_line(number: int, error: BaseException) -> Iterator[None]:
-    """Raises `error` once, before the line of this library of this number runs."""
+def failing_at_line(number: int, error: BaseException, then: int = 0) -> Iterator[None]:
+    """Raises `error` before the line of this library of this number runs, and again so many lines later, if any."""
     count = 0
 
     def fail(_: Line) -> None:
         nonlocal count
         count += 1
-        if count == number:
+        if count == number or (then and count == number + then):
             raise error
 
     with _at_lines(fail):
@@ -69,18 +69,32 @@ def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-class failing_at_operation(TorchDispatchMode):  # noqa: N801 - it reads as the function above does
-    """Raises `error` once, in place of the operation of PyTorch of this number; counts them if there is no error."""
+class FailingAtOperation(TorchDispatchMode):
+    """Raises an error in place of an operation of PyTorch, and from then on whenever one needs memory.
 
-    def __init__(self, number: int, error: BaseException | None = None) -> None:
+    Args:
+        number: The number of the operation; none fails at 0.
+        error: The error.
+        name: The name of the operations that are counted; all if None.
+    """
+
+    def __init__(self, number: int, error: BaseException | None = None, name: str | None = None) -> None:
         super().__init__()
-        self.count, self._number, self._error = 0, number, error
+        self.count, self._number, self._error, self._name = 0, number, error, name
+        self._is_out = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        if self.count == self._number and self._error is not None:
+        name = func._schema.name
+        is_counted = self._name in (None, name)
+        self.count += is_counted
+        is_now = is_counted and self.count == self._number
+        if self._error is not None and (is_now or (self._is_out and name not in _NEED_NO_MEMORY)):
+            self._is_out = True
             raise self._error
         return func(*args, **(kwargs or {}))
+
+
+_NEED_NO_MEMORY = ("aten::copy_", "aten::detach")
 
 
 def state_of(model: Any, *inputs: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
@@ -14,13 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from interrupting import exchanged_in_pytorch, failing_at_line, failing_at_operation, lines_of, state_of
+from interrupting import FailingAtOperation, exchanged_in_pytorch, failing_at_line, lines_of, state_of
 from models import llama_config
 from torch import nn
 
 import graphpeft
 
 # models
+
+
+def copied(build: Callable[[], Any]) -> Callable[[], Any]:
+    """Lets a function build a model once, and copy it from then on."""
+    built = functools.cache(build)
+    return lambda: copy.deepcopy(built())
 
 
 def layers() -> nn.Module:
@@ -79,6 +86,7 @@ def filled(model: Any, seed: int = 2) -> Any:
     return model
 
 
+@copied
 def several() -> Any:
     """Returns the model with four adapters, of which two act."""
     torch.manual_seed(3)
@@ -89,6 +97,7 @@ def several() -> Any:
     return filled(model)
 
 
+@copied
 def merged() -> Any:
     """Returns it with one of the two merged beside the other."""
     model = several()
@@ -97,6 +106,7 @@ def merged() -> Any:
     return model
 
 
+@copied
 def with_rows() -> Any:
     """Returns it with rows of a tied table."""
     model = several()
@@ -110,6 +120,7 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(llama_config()).eval()
 
 
+@copied
 def prompted() -> Any:
     """Returns a language model with a prompt and LoRA, both active."""
     config = graphpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -122,6 +133,7 @@ def prompted() -> Any:
 REPLICATING = graphpeft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
 
 
+@copied
 def replicated() -> Any:
     """Returns a language model that runs a layer twice."""
     return filled(graphpeft.get_peft_model(llama(), copy.deepcopy(REPLICATING)))
@@ -158,12 +170,14 @@ class Call(NamedTuple):
         build: Makes the model.
         change: Makes the call.
         repeats: Whether the call can be made again after it has done its work.
+        writes: Whether it writes into tensors that are there.
     """
 
     name: str
     build: Callable[[], Any]
     change: Callable[[Any], Any]
     repeats: bool = True
+    writes: bool = False
 
     def inputs(self, model: Any) -> tuple[Any, ...]:
         """Returns what the model is called with to tell what it computes."""
@@ -200,43 +214,56 @@ def measure(model: Any) -> None:
     )
 
 
+def load(which: str) -> Callable[[Any], Any]:
+    """Returns a call that loads a saved adapter."""
+    return lambda model: graphpeft.PeftModel.from_pretrained(model, folder(which), "new")
+
+
+def swap(which: str) -> Callable[[Any], Any]:
+    """Returns a call that swaps an adapter for a saved one."""
+    return lambda model: graphpeft.hotswap_adapter(model, folder(which), "one")
+
+
+ONCE = {"repeats": False}
+WRITES = {"writes": True}
+
 CALLS = (
-    Call("adapt", layers, add(TWO), False),
-    Call("adapt for evaluation", trained, lambda model: graphpeft.PeftModel.from_pretrained(model, folder("other")), False),
-    Call("adapt with rows", layers, add(ROWS), False),
-    Call("adapt with a part of the weight", merged, add(PISSA), False),
-    Call("adapt once more", several, add(TWO), False),
-    Call("add", several, lambda model: model.add_adapter("new", copy.deepcopy(DORA)), False),
-    Call("load", several, lambda model: model.load_adapter(folder("other"), "new"), False),
-    Call("combine", several, weighted, False),
+    Call("adapt", layers, add(TWO), **ONCE),
+    Call("adapt for evaluation", trained, load("other"), **ONCE),
+    Call("adapt with rows", layers, add(ROWS), **ONCE),
+    Call("adapt with a part of the weight", merged, add(PISSA), **ONCE, **WRITES),
+    Call("adapt once more", several, add(TWO), **ONCE),
+    Call("add", several, lambda model: model.add_adapter("new", copy.deepcopy(DORA)), **ONCE),
+    Call("load", several, lambda model: model.load_adapter(folder("other"), "new"), **ONCE),
+    Call("combine", several, weighted, **ONCE),
     Call("choose", several, lambda model: model.set_adapter(["two", "one"])),
-    Call("choose rows", merged, lambda model: model.set_adapter("rows", inference_mode=True)),
-    Call("delete", several, lambda model: model.delete_adapter("one"), False),
-    Call("delete the active one", with_rows, lambda model: model.delete_adapter("rows"), False),
-    Call("disable", merged, lambda model: model.disable_adapters()),
+    Call("choose rows", merged, lambda model: model.set_adapter("rows", inference_mode=True), **WRITES),
+    Call("delete", several, lambda model: model.delete_adapter("one"), **ONCE),
+    Call("delete the active one", with_rows, lambda model: model.delete_adapter("rows"), **ONCE),
+    Call("disable", merged, lambda model: model.disable_adapters(), **WRITES),
     Call("disable for a while", several, within),
-    Call("merge", several, lambda model: model.merge_adapter()),
-    Call("merge more", merged, lambda model: model.merge_adapter()),
-    Call("merge rows", with_rows, lambda model: model.merge_adapter()),
-    Call("unmerge", merged, lambda model: model.unmerge_adapter()),
-    Call("merge for good", several, lambda model: model.merge_and_unload(), False),
-    Call("merge rows for good", with_rows, lambda model: model.merge_and_unload(), False),
-    Call("merge the merged for good", merged, lambda model: model.merge_and_unload(), False),
-    Call("unload", merged, lambda model: model.unload(), False),
+    Call("merge", several, lambda model: model.merge_adapter(), **WRITES),
+    Call("merge more", merged, lambda model: model.merge_adapter(), **WRITES),
+    Call("merge rows", with_rows, lambda model: model.merge_adapter(), **WRITES),
+    Call("unmerge", merged, lambda model: model.unmerge_adapter(), **WRITES),
+    Call("merge for good", several, lambda model: model.merge_and_unload(), **ONCE, **WRITES),
+    Call("merge rows for good", with_rows, lambda model: model.merge_and_unload(), **ONCE, **WRITES),
+    Call("merge the merged for good", merged, lambda model: model.merge_and_unload(), **ONCE, **WRITES),
+    Call("unload", merged, lambda model: model.unload(), **ONCE, **WRITES),
     Call("optimize", several, graphpeft.optimize),
-    Call("swap", several, lambda model: graphpeft.hotswap_adapter(model, folder("same"), "one")),
-    Call("swap for another", several, lambda model: graphpeft.hotswap_adapter(model, folder("other"), "one")),
-    Call("overwrite", several, state_dict, False),
+    Call("swap", several, swap("same"), **WRITES),
+    Call("swap for another", several, swap("other")),
+    Call("overwrite", several, state_dict, **WRITES),
     Call("measure", eva, measure),
     Call("mix", several, lambda model: model(torch.zeros(2, 3, dtype=torch.int64), adapter_names=["one", "dora"])),
     Call("trace", layers, lambda model: graphpeft.trace(model) and None),
     Call("explain", layers, lambda model: graphpeft.explain(model, TWO) and None),
     Call("explain a replication", llama, lambda model: graphpeft.explain(model, REPLICATING) and None),
-    Call("adapt with a prompt", llama, lambda model: graphpeft.PeftModel.from_pretrained(model, folder("prompt"), "new"), False),
+    Call("adapt with a prompt", llama, load("prompt"), **ONCE),
     Call("choose without a prompt", prompted, lambda model: model.set_adapter("lora")),
-    Call("delete a prompt", prompted, lambda model: model.delete_adapter("prompt"), False),
-    Call("replicate", llama, add(REPLICATING), False),
-    Call("unload a replication", replicated, lambda model: model.unload(), False),
+    Call("delete a prompt", prompted, lambda model: model.delete_adapter("prompt"), **ONCE),
+    Call("replicate", llama, add(REPLICATING), **ONCE),
+    Call("unload a replication", replicated, lambda model: model.unload(), **ONCE),
 )
 
 
@@ -251,6 +278,7 @@ def run(call: Call, model: Any) -> None:
 @functools.cache
 def expected(call: Call) -> tuple[Any, Any, list[Any]]:
     """Returns the state of the model before and after a call, and the lines that the call runs."""
+    run(call, call.build())  # what it derives for copies of one model is there from then on
     model = call.build()
     before = state_of(model, *call.inputs(model))
     lines = lines_of(functools.partial(run, call, model))
@@ -262,25 +290,23 @@ def differing(state: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name in state if state[name] != other[name]]
 
 
-def assert_whole(call: Call, context: Callable[[], Any], error: type[BaseException]) -> None:
+def assert_whole(call: Call, context: contextlib.AbstractContextManager[Any], error: type[BaseException]) -> None:
     """A call that fails in a context leaves the old state or the new one, and works if it is made again."""
     before, after, _ = expected(call)
     model = call.build()
     patched = exchanged_in_pytorch()
-    fails = False
+    failure: BaseException | None = None
     try:
-        with context():
+        with context:
             run(call, model)
-    except error:
-        fails = True
-    except Exception as raised:  # what failed may be told as the reason why something can't be adapted
-        assert "planted" in str(raised), raised
-        fails = True
+    except BaseException as raised:
+        failure = raised
+    # what a site can't be adapted for may be that something failed
+    assert failure is None or isinstance(failure, error) or "planted" in str(failure), failure
     assert differing(exchanged_in_pytorch(), patched) == []
-    torch.set_grad_enabled(True)
     found = state_of(model, *call.inputs(model))
     is_old, is_new = differing(found, before), differing(found, after)
-    assert not is_new or (fails and not is_old), f"neither the old state, by {is_old}, nor the new one, by {is_new}"
+    assert not is_new or (failure and not is_old), f"neither the old state, by {is_old}, nor the new one, by {is_new}"
     if is_new or call.repeats:
         run(call, model)
         left = differing(state_of(model, *call.inputs(model)), after)
@@ -289,11 +315,19 @@ def assert_whole(call: Call, context: Callable[[], Any], error: type[BaseExcepti
 
 def assert_whole_at_line(call: Call, number: int, error: type[BaseException]) -> None:
     """See `assert_whole`."""
-    line = expected(call)[2][number - 1]
+    file, line = expected(call)[2][number - 1]
     try:
-        assert_whole(call, lambda: failing_at_line(number, error("planted")), error)
+        assert_whole(call, failing_at_line(number, error("planted")), error)
     except AssertionError as failure:
-        raise AssertionError(f"{call.name}, {error.__name__} at {line[0]}:{line[1]} (line {number}): {failure}") from failure
+        raise AssertionError(f"{call.name}, {error.__name__} at {file}:{line}, line {number}: {failure}") from failure
+
+
+def operations_of(call: Call) -> int:
+    """Returns how many operations of PyTorch a call runs."""
+    model = call.build()
+    with FailingAtOperation(0) as counting:
+        run(call, model)
+    return counting.count
 
 
 ERRORS = (KeyboardInterrupt, MemoryError)
@@ -304,3 +338,52 @@ def test_a_call_that_is_interrupted_at_any_line_has_done_all_or_nothing(call: Ca
     chance = random.Random(call.name)
     for error in ERRORS:
         assert_whole_at_line(call, chance.randint(1, len(expected(call)[2])), error)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_time(call: Call) -> None:
+    chance = random.Random(f"{call.name}, many times")
+    # one occurrence of a line is as good as another, and most lines that run are those of a few loops
+    numbers = {line: number for number, line in enumerate(expected(call)[2], 1)}
+    for number in chance.sample(list(numbers.values()), 20):
+        assert_whole_at_line(call, number, chance.choice(ERRORS))
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.writes], ids=lambda call: call.name)
+def test_a_call_that_runs_out_of_memory_at_any_operation_has_done_all_or_nothing(call: Call) -> None:
+    number = random.Random(call.name).randint(1, operations_of(call))
+    assert_whole(call, FailingAtOperation(number, torch.OutOfMemoryError("planted")), torch.OutOfMemoryError)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("call", [call for call in CALLS if call.writes], ids=lambda call: call.name)
+def test_a_call_that_runs_out_of_memory_has_done_all_or_nothing_at_each_operation(call: Call) -> None:
+    for number in range(1, operations_of(call) + 1):
+        assert_whole(call, FailingAtOperation(number, torch.OutOfMemoryError("planted")), torch.OutOfMemoryError)
+
+
+def test_running_out_of_memory_at_the_third_layer_merges_none() -> None:
+    model = graphpeft.get_peft_model(stack(), graphpeft.LoraConfig(r=2, lora_alpha=5, target_modules=r"\d"))
+    model = filled(model)
+    x = torch.randn(3, 6)
+    adapted, weights = model(x), [layer.weight.clone() for layer in model]
+
+    with pytest.raises(torch.OutOfMemoryError), FailingAtOperation(3, torch.OutOfMemoryError("planted"), "aten::add_"):
+        model.merge_and_unload()
+
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
+    assert torch.equal(model(x), adapted)
+    torch.testing.assert_close(model.merge_and_unload()(x), adapted)
+
+
+def stack() -> nn.Module:
+    """Returns four layers."""
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+
+
+def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> None:
+    [call] = [call for call in CALLS if call.name == "merge"]
+    number = len(expected(call)[2]) - 20  # when all has changed
+    for then in range(1, 60, 4):
+        assert_whole(call, failing_at_line(number, KeyboardInterrupt("planted"), then), KeyboardInterrupt)

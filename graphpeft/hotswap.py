@@ -39,7 +39,8 @@ def hotswap_adapter(
 
     If the saved one adapts the same weights by the same ranks, its values are copied over, and a compiled model isn't
     compiled again (unless its scale differs). Otherwise the adapter is exchanged as a whole, which PEFT refuses for
-    other targets; a compiled model is compiled again in its next call.
+    other targets; a compiled model is compiled again in its next call. A forward in another thread may see the change
+    half done, see `PeftModel`.
 
     Args:
         model: An adapted model, or what ``torch.compile`` made of it.

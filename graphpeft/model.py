@@ -127,7 +127,12 @@ def get_peft_model(
 
 
 class PeftModel(nn.Module):
-    """The methods that an adapted model has beside its own; they mean what PEFT's of the same names mean."""
+    """The methods that an adapted model has beside its own; they mean what PEFT's of the same names mean.
+
+    Those that change the model do all or nothing: if one fails, or is interrupted, the model is as it was. They wait
+    for each other, and a forward doesn't wait for them: in one that runs in another thread meanwhile, some layers are
+    as before the change and others as after it. `adapter_names` chooses adapters for one call without a change.
+    """
 
     # Transformers asks for it: gradient checkpointing of a frozen model needs inputs that require grad
     _hf_peft_config_loaded = True
@@ -380,6 +385,8 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters act, and be trained.
 
+        A forward in another thread may see the change half done, see `PeftModel`.
+
         Args:
             adapter_name: The name of an adapter, or several.
             inference_mode: Whether they are for inference instead, so that nothing is trained.
@@ -403,7 +410,7 @@ class PeftModel(nn.Module):
         """Takes one adapter off for good.
 
         If it was active, the others that were go on acting; if there are none, the first that is left becomes the
-        active one, with a warning, as in PEFT.
+        active one, with a warning, as in PEFT. A forward in another thread may see that half done, see `PeftModel`.
 
         Raises:
             AdaptError: If there is no such adapter, or it is merged; the model is as it was.
@@ -425,13 +432,16 @@ class PeftModel(nn.Module):
     def disable_adapters(self) -> None:
         """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does.
 
-        What is merged is unmerged first.
+        What is merged is unmerged first. A forward in another thread may see the change half done, see `PeftModel`.
         """
         with transaction(self):
             lifecycle.disable(modules_of(self), self._peft_adapters, True)
 
     def enable_adapters(self) -> None:
-        """Lets the active adapters act again; within `disable_adapter`, after the context."""
+        """Lets the active adapters act again; within `disable_adapter`, after the context.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
         with transaction(self):
             lifecycle.disable(modules_of(self), self._peft_adapters, False)
 
@@ -440,7 +450,8 @@ class PeftModel(nn.Module):
 
         Contexts can overlap, in whatever order they are left: adapters act again after the last one. What is merged is
         unmerged first. Adapters that are set, added or deleted within the context act, or don't, after it; to merge
-        them there is refused, and `disable_adapters` within it holds after it, too.
+        them there is refused, and `disable_adapters` within it holds after it, too. A forward that has begun in another
+        thread may see the change half done, see `PeftModel`.
         """
         return lifecycle.Paused(self)
 
@@ -457,7 +468,10 @@ class PeftModel(nn.Module):
         return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
 
     def unload(self) -> Any:
-        """Takes all adapters off and returns the model exactly as it was before the first one."""
+        """Takes all adapters off and returns the model exactly as it was before the first one.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
         state, modules = self._peft_adapters, modules_of(self)
         with transaction(self):
             merging.unmerge(modules, state)
@@ -478,6 +492,9 @@ class PeftModel(nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> Any:
         """Adds the adapters to the weights, takes all adapters off, and returns the base model.
+
+        A copy of each weight that it changes is kept until it is done, in main memory if the weight is on an
+        accelerator. A forward in another thread may see the change half done, see `PeftModel`.
 
         Args:
             progressbar: Accepted for PEFT's sake; merging is one addition a weight.
@@ -500,7 +517,8 @@ class PeftModel(nn.Module):
         """Adds adapters to the weights, until `unmerge_adapter` gives these the very bits that they had.
 
         What is merged has no nodes in the graphs, so that the forward is the base's, and takes a copy of each weight.
-        Adapters that are active and not merged go on acting.
+        Adapters that are active and not merged go on acting. A forward in another thread may see the change half done,
+        see `PeftModel`.
 
         Args:
             adapter_names: Which to merge; the active ones if None. Those that are merged already are left out, with a
@@ -508,7 +526,7 @@ class PeftModel(nn.Module):
             safe_merge: Whether to refuse changes that aren't finite.
 
         Raises:
-            AdaptError: As for `merge_and_unload`; nothing is merged.
+            AdaptError: As for `merge_and_unload`, and if adapters are disabled; nothing is merged.
         """
         state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
@@ -518,7 +536,10 @@ class PeftModel(nn.Module):
             merging.merge_in_place(modules, state, names)
 
     def unmerge_adapter(self) -> None:
-        """Takes all adapters out of the weights again; the active ones act by nodes, as before."""
+        """Takes all adapters out of the weights again; the active ones act by nodes, as before.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
         if not self._peft_adapters.merged:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
         with transaction(self):

@@ -123,7 +123,7 @@ def llama() -> nn.Module:
 @copied
 def prompted() -> Any:
     """Returns a language model with a prompt and LoRA, both active."""
-    config = graphpeft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    config = graphpeft.PromptTuningConfig(task_type=graphpeft.TaskType.CAUSAL_LM, num_virtual_tokens=2)
     model = graphpeft.get_peft_model(llama(), config, "prompt")
     model.add_adapter("lora", graphpeft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"]))
     model.set_adapter(["prompt", "lora"])

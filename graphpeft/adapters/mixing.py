@@ -160,7 +160,7 @@ class Rows:
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows = rows_if_any()
     runner = rows.runners.get(id(module)) if rows is not None else None
-    if runner is not None and not rows.are_off:
+    if rows is not None and runner is not None and not rows.are_off:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
     template = worn_template(module)

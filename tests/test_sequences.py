@@ -157,13 +157,14 @@ class Reference:
             for key, tensor in self.adapters[name].tensors.items()
             if name not in self.merged or "lora" not in key
         }
-        if trained:
-            loss = (self.output() - target).square().sum()
-            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        for index, tensor in enumerate(trained.values()):
+        if not trained:
+            return
+        loss = (self.output() - target).square().sum()
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for tensor, gradient in zip(trained.values(), gradients, strict=True):
             tensor.requires_grad_(False)
-            if gradients[index] is not None:
-                tensor -= rate * gradients[index]
+            if gradient is not None:
+                tensor -= rate * gradient
 
 
 REFUSED = graphpeft.AdaptError

@@ -1,13 +1,9 @@
-"""Adapts a model by a config: plans it, refuses what can't be, and carries the plan out.
-
-All of it is done, or nothing.
-"""
+"""Adapts a model by a config: plans it, refuses what can't be, and carries the plan out."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -15,7 +11,7 @@ from torch import nn
 
 from graphpeft import in_place
 from graphpeft.adapters import lifecycle
-from graphpeft.adapters.replication import replicate
+from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.config import PeftConfig
@@ -24,6 +20,7 @@ from graphpeft.report import listed
 from graphpeft.sites.site import Site
 from graphpeft.targeting.targeting import unmatched_entries
 from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.transaction import set_attribute, set_item, transaction
 
 Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
@@ -84,12 +81,23 @@ def add_new(
     Raises:
         AdaptError: If it can't be added; the model is as it was.
     """
-    with replicated(model, config):
+    with transaction(model):
+        replication = replicate_layers(model, config)
         plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
         refuse(plan)
         warn_of_unmatched(config, plan, stacklevel=4)
         warn_of_adapted_and_trained_whole(plan, stacklevel=4)
-        carry_out(model, adapter_name, plan, None, activates, methods)
+        carry_out(model, adapter_name, plan, None, activates, methods, replication)
+
+
+def replicate_layers(model: nn.Module, config: PeftConfig) -> Replication | None:
+    """Lets a model have the layers that `config` asks for, and returns what was exchanged for them.
+
+    Raises:
+        AdaptError: If it can't have them.
+    """
+    state = adapters_of(model)
+    return replicate(model, config, state.replication if state is not None else None, state is not None)
 
 
 def plan_for(
@@ -158,49 +166,41 @@ def refuse(plan: Plan) -> None:
 
 
 def carry_out(
-    model: Any, name: str, plan: Plan, values: Tensors | None, activates: bool, methods: in_place.Layer
+    model: Any,
+    name: str,
+    plan: Plan,
+    values: Tensors | None,
+    activates: bool,
+    methods: in_place.Layer,
+    replication: Replication | None = None,
 ) -> None:
-    """Carries out a plan: all of it, or nothing; arguments as for `add_new`, with values of the adapter's tensors."""
+    """Carries out a plan, inside a transaction.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+        plan: The plan.
+        values: Values of the adapter's tensors; without them the method's first values are drawn.
+        activates: Whether it becomes the active one.
+        methods: What gives the model the methods of an adapted one, with its first adapter.
+        replication: What was exchanged in the model for the plan.
+    """
     modules = plan.modules
     present = adapters_of(model)
-    is_first = present is None
-    touched = [name]
     state = Adapters.before_any(modules) if present is None else present
     lifecycle.add(modules, state, name, plan, values)
-    try:
-        if is_first:
-            in_place.put_on(model, methods)
-        if activates:
-            before = state.active
-            lifecycle.activate(modules, state, [name])
-            touched = [*before, name]
-    except BaseException:
-        lifecycle.remove(modules, state, name)
-        if is_first:
-            in_place.take_off(model, "methods")
-        raise
-    model.__dict__[STATE] = state
-    if is_first:
-        freeze(modules, state)
-    else:
+    touched = [name]
+    if activates:
+        touched = [*state.active, name]
+        lifecycle.activate(modules, state, [name])
+    if replication is not None:
+        set_attribute(state, "replication", replication)
+    if present is not None:
         set_trainable(modules, state, touched)
-
-
-@contextlib.contextmanager
-def replicated(model: nn.Module, config: PeftConfig, keep: bool = True) -> Iterator[None]:
-    """Lets a model have the layers that `config` asks for; its own again after an error, or unless they are kept."""
-    state = adapters_of(model)
-    done = replicate(model, config, state.replication if state is not None else None, state is not None)
-    try:
-        yield
-    except BaseException:
-        if done is not None:
-            done.undo()
-        raise
-    if done is not None and keep:
-        known_adapters(model).replication = done
-    elif done is not None:
-        done.undo()
+        return
+    in_place.put_on(model, methods)
+    set_item(model.__dict__, STATE, state)
+    freeze(modules, state)
 
 
 def warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:

@@ -21,6 +21,7 @@ from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
 from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.transaction import remember, set_attribute, set_item, transaction, undone_by
 
 
 def hotswap_adapter(
@@ -36,7 +37,8 @@ def hotswap_adapter(
 
     If the saved one adapts the same weights by the same ranks, its values are copied over, and a compiled model isn't
     compiled again (unless its scale differs). Otherwise the adapter is exchanged as a whole, which PEFT refuses for
-    other targets; a compiled model is compiled again in its next call.
+    other targets; a compiled model is compiled again in its next call. A forward in another thread may see the change
+    half done, see `PeftModel`.
 
     Args:
         model: An adapted model, or what ``torch.compile`` made of it.
@@ -77,10 +79,11 @@ def hotswap_adapter(
             f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
         )
     saved.refuse_two_saves(model_name_or_path)
-    if _have_same_places(adapter, plan):
-        _copy(modules, adapter, plan, fitted)
-    else:
-        _exchange(modules, state, adapter_name, plan, fitted)
+    with transaction(model):
+        if _have_same_places(adapter, plan):
+            _copy(modules, adapter, plan, fitted)
+        else:
+            _exchange(modules, state, adapter_name, plan, fitted)
 
 
 def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
@@ -95,39 +98,27 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
 @torch.no_grad()
 def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> None:
     for (path, attribute), value in values.items():
-        getattr(modules[path], attribute).copy_(value)
+        tensor = getattr(modules[path], attribute)
+        remember(tensor)
+        tensor.copy_(value)
     constants = {(a.site.owner, a.site.label): a.constants for a in plan.sites}
+    undone_by(adapter.sites.__setitem__, slice(None), list(adapter.sites))
     adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.label]) for a in adapter.sites]
     for adapted in adapter.sites:
         own = modules[adapted.site.owner].__dict__
         for name, value in adapted.constants.items():
             if own.get(adapted.names[name]) != value:
-                own[adapted.names[name]] = value
-    adapter.config = plan.config
+                set_item(own, adapted.names[name], value)
+    set_attribute(adapter, "config", plan.config)
 
 
 def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: Tensors) -> None:
-    """Takes the adapter off and puts the other one on: both, or neither."""
-    old, order, active = state.by_name[name], list(state.by_name), list(state.active)
-    tensors = {(path, own): getattr(modules[path], own) for path, own in old.tensor_names(name) if path in modules}
+    """Takes the adapter off and puts the other one on, in its place among the others."""
+    order, active = list(state.by_name), list(state.active)
     # so that nodes come in their order; first of all, since it unmerges others with a warning, which may be an error
     lifecycle.activate(modules, state, [])
     lifecycle.remove(modules, state, name)
-    try:
-        lifecycle.add(modules, state, name, plan, values)
-        lifecycle.activate(modules, state, active)
-    except BaseException:
-        if name in state.by_name:
-            lifecycle.remove(modules, state, name)
-        before = Plan(modules, old.config, old.report, old.sites, {}, old.whole, old.rows)
-        lifecycle.add(modules, state, name, before, tensors)
-        for (path, own), tensor in tensors.items():
-            # the very tensors, which an optimizer may have
-            kind = modules[path]._parameters if own in modules[path]._parameters else modules[path]._buffers
-            kind[own] = tensor  # type: ignore[assignment]
-        lifecycle.activate(modules, state, [])
-        lifecycle.activate(modules, state, active)
-        raise
-    finally:
-        state.by_name = {known: state.by_name[known] for known in order}
+    lifecycle.add(modules, state, name, plan, values)
+    lifecycle.activate(modules, state, active)
+    set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
     set_trainable(modules, state, active if name in active else [name])

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from graphpeft import transaction
+
 KINDS = ("methods", "rows", "graph", "tensors")
 """The kinds of layers, the outermost first: methods see the choice by rows, that the graph, which reads the tensors."""
 
@@ -196,6 +198,7 @@ def take_off(module: nn.Module, kind: str) -> None:
 
 def _set_class(module: nn.Module, cls: type) -> None:
     # past the __setattr__ of modules, which is for tensors and submodules
+    transaction.undone_by(object.__setattr__, module, "__class__", type(module))
     object.__setattr__(module, "__class__", cls)
 
 
@@ -203,9 +206,9 @@ def _set_class(module: nn.Module, cls: type) -> None:
 def without(module: nn.Module, kind: str) -> Iterator[None]:
     """Undresses `module` of its layer of `kind` for a while."""
     worn = [layer for layer in layers_of(module) if layer.kind == kind]
-    if worn:
-        take_off(module, kind)
     try:
+        if worn:
+            take_off(module, kind)
         yield
     finally:
         for layer in worn:

@@ -11,10 +11,11 @@ from torch import nn
 
 from graphpeft import checkpoint, in_place
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
-from graphpeft.adapting import carry_out, modules_of, plan_for, refuse, replicated
+from graphpeft.adapting import carry_out, modules_of, plan_for, refuse, replicate_layers
 from graphpeft.config import ConfigLike, as_config
 from graphpeft.report import listed
 from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.transaction import transaction
 
 
 def load(
@@ -63,7 +64,8 @@ def load(
     if key_mapping:
         values = checkpoint.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
-    with replicated(model, loaded):
+    with transaction(model):
+        replication = replicate_layers(model, loaded)
         plan = plan_for(model, loaded, adapter_name, example_inputs, autocast_adapter_dtype)
         refuse(plan)
         adapter = Adapter.of(plan)
@@ -72,7 +74,7 @@ def load(
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         saved.refuse_two_saves(model_id)
-        carry_out(model, adapter_name, plan, fitted, activates, methods)
+        carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
 
 
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:

@@ -11,7 +11,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from graphpeft import checkpoint, in_place, trainer
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, lifecycle, merging, mixing
-from graphpeft.adapters.state import STATE, Adapters, adapters_of
+from graphpeft.adapters.state import STATE, Adapters
 from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
 from graphpeft.adapting import (
     Where,
@@ -31,7 +31,7 @@ from graphpeft.adapting import (
     modules_of,
     plan_for,
     refuse,
-    replicated,
+    replicate_layers,
     warn_of_adapted_and_trained_whole,
     warn_of_unmatched,
 )
@@ -43,6 +43,7 @@ from graphpeft.model_card import model_card
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed
 from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.transaction import delete_item, set_attribute, transaction, undone_by
 
 
 def explain(
@@ -66,10 +67,13 @@ def explain(
         AdaptError: If the config asks for what isn't supported, or the adapter's name can't be used.
     """
     ours = as_config(config)
-    with replicated(model, ours, keep=False):
+    with transaction(model):
+        replication = replicate_layers(model, ours)
         plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
         warn_of_unmatched(ours, plan)
         warn_of_adapted_and_trained_whole(plan)
+        if replication is not None:
+            replication.undo()
     return plan.report
 
 
@@ -125,7 +129,12 @@ def get_peft_model(
 
 
 class PeftModel(nn.Module):
-    """The methods that an adapted model has beside its own; they mean what PEFT's of the same names mean."""
+    """The methods that an adapted model has beside its own; they mean what PEFT's of the same names mean.
+
+    Those that change the model do all or nothing: if one fails, or is interrupted, the model is as it was. They wait
+    for each other, and a forward doesn't wait for them: in one that runs in another thread meanwhile, some layers are
+    as before the change and others as after it. `adapter_names` chooses adapters for one call without a change.
+    """
 
     # Transformers asks for it: gradient checkpointing of a frozen model needs inputs that require grad
     _hf_peft_config_loaded = True
@@ -185,23 +194,28 @@ class PeftModel(nn.Module):
         """
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        load(
-            model,
-            model_id,
-            adapter_name,
-            is_trainable,
-            config,
-            activates=True,
-            methods=_methods_for(model),
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            key_mapping=key_mapping,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            example_inputs=example_inputs,
-            use_safetensors=use_safetensors,
-            **hub_options,
-        )
-        return model if is_trainable else model.eval()
+        with transaction(model):
+            load(
+                model,
+                model_id,
+                adapter_name,
+                is_trainable,
+                config,
+                activates=True,
+                methods=_methods_for(model),
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                example_inputs=example_inputs,
+                use_safetensors=use_safetensors,
+                **hub_options,
+            )
+            if not is_trainable:
+                for module in model.modules():
+                    undone_by(setattr, module, "training", module.training)
+                model.eval()
+        return model
 
     # calls
 
@@ -367,10 +381,13 @@ class PeftModel(nn.Module):
         refuse(plan)
         by_name = dict(zip(adapters, weights, strict=True))
         values = combining.combined_values(modules, state, by_name, plan, how)
-        carry_out(self, adapter_name, plan, values, activates=False, methods=_methods_for(self))
+        with transaction(self):
+            carry_out(self, adapter_name, plan, values, activates=False, methods=_methods_for(self))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters act, and be trained.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
 
         Args:
             adapter_name: The name of an adapter, or several.
@@ -385,16 +402,17 @@ class PeftModel(nn.Module):
         for name in names if not inference_mode else ():
             lifecycle.refuse_untrainable(known_adapter(self, name), name)
         modules, before = modules_of(self), self.active_adapters
-        lifecycle.activate(modules, self._peft_adapters, names)
-        for config in configs:
-            config.inference_mode = inference_mode
-        set_trainable(modules, self._peft_adapters, [*before, *names])
+        with transaction(self):
+            lifecycle.activate(modules, self._peft_adapters, names)
+            for config in configs:
+                set_attribute(config, "inference_mode", inference_mode)
+            set_trainable(modules, self._peft_adapters, [*before, *names])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes one adapter off for good.
 
         If it was active, the others that were go on acting; if there are none, the first that is left becomes the
-        active one, with a warning, as in PEFT.
+        active one, with a warning, as in PEFT. A forward in another thread may see that half done, see `PeftModel`.
 
         Raises:
             AdaptError: If there is no such adapter, or it is merged; the model is as it was.
@@ -406,31 +424,38 @@ class PeftModel(nn.Module):
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
             )
         others = [name for name in state.by_name if name != adapter_name]
-        if state.active == [adapter_name] and others:
-            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
-            lifecycle.activate(modules, state, others[:1])
-        lifecycle.remove(modules, state, adapter_name)
-        set_trainable(modules, state, state.active)
+        with transaction(self):
+            if state.active == [adapter_name] and others:
+                warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
+                lifecycle.activate(modules, state, others[:1])
+            lifecycle.remove(modules, state, adapter_name)
+            set_trainable(modules, state, state.active)
 
     def disable_adapters(self) -> None:
-        """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does."""
-        lifecycle.disable(modules_of(self), self._peft_adapters, True)
+        """Lets no adapter act until `enable_adapters`, as Transformers' method of this name does.
+
+        What is merged is unmerged first. A forward in another thread may see the change half done, see `PeftModel`.
+        """
+        with transaction(self):
+            lifecycle.disable(modules_of(self), self._peft_adapters, True)
 
     def enable_adapters(self) -> None:
-        """Lets the active adapters act again."""
-        lifecycle.disable(modules_of(self), self._peft_adapters, False)
+        """Lets the active adapters act again; within `disable_adapter`, after the context.
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Runs the base model within the context; adapters that are set there act after it."""
-        was = self._peft_adapters.is_disabled
-        self.disable_adapters()
-        try:
-            yield
-        finally:
-            # unless the model was unloaded within the context
-            if adapters_of(self) is not None:
-                lifecycle.disable(modules_of(self), self._peft_adapters, was)
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
+        with transaction(self):
+            lifecycle.disable(modules_of(self), self._peft_adapters, False)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[Any]:
+        """Runs the base model within the context, whoever calls it: the model is the base for all threads and tasks.
+
+        Contexts can overlap, in whatever order they are left: adapters act again after the last one. What is merged is
+        unmerged first. Adapters that are set, added or deleted within the context act, or don't, after it; to merge
+        them there is refused, and `disable_adapters` within it holds after it, too. A forward that has begun in another
+        thread may see the change half done, see `PeftModel`.
+        """
+        return lifecycle.Paused(self)
 
     def get_base_model(self) -> Any:
         """Returns the model itself: it is the base model, with adapters."""
@@ -445,25 +470,33 @@ class PeftModel(nn.Module):
         return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
 
     def unload(self) -> Any:
-        """Takes all adapters off and returns the model exactly as it was before the first one."""
+        """Takes all adapters off and returns the model exactly as it was before the first one.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
         state, modules = self._peft_adapters, modules_of(self)
-        merging.unmerge(modules, state)
-        for name in list(state.by_name):
-            lifecycle.remove(modules, state, name)
-        for region in state.mixable & modules.keys():
-            in_place.take_off(modules[region], "rows")
-        for region in state.lifted.keys() & modules.keys():
-            in_place.take_off(modules[region], "graph")
-        _undress(self)
-        thaw(modules, state)
-        if state.replication is not None:
-            state.replication.undo()
+        with transaction(self):
+            merging.unmerge(modules, state)
+            for name in list(state.by_name):
+                lifecycle.remove(modules, state, name)
+            for region in state.mixable & modules.keys():
+                in_place.take_off(modules[region], "rows")
+            for region in state.lifted.keys() & modules.keys():
+                in_place.take_off(modules[region], "graph")
+            delete_item(self.__dict__, STATE)
+            in_place.take_off(self, "methods")
+            thaw(modules, state)
+            if state.replication is not None:
+                state.replication.undo()
         return self
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> Any:
         """Adds the adapters to the weights, takes all adapters off, and returns the base model.
+
+        A copy of each weight that it changes is kept until it is done, in main memory if the weight is on an
+        accelerator. A forward in another thread may see the change half done, see `PeftModel`.
 
         Args:
             progressbar: Accepted for PEFT's sake; merging is one addition a weight.
@@ -478,14 +511,16 @@ class PeftModel(nn.Module):
         names = _to_merge(self, adapter_names)
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
-        merging.merge(modules, state, [*state.merged, *names])
-        return self.unload()
+        with transaction(self):
+            merging.merge(modules, state, [*state.merged, *names])
+            return self.unload()
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Adds adapters to the weights, until `unmerge_adapter` gives these the very bits that they had.
 
         What is merged has no nodes in the graphs, so that the forward is the base's, and takes a copy of each weight.
-        Adapters that are active and not merged go on acting.
+        Adapters that are active and not merged go on acting. A forward in another thread may see the change half done,
+        see `PeftModel`.
 
         Args:
             adapter_names: Which to merge; the active ones if None. Those that are merged already are left out, with a
@@ -493,19 +528,24 @@ class PeftModel(nn.Module):
             safe_merge: Whether to refuse changes that aren't finite.
 
         Raises:
-            AdaptError: As for `merge_and_unload`; nothing is merged.
+            AdaptError: As for `merge_and_unload`, and if adapters are disabled; nothing is merged.
         """
         state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
-        merging.merge_in_place(modules, state, names)
+        with transaction(self):
+            merging.merge_in_place(modules, state, names)
 
     def unmerge_adapter(self) -> None:
-        """Takes all adapters out of the weights again; the active ones act by nodes, as before."""
+        """Takes all adapters out of the weights again; the active ones act by nodes, as before.
+
+        A forward in another thread may see the change half done, see `PeftModel`.
+        """
         if not self._peft_adapters.merged:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
-        merging.unmerge(modules_of(self), self._peft_adapters)
+        with transaction(self):
+            merging.unmerge(modules_of(self), self._peft_adapters)
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -665,7 +705,8 @@ def set_peft_model_state_dict(
     adapter = known_adapter(model, adapter_name)
     originals = model._peft_adapters.originals
     values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
-    overwrite(modules, adapter, adapter_name, values)
+    with transaction(model):
+        overwrite(modules, adapter, adapter_name, values)
     return IncompatibleKeys([], [])
 
 
@@ -688,11 +729,6 @@ def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
     elif len(left) < len(wanted):
         warnings.warn(f"{listed(merged)} are merged already; {listed(left)} are merged beside them", stacklevel=3)
     return left
-
-
-def _undress(model: nn.Module) -> None:
-    del model.__dict__[STATE]
-    in_place.take_off(model, "methods")
 
 
 def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:

@@ -12,6 +12,7 @@ from graphpeft.adapters import lifecycle
 from graphpeft.adapting import known_adapters
 from graphpeft.passes import PASSES
 from graphpeft.report import listed, table
+from graphpeft.transaction import transaction
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
     """
     names = _passes.in_order([each.name for each in PASSES] if passes is None else passes)
     state = known_adapters(model)
-    done = lifecycle.optimize(dict(model.named_modules()), state, names)
+    with transaction(model):
+        done = lifecycle.optimize(dict(model.named_modules()), state, names)
     labels = {
         (adapted.site.region, node): adapted.site.label
         for adapter in state.acting

@@ -84,8 +84,8 @@ def stands_in(module: nn.Module, name: str) -> bool:
 def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """Makes `module` read `tensor` for a while, where another tensor stands in for its own one of this name."""
     before = module.__dict__.get(_FOR_NOW, {})
-    module.__dict__[_FOR_NOW] = {**before, name: tensor}
     try:
+        module.__dict__[_FOR_NOW] = {**before, name: tensor}
         yield
     finally:
         module.__dict__[_FOR_NOW] = before

@@ -11,6 +11,7 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.tracing.graph_module import wear_template
+from graphpeft.transaction import set_attribute
 
 
 def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
@@ -40,7 +41,8 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
-    adapters.acting, adapters.read = in_graphs, wanted
+    set_attribute(adapters, "acting", in_graphs)
+    set_attribute(adapters, "read", wanted)
 
 
 def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ from graphpeft.plan import HALVES
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
 from graphpeft.stand_ins import own_parameter
+from graphpeft.transaction import remember
 
 
 def delta(
@@ -107,10 +108,12 @@ def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
 def add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:
     """Adds the change of a weight, and of the bias beside it."""
     change = delta(adapted, modules, weight, base)
+    remember(weight)
     # where the weight itself changes, as the graph adds it; else the sum alone is rounded
     weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
     change = bias_delta(adapted, modules)
     if change is not None:
         path, name = _bias_place(adapted)
         bias = own_parameter(modules[path], name)
+        remember(bias)
         bias += change.to(bias.dtype)

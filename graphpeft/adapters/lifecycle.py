@@ -1,13 +1,15 @@
 """Adapters on a model: add one, choose which act, take one off.
 
-Whatever can fail is done before the first change of the model.
+All functions here run inside a transaction, which takes their changes back if they fail.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +17,12 @@ from graphpeft import passes
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.graphs import by_region, worn_in
 from graphpeft.adapters.merging import unmerge, with_originals
-from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
 from graphpeft.tracing.graph_module import template_of, wear_template
+from graphpeft.transaction import delete_item, remember, set_attribute, set_item, transaction, undone_by
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -33,7 +36,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         values: Values of all its tensors; without them the method's first values are drawn.
 
     Raises:
-        AdaptError: If a tensor's name is taken; the model is as it was.
+        AdaptError: If a tensor's name is taken.
     """
     with with_originals(modules, adapters):
         made = new_tensors(plan, name, modules, values)
@@ -42,19 +45,18 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
             where = path or "the model"
             raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
     for (path, attribute), tensor in made.items():
+        undone_by(adapters.owned.discard, path, attribute)
         adapters.owned.add(path, attribute)
         # not isinstance, which is slow for parameters
-        if type(tensor) is nn.Parameter:
-            modules[path]._parameters[attribute] = tensor
-        else:
-            modules[path].register_buffer(attribute, tensor)
+        is_parameter = type(tensor) is nn.Parameter
+        set_item(modules[path]._parameters if is_parameter else modules[path]._buffers, attribute, tensor)
     for adapted in plan.sites:
         for constant, value in adapted.constants.items():
-            modules[adapted.site.owner].__dict__[adapted.names[constant]] = value
+            set_item(modules[adapted.site.owner].__dict__, adapted.names[constant], value)
     for region, template in plan.templates.items():
-        if template_of(modules[region]) is None:
-            adapters.lifted.setdefault(region, template)
-    adapters.by_name[name] = Adapter.of(plan)
+        if template_of(modules[region]) is None and region not in adapters.lifted:
+            set_item(adapters.lifted, region, template)
+    set_item(adapters.by_name, name, Adapter.of(plan))
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
 
@@ -74,22 +76,66 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
-        AdaptError: If two of them have stand-ins for the same tensor; the model is as it was.
+        AdaptError: If two of them have stand-ins for the same tensor.
     """
     wanted = list(dict.fromkeys(names))
     stand_in_readers(adapters, wanted)
     if wanted != adapters.active:
         _unmerge_first(modules, adapters)
-    let_act(modules, adapters, [] if adapters.is_disabled else wanted)
-    adapters.active = wanted
+    let_act(modules, adapters, [] if adapters.are_off else wanted)
+    set_attribute(adapters, "active", wanted)
 
 
 def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
-    """Lets no adapter act, or the active ones again; what is merged is unmerged first."""
-    if is_disabled:
+    """Lets no adapter act until this is called again, or ends that; what is merged is unmerged first."""
+    set_attribute(adapters, "is_disabled", is_disabled)
+    _turn(modules, adapters)
+
+
+def _turn(modules: Modules, adapters: Adapters) -> None:
+    """Lets the active adapters act, or none, as the state says."""
+    if adapters.are_off:
         unmerge(modules, adapters)
-    let_act(modules, adapters, [] if is_disabled else adapters.active)
-    adapters.is_disabled = is_disabled
+    let_act(modules, adapters, [] if adapters.are_off else adapters.active)
+
+
+class Paused(contextlib.ExitStack):
+    """A context in which no adapter of a model acts. Several can overlap; adapters act again when the last is left.
+
+    Args:
+        model: An adapted model, which may be unloaded inside the context.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __enter__(self) -> Any:
+        state = adapters_of(self._model)
+        assert state is not None
+        pause = object()
+        # twice, since the first may be interrupted, and nobody can leave a context again
+        self.callback(_leave, self._model, state, pause)
+        self.callback(_leave, self._model, state, pause)
+        try:
+            with transaction(self._model):
+                set_attribute(state, "pauses", state.pauses | {pause})
+                _turn(_modules_of(self._model), state)
+            return self
+        except BaseException:
+            self.close()
+            raise
+
+
+def _leave(model: nn.Module, state: Adapters, pause: object) -> None:
+    if pause in state.pauses and adapters_of(model) is state:
+        with transaction(model):
+            set_attribute(state, "pauses", state.pauses - {pause})
+            _turn(_modules_of(model), state)
+
+
+def _modules_of(model: nn.Module) -> Modules:
+    return dict(model.named_modules())
 
 
 def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> dict[str, passes.Optimized]:
@@ -109,7 +155,7 @@ def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> di
     done = {region: passes.optimized(worn_in(adapters, region, modules), modules[region], names) for region in regions}
     for region, optimized in done.items():
         wear_template(modules[region], optimized.template)
-    adapters.passes = names
+    set_attribute(adapters, "passes", names)
     return done
 
 
@@ -125,22 +171,25 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     adapter = adapters.by_name[name]
     if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
-    del adapters.by_name[name]
+    delete_item(adapters.by_name, name)
     forget_mixing(adapters)
     for path, attribute in adapter.tensor_names(name):
+        undone_by(adapters.owned.add, path, attribute)
         adapters.owned.discard(path, attribute)
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
     present = {path: modules[path] for path, _ in adapter.tensor_names(name) if path in modules}
     for path, attribute in adapter.tensor_names(name):
-        if path in present and hasattr(present[path], attribute):
-            delattr(present[path], attribute)
+        if path in present:
+            delete_item(present[path]._parameters, attribute)
+            delete_item(present[path]._buffers, attribute)
     for adapted in adapter.sites:
         for constant in adapted.constants:
             if adapted.site.owner in present:
-                present[adapted.site.owner].__dict__.pop(adapted.names[constant], None)
+                delete_item(present[adapted.site.owner].__dict__, adapted.names[constant])
     for (path, attribute), tensor in adapter.overwritten.items():
         held = modules[path]._parameters.get(attribute) if path in modules else None
         if held is not None:
+            remember(held)
             held.data.copy_(tensor)
 
 

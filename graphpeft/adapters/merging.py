@@ -1,4 +1,8 @@
-"""Adds the changes of adapters to the weights, for good or until they are taken out again, bit for bit."""
+"""Adds the changes of adapters to the weights, for good or until they are taken out again, bit for bit.
+
+All functions here that change something run inside a transaction, for which each tensor is remembered before it is
+written, so that a failure at any weight leaves all of them as they were.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
 from graphpeft.stand_ins import own_parameter
+from graphpeft.transaction import remember, set_attribute, set_item
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -28,26 +33,27 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
 
     Raises:
         AdaptError: If a weight is tied to another one, which would change too, or two adapters have stand-ins for the
-            same tensor; nothing is merged.
+            same tensor.
     """
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
-    _restore(modules, adapters.originals)
-    adapters.merged, adapters.originals = [], {}
+    _take_out(modules, adapters)
     with torch.no_grad():
         # these first, since they are what the changes are changes of
         for name in merged:
             for path, own_names in adapters.by_name[name].stand_ins.items():
                 for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
+                    remember(own)
                     own.copy_(other)
             for path, rows in adapters.by_name[name].rows.items():
                 table = own_parameter(modules[path], "weight")
                 values = own_parameter(modules[path], stand_ins.rows(name))
+                remember(table)
                 table.copy_(stand_ins.put_rows(table, rows.indices, values))
         for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
-        adapter.overwritten.clear()  # what was merged into is kept
+        set_attribute(adapter, "overwritten", {})  # what was merged into is kept
 
 
 def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -56,50 +62,53 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     Stand-ins and rows are read as before: what is trained as it is needs no merging.
 
     Raises:
-        AdaptError: As `merge` does, or if a change would go unread; nothing is merged.
+        AdaptError: As `merge` does, or if a change would go unread, or a disabled model would compute it.
     """
+    if adapters.are_off:
+        raise AdaptError(
+            "the adapters are disabled, and merged ones would act; leave disable_adapter(), or call enable_adapters(), "
+            "before you merge them"
+        )
     given = list(names)
     # in the order in which they act
     names = [name for name in adapters.active if name in given]
     names += [name for name in given if name not in names]
     _refuse_merging(modules, adapters, names)
     _refuse_unread(modules, adapters, names)
-    before = list(adapters.merged)
-    kept: Tensors = {}
-    try:
-        for name in names:
-            for path, attribute in changed_places(modules, adapters.by_name[name]):
-                if (path, attribute) not in adapters.originals:
-                    # a difference wouldn't do: adding and subtracting it doesn't give the same bits
-                    kept[path, attribute] = own_parameter(modules[path], attribute).detach().clone()
-                    adapters.originals[path, attribute] = kept[path, attribute]
-            _add_to_weights(modules, adapters.by_name[name], adapters.originals)
-            adapters.merged.append(name)
-        let_act(modules, adapters, list(adapters.read))
-    except BaseException:
-        _restore(modules, adapters.originals)
-        adapters.merged = before
-        adapters.originals = {place: tensor for place, tensor in adapters.originals.items() if place not in kept}
-        with torch.no_grad():
-            for name in before:
-                _add_to_weights(modules, adapters.by_name[name], adapters.originals)
-        raise
+    for name in names:
+        for path, attribute in changed_places(modules, adapters.by_name[name]):
+            weight = own_parameter(modules[path], attribute)
+            if (path, attribute) not in adapters.originals:
+                # a difference wouldn't do: adding and subtracting it doesn't give the same bits
+                original = weight.detach().clone()
+                remember(weight, original)
+                set_item(adapters.originals, (path, attribute), original)
+        _add_to_weights(modules, adapters.by_name[name], adapters.originals)
+        set_attribute(adapters, "merged", [*adapters.merged, name])
+    let_act(modules, adapters, list(adapters.read))
 
 
 def unmerge(modules: Modules, adapters: Adapters) -> None:
     """Gives all weights the values that they had before `merge_in_place`, bit for bit."""
     if not adapters.merged:
         return
-    _restore(modules, adapters.originals)
-    adapters.merged, adapters.originals = [], {}
+    _take_out(modules, adapters)
     let_act(modules, adapters, list(adapters.read))
+
+
+def _take_out(modules: Modules, adapters: Adapters) -> None:
+    _restore(modules, adapters.originals)
+    set_attribute(adapters, "merged", [])
+    set_attribute(adapters, "originals", {})
 
 
 @torch.no_grad()
 def _restore(modules: Modules, originals: Tensors) -> None:
     for (path, name), original in originals.items():
         if path in modules:
-            own_parameter(modules[path], name).copy_(original)
+            weight = own_parameter(modules[path], name)
+            remember(weight)
+            weight.copy_(original)
 
 
 @torch.no_grad()
@@ -132,11 +141,12 @@ def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[s
 @contextlib.contextmanager
 def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     """Lets weights be as they were before they were merged into, for what looks at their values."""
-    changed = {
-        (path, name): own_parameter(modules[path], name).detach().clone()
-        for path, name in adapters.originals
-        if path in modules
-    }
+    changed: Tensors = {}
+    for path, name in adapters.originals:
+        if path in modules:
+            weight = own_parameter(modules[path], name)
+            changed[path, name] = weight.detach().clone()
+            remember(weight, changed[path, name])
     _restore(modules, adapters.originals)
     try:
         yield

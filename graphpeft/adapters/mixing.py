@@ -37,6 +37,7 @@ from graphpeft.sites.parts import is_view
 from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
+from graphpeft.transaction import transaction
 
 BASE = "__base__"
 """In place of an adapter's name: the base model."""
@@ -128,8 +129,13 @@ class Rows:
         by_count: The adapters of rows, by the number of rows that a tensor may have.
     """
 
-    def __init__(self, runners: Mapping[int, Runner], by_count: dict[int, RowAdapters]) -> None:
-        self.runners, self.by_count = runners, by_count
+    def __init__(self, runners: Mapping[int, Runner], by_count: dict[int, RowAdapters], adapters: Adapters) -> None:
+        self.runners, self.by_count, self._adapters = runners, by_count, adapters
+
+    @property
+    def are_off(self) -> bool:
+        """Whether the model's adapters were disabled since."""
+        return self._adapters.are_off
 
     def of(self, tensor: torch.Tensor) -> RowAdapters:
         """Returns the adapters of the rows of `tensor`.
@@ -154,7 +160,7 @@ class Rows:
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows = rows_if_any()
     runner = rows.runners.get(id(module)) if rows is not None else None
-    if runner is not None:
+    if rows is not None and runner is not None and not rows.are_off:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
     template = worn_template(module)
@@ -197,7 +203,7 @@ def mixed(
     """
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
-    if adapters.is_disabled:
+    if adapters.are_off:
         return contextlib.nullcontext()
     names = tuple(names)
     if not names:
@@ -208,7 +214,7 @@ def mixed(
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return taken_along(functools.partial(rows_present, Rows(runners, by_count)))
+    return taken_along(functools.partial(rows_present, Rows(runners, by_count, adapters)))
 
 
 def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
@@ -227,7 +233,9 @@ def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[st
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
-        known = adapters.mixing[key] = _made_runners(modules(), adapters, names)
+        present = modules()
+        with transaction(present[""]):
+            known = adapters.mixing[key] = _made_runners(present, adapters, names)
     return known.runners
 
 
@@ -339,8 +347,8 @@ def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> st
 
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
     """Lets a region ask for the rows of the present call."""
-    in_place.put_on(modules[region], _LAYER)
     adapters.mixable.add(region)
+    in_place.put_on(modules[region], _LAYER)
 
 
 def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
@@ -548,7 +556,7 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters,
             given = [leaf[index] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
-            own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)})
+            own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
             with taken_along(functools.partial(rows_present, own)):
                 owner = stand_ins.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))

@@ -25,6 +25,11 @@ class PresentRows(Protocol):
         """How each region runs, by the id of its module."""
         ...
 
+    @property
+    def are_off(self) -> bool:
+        """Whether the model's adapters were disabled since."""
+        ...
+
     def of(self, tensor: torch.Tensor) -> Any:
         """Returns the adapters of the rows of `tensor`, which have ``stacked`` and ``number`` as `RowAdapters` has."""
         ...

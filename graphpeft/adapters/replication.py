@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphpeft.plan import AdaptError
+from graphpeft.transaction import set_attribute
 
 Pairs = Sequence[Sequence[int]]
 
@@ -43,9 +44,7 @@ class Replication:
 
     def undo(self) -> None:
         """Gives the model its own layers back."""
-        setattr(self.holder, self.name, self.layers)
-        for name, value in self.options.items():
-            setattr(self.config, name, value)
+        _exchange(self.holder, self.name, self.layers, self.config, self.options)
 
 
 def replicate(model: nn.Module, config: Any, before: Replication | None, is_adapted: bool) -> Replication | None:
@@ -92,10 +91,15 @@ def replicate(model: nn.Module, config: Any, before: Replication | None, is_adap
     done = Replication(
         pairs, holder, name, layers, model_config, {option: getattr(model_config, option) for option in options}
     )
-    setattr(holder, name, nn.ModuleList([_clone(layers[index], place) for place, index in enumerate(indices)]))
-    for option, value in options.items():
-        setattr(model_config, option, value)
+    cloned = nn.ModuleList([_clone(layers[index], place) for place, index in enumerate(indices)])
+    _exchange(holder, name, cloned, model_config, options)
     return done
+
+
+def _exchange(holder: nn.Module, name: str, layers: nn.ModuleList, config: Any, options: dict[str, Any]) -> None:
+    set_attribute(holder, name, layers)
+    for option, value in options.items():
+        set_attribute(config, option, value)
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:

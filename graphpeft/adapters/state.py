@@ -140,7 +140,8 @@ class Adapters:
         active: The names of those that act unless they are disabled, in the order in which they were activated.
         acting: The names of those whose nodes are in the graphs: the active ones that aren't merged, or none.
         read: The names of those whose stand-ins are read: the active ones, or none.
-        is_disabled: Whether none acts, whichever are active.
+        is_disabled: Whether none acts, whichever are active, until they are enabled again.
+        pauses: What stands for each context in which none acts, until it is left.
         lifted: The graphs of the regions that were no graph modules before, by path.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
@@ -167,6 +168,7 @@ class Adapters:
     mixable: set[str] = field(default_factory=set)
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
+    pauses: frozenset[object] = frozenset()
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
 
@@ -180,6 +182,15 @@ class Adapters:
             if parameter is not None and parameter.requires_grad
         ]
         return cls(trained)
+
+    @property
+    def are_off(self) -> bool:
+        """Whether none acts now, whichever are active."""
+        return self.is_disabled or bool(self.pauses)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is never left by the contexts in which it was made
+        return {**self.__dict__, "is_disabled": self.are_off, "pauses": frozenset()}
 
 
 STATE = "_peft_adapters"

@@ -15,6 +15,7 @@ from graphpeft.paths import join
 from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.stand_ins import own_parameter
+from graphpeft.transaction import remember, set_item, undone_by
 
 
 def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
@@ -140,8 +141,11 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
     of_adapter = set(adapter.tensor_names(name))
     for (path, attribute), value in values.items():
         tensor = stand_ins.tensor_of(modules[path], attribute)
-        if (path, attribute) not in of_adapter:
-            adapter.overwritten.setdefault((path, attribute), tensor.clone())
+        place, copied = (path, attribute), None
+        if place not in of_adapter and place not in adapter.overwritten:
+            copied = tensor.clone()
+            set_item(adapter.overwritten, place, copied)
+        remember(tensor, copied)
         tensor.copy_(value)
 
 
@@ -163,19 +167,19 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
+    changed = _Flags()
     for path, name in adapters.trained_before:
-        parameter = modules[path]._parameters[name]
-        assert parameter is not None
-        parameter.requires_grad = False  # not by a method, which an uninitialised one of a lazy layer refuses
+        changed.note(modules[path]._parameters[name], False)
+    changed.set()
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
     """Makes those parameters require grad that did before the first adapter came, and no others."""
-    trained = set(adapters.trained_before)
+    trained, changed = set(adapters.trained_before), _Flags()
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                parameter.requires_grad = (path, name) in trained
+            changed.note(parameter, (path, name) in trained)
+    changed.set()
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -187,6 +191,7 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
             more there are.
     """
+    changed = _Flags()
     for name in dict.fromkeys(names):
         adapter = adapters.by_name[name]
         trains = name in adapters.active and not adapter.config.inference_mode
@@ -194,6 +199,34 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
             parameter = modules[path]._parameters.get(attribute) if path in modules else None
-            wanted = trains and (path, attribute) not in frozen
-            if parameter is not None and parameter.requires_grad != (wanted and parameter.is_floating_point()):
-                parameter.requires_grad_(wanted)
+            changed.note(parameter, trains and (path, attribute) not in frozen)
+    changed.set()
+
+
+class _Flags:
+    """The parameters that come to require grad, and those that cease to."""
+
+    def __init__(self) -> None:
+        self._on: list[nn.Parameter] = []
+        self._off: list[nn.Parameter] = []
+
+    def note(self, parameter: nn.Parameter | None, wanted: bool) -> None:
+        """Notes a parameter, if there is one, unless it is so already or can't have a gradient."""
+        if parameter is not None and parameter.requires_grad != wanted:
+            if not wanted:
+                self._off.append(parameter)
+            elif parameter.is_floating_point() or parameter.is_complex():
+                self._on.append(parameter)
+
+    def set(self) -> None:
+        """Sets the flags of all that were noted."""
+        undone_by(_give_flags, self._off, self._on)
+        _give_flags(self._on, self._off)
+
+
+def _give_flags(on: list[nn.Parameter], off: list[nn.Parameter]) -> None:
+    # not by a method, which an uninitialised parameter of a lazy layer refuses
+    for parameter in on:
+        parameter.requires_grad = True
+    for parameter in off:
+        parameter.requires_grad = False

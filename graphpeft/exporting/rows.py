@@ -23,6 +23,7 @@ class GivenRows:
     """
 
     runners: Mapping[int, Runner] = {}
+    are_off = False
 
     def __init__(self, name: str, rows: Tensor) -> None:
         self._name, self._rows = name, rows

@@ -85,7 +85,7 @@ def merged(model: nn.Module) -> Prepared:
         plain = copies.sharing_weights(model)
         return Prepared("merged", plain, Root(plain), (_AS_IT_IS,))
     copied = copies.with_own_weights(model)
-    left = [] if state.is_disabled else [name for name in state.active if name not in state.merged]
+    left = [] if state.are_off else [name for name in state.active if name not in state.merged]
     try:
         plain = copied.merge_and_unload(adapter_names=left)
     except AdaptError as error:

@@ -94,7 +94,7 @@ def optimized(plain: Template, module: nn.Module, names: tuple[str, ...]) -> Opt
                 found = [outcome for graph in graphs for outcome in each.apply(graph, module)]
                 outcomes[each.name] = tuple(dict.fromkeys(found))
 
-    template = plain.optimized(("passes", names), edit)
-    said = template.meta.setdefault(_OUTCOMES, outcomes)
+    template = plain.optimized(("passes", names), edit, {_OUTCOMES: outcomes})
+    said = template.meta[_OUTCOMES]
     is_changed = any(outcome.reason is None for found in said.values() for outcome in found)
     return Optimized(template if is_changed else plain, said)

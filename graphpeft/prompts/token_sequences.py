@@ -27,7 +27,7 @@ from graphpeft.report import listed
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.calls import Call, calls_of
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.tracing.examples import faked
 from graphpeft.tracing.graph_module import VALUE, copy_graph, template_of
 from graphpeft.tracing.random_numbers import random_python_states_kept
@@ -255,6 +255,8 @@ def _error_with_a_token(ran: _Ran, calls: list[Call], example_inputs: ExampleInp
             rule = _OneToken(InScope(1, "before", next(iter(call.arguments))), sizes[0])
             rewrite.insert(graph, boundary_of(graph, call.name), rule, {}, "trial", "trial")
         found = _run(ran.root, graph, example_inputs)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         # whatever the model's code raises
         return str(error).strip().partition("\n")[0]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graphpeft import in_place
+from graphpeft.tracing.errors import OUT_OF_MEMORY
 
 
 class Flow(NamedTuple):
@@ -52,6 +53,8 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
             returned = in_place.original_class(copied).forward(copied, given)
             if returned.requires_grad:
                 returned.sum().backward()
+    except OUT_OF_MEMORY:
+        raise
     except Exception:
         return ALL  # what a user's code raises for such inputs can be anything
     return Flow(given.grad is not None, own is not None and own.grad is not None)

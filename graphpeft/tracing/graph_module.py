@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -100,14 +100,20 @@ class Template:
             self.remember(key, derived)
         return derived
 
-    def optimized(self, key: Hashable, edit: Callable[[Graphs], None]) -> Template:
+    def optimized(self, key: Hashable, edit: Callable[[Graphs], None], meta: Mapping[str, Any]) -> Template:
         """Returns the template of these graphs after an `edit` that changes how they compute, and not what.
 
-        The result knows this template as its plain one, to which all other edits go; arguments as for `derive`.
+        The result knows this template as its plain one, to which all other edits go.
+
+        Args:
+            key: As for `derive`.
+            edit: Likewise.
+            meta: What the result has as its `meta`, of which the edit may have filled in the content.
         """
         known = self._derived.get(key)
         if known is None:
             known = Template(self._edited(edit), self.shared, plain=self)
+            known.meta.update(meta)
             self.remember(key, known)
         return known
 

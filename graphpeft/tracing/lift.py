@@ -179,9 +179,9 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
 
         return note
 
-    for module, cls in classes.items():
-        module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": noting(cls)})
     try:
+        for module, cls in classes.items():
+            module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": noting(cls)})
         yield reads
     finally:
         for module, cls in classes.items():

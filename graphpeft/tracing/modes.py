@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from graphpeft.tracing import guards
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
+from graphpeft.tracing.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs
 
 
@@ -41,6 +41,8 @@ def in_each_mode(root: nn.Module, record: Callable[[bool | None], fx.Graph]) -> 
         return Recorded((graph,), None)
     try:
         other = record(not root.training)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:
         # what the other mode needs, such as larger batches for its statistics, the example inputs need not have
         mode = "evaluation" if root.training else "training"

@@ -23,7 +23,7 @@ from torch import nn
 from graphpeft.tracing import guards
 from graphpeft.tracing import left as left_values
 from graphpeft.tracing.dependence import above, above_with_writes, is_trained, varies
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
@@ -95,6 +95,8 @@ def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribut
     graph, error = None, ""
     try:
         graph = tracer.trace(root)
+    except OUT_OF_MEMORY:
+        raise
     except Exception as failure:
         error = f" ({failure})"
     tracer.kept = kept

@@ -28,7 +28,7 @@ from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.class_questions import question_in
 from graphpeft.tracing.constants import Constants
-from graphpeft.tracing.errors import DrawsNumbersError, NeedsInputsError, TraceError
+from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
@@ -137,7 +137,7 @@ class ValueTracer(fx.Tracer):
             TraceError: If the forward itself can't be recorded.
         """
         _refuse_questions_of_class(root)
-        self.mode = mode
+        self.root, self.mode = root, mode
         self.grad_mode = torch.is_grad_enabled()
         self._call = (args, kwargs) if args is not None else None
         self._entry = entry
@@ -155,7 +155,7 @@ class ValueTracer(fx.Tracer):
                 while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
                     pass  # each time, more is known about the modules
                 return graph
-            except TraceError:
+            except (TraceError, *OUT_OF_MEMORY):
                 self.kept = kept  # there is no graph that calls the others
                 raise
             except Exception as error:
@@ -364,6 +364,8 @@ class ValueTracer(fx.Tracer):
         try:
             with no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             if self._call is None:
                 raise

@@ -10,6 +10,7 @@ are those of PEFT's ``tuners/lora/corda.py``, which takes samples of one sequenc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -137,16 +138,12 @@ def _covariances(
         total, count = measured.get(path, (0, 0))
         measured[path] = [total + covariance, count + 1]
 
-    hooks = [
-        layer.register_forward_pre_hook(_hook(functools.partial(measure, path)), with_kwargs=True)
-        for path, layer in targeted_layers(ran, config).items()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for path, layer in targeted_layers(ran, config).items():
+            hook = _hook(functools.partial(measure, path))
+            stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
         with in_mode(ran, training=False):
             run_model()
-    finally:
-        for hook in hooks:
-            hook.remove()
     lacking = [path for path in layers if path not in measured]
     if lacking:
         raise AdaptError(f"run_model doesn't run {lacking[0]}, of which corda needs inputs; leave it out, or run it")

@@ -16,7 +16,7 @@ import copy
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -36,6 +36,7 @@ from graphpeft.methods.lora.measured import in_mode, targeted_layers
 from graphpeft.options import Within, check_options
 from graphpeft.plan import AdaptError, make_plan
 from graphpeft.targeting import targets
+from graphpeft.transaction import transaction
 
 PREFIX = "base_model.model."
 _SEED = 42
@@ -263,24 +264,12 @@ def get_eva_state_dict(
             raise ValueError("peft_config is needed for a model without an adapter")
         config = state.by_name[adapter_name].config
     layers = targeted_layers(model, config)
-    with _without_adapters(model, state), in_mode(model, training=False):
+    paused = lifecycle.Paused(model) if state is not None else contextlib.nullcontext()
+    with paused, in_mode(model, training=False):
         batches = _Batches(model, dataloader, config, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
         found = _measured(layers, batches, config, show_progress_bar)
     prefix = PREFIX if state is not None else ""
     return {prefix + path: rows for path, rows in found.items()}
-
-
-@contextlib.contextmanager
-def _without_adapters(model: nn.Module, state: Adapters | None) -> Iterator[None]:
-    if state is None:
-        yield
-        return
-    was = state.is_disabled
-    lifecycle.disable(dict(model.named_modules()), state, True)
-    try:
-        yield
-    finally:
-        lifecycle.disable(dict(model.named_modules()), state, was)
 
 
 @dataclass
@@ -305,12 +294,10 @@ class _Batches:
             function = function or _all_rows
             return lambda _, args, kwargs: take(path, function(args or (kwargs["input"],), told, path))
 
-        hooks = [layer.register_forward_pre_hook(watch(path), with_kwargs=True) for path, layer in layers.items()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for path, layer in layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(watch(path), with_kwargs=True))
             self.forward(self.model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _measured(layers: Mapping[str, nn.Module], batches: _Batches, config: Any, shows: bool) -> dict[str, Tensor]:
@@ -499,9 +486,10 @@ def _adapt_anew(model: nn.Module, state: Adapters, name: str, config: Any, found
         )
     if plan.report.refused:
         raise AdaptError("; ".join(f"{refusal.name}: {refusal.reason}" for refusal in plan.report.refused))
-    lifecycle.remove(modules, state, name)
-    lifecycle.add(modules, state, name, plan)
-    lifecycle.activate(modules, state, [name])
-    for adapted in plan.sites:
-        modules[adapted.site.owner].get_parameter(adapted.names["lora_A"]).copy_(found[adapted.site.name])
-    set_trainable(modules, state, [name])
+    with transaction(model):
+        lifecycle.remove(modules, state, name)
+        lifecycle.add(modules, state, name, plan)
+        lifecycle.activate(modules, state, [name])
+        for adapted in plan.sites:
+            modules[adapted.site.owner].get_parameter(adapted.names["lora_A"]).copy_(found[adapted.site.name])
+        set_trainable(modules, state, [name])

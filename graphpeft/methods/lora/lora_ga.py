@@ -12,7 +12,7 @@ if B A had never been taken from it; here that is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,14 +94,12 @@ def _mean_gradients(
         return lambda _, __, output: output.register_hook(count) and None
 
     weights = {path: layer.get_parameter("weight") for path, layer in layers.items()}
-    hooks = [layer.register_forward_hook(counting(path)) for path, layer in layers.items()]
-    try:
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.enter_context(layer.register_forward_hook(counting(path)))
         with in_mode(model, training=True), _only_trained(model, list(weights.values())), torch.enable_grad():
             train_step()
             found = {path: weight.grad.detach().clone() for path, weight in weights.items() if weight.grad is not None}
-    finally:
-        for hook in hooks:
-            hook.remove()
     lacking = [path for path in layers if path not in found]
     if lacking:
         raise AdaptError(f"train_step gives {lacking[0]} no gradient, of which lora_ga takes its start; leave it out")
@@ -112,12 +110,12 @@ def _mean_gradients(
 def _only_trained(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Lets these weights alone require grad for a while, and begin without one."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    for parameter, _, _ in before:
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-        weight.grad = None
     try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+            weight.grad = None
         yield
     finally:
         for parameter, flag, gradient in before:

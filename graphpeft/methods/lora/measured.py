@@ -45,8 +45,8 @@ def is_stored_transposed(layer: nn.Module) -> bool:
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Puts all modules into training or evaluation mode for a while."""
     modes = {module: module.training for module in model.modules()}
-    model.train(training)
     try:
+        model.train(training)
         yield
     finally:
         for module, mode in modes.items():

@@ -1,0 +1,169 @@
+"""Changes of a model that are taken back if the call that makes them fails, whatever it fails with.
+
+A call that changes a model runs inside `transaction`. Each change in it goes through one of the functions here, which
+note how it is taken back before they make it; outside of a transaction they only make it. So what a call costs beside
+its changes is in proportion to these, and not to the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Journal:
+    """How the changes of the present calls of one thread are taken back, the last one first.
+
+    Attributes:
+        undo: Functions with their arguments.
+        begin: Where the innermost transaction begins in it.
+        remembered: Where the content of a tensor or a dictionary is, by its id.
+    """
+
+    def __init__(self) -> None:
+        self.undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.begin = 0
+        self.remembered: dict[int, int] = {}
+
+    def knows(self, of: Any) -> bool:
+        """Tells whether the present transaction has the content of a tensor or a dictionary already."""
+        return self.remembered.get(id(of), -1) >= self.begin
+
+    def restore_by(self, function: Callable[..., Any], of: Any, content: Any) -> None:
+        """Notes the content of a tensor or a dictionary."""
+        self.remembered[id(of)] = len(self.undo)
+        # this keeps it, too, so that nothing else gets its id meanwhile
+        self.undo.append((function, (of, content)))
+
+    @torch.no_grad()
+    def roll_back(self, begin: int) -> None:
+        """Takes back all changes from `begin` on; it can be interrupted, and called again.
+
+        Raises:
+            RuntimeError: If something couldn't be taken back, after all that could be was.
+        """
+        failed: list[Exception] = []
+        while len(self.undo) > begin:
+            function, args = self.undo[-1]
+            try:
+                function(*args)
+            except Exception as error:
+                failed.append(error)
+            self.undo.pop()
+        self.remembered = {known: place for known, place in self.remembered.items() if place < begin}
+        if failed:
+            raise RuntimeError(
+                f"a change of the model failed and could not be taken back whole ({failed[0]}); build the model anew"
+            ) from failed[0]
+
+
+def _none() -> None:
+    return None
+
+
+class _Thread(threading.local):
+    # weak, so that a journal is over when the calls are that it belongs to, in whatever way they end
+    journal: Callable[[], _Journal | None] = staticmethod(_none)
+
+
+_THREAD = _Thread()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""What lets one thread at a time change a model."""
+
+os.register_at_fork(after_in_child=_LOCKS.clear)
+
+
+@contextlib.contextmanager
+def transaction(model: nn.Module) -> Iterator[None]:
+    """Takes all changes of a context back if it ends with an error; another thread that changes `model` waits.
+
+    Transactions can be inside each other: the inner one takes back its own changes, and the outer one all.
+    """
+    with _LOCKS.setdefault(model, threading.RLock()):
+        journal = _THREAD.journal()
+        if journal is None:
+            journal = _Journal()
+            _THREAD.journal = weakref.ref(journal)
+        outer, begin = journal.begin, len(journal.undo)
+        journal.begin = begin
+        try:
+            yield
+        except BaseException:
+            try:
+                journal.roll_back(begin)
+            finally:
+                journal.roll_back(begin)  # the rest, for users who are impatient and interrupt this, too
+            raise
+        finally:
+            journal.begin = outer
+            # a traceback, which keeps what is named here, doesn't keep the journal
+            del journal
+
+
+def undone_by(function: Callable[..., Any], *args: Any) -> None:
+    """Notes a call that takes back the change that follows; it does no harm if that isn't made."""
+    journal = _THREAD.journal()
+    if journal is not None:
+        journal.undo.append((function, args))
+
+
+def set_attribute(of: Any, name: str, value: Any) -> None:
+    """Sets an attribute that there is already."""
+    undone_by(setattr, of, name, getattr(of, name))
+    setattr(of, name, value)
+
+
+def set_item(of: dict[Any, Any], key: Any, value: Any) -> None:
+    """Sets an item of a dictionary."""
+    journal = _THREAD.journal()
+    if journal is not None and not journal.knows(of):
+        journal.undo.append((of.__setitem__, (key, of[key])) if key in of else (of.pop, (key, None)))
+    of[key] = value
+
+
+def delete_item(of: dict[Any, Any], key: Any) -> None:
+    """Deletes an item of a dictionary, if it is there."""
+    if key not in of:
+        return
+    journal = _THREAD.journal()
+    if journal is not None and not journal.knows(of):
+        # all of it, since an item that comes back alone would come last
+        journal.restore_by(_refill, of, dict(of))
+    del of[key]
+
+
+def _refill(of: dict[Any, Any], items: dict[Any, Any]) -> None:
+    of.clear()
+    of.update(items)
+
+
+def remember(tensor: torch.Tensor, copied: torch.Tensor | None = None) -> None:
+    """Notes the values of a tensor before they are overwritten.
+
+    The copy of a tensor on an accelerator lies in main memory, of which there is more.
+
+    Args:
+        tensor: The tensor.
+        copied: A copy that is there anyway.
+    """
+    journal = _THREAD.journal()
+    if journal is not None and not journal.knows(tensor):
+        journal.restore_by(_overwrite, tensor, _copy(tensor) if copied is None else copied)
+
+
+def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    tensor.copy_(values)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # a tensor of another class may not be what it was after the way there and back
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    is_elsewhere = is_plain and tensor.device.type not in ("cpu", "meta")
+    return tensor.detach().cpu() if is_elsewhere else tensor.detach().clone()

@@ -1,0 +1,251 @@
+"""While adapters are disabled, the model computes what its base does, and afterwards what its adapters make of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import itertools
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphpeft
+
+X = torch.arange(18.0).view(3, 6) / 10
+
+
+def base() -> nn.Module:
+    """Returns a model that is always the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def adapted() -> Any:
+    """Returns it with two adapters, of which the first acts."""
+    model = graphpeft.get_peft_model(base(), graphpeft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"]), "a")
+    model.add_adapter("b", graphpeft.LoraConfig(r=3, lora_alpha=2, target_modules=["0", "2"], bias="lora_only"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_a", "_b")):
+                parameter += torch.randn(parameter.shape)
+    return model
+
+
+BASE = base()(X).detach()
+
+
+def with_adapter(name: str) -> Tensor:
+    """Returns what the model computes with one adapter."""
+    model = adapted()
+    model.set_adapter(name)
+    return model(X).detach()
+
+
+def assert_is(model: nn.Module, expected: Tensor) -> None:
+    """Asserts what a model computes, bit for bit."""
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_adapters_act_again_after_the_last_of_overlapping_contexts(order: tuple[int, ...]) -> None:
+    model = adapted()
+    contexts = [model.disable_adapter() for _ in order]
+    for context in contexts:
+        context.__enter__()
+    for number in order:
+        assert_is(model, BASE)
+        contexts[number].__exit__(None, None, None)
+    assert_is(model, with_adapter("a"))
+
+
+def test_adapters_act_again_after_contexts_of_two_threads_that_overlap() -> None:
+    model = adapted()
+    entered, left = threading.Barrier(2), threading.Event()
+    found: list[Tensor] = []
+
+    def first() -> None:
+        with model.disable_adapter():
+            entered.wait()
+        left.set()
+
+    def second() -> None:
+        with model.disable_adapter():
+            entered.wait()
+            left.wait()
+            found.append(model(X).detach())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found[0], BASE)
+    assert_is(model, with_adapter("a"))
+
+
+def test_many_threads_enter_and_leave_at_once() -> None:
+    model = adapted()
+    wrong: list[Tensor] = []
+
+    def run() -> None:
+        for _ in range(20):
+            with model.disable_adapter(), torch.no_grad():
+                found = model(X)
+            if not torch.equal(found, BASE):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert_is(model, with_adapter("a"))
+
+
+def test_adapters_act_again_after_contexts_of_tasks_that_overlap() -> None:
+    model = adapted()
+
+    async def handle(naps: int) -> Tensor:
+        with model.disable_adapter():
+            for _ in range(naps):
+                await asyncio.sleep(0)
+            return model(X).detach()
+
+    async def serve() -> list[Tensor]:
+        return await asyncio.gather(*(handle(naps) for naps in (3, 1, 2)))
+
+    assert all(torch.equal(found, BASE) for found in asyncio.run(serve()))
+    assert_is(model, with_adapter("a"))
+
+
+def test_adapters_act_again_after_a_context_that_ends_with_an_error() -> None:
+    model = adapted()
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        raise ZeroDivisionError
+    assert_is(model, with_adapter("a"))
+
+
+def test_a_context_can_be_entered_again() -> None:
+    model = adapted()
+    off = model.disable_adapter()
+    for _ in range(2):
+        with off:
+            assert_is(model, BASE)
+        assert_is(model, with_adapter("a"))
+
+
+def test_adapters_enabled_within_a_context_act_after_it() -> None:
+    model = adapted()
+    model.disable_adapters()
+    with model.disable_adapter():
+        model.enable_adapters()
+        assert_is(model, BASE)
+    assert_is(model, with_adapter("a"))
+
+
+def test_adapters_disabled_within_a_context_stay_so_after_it() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.disable_adapters()
+    assert_is(model, BASE)
+    model.enable_adapters()
+    assert_is(model, with_adapter("a"))
+
+
+@pytest.mark.parametrize("off", ["disable_adapter", "disable_adapters"])
+def test_a_disabled_model_is_not_merged_into(off: str) -> None:
+    model = adapted()
+    with getattr(model, off)() or contextlib.nullcontext():
+        with pytest.raises(graphpeft.AdaptError, match=r"disabled, and merged ones would act; leave disable_adapter"):
+            model.merge_adapter()
+        assert model.merged_adapters == []
+        assert_is(model, BASE)
+    model.enable_adapters()
+    assert_is(model, with_adapter("a"))
+
+
+def test_what_is_merged_is_unmerged_where_adapters_are_disabled() -> None:
+    model = adapted()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_is(model, BASE)
+        assert model.merged_adapters == []
+        with pytest.warns(UserWarning, match="no adapter is merged"):
+            model.unmerge_adapter()
+        assert_is(model, BASE)
+    assert_is(model, with_adapter("a"))
+
+
+def test_adapters_set_and_deleted_within_a_context_act_or_not_after_it() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.set_adapter("b")
+        assert_is(model, BASE)
+        model.delete_adapter("a")
+        assert_is(model, BASE)
+        model.add_adapter("c", graphpeft.LoraConfig(r=1, target_modules=["2"]))
+        graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=1, target_modules=["2"]), "d")
+        assert_is(model, BASE)
+        model.set_adapter("b")
+    assert_is(model, with_adapter("b"))
+
+
+def test_a_model_unloaded_within_a_context_stays_unloaded() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.unload()
+        assert_is(model, BASE)
+    assert type(model) is nn.Sequential
+    assert_is(model, BASE)
+
+
+def test_adapters_of_a_model_adapted_anew_within_a_context_act_at_once() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.unload()
+        other = adapted()
+        graphpeft.get_peft_model(model, other.peft_config["a"], "a")
+        model.load_state_dict(other.state_dict(), strict=False)
+        assert_is(model, with_adapter("a"))
+    assert_is(model, with_adapter("a"))
+
+
+def test_a_model_merged_for_good_within_a_context_stays_merged() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), with_adapter("a"))
+
+
+def test_rows_have_the_base_where_adapters_are_disabled() -> None:
+    model = adapted()
+    names = ["a", "b", "__base__"]
+    mixed = model(X, adapter_names=names).detach()
+    assert not torch.equal(mixed[:2], BASE[:2])
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(X, adapter_names=names), BASE)
+    with model.mixed_batch(names), torch.no_grad():
+        assert torch.equal(model(X), mixed)
+        with model.disable_adapter():
+            assert torch.equal(model(X), BASE)
+        assert torch.equal(model(X), mixed)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: Any) -> None:
+    model = adapted()
+    with model.disable_adapter():
+        copied = copying(model)
+    assert_is(model, with_adapter("a"))
+    assert_is(copied, BASE)
+    copied.enable_adapters()
+    assert_is(copied, with_adapter("a"))

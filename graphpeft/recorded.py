@@ -21,3 +21,8 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args)
 
     return record
+
+
+def as_node(function: Callable[..., Any], first: fx.Proxy, *others: Any) -> fx.Proxy:
+    """Makes a call of `function` one node of the graph of its first argument."""
+    return first.tracer.create_proxy("call_function", function, (first, *others), {})

@@ -37,8 +37,8 @@ def test_a_linear_layer_gets_a_branch():
         "lora_scaling_default = self.lora_scaling_default",
         "linear_1 = torch._C._nn.linear(input_1, lora_a_default)",
         "linear_2 = torch._C._nn.linear(linear_1, lora_b_default)",
-        "add = torch.add(linear, linear_2, alpha = lora_scaling_default)",
-        "return add",
+        "add_scaled = graphpeft_scaled_sum_add_scaled(linear, linear_2, lora_scaling_default)",
+        "return add_scaled",
     ]
 
 
@@ -58,7 +58,7 @@ def test_half_precision_layers_get_a_branch_in_single_precision():
         "getattr_1 = lora_a_default.dtype",
         "to = input_1.to(getattr_1)",
         "getattr_2 = linear.dtype",
-        "to_1 = add.to(getattr_2)",
+        "to_1 = add_scaled.to(getattr_2)",
     ]
 
 

@@ -259,8 +259,8 @@ def _digest(text: str) -> str:
 def let_numbers_be_tensors(model: Any, name: str) -> None:
     """Lets the graphs of an adapter that acts compute with tensors where they have its numbers.
 
-    A factor ``alpha`` can't be a tensor, so another function adds the product. Dropout is left out, as the model is in
-    evaluation mode, and with it the number that it reads; so is what is computed in training alone.
+    Dropout is left out, as the model is in evaluation mode, and with it the number that it reads. So is what is
+    computed in training alone.
     """
     modules = dict(model.named_modules())
     for region in _regions(model._peft_adapters.by_name[name], modules):
@@ -272,15 +272,12 @@ def let_numbers_be_tensors(model: Any, name: str) -> None:
 def _with_tensors(graphs: Graphs) -> None:
     for graph in graphs:
         for node in [node for node in graph.nodes if TAG in node.meta]:
-            alpha = node.kwargs.get("alpha")
             if node.target is F.dropout:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             elif node.target is applied_if and _is_training(node.args[0]):
                 node.replace_all_uses_with(node.args[1])
                 graph.erase_node(node)
-            elif node.target is torch.add and isinstance(alpha, fx.Node):
-                node.target, node.args, node.kwargs = torch.addcmul, (*node.args, alpha), {}
 
 
 def _is_training(condition: Any) -> bool:

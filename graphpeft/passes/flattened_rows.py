@@ -20,6 +20,7 @@ from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import wants_plain_form
 from graphpeft.passes.reading import adapted_values
 from graphpeft.recorded import recorded
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.tags import TAG
 from graphpeft.tracing.dependence import only_asks
 
@@ -60,9 +61,9 @@ def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
     """Tells whether a node of a branch makes each row of its value from the same row of others, in any shape."""
     if node.op == "get_attr" or only_asks(node) or isinstance(ops.read_op(node, root), ops.Linear):
         return True
-    if node.target in (torch.add, operator.add):
+    if node.target in (add_scaled, torch.add, operator.add):
         # a parameter could be added to positions that have one in its shape alone
-        return all(source.op != "get_attr" for source in node.args if isinstance(source, fx.Node))
+        return all(source.op != "get_attr" for source in node.args[:2] if isinstance(source, fx.Node))
     return node.op == "call_method" and node.target == "to"
 
 

@@ -22,6 +22,7 @@ from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import HALVES, wants_plain_form
 from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
 from graphpeft.recorded import recorded
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.tags import TAG
 
 
@@ -56,8 +57,10 @@ def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | No
 
 def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
     """Returns the terms of a sum and the factor of the second one; None each if it is no sum."""
-    if total.target in (torch.add, operator.add) and len(total.args) == 2 and total.kwargs.keys() <= {"alpha"}:
-        return *total.args, total.kwargs.get("alpha", 1)  # type: ignore[return-value]
+    if total.target is add_scaled:
+        return total.args  # type: ignore[return-value]
+    if total.target in (torch.add, operator.add) and len(total.args) == 2 and not total.kwargs:
+        return *total.args, 1
     return None, None, None
 
 
@@ -77,7 +80,7 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
         scaling: s.
     """
     if wants_plain_form():
-        return torch.add(y, F.linear(d, B), alpha=scaling)
+        return add_scaled(y, F.linear(d, B), scaling)
     dtype = y.dtype
     if dtype == d.dtype == B.dtype and dtype not in HALVES:
         if y.ndim == 2:
@@ -87,7 +90,8 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
             return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
     product = F.linear(d, B)
     if torch.promote_types(dtype, product.dtype) != dtype:
-        return torch.add(y, product, alpha=scaling)
+        return add_scaled(y, product, scaling)
+    # as in add_scaled, which nothing records here
     return y.add_(product, alpha=scaling)
 
 
@@ -95,7 +99,7 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
 def add_product_unless_kept_(y: Tensor, d: Tensor, B: Tensor, scaling: float, layer: nn.Module) -> Tensor:
     """Returns the same where y is the output of a layer, whose hooks may have kept it."""
     if _has_hooks(layer):
-        return torch.add(y, F.linear(d, B), alpha=scaling)
+        return add_scaled(y, F.linear(d, B), scaling)
     return add_product_(y, d, B, scaling)
 
 

@@ -9,17 +9,23 @@ import torch
 
 from graphpeft._torch import is_transformed
 
+from graphpeft.scaled_sum import is_captured
+
 HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which rounding once or twice makes a difference that can be seen."""
 
 
 def wants_plain_form() -> bool:
-    """Tells whether a compiler or an exporter reads the computation, or a transform other than the backward.
+    """Tells whether a compiler or an exporter reads the computation, or a transform other than the backward does.
 
     A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
     and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.
     """
+<<<<<<< HEAD
     return torch.compiler.is_compiling() or is_transformed()
+=======
+    return is_captured() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+>>>>>>> 05bbf45 (Add a branch by a node whose scale no compiler can lose)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -28,6 +28,7 @@ from graphpeft.methods.lora.factors import (
     unmergeable_bias,
 )
 from graphpeft.rewrite import ParameterSpec
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.site import Site
 
 
@@ -97,7 +98,7 @@ class LoraConvolution:
     ) -> Any:
         """Adds the branch to the operation's value."""
         h = self.input_of(x, lora_A, lora_dropout, training)
-        result = torch.add(y, self.branch(h, operation, lora_A, lora_B, lora_bias), alpha=lora_scaling)
+        result = add_scaled(y, self.branch(h, operation, lora_A, lora_B, lora_bias), lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from graphpeft.methods.lora import initialisation
@@ -23,6 +22,7 @@ from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
 from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
 from graphpeft.rewrite import ParameterSpec
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.site import Site
 
 
@@ -73,7 +73,7 @@ class LoraEmbedding:
 
     def rewrite(self, x: Any, y: Any, operation: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Adds the branch to the operation's value."""
-        result = torch.add(y, self.branch(x, operation, lora_A, lora_B), alpha=lora_scaling)
+        result = add_scaled(y, self.branch(x, operation, lora_A, lora_B), lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:
@@ -141,7 +141,7 @@ class LoraTable:
 
     def rewrite(self, x: Any, y: Any, operation: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Adds the branch to the operation's value."""
-        result = torch.add(y, self.branch(x, operation, lora_A, lora_B), alpha=lora_scaling)
+        result = add_scaled(y, self.branch(x, operation, lora_A, lora_B), lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
-from graphpeft.methods.lora.linear import dropped_by_row, in_graph, matrix_factors, products_by_row
+from graphpeft.methods.lora.linear import dropped_by_row, matrix_factors, products_by_row
+from graphpeft.recorded import as_node
 from graphpeft.rewrite import ParameterSpec, WeightRule
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.site import LeafSite
 
 
@@ -57,7 +58,7 @@ class LoraLeaf(WeightRule):
         h = x.to(lora_A.dtype)
         if self.drops:
             h = F.dropout(h, lora_dropout, training)
-        return torch.add(y, F.linear(F.linear(h, lora_A), lora_B), alpha=lora_scaling).to(y.dtype)
+        return add_scaled(y, F.linear(F.linear(h, lora_A), lora_B), lora_scaling).to(y.dtype)
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -76,5 +77,5 @@ class LoraLeaf(WeightRule):
         """Adds to each row of what the call returns the branch of its own A and B."""
         h = x.to(lora_A.dtype)
         if self.drops:
-            h = in_graph(dropped_by_row, h, lora_dropout, training)
-        return in_graph(products_by_row, y, h, lora_A.mT, lora_B.mT, lora_scaling).to(y.dtype)
+            h = as_node(dropped_by_row, h, lora_dropout, training)
+        return as_node(products_by_row, y, h, lora_A.mT, lora_B.mT, lora_scaling).to(y.dtype)

@@ -28,7 +28,9 @@ from graphpeft.methods.lora.factors import (
     refused_inside,
     unmergeable_bias,
 )
+from graphpeft.recorded import as_node
 from graphpeft.rewrite import ParameterSpec
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.site import Site
 
 
@@ -96,7 +98,7 @@ class LoraLinear:
     ) -> Any:
         """Adds the branch to the operation's value."""
         h = self.input_of(x, lora_A, lora_dropout, training)
-        result = torch.add(y, self.branch(h, operation, lora_A, lora_B, lora_bias), alpha=lora_scaling)
+        result = add_scaled(y, self.branch(h, operation, lora_A, lora_B, lora_bias), lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def input_of(self, x: Any, lora_A: Any, lora_dropout: Any, training: Any) -> Any:
@@ -142,10 +144,10 @@ class LoraLinear:
         """Adds to each row of the operation's value the branch of its own A and B."""
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
-            h = in_graph(dropped_by_row, h, lora_dropout, training)
+            h = as_node(dropped_by_row, h, lora_dropout, training)
         is_product = operation.transposed != self.flipped
         first, second = (lora_B, lora_A) if is_product else (lora_A.mT, lora_B.mT)
-        result = in_graph(products_by_row, y, h, first, second, lora_scaling)
+        result = as_node(products_by_row, y, h, first, second, lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def unmergeable(self, site: Site) -> str | None:
@@ -180,11 +182,6 @@ def matrix_delta(flipped: bool, lora_A: Any, lora_B: Any, lora_scaling: Any) -> 
     return delta.mT if flipped else delta
 
 
-def in_graph(function: Any, *args: Any) -> Any:
-    """Calls `function` as one node of the graph of a proxy among `args`."""
-    return args[0].tracer.create_proxy("call_function", function, args, {})
-
-
 def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling: Any) -> Tensor:
     """Returns y + s · h · first · second, with other matrices for each row.
 
@@ -201,7 +198,7 @@ def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling
     flat = y.reshape(y.shape[0], -1, y.shape[-1])
     if flat.dtype == down.dtype:
         return torch.baddbmm(flat, down, second, alpha=scaling).view(y.shape)
-    return torch.add(flat, torch.bmm(down, second), alpha=scaling).view(y.shape)
+    return add_scaled(flat, torch.bmm(down, second), scaling).view(y.shape)
 
 
 def dropped_by_row(h: Tensor, probability: Any, training: bool) -> Tensor:

@@ -28,6 +28,7 @@ from graphpeft.methods.lora.factors import (
 )
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.rewrite import FileForm, ParameterSpec
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.parts import Runs
 from graphpeft.sites.site import Site
 
@@ -111,7 +112,7 @@ class LoraParts:
         if self.drops:
             h = F.dropout(h, lora_dropout, training)
         product = F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
-        result = torch.add(y, product, alpha=lora_scaling)
+        result = add_scaled(y, product, lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def unmergeable(self, site: Site) -> str | None:

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graphpeft import ops
@@ -25,6 +24,7 @@ from graphpeft.methods.lora.initialisation import RANDOM
 from graphpeft.paths import join
 from graphpeft.report import Refusal, Report, listed
 from graphpeft.rewrite import FileForm, ParameterSpec
+from graphpeft.scaled_sum import add_scaled
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
@@ -82,7 +82,7 @@ class LoraTied:
     ) -> Any:
         """Adds the branch to the operation's value."""
         h = input_of(x, lora_A, lora_dropout, training, self.drops, self.casts)
-        result = torch.add(y, h @ lora_A @ lora_B, alpha=lora_scaling)
+        result = add_scaled(y, h @ lora_A @ lora_B, lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
     def unmergeable(self, site: Site) -> str | None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LLAMA
-from torch import Tensor, nn
+from models import LLAMA, call
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft.methods
 from graphpeft import (
@@ -26,8 +27,11 @@ from graphpeft import (
     PromptTuningConfig,
     TaskType,
     get_peft_model,
+    optimize,
 )
+from graphpeft.passes import PASSES
 from graphpeft.testing import laws
+from graphpeft.tracing.graph_module import template_of
 
 
 def rules() -> dict[str, type]:
@@ -191,3 +195,52 @@ def speaks_of(law: Any, case: Case) -> bool:
 def test_a_law_holds(name: str, law: Any) -> None:
     case = CASES[name]
     law(case.build, case.config, case.inputs)
+
+
+# no sum with a factor: the default backend of torch.compile in PyTorch 2.13 makes an addmm of it, without the factor
+
+SUMS = ("add", "add_", "sub", "sub_", "rsub")
+
+
+class FactorsSeen(TorchDispatchMode):
+    """Records the sums with a factor among PyTorch's operators, as a compiler does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in SUMS and (len(args) > 2 or (kwargs or {}).get("alpha", 1) != 1):
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def sums_with_factors(graph: fx.Graph) -> list[str]:
+    names = {node: getattr(node.target, "__name__", str(node.target)).split(".")[0] for node in graph.nodes}
+    return [node.format_node() or "" for node in graph.nodes if names[node] in SUMS and "alpha" in node.kwargs]
+
+
+ALL = [each.name for each in PASSES]
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        pytest.param(name, passes, id=f"{name}-{'+'.join(passes) or 'plain'}")
+        for name, case in CASES.items()
+        # a prompt has no branch that a pass could change
+        for passes in ([], ALL, *([each] for each in ALL if isinstance(case.inputs, tuple)))
+    ],
+)
+def test_no_rule_and_no_pass_leaves_a_factor_in_a_sum(name: str, passes: list[str]) -> None:
+    case = CASES[name]
+    model = get_peft_model(case.build(), case.config, example_inputs=case.inputs)
+    optimize(model, passes)
+    templates = [template for module in model.modules() if (template := template_of(module)) is not None]
+    found = [line for template in templates for graph in template.graphs for line in sums_with_factors(graph)]
+    assert not found
+    with FactorsSeen() as seen:
+        call(model, case.inputs)
+        if isinstance(case.inputs, tuple):
+            model(*case.inputs, adapter_names=["default", "__base__"])
+    assert not seen.found

@@ -40,6 +40,7 @@ from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.nn.utils.stateless import _reparametrize_module as reparametrized
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _pop_mode_temporarily as function_mode_set_aside
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "forward_from_source",  # compiles a graph's code, as `fx.GraphModule` does
     "function_mode_set_aside",
     "has_hooks_of_all",  # a hook may keep what a pass would overwrite
+    "is_in_torch_dispatch_mode",  # something records the operators that are computed, as `make_fx` does
     "is_transformed",  # passes leave computations to transforms as they were written
     "leave_autocast",
     "padding_of_convolution",  # a convolution whose padding isn't zeros

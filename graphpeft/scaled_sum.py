@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from graphpeft._torch import is_in_torch_dispatch_mode
 from graphpeft.recorded import as_node
 
 

@@ -553,7 +553,9 @@ def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters,
         results = []
         for name, rows in groups.items():
             index = torch.tensor(rows, device=tensors[0].device)
-            given = [leaf[index] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            # what is one tensor stays one: an attention asks whether its key is its query
+            taken = {id(tensor): tensor[index] for tensor in tensors}
+            given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)

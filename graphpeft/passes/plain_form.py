@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from graphpeft._torch import is_transformed
-
 from graphpeft.scaled_sum import is_captured
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -21,11 +20,7 @@ def wants_plain_form() -> bool:
     A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
     and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.
     """
-<<<<<<< HEAD
-    return torch.compiler.is_compiling() or is_transformed()
-=======
-    return is_captured() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
->>>>>>> 05bbf45 (Add a branch by a node whose scale no compiler can lose)
+    return is_captured() or is_transformed()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from graphpeft import ops
 from graphpeft._torch import pytree
 from graphpeft.adapters import changes
 from graphpeft.adapters.state import Adapter, Modules
@@ -40,7 +41,11 @@ BOTH_MODES = (False, True)
 def assert_fresh_adapter_changes_no_output(
     build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None = None
 ) -> None:
-    """Law 1: an adapter that starts as the identity changes no output, bit for bit.
+    """Law 1: an adapter that starts as the identity changes no output, bit for bit, with gradients or without.
+
+    PyTorch chooses by what requires gradients how it computes some layers, as `nn.MultiheadAttention` on its fast path.
+    So the base has frozen weights, as an adapted model has. Where gradients are recorded, and an adapter changes a
+    weight itself, a gradient goes through that; then this weight of the base requires one, too.
 
     Args:
         build: Builds the model.
@@ -50,10 +55,17 @@ def assert_fresh_adapter_changes_no_output(
             draws random numbers there: it gives others to the rest of the model, and has none of these laws.
     """
     for mode in modes_to_compare(build, config, inputs) if modes is None else modes:
-        # PyTorch computes some layers in another way when nothing of them is trained
-        expected = run(build().train(mode).requires_grad_(False), inputs)
-        adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
-        require_equal(run(adapted, inputs), expected, f"with training={mode}, a fresh adapter changes the output")
+        for records in (False, True):
+            base = build().train(mode).requires_grad_(False)
+            adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
+            sites = [one.site for one in adapted._peft_adapters.by_name["default"].weight_sites]
+            changed = [site.weight for site in sites if site.op is ops.Weight]
+            for path in changed if records else ():
+                base.get_parameter(path).requires_grad_()
+            with torch.set_grad_enabled(records):
+                found, expected = run(adapted, inputs), run(base, inputs)
+            when = f"with training={mode}, {'gradients' if records else 'no gradients'}"
+            require_equal(found, expected, f"{when}, a fresh adapter changes the output")
 
 
 @blames_a_site

@@ -1,0 +1,96 @@
+"""PyTorch's own attention, which decides in each call by which of its kernels it computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphpeft import LoraConfig, get_peft_model
+from graphpeft.testing import laws
+
+
+class Attending(nn.Module):
+    """An attention of a sequence to itself."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(48, 4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(48, 4, 96, batch_first=True, dropout=0), 2)
+
+
+def inputs() -> Tensor:
+    return torch.randn(4, 9, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows with which the fast path was taken."""
+    calls: list[int] = []
+    fast = torch._native_multi_head_attention
+
+    def noting(query: Tensor, *args: Any) -> Any:
+        calls.append(len(query))
+        return fast(query, *args)
+
+    monkeypatch.setattr(torch, "_native_multi_head_attention", noting)
+    return calls
+
+
+@pytest.mark.parametrize("example_inputs", [None, (inputs(),)], ids=["without-inputs", "with-inputs"])
+def test_a_fresh_adapter_takes_the_fast_path_and_gives_the_very_bits(
+    example_inputs: Any, fast_calls: list[int]
+) -> None:
+    base = Attending(batch_first=True).eval().requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=["attention"])
+    model = get_peft_model(copy.deepcopy(base), config, example_inputs=example_inputs)
+    with torch.no_grad():
+        assert torch.equal(model(inputs()), base(inputs()))
+    assert fast_calls == [4, 4]
+
+
+def test_rows_with_different_adapters_take_the_fast_path(fast_calls: list[int]) -> None:
+    base = Attending(batch_first=True).eval().requires_grad_(False)
+    model: Any = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["attention"]))
+    with torch.no_grad():
+        found = model(inputs(), adapter_names=["default", "__base__", "default", "default"])
+        assert fast_calls == [3, 1]
+        assert torch.equal(found[[0, 2, 3]], base(inputs()[[0, 2, 3]]))
+        assert torch.equal(found[[1]], base(inputs()[[1]]))
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"batch_first": True, "bias": False}], ids=str)
+@pytest.mark.parametrize("target", ["attention", "attention.in_proj_weight", "attention.out_proj"])
+def test_a_fresh_adapter_changes_no_output(target: str, options: dict[str, Any]) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Attending(**options)
+
+    config = LoraConfig(r=2, target_modules=[target])
+    laws.assert_fresh_adapter_changes_no_output(build, config, (inputs(),))
+
+
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1"], ["self_attn", "linear2"]], ids="+".join)
+def test_a_fresh_adapter_in_an_encoder_changes_no_output(targets: list[str]) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return encoder()
+
+    laws.assert_fresh_adapter_changes_no_output(build, LoraConfig(r=2, target_modules=targets), (inputs(),))
+
+
+def test_the_inputs_of_an_example_decide_nothing_for_later_calls() -> None:
+    model: Any = Attending(batch_first=True).eval()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["attention"]), example_inputs=(inputs(),))
+    x, mask = inputs(), torch.arange(9) > torch.tensor([[8], [6], [4], [5]])
+    _, weights = model.attention(x, x, x, key_padding_mask=mask)
+    assert (weights[3, :, 6:] == 0).all()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from pathlib import PureWindowsPath
 from typing import Any
 
 from torch import nn
 
-from graphpeft import in_place
+from graphpeft import adapter_names, in_place
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
@@ -50,8 +49,9 @@ def known_adapter(model: nn.Module, name: str) -> Adapter:
         AdaptError: If it has none of this name.
     """
     state = known_adapters(model)
-    if name not in state.by_name:
-        raise AdaptError(f"the model has no adapter {name!r}; it has {sorted(state.by_name)}")
+    unknown = adapter_names.unknown([name], state.by_name)
+    if unknown is not None:
+        raise AdaptError(f"{unknown}; it has {sorted(state.by_name)}")
     return state.by_name[name]
 
 
@@ -114,11 +114,9 @@ def plan_for(
         AdaptError: If the adapter's name can't be one, or is taken.
     """
     state = adapters_of(model)
-    if not _is_name(adapter_name):
-        raise AdaptError(
-            f"{adapter_name!r} can't be an adapter's name, which is part of attributes' names and names a folder: "
-            "choose one without dots, slashes, backslashes, control characters, and spaces at its ends"
-        )
+    reason = adapter_names.refusal(adapter_name)
+    if reason is not None:
+        raise AdaptError(reason)
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
     return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
@@ -144,14 +142,6 @@ def planned(
         autocast_adapter_dtype=autocast_adapter_dtype,
         where=where,
     )
-
-
-def _is_name(name: object) -> bool:
-    """Tells whether a module's attribute can end in `name`, and a folder inside another have that name."""
-    if not isinstance(name, str) or "." in name or not name.isprintable() or name.strip() != name:
-        return False
-    # whatever divides paths on any system divides them on Windows
-    return name != "" and name == PureWindowsPath(name).name
 
 
 def refuse(plan: Plan) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import FUNCTIONAL, LLAMA, MLP, VIT, Example
+from models import FUNCTIONAL, LLAMA, MLP, VIT, Example, output
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -466,11 +467,59 @@ def test_an_adapter_name_is_used_once(tmp_path: Path) -> None:
 
 
 @in_any_state
-@pytest.mark.parametrize("name", ["", "a.b", "..", "a/b", "/a", "a\\b", "C:a", " a", "a ", " ", "a\n", "a\0b", 5, None])
-def test_an_adapter_name_is_a_name_of_an_attribute_and_of_a_folder(build: Callable[[], Any], name: Any) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["", "a.b", "..", "a/b", "/a", "a\\b", "C:a", " a", "a ", " ", "a\n", "a\0b", "a(1)", "a\u00a0b", "a\u200db", 5, None],
+        *["a'b", 'a"b', 'x", None) or open("F","w") or getattr(self, "weight', "{a}", "a#", "a\u2014b", "__base__", "x\u00b2", "a" * 101],
+    ],
+)  # fmt: skip
+def test_an_adapter_name_consists_of_letters_digits_and_few_signs(build: Callable[[], Any], name: Any) -> None:
     model = build()
-    with refused(model, AdaptError, repr(name), "can't be an adapter's name", "slashes"):
+    with refused(model, AdaptError, repr(name), "can't be an adapter's name", "choose"):
         get_peft_model(model, MLP.config(), name)
+
+
+@in_any_state
+@pytest.mark.parametrize("name", ["e\u0301t", "\ufb01n", "\u00b5", "\uff21"])
+def test_of_names_that_look_alike_one_spelling_is_taken(build: Callable[[], Any], name: str) -> None:
+    model, usual = build(), unicodedata.normalize("NFKC", name)
+    with refused(model, AdaptError, repr(name), repr(usual), "normalize"):
+        get_peft_model(model, MLP.config(), name)
+    get_peft_model(model, MLP.config(), usual)
+    for use in (model.set_adapter, model.delete_adapter):
+        with refused(model, AdaptError, f"{name!r}, which is another spelling of {usual!r}"):
+            use(name)
+    with refused(model, AdaptError, f"{name!r}, which is another spelling of {usual!r}"):
+        model.mixed_batch([name])
+
+
+@pytest.mark.parametrize("name", ["été", "\u03bc", "हिन्दी", "适配器", "_-9 a", "1", "x\u0302", "a" * 100])
+def test_names_of_any_script_act_and_are_saved(name: str, tmp_path: Path) -> None:
+    inputs = MLP.inputs()
+    torch.manual_seed(1)
+    expected = get_peft_model(MLP.build(), MLP.config(init_lora_weights=False))
+    torch.manual_seed(1)
+    model = get_peft_model(MLP.build(), MLP.config(init_lora_weights=False), name)
+    assert torch.equal(output(model, inputs), output(expected, inputs))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MLP.build(), tmp_path / name, name)
+    assert torch.equal(output(loaded, inputs), output(expected, inputs))
+
+
+def test_a_name_is_refused_wherever_one_comes_in(tmp_path: Path) -> None:
+    model, bad = adapted(), 'a"b'
+    model.save_pretrained(tmp_path)
+    config = LoraConfig(target_modules=["head"])
+    for use in (
+        lambda: graphpeft.explain(model, config, bad),
+        lambda: model.add_adapter(bad, config),
+        lambda: model.load_adapter(tmp_path / "first", bad),
+        lambda: PeftModel.from_pretrained(model, tmp_path / "first", bad),
+        lambda: model.add_weighted_adapter(["first"], [1.0], bad, "linear"),
+    ):
+        with refused(model, AdaptError, repr(bad), "can't be an adapter's name"):
+            use()
 
 
 def test_an_adapter_that_isnt_there_is_named() -> None:

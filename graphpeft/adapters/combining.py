@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from graphpeft import stand_ins
+from graphpeft import adapter_names, stand_ins
 from graphpeft.adapters import changes
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
@@ -41,9 +41,9 @@ def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[floa
             raise AdaptError(f"weights has {weight!r}; give finite numbers")
     if len(set(names)) < len(names):
         raise AdaptError("an adapter is named twice; name it once, with the sum of its weights")
-    unknown = [repr(name) for name in names if name not in adapters.by_name]
-    if unknown:
-        raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}")
+    unknown = adapter_names.unknown(names, adapters.by_name)
+    if unknown is not None:
+        raise AdaptError(f"{unknown}; it has {sorted(adapters.by_name)}")
 
 
 def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) -> PeftConfig:

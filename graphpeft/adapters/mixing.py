@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import in_place, rewrite, stand_ins
+from graphpeft import adapter_names, in_place, rewrite, stand_ins
 from graphpeft._torch import pytree
+from graphpeft.adapter_names import BASE
 from graphpeft.adapters.graphs import op_in, with_adapter, without
 from graphpeft.adapters.present_rows import present, rows_if_any, rows_present
 from graphpeft.adapters.state import Adapter, Adapters, Modules
@@ -38,9 +39,6 @@ from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite
 from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
 from graphpeft.transaction import transaction
-
-BASE = "__base__"
-"""In place of an adapter's name: the base model."""
 
 Runner = Callable[..., Any]
 """Runs a region on a mixed batch; its first argument is the module."""
@@ -218,9 +216,9 @@ def mixed(
 
 
 def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
-    unknown = [repr(name) for name in dict.fromkeys(names) if name != BASE and name not in adapters.by_name]
-    if unknown:
-        raise AdaptError(f"the model has no adapter {listed(unknown)}; it has {sorted(adapters.by_name)}, and {BASE!r}")
+    unknown = adapter_names.unknown([name for name in names if name != BASE], adapters.by_name)
+    if unknown is not None:
+        raise AdaptError(f"{unknown}; it has {sorted(adapters.by_name)}, and {BASE!r}")
     if adapters.merged:
         raise AdaptError(
             f"{listed(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"

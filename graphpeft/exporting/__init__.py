@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft.adapter_names import name_like
 from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import Interface, Slot
@@ -212,9 +213,7 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
             f"{str(adapter)!r} is no adapter of the model, which has {', '.join(map(repr, own)) or 'none'}, and no "
             "folder with PEFT's files"
         )
-    name = folder.absolute().name.replace(".", "_")  # an adapter's name can't have dots, unlike that of a checkpoint
-    while name in own:
-        name += "_"
+    name = name_like(folder.absolute().name, own)
     copied = copies.with_own_weights(model)  # a file may bring other values of the model's own
     if own:
         copied.load_adapter(folder, name)

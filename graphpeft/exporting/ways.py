@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graphpeft.adapter_names import BASE
 from graphpeft.adapters import mixing
 from graphpeft.adapters.present_rows import rows_present
 from graphpeft.adapters.state import Adapters, adapters_of
@@ -146,7 +147,7 @@ def rows(model: nn.Module) -> Prepared:
 
 def _by_rows(names: list[str], together: Mapping[str, Tensor]) -> Case:
     # a trace takes the number of adapters for one that can change only if there is more than one; nothing is the base
-    chosen_from = names if len(names) > 1 else [*names, mixing.BASE]
+    chosen_from = names if len(names) > 1 else [*names, BASE]
     nothing = len(chosen_from) - len(names)
     stacked = {key: torch.cat([value, *[torch.zeros_like(value)] * nothing]) for key, value in together.items()}
 

@@ -45,6 +45,7 @@ from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
 from graphpeft.sites.feeding import feeding
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
+from graphpeft.tracing.graph_module import names_in_slots
 from graphpeft.tracing.trace import trace
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "names_in_slots",
     "optimize",
     "preprocess_corda",
     "preprocess_loraga",

@@ -34,7 +34,6 @@ from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as leave_autocast
 from torch.autograd import forward_ad
 from torch.fx.graph import PythonCode
-from torch.fx.graph_module import _forward_from_src as forward_from_source
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.nn.utils.stateless import _reparametrize_module as reparametrized
@@ -60,7 +59,6 @@ __all__ = [
     "empty_graph_like",  # copies of graphs
     "enter_autocast",  # a region under autocast begins; how `fx` itself records them
     "fake_tensor",  # example values without data
-    "forward_from_source",  # compiles a graph's code, as `fx.GraphModule` does
     "function_mode_set_aside",
     "has_hooks_of_all",  # a hook may keep what a pass would overwrite
     "is_in_torch_dispatch_mode",  # something records the operators that are computed, as `make_fx` does

@@ -42,6 +42,7 @@ from graphpeft.loading import load
 from graphpeft.model_card import model_card
 from graphpeft.plan import AdaptError
 from graphpeft.report import Report, listed
+from graphpeft.tracing.graph_module import names_in_slots
 from graphpeft.tracing.trace import ExampleInputs
 from graphpeft.transaction import delete_item, set_attribute, transaction, undone_by
 
@@ -482,7 +483,8 @@ class PeftModel(nn.Module):
             for region in state.mixable & modules.keys():
                 in_place.take_off(modules[region], "rows")
             for region in state.lifted.keys() & modules.keys():
-                in_place.take_off(modules[region], "graph")
+                if not names_in_slots(modules[region]):  # of adapters of a model inside or around
+                    in_place.take_off(modules[region], "graph")
             delete_item(self.__dict__, STATE)
             in_place.take_off(self, "methods")
             thaw(modules, state)

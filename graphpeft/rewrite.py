@@ -7,6 +7,7 @@ appends nodes to the graph. Every node of an adapter carries a `Tag`, so removin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from math import prod
@@ -18,6 +19,7 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
+from graphpeft import slots
 from graphpeft.ops import Operation, Weight
 from graphpeft.ops.boundaries import Boundary, Leaf
 from graphpeft.tags import TAG, Tag, top
@@ -183,6 +185,15 @@ class AdaptedSite(NamedTuple):
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     @property
+    def stems(self) -> Mapping[str, str]:
+        """The names of these attributes without that of the adapter, likewise."""
+        return {name: f"{self.site.prefix}{name}" for name in self.names}
+
+    def in_slot(self, slot: int) -> Mapping[str, str]:
+        """Returns the names of these attributes in graphs, where the adapter has a slot; likewise."""
+        return _in_slot(tuple(self.names), self.site.prefix, slot)
+
+    @property
     def unmergeable(self) -> str | None:
         """The reason why what the adapter does at the site is no change of a weight, or None."""
         return self.site.unmergeable or self.rule.unmergeable(self.site)
@@ -193,7 +204,13 @@ class AdaptedSite(NamedTuple):
         return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
 
 
-def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], adapter: str, method: str) -> None:
+# equal sites share one
+@functools.lru_cache(maxsize=1024)
+def _in_slot(of_rule: tuple[str, ...], prefix: str, slot: int) -> Mapping[str, str]:
+    return {name: slots.in_slot(f"{prefix}{name}", slot) for name in of_rule}
+
+
+def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], slot: int, method: str) -> None:
     """Puts the nodes of `rule` at `op`, on top of those of other adapters.
 
     Args:
@@ -202,7 +219,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], ad
         rule: The rule for this kind of operation.
         attributes: The paths, in the module that owns the graph, of the rule's parameters and constants, and of what
             else the site lets it read, by name.
-        adapter: The adapter's name.
+        slot: The adapter's slot.
         method: The `peft_type` of its method.
     """
     before = set(graph.nodes)
@@ -218,7 +235,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], ad
             graph.erase_node(node)
         else:
             over = replaced[node].name if node in replaced else None
-            node.meta[TAG] = Tag(adapter, method, op.name, over)
+            node.meta[TAG] = Tag(slot, method, op.name, over)
             node.meta[CALLS] = calls
 
 
@@ -302,12 +319,12 @@ def _replace(old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool]) -> No
             user.meta[TAG] = dataclasses.replace(user.meta[TAG], over=new.name)
 
 
-def remove(graph: fx.Graph, adapter: str) -> None:
-    """Erases all nodes of `adapter` from `graph`; what used their value uses the operation's own again."""
+def remove(graph: fx.Graph, slot: int) -> None:
+    """Erases all nodes of the adapter in a slot from `graph`; what used their value uses the operation's own again."""
     nodes = {node.name: node for node in graph.nodes}
     for node in reversed(list(graph.nodes)):
         tag = node.meta.get(TAG)
-        if tag is None or tag.adapter != adapter:
+        if tag is None or tag.slot != slot:
             continue
         if node.op == "placeholder" and node.users:
             # another adapter asks for this argument, too

@@ -15,13 +15,13 @@ class Tag:
     """Whose a node is.
 
     Attributes:
-        adapter: The name of the adapter.
+        slot: The slot of the adapter, see `slots.py`.
         method: The method's `peft_type`.
         site: The name of the adapted operation.
         over: On a node that stands in the place of another, the name of that one; else None.
     """
 
-    adapter: str
+    slot: int
     method: str
     site: str
     over: str | None = None

@@ -32,12 +32,12 @@ def test_a_linear_layer_gets_a_branch():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))[0]
     assert body_of(layer) == [
         *BEFORE,
-        "lora_a_default = self.lora_A_default",
-        "lora_b_default = self.lora_B_default",
-        "lora_scaling_default = self.lora_scaling_default",
-        "linear_1 = torch._C._nn.linear(input_1, lora_a_default)",
-        "linear_2 = torch._C._nn.linear(linear_1, lora_b_default)",
-        "add_scaled = graphpeft_scaled_sum_add_scaled(linear, linear_2, lora_scaling_default)",
+        "lora_a_slot0 = self.lora_A_slot0",
+        "lora_b_slot0 = self.lora_B_slot0",
+        "lora_scaling_slot0 = self.lora_scaling_slot0",
+        "linear_1 = torch._C._nn.linear(input_1, lora_a_slot0)",
+        "linear_2 = torch._C._nn.linear(linear_1, lora_b_slot0)",
+        "add_scaled = graphpeft_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
         "return add_scaled",
     ]
 
@@ -45,7 +45,7 @@ def test_a_linear_layer_gets_a_branch():
 def test_dropout_reads_whether_the_layer_is_in_training():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], lora_dropout=0.5))[0]
     assert (
-        "dropout = torch.nn.functional.dropout(input_1, p = lora_dropout_default, training = training, inplace = False)"
+        "dropout = torch.nn.functional.dropout(input_1, p = lora_dropout_slot0, training = training, inplace = False)"
         in body_of(layer)
     )
     assert "training = self.training" in body_of(layer)
@@ -55,7 +55,7 @@ def test_half_precision_layers_get_a_branch_in_single_precision():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)).bfloat16(), LoraConfig(target_modules=["0"]))[0]
     code = body_of(layer)
     assert [line for line in code if ".to(" in line or "dtype" in line] == [
-        "getattr_1 = lora_a_default.dtype",
+        "getattr_1 = lora_a_slot0.dtype",
         "to = input_1.to(getattr_1)",
         "getattr_2 = linear.dtype",
         "to_1 = add_scaled.to(getattr_2)",
@@ -88,7 +88,7 @@ def test_every_node_of_an_adapter_tells_whose_it_is():
     get_peft_model(traced, LoraConfig(target_modules=["0"]), "mine")
     tags = [node.meta[TAG] for node in traced.graph.nodes if TAG in node.meta]
     assert len(traced.graph.nodes) == before + len(tags)
-    assert {(tag.adapter, tag.method, tag.site) for tag in tags} == {("mine", "LORA", "_0")}
+    assert {(tag.slot, tag.method, tag.site) for tag in tags} == {(0, "LORA", "_0")}
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)

@@ -616,7 +616,7 @@ def test_a_prompt_is_nodes_at_the_boundary() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
     tagged = [node.name for node in model.graph.nodes if TAG in node.meta]
     assert tagged == [
-        *("past_key_values", "model_embed_tokens", "prompt_embeddings_default", "the_given", "absent"),
+        *("past_key_values", "model_embed_tokens", "prompt_embeddings_slot0", "the_given", "absent"),
         *("embeddings_of", "absent_1", "prepended", "lengthened_for", "checked_positions", "absent_2"),
         "lengthened_at_first",
     ]

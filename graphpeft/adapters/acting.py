@@ -5,8 +5,12 @@ A region without any runs its own class's code again, so a disabled adapter cost
 
 from __future__ import annotations
 
-from graphpeft import in_place, passes, stand_ins
-from graphpeft.adapters.graphs import templates_with
+from collections.abc import Mapping
+
+from torch import nn
+
+from graphpeft import in_place, passes, slots, stand_ins
+from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
@@ -22,7 +26,9 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     """
     readers = stand_in_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]
-    templates = templates_with(adapters, in_graphs, modules)
+    seats = slots_for(adapters, in_graphs, modules)
+    templates = templates_with(adapters, seats, modules)
+    _read_by_slots(modules, adapters, seats)
     worn = {
         region: template and passes.optimized(template, modules[region], adapters.passes).template
         for region, template in templates.items()
@@ -31,7 +37,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
         if template is None:
             in_place.take_off(modules[region], "graph")
         else:
-            wear_template(modules[region], template)
+            wear_template(modules[region], template, _names_in_slots(modules[region], adapters, seats))
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
     paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}
@@ -41,8 +47,30 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             stand_ins.read_own(modules[path])
-    set_attribute(adapters, "acting", in_graphs)
+    set_attribute(adapters, "slots", seats)
     set_attribute(adapters, "read", wanted)
+
+
+def _read_by_slots(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:
+    """Lets the modules of weights have what adapters have there under the names of their slots, too."""
+    names: dict[str, dict[str, str]] = {}
+    before = {*adapters.slots.values()}
+    leaving = {name for name, slot in adapters.slots.items() if seats.get(name) != slot}
+    for name in (*leaving, *seats):
+        for adapted in adapters.by_name[name].sites:
+            of_owner = names.setdefault(adapted.site.owner, {})
+            if name in seats:
+                in_slot = adapted.in_slot(seats[name])
+                of_owner |= {in_slot[local]: own for local, own in adapted.names.items()}
+    for path in names.keys() & modules.keys():
+        others = slots.slots_of(modules[path]) - before
+        there = slots.read_in(modules[path]) if others else {}
+        kept = {alias: own for alias, own in there.items() if slots.slot_of(alias) in others}
+        slots.read(modules[path], kept | names[path])
+
+
+def _names_in_slots(module: nn.Module, adapters: Adapters, seats: Mapping[str, int]) -> dict[int, str]:
+    return names_of_others(module, adapters) | {slot: name for name, slot in seats.items()}
 
 
 def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

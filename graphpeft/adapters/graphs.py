@@ -4,43 +4,79 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-from graphpeft import ops, rewrite
-from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft import ops, rewrite, slots
+from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import Graphs, Template, template_of
+from graphpeft.tracing.graph_module import Graphs, Template, names_in_slots, template_of
 
 
-def templates_with(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
-    """Returns the template that each region is to wear, or None where it is to run its own code."""
+def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, int]:
+    """Returns the slot of each adapter whose nodes are to be in the graphs, in their order.
+
+    The first ones that stay where they are keep theirs; the others get the first that are free.
+    """
+    seats = {name: adapters.slots[name] for name in _kept(adapters, wanted)}
+    taken = {*seats.values(), *_slots_of_others(adapters, wanted[len(seats) :], modules)}
+    free = (slot for slot in itertools.count() if slot not in taken)
+    return seats | dict(zip(wanted[len(seats) :], free, strict=False))
+
+
+def _kept(adapters: Adapters, wanted: Iterable[str]) -> list[str]:
+    """Returns the adapters whose nodes stay where they are: the first ones."""
     # nodes come in the order of activation, since a change may be of what adapters before it have made
-    there = [name for name in adapters.acting if name in wanted]
-    kept = [name for name, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(there, wanted, strict=False))]
-    leaving = [name for name in adapters.acting if name not in kept]
-    coming = wanted[len(kept) :]
-    regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *wanted}}
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(adapters.slots, wanted, strict=False))
+    return [name for name, _ in pairs]
+
+
+def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> set[int]:
+    """Returns the slots that adapters have there of a model inside of this one, or around it."""
+    sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
+    owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
+    read = {slot for module in owners.values() for slot in slots.slots_of(module)}
+    worn = {template_of(modules[path]) for path in {site.region for site in sites} & modules.keys()}
+    return read.union(*(template.slots for template in worn if template is not None)) - {*adapters.slots.values()}
+
+
+def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:
+    """Returns the adapters in slots of a module's graph that are those of another model."""
+    own = set(adapters.slots.values())
+    return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
+
+
+def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Modules) -> dict[str, Template | None]:
+    """Returns the template that each region is to wear, or None where it is to run its own code.
+
+    Args:
+        adapters: The model's adapters.
+        seats: Those whose nodes are to be in the graphs, with their slots.
+        modules: The model's modules by path.
+    """
+    kept = _kept(adapters, seats)
+    leaving = [name for name in adapters.slots if name not in kept]
+    coming = [name for name in seats if name not in kept]
+    regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
     templates: dict[str, Template | None] = {}
-    for name in leaving:
+    # the last one first, so that each step back is one that was taken
+    for name in reversed(leaving):
         for region in regions[name]:
             worn = templates.get(region) or worn_in(adapters, region, modules)
-            templates[region] = without(worn, name)
+            templates[region] = without(worn, adapters.slots[name])
     for name in coming:
         for region, sites in regions[name].items():
             worn = templates.get(region) or worn_in(adapters, region, modules)
-            templates[region] = with_adapter(worn, modules[region], name, adapters.by_name[name], region, sites)
-    needed = {region for name in wanted for region in regions[name]}
+            method = adapters.by_name[name].config.method
+            templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
-        region: None
-        if region in adapters.lifted and region not in needed and template and template.shared
-        else template
+        region: None if region in adapters.lifted and template and template.shared and not template.slots else template
         for region, template in templates.items()
     }
 
@@ -59,17 +95,42 @@ def worn_in(adapters: Adapters, region: str, modules: Modules) -> Template:
     return template_of(modules[region]) or adapters.lifted[region]
 
 
-def without(worn: Template, name: str) -> Template:
-    """Returns `worn` without the nodes of an adapter."""
-    return worn.derive(("without", name), functools.partial(_remove, name=name))
+def bare(adapters: Adapters, region: str, modules: Modules) -> Template:
+    """Returns the graph of a region without any of these adapters."""
+    template = worn_in(adapters, region, modules)
+    for name, slot in reversed(adapters.slots.items()):
+        if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
+            template = without(template, slot)
+    return template
+
+
+def without_any(worn: Template) -> Template:
+    """Returns `worn` without the nodes of any adapter, those of another model around or inside among them."""
+    for slot in sorted(worn.slots, reverse=True):
+        worn = without(worn, slot)
+    return worn
+
+
+def without(worn: Template, slot: int) -> Template:
+    """Returns `worn` without the nodes of the adapter in a slot."""
+    return worn if slot not in worn.slots else worn.derive(("without", slot), functools.partial(_remove, slot=slot))
 
 
 def with_adapter(
-    worn: Template, module: nn.Module, name: str, adapter: Adapter, region: str, sites: list[AdaptedSite]
+    worn: Template, module: nn.Module, slot: int, method: str, region: str, sites: list[AdaptedSite]
 ) -> Template:
-    """Returns `worn` with the nodes of one adapter at its sites in this region."""
+    """Returns `worn` with the nodes of one adapter at its sites in this region.
+
+    Args:
+        worn: A template.
+        module: A module that wears it, or can.
+        slot: The slot of the adapter.
+        method: Its method.
+        region: The module's path.
+        sites: The adapter's sites there.
+    """
     edits = tuple(
-        (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region)) for adapted in sites
+        (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites
     )
 
     def edit(graphs: Graphs) -> None:
@@ -79,11 +140,9 @@ def with_adapter(
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, kind, module, region)
-                    rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
+                    rewrite.insert(graph, op, rule, dict(attributes), slot, method)
 
-    derived = worn.derive(("with", name, edits), edit)
-    derived.remember(("without", name), worn)
-    return derived
+    return worn.derive(("with", slot, method, edits), edit, back=("without", slot))
 
 
 def op_in(
@@ -118,15 +177,15 @@ def _op_at(node: fx.Node | None, kind: type, module: nn.Module, region: str) -> 
     return op
 
 
-def _remove(graphs: Graphs, name: str) -> None:
+def _remove(graphs: Graphs, slot: int) -> None:
     for graph in graphs:
-        rewrite.remove(graph, name)
+        rewrite.remove(graph, slot)
 
 
-def _attributes(adapted: AdaptedSite, region: str) -> tuple[tuple[str, str], ...]:
-    owner = adapted.site.owner
+def _attributes(adapted: AdaptedSite, region: str, slot: int) -> tuple[tuple[str, str], ...]:
+    owner, in_slot = adapted.site.owner, adapted.in_slot(slot)
     if owner == region:
-        return (*adapted.names.items(), *adapted.site.reads)
+        return (*in_slot.items(), *adapted.site.reads)
     relative = within(owner, region)
-    names = tuple((local, join(relative, attribute)) for local, attribute in adapted.names.items())
+    names = tuple((local, join(relative, attribute)) for local, attribute in in_slot.items())
     return (*names, ("training", join(relative, "training")))

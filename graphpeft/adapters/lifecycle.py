@@ -13,14 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import passes
+from graphpeft import own_state, passes, slots
 from graphpeft.adapters.acting import let_act, stand_in_readers
-from graphpeft.adapters.graphs import by_region, worn_in
+from graphpeft.adapters.graphs import by_region, without_any, worn_in
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
+from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import template_of, wear_template
 from graphpeft.transaction import delete_item, remember, set_attribute, set_item, transaction, undone_by
 
@@ -44,21 +45,44 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if _has(modules[path], attribute):
             where = path or "the model"
             raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
+    for path, stems in _stems(plan.sites).items():
+        attribute = slots.taken(modules[path], stems)
+        if attribute is not None:
+            where = path or "the model"
+            raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
     for (path, attribute), tensor in made.items():
         undone_by(adapters.owned.discard, path, attribute)
         adapters.owned.add(path, attribute)
         # not isinstance, which is slow for parameters
         is_parameter = type(tensor) is nn.Parameter
         set_item(modules[path]._parameters if is_parameter else modules[path]._buffers, attribute, tensor)
+    for path, names in _by_module(made).items():
+        own_state.add(modules[path], names)
     for adapted in plan.sites:
         for constant, value in adapted.constants.items():
             set_item(modules[adapted.site.owner].__dict__, adapted.names[constant], value)
     for region, template in plan.templates.items():
-        if template_of(modules[region]) is None and region not in adapters.lifted:
-            set_item(adapters.lifted, region, template)
+        if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared):
+            set_item(adapters.lifted, region, without_any(template))
     set_item(adapters.by_name, name, Adapter.of(plan))
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
+
+
+def _by_module(places: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Groups names of tensors by the path of their module."""
+    found: dict[str, list[str]] = {}
+    for path, attribute in places:
+        found.setdefault(path, []).append(attribute)
+    return found
+
+
+def _stems(sites: Iterable[AdaptedSite]) -> dict[str, set[str]]:
+    """Returns how the names begin of what adapters have, by the path of the module."""
+    found: dict[str, set[str]] = {}
+    for adapted in sites:
+        found.setdefault(adapted.site.owner, set()).update(adapted.stems.values())
+    return found
 
 
 def forget_mixing(adapters: Adapters) -> None:
@@ -150,7 +174,7 @@ def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> di
         What became of the graph of each region that has such adapters, by path.
     """
     regions = dict.fromkeys(
-        region for name in adapters.acting for region in by_region(adapters.by_name[name].sites, modules)
+        region for name in adapters.slots for region in by_region(adapters.by_name[name].sites, modules)
     )
     done = {region: passes.optimized(worn_in(adapters, region, modules), modules[region], names) for region in regions}
     for region, optimized in done.items():
@@ -182,6 +206,9 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in present:
             delete_item(present[path]._parameters, attribute)
             delete_item(present[path]._buffers, attribute)
+    for path, names in _by_module(adapter.tensor_names(name)).items():
+        if path in present:
+            own_state.discard(present[path], names)
     for adapted in adapter.sites:
         for constant in adapted.constants:
             if adapted.site.owner in present:

@@ -24,7 +24,7 @@ from torch import fx, nn
 from graphpeft import adapter_names, in_place, rewrite, stand_ins
 from graphpeft._torch import pytree
 from graphpeft.adapter_names import BASE
-from graphpeft.adapters.graphs import op_in, with_adapter, without
+from graphpeft.adapters.graphs import bare, names_of_others, op_in, with_adapter
 from graphpeft.adapters.present_rows import present, rows_if_any, rows_present
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
@@ -37,12 +37,21 @@ from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.parts import is_view
 from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite
-from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template, worn_template
+from graphpeft.tracing.graph_module import (
+    Graphs,
+    Template,
+    graph_forward,
+    template_of,
+    wear_template,
+)
 from graphpeft.transaction import transaction
 
 Runner = Callable[..., Any]
 """Runs a region on a mixed batch; its first argument is the module."""
 
+
+_MOST_MIXTURES = 64
+"""For how many sets of adapters it is remembered how regions run."""
 
 _Where = tuple[str, str, str]
 """The region of a site, its weight's module, and the weight's name there."""
@@ -161,8 +170,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if rows is not None and runner is not None and not rows.are_off:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
-    template = worn_template(module)
-    forward: Any = in_place.original_class(module).forward if template is None else template.forward
+    forward = graph_forward(module) or in_place.original_class(module).forward
     return forward(module, *args, **kwargs)
 
 
@@ -234,6 +242,8 @@ def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[st
         present = modules()
         with transaction(present[""]):
             known = adapters.mixing[key] = _made_runners(present, adapters, names)
+        if len(adapters.mixing) > _MOST_MIXTURES:
+            adapters.mixing.pop(next(iter(adapters.mixing)), None)
     return known.runners
 
 
@@ -297,12 +307,12 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
     regions = _regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
-        bare = _bare(adapters, region, modules)
-        at_once = _at_once(bare, modules[region], region, by_name, regions) if region not in reading else None
+        plain = bare(adapters, region, modules)
+        at_once = _at_once(plain, modules[region], region, by_name, regions) if region not in reading else None
         if isinstance(at_once, Template):
-            runners[id(modules[region])] = at_once.forward
+            runners[id(modules[region])] = at_once.forward_for(names_of_others(modules[region], adapters))
         else:
-            runners[id(modules[region])] = _in_turn(bare, modules[region], region, adapters, region in reading)
+            runners[id(modules[region])] = _in_turn(plain, modules[region], region, adapters, region in reading)
     for region in by_region:
         _let_ask(modules, adapters, region)
     return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
@@ -372,7 +382,7 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
     regions = _regions_of_weights(by_region)
     found: dict[str, Template] = {}
     for region, by_name in by_region.items():
-        at_once = _at_once(_bare(adapters, region, modules), modules[region], region, by_name, regions)
+        at_once = _at_once(bare(adapters, region, modules), modules[region], region, by_name, regions)
         if isinstance(at_once, str):
             raise AdaptError(f"rows of a batch run in turn in {region or 'the model'}: {at_once}")
         found[region] = at_once
@@ -381,20 +391,11 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
         _let_ask(modules, adapters, region)
 
 
-def _bare(adapters: Adapters, region: str, modules: Modules) -> Template:
-    """Returns the graph of a region without any adapter."""
-    template = template_of(modules[region]) or adapters.lifted[region]
-    for name in adapters.acting:
-        if any(adapted.site.region == region for adapted in adapters.by_name[name].sites):
-            template = without(template, name)
-    return template
-
-
 # all rows at once
 
 
 def _at_once(
-    bare: Template,
+    plain: Template,
     module: nn.Module,
     region: str,
     by_name: Mapping[str, list[AdaptedSite]],
@@ -405,9 +406,9 @@ def _at_once(
     if joined is None:
         rules = {type(adapted.rule).__name__ for sites in by_name.values() for adapted in sites}
         return f"{listed(sorted(rules))} has no by_row for what the adapters do there"
-    if _rearranges(bare, module, region, joined):
+    if _rearranges(plain, module, region, joined):
         return "an operation reads another view of a tensor, whose first dimension may not be the batch"
-    return _by_row(bare, module, region, joined, regions)
+    return _by_row(plain, module, region, joined, regions)
 
 
 def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:
@@ -420,9 +421,9 @@ def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[Adapte
     return None if any(rule is None for _, rule in found) else found
 
 
-def _rearranges(bare: Template, module: nn.Module, region: str, sites: list[tuple[AdaptedSite, Any]]) -> bool:
+def _rearranges(plain: Template, module: nn.Module, region: str, sites: list[tuple[AdaptedSite, Any]]) -> bool:
     """Tells whether an operation's input is another view of a tensor, whose first dimension may not be the batch."""
-    for index, graph in enumerate(bare.graphs):
+    for index, graph in enumerate(plain.graphs):
         named = {node.name: node for node in graph.nodes}
         for adapted, _ in sites:
             site: Any = adapted.site
@@ -454,7 +455,7 @@ def _regions_of_weights(by_region: Mapping[str, Mapping[str, list[AdaptedSite]]]
 
 
 def _by_row(
-    bare: Template,
+    plain: Template,
     module: nn.Module,
     region: str,
     sites: list[tuple[AdaptedSite, Any]],
@@ -485,7 +486,7 @@ def _by_row(
                     training = "training" if owner == _ITSELF else join(owner, "training")
                     rewrite.replace(graph, op, rule.by_row, values, {"training": training})
 
-    return bare.derive(("by row", edits), edit)
+    return plain.derive(("by row", edits), edit)
 
 
 def _values_by_row(
@@ -514,23 +515,26 @@ def _rows_of(x: torch.Tensor) -> RowAdapters:
 # one adapter after the other
 
 
-def _in_turn(bare: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
+def _in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
     """Returns a function that runs the graph of each adapter on its own rows.
 
     Args:
-        bare: The graph without any adapter.
+        plain: The graph without any of them.
         module: The module.
         region: Its path.
         adapters: The model's adapters.
         has_others: Whether the module has other tensors for some of them.
     """
+    others = names_of_others(module, adapters)
 
     def forward_with(name: str) -> Callable[..., Any]:
         content = adapters.by_name.get(name)
         sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
         if content is None or not sites:
-            return bare.forward
-        return with_adapter(bare, module, name, content, region, sites).forward
+            return plain.forward_for(others)
+        slot = next(slot for slot in itertools.count() if slot not in plain.slots)
+        template = with_adapter(plain, module, slot, content.config.method, region, sites)
+        return template.forward_for({**others, slot: name})
 
     forward_with = functools.cache(forward_with)
 

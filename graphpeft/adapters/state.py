@@ -138,7 +138,8 @@ class Adapters:
     Attributes:
         by_name: The adapters.
         active: The names of those that act unless they are disabled, in the order in which they were activated.
-        acting: The names of those whose nodes are in the graphs: the active ones that aren't merged, or none.
+        slots: The slots of those whose nodes are in the graphs, in their order: of the active ones that aren't merged,
+            or of none.
         read: The names of those whose stand-ins are read: the active ones, or none.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
@@ -159,7 +160,7 @@ class Adapters:
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
-    acting: list[str] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     originals: Tensors = field(default_factory=dict)
@@ -171,6 +172,11 @@ class Adapters:
     pauses: frozenset[object] = frozenset()
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
+
+    @property
+    def acting(self) -> list[str]:
+        """The names of those whose nodes are in the graphs."""
+        return list(self.slots)
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 
 from graphpeft import checkpoint
 from graphpeft._torch import printed_target
-from graphpeft.adapters.graphs import templates_with, worn_in
+from graphpeft.adapters.graphs import slots_for, templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
 from graphpeft.ops.reading import applied_if
@@ -218,26 +218,27 @@ def computations_of(model: Any, name: str) -> dict[str, str]:
     """
     adapters: Adapters = model._peft_adapters
     adapter, modules = adapters.by_name[name], dict(model.named_modules())
-    templates = templates_with(adapters, [name], modules)
+    seats = slots_for(adapters, [name], modules)
+    templates = templates_with(adapters, seats, modules)
     found = {}
     for region, sites in _regions(adapter, modules).items():
         template = templates.get(region) or worn_in(adapters, region, modules)
         places = {
             join(within(adapted.site.owner, region), attribute): f"{adapted.site.label} {local}"
             for adapted in sites
-            for local, attribute in adapted.names.items()
+            for local, attribute in adapted.in_slot(seats[name]).items()
         }
-        found[region] = _computed(template, name, places)
+        found[region] = _computed(template, seats[name], places)
     return found | {path: f"{found.get(path, '')}{list(rows.indices)}" for path, rows in adapter.rows.items()}
 
 
-def _computed(template: Template, name: str, places: Mapping[str, str]) -> str:
+def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
     """Returns a digest of an adapter's nodes in evaluation, as far as a value of the model is made of them."""
     graphs = template.copied_graphs()
     _with_tensors(graphs)
     known: dict[fx.Node, str] = {}
     for node in graphs[0].nodes:
-        if TAG in node.meta and node.meta[TAG].adapter == name:
+        if TAG in node.meta and node.meta[TAG].slot == slot:
             target = places.get(str(node.target)) or printed_target(node)
             arguments = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = _digest(f"{node.op} {target} {arguments}")
@@ -266,7 +267,7 @@ def let_numbers_be_tensors(model: Any, name: str) -> None:
     for region in _regions(model._peft_adapters.by_name[name], modules):
         template = template_of(modules[region])
         if template is not None:
-            wear_template(modules[region], template.derive(("numbers are tensors", name), _with_tensors))
+            wear_template(modules[region], template.derive(("numbers are tensors",), _with_tensors))
 
 
 def _with_tensors(graphs: Graphs) -> None:
@@ -292,16 +293,17 @@ def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[st
     for region, sites in _regions(adapter, modules).items():
         template = template_of(modules[region])
         if template is not None:
-            read |= {place for adapted in sites for place in _numbers_read(template, adapted, region)}
+            slot = model._peft_adapters.slots[name]
+            read |= {place for adapted in sites for place in _numbers_read(template, adapted, region, slot)}
     return [key for key, given in inputs.items() if given.is_number and read.isdisjoint(given.places)]
 
 
-def _numbers_read(template: Template, adapted: AdaptedSite, region: str) -> Iterator[Place]:
+def _numbers_read(template: Template, adapted: AdaptedSite, region: str, slot: int) -> Iterator[Place]:
     paths = {node.target for graph in template.graphs for node in graph.nodes if node.op == "get_attr" and node.users}
+    in_slot = adapted.in_slot(slot)
     for constant in adapted.constants:
-        attribute = adapted.names[constant]
-        if join(within(adapted.site.owner, region), attribute) in paths:
-            yield adapted.site.owner, attribute
+        if join(within(adapted.site.owner, region), in_slot[constant]) in paths:
+            yield adapted.site.owner, adapted.names[constant]
 
 
 def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]:

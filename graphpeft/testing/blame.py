@@ -161,11 +161,11 @@ def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:
 
 def _lines(adapted: AdaptedSite, region: nn.Module) -> list[str]:
     template = template_of(region)
-    if template is None:
+    if template is None or not template.slots:
         return ["its nodes aren't there: the adapter isn't active"]
     index = template.index(region)
     operations = set(adapted.site.nodes[index])
-    own = set(adapted.names.values())
+    own = {name for slot in template.slots for name in adapted.in_slot(slot).values()}
     source = template.codes[index].src.splitlines()
     tags = [node.meta[TAG] for node in template.graphs[index].nodes if TAG in node.meta]
     operations |= {tag.over for tag in tags if tag.site in operations and tag.over is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, cast
@@ -18,9 +19,11 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.node import map_arg
 
-from graphpeft import in_place
-from graphpeft._torch import OpOverload, empty_graph_like, forward_from_source, lines_of_nodes
+from graphpeft import in_place, slots
+from graphpeft._torch import OpOverload, empty_graph_like, lines_of_nodes
+from graphpeft.tags import TAG
 from graphpeft.tracing.autocast import closing_regions
+from graphpeft.tracing.compiling import compiled
 
 VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
@@ -29,8 +32,11 @@ VALUE = "val"
 OWN_FORWARD = "_graphpeft_own_forward"
 """The attribute of a module with a graph by which the graph can call the forward of the module's own class."""
 
-_MOST_REMEMBERED = 1024
-"""How many derived templates one template keeps."""
+_MOST_NODES = 20_000
+"""How many nodes the graphs of templates have that are kept because they were used lately."""
+
+_MOST_NAMES = 64
+"""For how many sets of adapters a template keeps its layer."""
 
 Graphs = tuple[fx.Graph, ...]
 """The graph of a forward, or that of evaluation and that of training, where they differ."""
@@ -45,6 +51,9 @@ class Template:
         shared: Whether many modules may wear the template.
         plain: The template whose graphs these are after passes that change how they compute; the template itself if
             there were none.
+
+    Attributes:
+        slots: The slots of which adapters have nodes in the graphs.
     """
 
     def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
@@ -54,15 +63,40 @@ class Template:
         self.plain = self if plain is None else plain
         self.facts: dict[Hashable, Any] = {}
         self.meta: dict[str, Any] = {}
-        self._derived: dict[Hashable, Template] = {}
+        self.slots = frozenset(node.meta[TAG].slot for graph in graphs for node in graph.nodes if TAG in node.meta)
+        self._back: tuple[Hashable, Template] | None = None
+        self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
+        self._forwards = [compiled(self, code.src, code.globals) for code in self.codes]
+        self._layer_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._layer_with)
+
+    def layer_for(self, names: Mapping[int, str]) -> in_place.Layer:
+        """Returns what a module wears, given the adapters in the slots; slots without nodes here don't matter."""
+        return self._layer_for(tuple((slot, names[slot]) for slot in sorted(self.slots) if slot in names))
+
+    def _layer_with(self, names: slots.Names) -> in_place.Layer:
+        forward = self._forward_with(names)
+        # a layer further out may have a forward of its own, which asks for this one
+        namespace = {
+            "_graphpeft_template": self,
+            "_graphpeft_slots": dict(names),
+            "_graphpeft_forward": forward,
+            "forward": forward,
+        }
+        recipe = (_layer_of, (self, names))
+        return in_place.Layer(
+            "graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer_for(dict(names))
+        )
+
+    def forward_for(self, names: Mapping[int, str]) -> Callable[..., Any]:
+        """Returns the forward, a function of the module, given the adapters in the slots."""
+        return self.layer_for(names).namespace["_graphpeft_forward"]
+
+    def _forward_with(self, names: slots.Names) -> Callable[..., Any]:
         forwards = [
-            closing_regions(graph, forward_from_source(code.src, code.globals))
-            for graph, code in zip(graphs, self.codes, strict=True)
+            closing_regions(graph, slots.named(forward, names))
+            for graph, forward in zip(self.graphs, self._forwards, strict=True)
         ]
-        self.forward: Callable[..., Any] = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
-        namespace = {"_graphpeft_template": self, "forward": self.forward}
-        recipe = (_layer_of, (self,))
-        self.layer = in_place.Layer("graph", (GraphForward,), namespace, recipe, lambda: self.for_copy().layer)
+        return forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
 
     @functools.cached_property
     def calls_own_forward(self) -> bool:
@@ -87,17 +121,21 @@ class Template:
         """Returns the template for a module that is to have graphs of its own."""
         return Template(self.copied_graphs(), False, None if self.plain is self else self.plain)
 
-    def derive(self, key: Hashable, edit: Callable[[Graphs], None]) -> Template:
-        """Returns the template of these graphs after `edit`, from the cache when `key` was asked for before.
+    def derive(self, key: Hashable, edit: Callable[[Graphs], None], back: Hashable | None = None) -> Template:
+        """Returns the template of these graphs after `edit`, from the cache if it is there from a time before.
 
         Args:
             key: What tells the edit from every other edit of these graphs.
             edit: Edits copies of the graphs in place.
+            back: The key of the edit that takes this one back.
         """
+        if self._back is not None and self._back[0] == key:
+            return self._back[1]
         derived = self._derived.get(key)
         if derived is None:
-            derived = Template(self._edited(edit), self.shared)
-            self.remember(key, derived)
+            derived = self._derived[key] = Template(self._edited(edit), self.shared)
+            derived._back = None if back is None else (back, self)
+        _LAST_USED.keep(derived)
         return derived
 
     def optimized(self, key: Hashable, edit: Callable[[Graphs], None], meta: Mapping[str, Any]) -> Template:
@@ -112,9 +150,9 @@ class Template:
         """
         known = self._derived.get(key)
         if known is None:
-            known = Template(self._edited(edit), self.shared, plain=self)
+            known = self._derived[key] = Template(self._edited(edit), self.shared, plain=self)
             known.meta.update(meta)
-            self.remember(key, known)
+        _LAST_USED.keep(known)
         return known
 
     def _edited(self, edit: Callable[[Graphs], None]) -> Graphs:
@@ -123,12 +161,6 @@ class Template:
         for graph in graphs:
             graph.lint()
         return graphs
-
-    def remember(self, key: Hashable, template: Template) -> None:
-        """Notes that the edit `key` of these graphs gives `template`, such as the way back from a derived one."""
-        if len(self._derived) >= _MOST_REMEMBERED:
-            self._derived.clear()  # of a model that goes through thousands of adapters
-        self._derived.setdefault(key, template)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self
@@ -140,6 +172,31 @@ class Template:
                 # example values are fake tensors, which can't be pickled
                 node.meta.pop(VALUE, None)
         return _unpickled, (graphs, self.shared, None if self.plain is self else self.plain)
+
+
+class _LastUsed:
+    """Keeps the derived templates that were used last, for the next change of adapters.
+
+    What modules wear lives by itself, and with it all from which it was derived.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[Template, int] = {}
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def keep(self, template: Template) -> None:
+        with self._lock:
+            size = self._sizes.pop(template, None)
+            if size is None:
+                size = sum(len(graph.nodes) for graph in template.graphs)
+                self._total += size
+            self._sizes[template] = size
+            while self._total > _MOST_NODES and len(self._sizes) > 1:
+                self._total -= self._sizes.pop(next(iter(self._sizes)))
+
+
+_LAST_USED = _LastUsed()
 
 
 def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,8 +231,8 @@ def _unpickled(graphs: Graphs, shared: bool, plain: Template | None) -> Template
     return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
 
 
-def _layer_of(template: Template) -> in_place.Layer:
-    return template.layer
+def _layer_of(template: Template, names: slots.Names) -> in_place.Layer:
+    return template.layer_for(dict(names))
 
 
 class _Meta:
@@ -189,6 +246,7 @@ class GraphForward(fx.GraphModule):
     """The interface of ``fx.GraphModule`` on a module that was not built as one."""
 
     _graphpeft_template: ClassVar[Template]
+    _graphpeft_slots: ClassVar[Mapping[int, str]]
 
     # GraphModule's own methods, and torch.compile, read these attributes
 
@@ -198,7 +256,9 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _code(self) -> str:
-        return self._graphpeft_template.codes[self._graphpeft_template.index(self)].src
+        # a person who reads it wants to know whose the nodes are
+        whose = [f"# slot{slot} is that of the adapter {name!r}\n" for slot, name in self._graphpeft_slots.items()]
+        return "".join(whose) + self._graphpeft_template.codes[self._graphpeft_template.index(self)].src
 
     meta = cast(Any, _Meta())
 
@@ -217,6 +277,9 @@ class GraphForward(fx.GraphModule):
         Those of an optimized model can be read, not edited.
         """
         if self._graphpeft_template.shared:
+            if torch.compiler.is_compiling():
+                # a compiler looks there for notes of its own, and edits nothing
+                return self._graphpeft_template.graphs
             wear_template(self, self._graphpeft_template.for_edit())
         for graph in self._graphpeft_template.graphs:
             # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls; it is
@@ -265,9 +328,29 @@ class GraphForward(fx.GraphModule):
             )
 
 
-def wear_template(module: nn.Module, template: Template) -> None:
-    """Makes `module`'s forward the one of `template`."""
-    in_place.put_on(module, template.layer)
+def wear_template(module: nn.Module, template: Template, names: Mapping[int, str] | None = None) -> None:
+    """Makes `module`'s forward the one of `template`.
+
+    Args:
+        module: The module.
+        template: The template.
+        names: The adapters in the slots; None for those that the module has already.
+    """
+    in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
+
+
+def names_in_slots(module: nn.Module) -> Mapping[int, str]:
+    """Returns the names of the adapters that have nodes in a module's graph, by their slots.
+
+    Args:
+        module: A module of an adapted model; one without a graph has none.
+    """
+    return getattr(type(module), "_graphpeft_slots", {})
+
+
+def graph_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Returns the forward of the template that `module` wears, a function of it, or None."""
+    return getattr(type(module), "_graphpeft_forward", None)
 
 
 def worn_template(module: nn.Module) -> Template | None:

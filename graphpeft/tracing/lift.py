@@ -57,6 +57,9 @@ class Lifted(NamedTuple):
 
 
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
+_MOST_LIFTED = 64
+"""How many graphs are remembered for a class, those that were used last."""
+
 _MACHINERY = frozenset(dir(nn.Module()))
 """What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
 
@@ -88,16 +91,17 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     if isinstance(module, fx.GraphModule):
         return Template((copy_graph(module.graph),), shared=False)
     refuse_what_a_graph_cannot_replace(module)
-    known = _LIFTED.setdefault(in_place.original_class(module), [])
-    for lifted in known:
-        if lifted.holds_for(module):
-            return lifted.template
-    with ONE_TRACE_AT_A_TIME, in_place.without(module, "tensors"):
-        template, facts = _record(module, example_inputs)
-    if facts is not None:
-        forward = type(module).forward
-        known.append(Lifted(forward, _globals_of(type(module)), facts, template))
-    return template
+    cls = in_place.original_class(module)
+    known = _LIFTED.get(cls, [])
+    found = next((lifted for lifted in known if lifted.holds_for(module)), None)
+    if found is None:
+        with ONE_TRACE_AT_A_TIME, in_place.without(module, "tensors"):
+            template, facts = _record(module, example_inputs)
+        if facts is None:
+            return template
+        found = Lifted(type(module).forward, _globals_of(type(module)), facts, template)
+    _LIFTED[cls] = [found, *(lifted for lifted in known if lifted is not found)][:_MOST_LIFTED]
+    return found.template
 
 
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:

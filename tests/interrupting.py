@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,11 +53,17 @@ def failing_at_line(number: int, error: BaseException, then: int = 0) -> Iterato
         yield
 
 
+@functools.cache
+def _file_of(code: types.CodeType) -> str:
+    # cached, since there are parts of the library that mind the time
+    return os.path.relpath(code.co_filename, _LIBRARY)
+
+
 @contextlib.contextmanager
 def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
     def trace(frame: Any, event: str, _: Any) -> Any:
         if event == "line":
-            see((os.path.relpath(frame.f_code.co_filename, _LIBRARY), frame.f_lineno))
+            see((_file_of(frame.f_code), frame.f_lineno))
         return trace
 
     def enter(frame: Any, *_: Any) -> Any:

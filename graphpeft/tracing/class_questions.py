@@ -23,7 +23,7 @@ def question_in(module: nn.Module) -> str | None:
 
 
 def _question_of_function(function: Callable[..., Any]) -> str | None:
-    return next(filter(None, map(_question, functions_called(function))), None)
+    return next(filter(None, map(_question, functions_called([function]))), None)
 
 
 @functools.cache

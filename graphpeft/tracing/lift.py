@@ -26,7 +26,7 @@ from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.patches import plain_or_proxy
-from graphpeft.tracing.source import functions_in_forward
+from graphpeft.tracing.source import calls_forward, functions_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
@@ -107,6 +107,9 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
             "adapt the model before hooks replace its forwards"
         )
+    call = in_place.original_class(module).__call__
+    if call is not nn.Module.__call__ and not calls_forward(call):
+        raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
     held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
     if not all(map(_INTERFACE.isdisjoint, held)):
         taken = sorted(_INTERFACE.intersection(name for names in held for name in names))

@@ -87,7 +87,9 @@ def _methods_run(cls: type) -> dict[FunctionType, None]:
 def _entries(cls: type) -> list[str]:
     """Returns the names of the methods by which a module is called."""
     own_call = getattr(cls, "__call__", None)  # noqa: B004
-    return ["forward", *(["__call__"] if own_call is not nn.Module.__call__ else [])]
+    if own_call is nn.Module.__call__:
+        return ["forward"]
+    return ["__call__", "forward"] if calls_forward(own_call) else ["__call__"]
 
 
 def calls_forward(call: Any) -> bool:

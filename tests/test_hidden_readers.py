@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphpeft import AdaptError, LoraConfig, get_peft_model
+from graphpeft import AdaptError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -83,3 +83,34 @@ def test_a_weight_of_which_this_cannot_be_known_is_refused(name: str, load: Load
     model = _models(load, name, tmp_path)
     with pytest.raises(AdaptError, match=f"{name}.forward may read its weight without calling it"):
         get_peft_model(model, CONFIG)
+
+
+def _asking(text: str) -> nn.Module:
+    namespace: dict[str, Any] = {"nn": nn, "torch": torch}
+    exec(f"class Asking(nn.Module):\n    def forward(self, x):\n        {text}", namespace)
+    return namespace["Asking"]()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "return x + 1 if type(x) is torch.Tensor else x - 1",
+        "return x + 1 if x.__class__ is torch.Tensor else x - 1",
+        "return (lambda y: x + 1 if type(y) is torch.Tensor else x - 1)(x)",
+    ],
+)
+def test_a_question_for_a_class_is_seen_without_source(text: str):
+    with pytest.raises(TraceError, match="asks for the class of a value"):
+        trace(_asking(text), (X,))
+
+
+def test_a_question_for_the_class_of_a_module_is_none_without_source():
+    model = _asking("return x if type(self).__name__ == 'Asking' else -x")
+    assert torch.equal(trace(model, (X,))(X), X)
+
+
+def test_flags_are_compared_by_identity_without_source():
+    model = _asking("return x if self.training is True else -x")
+    traced = trace(model, (X,))
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(X), model.train(mode)(X))

@@ -90,11 +90,16 @@ def may_read(modules: Mapping[str, nn.Module]) -> dict[str, MayRead]:
             continue
         uses = uses_in_forward(in_place.original_class(module))
         names = uses.read_elsewhere | ({ANY} if holds_parameters(module) else set())
-        names |= read_by(functions_called(functions_held(module)))
+        names |= _read_by_held(module)
         handed_on = {read for read in uses.read if join(path, read) in modules}
         if names or handed_on:
             found[path] = MayRead(names, handed_on)
     return found
+
+
+def _read_by_held(module: nn.Module) -> set[str]:
+    """Returns the names of attributes that the functions read, from whatever they are given, which a module holds."""
+    return set().union(*map(read_by, functions_called(functions_held(module)))) - {ANY}
 
 
 def holds_parameters(module: nn.Module) -> bool:
@@ -177,7 +182,7 @@ def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], 
     if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
         return True
     uses = uses_in_forward(in_place.original_class(module))
-    elsewhere = uses.read_elsewhere | read_by(functions_called(functions_held(module)))
+    elsewhere = uses.read_elsewhere | _read_by_held(module)
     if not elsewhere.isdisjoint((attribute, ANY)):
         return True
     return any(path.startswith(f"{name}.") and path.endswith(f".{attribute}") for path in uses.read)

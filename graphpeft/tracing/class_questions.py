@@ -6,7 +6,9 @@ import ast
 import dis
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -43,13 +45,31 @@ def question_of_class(cls: type) -> str | None:
 
 def _question(function: Callable[..., Any]) -> str | None:
     code = function.__code__
-    may_ask = not _ASKS.isdisjoint(names_in(code).read) or any(opcode in code.co_code for opcode in _MATCHES)
-    tree = syntax_tree(function) if may_ask else None  # which takes its time
-    return next(_questions(tree), None) if tree is not None else None
+    may_match = any(opcode in code.co_code for opcode in _MATCHES)
+    if not may_match and _ASKS.isdisjoint(names_in(code).read):
+        return None
+    own = code.co_varnames[0] if code.co_argcount else None
+    tree = syntax_tree(function)  # which takes its time
+    return next(_questions(tree) if tree is not None else _questions_in_bytecode(code, own, may_match), None)
 
 
 _ASKS = {"type", "__class__"}
 _MATCHES = [bytes([dis.opmap[name]]) for name in ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")]
+
+
+def _questions_in_bytecode(code: CodeType, own: str | None, may_match: bool) -> Iterator[str]:
+    """Yields what code without source asks: of all but the first argument, `own`, it may be the class of a value."""
+    if may_match:
+        yield "match"
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
+    for before, after in itertools.pairwise(instructions):
+        if before.opname == "LOAD_GLOBAL" and before.argval == "type" and after.argval != own:
+            yield "type(…)"
+        if after.argval == "__class__" and after.opname == "LOAD_ATTR" and before.argval != own:
+            yield "….__class__"
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _questions_in_bytecode(inner, own if own in inner.co_freevars else None, may_match=False)
 
 
 def _questions(tree: ast.AST) -> Iterator[str]:

@@ -12,7 +12,8 @@ import contextlib
 import dis
 import functools
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Set
+import textwrap
+from collections.abc import Iterable, Iterator, Set
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -41,46 +42,37 @@ def uses_in_forward(cls: type) -> Uses:
     """Returns what `cls`'s forward uses: by its source, or by its bytecode where it has none."""
     uses = Uses(set(), set(), set())
     methods = _methods_run(cls)
+    # what others wrap around forwards looks at attributes of all kinds, and reads no weights
+    own = {base.__module__ for base in cls.__mro__}
     for method in methods:
         for path, is_call in paths_in(method, has_self=True):
-            if path.startswith("*."):
-                uses.read_elsewhere.add(path[2:])
-            else:
+            if not path.startswith("*."):
                 (uses.called if is_call else uses.read).add(path)
-    helpers = [function for function in functions_in_forward(cls) if function not in methods]
-    uses.read_elsewhere.update(read_by(helpers, [method.__globals__ for method in methods]))
+            elif path[2:] != ANY or method.__globals__.get("__name__") in own:
+                uses.read_elsewhere.add(path[2:])
+    for function in functions_in_forward(cls):
+        if function not in methods:
+            may_be_any = function.__globals__.get("__name__") == cls.__module__
+            uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     return uses
 
 
-def read_by(functions: Iterable[FunctionType], own: Collection[dict[str, Any]] = ()) -> set[str]:
-    """Returns the names of attributes that functions read from whatever they are given.
-
-    Args:
-        functions: The functions.
-        own: The globals of the Python modules whose functions may be given a module, and read whichever attribute.
-    """
-    found = set()
-    for function in functions:
-        is_own = any(function.__globals__ is namespace for namespace in own)
-        paths = paths_in(function, has_self=False) if is_own else paths_in_bytecode(function.__code__, None)
-        names = {path.removeprefix("*.") for path, _ in paths}
-        found |= names if is_own else names - {ANY}
-    return found
+def read_by(function: FunctionType) -> set[str]:
+    """Returns the names of attributes that a function reads from whatever it is given; `ANY` if it may be any."""
+    return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
 
 def _methods_run(cls: type) -> dict[FunctionType, None]:
     """Returns a forward with the methods that it calls on ``self``, those of base classes and properties among them."""
-    waiting = [(entry, frozenset[str]()) for entry in _entries(cls)]
-    seen, found = set(waiting), dict[FunctionType, None]()
+    waiting, seen = list(_entries(cls)), set(_entries(cls))
+    found: dict[FunctionType, None] = {}
     while waiting:
-        for method in _methods_named(cls, *waiting.pop()):
-            if method in found or method.__module__ == nn.Module.__module__:
-                continue
-            found[method] = None
-            around = names_in(method.__code__).read & _of_bases(cls)
-            paths = {(path.removeprefix("*."), around) for path, _ in paths_in(method, has_self=True) if around or path[0] != "*"}
-            waiting += paths - seen
-            seen |= paths
+        for method in _methods_named(cls, waiting.pop()):
+            if method not in found and method.__module__ != nn.Module.__module__:
+                found[method] = None
+                paths = {path for path, _ in paths_in(method, has_self=True)}
+                waiting += paths - seen
+                seen |= paths
     return found
 
 
@@ -109,14 +101,19 @@ def _members(cls: type, name: str, around: Set[str]) -> list[Any]:
     return found[:1] if around.isdisjoint(_of_bases(cls)) else found
 
 
-def _methods_named(cls: type, name: str, around: Set[str]) -> Iterator[FunctionType]:
-    """Yields the functions that run with ``self`` if the code `around` it reads `name` from an instance of `cls`."""
-    for member in _members(cls, name, around):
-        if isinstance(member, staticmethod | classmethod):
-            continue  # whose first argument is no instance
-        for function in _functions_behind(member):
+def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
+    """Yields the functions that run with ``self`` if `name` is read from an instance of `cls`: those of bases, too."""
+    around = frozenset[str]()
+    for base in cls.__mro__:
+        member = vars(base).get(name)
+        # the first argument of others is no instance
+        functions = () if isinstance(member, staticmethod | classmethod) else tuple(_functions_behind(member))
+        for function in functions:
             yield function
             yield from (inner for inner in _closed_over(function) if inner.__name__ == name)  # it is decorated
+        around = frozenset().union(*(names_in(function.__code__).read for function in functions))
+        if name in vars(base) and (name not in around or around.isdisjoint(_of_bases(cls))):
+            return
 
 
 def _functions_behind(member: Any) -> Iterator[FunctionType]:
@@ -173,7 +170,7 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> tuple[Functio
     return tuple(found)
 
 
-def _is_of_torch(function: Callable[..., Any]) -> bool:
+def _is_of_torch(function: FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] == "torch"  # generated code is of no Python module
 
 

@@ -12,9 +12,10 @@ import contextlib
 import dis
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Set
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -159,19 +160,24 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> tuple[Functio
     found: dict[FunctionType, None] = {}
     while waiting:
         for function in _functions_behind(waiting.pop()):
-            if function in found or _is_of_torch(function):
+            if function in found or _is_the_end(function):
                 continue
             found[function] = None
             names = names_in(function.__code__).read
             waiting += _closed_over(function)
             for name in names:
                 waiting += _members(cls, name, names)
-                waiting.append(function.__globals__.get(name))
+                named = function.__globals__.get(name)
+                waiting += [vars(named).get(inner) for inner in names] if isinstance(named, ModuleType) else [named]
     return tuple(found)
 
 
-def _is_of_torch(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] == "torch"  # generated code is of no Python module
+def _is_the_end(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code is of no Python module
+
+
+_ENDS = sys.stdlib_module_names | {"numpy", "torch"}
+"""Whose functions read nothing of a model but what they are there for."""
 
 
 class Names(NamedTuple):

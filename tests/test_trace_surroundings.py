@@ -1,4 +1,4 @@
-"""A trace leaves what is around it as it was: Python modules that are imported meanwhile, forks, caches of functions."""
+"""A trace leaves what is around it as it was: Python modules that are imported meanwhile, forks, and caches."""
 
 from __future__ import annotations
 
@@ -313,6 +313,6 @@ def test_a_graph_is_looked_at_before_it_is_returned():
     with pytest.raises(TraceError, match="the SimpleNamespace table holds a value of a trace"):
         lint(torch.fx.Graph(), {"table": types.SimpleNamespace(of=[{"sizes": proxy}])})
     held = torch.fx.Graph()
-    held.call_function(functools.partial(torch.add, proxy))
+    held.create_node("call_function", functools.partial(torch.add, proxy), name="held")
     with pytest.raises(TraceError, match="is given a value of a trace inside an object"):
         lint(held, {})

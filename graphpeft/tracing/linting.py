@@ -16,8 +16,8 @@ from graphpeft._torch import pytree
 from graphpeft.tracing.errors import TraceError
 
 _WAY_OUT = (
-    "the model's code has kept it where a trace doesn't look, such as in a cache of its own; let that code compute it in "
-    "each call"
+    "the model's code has kept it where a trace doesn't look, such as in a cache of its own; let that code compute it "
+    "in each call"
 )
 
 

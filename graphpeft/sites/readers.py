@@ -13,6 +13,7 @@ from torch import nn
 from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing.attribute_paths import ANY
+from graphpeft.tracing.contents import parts_of
 from graphpeft.tracing.graph_module import runs_graph
 from graphpeft.tracing.reach import functions_held, opened
 from graphpeft.tracing.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
@@ -107,8 +108,8 @@ def holds_parameters(module: nn.Module) -> bool:
     waiting = [value for name, value in module.__dict__.items() if name not in _TABLES]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | tuple):
-            waiting += value.values() if isinstance(value, dict) else value
+        if issubclass(type(value), dict | list | tuple):
+            waiting += parts_of(value)
         elif isinstance(value, nn.Parameter) or (inspect.isfunction(value) and value.__closure__):
             return True
     return False

@@ -62,13 +62,17 @@ class SiteFinder:
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
 
     Attributes:
+        modules: The modules in which there may be sites, by path.
+        scripted: Why there can't be any in the others, by path: those of ``torch.jit``.
         templates: The graphs of the regions that were looked into, by path.
     """
 
     def __init__(
         self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None = None
     ) -> None:
-        self.modules = dict(model.named_modules())
+        modules = dict(model.named_modules())
+        self.scripted = _scripted(modules)
+        self.modules = {path: module for path, module in modules.items() if path not in self.scripted}
         self.known = known
         self.example_inputs = example_inputs
         self.templates: dict[str, Template] = {}
@@ -531,6 +535,21 @@ class SiteFinder:
             if self.example_inputs is None or is_of_pytorch:
                 raise
             return lift(module, example_runs.inputs_of(self.modules[""], module, self.example_inputs))
+
+
+def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the paths of scripted modules, and of those inside of such, with the reason why they can't be adapted."""
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        around = path.rpartition(".")[0]
+        if path and around in found:
+            found[path] = found[around]
+        elif isinstance(module, torch.jit.ScriptModule):
+            found[path] = (
+                f"{path or 'the model'} is a ScriptModule, which can't be changed any more; put the module that it was "
+                "made from in its place, and adapt that"
+            )
+    return found
 
 
 def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:

@@ -158,7 +158,8 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
     check in the graph that it is so in each run.
     """
     reads: set[str] = set()
-    classes = {module: type(module) for module in root.modules()}
+    # a scripted module loses its forward with its class, and none of its attributes is read in Python
+    classes = {module: type(module) for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
     paths = {module: path for path, module in root.named_modules()}
 
     def noting(cls: Any) -> Callable[[nn.Module, str], Any]:

@@ -44,6 +44,7 @@ from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
 from graphpeft.tracing.reach import Reach
+from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ class Recording(NamedTuple):
     Attributes:
         before: What all that the forward can reach was before it, and is put back to.
         set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
+        outside: What code runs under that is no part of the trace: as it would without one.
     """
 
     before: Snapshot
     set_aside: Callable[[], AbstractContextManager[None]]
+    outside: Callable[[], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
@@ -123,6 +126,8 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         exchanges.attribute(torch.autograd.Function, "apply", classmethod(apply))
         exchanges.attribute(torch.set_grad_enabled, "__init__", _decided_grad_mode(tracer))
         stack.enter_context(checkpoints_bound_by(_refused_recomputation(tracer)))
+        _record_scripted(tracer, exchanges)
+        _inline_compiled(exchanges)
         set_aside = functools.partial(_set_aside, calls, ask)
 
         @contextlib.contextmanager
@@ -136,7 +141,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
                 yield
 
         stack.enter_context(imports_run(outside, lambda: tracer.is_of_this_thread))
-        yield Recording(before, set_aside)
+        yield Recording(before, set_aside, outside)
 
 
 @contextlib.contextmanager
@@ -404,3 +409,23 @@ def _record_autocast(tracer: ValueTracer, exchanges: Exchanges) -> None:
 
     exchanges.attribute(torch.autocast, "__enter__", record_enter)
     exchanges.attribute(torch.autocast, "__exit__", record_leave)
+
+
+def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
+    """Records a function of ``torch.jit.script`` as one call: its code is PyTorch's own, which takes no proxies."""
+    call = torch.jit.ScriptFunction.__call__
+
+    def record(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
+            return call(function, *args, **kwargs)
+        return tracer.create_proxy("call_function", Scripted(function), args, kwargs)
+
+    exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
+
+
+def _inline_compiled(exchanges: Exchanges) -> None:
+    """Lets modules and functions of ``torch.compile`` run the code that was compiled, which is what a graph is of."""
+    options = sys.modules.get("torch._dynamo.config")  # there is nothing compiled before it is imported
+    if hasattr(options, "error_on_nested_fx_trace"):
+        exchanges.attribute(options, "error_on_nested_fx_trace", False)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphpeft import in_place
@@ -153,7 +154,9 @@ def plain_attribute(module: nn.Module, name: str, default: Any) -> Any:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tells whether `module` is a layer of ``torch.nn``: code that is best kept as one call."""
+    """Tells whether `module` is a layer of ``torch.nn``, or scripted: code that is best, or only, kept as one call."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
         return False
     if module._forward_hooks or module._forward_pre_hooks:

@@ -7,58 +7,17 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 import torch.fx as fx
-from torch import nn
-
-from graphpeft import in_place
-from graphpeft.tracing.exchanges import Exchanges
-from graphpeft.tracing.reach import functions_held
-from graphpeft.tracing.source import functions_called, functions_in_forward, names_in
 
 _CACHED = functools._lru_cache_wrapper
 
 
-def exchange_caches(root: nn.Module, exchanges: Exchanges) -> None:
-    """Puts the functions in the place of those with a cache, wherever the code of `root` finds them by name."""
-    classes = {in_place.original_class(module) for module in root.modules()}
-    functions = {function for cls in classes for function in functions_in_forward(cls)}
-    functions.update(functions_called(held for module in root.modules() for held in functions_held(module)))
-    for holder in {holder for cls in classes for base in cls.__mro__ for holder in _holders(base)}:
-        for name, value in list(vars(holder).items()):
-            if isinstance(value, _CACHED):
-                exchanges.attribute(holder, name, value.__wrapped__)
-            elif isinstance(value, FunctionType):
-                functions.add(value)
-    for function in functions:
-        _exchange_around(function, exchanges)
-
-
-def _holders(cls: type) -> tuple[Any, ...]:
-    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
-    module = sys.modules.get(cls.__module__)
-    return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
-
-
-def _exchange_around(function: FunctionType, exchanges: Exchanges) -> None:
-    """Does so for what a function finds in its Python module, in those that it names, and in variables around it."""
-    for cell in function.__closure__ or ():
-        try:
-            cached = cell.cell_contents
-        except ValueError:
-            continue  # an empty cell
-        if isinstance(cached, _CACHED):
-            exchanges.cell(cell, cached.__wrapped__)
-    names = names_in(function.__code__).read
-    modules = [vars(value) for name in names if isinstance(value := function.__globals__.get(name), type(sys))]
-    for namespace in (function.__globals__, *modules):
-        for name in names & namespace.keys():
-            if isinstance(namespace[name], _CACHED):
-                exchanges.item(namespace, name, namespace[name].__wrapped__)
+def uncached(value: Any) -> Any:
+    """Returns the function that a value is with a cache, or the value itself."""
+    return value.__wrapped__ if type(value) is _CACHED else value
 
 
 def forget_traced_values() -> None:

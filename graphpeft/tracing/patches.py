@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +35,8 @@ from graphpeft._torch import (
 from graphpeft.recomputing import checkpoints_bound_by
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
-from graphpeft.tracing.caches import exchange_caches
+from graphpeft.tracing.caches import uncached
+from graphpeft.tracing.class_questions import asks, cannot_ask
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradients import Applied
@@ -42,8 +44,9 @@ from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.identity_questions import tests_truth_by_identity
 from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
+from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
-from graphpeft.tracing.reach import Reach
+from graphpeft.tracing.reach import Reach, is_of_a_library
 from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 
@@ -97,7 +100,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         if reach.has_iterators:
             stack.enter_context(iterators_stand_in(tracer, reach))
         in_users_code = Exchanges(stack)
-        exchange_caches(root, in_users_code)
+        exchange_named(root, in_users_code, lambda value: _refusing_to_ask(tracer, uncached(value)))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             in_users_code.attribute(module, name, recorded)
@@ -411,6 +414,27 @@ def _record_autocast(tracer: ValueTracer, exchanges: Exchanges) -> None:
     exchanges.attribute(torch.autocast, "__exit__", record_leave)
 
 
+def _refusing_to_ask(tracer: ValueTracer, function: Any) -> Any:
+    """Returns a function of the user's that asks for the class of a value as one that refuses to in a recording."""
+    question = _question_of(function)
+    if question is None:
+        return function
+
+    @functools.wraps(function)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running:
+            return function(*args, **kwargs)
+        raise tracer.failing(TraceError(cannot_ask(function.__qualname__, question)))
+
+    return refuse
+
+
+def _question_of(function: Any) -> str | None:
+    is_of_a_user = type(function) is FunctionType and not is_of_a_library(function.__module__)
+    # a forward that asks is refused before it is recorded
+    return asks(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
+
+
 def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
     """Records a function of ``torch.jit.script`` as one call: its code is PyTorch's own, which takes no proxies."""
     call = torch.jit.ScriptFunction.__call__
@@ -419,7 +443,7 @@ def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
             return call(function, *args, **kwargs)
-        return tracer.create_proxy("call_function", Scripted(function), args, kwargs)
+        return tracer.create_proxy("call_function", Scripted(function, function.name), args, kwargs)
 
     exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
 

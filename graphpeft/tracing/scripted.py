@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ class Scripted:
     """A scripted function as what a node calls.
 
     Args:
-        function: The function.
+        function: The function, or what a file has of one.
+        name: Its name.
     """
 
-    def __init__(self, function: torch.jit.ScriptFunction) -> None:
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function = function
-        self.__name__ = function.name
+        self.__name__ = name
         self.__module__ = __name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,8 +38,8 @@ class Scripted:
     def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
         torch.jit.save(self.function, file)  # type: ignore[arg-type]
-        return _loaded, (file.getvalue(),)
+        return _loaded, (file.getvalue(), self.__name__)
 
 
-def _loaded(content: bytes) -> Scripted:
-    return Scripted(torch.jit.load(io.BytesIO(content)))
+def _loaded(content: bytes, name: str) -> Scripted:
+    return Scripted(torch.jit.load(io.BytesIO(content)), name)

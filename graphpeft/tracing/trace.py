@@ -119,6 +119,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
 
 def _refuse_own_call(model: nn.Module) -> None:
     """Raises TraceError if calling a model is more than its hooks and its forward, which are what is recorded."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        raise TraceError(
+            f"the model is compiled; trace model._orig_mod, the {type(compiled).__name__} itself, and compile its graph"
+        )
     call = in_place.original_class(model).__call__
     if call is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
         raise TraceError(
@@ -289,4 +294,6 @@ def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
         for hook in held.values()
         if getattr(getattr(hook, "func", hook), "__self__", None) not in inside
     }
-    return copy.deepcopy(module, {**tensors, **hooks})
+    # which can't be changed
+    scripted = {id(part): part for part in inside if isinstance(part, torch.jit.ScriptModule)}
+    return copy.deepcopy(module, {**tensors, **hooks, **scripted})

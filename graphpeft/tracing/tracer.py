@@ -30,7 +30,7 @@ from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.calls import CALLS, Call
-from graphpeft.tracing.class_questions import question_in
+from graphpeft.tracing.class_questions import cannot_ask, question_in
 from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
@@ -582,10 +582,7 @@ def _refuse_questions_of_class(module: nn.Module) -> None:
     """Raises TraceError if the forward of `module` would see the class of a proxy."""
     question = question_in(module)
     if question is not None:
-        raise TraceError(
-            f"{type(module).__name__}'s forward asks for the class of a value by `{question}`, which a graph can't "
-            "answer; ask by isinstance"
-        )
+        raise TraceError(cannot_ask(f"{type(module).__name__}'s forward", question))
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

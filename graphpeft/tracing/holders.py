@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from types import CellType, FunctionType, MemberDescriptorType
+from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -67,17 +67,18 @@ class OfObject:
         """The identity of the object."""
         return id(self.of)
 
-    def bindings(self) -> Mapping[str, Any]:
+    def bindings(self) -> dict[str, Any]:
         """Returns the object's attributes."""
-        return attributes_of(self.of) or {}
+        attributes = attributes_of(self.of)
+        return {} if attributes is None else attributes
 
     def bind(self, name: str, value: Any) -> None:
         """Sets an attribute, without the code that the object may have for this."""
-        object.__getattribute__(self.of, "__dict__")[name] = value
+        self.bindings()[name] = value
 
     def unbind(self, name: str) -> None:
         """Takes an attribute away."""
-        del object.__getattribute__(self.of, "__dict__")[name]
+        del self.bindings()[name]
 
     def described(self, name: str, owner: nn.Module) -> str:
         """Names it as the module's own code does."""
@@ -86,11 +87,15 @@ class OfObject:
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Returns the attributes of an object, without the code that it may have for this; None if it can't have any."""
-    try:
-        attributes = object.__getattribute__(value, "__dict__")
-    except (AttributeError, TypeError):
-        return None
+    descriptor = _descriptor_of_attributes(type(value))
+    attributes = descriptor.__get__(value) if descriptor is not None else None
     return attributes if type(attributes) is dict else None
+
+
+@functools.cache
+def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | None:
+    found = (vars(base).get("__dict__") for base in cls.__mro__)
+    return next((each for each in found if isinstance(each, GetSetDescriptorType)), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 from graphpeft._torch import pytree
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.holders import attributes_of
 
 _WAY_OUT = (
     "the model's code has kept it where a trace doesn't look, such as in a cache of its own; let that code compute it "
@@ -73,9 +74,4 @@ def _inside(value: Any) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 yield cell.cell_contents
-    try:
-        attributes = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return
-    if type(attributes) is dict:
-        yield from attributes.values()
+    yield from (attributes_of(value) or {}).values()

@@ -93,9 +93,9 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | None:
+def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | MemberDescriptorType | None:
     found = (vars(base).get("__dict__") for base in cls.__mro__)
-    return next((each for each in found if isinstance(each, GetSetDescriptorType)), None)
+    return next((each for each in found if isinstance(each, GetSetDescriptorType | MemberDescriptorType)), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from graphpeft import in_place
 from graphpeft._torch import (
     DisableTorchFunction,
     autocast_options,
+    compiler_options,
     current_function_mode,
     fake_tensor,
     function_mode_set_aside,
@@ -450,6 +451,6 @@ def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
 
 def _inline_compiled(exchanges: Exchanges) -> None:
     """Lets modules and functions of ``torch.compile`` run the code that was compiled, which is what a graph is of."""
-    options = sys.modules.get("torch._dynamo.config")  # there is nothing compiled before it is imported
-    if hasattr(options, "error_on_nested_fx_trace"):
+    options = compiler_options()
+    if options is not None:
         exchanges.attribute(options, "error_on_nested_fx_trace", False)

@@ -19,6 +19,7 @@ Code that fx generates names functions of ``torch._C._nn``, since public ones su
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ __all__ = [
     "autocast_options",  # regions under autocast as nodes
     "call_with_hooks",  # what a call of a module runs, where `fx` exchanges `nn.Module.__call__`
     "checkpoint_module",
+    "compiler_options",  # a trace goes through what was compiled
     "current_function_mode",  # a trace's mode is set aside for what isn't recorded
     "empty_graph_like",  # copies of graphs
     "enter_autocast",  # a region under autocast begins; how `fx` itself records them
@@ -131,6 +133,17 @@ def padding_of_convolution(convolution: Any) -> tuple[int, ...]:
 def autocast_options(region: torch.autocast) -> tuple[Any, ...]:
     """Returns what `enter_autocast` takes to begin the same region."""
     return (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+
+
+# compiled code
+
+
+def compiler_options() -> Any:
+    """Returns the Python module of Dynamo's options; None while nothing has been compiled, since its import takes long.
+
+    With its `error_on_nested_fx_trace` off, what was compiled runs its own code in a trace.
+    """
+    return sys.modules.get("torch._dynamo.config")
 
 
 # graphs

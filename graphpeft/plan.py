@@ -84,8 +84,9 @@ def make_plan(
     Raises:
         AdaptError: If the config asks for something that isn't supported.
     """
-    _refuse_scripted(model)
     finder = SiteFinder(model, known, example_inputs)
+    if "" in finder.scripted:
+        raise AdaptError(finder.scripted[""])
     try:
         config.check()
         _refuse_too_many_names(config, finder.modules)
@@ -133,15 +134,6 @@ def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module])
 
 _NAMES_BESIDE = 1000
 """How many names a config may have beside those of the model, since it may be written for several."""
-
-
-def _refuse_scripted(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise AdaptError(
-                f"{path or 'the model'} is a ScriptModule, which can't be changed any more; put the module that it was "
-                "made from in its place, and adapt that"
-            )
 
 
 def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: TensorPaths) -> list[Any]:

@@ -272,9 +272,12 @@ def test_a_layer_that_has_not_seen_its_input_yet_is_refused_and_beside_others_le
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_scripted_module_is_refused_wherever_it_is() -> None:
     scripted = torch.jit.script(nn.Linear(4, 3))
-    for model, name in ((scripted, "the model"), (nn.Sequential(nn.Linear(4, 4), scripted), "1")):
-        with pytest.raises(AdaptError, match=f"{name} is a ScriptModule, which can't be changed"):
-            get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    inside = torch.jit.script(nn.Sequential(nn.Linear(4, 3)))
+    beside = nn.Linear(4, 4)
+    models = ((scripted, "0"), (nn.Sequential(beside, scripted), "1"), (nn.Sequential(beside, inside), "1.0"))
+    for model, target in models:
+        with pytest.raises(AdaptError, match="(the model|1) is a ScriptModule, which can't be changed"):
+            get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
 
 
 def test_a_module_whose_forward_was_replaced_is_refused() -> None:

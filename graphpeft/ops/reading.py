@@ -50,6 +50,8 @@ def path_of(value: Any) -> str | None:
 def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn.Module | None:
     """Returns the module that a node calls, if it computes what one of `classes` does; else None."""
     module = root.get_submodule(str(node.target))
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     forward = in_place.original_class(module).forward
     # a forward of its own, of a subclass or of the instance, need not be the class's, nor need a graph that was edited
     if all(forward is not cls.forward for cls in classes) or "forward" in module.__dict__:

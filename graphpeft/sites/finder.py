@@ -19,14 +19,15 @@ from graphpeft.sites.gradient_flow import flow_of
 from graphpeft.sites.layer_kinds import declared_features, declares_features, kind_of_layer
 from graphpeft.sites.parts import Runs, parts_found
 from graphpeft.sites.quantised import described, is_quantised
-from graphpeft.sites.readers import held_outside, holds_parameters, may_read, readers_around
+from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
+from graphpeft.tracing.attribute_paths import ANY
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs, Template, runs_graph, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 from graphpeft.tracing.own_forward import call_on_weights, call_through
-from graphpeft.tracing.source import ANY, methods_reading, uses_in_forward
+from graphpeft.tracing.source import methods_reading, uses_in_forward
 from graphpeft.tracing.trace import ExampleInputs, plain_attribute, stands_for
 
 
@@ -61,13 +62,17 @@ class SiteFinder:
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
 
     Attributes:
+        modules: The modules in which there may be sites, by path.
+        scripted: Why there can't be any in the others, by path: those of ``torch.jit``.
         templates: The graphs of the regions that were looked into, by path.
     """
 
     def __init__(
         self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None = None
     ) -> None:
-        self.modules = dict(model.named_modules())
+        modules = dict(model.named_modules())
+        self.scripted = _scripted(modules)
+        self.modules = {path: module for path, module in modules.items() if path not in self.scripted}
         self.known = known
         self.example_inputs = example_inputs
         self.templates: dict[str, Template] = {}
@@ -351,28 +356,37 @@ class SiteFinder:
         return example_runs.inputs_of(self.modules[""], self.modules[path], self.example_inputs)
 
     def _hidden_readers(self, owner: str, attribute: str) -> list[str]:
-        """Returns the module around `owner` if its graph reads the weight where its source doesn't tell; else none.
+        """Returns the modules around `owner` whose graphs read the weight where their code doesn't tell.
 
         Raises:
             NoSiteError: If that can't be known.
         """
-        path, inside = self._around(owner) if self._may_read else (None, "")
-        if path is None or path not in self._may_read:
-            return []
-        uses = uses_in_forward(in_place.original_class(self.modules[path]))
-        may_be_any = ANY in uses.read_elsewhere or holds_parameters(self.modules[path])
-        if not may_be_any and attribute not in uses.read_elsewhere and inside not in uses.read:
-            return []
+        found = []
+        nearest, _ = self._around(owner) if self._may_read else (None, "")
+        path = nearest
+        while path is not None:
+            if self._reads_hidden(path, within(owner, path), attribute, is_nearest=path == nearest):
+                found.append(path)
+            path, _ = self._around(path)
+        return found
+
+    def _reads_hidden(self, path: str, inside: str, attribute: str, is_nearest: bool) -> bool:
+        """Tells whether a module's graph reads a weight inside it; its code need not tell."""
+        may = self._may_read.get(path)
+        if may is None:
+            return False
+        names = may.names if is_nearest else may.names - {ANY}
+        if names.isdisjoint((attribute, ANY)) and not (is_nearest and inside in may.handed_on):
+            return False
         template = self._template(path)
         if template is not None:
-            weight = f"{inside}.{attribute}"
-            return [path] if any(ops.reads(graph, weight) for graph in template.graphs) else []
-        if inside in uses.called:
-            return []
-        name = type(self.modules[path]).__name__
+            return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
+        cls = in_place.original_class(self.modules[path])
+        if inside in uses_in_forward(cls).called:
+            return False
         raise NoSiteError(
-            f"{name}.forward may read its {attribute} without calling it, which only the graph of {name} can tell: "
-            f"{self._errors[path]}"
+            f"{cls.__name__}.forward may read its {attribute} without calling it, which only the graph of "
+            f"{cls.__name__} can tell: {self._errors[path]}"
         )
 
     def _readers_outside(self, owner: str, attribute: str) -> list[str]:
@@ -521,6 +535,21 @@ class SiteFinder:
             if self.example_inputs is None or is_of_pytorch:
                 raise
             return lift(module, example_runs.inputs_of(self.modules[""], module, self.example_inputs))
+
+
+def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Returns the paths of scripted modules, and of those inside of such, with the reason why they can't be adapted."""
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        around = path.rpartition(".")[0]
+        if path and around in found:
+            found[path] = found[around]
+        elif isinstance(module, torch.jit.ScriptModule):
+            found[path] = (
+                f"{path or 'the model'} is a ScriptModule, which can't be changed any more; put the module that it was "
+                "made from in its place, and adapt that"
+            )
+    return found
 
 
 def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:

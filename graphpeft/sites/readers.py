@@ -12,9 +12,11 @@ from torch import nn
 
 from graphpeft import in_place
 from graphpeft.paths import join
+from graphpeft.tracing.attribute_paths import ANY
+from graphpeft.tracing.contents import parts_of
 from graphpeft.tracing.graph_module import runs_graph
-from graphpeft.tracing.reach import opened
-from graphpeft.tracing.source import ANY, methods_reading, names_in, uses_in_forward
+from graphpeft.tracing.reach import functions_held, opened
+from graphpeft.tracing.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
 
 
 def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
@@ -69,16 +71,36 @@ def _inside(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def may_read(modules: Mapping[str, nn.Module]) -> set[str]:
+class MayRead(NamedTuple):
+    """What a module's code may read of modules inside it, where no path from ``self`` tells which.
+
+    Attributes:
+        names: The names of attributes; `ANY` if it may be any.
+        handed_on: The paths of modules inside that it hands on.
+    """
+
+    names: set[str]
+    handed_on: set[str]
+
+
+def may_read(modules: Mapping[str, nn.Module]) -> dict[str, MayRead]:
     """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it."""
-    found = set()
+    found = {}
     for path, module in modules.items():
         if runs_graph(module) or not module._modules or _is_off(module):
             continue
         uses = uses_in_forward(in_place.original_class(module))
-        if uses.read_elsewhere or holds_parameters(module) or any(join(path, read) in modules for read in uses.read):
-            found.add(path)
+        names = uses.read_elsewhere | ({ANY} if holds_parameters(module) else set())
+        names |= _read_by_held(module)
+        handed_on = {read for read in uses.read if join(path, read) in modules}
+        if names or handed_on:
+            found[path] = MayRead(names, handed_on)
     return found
+
+
+def _read_by_held(module: nn.Module) -> set[str]:
+    """Returns the names of attributes that the functions read, from whatever they are given, which a module holds."""
+    return set().union(*map(read_by, functions_called(functions_held(module)))) - {ANY}
 
 
 def holds_parameters(module: nn.Module) -> bool:
@@ -86,8 +108,8 @@ def holds_parameters(module: nn.Module) -> bool:
     waiting = [value for name, value in module.__dict__.items() if name not in _TABLES]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | tuple):
-            waiting += value.values() if isinstance(value, dict) else value
+        if issubclass(type(value), dict | list | tuple):
+            waiting += parts_of(value)
         elif isinstance(value, nn.Parameter) or (inspect.isfunction(value) and value.__closure__):
             return True
     return False
@@ -161,6 +183,7 @@ def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], 
     if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
         return True
     uses = uses_in_forward(in_place.original_class(module))
-    if not uses.read_elsewhere.isdisjoint((attribute, ANY)):
+    elsewhere = uses.read_elsewhere | _read_by_held(module)
+    if not elsewhere.isdisjoint((attribute, ANY)):
         return True
     return any(path.startswith(f"{name}.") and path.endswith(f".{attribute}") for path in uses.read)

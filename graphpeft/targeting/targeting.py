@@ -81,6 +81,8 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     found: list[Site | LeafSite] = []
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
+    decide = targets.compile_matcher(config)
+    report.refused += [Refusal(path, why) for path, why in finder.scripted.items() if decide(path) is Match.YES]
     for target in _targeted(finder.modules, config, owned, report):
         weight = (target.owner, target.attribute)
         try:

@@ -1,52 +1,43 @@
-"""Functions with a cache that a model's code calls, which compute anew while it is traced."""
+"""Functions with a cache that a model's code calls, which compute anew while it is traced.
+
+What such a cache holds of a trace would be given to later calls, and what it holds of earlier ones would be frozen.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
+import gc
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
-from unittest import mock
 
-from torch import nn
-
-
-@contextlib.contextmanager
-def uncached(root: nn.Module) -> Iterator[None]:
-    """Lets functions with a cache compute anew: a cache would keep what belongs to the trace, or freeze what it has."""
-    with contextlib.ExitStack() as stack:
-        for holder in {owner for module in root.modules() for cls in type(module).__mro__ for owner in _holders(cls)}:
-            for name, value in list(vars(holder).items()):
-                if isinstance(value, _CACHED):
-                    stack.enter_context(mock.patch.object(holder, name, value.__wrapped__))
-                if isinstance(value, FunctionType):
-                    for cell in value.__closure__ or ():
-                        stack.enter_context(_uncached_cell(cell))
-        yield
-
+import torch.fx as fx
 
 _CACHED = functools._lru_cache_wrapper
 
 
-def _holders(cls: type) -> tuple[Any, ...]:
-    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
-    module = sys.modules.get(cls.__module__)
-    return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
+def uncached(value: Any) -> Any:
+    """Returns the function that a value is with a cache, or the value itself."""
+    return value.__wrapped__ if type(value) is _CACHED else value
 
 
-@contextlib.contextmanager
-def _uncached_cell(cell: Any) -> Iterator[None]:
-    try:
-        cached = cell.cell_contents
-    except ValueError:
-        cached = None  # an empty cell
-    if not isinstance(cached, _CACHED):
-        yield
-        return
-    cell.cell_contents = cached.__wrapped__
-    try:
-        yield
-    finally:
-        cell.cell_contents = cached
+def forget_traced_values() -> None:
+    """Clears the caches that hold values of a trace after all, such as those of libraries' classes."""
+    for value in gc.get_objects():
+        if type(value) is _CACHED and any(map(_is_traced, _content_of(value))):
+            value.cache_clear()
+
+
+def _content_of(cached: Any) -> Iterator[Any]:
+    """Yields the arguments and the results that a cache holds."""
+    for part in gc.get_referents(cached):
+        # a bounded cache refers to both by itself
+        yield from (*dict.keys(part), *dict.values(part)) if type(part) is dict else (part,)
+
+
+def _is_traced(value: Any, depth: int = 4) -> bool:
+    # by its type, since a value of a model's may answer anything
+    if issubclass(type(value), fx.Proxy):
+        return True
+    if depth == 0 or type(value) not in (tuple, list, dict, set, frozenset):
+        return False
+    return any(_is_traced(part, depth - 1) for part in ((*value, *value.values()) if type(value) is dict else value))

@@ -6,50 +6,95 @@ import ast
 import dis
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from graphpeft import in_place
+from graphpeft.tracing.attribute_paths import tree_of
 from graphpeft.tracing.reach import functions_held, is_of_a_library
-from graphpeft.tracing.source import functions_called, functions_in_forward, names_in, syntax_tree
+from graphpeft.tracing.source import functions_called, functions_in_forward, names_in
 
 
 def question_in(module: nn.Module) -> str | None:
-    """Returns the code that asks for the class of a value: in a module's forward, or in what it holds and may call."""
-    held = map(_question_of_function, functions_held(module))
-    return question_of_class(in_place.original_class(module)) or next(filter(None, held), None)
+    """Returns the code that asks for the class of a value: in a module's forward, or in what it holds and may call.
 
-
-def _question_of_function(function: Callable[..., Any]) -> str | None:
-    return next(filter(None, map(_question, functions_called(function))), None)
+    What a forward calls by name is left out: `asks` tells of it, and a trace sees whether it is called at all.
+    """
+    held = (function for function in functions_called(functions_held(module)) if not _is_found_by_name(function))
+    return question_of_class(in_place.original_class(module)) or next(filter(None, map(asks, held)), None)
 
 
 @functools.cache
 def question_of_class(cls: type) -> str | None:
-    """Returns the code in `cls`'s forward, or in what it calls, that asks for the class of a value.
+    """Returns the code in `cls`'s forward, or in what runs with it, that asks for the class of a value.
 
     Functions of libraries are left out: they do so for their messages.
     """
     own = {inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)}
     for function in functions_in_forward(cls):
-        if function in own or not is_of_a_library(function.__module__):
-            question = _question(function)
+        if (function in own or not is_of_a_library(function.__module__)) and not _is_found_by_name(function, cls):
+            question = asks(function)
             if question is not None:
                 return question
     return None
 
 
-def _question(function: Callable[..., Any]) -> str | None:
-    code = function.__code__
-    may_ask = not _ASKS.isdisjoint(names_in(code).read) or any(opcode in code.co_code for opcode in _MATCHES)
-    tree = syntax_tree(function) if may_ask else None  # which takes its time
-    return next(_questions(tree), None) if tree is not None else None
+def _is_found_by_name(function: FunctionType, cls: type = object) -> bool:
+    """Tells whether others find a function as a global, or as a method that isn't the forward itself."""
+    name = function.__name__
+    # during a recording, another function may have its place
+    if _unwrapped(function.__globals__.get(name)) is function:
+        return True
+    is_method = any(_unwrapped(vars(base).get(name)) is function for base in cls.__mro__)
+    return is_method and name not in ("forward", "__call__")
+
+
+def _unwrapped(value: Any) -> Any:
+    return getattr(value, "__wrapped__", value) if type(value) is FunctionType else value
+
+
+def cannot_ask(code: str, question: str) -> str:
+    """Returns what to tell about code that asks for the class of a value."""
+    return f"{code} asks for the class of a value by `{question}`, which a graph can't answer; ask by isinstance"
+
+
+def asks(function: FunctionType) -> str | None:
+    """Returns the code of a function that asks for the class of a value, if there is some."""
+    return _question(function.__code__) if function.__module__ != nn.Module.__module__ else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _question(code: CodeType) -> str | None:
+    may_match = any(opcode in code.co_code for opcode in _BYTES_OF_MATCHES)
+    if not may_match and _ASKS.isdisjoint(names_in(code).read):
+        return None
+    own = code.co_varnames[0] if code.co_argcount else None
+    tree = tree_of(code)  # which takes its time
+    return next(_questions(tree) if tree is not None else _questions_in_bytecode(code, own), None)
 
 
 _ASKS = {"type", "__class__"}
-_MATCHES = [bytes([dis.opmap[name]]) for name in ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")]
+_MATCHES = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
+_BYTES_OF_MATCHES = [bytes([dis.opmap[name]]) for name in _MATCHES]
+
+
+def _questions_in_bytecode(code: CodeType, own: str | None) -> Iterator[str]:
+    """Yields what code without source asks: of all but the first argument, `own`, it may be the class of a value."""
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
+    if any(each.opname in _MATCHES for each in instructions):
+        yield "match"
+    for before, after in itertools.pairwise(instructions):
+        if before.opname == "LOAD_GLOBAL" and before.argval == "type" and after.argval != own:
+            yield "type(…)"
+        if after.argval == "__class__" and after.opname == "LOAD_ATTR" and before.argval != own:
+            yield "….__class__"
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _questions_in_bytecode(inner, own if own in inner.co_freevars else None)
 
 
 def _questions(tree: ast.AST) -> Iterator[str]:

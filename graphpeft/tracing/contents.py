@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import array
 import copy
+import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -26,8 +27,14 @@ _NUMPYS_GENERATORS = ("RandomState", "Generator")
 
 
 def parts_of(container: Any) -> Iterable[Any]:
-    """Returns what is in a container, or in a tuple."""
-    return dict.values(container) if isinstance(container, dict) else container
+    """Returns what is in a container, or in a tuple: not what a class of a user's makes of that when it is asked."""
+    base = _base_of(container)
+    return dict.values(container) if issubclass(base, dict) else base.__iter__(container)
+
+
+def _base_of(container: Any) -> Any:
+    """Returns the kind of container that one is, whose methods change or tell what is in it and nothing else."""
+    return next(base for base in (OrderedDict, *CONTAINERS, tuple) if issubclass(type(container), base))
 
 
 def changeable_parts(bindings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -38,9 +45,9 @@ def changeable_parts(bindings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str,
         name, value = waiting.pop()
         if type(value) in PLAIN or id(value) in seen:
             continue
-        if isinstance(value, tuple):
-            waiting += [(name, part) for part in value]
-        elif isinstance(value, CONTAINERS):
+        if issubclass(type(value), tuple):
+            waiting += [(name, part) for part in parts_of(value)]
+        elif issubclass(type(value), CONTAINERS):
             seen.add(id(value))
             yield name, value
             waiting += [(name, part) for part in parts_of(value)]
@@ -51,21 +58,23 @@ def changeable_parts(bindings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str,
 
 def has_content(value: Any) -> bool:
     """Tells whether `value`, no container, has a content that can change."""
-    if isinstance(value, (random.Random, ContextVar, *_BYTES)):
+    if issubclass(type(value), (random.Random, ContextVar, *_BYTES)):
         return True
     return _is_array(value) or _is_generator_of_numpy(value)
 
 
 def content_of(value: Any) -> Any:
     """Returns a copy of the content of what can change."""
-    if isinstance(value, dict):
-        # what a dictionary holds, and not what a class of a user's makes of that when it is asked
-        return value.copy() if type(value) is dict else dict(dict.items(value))
-    if isinstance(value, (*CONTAINERS, *_BYTES)):
+    kind = type(value)
+    if issubclass(kind, dict):
+        return dict(dict.items(value))
+    if issubclass(kind, CONTAINERS):
+        return set(set.__iter__(value)) if issubclass(kind, set) else list(parts_of(value))
+    if issubclass(kind, _BYTES):
         return copy.copy(value)
-    if isinstance(value, random.Random):
+    if issubclass(kind, random.Random):
         return value.getstate()
-    if isinstance(value, ContextVar):
+    if issubclass(kind, ContextVar):
         return value.get(None)
     if _is_generator_of_numpy(value):
         return _bits(value).state
@@ -74,38 +83,43 @@ def content_of(value: Any) -> Any:
 
 def is_unchanged(value: Any, content: Any) -> bool:
     """Tells whether `value` has this content: a container the very same objects, in their order."""
-    if isinstance(value, dict):
-        return len(value) == len(content) and all(
+    kind = type(value)
+    if issubclass(kind, dict):
+        return dict.__len__(value) == len(content) and all(
             dict.get(value, key, _ABSENT) is held for key, held in content.items()
         )
-    if isinstance(value, set):
-        return value == content
-    if isinstance(value, CONTAINERS):
-        return len(value) == len(content) and all(now is was for now, was in zip(value, content, strict=True))
-    if isinstance(value, ContextVar):
+    if issubclass(kind, set):
+        return set.__eq__(value, content)
+    if issubclass(kind, CONTAINERS):
+        now = list(parts_of(value))
+        return len(now) == len(content) and all(map(operator.is_, now, content))
+    if issubclass(kind, ContextVar):
         return value.get(None) is content
     return as_comparable(value) == as_comparable(content)
 
 
 def put_back(value: Any, content: Any) -> None:
     """Gives `value` its content again, touching only what differs: other threads may run the model meanwhile."""
-    if isinstance(value, dict):
-        for key in [key for key in value if key not in content]:
-            del value[key]
+    kind = type(value)
+    if issubclass(kind, dict):
+        base = _base_of(value)
+        for key in [key for key in dict.keys(value) if key not in content]:
+            base.__delitem__(value, key)
         for key, held in content.items():
             if dict.get(value, key, _ABSENT) is not held:
-                value[key] = held
+                base.__setitem__(value, key, held)
     elif is_unchanged(value, content):
         return
-    elif isinstance(value, set):
-        value.clear()
-        value.update(content)
-    elif isinstance(value, list | deque):
-        value.clear()
-        value.extend(content)
-    elif isinstance(value, random.Random):
+    elif issubclass(kind, set):
+        set.clear(value)
+        set.update(value, content)
+    elif issubclass(kind, list | deque):
+        base = _base_of(value)
+        base.clear(value)
+        base.extend(value, content)
+    elif issubclass(kind, random.Random):
         value.setstate(content)
-    elif isinstance(value, ContextVar):
+    elif issubclass(kind, ContextVar):
         value.set(content)
     elif _is_generator_of_numpy(value):
         _bits(value).state = content

@@ -9,10 +9,10 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree, storage_key
+from graphpeft.tracing.attribute_paths import ABOUT
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
 from graphpeft.tracing.proxy import writes
-from graphpeft.tracing.source import ABOUT
 
 
 def above(node: fx.Node) -> set[fx.Node]:

@@ -212,6 +212,10 @@ class Examples:
             return self.fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
             module = self._tracer.modules[target]
+            if isinstance(module, torch.jit.ScriptModule):
+                assert self._tracer.recording is not None
+                with self._tracer.recording.outside():
+                    return self._run_on_numbers(target, args, kwargs)
             if target in self._tracer.kept:
                 with random_python_states_kept(), unchanged(module), _slow_path():
                     return self._with_fakes(module)(*args, **kwargs)

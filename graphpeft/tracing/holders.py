@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from types import CellType, FunctionType, MemberDescriptorType
+from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -66,21 +67,35 @@ class OfObject:
         """The identity of the object."""
         return id(self.of)
 
-    def bindings(self) -> Mapping[str, Any]:
+    def bindings(self) -> dict[str, Any]:
         """Returns the object's attributes."""
-        return self.of.__dict__
+        attributes = attributes_of(self.of)
+        return {} if attributes is None else attributes
 
     def bind(self, name: str, value: Any) -> None:
         """Sets an attribute, without the code that the object may have for this."""
-        self.of.__dict__[name] = value
+        self.bindings()[name] = value
 
     def unbind(self, name: str) -> None:
         """Takes an attribute away."""
-        del self.of.__dict__[name]
+        del self.bindings()[name]
 
     def described(self, name: str, owner: nn.Module) -> str:
         """Names it as the module's own code does."""
         return f"self.{name}" if self.of is owner else f"its {type(self.of).__name__}.{name}"
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Returns the attributes of an object, without the code that it may have for this; None if it can't have any."""
+    descriptor = _descriptor_of_attributes(type(value))
+    attributes = descriptor.__get__(value) if descriptor is not None else None
+    return attributes if type(attributes) is dict else None
+
+
+@functools.cache
+def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | MemberDescriptorType | None:
+    found = (vars(base).get("__dict__") for base in cls.__mro__)
+    return next((each for each in found if isinstance(each, GetSetDescriptorType | MemberDescriptorType)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +111,19 @@ class OfSlots:
 
     def bindings(self) -> Mapping[str, Any]:
         """Returns the attributes that have a value."""
-        return {name: getattr(self.of, name) for name in slots_of(type(self.of)) if hasattr(self.of, name)}
+        found = {}
+        for name, slot in slots_of(type(self.of)).items():
+            with contextlib.suppress(AttributeError):
+                found[name] = slot.__get__(self.of)
+        return found
 
     def bind(self, name: str, value: Any) -> None:
         """Sets an attribute, without the code that the object may have for this."""
-        object.__setattr__(self.of, name, value)
+        slots_of(type(self.of))[name].__set__(self.of, value)
 
     def unbind(self, name: str) -> None:
         """Takes an attribute away."""
-        object.__delattr__(self.of, name)
+        slots_of(type(self.of))[name].__delete__(self.of)
 
     def described(self, name: str, owner: nn.Module) -> str:
         """Names it as the module's own code does."""
@@ -112,11 +131,12 @@ class OfSlots:
 
 
 @functools.cache
-def slots_of(cls: type) -> tuple[str, ...]:
-    """Returns the names of the slots of a class written in Python."""
+def slots_of(cls: type) -> Mapping[str, MemberDescriptorType]:
+    """Returns the slots of a class written in Python, which a class that inherits from it may hide by properties."""
     # classes written in C have such members, too, which can't be set
-    bases = [base for base in cls.__mro__ if "__slots__" in vars(base)]
-    return tuple(name for base in bases for name, slot in vars(base).items() if isinstance(slot, MemberDescriptorType))
+    bases = [base for base in reversed(cls.__mro__) if "__slots__" in vars(base)]
+    members = [item for base in bases for item in vars(base).items()]
+    return {name: slot for name, slot in members if isinstance(slot, MemberDescriptorType)}
 
 
 @dataclass(frozen=True, eq=False)

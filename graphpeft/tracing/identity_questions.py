@@ -23,7 +23,8 @@ from graphpeft.tracing.source import functions_in_forward, syntax_tree
 def tests_truth_by_identity(cls: type) -> bool:
     """Tells whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
     trees = (syntax_tree(function) for function in functions_in_forward(cls) if _may_test_truth(function.__code__))
-    return any(any(map(_is_identity_test, ast.walk(tree))) for tree in trees if tree is not None)
+    # without source, it may be
+    return any(tree is None or any(map(_is_identity_test, ast.walk(tree))) for tree in trees)
 
 
 def _may_test_truth(code: CodeType) -> bool:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from graphpeft.tracing.contents import parts_of
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.reach import Reach, is_iterator
 
@@ -80,10 +81,10 @@ def _exchanged(value: Any, stand_in_for: Callable[[Any], StandIn], stack: contex
     """Returns a stand-in for an iterator, and containers with stand-ins for those in them."""
     if is_iterator(value):
         return stand_in_for(value)
-    if not isinstance(value, dict | list | tuple) or id(value) in seen:
+    if not issubclass(type(value), dict | list | tuple) or id(value) in seen:
         return value
     seen.add(id(value))
-    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    items = list(dict.items(value) if isinstance(value, dict) else enumerate(parts_of(value)))
     changes = {key: new for key, part in items if (new := _exchanged(part, stand_in_for, stack, seen)) is not part}
     if isinstance(value, tuple):
         return tuple(changes.get(index, part) for index, part in items) if changes else value

@@ -28,9 +28,9 @@ def value_of(attribute: Attribute) -> Any:
 
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: _copied(part) for key, part in dict.items(value)}
     if isinstance(value, tuple | list | deque):
-        return [type(value), *map(_copied, value)]
+        return [type(value), *map(_copied, contents.parts_of(value))]
     if contents.has_content(value):
         return contents.as_comparable(value)
     return set(value) if isinstance(value, set) else value

@@ -26,7 +26,7 @@ from graphpeft.tracing.examples import SIMPLE
 from graphpeft.tracing.graph_module import Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.patches import plain_or_proxy
-from graphpeft.tracing.source import functions_in_forward
+from graphpeft.tracing.source import calls_forward, functions_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
@@ -111,6 +111,9 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
             "adapt the model before hooks replace its forwards"
         )
+    call = in_place.original_class(module).__call__
+    if call is not nn.Module.__call__ and not calls_forward(call):
+        raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
     held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
     if not all(map(_INTERFACE.isdisjoint, held)):
         taken = sorted(_INTERFACE.intersection(name for names in held for name in names))
@@ -159,7 +162,8 @@ def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
     check in the graph that it is so in each run.
     """
     reads: set[str] = set()
-    classes = {module: type(module) for module in root.modules()}
+    # a scripted module loses its forward with its class, and none of its attributes is read in Python
+    classes = {module: type(module) for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
     paths = {module: path for path, module in root.named_modules()}
 
     def noting(cls: Any) -> Callable[[nn.Module, str], Any]:

@@ -15,8 +15,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.fx as fx
@@ -27,7 +27,9 @@ from graphpeft import in_place
 from graphpeft._torch import (
     DisableTorchFunction,
     autocast_options,
+    compiler_options,
     current_function_mode,
+    fake_tensor,
     function_mode_set_aside,
     pytree,
 )
@@ -35,13 +37,18 @@ from graphpeft.recomputing import checkpoints_bound_by
 from graphpeft.tracing import guards, masks
 from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.caches import uncached
+from graphpeft.tracing.class_questions import asks, cannot_ask
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.identity_questions import tests_truth_by_identity
+from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
+from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
-from graphpeft.tracing.reach import Reach
+from graphpeft.tracing.reach import Reach, is_of_a_library
+from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -78,10 +85,12 @@ class Recording(NamedTuple):
     Attributes:
         before: What all that the forward can reach was before it, and is put back to.
         set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
+        outside: What code runs under that is no part of the trace: as it would without one.
     """
 
     before: Snapshot
     set_aside: Callable[[], AbstractContextManager[None]]
+    outside: Callable[[], AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
@@ -91,35 +100,52 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         reach = Reach(root)
         if reach.has_iterators:
             stack.enter_context(iterators_stand_in(tracer, reach))
-        stack.enter_context(uncached(root))
+        in_users_code = Exchanges(stack)
+        exchange_named(root, in_users_code, lambda value: _refusing_to_ask(tracer, uncached(value)))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
-            stack.enter_context(mock.patch.object(module, name, recorded))
+            in_users_code.attribute(module, name, recorded)
         # what was exchanged in the user's own code is no change
         before = Snapshot(reach)
         stack.callback(before.put_back)
         calls = stack.enter_context(_RecordsCalls(tracer))
+        exchanges = Exchanges(stack)
         ask = builtins.isinstance
         for name in _SHARING:
             recorded = _copied_if_constant(tracer, getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, recorded))
+            exchanges.attribute(torch, name, recorded)
         for name in (*_FACTORIES, *_SIZED, *_DTYPE_FACTS):
             function = getattr(torch, name)
-            stack.enter_context(mock.patch.object(torch, name, _recorded(tracer, function, function)))
+            exchanges.attribute(torch, name, _recorded(tracer, function, function))
         for name in _SWITCHES:
-            stack.enter_context(mock.patch.object(torch, name, _decided_switch(tracer, getattr(torch, name))))
+            exchanges.attribute(torch, name, _decided_switch(tracer, getattr(torch, name)))
         for module, name in itertools.product((torch, torch.random), _SEEDS):
-            stack.enter_context(mock.patch.object(module, name, _refused_seed(tracer, getattr(module, name))))
-        stack.enter_context(mock.patch.object(nn.Module, "training", _training(tracer, root), create=True))
-        stack.enter_context(mock.patch.object(nn.Module, "__setattr__", _noted_assignment(tracer, root)))
-        stack.enter_context(mock.patch.object(nn.Module, "_apply", _refused_conversion(tracer, root)))
-        stack.enter_context(mock.patch.object(builtins, "isinstance", _truthful_isinstance()))
-        stack.enter_context(_recorded_autocast(tracer))
+            exchanges.attribute(module, name, _refused_seed(tracer, getattr(module, name)))
+        exchanges.attribute(nn.Module, "training", _training(tracer, root), create=True)
+        exchanges.attribute(nn.Module, "__setattr__", _noted_assignment(tracer, root))
+        exchanges.attribute(nn.Module, "_apply", _refused_conversion(tracer, root))
+        exchanges.attribute(builtins, "isinstance", _truthful_isinstance())
+        _record_autocast(tracer, exchanges)
         apply = _recorded_apply(tracer, vars(torch.autograd.Function)["apply"])
-        stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)))
-        stack.enter_context(_decided_grad_mode(tracer))
+        exchanges.attribute(torch.autograd.Function, "apply", classmethod(apply))
+        exchanges.attribute(torch.set_grad_enabled, "__init__", _decided_grad_mode(tracer))
         stack.enter_context(checkpoints_bound_by(_refused_recomputation(tracer)))
-        yield Recording(before, functools.partial(_set_aside, calls, ask))
+        _record_scripted(tracer, exchanges)
+        _inline_compiled(exchanges)
+        set_aside = functools.partial(_set_aside, calls, ask)
+
+        @contextlib.contextmanager
+        def outside() -> Iterator[None]:
+            with (
+                tracer.examples.real_calls(makes_tensors=False),
+                fake_tensor.unset_fake_temporarily(),
+                in_users_code.taken_back(),
+                exchanges.taken_back(),
+            ):
+                yield
+
+        stack.enter_context(imports_run(outside, lambda: tracer.is_of_this_thread))
+        yield Recording(before, set_aside, outside)
 
 
 @contextlib.contextmanager
@@ -348,14 +374,14 @@ def _recorded_apply(tracer: ValueTracer, apply: Any) -> Callable[..., Any]:
     return record
 
 
-def _decided_grad_mode(tracer: ValueTracer) -> Any:
+def _decided_grad_mode(tracer: ValueTracer) -> Callable[..., None]:
     """Decides for ``torch.set_grad_enabled(self.training)``, whose argument PyTorch would hand on to a graph."""
     init = torch.set_grad_enabled.__init__
 
     def decide(context: Any, mode: Any) -> None:
         init(context, mode if tracer.is_running else bool(mode))
 
-    return mock.patch.object(torch.set_grad_enabled, "__init__", decide)
+    return decide
 
 
 def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
@@ -368,8 +394,7 @@ def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
     return refuse
 
 
-@contextlib.contextmanager
-def _recorded_autocast(tracer: ValueTracer) -> Iterator[None]:
+def _record_autocast(tracer: ValueTracer, exchanges: Exchanges) -> None:
     """Records where regions under ``torch.autocast`` begin and end; the example runs under it, too."""
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     inside: list[tuple[torch.autocast, fx.Proxy]] = []
@@ -386,8 +411,46 @@ def _recorded_autocast(tracer: ValueTracer) -> Iterator[None]:
         tracer.create_proxy("call_function", leave_autocast, (inside.pop()[1],), {})
         return None
 
-    with (
-        mock.patch.object(torch.autocast, "__enter__", record_enter),
-        mock.patch.object(torch.autocast, "__exit__", record_leave),
-    ):
-        yield
+    exchanges.attribute(torch.autocast, "__enter__", record_enter)
+    exchanges.attribute(torch.autocast, "__exit__", record_leave)
+
+
+def _refusing_to_ask(tracer: ValueTracer, function: Any) -> Any:
+    """Returns a function of the user's that asks for the class of a value as one that refuses to in a recording."""
+    question = _question_of(function)
+    if question is None:
+        return function
+
+    @functools.wraps(function)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.is_running:
+            return function(*args, **kwargs)
+        raise tracer.failing(TraceError(cannot_ask(function.__qualname__, question)))
+
+    return refuse
+
+
+def _question_of(function: Any) -> str | None:
+    is_of_a_user = type(function) is FunctionType and not is_of_a_library(function.__module__)
+    # a forward that asks is refused before it is recorded
+    return asks(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
+
+
+def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
+    """Records a function of ``torch.jit.script`` as one call: its code is PyTorch's own, which takes no proxies."""
+    call = torch.jit.ScriptFunction.__call__
+
+    def record(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
+        given = pytree.tree_leaves((args, kwargs))
+        if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
+            return call(function, *args, **kwargs)
+        return tracer.create_proxy("call_function", Scripted(function, function.name), args, kwargs)
+
+    exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
+
+
+def _inline_compiled(exchanges: Exchanges) -> None:
+    """Lets modules and functions of ``torch.compile`` run the code that was compiled, which is what a graph is of."""
+    options = compiler_options()
+    if options is not None:
+        exchanges.attribute(options, "error_on_nested_fx_trace", False)

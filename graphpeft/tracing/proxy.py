@@ -118,7 +118,8 @@ class ValueProxy(fx.Proxy):
         value = self.node.meta.get(VALUE)
         if isinstance(value, int | float | torch.Size | torch.dtype | torch.device):
             if not self.tracer.is_running:
-                self.tracer.decide(self, value)
+                self.tracer.check(self, value)
+                self.tracer.has_hashed = True
             return hash(value)
         return super().__hash__()
 

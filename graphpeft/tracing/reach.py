@@ -12,6 +12,7 @@ import functools
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Set
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -19,7 +20,17 @@ from torch import nn
 
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.tracing.contents import CONTAINERS, PLAIN, parts_of
-from graphpeft.tracing.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, slots_of
+from graphpeft.tracing.holders import (
+    Cell,
+    Global,
+    Holder,
+    OfClass,
+    OfFunction,
+    OfObject,
+    OfSlots,
+    attributes_of,
+    slots_of,
+)
 from graphpeft.tracing.source import names_in
 
 _OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
@@ -125,7 +136,7 @@ class Reach:
 
 def is_iterator(value: Any) -> bool:
     """Tells whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
-    return hasattr(type(value), "__next__") and not hasattr(value, "__dict__")
+    return hasattr(type(value), "__next__") and attributes_of(value) is None
 
 
 def _starts(module: nn.Module) -> Iterator[Any]:
@@ -170,33 +181,31 @@ _Opened = tuple[Iterable[Holder], Iterable[Any]]
 
 def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
     """Returns the holders that a value is, and the values to which it leads, of a class's methods those so `named`."""
-    if isinstance(value, FunctionType):
+    # by its type: what is asked by isinstance, an object may answer by code of its own
+    kind = type(value)
+    if issubclass(kind, FunctionType):
         return _opened_function(value)
-    if isinstance(value, type):
+    if issubclass(kind, type):
         return _opened_class(value, named)
-    if isinstance(value, MethodType):
+    if issubclass(kind, MethodType):
         return (), (value.__self__, value.__func__)
-    if isinstance(value, functools.partial):
+    if issubclass(kind, functools.partial):
         return (), (value.func, value.args, value.keywords)
-    if isinstance(value, staticmethod | classmethod | functools._lru_cache_wrapper):
+    if issubclass(kind, staticmethod | classmethod | functools._lru_cache_wrapper):
         return (), (value.__wrapped__,)
-    if isinstance(value, property):
+    if issubclass(kind, property):
         return (), (value.fget, value.fset)
-    if isinstance(value, functools.cached_property):
+    if issubclass(kind, functools.cached_property):
         return (), (value.func,)
-    parts = parts_of(value) if isinstance(value, _WITH_PARTS) else ()
-    if not _has_attributes(value):
+    parts = parts_of(value) if issubclass(kind, _WITH_PARTS) else ()
+    if issubclass(kind, ModuleType) or _root(kind) in _OF_LIBRARIES:
         return (), parts
-    holders: list[Holder] = [OfObject(value)] if hasattr(value, "__dict__") else []
-    holders += [OfSlots(value)] if slots_of(type(value)) else []
-    return holders, (type(value), *parts, *(held for holder in holders for held in holder.bindings().values()))
-
-
-def _has_attributes(value: Any) -> bool:
-    """Tells whether `value` is an object of a user's class, with attributes."""
-    if isinstance(value, ModuleType) or _root(type(value)) in _OF_LIBRARIES:
-        return False
-    return hasattr(value, "__dict__") or bool(slots_of(type(value)))
+    attributes, slots = attributes_of(value), slots_of(kind)
+    if attributes is None and not slots:
+        return (), parts
+    holders: list[Holder] = [OfObject(value)] if attributes is not None else []
+    holders += [OfSlots(value)] if slots else []
+    return holders, (kind, *parts, *(held for holder in holders for held in holder.bindings().values()))
 
 
 def _opened_class(cls: type, named: Set[str]) -> _Opened:
@@ -259,13 +268,40 @@ def _may_change(named: Global, made: frozenset[str]) -> bool:
 
 
 def _is_of_a_user(cls: type) -> bool:
-    return _root(cls) not in _LIBRARIES
+    return not is_of_a_library(cls.__module__)
 
 
 def _root(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
+    return str(cls.__module__).partition(".")[0]
 
 
 def is_of_a_library(python_module: str | None) -> bool:
-    """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes."""
-    return (python_module or "").partition(".")[0] in _LIBRARIES
+    """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes.
+
+    Such is each installed package that defines no modules of models, such as one for symbolic mathematics.
+    """
+    root = (python_module or "").partition(".")[0]
+    return root in _LIBRARIES or (_is_installed(root) and root not in _defining_modules(len(sys.modules)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(root: str) -> bool:
+    package = sys.modules.get(root)
+    files = (getattr(package, "__file__", None), *getattr(package, "__path__", ()))
+    return any(isinstance(file, str) and not _INSTALLED.isdisjoint(Path(file).parts) for file in files)
+
+
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+"""The folders into which packages are installed."""
+
+
+@functools.lru_cache(maxsize=1)
+def _defining_modules(_imported: int) -> frozenset[str]:
+    """Returns the packages that define modules of models, while so many Python modules are imported."""
+    waiting: list[type] = [nn.Module]
+    seen: set[type] = set()
+    while waiting:
+        new = [cls for cls in waiting.pop().__subclasses__() if cls not in seen]
+        seen.update(new)
+        waiting += new
+    return frozenset(map(_root, seen))

@@ -1,95 +1,183 @@
-"""Reads from a class's source which attributes its forward uses, among them the weights of modules inside it.
+"""Reads from a class's code which attributes its forward uses, among them the weights of modules inside it.
 
 A weight that another module reads, as ``F.linear(x, self.qkv.weight)`` does, is not reached through the forward of the
-module that owns it. A trace of that other module would tell, but a model has hundreds of modules; their source is quick
+module that owns it. A trace of that other module would tell, but a model has hundreds of modules; their code is quick
 to read.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import functools
 import inspect
+import sys
 import textwrap
-from collections.abc import Callable
-from types import CodeType
+from collections.abc import Iterable, Iterator, Set
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-ABOUT = {
-    "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
-    "is_complex",
-}  # fmt: skip
-"""What code asks of a tensor without using its values."""
-
-
-ANY = "*"
-"""In place of the name of an attribute: it may be any."""
+from graphpeft.tracing.attribute_paths import ANY, paths_in, paths_in_bytecode, tree_of
 
 
 class Uses(NamedTuple):
-    """What a forward, and the methods that it calls on ``self``, use of the module.
+    """What a forward, and the methods and functions that it calls, use of the module.
 
     Attributes:
-        read: The attributes of ``self`` whose values are read, by their paths such as ``qkv.weight``, with the names of
-            the methods that do.
+        read: The attributes of ``self`` whose values are read, by their paths such as ``qkv.weight``.
         called: The attributes of ``self`` that are called.
         read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
             ``layer.weight``, where ``layer`` may be a module inside.
     """
 
-    read: dict[str, set[str]]
+    read: set[str]
     called: set[str]
     read_elsewhere: set[str]
 
 
 @functools.cache
 def uses_in_forward(cls: type) -> Uses:
-    """Returns what `cls`'s forward uses; nothing of what has no source."""
-    uses = Uses({}, set(), set())
-    waiting, seen = ["forward"], {"forward"}
-    while waiting:
-        name = waiting.pop()
-        tree = syntax_tree(getattr(cls, name, None))
-        if tree is None:
-            continue
-        for path, is_call in _paths(tree):
-            if path.startswith("*."):
+    """Returns what `cls`'s forward uses: by its source, or by its bytecode where it has none."""
+    uses = Uses(set(), set(), set())
+    methods = _methods_run(cls)
+    # what others wrap around forwards looks at attributes of all kinds, and reads no weights
+    own = {base.__module__ for base in cls.__mro__}
+    for method in methods:
+        for path, is_call in paths_in(method, has_self=True):
+            if not path.startswith("*."):
+                (uses.called if is_call else uses.read).add(path)
+            elif path[2:] != ANY or method.__globals__.get("__name__") in own:
                 uses.read_elsewhere.add(path[2:])
-            elif not is_call:
-                uses.read.setdefault(path, set()).add(name)
-            else:
-                uses.called.add(path)
-                if inspect.isfunction(getattr(cls, path, None)) and path not in seen:
-                    seen.add(path)
-                    waiting.append(path)
+    for function in functions_in_forward(cls):
+        if function not in methods:
+            may_be_any = function.__globals__.get("__name__") == cls.__module__
+            uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     return uses
 
 
-@functools.cache
-def functions_in_forward(cls: type) -> tuple[Callable[..., Any], ...]:
-    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
-    return functions_called(getattr(cls, "forward", None), cls)
+def read_by(function: FunctionType) -> set[str]:
+    """Returns the names of attributes that a function reads from whatever it is given; `ANY` if it may be any."""
+    return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
 
-def functions_called(function: Any, cls: type = object) -> tuple[Callable[..., Any], ...]:
-    """Returns a function and those that it runs, as far as names tell: methods of `cls`, and those of its file."""
-    waiting: list[Any] = [function]
-    found: dict[Any, None] = {}
+def _methods_run(cls: type) -> dict[FunctionType, None]:
+    """Returns a forward with the methods that it calls on ``self``, those of base classes and properties among them."""
+    waiting, seen = list(_entries(cls)), set(_entries(cls))
+    found: dict[FunctionType, None] = {}
     while waiting:
-        function = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
-        if not inspect.isfunction(function) or function in found or _is_of_torch(function):
-            continue
-        found[function] = None
-        for name in names_in(function.__code__).read:
-            waiting += [inspect.getattr_static(cls, name, None), function.__globals__.get(name)]
+        for method in _methods_named(cls, waiting.pop()):
+            if method not in found and method.__module__ != nn.Module.__module__:
+                found[method] = None
+                paths = {path for path, _ in paths_in(method, has_self=True)}
+                waiting += paths - seen
+                seen |= paths
+    return found
+
+
+def _entries(cls: type) -> list[str]:
+    """Returns the names of the methods by which a module is called."""
+    own_call = getattr(cls, "__call__", None)  # noqa: B004
+    if own_call is nn.Module.__call__:
+        return ["forward"]
+    return ["__call__", "forward"] if calls_forward(own_call) else ["__call__"]
+
+
+def calls_forward(call: Any) -> bool:
+    """Tells whether a ``__call__`` of a user's may call the forward, by itself or by that of a base class."""
+    code = getattr(inspect.unwrap(call), "__code__", None)
+    return code is None or not names_in(code).read.isdisjoint(("forward", "super", "__call__", "_call_impl"))
+
+
+def _of_bases(cls: type) -> frozenset[str]:
+    """Returns the names by which code refers to base classes of `cls`."""
+    return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
+
+
+def _members(cls: type, name: str, around: Set[str]) -> list[Any]:
+    """Returns what `cls` has of a name; that of its bases, too, where the code `around` it names these."""
+    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    return found[:1] if around.isdisjoint(_of_bases(cls)) else found
+
+
+def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
+    """Yields the functions that run with ``self`` if `name` is read from an instance of `cls`: those of bases, too."""
+    around = frozenset[str]()
+    for base in cls.__mro__:
+        member = vars(base).get(name)
+        # the first argument of others is no instance
+        functions = () if isinstance(member, staticmethod | classmethod) else tuple(_functions_behind(member))
+        for function in functions:
+            yield function
+            yield from (inner for inner in _closed_over(function) if inner.__name__ == name)  # it is decorated
+        around = frozenset().union(*(names_in(function.__code__).read for function in functions))
+        if name in vars(base) and (name not in around or around.isdisjoint(_of_bases(cls))):
+            return
+
+
+def _functions_behind(member: Any) -> Iterator[FunctionType]:
+    """Yields the functions in Python that run if what a class, a Python module or an object has is read or called."""
+    while not isinstance(member, FunctionType):
+        if isinstance(member, functools.partial | functools.partialmethod | functools.cached_property):
+            member = member.func
+        elif isinstance(member, staticmethod | classmethod | functools._lru_cache_wrapper):
+            member = member.__wrapped__
+        elif isinstance(member, MethodType):
+            member = member.__func__
+        elif isinstance(member, property):
+            member = member.fget
+        else:
+            return
+    yield member
+    wrapped = member.__dict__.get("__wrapped__")
+    if wrapped is not None and wrapped is not member:
+        yield from _functions_behind(wrapped)
+
+
+def _closed_over(function: FunctionType) -> Iterator[FunctionType]:
+    """Yields the functions in the variables around a function, such as what it decorates."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield from _functions_behind(cell.cell_contents)
+
+
+@functools.cache
+def functions_in_forward(cls: type) -> tuple[FunctionType, ...]:
+    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
+    return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)
+
+
+def functions_called(starts: Iterable[Any], cls: type = object) -> tuple[FunctionType, ...]:
+    """Returns functions and those that they run, as far as names tell: methods of `cls`, and those of their files.
+
+    Args:
+        starts: The functions, or what leads to some: methods, partial functions and the like.
+        cls: The class.
+    """
+    waiting = list(starts)
+    found: dict[FunctionType, None] = {}
+    while waiting:
+        for function in _functions_behind(waiting.pop()):
+            if function in found or _is_the_end(function):
+                continue
+            found[function] = None
+            names = names_in(function.__code__).read
+            waiting += _closed_over(function)
+            for name in names:
+                waiting += _members(cls, name, names)
+                named = function.__globals__.get(name)
+                waiting += [vars(named).get(inner) for inner in names] if isinstance(named, ModuleType) else [named]
     return tuple(found)
 
 
-def _is_of_torch(function: Callable[..., Any]) -> bool:
-    return (function.__module__ or "").partition(".")[0] == "torch"  # generated code is of no Python module
+def _is_the_end(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code is of no Python module
+
+
+_ENDS = sys.stdlib_module_names | {"numpy", "torch"}
+"""Whose functions read nothing of a model but what they are there for."""
 
 
 class Names(NamedTuple):
@@ -140,15 +228,11 @@ def only_tells(code: CodeType, line: int) -> bool:
     return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
 
 
-def syntax_tree(method: object) -> ast.AST | None:
-    """Returns the syntax tree of a function or a method of the user's, if it has source."""
-    method = inspect.unwrap(method) if callable(method) else method
-    if not inspect.isfunction(method) or method.__module__ == nn.Module.__module__:
-        return None
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):
-        return None
+def syntax_tree(function: object) -> ast.AST | None:
+    """Returns the syntax tree of a function of the user's, if it has source."""
+    function = inspect.unwrap(function) if callable(function) else function
+    is_of_a_user = inspect.isfunction(function) and function.__module__ != nn.Module.__module__
+    return tree_of(function.__code__) if is_of_a_user else None
 
 
 @functools.cache
@@ -157,74 +241,9 @@ def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
     names.discard("reset_parameters")  # by convention what fills the weights, before anything adapts them
-    trees = {name: tree for name in names if (tree := syntax_tree(getattr(cls, name, None))) is not None}
-    return frozenset(name for name, tree in trees.items() if _reads(tree, attribute))
+    return frozenset(name for name in names if _reads(inspect.unwrap(getattr(cls, name)), attribute))
 
 
-def _reads(tree: ast.AST, attribute: str) -> bool:
-    return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in _paths(tree))
-
-
-def _paths(tree: ast.AST) -> list[tuple[str, bool]]:
-    """Returns the paths of attributes of ``self`` that a method loads, and whether each is called.
-
-    What is loaded from something else than ``self`` has the path ``*.name``.
-    """
-    around = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
-    found = []
-    for node in ast.walk(tree):
-        parent = around.get(id(node))
-        if isinstance(node, ast.Call) and _is_getattr(node):
-            found += [(f"*.{name}", False) for name in _names_asked_for(node)]
-        if isinstance(node, ast.Attribute) and node.attr in _ALL_OF_THEM:
-            found.append((f"*.{ANY}", False))
-        if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
-            continue  # only whole paths
-        if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
-            found.append((_path(node), isinstance(parent, ast.Call) and _is_called(node, parent)))
-    return found
-
-
-def _is_called(node: ast.AST, call: ast.Call) -> bool:
-    """Tells whether what `node` gives is called, by a call or by what it hands it to."""
-    return call.func is node or (_name_of(call.func) in _CALLERS and call.args[:1] == [node])
-
-
-def _name_of(function: ast.expr) -> str | None:
-    return getattr(function, "attr", getattr(function, "id", None))
-
-
-_CALLERS = {"checkpoint"}
-"""Functions that call their first argument, and read nothing of it."""
-
-
-def _is_getattr(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
-
-
-def _names_asked_for(node: ast.Call) -> list[str]:
-    name = node.args[1]
-    if not isinstance(name, ast.Constant):
-        return [ANY]
-    # of self, an attribute that isn't a module's weight
-    return [] if isinstance(node.args[0], ast.Name) and node.args[0].id == "self" else [str(name.value)]
-
-
-_ALL_OF_THEM = frozenset(("parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"))
-"""Methods and attributes of modules that give whichever parameters there are."""
-
-
-def _path(node: ast.Attribute) -> str:
-    parts = [node.attr]
-    value = node.value
-    while isinstance(value, ast.Attribute):
-        parts.append(value.attr)
-        value = value.value
-    of_self = isinstance(value, ast.Name) and value.id == "self"
-    return ".".join(reversed(parts)) if of_self else f"*.{node.attr}"
-
-
-def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    if node.attr in ABOUT or isinstance(parent, ast.Compare):
-        return True
-    return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
+def _reads(method: Any, attribute: str) -> bool:
+    paths = paths_in(method, has_self=True) if inspect.isfunction(method) else ()
+    return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in paths)

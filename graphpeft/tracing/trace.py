@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphpeft import in_place
@@ -118,6 +119,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
 
 def _refuse_own_call(model: nn.Module) -> None:
     """Raises TraceError if calling a model is more than its hooks and its forward, which are what is recorded."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        raise TraceError(
+            f"the model is compiled; trace model._orig_mod, the {type(compiled).__name__} itself, and compile its graph"
+        )
     call = in_place.original_class(model).__call__
     if call is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
         raise TraceError(
@@ -153,7 +159,9 @@ def plain_attribute(module: nn.Module, name: str, default: Any) -> Any:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tells whether `module` is a layer of ``torch.nn``: code that is best kept as one call."""
+    """Tells whether `module` is a layer of ``torch.nn``, or scripted: code that is best, or only, kept as one call."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
         return False
     if module._forward_hooks or module._forward_pre_hooks:
@@ -286,4 +294,6 @@ def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
         for hook in held.values()
         if getattr(getattr(hook, "func", hook), "__self__", None) not in inside
     }
-    return copy.deepcopy(module, {**tensors, **hooks})
+    # which can't be changed
+    scripted = {id(part): part for part in inside if isinstance(part, torch.jit.ScriptModule)}
+    return copy.deepcopy(module, {**tensors, **hooks, **scripted})

@@ -12,7 +12,10 @@ import collections
 import contextlib
 import contextvars
 import operator
+import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
@@ -25,14 +28,16 @@ from graphpeft.paths import join
 from graphpeft.tracing import guards, no_grad, patches
 from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.autocast import leave_autocast
+from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.calls import CALLS, Call
-from graphpeft.tracing.class_questions import question_in
+from graphpeft.tracing.class_questions import cannot_ask, question_in
 from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import SIMPLE, Examples
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.tracing.linting import holds_proxy, lint
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.reach import is_iterator
@@ -40,6 +45,14 @@ from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
 """What a trace exchanges for its time, others must not exchange meanwhile."""
+
+if hasattr(os, "register_at_fork"):
+    # a copy of the process would have what is exchanged for good, without the thread that puts it back
+    os.register_at_fork(
+        before=ONE_TRACE_AT_A_TIME.acquire,
+        after_in_parent=ONE_TRACE_AT_A_TIME.release,
+        after_in_child=ONE_TRACE_AT_A_TIME.release,
+    )
 
 _GUARDS = (guards.expect, guards.expect_present)
 """Functions that check a decision."""
@@ -74,6 +87,7 @@ class ValueTracer(fx.Tracer):
         assigners: The modules whose code has assigned to attributes, by their paths.
         called: How often modules were called that were inlined, by their paths.
         left: In a second recording, the nodes that stand for what the first one has left on modules.
+        has_hashed: Whether code has asked for the hash of a traced value, as caches do.
         specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
     """
 
@@ -85,6 +99,8 @@ class ValueTracer(fx.Tracer):
         self.kept: dict[str, str] = {}
         self.constants = Constants()
         self.not_kept: dict[str, None] = {}
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+        self.has_hashed = False
         self.specialised = False
         self.examples = Examples(self)
         self.recording: patches.Recording | None = None
@@ -154,6 +170,7 @@ class ValueTracer(fx.Tracer):
                 # context variables are set back with the context
                 while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
                     pass  # each time, more is known about the modules
+                lint(graph, self.constants.values)
                 return graph
             except (TraceError, *OUT_OF_MEMORY):
                 self.kept = kept  # there is no graph that calls the others
@@ -167,6 +184,7 @@ class ValueTracer(fx.Tracer):
                 raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
             finally:
                 self._thread = None
+                self._forget_proxies()
 
     def _recorded(self, root: nn.Module) -> fx.Graph | None:
         """Records `root` once; returns None if that showed that further modules have to stay calls."""
@@ -205,6 +223,15 @@ class ValueTracer(fx.Tracer):
                 )
                 self.not_kept[name] = None
         return graph if not changing else None
+
+    def _forget_proxies(self) -> None:
+        """Forgets what stands for values, and lets caches forget it that others look into."""
+        self._attributes, self._copies, self._objects, self._before_writes = {}, {}, {}, []
+        # an error holds what the code had that raised it
+        has_left_some = self.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
+        self._proxies, self.has_hashed = [], False
+        if has_left_some:
+            forget_traced_values()
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
@@ -248,7 +275,9 @@ class ValueTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Returns the proxy that stands for `node`."""
-        return ValueProxy(node, self)
+        proxy = ValueProxy(node, self)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -438,7 +467,7 @@ class ValueTracer(fx.Tracer):
             values = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
             defaults = {field.name for field in fields(a) if field.default is None}
             # a dataclass that holds nothing traced is an object of the user's, such as a config: keep its identity
-            if any(_holds_proxy(value) for value in values.values()):
+            if any(holds_proxy(value) for value in values.values()):
                 values = {name: v for name, v in values.items() if v is not None or name not in defaults}
                 return self.create_proxy("call_function", type(a), (), values).node
             return self._constant(a)
@@ -458,7 +487,7 @@ class ValueTracer(fx.Tracer):
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            if _holds_proxy(a):
+            if holds_proxy(a):
                 raise TraceError(
                     f"a {type(a).__name__} that holds traced tensors goes through the graph, which can't hold it; if "
                     "it is a cache, pass use_cache=False in example_inputs"
@@ -517,7 +546,12 @@ class ValueTracer(fx.Tracer):
     # decisions
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
-        """Puts a check into the graph that `proxy` is `answer` in every run."""
+        """Puts a check into the graph that `proxy`, which nothing else uses from now on, is `answer` in every run."""
+        if not self.check(proxy, answer, decision) and not proxy.node.users:
+            self.graph.erase_node(proxy.node)
+
+    def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
+        """Puts a check into the graph that `proxy` is `answer` in every run; tells whether there was none so far."""
         node = proxy.node
         # once in each call of a module, since an edit may give that call another value
         call = self._calls[-1] if self._calls else None
@@ -526,11 +560,10 @@ class ValueTracer(fx.Tracer):
         else:
             key = (node, repr(answer), call)
         if key in self._decided:
-            if not proxy.node.users:
-                self.graph.erase_node(proxy.node)
-            return
+            return False
         self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
+        return True
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
@@ -549,10 +582,7 @@ def _refuse_questions_of_class(module: nn.Module) -> None:
     """Raises TraceError if the forward of `module` would see the class of a proxy."""
     question = question_in(module)
     if question is not None:
-        raise TraceError(
-            f"{type(module).__name__}'s forward asks for the class of a value by `{question}`, which a graph can't "
-            "answer; ask by isinstance"
-        )
+        raise TraceError(cannot_ask(f"{type(module).__name__}'s forward", question))
 
 
 def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -576,17 +606,3 @@ def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
     """Tells whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
     is_taken = kind == "call_method" or target is operator.getitem
     return is_taken and may_be_compared(value, guards.deciding_frame().f_code)
-
-
-def _holds_proxy(value: Any, depth: int = 4) -> bool:
-    if isinstance(value, fx.Proxy):
-        return True
-    if depth == 0 or isinstance(value, torch.Tensor | nn.Module | type):
-        return False
-    if isinstance(value, dict):
-        inside: Any = value.values()
-    elif isinstance(value, list | tuple | set):
-        inside = value
-    else:
-        inside = getattr(value, "__dict__", {}).values()
-    return any(_holds_proxy(part, depth - 1) for part in inside)

@@ -1,0 +1,75 @@
+"""Python modules that a forward imports while it is traced: their code runs as it does without a trace.
+
+It is no part of the forward, and what it binds to names stays: ``from torch import arange`` must give the function, and
+``BASE = torch.ones(4)`` a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+Outside = Callable[[], AbstractContextManager[Any]]
+"""Makes what code runs in that is no part of the trace."""
+
+
+@contextlib.contextmanager
+def imports_run(outside: Outside, is_concerned: Callable[[], bool]) -> Iterator[None]:
+    """Lets the code of Python modules that are imported run `outside` of a trace.
+
+    Args:
+        outside: Makes what it runs in.
+        is_concerned: Tells whether the trace is of the thread that imports.
+    """
+    finder = _Finder(outside, is_concerned)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what the other finders do."""
+
+    def __init__(self, outside: Outside, is_concerned: Callable[[], bool]) -> None:
+        self._outside, self._is_concerned = outside, is_concerned
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not self._is_concerned():
+            return None
+        for finder in [other for other in sys.meta_path if other is not self and hasattr(other, "find_spec")]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, self._outside)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    """Runs a Python module's code by its own loader, which is all that the module knows."""
+
+    def __init__(self, loader: Any, outside: Outside) -> None:
+        self._loader, self._outside = loader, outside
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        spec.loader = self._loader
+        try:
+            return self._loader.create_module(spec)
+        finally:
+            spec.loader = self
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = self._loader
+        module.__loader__ = self._loader
+        with self._outside():
+            self._loader.exec_module(module)

@@ -1,0 +1,60 @@
+"""Exchanges functions of the user's for the time of a trace, wherever the code of a model finds them by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.tracing.exchanges import Exchanges
+from graphpeft.tracing.reach import functions_held
+from graphpeft.tracing.source import functions_called, functions_in_forward, names_in
+
+
+def exchange_named(root: nn.Module, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:
+    """Puts what `other` returns in the place of what the code of `root` finds by name.
+
+    Args:
+        root: The module, with those inside.
+        exchanges: Exchanges them.
+        other: Returns what is to be found in the place of a value, or the value itself.
+    """
+    classes = {in_place.original_class(module) for module in root.modules()}
+    functions = {function for cls in classes for function in functions_in_forward(cls)}
+    functions.update(functions_called(held for module in root.modules() for held in functions_held(module)))
+    for holder in {holder for cls in classes for base in cls.__mro__ for holder in _holders(base)}:
+        for name, value in list(vars(holder).items()):
+            if type(value) is FunctionType:
+                functions.add(value)
+            if (new := other(value)) is not value:
+                exchanges.attribute(holder, name, new)
+    for function in functions:
+        _exchange_around(function, exchanges, other)
+
+
+def _holders(cls: type) -> tuple[Any, ...]:
+    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
+    module = sys.modules.get(cls.__module__)
+    return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
+
+
+def _exchange_around(function: FunctionType, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:
+    """Does so for what a function finds in its Python module, in those that it names, and in variables around it."""
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            continue  # an empty cell
+        if (new := other(value)) is not value:
+            exchanges.cell(cell, new)
+    names = names_in(function.__code__).read
+    modules = [vars(value) for name in names if type(value := function.__globals__.get(name)) is ModuleType]
+    for namespace in (function.__globals__, *modules):
+        for name in names & namespace.keys():
+            value = namespace[name]
+            if (new := other(value)) is not value:
+                exchanges.item(namespace, name, new)

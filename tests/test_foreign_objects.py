@@ -1,0 +1,268 @@
+"""Models that hold or call what is none of their own code: objects of any class, other packages, compiled code."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphpeft import LoraConfig, TraceError, get_peft_model, trace
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # Dynamo asks for it
+]
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def assert_adapted_and_traced(model: nn.Module, *targets: str) -> Any:
+    """Asserts that the traced model equals the model, and that an adapter acts at each target; returns the traced."""
+    base = model(X)
+    traced: Any = trace(model, (X,))
+    assert torch.equal(traced(X), base)
+    assert traced.kept == {}
+    for target in targets:
+        adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+        found = adapted(X)
+        assert not torch.allclose(found, base)
+        torch.testing.assert_close(adapted.merge_adapter() or adapted(X), found)
+        adapted.unmerge_adapter()
+        adapted.unload()
+        torch.testing.assert_close(model(X), base)
+    return traced
+
+
+# objects whose classes answer by code of their own
+
+
+class Raising(tuple):
+    """A tuple of which one must not ask for its length, as e3nn's ``Irreps`` are."""
+
+    __slots__ = ()
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object):
+        raise NotImplementedError
+
+    __hash__ = tuple.__hash__
+
+
+class RaisingList(list):
+    __len__ = __iter__ = __eq__ = __copy__ = __bool__ = property(lambda self: self.missing)  # type: ignore
+
+
+class RaisingDict(dict):
+    __len__ = __iter__ = items = keys = values = __copy__ = copy = property(lambda self: self.missing)  # type: ignore
+
+
+class Lazy:
+    """Loads what it stands for when it is asked for any attribute; here it can't."""
+
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("not loaded")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not loaded")
+
+
+class Slotted:
+    __slots__ = ("hidden", "value")
+
+
+class HidesSlot(Slotted):
+    """Computes what is a slot of its base class, as classes of sympy do; another value each time."""
+
+    __slots__ = ()
+    hidden = property(lambda self: object())  # type: ignore
+
+
+class Ordered(collections.OrderedDict):
+    pass
+
+
+class Holding(nn.Module):
+    def __init__(self, held: Any):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+        self.held = held
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.layer.weight)) * (1.5 if self.held is not None else 1.0)
+
+
+HELD: dict[str, Any] = {
+    "tuple": lambda: Raising((1, 2)),
+    "tuple in a list": lambda: {"deep": [Raising((1, 2))]},
+    "list": lambda: RaisingList([1, Raising((3,))]),
+    "dictionary": lambda: RaisingDict(of=RaisingList([2])),
+    "ordered dictionary": lambda: Ordered(of=RaisingList([2])),
+    "lazy object": Lazy,
+    "list of lazy objects": lambda: [Lazy()],
+    "hidden slot": HidesSlot,
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_objects_are_asked_nothing_that_runs_code_of_their_own(kind: str):
+    assert_adapted_and_traced(Holding(HELD[kind]()), "layer", "head")
+
+
+def test_what_a_forward_puts_into_an_ordered_dictionary_is_taken_out_again():
+    class Keeping(Holding):
+        def forward(self, x):
+            self.held[f"call {len(self.held)}"] = x
+            return self.layer(x)
+
+    model = nn.Sequential(Keeping(Ordered(first=1)), nn.Linear(4, 4))
+    trace(model, (X,))
+    held: Any = model[0].held
+    assert list(held.items()) == list(reversed(list(reversed(held.items())))) == [("first", 1)]
+
+
+EXPRESSION = sympy.Symbol("x") ** 2 + sympy.Rational(1, 3)
+
+
+def test_objects_of_other_packages_stay_as_they_are():
+    class Symbolic(Holding):
+        def forward(self, x):
+            return self.head(F.linear(x, self.layer.weight)) * float(EXPRESSION.subs("x", 2))
+
+    assert_adapted_and_traced(Symbolic(sympy.pi), "layer", "head")
+
+
+# questions for a class
+
+
+def _described(value):
+    return f"a {value.__class__}" if value.__class__ is not torch.Tensor else "a tensor"
+
+
+def _checked(value):
+    return value if type(value) is torch.Tensor else value * 0
+
+
+class Printing(nn.Module):
+    """Asks for a class in helpers: a function, a method, and one of the base class."""
+
+    def __init__(self, verbose: bool = False, checked: bool = False):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.verbose, self.checked = verbose, checked
+
+    def show(self, value):
+        print(type(value), _described(value))  # noqa: T201
+
+    def forward(self, x):
+        if self.verbose:
+            self.show(x)
+        return _checked(F.linear(x, self.layer.weight)) if self.checked else F.linear(x, self.layer.weight)
+
+
+def test_a_question_for_a_class_that_is_never_asked_is_of_no_account():
+    assert_adapted_and_traced(nn.Sequential(Printing(), nn.Linear(4, 4), Printing()), "layer", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "asking"), [({"verbose": True}, r"Printing\.show"), ({"checked": True}, "_checked")]
+)
+def test_a_question_for_a_class_that_is_asked_is_refused_by_name(options: Any, asking: str, capsys: Any):
+    with pytest.raises(TraceError, match=f"{asking} asks for the class of a value"):
+        trace(Printing(**options), (X,))
+    traced: Any = trace(nn.Sequential(Printing(**options), nn.Linear(4, 4)), (X,))
+    assert list(traced.kept) == ["0"]
+    assert _checked(X) is X
+
+
+# scripted and compiled code
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def quick_gelu(x: torch.Tensor, by: float = 1.7) -> torch.Tensor:
+        return x * torch.sigmoid(by * x)
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(quick_gelu(F.linear(x, self.layer.weight), by=1.5))
+
+
+def test_a_scripted_function_is_one_node():
+    traced = assert_adapted_and_traced(Scripted(), "layer", "head")
+    nodes = [node.name for node in traced.graph.nodes if node.op == "call_function" and "gelu" in node.name]
+    assert len(nodes) == 1
+    assert torch.equal(pickle.loads(pickle.dumps(traced))(X), traced(X))
+    larger = torch.randn(7, 4).requires_grad_()
+    traced(larger).sum().backward()
+    assert larger.grad is not None
+    assert not torch.equal(larger.grad, torch.zeros(7, 4))
+
+
+def _beside(other: nn.Module) -> nn.Module:
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.other = other
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.other(F.linear(x, self.layer.weight)))
+
+    return Beside()
+
+
+def _inner() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()).eval()
+
+
+def test_layers_beside_a_scripted_module_are_adapted():
+    for other in (torch.jit.script(_inner()), torch.jit.trace(_inner(), X)):
+        assert_adapted_and_traced(_beside(other), "layer", "head")
+
+
+def test_what_was_compiled_is_part_of_a_graph():
+    inner = _inner()
+    by_itself = _inner()
+    by_itself.compile(backend="eager")
+    for other, target in ((torch.compile(inner, backend="eager"), "other._orig_mod.0"), (by_itself, "other.0")):
+        model = _beside(other)
+        assert_adapted_and_traced(model, "layer", "head", target)
+
+
+def test_a_compiled_function_is_part_of_a_graph():
+    double = torch.compile(lambda x: x * 2, backend="eager")
+
+    class Doubling(Holding):
+        def forward(self, x):
+            return self.head(double(F.linear(x, self.layer.weight)))
+
+    assert_adapted_and_traced(Doubling(None), "layer", "head")
+
+
+def test_a_compiled_model_is_traced_as_what_was_compiled():
+    with pytest.raises(TraceError, match=r"trace model\._orig_mod, the Sequential itself"):
+        trace(torch.compile(_inner(), backend="eager"), (X,))

@@ -30,7 +30,9 @@ from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
 
 pytestmark = [
-    # what files may hold, and PyTorch warns of where it is made
+    # of what files may hold, PyTorch warns where it is made or read
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning"),
 ]

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Nothing here may depend on a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check format bench coverage docs clean
+.PHONY: help demo test newest floors check format bench coverage docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -15,6 +15,23 @@ demo: .venv/.installed  ## run examples/demo.py
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
 	$(BIN)/pytest -n 2 $(ARGS)
+
+newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
+	$(call test_in,.venv-newest,highest)
+
+floors:  ## run them with the oldest of each that pyproject.toml allows; likewise
+	$(call test_in,.venv-floors,lowest-direct)
+
+# uv, since pip can't take the oldest; compiled, since compiling warns of some packages, and warnings are errors
+define test_in
+rm -rf $(1)
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install uv
+$(1)/bin/uv pip install --python $(1) --compile-bytecode --resolution $(2) \
+	-e '.[test]' $(if $(TORCH),'torch==$(TORCH).*')
+$(1)/bin/python -c "import sys, torch; print('Python', sys.version, 'torch', torch.__version__)"
+OMP_NUM_THREADS=1 $(1)/bin/pytest -n 2 $(ARGS)
+endef
 
 check: .venv/.installed  ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -35,7 +52,7 @@ docs: .venv/.docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## remove everything that these targets make
-	rm -rf .venv build dist site .hypothesis .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-newest .venv-floors build dist site .hypothesis .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml

@@ -112,24 +112,32 @@ def checkpoints_bound_by(bind: Bind) -> Iterator[None]:
 
 
 def _exchange() -> None:
-    run_again: Any = getattr(checkpoint_module, CHECKPOINT_GENERATOR)
+    for owner, name, binding in (
+        (checkpoint_module, CHECKPOINT_GENERATOR, _binding_generator),
+        (CheckpointFunction, "apply", _binding_apply),
+    ):
+        before = vars(owner).get(name)
+        new = binding(before)
+        _EXCHANGED.append((owner, name, new, before))
+        setattr(owner, name, new)
 
+
+@functools.lru_cache(maxsize=4)
+def _binding_generator(run_again: Any) -> Function:
     @functools.wraps(run_again)
     def generator(function: Function, *args: Any, **kwargs: Any) -> Any:
         return run_again(_bound_by_all(function), *args, **kwargs)
 
-    reentrant: Any = vars(CheckpointFunction).get("apply")
+    return generator
 
+
+@functools.lru_cache(maxsize=4)
+def _binding_apply(own: Any) -> Any:
     def apply(cls: Any, function: Function, *args: Any) -> Any:
-        run_again = (reentrant or vars(torch.autograd.Function)["apply"]).__get__(None, cls)
-        return run_again(_bound_by_all(function), *args)
+        run_again = vars(torch.autograd.Function)["apply"] if own is None else own
+        return run_again.__get__(None, cls)(_bound_by_all(function), *args)
 
-    for owner, name, new in (
-        (checkpoint_module, CHECKPOINT_GENERATOR, generator),
-        (CheckpointFunction, "apply", classmethod(apply)),
-    ):
-        _EXCHANGED.append((owner, name, new, vars(owner).get(name)))
-        setattr(owner, name, new)
+    return classmethod(apply)
 
 
 _EXCHANGED: list[tuple[Any, str, Any, Any]] = []

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import models
 import peft
 import pytest
 import torch
@@ -51,7 +52,7 @@ def adapted_by_peft(example: Example, adapter_name: str = "default", **options: 
 
 def base(example: Example, traced: bool = False) -> nn.Module:
     model = example.build()
-    return graphpeft.trace(model, example.inputs()) if traced else model
+    return models.traced(example, model) if traced else model
 
 
 def adapted(

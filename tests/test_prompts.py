@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import LLAMA, VOCABULARY, equal, output
+from models import CACHE, LLAMA, VOCABULARY, equal, output
 from torch import Tensor, nn
 
 import graphpeft
@@ -430,7 +430,7 @@ with_caches = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 @with_caches
 def test_a_cache_is_seen_by_either_name(base: Base, method: str, name: str) -> None:
     model = adapted(graphpeft, base, method)

@@ -11,11 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import peft
 import pytest
 import torch
 import transformers
-from models import BERT, CUSTOM, EXAMPLES, FUNCTIONAL, GPT2, LLAMA, MLP, OPT, T5, VIT, VOCABULARY, Example, output
+from models import (
+    BERT,
+    CACHE,
+    CUSTOM,
+    EXAMPLES,
+    FUNCTIONAL,
+    GPT2,
+    LLAMA,
+    MLP,
+    OPT,
+    T5,
+    VIT,
+    VOCABULARY,
+    Example,
+    output,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,7 +48,7 @@ def adapted(example: Example, **options: Any) -> Any:
 
 
 def traced(example: Example, **options: Any) -> Any:
-    graph = graphpeft.trace(example.build(), example.inputs())
+    graph = models.traced(example, example.build())
     return get_peft_model(graph, example.config(init_lora_weights=False, **options))
 
 
@@ -94,7 +110,7 @@ def state_of_both_modes(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 def test_training_and_evaluation_are_those_of_the_base(example: Example, as_graph: bool) -> None:
     expected = state_of_both_modes(with_dropout(example), example.inputs())
     model = with_dropout(example)
-    model = graphpeft.trace(model, example.inputs()) if as_graph else model
+    model = models.traced(example, model) if as_graph else model
     found = state_of_both_modes(get_peft_model(model, example.config()), example.inputs())
     # a graph holds only those buffers that it reads
     assert expected.keys() == found.keys() or as_graph
@@ -123,7 +139,7 @@ def test_an_error_while_it_is_disabled_leaves_the_adapter_on() -> None:
 @pytest.mark.parametrize("build", [adapted, traced])
 @each_example
 def test_unloading_gives_back_the_very_model(example: Example, build: Callable[..., Any]) -> None:
-    base = example.build() if build is adapted else graphpeft.trace(example.build(), example.inputs())
+    base = example.build() if build is adapted else models.traced(example, example.build())
     model = build(example, bias="lora_only")
     model.add_adapter("other", example.config(r=2))
     unloaded = model.unload()
@@ -460,13 +476,13 @@ def test_a_decoder_that_is_traced_with_a_cache_decodes_as_the_model_does(example
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def step(called: Any, cache: Any, place: int) -> Tensor:
-        return called(input_ids=ids[:, place : place + 1], cache=cache, use_cache=True).logits
+        return called(input_ids=ids[:, place : place + 1], use_cache=True, **{CACHE: cache}).logits
 
     def cache_of_four() -> Any:
         return model(input_ids=ids[:, :4], use_cache=True).past_key_values
 
     given = cache_of_four()
-    traced = graphpeft.trace(model, {"input_ids": ids[:, 4:5], "cache": given, "use_cache": True}, strict=True)
+    traced = graphpeft.trace(model, {"input_ids": ids[:, 4:5], CACHE: given, "use_cache": True}, strict=True)
     # the example is as it was
     assert given.get_seq_length() == 4
     caches = cache_of_four(), cache_of_four()

@@ -122,7 +122,7 @@ def waiting(place: Path, name: str) -> list[Path]:
     return sorted(place.glob(f"{_PREFIX}*/new/{name}"))
 
 
-def read_one(path: str, read: Callable[[str], T]) -> T:
+def read_one(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]], T]) -> T:
     """Reads a file that may be replaced meanwhile, by a function that opens it more than once.
 
     Args:
@@ -143,14 +143,14 @@ def read_one(path: str, read: Callable[[str], T]) -> T:
             else:
                 if _is_there(opened, path):
                     return found
-    raise OSError(errno.EAGAIN, "it is replaced again and again, and can't be read between", path)
+    raise OSError(errno.EAGAIN, "it is replaced again and again, and can't be read between", str(path))
 
 
 _READS = 1000
 """How often a file is read that is another one afterwards."""
 
 
-def _is_there(opened: BinaryIO, path: str) -> bool:
+def _is_there(opened: BinaryIO, path: str | os.PathLike[str]) -> bool:
     return os.path.samestat(os.fstat(opened.fileno()), os.stat(path))
 
 

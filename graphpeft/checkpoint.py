@@ -22,7 +22,7 @@ from torch import nn
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.atomic_files import read_one, waiting
+from graphpeft.atomic_files import waiting
 from graphpeft.config import PeftConfig
 from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
 from graphpeft.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
@@ -464,22 +464,30 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
         CheckpointError: If one is damaged.
         ValueError: As `PeftConfig.from_pretrained`.
     """
+    saved = _look(path_or_repo, use_safetensors, hub_options)
     for wait in _WAITS:
-        if wait:
-            time.sleep(wait)
-        config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
-        tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
-        if digest in (None, config.digest()):
-            return SavedAdapter(config, tensors)
-        for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
-            with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
-                ready = PeftConfig.from_pretrained(file.parent)
-                if digest == ready.digest():
-                    return SavedAdapter(ready, tensors)
+        if saved.is_of_one_save:
+            break
+        time.sleep(wait)
+        saved = _look(path_or_repo, use_safetensors, hub_options)
+    return saved
+
+
+def _look(path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]) -> SavedAdapter:
+    """Reads an adapter's config and its tensors, which may be of two saves."""
+    config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
+    tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
+    if digest in (None, config.digest()):
+        return SavedAdapter(config, tensors)
+    for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
+        with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+            ready = PeftConfig.from_pretrained(file.parent)
+            if digest == ready.digest():
+                return SavedAdapter(ready, tensors)
     return SavedAdapter(config, tensors, is_of_one_save=False)
 
 
-_WAITS = (0, 0.01, 0.03, 0.1, 0.3)
+_WAITS = (0.01, 0.03, 0.1, 0.3)
 """How many seconds a reader waits before each further look; a writer is done in some milliseconds."""
 
 
@@ -496,5 +504,5 @@ def _read(
     """Returns an adapter's tensors, and the digest of their config if the file has it."""
     if not use_safetensors:
         return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)), None
-    saved = read_one(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options), read_safetensors)
+    saved = read_safetensors(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options))
     return saved.tensors, saved.metadata.get(_DIGEST)

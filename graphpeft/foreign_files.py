@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from graphpeft.atomic_files import read_one
 from graphpeft.wording import shortened
 
 _MOST_BYTES = 8 * 2**20
@@ -106,7 +107,7 @@ class Safetensors(NamedTuple):
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
-    """Reads a safetensors file.
+    """Reads a safetensors file, which may be replaced meanwhile.
 
     Args:
         path: The file.
@@ -115,9 +116,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
         CheckpointError: If it can't be read, or isn't such a file.
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            return Safetensors(_checked(tensors, path), file.metadata() or {})
+        found = read_one(path, _opened)
+        return found._replace(tensors=_checked(found.tensors, path))
     except OSError as error:
         raise _unreadable(path, error) from error
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
@@ -126,6 +126,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
             f"{path} is damaged or not a safetensors file: {shortened(str(error))}. Copy it anew, or save the adapter "
             "again."
         ) from error
+
+
+def _opened(path: str | os.PathLike[str]) -> Safetensors:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        return Safetensors(tensors, file.metadata() or {})
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

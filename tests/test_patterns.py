@@ -205,7 +205,7 @@ def test_peft_reads_the_same_ranks_and_scales_and_writes_them_for_us(
     else:
         theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path / "ours")).eval()
     require_close(laws.run(theirs, case.inputs), expected)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     again = PeftModel.from_pretrained(case.build(), tmp_path / "theirs", example_inputs=case.inputs)
     require_close(laws.run(again, case.inputs), expected)
 

@@ -942,7 +942,7 @@ def test_code_of_a_bases_repository_runs_only_if_it_is_trusted(tmp_path: Path, m
     config.base_model_name_or_path = str(base)
     config.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # it isn't asked for
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     load = graphpeft.AutoPeftModelForCausalLM.from_pretrained
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         load(tmp_path / "adapter")

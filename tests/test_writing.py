@@ -121,7 +121,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) 
     path = tmp_path / "file"
     path.write_text("old")
 
-    def read_twice(name: str) -> str:
+    def read_twice(name: str | os.PathLike[str]) -> str:
         first = Path(name).read_text()
         if first == "old":
             (tmp_path / "other").write_text("new")
@@ -233,7 +233,7 @@ def test_what_says_nothing_of_the_tensors_may_be_edited(tmp_path: Path) -> None:
 
 def test_files_of_peft_may_be_edited_as_ever(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
-    peft.get_peft_model(base(), config).save_pretrained(tmp_path)
+    peft.get_peft_model(base(), config).save_pretrained(str(tmp_path))
     edit(tmp_path, lora_alpha=7)
     loaded: Any = PeftModel.from_pretrained(base(), tmp_path)
     assert loaded.peft_config["default"].lora_alpha == 7
@@ -243,7 +243,7 @@ def test_peft_writes_our_config_again_and_it_still_belongs_to_the_tensors(tmp_pa
     patterns: dict[str, Any] = {"rank_pattern": {"0": 3}, "alpha_pattern": {"0": 7}}
     config = LoraConfig(r=2, target_modules=["0", "2"], modules_to_save=["2"], exclude_modules=["2"], **patterns)
     laws.perturbed(graphpeft.get_peft_model(base(), config)).save_pretrained(tmp_path)
-    peft.PeftConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    peft.PeftConfig.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path))
     assert checkpoint.read(tmp_path)
 
 

@@ -444,7 +444,7 @@ def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
             return call(function, *args, **kwargs)
-        return tracer.create_proxy("call_function", Scripted(function, function.name), args, kwargs)
+        return tracer.create_proxy("call_function", Scripted(function, str(function.name)), args, kwargs)
 
     exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
 

@@ -193,7 +193,7 @@ def test_a_question_for_a_class_that_is_asked_is_refused_by_name(options: Any, a
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")  # scripts are deprecated, and used all the same
 
     @torch.jit.script
     def quick_gelu(x: torch.Tensor, by: float = 1.7) -> torch.Tensor:

@@ -21,8 +21,8 @@ from graphpeft.tracing.graph_module import Graphs, Template, template_of
 def templates_with(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, Template | None]:
     """Returns the template that each region is to wear, or None where it is to run its own code."""
     # nodes come in the order of activation, since a change may be of what adapters before it have made
-    there = [name for name in adapters.acting if name in wanted]
-    kept = [name for name, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(there, wanted, strict=False))]
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(adapters.acting, wanted, strict=False))
+    kept = [name for name, _ in pairs]
     leaving = [name for name in adapters.acting if name not in kept]
     coming = wanted[len(kept) :]
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *wanted}}
@@ -79,7 +79,10 @@ def with_adapter(
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, kind, module, region)
-                    rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
+                    try:
+                        rewrite.insert(graph, op, rule, dict(attributes), name, adapter.config.method)
+                    except rewrite.NoChangeError as error:
+                        raise AdaptError(f"{name!r} can't act on {region or 'the model'}: {error}") from error
 
     derived = worn.derive(("with", name, edits), edit)
     derived.remember(("without", name), worn)

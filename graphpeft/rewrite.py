@@ -22,7 +22,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from graphpeft import slots
 from graphpeft.ops import Operation, Weight
 from graphpeft.ops.boundaries import Boundary, Leaf
-from graphpeft.tags import TAG, Tag, top
+from graphpeft.tags import TAG, Tag, top, values_over
 from graphpeft.tracing.calls import CALLS, calls_of
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class WeightRule(Rule, Protocol):
         """Returns the new value of the operation; it is not asked where the weight itself is the site.
 
         The names of its arguments say what it is given: ``x`` and ``y``, the operation's input and its value so far;
-        ``weight`` and ``bias``; ``operation``, which has ``apply(x, weight)``: the same operation with other operands;
+        ``weight`` and ``bias``, with the changes of adapters that act before, and ``base``, the weight without them;
+        ``operation``, which has ``apply(x, weight)``: the same operation with other operands;
         ``training``; and the parameters and constants that the rule declares (None for one that it doesn't). It is run
         on proxies.
         """
@@ -159,6 +160,19 @@ class BoundaryRule(Rule, Protocol):
         Beside what ``enter`` is given, it can ask for ``output`` and for ``entered``, what ``enter`` has returned.
         """
         return kwargs["output"]
+
+
+class NoChangeError(Exception):
+    """A change of a weight depends on those before it, and what an adapter does before it is none.
+
+    Args:
+        weight: The path of the weight.
+        slot: The slot of the adapter before.
+    """
+
+    def __init__(self, weight: str, slot: int) -> None:
+        super().__init__(f"what the adapter in slot {slot} does with {weight} is no change of it")
+        self.weight, self.slot = weight, slot
 
 
 class AdaptedSite(NamedTuple):
@@ -233,10 +247,13 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
     for node in [node for node in graph.nodes if node not in before]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-        else:
-            over = replaced[node].name if node in replaced else None
-            node.meta[TAG] = Tag(slot, method, op.name, over)
-            node.meta[CALLS] = calls
+            continue
+        tag = Tag(slot, method, op.name)
+        if node in replaced:
+            over = replaced[node].name
+            tag = dataclasses.replace(tag, over=over, rule=rule, attributes=tuple(attributes.items()))
+        node.meta[TAG] = tag
+        node.meta[CALLS] = calls
 
 
 def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
@@ -245,14 +262,54 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         if isinstance(op, Weight):
-            change = _call(rule.delta, graph, {"weight": current, "base": op.node}, attributes, {})
-            weight = fx.Proxy(current, change.tracer)
-            result = weight + change.to(weight.dtype)
+            result = _changed(graph, rule, current, op.node, attributes)
         else:
-            paths = {"weight": op.weight, "bias": op.bias, **attributes}
-            result = _call(rule.rewrite, graph, {"x": op.x, "y": current}, paths, {"operation": op})
+            operands = _operands_so_far(graph, op, rule.rewrite)
+            emitted = [node for node in graph.nodes if node not in before]
+            nodes = {"x": op.x, "y": current, **operands}
+            result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op})
+            for node in [node for node in reversed(emitted) if not node.users]:
+                graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _changed(
+    graph: fx.Graph, rule: WeightRule, weight: fx.Node, base: fx.Node, attributes: Mapping[str, str]
+) -> fx.Proxy:
+    """Emits a weight with the change that `rule` makes of it, from what it was before, and from the module's own."""
+    change = _call(rule.delta, graph, {"weight": weight, "base": base}, attributes, {})
+    before = fx.Proxy(weight, change.tracer)
+    return before + change.to(before.dtype)
+
+
+def _operands_so_far(graph: fx.Graph, op: Operation, function: Callable[..., Any]) -> dict[str, fx.Node]:
+    """Emits the operands of an operation for which a rule's function asks, as the adapters before it have made them.
+
+    Raises:
+        NoChangeError: If what one of these does is no change of the weight.
+    """
+    assert not isinstance(op, Weight)
+    asked = set(_names_asked_by(function)) | ({"weight", "base", "bias"} if _takes_more(function) else set())
+    earlier = [node.meta[TAG] for node in values_over(graph, op.node)]
+    found: dict[str, fx.Node] = {}
+    if asked & {"weight", "base"}:
+        weight = base = graph.create_node("get_attr", op.weight)
+        for tag in earlier:
+            if getattr(type(tag.rule), "delta", WeightRule.delta) is WeightRule.delta:
+                raise NoChangeError(op.weight, tag.slot)
+            weight = _changed(graph, tag.rule, weight, base, dict(tag.attributes)).node
+        found = {"weight": weight, "base": base}
+    if "bias" in asked:
+        own = None if op.bias is None else graph.create_node("get_attr", op.bias)
+        bias = None if own is None else fx.Proxy(own, GraphAppendingTracer(graph))
+        for tag in earlier:
+            function = getattr(tag.rule, "bias_delta", None)
+            change = None if function is None else _call(function, graph, {}, dict(tag.attributes), {})
+            if change is not None:
+                bias = change if bias is None else bias + change
+        found |= {} if bias is None else {"bias": bias.node}
+    return found
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
@@ -366,10 +423,8 @@ def _call(
         values: Other values.
     """
     tracer = GraphAppendingTracer(graph)
-    asked = inspect.signature(function).parameters
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = [name for name, parameter in asked.items() if parameter.kind not in variable]
-    if len(names) < len(asked):
+    names = _names_asked_by(function)
+    if _takes_more(function):
         names += [name for name in (*values, *nodes, *paths) if name not in names]
     paths = {"training": "training", **paths}
     given: dict[str, Any] = {}
@@ -382,3 +437,17 @@ def _call(
         else:
             given[name] = fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
     return function(**given)
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _names_asked_by(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of a function's arguments."""
+    asked = inspect.signature(function).parameters
+    return [name for name, parameter in asked.items() if parameter.kind not in _VARIABLE]
+
+
+def _takes_more(function: Callable[..., Any]) -> bool:
+    """Tells whether a function takes ``**others``."""
+    return any(parameter.kind in _VARIABLE for parameter in inspect.signature(function).parameters.values())

@@ -73,7 +73,14 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
         for region, sites in regions[name].items():
             worn = templates.get(region) or worn_in(adapters, region, modules)
             method = adapters.by_name[name].config.method
-            templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
+            try:
+                templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
+            except rewrite.NoChangeError as error:
+                before = next((other for other, slot in seats.items() if slot == error.slot), "another model's")
+                raise AdaptError(
+                    f"{name!r} can't act on {region or 'the model'}: its {error.weight} is to be scaled with the "
+                    f"changes so far, and what {before!r} does there is none; let {before!r} act behind"
+                ) from error
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
         region: None if region in adapters.lifted and template and template.shared and not template.slots else template

@@ -89,6 +89,7 @@ class Dora:
         x: Any,
         y: Any,
         weight: Any,
+        base: Any,
         bias: Any,
         operation: Any,
         lora_A: Any,
@@ -104,10 +105,10 @@ class Dora:
         h = self.direction.input_of(x, lora_A, lora_dropout, training)
         if operation.transposed != self.is_product:
             # its outputs are what the lengths are over
-            change = self.delta(weight, weight, lora_A, lora_B, lora_magnitude, lora_scaling)
+            change = self.delta(weight, base, lora_A, lora_B, lora_magnitude, lora_scaling)
             result = y + operation.apply(h, change)
             return result.to(y.dtype) if casts else result
-        ratio = self._ratio(weight, lora_A, lora_B, lora_magnitude, lora_scaling)
+        ratio = self._ratio(base, lora_A, lora_B, lora_magnitude, lora_scaling)
         ratio = ratio.reshape(-1, *(1,) * self.positions)
         plain = y if bias is None else y - bias.reshape(-1, *(1,) * self.positions)
         if drops:

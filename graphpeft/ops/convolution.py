@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft._torch import padding_of_convolution
-from graphpeft.ops.reading import applied_if, arguments_of, in_graph, path_of, plain_layer
+from graphpeft.ops.reading import applied_if, arguments_of, in_graph, is_computed, path_of, plain_layer
 
 aten = torch.ops.aten
 
@@ -182,8 +182,8 @@ def _convolution(
     options = {name: _DEFAULTS[name] if value is None else value for name, value in options.items()}
     if not isinstance(x, fx.Node) or path is None:
         return None
-    if any(isinstance(value, fx.Node) and value.op != "get_attr" for value in options.values()):
-        return None  # computed in each run
+    if any(map(is_computed, options.values())):
+        return None
     return Convolution(node, x, path, path_of(bias), function, options, None)
 
 

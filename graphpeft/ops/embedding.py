@@ -14,7 +14,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft.ops.reading import arguments_of, in_graph, path_of, plain_layer
+from graphpeft.ops.reading import arguments_of, in_graph, is_computed, path_of, plain_layer
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Embedding,)
 """The layers that are embeddings."""
@@ -100,8 +100,8 @@ def _embedding(node: fx.Node, x: Any, weight: Any, options: dict[str, Any]) -> E
     path = path_of(weight)
     if not isinstance(x, fx.Node) or path is None:
         return None
-    if any(isinstance(value, fx.Node) and value.op != "get_attr" for value in options.values()):
-        return None  # computed in each run
+    if any(map(is_computed, options.values())):
+        return None
     return Embedding(node, x, path, {name: value for name, value in options.items() if value is not None})
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from graphpeft import in_place
 from graphpeft.recorded import recorded
 from graphpeft.tracing.graph_module import template_of
+from graphpeft.tracing.settings import is_number
 
 
 def in_graph(value: Any, beside: fx.Proxy) -> Any:
@@ -45,6 +46,11 @@ def arguments_of(node: fx.Node, *names: str) -> list[Any]:
 def path_of(value: Any) -> str | None:
     """Returns the path of the attribute that a node reads, or None."""
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def is_computed(option: Any) -> bool:
+    """Tells whether an option of an operation is computed in each run, and not only read from a module."""
+    return isinstance(option, fx.Node) and option.op != "get_attr" and not is_number(option)
 
 
 def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn.Module | None:

@@ -11,9 +11,9 @@ from graphpeft import ops
 from graphpeft.ops.reading import arguments_of
 from graphpeft.passes.products import cast_again, product
 from graphpeft.tags import TAG
-from graphpeft.tracing.autocast import enter_autocast, leave_autocast
 from graphpeft.tracing.dependence import only_asks
 from graphpeft.tracing.proxy import writes
+from graphpeft.tracing.regions import enter_autocast, leave_autocast
 
 
 def adapted_values(graph: fx.Graph) -> list[fx.Node]:

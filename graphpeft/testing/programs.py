@@ -143,6 +143,25 @@ class Gated(nn.Module):
         return -y if negate else y
 
 
+class Frozen(nn.Module):
+    """A stage of a backbone whose first part never trains, and whose normalisation keeps its statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.scaled = nn.Sequential(nn.Linear(DIM, DIM), nn.Dropout(0.3)), Scaled()
+        self.norm, self.dropout = nn.BatchNorm1d(DIM), nn.Dropout(0.2)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        for module in (self.stem, self.scaled, self.norm):
+            module.eval()
+        return self
+
+    def forward(self, x):
+        x = self.norm(self.scaled(self.stem(x)).transpose(1, 2)).transpose(1, 2)
+        return self.dropout(x) if self.training else x
+
+
 CALLS = 0
 
 
@@ -208,11 +227,12 @@ class Program(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(DIM, DIM), nn.Tanh(), nn.Sequential(nn.Dropout(0.1), nn.Identity())])
         self.named = nn.ModuleDict({"first": nn.Linear(DIM, DIM, bias=False), "second": nn.GELU()})
         self.scales = nn.ParameterList([nn.Parameter(torch.randn(DIM)) for _ in range(2)])
-        self.scaled, self.gated = Scaled(), Gated()
+        self.scaled, self.gated, self.frozen = Scaled(), Gated(), Frozen()
         self.inner = nn.ModuleList(children)
         self.again = children[0] if children else None
         self.rate, self.activation, self.options = 0.4, "tanh", {"depth": 2, "flags": [True, False]}
         self.plain, self.tensors = torch.ones(DIM), {"a": torch.ones(DIM), "b": [torch.ones(DIM)]}
+        self.checkpoints = False
         self.outside, self.counts, self.numbers = outside(), bytearray(1), itertools.count(1)
         self.rectified = nn.LeakyReLU(0.2, inplace=True)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
@@ -336,6 +356,11 @@ def normed(m: Program, x: Tokens) -> Tokens:
 @step
 def batch_normed(m: Program, x: Tokens) -> Tokens:
     return m.batch_norm(x.flatten(0, 1)).view_as(x)
+
+
+@step
+def frozen_in_part(m: Program, x: Tokens) -> Tokens:
+    return m.frozen(x)
 
 
 @step
@@ -996,6 +1021,20 @@ def with_gradient_inside(m: Program, x: Tokens) -> Tokens:
     return y + z
 
 
+@step
+def with_gradient_always(m: Program, x: Tokens, n: Number) -> Tokens:
+    with torch.enable_grad() if n < 2 else torch.set_grad_enabled(True):
+        y = F.linear(x, m.w)
+    return y + x
+
+
+@step
+def checkpointed_if_wanted(m: Program, x: Tokens, body: Body) -> Tokens:
+    if torch.is_grad_enabled() and m.checkpoints:
+        return checkpoint(body, x, use_reentrant=False)
+    return body(x)
+
+
 @refused
 def body_without_gradient(m: Program, x: Tokens, body: Body) -> Tokens:
     with torch.no_grad():
@@ -1194,6 +1233,18 @@ def averaged_without_gradient(m: Program, x: Tokens) -> Tokens:
             m.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)
             m.var.copy_(x[0, 0])
     return x - m.mean
+
+
+@step
+def counted_up_in_a_buffer(m: Program, x: Tokens, n: Number) -> Tokens:
+    if n < 2:
+        m.seen += n
+        m.mean += 0.1
+    else:
+        with torch.no_grad():
+            m.seen -= 1
+            m.mean *= 0.9
+    return x * m.mean + m.seen
 
 
 @step

@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from graphpeft._torch import pytree
 from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.examples import SIMPLE
+from graphpeft.tracing.graph_module import SIMPLE
 from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
 
 if TYPE_CHECKING:

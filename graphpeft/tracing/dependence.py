@@ -10,6 +10,7 @@ from torch import nn
 
 from graphpeft._torch import pytree, storage_key
 from graphpeft.tracing.attribute_paths import ABOUT
+from graphpeft.tracing.drawing_functions import draws
 from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.masks import ASKED_ABOUT, attention_mask
 from graphpeft.tracing.proxy import writes
@@ -64,6 +65,8 @@ def _memory(node: fx.Node) -> set[int]:
 def varies(node: fx.Node) -> bool:
     """Tells whether a node's value may be another one in each run: an argument, a random number, a module's result."""
     if node.op == "placeholder" or node.op == "call_module":
+        return True
+    if draws(node.target):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op != "get_attr" and is_random(name)

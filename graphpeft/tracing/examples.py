@@ -23,10 +23,11 @@ from torch.fx.node import map_arg
 from graphpeft._torch import DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
 from graphpeft.tracing import guards
 from graphpeft.tracing.dependence import above_with_writes, varies
+from graphpeft.tracing.drawing_functions import draws
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
-from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.graph_module import SIMPLE, VALUE
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
 from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.random_numbers import random_python_states_kept
@@ -34,9 +35,6 @@ from graphpeft.tracing.snapshot import unchanged
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
-
-SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-"""Types of which a value can stand in generated code."""
 
 _READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
     getattr,
@@ -108,7 +106,7 @@ class Examples:
             with fake_tensor.unset_fake_temporarily():
                 leaf = tensor.detach().requires_grad_()
             # what was computed can be written into, as a leaf that requires grad can't
-            with self._mode, torch.enable_grad():
+            with self.real_calls(), torch.enable_grad():
                 return self._mode.from_tensor(leaf).clone()
 
     def evaluate(self, node: fx.Node) -> None:
@@ -159,7 +157,8 @@ class Examples:
             TraceError: If it doesn't.
         """
         sources = above_with_writes(node)
-        if any(map(_is_not_whole, sources)):
+        # a function that draws may look at the values of a mask; of what it has drawn no number can be told
+        if any(_is_not_whole(source) for source in sources if source is not node or not draws(node.target)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
 
@@ -187,14 +186,17 @@ class Examples:
                 if target in self._tracer.constants.values
                 else _attribute_at(self._tracer.root, target)
             )
-        return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        with random_python_states_kept() if draws(target) else contextlib.nullcontext():
+            return target(*args, **kwargs)
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             module = copy.deepcopy(self._tracer.modules[path])
-            if self._tracer.mode is not None:
-                module.train(self._tracer.mode)
+            for inner, copied in zip(self._tracer.modules[path].modules(), module.modules(), strict=True):
+                copied.training = self._tracer.mode_of(inner)
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
             value = module(*ones[0], **ones[1])
         return pytree.tree_map_only(torch.Tensor, self.fake, value)
@@ -202,7 +204,7 @@ class Examples:
     def _with_fakes(self, module: nn.Module) -> nn.Module:
         """Copies a module, with fake tensors in place of its own, those in its lists and dictionaries, too."""
         tensors = {id(tensor): self.fake(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        with _tensors_copied_by(self.fake):
+        with tensors_copied_by(self.fake):
             return copy.deepcopy(module, tensors)
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -260,12 +262,13 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
 
     # those inside of objects, too; results of a computation couldn't be copied by themselves
-    with _tensors_copied_by(fake):
+    with tensors_copied_by(fake):
         return pytree.tree_map(stand_in, example)
 
 
 @contextlib.contextmanager
-def _tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Lets copies in this thread have what `fake` makes of tensors, those in lists and objects, too."""
     thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
 
     def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:

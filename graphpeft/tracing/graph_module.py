@@ -22,12 +22,15 @@ from torch.fx.node import map_arg
 from graphpeft import in_place, slots
 from graphpeft._torch import OpOverload, empty_graph_like, lines_of_nodes
 from graphpeft.tags import TAG
-from graphpeft.tracing.autocast import closing_regions
 from graphpeft.tracing.compiling import compiled
+from graphpeft.tracing.regions import closing_regions
 
 VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
+
+SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+"""Types of which a value can stand in generated code."""
 
 OWN_FORWARD = "_graphpeft_own_forward"
 """The attribute of a module with a graph by which the graph can call the forward of the module's own class."""

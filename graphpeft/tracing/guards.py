@@ -46,6 +46,14 @@ def expect(value: Any, expected: Any, decision: str) -> None:
 
 
 @has_side_effect
+def expect_each(values: tuple[Any, ...], expected: tuple[Any, ...], decisions: tuple[str, ...]) -> None:
+    """Raises `GuardError` unless all values are what they were; arguments as for `expect`, one for each value."""
+    if values is not expected and values != expected:
+        for value, before, decision in zip(values, expected, decisions, strict=True):
+            expect(value, before, decision)
+
+
+@has_side_effect
 def expect_present(value: Any, decision: str) -> None:
     """Raises `GuardError` if `value` is None, which it was not when the graph was recorded.
 
@@ -55,6 +63,11 @@ def expect_present(value: Any, decision: str) -> None:
         value.tracer.create_proxy("call_function", expect_present, (value, decision), {})
     elif value is None:
         raise GuardError(f"{decision}: that is None now, and was not when the graph was recorded. {_WAY_OUT}")
+
+
+def refuse(reason: str) -> None:
+    """Raises `GuardError` for another reason than a value."""
+    raise GuardError(f"{reason}. {_WAY_OUT}")
 
 
 def _shown(value: Any) -> str:

@@ -7,25 +7,22 @@ same plain attributes, the same tensors present) would be traced into the same g
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from graphpeft import in_place
-from graphpeft.paths import join
-from graphpeft.tracing import guards
+from graphpeft.tracing.attributes import INTERNALS, MACHINERY
 from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.examples import SIMPLE
-from graphpeft.tracing.graph_module import Template, copy_graph, template_of
+from graphpeft.tracing.globals_read import plain_globals
+from graphpeft.tracing.graph_module import SIMPLE, Template, copy_graph, template_of
 from graphpeft.tracing.modes import in_each_mode
-from graphpeft.tracing.patches import plain_or_proxy
+from graphpeft.tracing.settings import add_check, settle
 from graphpeft.tracing.source import calls_forward, functions_in_forward
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
@@ -38,20 +35,20 @@ class Lifted(NamedTuple):
 
     Attributes:
         forward: The function that was recorded.
-        named: The plain globals that its functions name, by Python module and name.
+        named: The plain globals that its functions read, by descriptions of their names.
         facts: What the trace read from the instance.
         template: The template.
     """
 
     forward: Callable[..., Any]
-    named: dict[tuple[str, str], Any]
+    named: dict[str, Any]
     facts: Facts
     template: Template
 
     def holds_for(self, module: nn.Module) -> bool:
         """Tells whether a trace of `module` would give the same graph."""
         forward = type(module).forward
-        if self.forward is not forward or (self.named and self.named != _globals_of(type(module))):
+        if self.forward is not forward or (self.named and self.named != plain_globals(type(module))):
             return False
         return all(_observe(module, name) == seen for name, seen in self.facts)
 
@@ -60,23 +57,15 @@ _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictiona
 _MOST_LIFTED = 64
 """How many graphs are remembered for a class, those that were used last."""
 
-_MACHINERY = frozenset(dir(nn.Module()))
-"""What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
-
-_INTERNALS = frozenset((
-    "_parameters", "_buffers", "_modules", "parameters", "buffers", "modules", "children", "state_dict",
-    "named_parameters", "named_buffers", "named_modules", "named_children", "get_parameter", "get_buffer",
-))  # fmt: skip
-"""What of that tells which tensors and modules there are: the graph depends on them in a way that isn't noted."""
-
-_INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - _MACHINERY
+_INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - MACHINERY
 """What ``fx.GraphModule`` adds to a module."""
 
 
 def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Template:
     """Returns the template of `module`'s own forward; `module` itself stays as it is.
 
-    Numbers and flags that the forward reads from `module` stay inputs of the graph, as its tensors do.
+    Numbers that the forward reads from `module` and computes with stay inputs of the graph, as its tensors do. Other
+    plain values are constants of the graph, which checks them in each run.
 
     Args:
         module: Any module. One that wears a template, or is an ``fx.GraphModule``, has its graph already.
@@ -99,7 +88,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
             template, facts = _record(module, example_inputs)
         if facts is None:
             return template
-        found = Lifted(type(module).forward, _globals_of(type(module)), facts, template)
+        found = Lifted(type(module).forward, plain_globals(type(module)), facts, template)
     _LIFTED[cls] = [found, *(lifted for lifted in known if lifted is not found)][:_MOST_LIFTED]
     return found.template
 
@@ -127,77 +116,22 @@ def _members(cls: type) -> frozenset[str]:
 
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
-    with _noting_reads(module, tracer) as reads:
-        recorded = in_each_mode(
-            module, lambda mode: tracer.trace_module(module, module.forward, *split_inputs(example_inputs), mode)
-        )
+    recorded = in_each_mode(
+        module, lambda modes: tracer.trace_module(module, module.forward, *split_inputs(example_inputs), modes)
+    )
     if recorded.other_mode_error is not None:
         raise recorded.other_mode_error
     for name, value in tracer.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
+    for graph in recorded.graphs:
+        add_check(graph, settle(graph, tracer.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
-    if tracer.specialised or example_inputs is not None or module._modules or not reads.isdisjoint(_INTERNALS):
+    if tracer.specialised or example_inputs is not None or module._modules or not tracer.reads.isdisjoint(INTERNALS):
         return template, None
     if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
         return template, None
-    facts = tuple((name, _observe(module, name)) for name in sorted(reads))
+    facts = tuple((name, _observe(module, name)) for name in sorted(tracer.reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
-
-
-def _globals_of(cls: type) -> dict[tuple[str, str], Any]:
-    """Returns the plain globals that a forward's functions name, which can change between two adaptations."""
-    return {
-        (function.__module__, name): function.__globals__[name]
-        for function in functions_in_forward(cls)
-        for name in function.__code__.co_names
-        if isinstance(function.__globals__.get(name, _UNKNOWN), SIMPLE)
-    }
-
-
-@contextlib.contextmanager
-def _noting_reads(root: nn.Module, tracer: ValueTracer) -> Iterator[set[str]]:
-    """Notes the names of the attributes that are read from `root`, and makes plain values inputs of the graph.
-
-    A number or a flag, of `root` or of a module inside, becomes a proxy. A string or None stays what it is, with a
-    check in the graph that it is so in each run.
-    """
-    reads: set[str] = set()
-    # a scripted module loses its forward with its class, and none of its attributes is read in Python
-    classes = {module: type(module) for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
-    paths = {module: path for path, module in root.named_modules()}
-
-    def noting(cls: Any) -> Callable[[nn.Module, str], Any]:
-        def note(module: nn.Module, name: str) -> Any:
-            if module not in paths or name.startswith("__"):
-                return cls.__getattribute__(module, name)
-            if name in _MACHINERY:
-                if name in _INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
-                    reads.add(name)
-                return cls.__getattribute__(module, name)
-            # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
-            if module is root:
-                reads.add(name)
-            value = cls.__getattribute__(module, name)
-            if name not in module.__dict__ or not tracer.is_recording:
-                return value
-            path = join(paths[module], name)
-            # what is None or a string comes back from the tracer as it is
-            is_plain = type(value) in (bool, int, float, str, type(None))
-            return plain_or_proxy(tracer, module, path, value) if is_plain else value
-
-        return note
-
-    try:
-        for module, cls in classes.items():
-            module.__class__ = in_place.quiet_subclass(cls, {"__getattribute__": noting(cls)})
-        yield reads
-    finally:
-        for module, cls in classes.items():
-            module.__class__ = cls
-
-
-def _is_of_pytorch(file: str) -> bool:
-    return file == inspect.getfile(nn.Module) or guards.is_machinery(file)
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

@@ -6,7 +6,7 @@ too. Where the mode is only handed on, as in ``F.dropout(x, p, self.training)``,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -14,6 +14,7 @@ from torch import fx, nn
 from graphpeft.tracing import guards
 from graphpeft.tracing.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.tracing.graph_module import VALUE, Graphs
+from graphpeft.tracing.own_modes import modes_after, own_modes
 
 
 class Recorded(NamedTuple):
@@ -28,19 +29,19 @@ class Recorded(NamedTuple):
     other_mode_error: TraceError | None
 
 
-def in_each_mode(root: nn.Module, record: Callable[[bool | None], fx.Graph]) -> Recorded:
+def in_each_mode(root: nn.Module, record: Callable[[Mapping[nn.Module, bool] | None], fx.Graph]) -> Recorded:
     """Records the forward of `root` in its mode, and in the other one if it decides on it.
 
     Args:
         root: The module.
-        record: Records `root` in its mode (None), or as if all its modules were in training or in evaluation.
+        record: Records `root` as it is (None), or as if its modules were in these modes.
     """
     graph = record(None)
     decision = _decision_on_training(graph)
     if decision is None:
         return Recorded((graph,), None)
     try:
-        other = record(not root.training)
+        other = record(modes_after(root, not root.training, own_modes(root)))
     except OUT_OF_MEMORY:
         raise
     except Exception as error:

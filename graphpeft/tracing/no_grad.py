@@ -49,6 +49,14 @@ def arguments_of_write(tracer: ValueTracer, args: Any, kwargs: dict[str, Any]) -
     return pytree.tree_map_only(fx.Proxy, lambda x: x if x is written else detached(x), (args, kwargs))
 
 
+def is_written(proxy: fx.Proxy, name: str) -> bool:
+    """Tells whether `proxy` stands for the tensor of the module at the path `name` itself, written into or not."""
+    node: Any = proxy.node
+    while isinstance(node, fx.Node) and (writes(node.target) or node.target is detached):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name
+
+
 def writes_error() -> TraceError:
     """Returns the error for a write that a graph can't hold."""
     return TraceError(f"{guards.deciding_line()} writes under torch.no_grad(), which a graph can't hold")

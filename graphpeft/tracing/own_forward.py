@@ -20,8 +20,7 @@ from graphpeft import in_place, stand_ins
 from graphpeft._torch import reparametrized
 from graphpeft.recomputing import taken_along
 from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.examples import SIMPLE
-from graphpeft.tracing.graph_module import OWN_FORWARD, Template
+from graphpeft.tracing.graph_module import OWN_FORWARD, SIMPLE, Template
 from graphpeft.tracing.source import uses_in_forward
 
 

@@ -23,7 +23,6 @@ import torch.fx as fx
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from graphpeft import in_place
 from graphpeft._torch import (
     DisableTorchFunction,
     autocast_options,
@@ -35,19 +34,21 @@ from graphpeft._torch import (
 )
 from graphpeft.recomputing import checkpoints_bound_by
 from graphpeft.tracing import guards, masks
-from graphpeft.tracing.autocast import enter_autocast, leave_autocast
+from graphpeft.tracing.attributes import noting_reads, plain_or_proxy
 from graphpeft.tracing.caches import uncached
 from graphpeft.tracing.class_questions import asks, cannot_ask
+from graphpeft.tracing.drawing_functions import draws
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.exchanges import Exchanges
+from graphpeft.tracing.gradient_regions import GradientRegions, record_gradient_regions
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.identity_questions import tests_truth_by_identity
 from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy, writes_by_method
 from graphpeft.tracing.reach import Reach, is_of_a_library
+from graphpeft.tracing.regions import enter_autocast, leave_autocast
 from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 
@@ -101,7 +102,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         if reach.has_iterators:
             stack.enter_context(iterators_stand_in(tracer, reach))
         in_users_code = Exchanges(stack)
-        exchange_named(root, in_users_code, lambda value: _refusing_to_ask(tracer, uncached(value)))
+        exchange_named(root, in_users_code, functools.partial(_in_users_code, tracer))
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             in_users_code.attribute(module, name, recorded)
@@ -117,11 +118,13 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         for name in (*_FACTORIES, *_SIZED, *_DTYPE_FACTS):
             function = getattr(torch, name)
             exchanges.attribute(torch, name, _recorded(tracer, function, function))
+        regions = record_gradient_regions(tracer, exchanges)
         for name in _SWITCHES:
-            exchanges.attribute(torch, name, _decided_switch(tracer, getattr(torch, name)))
+            exchanges.attribute(torch, name, _decided_switch(tracer, regions, getattr(torch, name)))
         for module, name in itertools.product((torch, torch.random), _SEEDS):
             exchanges.attribute(module, name, _refused_seed(tracer, getattr(module, name)))
         exchanges.attribute(nn.Module, "training", _training(tracer, root), create=True)
+        exchanges.attribute(nn.Module, "__getattribute__", noting_reads(tracer, root))
         exchanges.attribute(nn.Module, "__setattr__", _noted_assignment(tracer, root))
         exchanges.attribute(nn.Module, "_apply", _refused_conversion(tracer, root))
         exchanges.attribute(builtins, "isinstance", _truthful_isinstance())
@@ -223,6 +226,22 @@ def _recorded(
     return record
 
 
+def _in_users_code(tracer: ValueTracer, value: Any) -> Any:
+    """Returns what the model's code finds in the place of a value that it names."""
+    if not draws(value):
+        return _refusing_to_ask(tracer, uncached(value))
+    recorded = _recorded(tracer, value, value)
+
+    @functools.wraps(value)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # what a method draws is what its module's own code draws
+        given = (*args, *kwargs.values())
+        is_method = any(builtins.isinstance(argument, nn.Module) for argument in given)
+        return (value if is_method else recorded)(*args, **kwargs)
+
+    return call
+
+
 def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
@@ -235,18 +254,20 @@ def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Ca
     return record
 
 
-def _decided_switch(tracer: ValueTracer, function: Callable[..., bool]) -> Callable[..., bool]:
+def _decided_switch(
+    tracer: ValueTracer, regions: GradientRegions, function: Callable[..., bool]
+) -> Callable[..., bool]:
     @functools.wraps(function)
     def decide(*args: Any) -> bool:
         # PyTorch's own code switches such things on and off by what this answers
         asking = sys._getframe(1).f_code.co_filename
         if tracer.is_running or asking.startswith(_PYTORCH) or guards.is_machinery(asking):
             return function(*args)
-        if function is _IS_GRAD_ENABLED and not function():
-            return False  # within a region of the model's own, since a trace begins with gradients
+        if function is _IS_GRAD_ENABLED and (regions.are_open or not function()):
+            return function()  # within a region of the model's own, since a trace begins with gradients
         # equal modules may be adapted while other things are switched on
         tracer.specialised = True
-        answer = tracer.grad_mode if function.__name__ == "is_grad_enabled" else function(*args)
+        answer = tracer.gradients if function.__name__ == "is_grad_enabled" else function(*args)
         asked = tracer.create_proxy("call_function", function, args, {})
         # a trace runs with gradients, whatever is switched on around it
         asked.node.meta[VALUE] = answer
@@ -283,15 +304,6 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     return isinstance
 
 
-def plain_or_proxy(tracer: ValueTracer, module: nn.Module, path: str, value: Any) -> Any:
-    """Returns the attribute at `path` as an input of the graph; plain where the code compares by identity."""
-    proxy = tracer.attribute(path)
-    if isinstance(proxy, fx.Proxy) and tests_truth_by_identity(in_place.original_class(module)):
-        tracer.decide(proxy, value)
-        return value
-    return proxy
-
-
 def _training(tracer: ValueTracer, root: nn.Module) -> property:
     paths = {module: path for path, module in root.named_modules()}
 
@@ -299,7 +311,7 @@ def _training(tracer: ValueTracer, root: nn.Module) -> property:
         path = paths.get(module)
         if path is None or not tracer.is_of_this_thread:
             return module.__dict__["training"]
-        value = module.__dict__["training"] if tracer.mode is None else tracer.mode
+        value = tracer.mode_of(module)
         if tracer.is_running:
             return value
         return plain_or_proxy(tracer, module, f"{path}.training" if path else "training", value)
@@ -317,6 +329,9 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
     def note(module: nn.Module, name: str, value: Any) -> None:
         if not tracer.is_running and module in modules:
             if name in module._modules and module._modules[name] is value:
+                return
+            # `self.steps += 1` writes into the tensor that it assigns
+            if builtins.isinstance(value, fx.Proxy) and tracer.is_written_attribute(module, name, value):
                 return
             # the copy of a module whose call stays one would not be assigned to
             owned = {**module._parameters, **module._modules, "training": True}
@@ -444,7 +459,7 @@ def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
             return call(function, *args, **kwargs)
-        return tracer.create_proxy("call_function", Scripted(function, str(function.name)), args, kwargs)
+        return tracer.create_proxy("call_function", Scripted(function, function.name), args, kwargs)
 
     exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch.fx as fx
 from torch.fx.node import map_arg
@@ -36,6 +36,23 @@ def computes_the_same(graph: fx.Graph, other: fx.Graph, stand_ins: Mapping[fx.No
     return not more and all(_into_something_new(node) for node in first if known[node] in lacking)
 
 
+def checks_all_of(graph: fx.Graph, other: fx.Graph, but: Callable[[fx.Node], bool]) -> bool:
+    """Tells whether `graph` has all checks that `other` has, leaving out those of which `but` is true."""
+    numbers: dict[Hashable, int] = {}
+    first, second = (_checks(each, numbers, but) for each in (graph, other))
+    return second <= first
+
+
+def _checks(graph: fx.Graph, numbers: dict[Hashable, int], but: Callable[[fx.Node], bool]) -> set[Hashable]:
+    known: dict[fx.Node, Hashable] = {}
+    for node in graph.nodes:
+        known[node] = _expression(node, known, numbers)
+    return {known[node] for node in graph.nodes if node.target in _CHECKS and not but(node)}
+
+
+_CHECKS = (guards.expect, guards.expect_present)
+
+
 def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[Hashable, int]) -> Hashable:
     inputs = tuple(known[source] for source in _nodes_in((node.args, node.kwargs)))
     shape = map_arg((node.args, node.kwargs), lambda _: None)
@@ -52,7 +69,7 @@ def _nodes_in(arguments: object) -> list[fx.Node]:
 
 def _is_effect(node: fx.Node) -> bool:
     is_call = node.op.startswith("call_")
-    return is_call and node.target not in (guards.expect, guards.expect_present) and writes(node.target)
+    return is_call and node.target not in _CHECKS and writes(node.target)
 
 
 def _into_something_new(node: fx.Node) -> bool:

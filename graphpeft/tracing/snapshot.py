@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from torch import nn
@@ -29,11 +29,13 @@ class Snapshot:
         self._reach = reach
         self._before: list[_Held] = []
         self._held: set[int] | None = None
+        self._values: dict[Hashable, dict[str, Any]] = {}
         for holder in reach.holders:
             values = dict(holder.bindings())
             changeable = contents.changeable_parts(values.items())
             kept = [(name, value, contents.content_of(value)) for name, value in changeable]
             self._before.append((holder, values, kept))
+            self._values[holder.key] = values
 
     def owners(self, attribute: Attribute) -> list[nn.Module]:
         """Returns the modules that have an attribute, or that can reach what has it."""
@@ -54,6 +56,10 @@ class Snapshot:
                 elif not contents.is_unchanged(value, content):
                     found[Attribute(holder, name)] = None
         return list(found)
+
+    def has(self, holder: Holder, name: str, value: Any) -> bool:
+        """Tells whether a name had this very value."""
+        return self._values.get(holder.key, {}).get(name, _ABSENT) is value
 
     def holds(self, value: Any) -> bool:
         """Tells whether `value` had a name, or was in a container that had one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor, fx, nn
 
 from graphpeft import in_place
 from graphpeft._torch import call_with_hooks
+from graphpeft.tracing.attributes import ABSENT, MACHINERY, Watch
 from graphpeft.tracing.calls import calls_of
 from graphpeft.tracing.dependence import used_by
 from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.examples import SIMPLE
-from graphpeft.tracing.graph_module import GraphForward, Graphs, Template, template_of, wear_template
+from graphpeft.tracing.globals_read import plain_globals
+from graphpeft.tracing.graph_module import SIMPLE, GraphForward, Graphs, Template, template_of, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
+from graphpeft.tracing.own_modes import OwnModes, own_modes
+from graphpeft.tracing.settings import Reads, Settings, expect_settings, settle
 from graphpeft.tracing.trace_report import TraceReport
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
@@ -50,6 +53,45 @@ class Place(nn.Module):
 
     # named so that no attribute of a model's own is called the same
     _graphpeft_original_module: Original
+    _graphpeft_own_modes: OwnModes | None = None
+    _graphpeft_watch: Watch
+    _graphpeft_watched: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._note_change(name)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._note_change(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds a parameter, as ``nn.Module`` does."""
+        super().register_parameter(name, param)
+        self._note_change(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Adds a buffer, as ``nn.Module`` does."""
+        super().register_buffer(name, tensor, persistent)
+        self._note_change(name)
+
+    def _note_change(self, name: str) -> None:
+        if name in self._graphpeft_watched:
+            self._graphpeft_watch.changes += 1
+
+    def train(self, mode: bool = True) -> Any:
+        """Puts it into training, or into evaluation, as the module does whose place this is."""
+        super().train(mode)
+        if self._graphpeft_own_modes is not None:
+            _set_modes(self, self._graphpeft_own_modes.by_train[mode])
+        return self
+
+    def eval(self) -> Any:
+        """Puts it into evaluation, as the module does whose place this is."""
+        super().eval()
+        if self._graphpeft_own_modes is not None:
+            _set_modes(self, self._graphpeft_own_modes.by_eval)
+        return self
 
     @classmethod
     def of(cls, module: nn.Module) -> Any:
@@ -58,6 +100,11 @@ class Place(nn.Module):
         plain = {name: value for name, value in vars(module).items() if isinstance(value, SIMPLE)}
         place._graphpeft_original_module = Original(stands_for(module), plain)
         return place
+
+
+def _set_modes(root: nn.Module, modes: Mapping[str, bool]) -> None:
+    for path, module in root.named_modules(remove_duplicate=False):
+        module.training = modes.get(path, module.training)
 
 
 class TracedModel(Place):
@@ -78,13 +125,29 @@ class TracedModel(Place):
     config: Any
     input_embedding: str | None
     output_head: str | None
+    _graphpeft_read_once: tuple[str, ...]
+    _graphpeft_frozen: tuple[str, ...]
 
     @property
     def report(self) -> TraceReport:
         """What the trace came to: what it decided, and what stays a call. It can be printed."""
         template = template_of(self)
         assert template is not None
-        return TraceReport.of(template.graphs, self.kept, self.not_kept, self.other_mode_error)
+        reads = [settings.reads for graph in template.graphs for settings in _settings_of(self, graph)]
+        return TraceReport.of(
+            template.graphs,
+            self.kept,
+            self.not_kept,
+            self.other_mode_error,
+            reads,
+            self._graphpeft_read_once,
+            self._graphpeft_frozen,
+        )
+
+
+def _settings_of(root: nn.Module, graph: fx.Graph) -> list[Settings]:
+    nodes = [node for node in graph.nodes if node.target is expect_settings]
+    return [getattr(root, str(node.all_input_nodes[0].target)) for node in nodes]
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> fx.GraphModule:
@@ -92,7 +155,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
 
     Where the model's code goes another way in training than in evaluation it has a graph for each, see `graphs`.
     The graph answers as the model does for every call that takes the same decisions in Python code; any other call
-    raises `GuardError`. The model is left as it was.
+    raises `GuardError`. Numbers, flags and the like that the code has read from modules are attributes of the result's
+    modules at the same paths: it computes with another number that is set there, and raises `GuardError` where the code
+    has decided on what is another now. The model is left as it was.
 
     Args:
         model: Any module.
@@ -176,7 +241,7 @@ def _recorded(
     tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
     # as a call does, with the model's own hooks
     entry = functools.partial(call_with_hooks, model)
-    recorded = in_each_mode(model, lambda mode: tracer.trace_module(model, entry, args, kwargs, mode))
+    recorded = in_each_mode(model, lambda modes: tracer.trace_module(model, entry, args, kwargs, modes))
     read = _layers_read(model, recorded.graphs)
     if read <= inlined:
         return recorded, tracer
@@ -203,6 +268,8 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.config = getattr(model, "config", None)
     root.input_embedding = _path_of(model, module_told(model, "get_input_embeddings"))
     root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
+    reads = [settle(graph, tracer.lines_of_reads) for graph in recorded.graphs]
+    _refuse_reserved_names(reads)
     # found once, since a model has hundreds of layers, each with a few of its tensors
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for kind, path in _in_order(model, recorded.graphs):
@@ -216,8 +283,80 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
             _container(root, model, path.rpartition(".")[0])
         else:
             _share_attribute(root, model, path, tensors)
+    _add_settings(root, model, recorded.graphs, reads, list(tracer.read_once))
+    root._graphpeft_read_once = tuple(f"{path} ({type(value).__name__})" for path, value in _distinct(tracer.read_once))
+    root._graphpeft_frozen = _frozen(model, recorded.graphs)
+    modules = dict(root.named_modules())
+    for path, modes in own_modes(model).items():
+        if isinstance(place := modules.get(path), Place):
+            place._graphpeft_own_modes = modes
     wear_template(root, Template(recorded.graphs, shared=False))
     return root  # type: ignore[return-value]
+
+
+_RESERVED = frozenset((*dir(GraphForward), *TracedModel.__annotations__)) - MACHINERY
+"""Names of attributes that a traced model has itself."""
+
+
+def _refuse_reserved_names(reads: list[Reads]) -> None:
+    taken = sorted(_RESERVED.intersection(path for read in reads for path in read.numbers))
+    if taken:
+        raise TraceError(f"it has attributes that a traced model needs itself: {', '.join(taken)}; rename them")
+
+
+def _add_settings(root: nn.Module, model: nn.Module, graphs: Graphs, reads: list[Reads], read_once: list[str]) -> None:
+    """Puts into each graph the check of its settings, which become attributes of the modules of `root`."""
+    reads = [read._replace(settings=tuple(s for s in read.settings if s.path not in _RESERVED)) for read in reads]
+    for path in dict.fromkeys(setting.path for read in reads for setting in read.settings):
+        owner_path, _, name = path.rpartition(".")
+        owner = _container(root, model, owner_path)
+        if isinstance(owner, Place):
+            setattr(owner, name, getattr(model.get_submodule(owner_path), name))
+    modules = dict(root.named_modules())
+    unread = [path for path in read_once if path not in _RESERVED and _is_unread(modules, path)]
+    watch = _watching(modules, {*unread, *(setting.path for read in reads for setting in read.settings)})
+    for number, (graph, read) in enumerate(zip(graphs, reads, strict=True)):
+        if read.settings or read.numbers or unread:
+            Settings.add(graph, root, f"{_SETTINGS}_{number}" if number else _SETTINGS, read, unread, watch)
+
+
+def _watching(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Watch:
+    """Returns a watch over attributes of places."""
+    watch, names = Watch(), dict[str, set[str]]()
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        names.setdefault(owner, set()).add(name)
+    for owner, watched in names.items():
+        if isinstance(place := modules[owner], Place):
+            place._graphpeft_watch, place._graphpeft_watched = watch, frozenset(watched)
+    return watch
+
+
+_SETTINGS = "_graphpeft_settings"
+
+
+def _is_unread(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Tells whether an attribute of a module was read whose place in a traced model doesn't have it."""
+    owner_path, _, name = path.rpartition(".")
+    owner = modules.get(owner_path)
+    held = (owner.__dict__, owner._parameters, owner._buffers, owner._modules) if isinstance(owner, Place) else ()
+    return owner is not None and bool(held) and all(name not in names for names in held)
+
+
+def _distinct(read_once: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the containers and objects among what was read, each under its first path."""
+    first: dict[int, tuple[str, Any]] = {}
+    for path, value in read_once.items():
+        if value is not ABSENT and not isinstance(value, Tensor | nn.Module):
+            first.setdefault(id(value), (path, value))
+    return list(first.values())
+
+
+def _frozen(model: nn.Module, graphs: Graphs) -> tuple[str, ...]:
+    paths = {"", *(call.path for graph in graphs for node in graph.nodes for call in calls_of(node))}
+    classes = dict.fromkeys(in_place.original_class(model.get_submodule(path)) for path in sorted(paths))
+    values = {name: value for cls in classes for name, value in plain_globals(cls).items()}
+    return tuple(f"{name} ({value!r})" for name, value in values.items())
 
 
 def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:

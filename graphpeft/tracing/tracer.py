@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
 
@@ -27,20 +27,23 @@ from torch import nn
 from graphpeft.paths import join
 from graphpeft.tracing import guards, no_grad, patches
 from graphpeft.tracing.arguments import Arguments
-from graphpeft.tracing.autocast import leave_autocast
 from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.class_questions import cannot_ask, question_in
 from graphpeft.tracing.constants import Constants
+from graphpeft.tracing.dependence import above
+from graphpeft.tracing.drawing_functions import draws
 from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
-from graphpeft.tracing.examples import SIMPLE, Examples
-from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.examples import Examples
+from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
+from graphpeft.tracing.graph_module import SIMPLE, VALUE
 from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
 from graphpeft.tracing.linting import holds_proxy, lint
 from graphpeft.tracing.proxy import ValueProxy, writes
 from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.reach import is_iterator
+from graphpeft.tracing.regions import leave_autocast, leave_gradients
 from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
@@ -60,7 +63,7 @@ _GUARDS = (guards.expect, guards.expect_present)
 _TAKES_OUT = (operator.getitem, getattr)
 """Functions that take a part out of an object."""
 
-_EFFECTS = (operator.setitem, leave_autocast)
+_EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
 """Functions that are called for what they do; that they return None decides nothing."""
 
 
@@ -81,6 +84,9 @@ class ValueTracer(fx.Tracer):
         kept: The modules that could not be inlined, with the reason.
         constants: Objects of the user's that the graph reads as attributes of its root.
         not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
+        reads: The names of the attributes that are read from the root.
+        lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
+        read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
         examples: The values of its nodes in the example.
         recording: What goes on, if something does.
         modules: The modules of the root, by their paths.
@@ -99,6 +105,9 @@ class ValueTracer(fx.Tracer):
         self.kept: dict[str, str] = {}
         self.constants = Constants()
         self.not_kept: dict[str, None] = {}
+        self.reads: set[str] = set()
+        self.lines_of_reads: dict[str, str] = {}
+        self.read_once: dict[str, Any] = {}
         self._proxies: list[weakref.ref[fx.Proxy]] = []
         self.has_hashed = False
         self.specialised = False
@@ -106,8 +115,8 @@ class ValueTracer(fx.Tracer):
         self.recording: patches.Recording | None = None
         self._watches_draws = False
         self._thread: int | None = None
-        self.mode: bool | None = None
-        self.grad_mode = True
+        self.modes: Mapping[nn.Module, bool] = {}
+        self.gradients = True
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.modules: dict[str, nn.Module] = {}
         self._changing: dict[str, str] = {}
@@ -124,6 +133,7 @@ class ValueTracer(fx.Tracer):
         self._before_writes: list[tuple[fx.Proxy, fx.Node]] = []
         self._failure: BaseException | None = None
         self._failing_line = ""
+        self._has_drawn = False
         self.constants.begin()
         self.examples.begin()
         self.assigners: dict[Attribute, list[str]] = {}
@@ -137,7 +147,7 @@ class ValueTracer(fx.Tracer):
         entry: Callable[..., Any],
         args: tuple[Any, ...] | None,
         kwargs: dict[str, Any],
-        mode: bool | None = None,
+        modes: Mapping[nn.Module, bool] | None = None,
     ) -> fx.Graph:
         """Records a call of `root`, leaving `root` as it is.
 
@@ -146,15 +156,15 @@ class ValueTracer(fx.Tracer):
             entry: What is called: its forward, or what runs its hooks as well.
             args: Example positional arguments, or None to trace without example values.
             kwargs: Example keyword arguments.
-            mode: Whether to record as if all modules were in training, or in evaluation; None takes each as it is.
+            modes: Whether to record as if modules were in training; None takes each as it is.
 
         Raises:
             NeedsInputsError: Without `args`, if the forward decides on its inputs.
             TraceError: If the forward itself can't be recorded.
         """
         _refuse_questions_of_class(root)
-        self.root, self.mode = root, mode
-        self.grad_mode = torch.is_grad_enabled()
+        self.root, self.modes = root, modes or {}
+        self.gradients = torch.is_grad_enabled()
         self._call = (args, kwargs) if args is not None else None
         self._entry = entry
         # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
@@ -167,9 +177,9 @@ class ValueTracer(fx.Tracer):
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
-                # context variables are set back with the context
-                while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
-                    pass  # each time, more is known about the modules
+                graph = self._recorded_until_known(root)
+                if decides_on_gradients(graph):
+                    graph = self._for_both_gradient_modes(root, graph)
                 lint(graph, self.constants.values)
                 return graph
             except (TraceError, *OUT_OF_MEMORY):
@@ -186,14 +196,34 @@ class ValueTracer(fx.Tracer):
                 self._thread = None
                 self._forget_proxies()
 
+    def _recorded_until_known(self, root: nn.Module) -> fx.Graph:
+        # context variables are set back with the context
+        while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
+            pass  # each time, more is known about the modules
+        return graph
+
+    def _for_both_gradient_modes(self, root: nn.Module, graph: fx.Graph) -> fx.Graph:
+        """Returns a graph for runs with gradients and without, if `root` computes the same; else `graph`."""
+        kept, not_kept = dict(self.kept), dict(self.not_kept)
+        self.gradients = not self.gradients
+        try:
+            serving = serving_both(graph, self._recorded_until_known(root))
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            serving = None  # it goes on to raise in that mode
+        if serving is None:
+            self.kept, self.not_kept = kept, not_kept
+        return serving or graph
+
     def _recorded(self, root: nn.Module) -> fx.Graph | None:
         """Records `root` once; returns None if that showed that further modules have to stay calls."""
         self.begin()
         kept = dict(self.kept)
         try:
             with (
-                patches.recording(self, root) as recording,
                 torch.enable_grad(),
+                patches.recording(self, root) as recording,
                 no_random_python_numbers(),
             ):
                 self.recording = recording
@@ -223,6 +253,10 @@ class ValueTracer(fx.Tracer):
                 )
                 self.not_kept[name] = None
         return graph if not changing else None
+
+    def mode_of(self, module: nn.Module) -> bool:
+        """Returns whether a module is recorded as one in training."""
+        return self.modes.get(module, module.__dict__["training"])
 
     def _forget_proxies(self) -> None:
         """Forgets what stands for values, and lets caches forget it that others look into."""
@@ -322,6 +356,7 @@ class ValueTracer(fx.Tracer):
         if target in _GUARDS:
             proxy.node.meta[VALUE] = None  # what is checked is what the example has
             return proxy
+        self._has_drawn |= draws(target)
         self._evaluate(proxy.node)
         if writes(target) and proxy.node.all_input_nodes:
             written = proxy.node.all_input_nodes[0]
@@ -446,7 +481,9 @@ class ValueTracer(fx.Tracer):
             written.node = before
         self._objects = {key: proxy for key, proxy in self._objects.items() if proxy.node in alive}
         self._decided = {key for key in self._decided if key[0] in alive}
-        self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in alive}
+        # what isn't a proxy, such as None, is read and checked once more
+        read = {name: value for name, value in self._attributes.items() if isinstance(value, fx.Proxy)}
+        self._attributes = {name: proxy for name, proxy in read.items() if proxy.node in alive}
         self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
 
     def create_arg(self, a: Any) -> Any:
@@ -508,6 +545,12 @@ class ValueTracer(fx.Tracer):
         """Tells whether `value` is a tensor that the forward has made itself."""
         return isinstance(value, torch.Tensor) and (self.recording is None or not self.recording.before.holds(value))
 
+    def is_written_attribute(self, module: nn.Module, name: str, value: fx.Proxy) -> bool:
+        """Tells whether `value` is the tensor that a module has by this name, after writes into it."""
+        held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
+        path = self._names.get(id(held)) if isinstance(held, torch.Tensor) else None
+        return path is not None and no_grad.is_written(value, path)
+
     def is_named(self, tensor: torch.Tensor) -> bool:
         """Tells whether `tensor` is one of the root's parameters, buffers or other attributes."""
         return id(tensor) in self._names
@@ -553,6 +596,9 @@ class ValueTracer(fx.Tracer):
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
         """Puts a check into the graph that `proxy` is `answer` in every run; tells whether there was none so far."""
         node = proxy.node
+        if self._has_drawn and any(draws(source.target) for source in above(node)):
+            message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
+            raise self.failing(TraceError(message))
         # once in each call of a module, since an edit may give that call another value
         call = self._calls[-1] if self._calls else None
         if node.op == "call_function":

@@ -1,0 +1,143 @@
+"""Notes what a forward reads from its modules beside tensors.
+
+A number or a flag becomes a node that reads the attribute in each run, which `settings` may replace by a constant. A
+string, None and other plain values, which code compares by identity, stay what they are, with a check in the graph.
+Containers and objects are read once.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from graphpeft import in_place
+from graphpeft.paths import join
+from graphpeft.tracing import guards
+from graphpeft.tracing.graph_module import SIMPLE
+from graphpeft.tracing.holders import OfObject
+from graphpeft.tracing.identity_questions import tests_truth_by_identity
+
+if TYPE_CHECKING:
+    from graphpeft.tracing.tracer import ValueTracer
+
+MACHINERY = frozenset(dir(nn.Module()))
+"""What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
+
+INTERNALS = frozenset((
+    "_parameters", "_buffers", "_modules", "parameters", "buffers", "modules", "children", "state_dict",
+    "named_parameters", "named_buffers", "named_modules", "named_children", "get_parameter", "get_buffer",
+))  # fmt: skip
+"""What of that tells which tensors and modules there are: the graph depends on them in a way that isn't noted."""
+
+ABSENT = object()
+"""Noted of an attribute that isn't there."""
+
+_NUMBERS = (bool, int, float)
+
+
+class Watch:
+    """Counts how often attributes of the modules of a traced model were set.
+
+    Attributes:
+        changes: How often.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+
+    def sees(self, module: nn.Module) -> bool:
+        """Tells whether a module's attributes are watched."""
+        return module.__dict__.get(WATCH) is self
+
+
+WATCH = "_graphpeft_watch"
+"""The attribute of a module that holds its watch."""
+
+
+def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, str], Any]:
+    """Returns how modules look up attributes, so that `tracer` is told which are read from the modules of `root`."""
+    # of a scripted module none is read in Python
+    paths = {module: path for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
+    look_up = nn.Module.__getattribute__
+    # what a traced model inside has not to look at again, this trace has to see
+    for watch in {id(held): held for module in paths if (held := module.__dict__.get(WATCH))}.values():
+        watch.changes += 1
+
+    def note(module: nn.Module, name: str) -> Any:
+        if name == "__dict__" and tracer.is_recording and module in paths:
+            _note_dictionary(tracer, paths[module])
+        if name in MACHINERY or name.startswith("__") or not tracer.is_recording or module not in paths:
+            if name in INTERNALS and module is root and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
+                tracer.reads.add(name)
+            return look_up(module, name)
+        # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
+        if module is root:
+            tracer.reads.add(name)
+        try:
+            value = look_up(module, name)
+        except AttributeError:
+            # tensors may be absent, too
+            if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
+                tracer.read_once.setdefault(join(paths[module], name), ABSENT)
+            raise
+        return _noted(tracer, module, name, join(paths[module], name), value)
+
+    return note
+
+
+def _noted(tracer: ValueTracer, module: nn.Module, name: str, path: str, value: Any) -> Any:
+    """Returns what the code gets that has read `value`, which the attribute of this name has."""
+    is_own = name in module.__dict__
+    if is_plain(value) and (is_own or _is_of_class(type(module), name, value)):
+        # what the forward itself has set is a value of this run
+        if is_own and tracer.recording is not None and not tracer.recording.before.has(OfObject(module), name, value):
+            return value
+        if path not in tracer.lines_of_reads:
+            tracer.lines_of_reads[path] = guards.deciding_line()
+        return plain_or_proxy(tracer, module, path, value)
+    if is_own and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
+        tracer.read_once.setdefault(path, value)
+    return value
+
+
+def _note_dictionary(tracer: ValueTracer, path: str) -> None:
+    file = sys._getframe(2).f_code.co_filename
+    if not guards.is_machinery(file) and not file.startswith(_PYTORCH):
+        tracer.read_once.setdefault(join(path, "__dict__"), {})
+
+
+_PYTORCH = os.path.dirname(torch.__file__)
+
+
+def is_plain(value: Any) -> bool:
+    """Tells whether `value` can't change and says all about itself: a number, a string, None or a tuple of such."""
+    if isinstance(value, tuple):
+        return type(value) in (tuple, torch.Size) and all(map(is_plain, value))
+    return type(value) in SIMPLE or isinstance(value, enum.Enum)
+
+
+def _is_of_class(cls: type, name: str, value: Any) -> bool:
+    return any(vars(base)[name] is value for base in cls.__mro__ if name in vars(base))
+
+
+def plain_or_proxy(tracer: ValueTracer, module: nn.Module, path: str, value: Any) -> Any:
+    """Returns a plain attribute: a number as an input of the graph, unless its code compares by identity."""
+    proxy = tracer.attribute(path)
+    if not isinstance(proxy, fx.Proxy):
+        return proxy  # what is None or a string comes back from the tracer as it is
+    if type(value) not in _NUMBERS or tests_truth_by_identity(in_place.original_class(module)):
+        tracer.decide(proxy, value)
+        return value
+    return proxy
+
+
+def _is_of_pytorch(file: str) -> bool:
+    return file == inspect.getfile(nn.Module) or guards.is_machinery(file)

@@ -1,0 +1,51 @@
+"""Which plain globals and variables of closures a forward reads: a graph holds what they were."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Callable, Iterator
+from types import CodeType, ModuleType
+from typing import Any
+
+from graphpeft.tracing.attributes import is_plain
+from graphpeft.tracing.reach import is_of_a_library
+from graphpeft.tracing.source import functions_in_forward
+
+
+def plain_globals(cls: type) -> dict[str, Any]:
+    """Returns the plain values outside of modules that a forward reads, by descriptions of their names."""
+    return {name: value for function in functions_in_forward(cls) for name, value in _read_by(function)}
+
+
+def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    namespace = function.__globals__
+    for name, attribute in _globals_named_in(function.__code__):
+        value = namespace.get(name)
+        file = namespace.get("__name__")
+        if isinstance(value, ModuleType) and attribute is not None:
+            name, value, file = attribute, vars(value).get(attribute), value.__name__
+        if value is not None and is_plain(value) and not is_of_a_library(file):
+            yield f"the global {name} of {file}", value
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            continue  # it has none yet
+        if value is not None and is_plain(value):
+            yield f"the variable {name} around {function.__qualname__}", value
+
+
+@functools.cache
+def _globals_named_in(code: CodeType) -> tuple[tuple[str, str | None], ...]:
+    """Returns the names of globals that `code` reads, each with the attribute that it takes from it, if it does."""
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "EXTENDED_ARG")]
+    found: dict[tuple[str, str | None], None] = {}
+    for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            takes = following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            found[instruction.argval, following.argval if takes and following is not None else None] = None
+    inside = [
+        name for constant in code.co_consts if isinstance(constant, CodeType) for name in _globals_named_in(constant)
+    ]
+    return (*found, *inside)

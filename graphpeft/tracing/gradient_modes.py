@@ -1,0 +1,42 @@
+"""One graph for runs with gradients and without, where code asks ``torch.is_grad_enabled()`` and computes the same.
+
+So does ``if torch.is_grad_enabled() and self.gradient_checkpointing``. Where what is computed differs, the answer is a
+decision, with a check.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from graphpeft.tracing import guards
+from graphpeft.tracing.sameness import checks_all_of, computes_the_same
+
+
+def decides_on_gradients(graph: fx.Graph) -> bool:
+    """Tells whether `graph` checks whether there are gradients."""
+    return any(map(_is_question, graph.nodes))
+
+
+def serving_both(graph: fx.Graph, other: fx.Graph) -> fx.Graph | None:
+    """Returns one of two graphs, of runs with gradients and without, without that check; None if they differ.
+
+    It is the one that checks all else that any of them does.
+    """
+    if not computes_the_same(graph, other, {}) or not computes_the_same(other, graph, {}):
+        return None
+    for one, another in ((graph, other), (other, graph)):
+        if checks_all_of(one, another, _is_about_gradients):
+            for node in reversed(one.nodes):
+                if _is_question(node) or _is_about_gradients(node):
+                    one.erase_node(node)
+            return one
+    return None
+
+
+def _is_question(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch.is_grad_enabled
+
+
+def _is_about_gradients(node: fx.Node) -> bool:
+    return node.target is guards.expect and any(map(_is_question, node.all_input_nodes))

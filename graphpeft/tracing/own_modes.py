@@ -1,0 +1,85 @@
+"""Which modules are in training after `train` and `eval` of modules whose class has these of its own.
+
+Detection code freezes layers of normalisation so. What such a method does is noted on a copy with tensors without data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from graphpeft._torch import fake_tensor
+from graphpeft.paths import join
+from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.examples import tensors_copied_by
+
+
+class OwnModes(NamedTuple):
+    """Whether modules are in training after a module's own methods, by their paths in it.
+
+    Attributes:
+        by_train: The modes after ``train(False)`` and after ``train(True)``.
+        by_eval: Those after ``eval()``.
+    """
+
+    by_train: tuple[Mapping[str, bool], Mapping[str, bool]]
+    by_eval: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> OwnModes:
+        """Returns the modes by calling the methods of `module`."""
+        return cls((_present(module.train(False)), _present(module.train(True))), _present(module.eval()))
+
+
+def own_modes(root: nn.Module) -> dict[str, OwnModes]:
+    """Returns the modes that modules have after their own `train` and `eval`, by the paths of these modules.
+
+    Raises:
+        TraceError: If such a method fails.
+    """
+    own = [path for path, module in root.named_modules() if _has_own_modes(module)]
+    if not own:
+        return {}
+    fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = {id(tensor): fake.from_tensor(tensor) for tensor in (*root.parameters(), *root.buffers())}
+    try:
+        with tensors_copied_by(fake.from_tensor):
+            copied = copy.deepcopy(root, tensors)
+        with fake:
+            return {path: OwnModes.of(copied.get_submodule(path)) for path in own}
+    except Exception as error:
+        kinds = sorted({type(root.get_submodule(path)).__name__ for path in own})
+        raise TraceError(
+            f"train() and eval() of {', '.join(kinds)} fail on a copy, so a graph can't do what they do: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def modes_after(root: nn.Module, training: bool, own: Mapping[str, OwnModes]) -> dict[nn.Module, bool]:
+    """Returns which modules are in training after `train(training)` of `root`; `own` is that of `own_modes`."""
+    found: dict[nn.Module, bool] = {}
+
+    def note(module: nn.Module, path: str) -> None:
+        found[module] = training
+        if path in own:
+            inside = own[path].by_train[training].items()
+            found.update((module.get_submodule(inner), mode) for inner, mode in inside)
+            return
+        for name, child in module.named_children():
+            note(child, join(path, name))
+
+    note(root, "")
+    return found
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    cls = type(module)
+    is_own = cls.train is not nn.Module.train or cls.eval is not nn.Module.eval
+    return is_own or not {"train", "eval"}.isdisjoint(module.__dict__)
+
+
+def _present(module: nn.Module) -> dict[str, bool]:
+    return {path: inner.training for path, inner in module.named_modules(remove_duplicate=False)}

@@ -1,0 +1,72 @@
+"""Regions under ``torch.autocast`` and ``torch.enable_grad()`` in a graph: nodes where each begins and where it ends.
+
+A graph may run without gradients, which a region under ``torch.enable_grad()`` has nevertheless. Of regions under
+``torch.no_grad()`` see `no_grad`.
+
+A run that raises inside of a region, as a guard does, leaves none of its settings behind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+from torch.fx.node import has_side_effect
+
+from graphpeft._torch import enter_autocast, leave_autocast
+
+__all__ = ["closing_regions", "enter_autocast", "enter_gradients", "leave_autocast", "leave_gradients"]
+
+
+class GradientRegion(NamedTuple):
+    """A region with gradients.
+
+    Attributes:
+        were_on: Whether there were gradients before it.
+    """
+
+    were_on: bool
+
+
+# without these marks, fx's dead code elimination would drop the calls
+@has_side_effect
+def enter_gradients() -> GradientRegion:
+    """Begins a region with gradients."""
+    region = GradientRegion(torch.is_grad_enabled())
+    torch.set_grad_enabled(True)
+    return region
+
+
+@has_side_effect
+def leave_gradients(region: GradientRegion) -> None:
+    """Ends a region with gradients."""
+    torch.set_grad_enabled(region.were_on)
+
+
+def closing_regions(graph: fx.Graph, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the compiled `forward` of `graph` as one that ends its regions when it raises."""
+    if not any(node.target in (enter_autocast, enter_gradients) for node in graph.nodes):
+        return forward
+
+    # a region around it would do that, but regions share the casts of weights with those that they are in
+    @functools.wraps(forward)
+    def close(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except BaseException as error:
+            _leave_open_regions(error)
+            raise
+
+    return close
+
+
+def _leave_open_regions(error: BaseException) -> None:
+    inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    # generated code forgets each value after its last use: the regions that it still has are those it hasn't left
+    values = list(inside.tb_frame.f_locals.values()) if inside is not None else []
+    for region in reversed([value for value in values if isinstance(value, torch.autocast | GradientRegion)]):
+        leave = leave_autocast if isinstance(region, torch.autocast) else leave_gradients
+        leave(region)

@@ -1,0 +1,216 @@
+"""The settings of a graph: attributes of modules that are its constants, checked by one node where a run begins.
+
+A number with which tensors are computed is read by a node of its own, so that the graph follows it. All other plain
+attributes, such as the number of an attention's heads, are settings.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.fx.node import has_side_effect, map_arg
+
+from graphpeft.tracing import guards
+from graphpeft.tracing.attributes import Watch, is_plain
+from graphpeft.tracing.dependence import above, is_random
+from graphpeft.tracing.drawing_functions import draws
+from graphpeft.tracing.graph_module import VALUE
+from graphpeft.tracing.proxy import IN_PLACE, writes
+
+_ARITHMETIC = frozenset((
+    *(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow", *IN_PLACE)),
+    torch.add, torch.sub, torch.mul, torch.div, torch.pow,
+    "add", "sub", "mul", "div", "pow", "add_", "sub_", "mul_", "div_", "pow_",
+))  # fmt: skip
+"""What computes with whole numbers. Elsewhere they are sizes, indices or flags."""
+
+_GUARDS = (guards.expect, guards.expect_present)
+
+
+class Setting(NamedTuple):
+    """An attribute that a graph holds as a constant.
+
+    Attributes:
+        path: Its path.
+        value: What it was.
+        line: Where the code has read it, or decided on it.
+    """
+
+    path: str
+    value: Any
+    line: str
+
+
+class Reads(NamedTuple):
+    """The attributes of modules on which a graph depends.
+
+    Attributes:
+        settings: Those that it holds as constants.
+        numbers: The paths of the numbers that it reads in each run.
+    """
+
+    settings: tuple[Setting, ...]
+    numbers: tuple[str, ...]
+
+
+def settle(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
+    """Makes constants of attributes on which a graph decides, and of those that are sizes, indices or flags.
+
+    Args:
+        graph: The graph, which is edited.
+        lines: Where plain attributes were read, by their paths.
+    """
+    read = [node for node in graph.nodes if node.op == "get_attr" and node.target in lines]
+    derived = _derived_from(graph, read)
+    decided: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.target is guards.expect and node.args[0] in derived:
+            decided |= {source: str(node.args[2]) for source in above(node.args[0]) if source not in decided}
+    settings = {node: decided.get(node, lines[str(node.target)]) for node in read if node in decided or _is_fixed(node)}
+    _make_constants(derived, set(settings))
+    # what a module has read that stays a call in the end may be read again
+    by_path = {str(node.target): Setting(str(node.target), node.meta[VALUE], line) for node, line in settings.items()}
+    numbers = dict.fromkeys(str(node.target) for node in read if node not in settings)
+    return Reads(tuple(by_path.values()), tuple(numbers))
+
+
+def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:
+    """Returns these nodes, and those that are computed from nothing else and are plain themselves, in order."""
+    derived = dict.fromkeys(read)
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node in derived or not node.op.startswith("call_") or node.op == "call_module" or not inputs:
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.target in _GUARDS or writes(node.target) or is_random(name) or draws(node.target):
+            continue
+        if all(source in derived for source in inputs) and VALUE in node.meta and is_plain(node.meta[VALUE]):
+            derived[node] = None
+    return derived
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Tells whether an attribute is more than a number with which tensors are computed."""
+    if type(node.meta[VALUE]) is not int:
+        return type(node.meta[VALUE]) is not float
+    is_factor = (user.target in _ARITHMETIC and isinstance(user.meta.get(VALUE), torch.Tensor) for user in node.users)
+    return not node.users or not all(is_factor)
+
+
+def _make_constants(derived: dict[fx.Node, None], fixed: set[fx.Node]) -> None:
+    for node in derived:
+        if node.op != "get_attr" and all(source in fixed for source in node.all_input_nodes):
+            fixed.add(node)
+    for user in dict.fromkeys(user for node in fixed for user in node.users):
+        user.args, user.kwargs = map_arg(
+            (user.args, user.kwargs), lambda used: used.meta[VALUE] if used in fixed else used
+        )
+        if user.target in _GUARDS and not isinstance(user.args[0], fx.Node):
+            user.graph.erase_node(user)
+    for node in reversed(derived):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+def add_check(graph: fx.Graph, reads: Reads) -> None:
+    """Puts into the graph of one module, which has its attributes at hand, a check of those that are its constants."""
+    if reads.settings:
+        with graph.inserting_before(_first(graph)):
+            now = tuple(graph.create_node("get_attr", setting.path) for setting in reads.settings)
+            values, lines = ([getattr(setting, name) for setting in reads.settings] for name in ("value", "line"))
+            graph.call_function(guards.expect_each, (now, tuple(values), tuple(lines)))
+
+
+def _first(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")
+
+
+_Checked = tuple[nn.Module, str, Setting]
+"""A module, the name of its attribute, and the setting that this is."""
+
+
+class Settings:
+    """Compares the settings of a graph with the attributes that modules have now.
+
+    Args:
+        root: The flat graph module.
+        reads: The attributes on which its graph depends.
+        unread: The paths of attributes that the model's code has looked for and that the graph can't read.
+        watch: What counts the changes of attributes, so that a run needn't look at hundreds of modules.
+    """
+
+    @classmethod
+    def add(cls, graph: fx.Graph, root: nn.Module, name: str, reads: Reads, unread: list[str], watch: Watch) -> None:
+        """Puts settings into an attribute of `root` and a check of them into its graph; arguments as for the class."""
+        setattr(root, name, cls(root, reads, unread, watch))
+        read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+        with graph.inserting_before(_first(graph)):
+            settings = graph.create_node("get_attr", name)
+            checked = graph.create_node("call_function", expect_settings, (settings,), name="numbers")
+        for index, path in enumerate(reads.numbers):
+            node = read[path]
+            with graph.inserting_before(node):
+                number = graph.create_node("call_function", operator.getitem, (checked, index), name=node.name)
+            number.meta = dict(node.meta)
+            node.replace_all_uses_with(number)
+            graph.erase_node(node)
+
+    def __init__(self, root: nn.Module, reads: Reads, unread: list[str], watch: Watch) -> None:
+        self.reads = reads
+        self._numbers = [_owner(root, path) for path in reads.numbers]
+        self._unread = [(*_owner(root, path), path) for path in unread]
+        self._watch, self._changes = watch, watch.changes
+        self._watched: list[_Checked] = []
+        self._unwatched: list[_Checked] = []
+        for setting in reads.settings:
+            module, name = _owner(root, setting.path)
+            checked = self._watched if watch.sees(module) else self._unwatched
+            checked.append((module, name, setting))
+
+    def checked(self) -> list[Any]:
+        """Returns the numbers; raises GuardError if a setting is another one now, or what isn't read is there."""
+        _check(self._unwatched)
+        if self._changes != self._watch.changes:
+            self._check_what_is_watched()
+            self._changes = self._watch.changes
+        numbers = [getattr(module, name, None) for module, name in self._numbers]
+        for path, number in zip(self.reads.numbers, numbers, strict=True):
+            if number is None or isinstance(number, str):
+                guards.expect(number, "a number", path)
+        return numbers
+
+    def _check_what_is_watched(self) -> None:
+        _check(self._watched)
+        for module, name, path in self._unread:
+            if name in module.__dict__ or name in module._parameters or name in module._buffers:
+                guards.refuse(f"{path} is set, which was read when the graph was recorded, and which it doesn't read")
+
+
+def _check(settings: list[_Checked]) -> None:
+    for module, name, setting in settings:
+        now = getattr(module, name, None)
+        if now is not setting.value and now != setting.value:
+            guards.expect(now, setting.value, f"{setting.path} in {setting.line}")
+
+
+# without this mark, fx's dead code elimination would drop the check
+@has_side_effect
+def expect_settings(settings: Settings) -> list[Any]:
+    """Returns the numbers of modules with which a graph computes, see `Settings.checked`."""
+    return settings.checked()
+
+
+def is_number(node: fx.Node) -> bool:
+    """Tells whether a node of a flat graph is a number that a module has."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is expect_settings
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    owner, _, name = path.rpartition(".")
+    return root.get_submodule(owner), name

@@ -1,0 +1,396 @@
+"""A graph follows the numbers that modules hold, and checks all else that code has read from them; never ignores it."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft.testing import laws
+
+X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+FACTOR = 2.5
+
+
+class Scaled(nn.Module):
+    """Computes with a number, and decides on a flag."""
+
+    heads = 2
+
+    def __init__(self, scale: float = 1.0, use: bool = True):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.scale, self.use, self.kind, self.bound = scale, use, "plain", None
+        self.options = {"shift": 3}
+
+    def forward(self, x):
+        y = F.linear(x, self.w).view(*x.shape[:-1], self.heads, -1).flatten(-2) * self.scale
+        if self.bound is not None:
+            y = y.clamp(max=self.bound)
+        y = y + self.options["shift"] if self.kind == "plain" else y
+        return y if self.use else -y
+
+
+def two() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Scaled(1.0), Scaled(0.5)).eval()
+
+
+def traced_two() -> Any:
+    return trace(two(), (X,))
+
+
+# what is followed
+
+
+def test_a_number_of_a_module_is_read_in_each_run():
+    traced, model = traced_two(), two()
+    model[0].scale = traced.get_submodule("0").scale = 5.0
+    model[1].scale = traced.get_submodule("1").scale = -3
+    assert torch.equal(traced(X), model(X))
+
+
+def test_two_modules_of_a_class_have_each_their_own_number():
+    traced = traced_two()
+    assert (traced.get_submodule("0").scale, traced.get_submodule("1").scale) == (1.0, 0.5)
+    assert torch.equal(traced(X), two()(X))
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.0), nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))])
+def test_a_number_may_become_a_tensor(value):
+    traced, model = traced_two(), two()
+    model[1].scale = value
+    traced.get_submodule("1").scale = value
+    assert torch.equal(traced(X), model(X))
+
+
+def test_a_whole_number_that_is_a_factor_is_followed_too():
+    model = nn.Sequential(Scaled(3))
+    traced: Any = trace(model, (X,))
+    model[0].scale = traced.get_submodule("0").scale = 0.5
+    assert torch.equal(traced(X), model(X))
+
+
+def test_numbers_computed_from_numbers_are_followed():
+    class Inverse(nn.Module):
+        rate, power = 4.0, 0.5
+
+        def forward(self, x):
+            return x * (1 / self.rate**self.power)
+
+    model = Inverse()
+    traced: Any = trace(model, (X,))
+    model.rate = traced.rate = 9.0
+    assert torch.equal(traced(X), model(X))
+
+
+def test_a_number_behind_a_property_is_followed():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = 4.0
+
+        @property
+        def half(self):
+            return self.whole / 2
+
+        def forward(self, x):
+            return x * self.half
+
+    model = Halved()
+    traced: Any = trace(model, (X,))
+    model.whole = traced.whole = 10.0
+    assert torch.equal(traced(X), model(X))
+
+
+# what is checked
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use", False),
+        ("kind", "other"),
+        ("bound", 1.0),
+        ("heads", 4),
+        ("scale", None),
+        ("options", {"shift": 4}),
+        ("missing", 1),
+    ],
+)
+def test_another_answer_than_that_of_the_trace_raises(name, value):
+    class Asking(Scaled):
+        def forward(self, x):
+            return super().forward(x) if getattr(self, "missing", None) is None else x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Asking(), Asking())
+    traced: Any = trace(model, (X,))
+    assert torch.equal(traced(X), model(X))
+    setattr(traced.get_submodule("1"), name, value)
+    with pytest.raises(GuardError, match=rf"1\.{name}\b"):
+        traced(X)
+
+
+def test_the_error_names_the_line_and_both_values():
+    traced = traced_two()
+    traced.get_submodule("1").use = False
+    with pytest.raises(
+        GuardError, match=r"1\.use in `return y if self\.use else -y` \(test_trace_reads\.py:\d+\).*True .*False"
+    ):
+        traced(X)
+    traced.get_submodule("1").use = True
+    assert torch.equal(traced(X), two()(X))
+
+
+def test_a_decision_on_a_number_makes_it_a_setting():
+    class Dropped(nn.Module):
+        p = 0.0
+
+        def forward(self, x):
+            return x if self.p == 0.0 else x * (1 - self.p)
+
+    traced: Any = trace(Dropped(), (X,))
+    traced.p = 0.5
+    with pytest.raises(GuardError, match=r"self\.p == 0\.0"):
+        traced(X)
+
+
+class Mode(enum.Enum):
+    FAST = 1
+    SLOW = 2
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [((2, 2), (4, 1)), (Mode.FAST, Mode.SLOW), (torch.float64, torch.float32), (torch.device("cpu"), "meta"), (3j, 1j)],
+    ids=str,
+)
+def test_other_plain_values_are_checked(value, other):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = value
+
+        def forward(self, x):
+            return x * len(str(self.held))
+
+    traced: Any = trace(nn.Sequential(Holding()), (X,))
+    traced(X)
+    traced.get_submodule("0").held = other
+    with pytest.raises(GuardError, match=r"0\.held"):
+        traced(X)
+
+
+def test_a_read_only_in_training_is_checked_in_training_alone():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kind = "shifted"
+
+        def forward(self, x):
+            if self.training and self.kind == "shifted":
+                x = x + 1
+            return x
+
+    model = nn.Sequential(Noisy()).eval()
+    traced: Any = trace(model, (X,))
+    traced.get_submodule("0").kind = "other"
+    assert torch.equal(traced(X), X)
+    with pytest.raises(GuardError, match=r"0\.kind"):
+        traced.train()(X)
+
+
+def test_what_the_forward_sets_itself_is_no_setting():
+    class Setting(nn.Module):
+        def forward(self, x):
+            self.steps = 2
+            return x * self.steps
+
+    traced: Any = trace(nn.Sequential(Setting()), (X,))
+    assert traced.kept == {}
+    assert torch.equal(traced(X), 2 * X)
+
+
+def test_a_module_that_stays_a_call_reads_its_own_attributes():
+    class Deciding(Scaled):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > -1e9 else x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Deciding(), Scaled())
+    traced: Any = trace(model, (X,))
+    assert list(traced.kept) == ["0"]
+    for each in (model, traced):
+        each.get_submodule("0").use, each.get_submodule("0").scale = False, 3.0
+    assert torch.equal(traced(X), model(X))
+
+
+def test_a_number_of_a_layer_is_followed():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.25)
+
+        def forward(self, x):
+            return self.dropout(x) * (1 - self.dropout.p)
+
+    model = nn.Sequential(Around()).eval()
+    traced: Any = trace(model, (X,))
+    model[0].dropout.p = traced.get_submodule("0.dropout").p = 0.75
+    assert torch.equal(traced(X), model(X))
+
+
+def test_a_name_that_a_traced_model_needs_itself_is_refused():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = 0.5
+
+        def forward(self, x):
+            return x * self.kept
+
+    with pytest.raises(TraceError, match="kept; rename"):
+        trace(Named(), (X,))
+
+
+# the report
+
+
+def test_the_report_tells_what_is_followed_what_is_checked_and_what_is_frozen():
+    shift = 0.25
+
+    class Reading(Scaled):
+        def forward(self, x):
+            return super().forward(x) * FACTOR + shift
+
+    report = trace(nn.Sequential(Reading(), Reading()), (X,)).report
+    assert report.numbers == ("0.scale", "1.scale")
+    assert report.settings["1.use"] is True
+    assert report.settings["0.heads"] == 2
+    text = str(report)
+    assert "0.scale and 1 more of this name" in text
+    assert "0.kind and 1 more of this name: 'plain'" in text
+    assert "0.options (dict)" in text
+    assert f"the global FACTOR of {__name__} (2.5)" in text
+    assert "the variable shift around" in text
+    assert "torch" not in text.partition("frozen")[2]
+
+
+def test_attributes_that_are_read_from_the_dictionary_of_a_module_are_told():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 2.0
+
+        def forward(self, x):
+            return x * vars(self)["scale"]
+
+    assert "0.__dict__ (dict)" in str(trace(nn.Sequential(Reading()), (X,)).report)
+    assert "__dict__" not in str(traced_two().report)
+
+
+# what is done with the result
+
+
+def changed(traced: Any) -> Any:
+    traced.get_submodule("0").scale = 5.0
+    return traced
+
+
+def expected_of_changed() -> torch.Tensor:
+    model = two()
+    model[0].scale = 5.0
+    return model(X)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda traced: pickle.loads(pickle.dumps(traced))])
+def test_copies_have_attributes_of_their_own(copied):
+    traced = traced_two()
+    other = copied(traced)
+    assert torch.equal(changed(other)(X), expected_of_changed())
+    other.get_submodule("1").use = False
+    with pytest.raises(GuardError):
+        other(X)
+    assert torch.equal(traced(X), two()(X))
+
+
+def test_a_compiled_trace_follows_and_checks():
+    traced = traced_two()
+    compiled: Any = torch.compile(traced, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), traced(X))
+    changed(traced)
+    assert torch.equal(compiled(X), expected_of_changed())
+    traced.get_submodule("1").use = False
+    with pytest.raises(Exception, match=r"1\.use"):
+        compiled(X)
+
+
+def test_a_trace_is_exported():
+    program = torch.export.export(changed(traced_two()), (X,))
+    torch.testing.assert_close(program.module()(X), expected_of_changed())
+
+
+def test_a_trace_of_a_trace_follows_and_checks():
+    again: Any = trace(nn.Sequential(traced_two()), (X,))
+    again.get_submodule("0.0").scale = 5.0
+    assert torch.equal(again(X), expected_of_changed())
+    again.get_submodule("0.1").use = False
+    with pytest.raises(GuardError, match=r"0\.1\.use"):
+        again(X)
+
+
+def test_an_adapted_trace_follows_and_checks():
+    config = LoraConfig(target_parameters=["0.w", "1.w"], r=2, lora_alpha=6, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(two(), config)
+    torch.manual_seed(1)
+    traced = get_peft_model(traced_two(), config)
+    laws.require_close(traced(X), model(X), 1e-6, "the adapted trace")
+    for each in (model, traced):
+        each.get_submodule("0").scale = 5.0
+    laws.require_close(traced(X), model(X), 1e-6, "the adapted trace")
+    traced.get_submodule("1").use = False
+    with pytest.raises(GuardError, match=r"1\.use"):
+        traced(X)
+
+
+def test_a_layer_whose_options_are_numbers_is_adapted_in_a_trace():
+    class ScaledEmbedding(nn.Embedding):
+        def __init__(self):
+            super().__init__(6, 4)
+            self.scale = 3.0
+
+        def forward(self, input):
+            return super().forward(input) * self.scale
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ScaledEmbedding())
+
+    ids = torch.tensor([[1, 5, 2]])
+    config = LoraConfig(target_modules=["0"], r=2, lora_alpha=6, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(build(), config)
+    torch.manual_seed(1)
+    traced: Any = get_peft_model(trace(build(), (ids,)), config)
+    model[0].scale = traced.get_submodule("0").scale = 0.5
+    laws.require_close(traced(ids), model(ids), 1e-6, "the adapted trace")
+
+
+def test_a_trace_of_an_adapted_model_follows_the_scale_of_the_adapter():
+    config = LoraConfig(target_modules=["0"], r=2, lora_alpha=6, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    traced: Any = trace(model, (X,))
+    (path,) = [path for path in traced.report.numbers if "scal" in path]
+    owner, _, name = path.rpartition(".")
+    for each in (model, traced):
+        setattr(each.get_submodule(owner), name, 7.0)
+    laws.require_close(traced(X), model(X), 1e-6, "the traced model")

@@ -6,7 +6,6 @@ a module whose own code draws stays a call.
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from types import FunctionType, MethodType
@@ -17,14 +16,11 @@ from graphpeft.tracing.source import names_in
 
 def draws(target: Any) -> bool:
     """Tells whether what a node calls is a function that names Python's or NumPy's generator of random numbers."""
-    return type(target) is FunctionType and _draws(target)
-
-
-@functools.lru_cache(maxsize=1024)
-def _draws(function: FunctionType) -> bool:
+    if type(target) is not FunctionType:
+        return False
     numpy = sys.modules.get("numpy")
-    names = names_in(function.__code__).read
-    named = [function.__globals__.get(name) for name in names]
+    names = names_in(target.__code__).read
+    named = [target.__globals__.get(name) for name in names]
     return any(value is not None and _is_generator(value, names, numpy) for value in named)
 
 

@@ -29,7 +29,18 @@ from graphpeft.config import registered
 from graphpeft.testing import laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.programs import ProgramCase, program_cases
-from graphpeft.testing.strategies import DIM, METHODS, SPELLINGS, Case, Functional, Method, Model, adaptations, cases
+from graphpeft.testing.strategies import (
+    DIM,
+    METHODS,
+    SPELLINGS,
+    Case,
+    Functional,
+    Method,
+    Model,
+    adaptations,
+    cases,
+    tied_cases,
+)
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
 
@@ -159,6 +170,15 @@ def test_copies_stay_adapted(method, data):
 def test_a_traced_model_is_adapted_as_the_model_is(method, data):
     case, config = data.draw(adaptations(method))
     laws.assert_traced_is_adapted_alike(case.build, config, case.inputs)
+
+
+@every_method_that(lambda method: method.merges)
+@given(data=st.data())
+def test_a_traced_model_with_tied_weights_is_adapted_as_the_model_is(method, data):
+    case = data.draw(tied_cases())
+    laws.assert_traced_is_adapted_alike(
+        case.build, data.draw(METHODS[method].configs(case.build(), identity=False)), case.inputs
+    )
 
 
 @every_method_that(lambda method: method.merges)

@@ -444,3 +444,54 @@ def test_an_exported_model_takes_what_is_tied_once(options: dict[str, Any], tmp_
     assert not any(".head.lora_A" in key or key.endswith(".head.weight") for key in values)
     program = torch.export.load(tmp_path / "tied.pt2").module()
     oracle.assert_close(program(input_ids=IDS, adapters=values), output(model))
+
+
+class Decoder(nn.Module):
+    """A head around a parameter that it was given, as ESM's."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = nn.Parameter(torch.zeros(weight.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.bias
+
+
+class HandsOn(nn.Module):
+    """An embedding whose table another module was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.middle = nn.Linear(8, 8)
+        self.head = Decoder(self.embed.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.middle(self.embed(ids))))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["embed"]},
+        {"target_parameters": ["head.weight"]},
+        {"target_parameters": ["embed.weight"]},
+        {"target_modules": ["embed", "middle"], "target_parameters": ["head.weight"]},
+    ],
+    ids=str,
+)
+def test_a_weight_that_two_modules_have_is_each_ones_own_in_a_flat_graph_too(targets: dict[str, list[str]]) -> None:
+    ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    found = []
+    for is_flat in (False, True):
+        torch.manual_seed(0)
+        model = trace(HandsOn().eval(), (ids,)) if is_flat else HandsOn().eval()
+        config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **targets)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
+        found.append((graphpeft.get_peft_model_state_dict(adapted), adapted(ids)))
+    (tensors, output), (flat_tensors, flat_output) = found
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in flat_tensors.items()
+    }
+    torch.testing.assert_close(output, flat_output, atol=1e-5, rtol=1e-5)

@@ -74,6 +74,29 @@ class TwoWeights(nn.Module):
         return self.inner(F.linear(h, self.w) + x @ self.v)
 
 
+class Reader(nn.Module):
+    """A weight of another module, used functionally."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.w = weight
+
+    def forward(self, x):
+        return F.linear(x, self.w)
+
+
+class Tied(nn.Module):
+    """A layer whose weight another module has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(DIM, DIM)
+        self.reader = Reader(self.inner.weight)
+
+    def forward(self, x):
+        return self.reader(torch.tanh(self.inner(x)))
+
+
 class Residual(nn.Module):
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -208,6 +231,11 @@ class Case:
 def mixing_cases() -> st.SearchStrategy[Case]:
     """Returns a strategy for models, as `cases` does, whose body lets all tokens see each other."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Reshaped(), build())))
+
+
+def tied_cases() -> st.SearchStrategy[Case]:
+    """Returns a strategy for models, as `cases` does, two of whose modules have one weight."""
+    return cases(bodies().map(lambda build: lambda: nn.Sequential(Tied(), build())))
 
 
 @st.composite

@@ -84,6 +84,9 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
         try:
             value = look_up(module, name)
         except AttributeError:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                tracer.looked_up = parameter, join(paths[module], name)
             # tensors may be absent, too
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
                 tracer.read_once.setdefault(join(paths[module], name), ABSENT)

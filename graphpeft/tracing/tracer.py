@@ -86,6 +86,7 @@ class ValueTracer(fx.Tracer):
         not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
         reads: The names of the attributes that are read from the root.
         lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
+        looked_up: The parameter that was looked up last in a module, with its path there.
         read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
         examples: The values of its nodes in the example.
         recording: What goes on, if something does.
@@ -107,6 +108,7 @@ class ValueTracer(fx.Tracer):
         self.not_kept: dict[str, None] = {}
         self.reads: set[str] = set()
         self.lines_of_reads: dict[str, str] = {}
+        self.looked_up: tuple[torch.Tensor, str] | None = None
         self.read_once: dict[str, Any] = {}
         self._proxies: list[weakref.ref[fx.Proxy]] = []
         self.has_hashed = False
@@ -403,7 +405,11 @@ class ValueTracer(fx.Tracer):
         if self.is_running or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._names.get(id(attr_val))
-        return attr_val if name is None else self.attribute(name)
+        if name is None:
+            return attr_val
+        # a parameter that several modules have is each one's own weight, which an adapter may change alone
+        is_own = self.looked_up is not None and self.looked_up[0] is attr_val and isinstance(attr_val, nn.Parameter)
+        return self.attribute(self.looked_up[1] if self.looked_up is not None and is_own else name)
 
     def attribute(self, name: str) -> Any:
         """Returns the proxy of the root's attribute at the path `name`, or its value if that is None or a string.

@@ -16,7 +16,8 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
     Args:
         run: Computes something with gradients, such as a loss.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: there is one cycle, which PyTorch 2.10 warns of otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = run()
     allocated = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     return allocated - result.untyped_storage().nbytes()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from graphpeft._torch import CHECKPOINT_GENERATOR, CheckpointFunction, checkpoint_module
+from graphpeft.transaction import at_end_of
 
 Factory = Callable[[], AbstractContextManager[Any]]
 
@@ -97,18 +98,21 @@ def checkpoints_bound_by(bind: Bind) -> Iterator[None]:
             it must know whether it concerns them.
     """
     entry = (object(), bind)
-    try:
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _leave, entry)
         with _LOCK:
             _BINDS.append(entry)
             if len(_BINDS) == 1:
                 _exchange()
         yield
-    finally:
-        with _LOCK:
-            if entry in _BINDS:
-                _BINDS.remove(entry)
-            if not _BINDS:
-                _put_back()
+
+
+def _leave(entry: tuple[object, Bind]) -> None:
+    with _LOCK:
+        if entry in _BINDS:
+            _BINDS.remove(entry)
+        if not _BINDS:
+            _put_back()
 
 
 def _exchange() -> None:

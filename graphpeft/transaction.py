@@ -107,6 +107,25 @@ def transaction(model: nn.Module) -> Iterator[None]:
             del journal
 
 
+def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: Any) -> None:
+    """Lets a stack call at its end what puts things back, and call it again if it is interrupted.
+
+    Args:
+        stack: The stack.
+        function: It has to do no harm where it, or a part of it, has been done.
+        args: Its arguments.
+    """
+    left = [function]
+
+    def call() -> None:
+        if left:
+            function(*args)
+            left.clear()
+
+    stack.callback(call)
+    stack.callback(call)
+
+
 def undone_by(function: Callable[..., Any], *args: Any) -> None:
     """Notes a call that takes back the change that follows; it does no harm if that isn't made."""
     journal = _THREAD.journal()

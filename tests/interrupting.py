@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import dis
 import functools
 import os
 import sys
@@ -39,18 +40,31 @@ def lines_of(call: Callable[[], Any]) -> list[Line]:
 
 
 @contextlib.contextmanager
-def failing_at_line(number: int, error: BaseException, then: int = 0) -> Iterator[None]:
-    """Raises `error` before the line of this library of this number runs, and again so many lines later, if any."""
-    count = 0
+def failing_at_line(number: int, error: type[BaseException], then: int = 0) -> Iterator[list[Line]]:
+    """Raises an error before the line of this library of this number runs, and again so many lines later, if any.
 
-    def fail(_: Line) -> None:
+    Gives the lines where it does.
+    """
+    count, lines = 0, []
+
+    def fail(line: Line) -> None:
         nonlocal count
         count += 1
         if count == number or (then and count == number + then):
-            raise error
+            lines.append(line)
+            raise error("planted")
 
     with _at_lines(fail):
-        yield
+        yield lines
+
+
+@functools.cache
+def _leaves_context(code: types.CodeType, offset: int) -> bool:
+    """Tells whether a `with` is about to leave its context: there, Python doesn't look whether it is interrupted."""
+    instructions = [each for each in dis.get_instructions(code) if each.offset >= offset]
+    names = [each.opname for each in instructions if each.opname not in ("NOP", "PRECALL", "CACHE")]
+    values = [each.argval for each in instructions[:3]]
+    return names[:4] == ["LOAD_CONST"] * 3 + ["CALL"] and values == [None] * 3
 
 
 @functools.cache
@@ -62,7 +76,7 @@ def _file_of(code: types.CodeType) -> str:
 @contextlib.contextmanager
 def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if event == "line":
+        if event == "line" and not _leaves_context(frame.f_code, frame.f_lasti):
             see((_file_of(frame.f_code), frame.f_lineno))
         return trace
 
@@ -184,6 +198,7 @@ def exchanged_in_pytorch() -> dict[str, Any]:
         "with gradients": torch.is_grad_enabled(),
         "modes": torch._C._len_torch_function_stack(),
         "lock": _is_free(),
+        "finders": [id(finder) for finder in sys.meta_path],
     }
 
 

@@ -299,31 +299,30 @@ def assert_whole(call: Call, context: contextlib.AbstractContextManager[Any]) ->
     before, after, _ = expected(call)
     model = call.build()
     patched = exchanged_in_pytorch()
-    failure: BaseException | None = None
+    failure, lines = None, None
     try:
-        with context:
+        with context as lines:
             run(call, model)
     except BaseException as raised:
         failure = raised
-    assert differing(exchanged_in_pytorch(), patched) == []
+    left = differing(exchanged_in_pytorch(), patched)
+    assert not left, f"PyTorch is left with other {left}, by an error at {lines}"
     found = state_of(model, *call.inputs(model))
     is_old, is_new = differing(found, before), differing(found, after)
-    assert not is_new or (failure and not is_old), f"neither the old state, by {is_old}, nor the new one, by {is_new}"
+    assert not is_new or (failure and not is_old), (
+        f"an error at {lines} leaves neither the old state, by {is_old}, nor the new one, by {is_new}"
+    )
     if is_new or call.repeats:
         run(call, model)
         left = differing(state_of(model, *call.inputs(model)), after)
-        assert not left, f"made again, the call leaves other {left}"
+        assert not left, f"made again after an error at {lines}, the call leaves other {left}"
     return failure
 
 
 def assert_whole_at_line(call: Call, number: int, error: type[BaseException]) -> None:
     """See `assert_whole`."""
-    file, line = expected(call)[2][number - 1]
-    try:
-        failure = assert_whole(call, failing_at_line(number, error("planted")))
-        assert failure is None or "planted" in str(failure), failure
-    except AssertionError as failure:
-        raise AssertionError(f"{call.name}, {error.__name__} at {file}:{line}, line {number}: {failure}") from failure
+    failure = assert_whole(call, failing_at_line(number, error))
+    assert failure is None or "planted" in str(failure), failure
 
 
 def operations_of(call: Call) -> int:
@@ -390,4 +389,4 @@ def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> 
     [call] = [call for call in CALLS if call.name == "merge"]
     number = len(expected(call)[2]) - 20  # when all has changed
     for then in range(1, 60, 4):
-        assert_whole(call, failing_at_line(number, KeyboardInterrupt("planted"), then))
+        assert_whole(call, failing_at_line(number, KeyboardInterrupt, then))

@@ -23,7 +23,7 @@ from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import template_of, wear_template
-from graphpeft.transaction import delete_item, remember, set_attribute, set_item, transaction, undone_by
+from graphpeft.transaction import at_end_of, delete_item, remember, set_attribute, set_item, transaction, undone_by
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -138,9 +138,7 @@ class Paused(contextlib.ExitStack):
         state = adapters_of(self._model)
         assert state is not None
         pause = object()
-        # twice, since the first may be interrupted, and nobody can leave a context again
-        self.callback(_leave, self._model, state, pause)
-        self.callback(_leave, self._model, state, pause)
+        at_end_of(self, _leave, self._model, state, pause)
         try:
             with transaction(self._model):
                 set_attribute(state, "pauses", state.pauses | {pause})

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import CellType
 from typing import Any, NamedTuple
-from unittest import mock
+
+from graphpeft.transaction import at_end_of
 
 
 class _Exchange(NamedTuple):
@@ -25,12 +26,14 @@ class Exchanges:
     def __init__(self, stack: ExitStack) -> None:
         self._made: list[_Exchange] = []
         self._are_taken_back = False
-        stack.callback(self._take_back)
+        at_end_of(stack, self._take_back)
 
     def attribute(self, owner: Any, name: str, new: Any, create: bool = False) -> None:
         """Gives an attribute another value; `create` allows that it has none of its own."""
-        patch = mock.patch.object(owner, name, new, create=create)
-        self._put(patch.__enter__, lambda: patch.__exit__(None, None, None))
+        if not create:
+            getattr(owner, name)  # or it would come to be where it never was
+        old = vars(owner).get(name, _ABSENT)
+        self._put(lambda: setattr(owner, name, new), lambda: _set_again(owner, name, old))
 
     def item(self, mapping: dict[str, Any], name: str, new: Any) -> None:
         """Gives a name of a dictionary, such as that of a Python module's names, another value."""
@@ -48,8 +51,8 @@ class Exchanges:
         if self._are_taken_back:
             yield
             return
-        self._take_back()
         try:
+            self._take_back()
             yield
         finally:
             for exchange in self._made:
@@ -57,10 +60,21 @@ class Exchanges:
             self._are_taken_back = False
 
     def _put(self, put: Callable[[], Any], take_back: Callable[[], Any]) -> None:
-        put()
+        # first, since taking back does no harm where nothing was put, and this may be interrupted
         self._made.append(_Exchange(put, take_back))
+        put()
 
     def _take_back(self) -> None:
         self._are_taken_back = True
         for exchange in reversed(self._made):
             exchange.take_back()
+
+
+_ABSENT = object()
+
+
+def _set_again(owner: Any, name: str, old: Any) -> None:
+    if old is not _ABSENT:
+        setattr(owner, name, old)
+    elif name in vars(owner):
+        delattr(owner, name)

@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from graphpeft.transaction import at_end_of
+
 Outside = Callable[[], AbstractContextManager[Any]]
 """Makes what code runs in that is no part of the trace."""
 
@@ -28,10 +30,14 @@ def imports_run(outside: Outside, is_concerned: Callable[[], bool]) -> Iterator[
         is_concerned: Tells whether the trace is of the thread that imports.
     """
     finder = _Finder(outside, is_concerned)
-    sys.meta_path.insert(0, finder)
-    try:
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _take_out, finder)
+        sys.meta_path.insert(0, finder)
         yield
-    finally:
+
+
+def _take_out(finder: _Finder) -> None:
+    if finder in sys.meta_path:
         sys.meta_path.remove(finder)
 
 

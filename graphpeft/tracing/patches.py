@@ -51,6 +51,7 @@ from graphpeft.tracing.reach import Reach, is_of_a_library
 from graphpeft.tracing.regions import enter_autocast, leave_autocast
 from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
+from graphpeft.transaction import at_end_of
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -108,7 +109,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
             in_users_code.attribute(module, name, recorded)
         # what was exchanged in the user's own code is no change
         before = Snapshot(reach)
-        stack.callback(before.put_back)
+        at_end_of(stack, before.put_back)
         calls = stack.enter_context(_RecordsCalls(tracer))
         exchanges = Exchanges(stack)
         ask = builtins.isinstance

@@ -276,7 +276,7 @@ def test_a_scripted_module_is_refused_wherever_it_is() -> None:
     beside = nn.Linear(4, 4)
     models = ((scripted, "0"), (nn.Sequential(beside, scripted), "1"), (nn.Sequential(beside, inside), "1.0"))
     for model, target in models:
-        with pytest.raises(AdaptError, match="(the model|1) is a ScriptModule, which can't be changed"):
+        with pytest.raises(AdaptError, match=r"(the model|1) is a ScriptModule, which can't be changed"):
             get_peft_model(model, LoraConfig(r=2, target_modules=[target]))
 
 

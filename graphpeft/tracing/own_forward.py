@@ -131,5 +131,6 @@ def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[No
             owner = module.get_submodule(owner_path)
             if stand_ins.stands_in(owner, name):
                 stack.enter_context(stand_ins.read_for_now(owner, name, own.pop(path)))
-        stack.enter_context(reparametrized(module, own))
-        yield
+        # not entered by the stack, into which torch.compile can't follow a context of PyTorch's own
+        with reparametrized(module, own):
+            yield

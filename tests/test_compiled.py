@@ -5,6 +5,7 @@ One model holds a layer of each kind, so that one compilation tries them all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,19 +13,21 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from models import LLAMA, result
+from oracle import assert_close, perturb
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
-from graphpeft import LoraConfig, get_peft_model, optimize, trace
+from graphpeft import LoraConfig, TaskType, get_peft_model, optimize, trace
+from graphpeft._torch import pytree
 from graphpeft.passes import PASSES
 
 ALL_PASSES = tuple(each.name for each in PASSES)
 
 
 @pytest.fixture(autouse=True)
-def _compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _compiler() -> Iterator[None]:
     """Compiles anew, and draws the random numbers that are drawn without a compiler."""
     torch.compiler.reset()
     with torch._inductor.config.patch(fallback_random=True):
@@ -55,7 +58,6 @@ class Layers(nn.Module):
         self.upwards = nn.ConvTranspose2d(4, 6, 3, 2)
         self.embedding, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
         self.head.weight = self.embedding.weight
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.w, self.table = nn.Parameter(torch.randn(8, 6) / 3), nn.Parameter(torch.randn(9, 6) / 3)
         self.experts = nn.Parameter(torch.randn(2, 8, 6) / 3)
 
@@ -66,9 +68,35 @@ class Layers(nn.Module):
         values += [self.sequence(image.flatten(2)), self.image(image), self.volume(volume), self.upwards(image)]
         for ids in (tokens[0], tokens):
             values += [self.head(torch.tanh(self.embedding(ids))), F.embedding(ids, self.table)]
-        values += [self.attention(stack, stack, stack, need_weights=False)[0]]
         values += [torch.einsum("bti,eoi->bto", stack, self.experts)]
         return values
+
+
+class Few(nn.Module):
+    """Some of these layers, with the same inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.image = nn.Linear(6, 8), nn.Conv2d(4, 6, 3)
+        self.embedding = nn.Embedding(9, 6)
+
+    def forward(self, rows: Tensor, stack: Tensor, image: Tensor, volume: Tensor, tokens: Tensor) -> list[Tensor]:
+        return [self.linear(rows), self.linear(stack), self.image(image), self.embedding(tokens[0])]
+
+
+FEW = ["linear", "image", "embedding"]
+
+
+class Attending(nn.Module):
+    """An attention, which is given stacks alone."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, stack: Tensor) -> Any:
+        return self.attention(stack, stack, stack, need_weights=self.need_weights)[0]
 
 
 FLOATS = [(4, 6), (2, 3, 6), (2, 4, 5, 5), (2, 4, 3, 3, 3)]
@@ -110,7 +138,7 @@ def inputs(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Tens
 
 
 METHODS = {
-    "plain": Method([*ROWS, *CONVOLUTIONS, *PARAMETERS, "embedding", "attention", "rounded"], {}),
+    "plain": Method([*ROWS, *CONVOLUTIONS, *PARAMETERS, "embedding", "rounded"], {}),
     "rslora": Method([*ROWS, *CONVOLUTIONS, "embedding", "rounded"], {"use_rslora": True}),
     "dropout": Method([*ROWS, *CONVOLUTIONS, "w", "rounded"], {"lora_dropout": 0.4}),
     "dora": Method([*ROWS, *CONVOLUTIONS, *PARAMETERS, "embedding"], {"use_dora": True}),
@@ -141,20 +169,147 @@ def computed(model: Any, run: Callable[..., Any], given: tuple[Tensor, ...]) -> 
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def assert_compiles(model: Any, dtype: torch.dtype = torch.float32) -> None:
+def assert_compiles(
+    model: Any, dtype: torch.dtype = torch.float32, given: Callable[..., Any] = inputs, fullgraph: bool = True
+) -> None:
     """Checks that a model computes the same compiled, in evaluation and in training."""
-    compiled: Any = torch.compile(model, fullgraph=True)
+    compiled: Any = torch.compile(model, fullgraph=fullgraph)
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
     for training in (False, True):
         model.train(training)
-        expected = computed(model, model, inputs(dtype, training))
-        found = computed(model, compiled, inputs(dtype, training))
+        expected = computed(model, model, given(dtype, training))
+        found = computed(model, compiled, given(dtype, training))
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             difference = (found[name].float() - value.float()).abs().max()
             assert difference <= tolerance * max(1, value.float().abs().max()), (name, training, difference)
 
 
+all_of_it = pytest.mark.compiled
+
+
+def passes_to_try() -> list[tuple[str, ...]]:
+    return [(), *((name,) for name in ALL_PASSES), ALL_PASSES]
+
+
+# a part of it that is tried in each run of the tests
+
+
+def test_few_layers_compute_the_same_compiled() -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
+    model.add_adapter("dora", LoraConfig(r=2, lora_alpha=7, target_modules=["linear"], use_dora=True))
+    perturb(model)
+    model.set_adapter(["default", "dora"])
+    optimize(model, ["inplace_addmm", "flattened_rows"])
+    assert_compiles(model)
+
+
+# the whole
+
+
+@all_of_it
+@pytest.mark.parametrize("passes", passes_to_try(), ids=lambda names: "+".join(names) or "plain")
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_at_each_kind_of_layer(name: str) -> None:
-    assert_compiles(METHODS[name].adapted(), METHODS[name].dtype)
+def test_a_method_at_each_kind_of_layer(name: str, passes: tuple[str, ...]) -> None:
+    method = METHODS[name]
+    assert_compiles(method.adapted(passes=passes), method.dtype)
+
+
+@all_of_it
+@pytest.mark.parametrize("passes", passes_to_try(), ids=lambda names: "+".join(names) or "plain")
+@pytest.mark.parametrize("name", ["plain", "dropout", "dora", "cast-dropout"])
+def test_a_method_in_a_flat_graph(name: str, passes: tuple[str, ...]) -> None:
+    method = METHODS[name]
+    assert_compiles(method.adapted(True, passes), method.dtype)
+
+
+@all_of_it
+def test_an_adapter_for_each_call() -> None:
+    assert_compiles(PER_CALL.adapted(flat=True))
+
+
+@all_of_it
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_an_attention(need_weights: bool) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["attention"], init_lora_weights=False)
+    model = get_peft_model(Attending(need_weights), config)
+    # its own code runs on the changed weights, outside of the compiled graph
+    assert_compiles(model, given=lambda dtype, grad: (inputs(dtype, grad)[1],), fullgraph=False)
+
+
+@all_of_it
+@pytest.mark.parametrize("order", [("plain", "dora"), ("dora", "plain"), ("dora", "other")], ids=" then ".join)
+def test_several_active_adapters(order: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model: Any = Layers()
+    for number, name in enumerate(("plain", "dora", "other")):
+        config = LoraConfig(
+            r=2 + number,
+            lora_alpha=5,
+            lora_dropout=0.4,
+            target_modules=[*ROWS, *CONVOLUTIONS, "w"],
+            use_dora=name != "plain",
+            init_lora_weights=False,
+        )
+        get_peft_model(model, config, name) if not number else model.add_adapter(name, config)
+    model.set_adapter(list(order))
+    assert_compiles(model)
+
+
+@all_of_it
+def test_rows_with_different_adapters() -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=8, target_modules=FEW, init_lora_weights=False))
+    names = ["other", "__base__", "default", "other"]
+    compiled: Any = torch.compile(model)
+    rows, *_ = inputs()
+    for given in (rows, rows[:, None]):
+        with torch.no_grad(), model.mixed_batch(names):
+            found, expected = compiled.linear(given), model.linear(given)
+        assert_close(found, expected, 1e-5)
+
+
+@all_of_it
+def test_a_scale_that_changes_is_the_scale_of_the_next_call() -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
+    for name, alpha in (("strong", 40), ("weak", 0.1), ("negative", -3)):
+        model.add_adapter(name, LoraConfig(r=2, lora_alpha=alpha, target_modules=FEW, init_lora_weights=False))
+    compiled: Any = torch.compile(model, fullgraph=True)
+    for name in ("default", "strong", "weak", "negative", "default"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            for found, expected in zip(compiled(*inputs()), model(*inputs()), strict=True):
+                assert_close(found, expected, 1e-5)
+
+
+PROMPTS: dict[str, Any] = {
+    "prompts": graphpeft.PromptTuningConfig,
+    "mlp": functools.partial(graphpeft.PromptEncoderConfig, encoder_hidden_size=8),
+    "prefix": functools.partial(graphpeft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
+    "context": functools.partial(graphpeft.CPTConfig, cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 3]),
+}
+
+
+@all_of_it
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_in_front_of_a_language_model(name: str) -> None:
+    options = {} if name == "context" else {"num_virtual_tokens": 3}
+    model: Any = get_peft_model(LLAMA.build(), PROMPTS[name](task_type=TaskType.CAUSAL_LM, **options))
+    perturb(model)
+    compiled: Any = torch.compile(model)
+    text = {"input_ids": torch.arange(3, 13).view(2, 5), "use_cache": False}
+    for training in (False, True):
+        model.train(training)
+        assert_close(result(compiled(**text)), result(model(**text)), 1e-4)
+
+
+@all_of_it
+def test_an_export_that_is_compiled_ahead_of_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
+    # which runs what it has written, and compares
+    graphpeft.export(model.eval(), inputs(), tmp_path / "model.pt2", "aoti", "baked")

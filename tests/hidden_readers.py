@@ -49,7 +49,7 @@ class ByVariable(Reader):
 
 
 class ByLambda(Reader):
-    forward = lambda module, x: by_layer(module.inner, x)  # noqa: E731
+    forward = lambda module, x: by_layer(module.inner, x)  # noqa: E731  # type: ignore
 
 
 class ByPartial(Reader):

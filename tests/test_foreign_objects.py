@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -187,6 +188,58 @@ def test_a_question_for_a_class_that_is_asked_is_refused_by_name(options: Any, a
     traced: Any = trace(nn.Sequential(Printing(**options), nn.Linear(4, 4)), (X,))
     assert list(traced.kept) == ["0"]
     assert _checked(X) is X
+
+
+class AskingFirst(nn.Module):
+    def forward(self, x):
+        return x * 2 if type(x) is torch.Tensor else x
+
+
+class OfTheBaseClass(AskingFirst):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def _doubled(function: Any) -> Any:
+    def call(self, x):
+        return 2 * function(self, x)
+
+    return call
+
+
+class Decorated(nn.Module):
+    @_doubled
+    def forward(self, x):
+        return x if type(x) is torch.Tensor else x * 0
+
+
+_CHECKED_LATER = functools.partial(_checked)
+
+
+class ByPartial(nn.Module):
+    def forward(self, x):
+        return 2 * _CHECKED_LATER(x)
+
+
+class ByProperty(nn.Module):
+    @property
+    def check(self):
+        return _checked
+
+    @property
+    def kind(self):
+        return type(self.x)
+
+    def forward(self, x):
+        self.x = x
+        return 2 * x if self.kind is torch.Tensor else x
+
+
+@pytest.mark.parametrize("cls", [AskingFirst, OfTheBaseClass, Decorated, ByPartial, ByProperty])
+def test_a_question_for_a_class_is_seen_however_the_code_is_found(cls: Any):
+    traced: Any = trace(nn.Sequential(cls(), nn.Identity()), (X,))
+    assert torch.equal(traced(X), 2 * X)
+    assert list(traced.kept) == ["0"]
 
 
 # scripted and compiled code

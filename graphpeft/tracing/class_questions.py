@@ -9,7 +9,6 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from types import CodeType, FunctionType
-from typing import Any
 
 from torch import nn
 
@@ -24,8 +23,9 @@ def question_in(module: nn.Module) -> str | None:
 
     What a forward calls by name is left out: `asks` tells of it, and a trace sees whether it is called at all.
     """
-    held = (function for function in functions_called(functions_held(module)) if not _is_found_by_name(function))
-    return question_of_class(in_place.original_class(module)) or next(filter(None, map(asks, held)), None)
+    held = functions_called(functions_held(module)).items()
+    in_held = (asks(function) for function, is_only_named in held if not is_only_named)
+    return question_of_class(in_place.original_class(module)) or next(filter(None, in_held), None)
 
 
 @functools.cache
@@ -35,26 +35,12 @@ def question_of_class(cls: type) -> str | None:
     Functions of libraries are left out: they do so for their messages.
     """
     own = {inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)}
-    for function in functions_in_forward(cls):
-        if (function in own or not is_of_a_library(function.__module__)) and not _is_found_by_name(function, cls):
+    for function, is_only_named in functions_in_forward(cls).items():
+        if not is_only_named and (function in own or not is_of_a_library(function.__module__)):
             question = asks(function)
             if question is not None:
                 return question
     return None
-
-
-def _is_found_by_name(function: FunctionType, cls: type = object) -> bool:
-    """Tells whether others find a function as a global, or as a method that isn't the forward itself."""
-    name = function.__name__
-    # during a recording, another function may have its place
-    if _unwrapped(function.__globals__.get(name)) is function:
-        return True
-    is_method = any(_unwrapped(vars(base).get(name)) is function for base in cls.__mro__)
-    return is_method and name not in ("forward", "__call__")
-
-
-def _unwrapped(value: Any) -> Any:
-    return getattr(value, "__wrapped__", value) if type(value) is FunctionType else value
 
 
 def cannot_ask(code: str, question: str) -> str:

@@ -448,7 +448,7 @@ def _refusing_to_ask(tracer: ValueTracer, function: Any) -> Any:
 
 def _question_of(function: Any) -> str | None:
     is_of_a_user = type(function) is FunctionType and not is_of_a_library(function.__module__)
-    # a forward that asks is refused before it is recorded
+    # a forward that asks is refused before it is recorded, as what is found otherwise than by its name
     return asks(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
 
 

@@ -14,7 +14,7 @@ import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ def _entries(cls: type) -> list[str]:
     return ["__call__", "forward"] if calls_forward(own_call) else ["__call__"]
 
 
+_CALLED_BY = ("forward", "__call__")
+"""The names of methods by which modules are called."""
+
+
 def calls_forward(call: Any) -> bool:
     """Tells whether a ``__call__`` of a user's may call the forward, by itself or by that of a base class."""
     code = getattr(inspect.unwrap(call), "__code__", None)
@@ -138,38 +142,54 @@ def _functions_behind(member: Any) -> Iterator[FunctionType]:
 
 def _closed_over(function: FunctionType) -> Iterator[FunctionType]:
     """Yields the functions in the variables around a function, such as what it decorates."""
+    for held in _around(function):
+        yield from _functions_behind(held)
+
+
+def _around(function: FunctionType) -> Iterator[Any]:
+    """Yields what the variables around a function hold."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
-            yield from _functions_behind(cell.cell_contents)
+            yield cell.cell_contents
 
 
 @functools.cache
-def functions_in_forward(cls: type) -> tuple[FunctionType, ...]:
-    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file."""
+def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
+    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file.
+
+    With each, whether it is only found by name, see `functions_called`.
+    """
     return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)
 
 
-def functions_called(starts: Iterable[Any], cls: type = object) -> tuple[FunctionType, ...]:
+def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[FunctionType, bool]:
     """Returns functions and those that they run, as far as names tell: methods of `cls`, and those of their files.
+
+    With each, whether it is only found by a name: as a global, a method or a variable around a function, and neither as
+    one of `starts`, nor behind a property, a partial function or the like, nor as a forward.
 
     Args:
         starts: The functions, or what leads to some: methods, partial functions and the like.
         cls: The class.
     """
-    waiting = list(starts)
-    found: dict[FunctionType, None] = {}
+    waiting = [(start, False) for start in starts]
+    found: dict[FunctionType, bool] = {}
     while waiting:
-        for function in _functions_behind(waiting.pop()):
-            if function in found or _is_the_end(function):
+        member, is_named = waiting.pop()
+        is_named &= isinstance(member, FunctionType | functools._lru_cache_wrapper)
+        for function in _functions_behind(member):
+            is_known = function in found
+            found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
+            if is_known or _is_the_end(function):
                 continue
-            found[function] = None
             names = names_in(function.__code__).read
-            waiting += _closed_over(function)
+            waiting += [(held, True) for held in _around(function)]
             for name in names:
-                waiting += _members(cls, name, names)
+                waiting += [(member, True) for member in _members(cls, name, names)]
                 named = function.__globals__.get(name)
-                waiting += [vars(named).get(inner) for inner in names] if isinstance(named, ModuleType) else [named]
-    return tuple(found)
+                globals_named = [vars(named).get(n) for n in names] if isinstance(named, ModuleType) else [named]
+                waiting += [(value, True) for value in globals_named]
+    return {function: is_named for function, is_named in found.items() if not _is_the_end(function)}
 
 
 def _is_the_end(function: FunctionType) -> bool:

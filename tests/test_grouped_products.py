@@ -49,6 +49,25 @@ def test_branches_of_several_adapters_share_it():
     assert line.count("_lora_a_") == 5
 
 
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "default"]], ids=" ".join)
+def test_matrices_of_other_dtypes_multiply_what_is_cast_for_them(names):
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 4)).bfloat16(), config)
+        model.add_adapter("other", config, autocast_adapter_dtype=False)
+        model.set_adapter(names)
+        return model
+
+    plain, grouped = adapted(), adapted()
+    optimize(grouped, ["recomputed_casts", PASS])
+    for model in (plain, grouped):
+        model(inputs(torch.bfloat16)).sum().backward()
+    assert torch.equal(grouped(inputs(torch.bfloat16)), plain(inputs(torch.bfloat16)))
+    for name in ("lora_A_default", "lora_A_other"):
+        assert torch.equal(getattr(grouped[0], name).grad, getattr(plain[0], name).grad)
+
+
 def test_branches_with_dropout_keep_masks_of_their_own():
     report = optimize(block("flat", lora_dropout=0.1), [PASS])
     assert report.changed == {PASS: ()}

@@ -289,6 +289,27 @@ def test_eva_whitens_and_leaves_out_what_has_no_label() -> None:
         assert_close(found[name], rows, 1e-4)
 
 
+class Alike(nn.Module):
+    """Two layers with the same inputs, so that their directions explain the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(96, 4), nn.Linear(96, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("rank", [9, 11, 12, 13, 14, 15])
+def test_of_layers_with_equal_inputs_eva_gives_the_first_the_larger_rank(rank: int) -> None:
+    own: dict[str, Any] = {"init_lora_weights": "eva", "r": rank, "rank_pattern": {"other": rank + 1}}
+    given = graphpeft.LoraConfig(target_modules=["one", "other"], eva_config=EvaConfig(tau=0.0, rho=2.0), **own)
+    data = [{"x": torch.randn(2, 60, 96)} for _ in range(2)]
+    ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    found = get_eva_state_dict(Alike(), data, given, show_progress_bar=False, **ways)
+    assert {name: len(rows) for name, rows in found.items()} == {"one": rank + 1, "other": rank}
+
+
 def test_what_eva_cannot_do_is_refused_with_its_reason() -> None:
     plain = graphpeft.get_peft_model(LINEAR.build(), config(LINEAR))
     ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))

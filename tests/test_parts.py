@@ -291,3 +291,21 @@ def test_scores_of_keys_times_queries_are_refused_and_not_guessed():
     config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
     with pytest.raises(AdaptError, match="doesn't take its queries, keys and values from one part each"):
         get_peft_model(nn.Sequential(Reversed()), config, example_inputs=(torch.randn(2, 3, 8),))
+
+
+class OverQueries(nn.Module):
+    """Attention with a column of scores for each query, so that its softmax goes over the last dimension but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        k, q, v = self.qkv(x).chunk(3, -1)
+        return (k @ q.mT).softmax(-2).mT @ v
+
+
+def test_scores_with_a_column_for_each_query_are_refused_and_not_guessed():
+    config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
+    with pytest.raises(AdaptError, match="no attention that tells its queries from its keys and values"):
+        get_peft_model(nn.Sequential(OverQueries()), config, example_inputs=(torch.randn(2, 3, 8),))

@@ -271,6 +271,46 @@ def test_what_changes_with_each_call_keeps_the_module_a_call(forward, members, n
     laws.require_unchanged(model, before, "a failed trace")
 
 
+def test_a_count_that_no_output_uses_still_counts():
+    def forward(self, x):
+        self.counter.steps = self.counter.steps + 1
+        return x * 2
+
+    counter: Any = Counter()
+    counter.steps = torch.zeros(())
+    traced = traced_inside(module_of(forward, counter=counter))
+    assert "changes its Counter.steps for its next call" in traced.kept["0"]
+    traced(X), traced(X)
+    assert traced.get_submodule("0").counter.steps == 2
+
+
+def remembering_in_an_attribute(self, x):
+    if self.table is None:
+        self.table = self.embed(self.ids)
+    return x + self.table
+
+
+def remembering_in_a_dictionary(self, x):
+    if x.shape[1] not in self.table:
+        self.table[x.shape[1]] = self.embed(self.ids)
+    return x + self.table[x.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("forward", "empty"), [(remembering_in_an_attribute, None), (remembering_in_a_dictionary, {})]
+)
+def test_a_layers_output_of_once_is_not_computed_anew(forward, empty):
+    model = module_of(forward, table=empty, embed=nn.Embedding(5, 8), ids=torch.arange(5))
+    traced, fresh = traced_inside(copy.deepcopy(model)), copy.deepcopy(nn.Sequential(model))
+    assert "self.table for its next call" in traced.kept["0"]
+    for each in (traced, fresh):
+        each(X)
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter.zero_()
+    laws.require_equal(traced(X), fresh(X), "the traced model")
+
+
 def test_an_object_that_changes_with_each_call_keeps_the_module_a_call():
     model = module_of(counting_elsewhere, counter=Counter())
     traced = traced_inside(copy.deepcopy(model))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import itertools
 import random
-from collections import OrderedDict
+import threading
+import types
+import weakref
+from collections import OrderedDict, UserDict
 from contextvars import ContextVar
 from typing import Any
 
@@ -382,6 +386,77 @@ def test_objects_of_any_kind_that_change_with_each_call_keep_the_module_a_call()
     assert_stays_a_call(lambda: module_of(in_bytes, counter=bytearray(1)), "changes self.counter for its next call")
     assert_stays_a_call(lambda: fresh(in_a_context), "changes the global VARIABLE of")
     assert_stays_a_call(lambda: fresh(by_the_dictionary), "changes the global COUNT of")
+
+
+IDS: set[int] = set()
+
+
+def counting_in_a_set(self, x):
+    IDS.add(len(IDS))
+    return x * len(IDS)
+
+
+def test_a_set_that_grows_with_each_call_keeps_the_module_a_call():
+    def build():
+        IDS.clear()
+        return module_of(counting_in_a_set)
+
+    assert_stays_a_call(build, "changes the global IDS of")
+
+
+def test_a_trace_leaves_a_set_as_it_is():
+    IDS.clear()
+    IDS.update((7, 8))
+    trace(nn.Sequential(module_of(counting_in_a_set)), (X,))
+    assert IDS == {7, 8}
+
+
+class Key:
+    """What weak references can refer to."""
+
+
+KEYS = [Key() for _ in range(100)]
+
+
+def counting_in_an_attribute(held, x):
+    held.n += 1
+    return x * held.n
+
+
+def counting_by_keys(held, x):
+    held[KEYS[len(held)]] = 1
+    return x * len(held)
+
+
+def counting_members(held, x):
+    held.add(KEYS[len(held)])
+    return x * len(held)
+
+
+def local() -> Any:
+    made: Any = threading.local()
+    made.n = 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (local, counting_in_an_attribute),
+        (lambda: argparse.Namespace(n=0), counting_in_an_attribute),
+        (lambda: types.SimpleNamespace(n=0), counting_in_an_attribute),
+        (weakref.WeakKeyDictionary, counting_by_keys),
+        (weakref.WeakSet, counting_members),
+        (UserDict, counting_by_keys),
+    ],
+    ids=["local", "Namespace", "SimpleNamespace", "WeakKeyDictionary", "WeakSet", "UserDict"],
+)
+def test_a_holder_of_the_standard_library_that_changes_with_each_call_keeps_the_module_a_call(make, count):
+    def build():
+        held = make()
+        return module_of(lambda self, x: count(held, x))
+
+    assert_stays_a_call(build, "for its next call")
 
 
 class Outside(nn.Module):

@@ -55,7 +55,7 @@ def products(x: Tensor, h: Tensor, source: Recipe | None, *factors: Tensor) -> t
         factors: The A's, each of shape (r, in) with an r of its own.
     """
     if wants_plain_form() or any(A.dtype != factors[0].dtype for A in factors):
-        return tuple([F.linear(h, A) for A in factors])
+        return tuple([F.linear(cast_again(h, x, A.dtype), A) for A in factors])
     with computed_again([(x, source)]):
         if torch.is_grad_enabled() and x.dtype != h.dtype:
             made: Any = _Products.apply(x, h, 0.0, *factors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType, GetSetDescriptorType, MemberDescriptorType
@@ -87,6 +88,9 @@ class OfObject:
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Returns the attributes of an object, without the code that it may have for this; None if it can't have any."""
+    if issubclass(type(value), threading.local):
+        # which has others in each thread, and no descriptor for them
+        return threading.local.__getattribute__(value, "__dict__")
     descriptor = _descriptor_of_attributes(type(value))
     attributes = descriptor.__get__(value) if descriptor is not None else None
     return attributes if type(attributes) is dict else None

@@ -41,7 +41,7 @@ _LIBRARIES = sys.stdlib_module_names | _OF_TESTS | {
 }  # fmt: skip
 """Whose functions and classes keep nothing that a forward changes."""
 
-_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "argparse", "types", "weakref"}
+_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "_weakrefset", "argparse", "collections", "types", "weakref"}
 """Python modules of the standard library whose objects hold a user's attributes."""
 
 _OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | _OF_TESTS | {"graphpeft", "numpy", "torch"}

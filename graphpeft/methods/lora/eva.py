@@ -200,19 +200,15 @@ class _Measurement:
 
     def distribute(self) -> None:
         """Gives the ranks to the directions that explain most."""
-        order = sorted(self.most, key=lambda path: self.first_with[path] != path)
         owners, shares = [], []
-        for path in order:
+        for path in self.most:
             explained = self.directions[self.first_with[path]].explained[: self.most[path]]
             owners += [path] * len(explained)
             shares.append(explained)
-        best = torch.cat(shares).argsort(descending=True)[: self.budget]
+        # stable, or of layers with equal inputs one could get more than the first, whose directions must agree
+        best = torch.cat(shares).argsort(descending=True, stable=True)[: self.budget]
         counts = Counter(owners[index] for index in best)
-        self.ranks = {path: counts.get(path, 0) for path in order}
-        for path, first in self.first_with.items():
-            # those of the first are found until they agree, so that it has to have the most
-            if path != first and self.ranks[path] > self.ranks[first]:
-                self.ranks[path], self.ranks[first] = self.ranks[first], self.ranks[path]
+        self.ranks = {path: counts.get(path, 0) for path in self.most}
 
     def is_settled(self, first: str) -> bool:
         """Tells whether the directions of a layer agree that it needs."""

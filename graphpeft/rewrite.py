@@ -304,8 +304,8 @@ def _operands_so_far(graph: fx.Graph, op: Operation, function: Callable[..., Any
         own = None if op.bias is None else graph.create_node("get_attr", op.bias)
         bias = None if own is None else fx.Proxy(own, GraphAppendingTracer(graph))
         for tag in earlier:
-            function = getattr(tag.rule, "bias_delta", None)
-            change = None if function is None else _call(function, graph, {}, dict(tag.attributes), {})
+            bias_delta = getattr(tag.rule, "bias_delta", None)
+            change = None if bias_delta is None else _call(bias_delta, graph, {}, dict(tag.attributes), {})
             if change is not None:
                 bias = change if bias is None else bias + change
         found |= {} if bias is None else {"bias": bias.node}

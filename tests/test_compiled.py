@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from models import LLAMA, result
 from oracle import assert_close, perturb
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
@@ -30,7 +31,7 @@ ALL_PASSES = tuple(each.name for each in PASSES)
 def _compiler() -> Iterator[None]:
     """Compiles anew, and draws the random numbers that are drawn without a compiler."""
     torch.compiler.reset()
-    with torch._inductor.config.patch(fallback_random=True):
+    with inductor_config.patch(fallback_random=True):
         yield
     torch.compiler.reset()
 

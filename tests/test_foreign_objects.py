@@ -74,7 +74,7 @@ class Lazy:
     """Loads what it stands for when it is asked for any attribute; here it can't."""
 
     @property
-    def __dict__(self) -> Any:
+    def __dict__(self) -> Any:  # type: ignore
         raise RuntimeError("not loaded")
 
     def __getattr__(self, name: str) -> Any:
@@ -136,7 +136,7 @@ def test_what_a_forward_puts_into_an_ordered_dictionary_is_taken_out_again():
     assert list(held.items()) == list(reversed(list(reversed(held.items())))) == [("first", 1)]
 
 
-EXPRESSION = sympy.Symbol("x") ** 2 + sympy.Rational(1, 3)
+EXPRESSION: Any = sympy.Symbol("x") ** 2 + sympy.Rational(1, 3)
 
 
 def test_objects_of_other_packages_stay_as_they_are():
@@ -246,7 +246,7 @@ def test_a_question_for_a_class_is_seen_however_the_code_is_found(cls: Any):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")  # scripts are deprecated, and used all the same
 
     @torch.jit.script
     def quick_gelu(x: torch.Tensor, by: float = 1.7) -> torch.Tensor:
@@ -274,7 +274,7 @@ def test_a_scripted_function_is_one_node():
     assert not torch.equal(larger.grad, torch.zeros(7, 4))
 
 
-def _beside(other: nn.Module) -> nn.Module:
+def _beside(other: Any) -> nn.Module:
     class Beside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -317,5 +317,6 @@ def test_a_compiled_function_is_part_of_a_graph():
 
 
 def test_a_compiled_model_is_traced_as_what_was_compiled():
+    compiled: Any = torch.compile(_inner(), backend="eager")
     with pytest.raises(TraceError, match=r"trace model\._orig_mod, the Sequential itself"):
-        trace(torch.compile(_inner(), backend="eager"), (X,))
+        trace(compiled, (X,))

@@ -55,10 +55,7 @@ class LoadsItsOwn(SavesItsOwn):
 
 
 def of_geometric() -> nn.Module:
-    pytest.importorskip("torch_geometric")
-    from torch_geometric.nn import Linear
-
-    return Linear(4, 5)
+    return pytest.importorskip("torch_geometric.nn").Linear(4, 5)
 
 
 # its method that draws first values reads the weight, too

@@ -132,7 +132,7 @@ def test_only_the_rows_of_the_parts_change():
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
 def test_the_laws_hold_for_parts(init):
-    config = LoraConfig(r=2, target_modules=["qkv"], target_parts={"qkv": [[0, 16], [32, 48]]}, init_lora_weights=init)
+    config = LoraConfig(r=2, target_modules=["qkv"], target_parts={"qkv": [(0, 16), (32, 48)]}, init_lora_weights=init)
     if init is not False:
         laws.assert_fresh_adapter_changes_no_output(vit, config, PIXELS)
     laws.assert_only_the_adapter_is_trained(vit, config, PIXELS)
@@ -192,7 +192,7 @@ def test_rows_of_a_weight_that_is_used_as_such_are_parts_and_stock_lora_in_the_f
         (in_proj(["q"]), "its weight is used as such, .* name its rows"),
         (in_proj([[0, 8]], lora_dropout=0.1), "set lora_dropout=0"),
         (
-            LoraConfig(target_modules=["attention"], target_parts={"attention": [[0, 8]]}),
+            LoraConfig(target_modules=["attention"], target_parts={"attention": [(0, 8)]}),
             "its name stands for several weights; name the one with parts in target_parameters",
         ),
     ],

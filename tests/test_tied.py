@@ -381,7 +381,7 @@ def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
 
 
 def test_factors_of_parts_or_calls_are_not_tied() -> None:
-    config = LoraConfig(target_modules=["table"], target_parts={"head": [[0, 8]]}, ensure_weight_tying=True)
+    config = LoraConfig(target_modules=["table"], target_parts={"head": [(0, 8)]}, ensure_weight_tying=True)
     with pytest.raises(
         AdaptError, match="head: it is tied to table, and target_parts has factors for some of its rows"
     ):
@@ -449,7 +449,7 @@ def test_an_exported_model_takes_what_is_tied_once(options: dict[str, Any], tmp_
 class Decoder(nn.Module):
     """A head around a parameter that it was given, as ESM's."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(weight.shape[0]))

@@ -84,7 +84,7 @@ def test_where_the_answer_changes_what_is_computed_it_is_checked(traced_with):
 
 
 def test_where_the_other_answer_recomputes_it_is_checked():
-    model = two_blocks()
+    model: Any = two_blocks()
     model[1].gradient_checkpointing = True
     with torch.no_grad():
         traced: Any = trace(model, (X,))
@@ -126,7 +126,7 @@ class Energy(nn.Module):
         self.w = nn.Parameter(torch.randn(4, 4))
         self.region = region
 
-    def forward(self, x):
+    def forward(self, x) -> Any:
         with self.region():
             y = F.linear(x, self.w)
             asked = torch.is_grad_enabled()

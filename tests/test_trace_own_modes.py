@@ -144,8 +144,8 @@ def test_noting_the_modes_touches_no_tensor_of_the_model():
                 self.weight.mul_(2)
             return super().train(mode)
 
-        def forward(self, x):
-            return x @ self.weight * 2 if self.training else x @ self.weight
+        def forward(self, input):
+            return input @ self.weight * 2 if self.training else input @ self.weight
 
     model = nn.Sequential(Merging(4, 4))
     before = laws.snapshot(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def traced_two() -> Any:
 
 
 def test_a_number_of_a_module_is_read_in_each_run():
-    traced, model = traced_two(), two()
+    traced, model = traced_two(), cast(Any, two())
     model[0].scale = traced.get_submodule("0").scale = 5.0
     model[1].scale = traced.get_submodule("1").scale = -3
     assert torch.equal(traced(X), model(X))
@@ -72,7 +72,7 @@ def test_a_number_may_become_a_tensor(value):
 
 
 def test_a_whole_number_that_is_a_factor_is_followed_too():
-    model = nn.Sequential(Scaled(3))
+    model: Any = nn.Sequential(Scaled(3))
     traced: Any = trace(model, (X,))
     model[0].scale = traced.get_submodule("0").scale = 0.5
     assert torch.equal(traced(X), model(X))
@@ -98,11 +98,11 @@ def test_a_number_behind_a_property_is_followed():
             self.whole = 4.0
 
         @property
-        def half(self):
+        def halved(self):
             return self.whole / 2
 
         def forward(self, x):
-            return x * self.half
+            return x * self.halved
 
     model = Halved()
     traced: Any = trace(model, (X,))
@@ -228,6 +228,7 @@ def test_a_module_that_stays_a_call_reads_its_own_attributes():
     model = nn.Sequential(Deciding(), Scaled())
     traced: Any = trace(model, (X,))
     assert list(traced.kept) == ["0"]
+    each: Any
     for each in (model, traced):
         each.get_submodule("0").use, each.get_submodule("0").scale = False, 3.0
     assert torch.equal(traced(X), model(X))
@@ -242,7 +243,7 @@ def test_a_number_of_a_layer_is_followed():
         def forward(self, x):
             return self.dropout(x) * (1 - self.dropout.p)
 
-    model = nn.Sequential(Around()).eval()
+    model: Any = nn.Sequential(Around()).eval()
     traced: Any = trace(model, (X,))
     model[0].dropout.p = traced.get_submodule("0.dropout").p = 0.75
     assert torch.equal(traced(X), model(X))
@@ -271,7 +272,7 @@ def test_the_report_tells_what_is_followed_what_is_checked_and_what_is_frozen():
         def forward(self, x):
             return super().forward(x) * FACTOR + shift
 
-    report = trace(nn.Sequential(Reading(), Reading()), (X,)).report
+    report: Any = trace(nn.Sequential(Reading(), Reading()), (X,)).report
     assert report.numbers == ("0.scale", "1.scale")
     assert report.settings["1.use"] is True
     assert report.settings["0.heads"] == 2
@@ -306,7 +307,7 @@ def changed(traced: Any) -> Any:
 
 
 def expected_of_changed() -> torch.Tensor:
-    model = two()
+    model: Any = two()
     model[0].scale = 5.0
     return model(X)
 

@@ -296,9 +296,7 @@ def remembering_in_a_dictionary(self, x):
     return x + self.table[x.shape[1]]
 
 
-@pytest.mark.parametrize(
-    ("forward", "empty"), [(remembering_in_an_attribute, None), (remembering_in_a_dictionary, {})]
-)
+@pytest.mark.parametrize(("forward", "empty"), [(remembering_in_an_attribute, None), (remembering_in_a_dictionary, {})])
 def test_a_layers_output_of_once_is_not_computed_anew(forward, empty):
     model = module_of(forward, table=empty, embed=nn.Embedding(5, 8), ids=torch.arange(5))
     traced, fresh = traced_inside(copy.deepcopy(model)), copy.deepcopy(nn.Sequential(model))

@@ -408,7 +408,7 @@ def test_a_trace_leaves_a_set_as_it_is():
     IDS.clear()
     IDS.update((7, 8))
     trace(nn.Sequential(module_of(counting_in_a_set)), (X,))
-    assert IDS == {7, 8}
+    assert {7, 8} == IDS
 
 
 class Key:

@@ -253,7 +253,7 @@ def _error_with_a_token(ran: _Ran, calls: list[Call], example_inputs: ExampleInp
     try:
         for call in calls:
             rule = _OneToken(InScope(1, "before", next(iter(call.arguments))), sizes[0])
-            rewrite.insert(graph, boundary_of(graph, call.name), rule, {}, "trial", "trial")
+            rewrite.insert(graph, boundary_of(graph, call.name), rule, {}, slot=0, method="trial")
         found = _run(ran.root, graph, example_inputs)
     except OUT_OF_MEMORY:
         raise

@@ -77,9 +77,9 @@ class TwoWeights(nn.Module):
 class Reader(nn.Module):
     """A weight of another module, used functionally."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
-        self.w = weight
+        self.w = layer.weight
 
     def forward(self, x):
         return F.linear(x, self.w)
@@ -91,7 +91,7 @@ class Tied(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(DIM, DIM)
-        self.reader = Reader(self.inner.weight)
+        self.reader = Reader(self.inner)
 
     def forward(self, x):
         return self.reader(torch.tanh(self.inner(x)))

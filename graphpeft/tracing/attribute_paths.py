@@ -13,6 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from types import CodeType, FunctionType
+from typing import Any
 
 ABOUT = {
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
@@ -138,7 +139,7 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
     """
     found: list[tuple[str, bool]] = []
     names: list[str] = []
-    of_first = False
+    of_first = is_called = False
     for instruction in dis.get_instructions(code):
         kind, value = instruction.opname, instruction.argval
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -147,11 +148,11 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
         elif kind not in _BETWEEN:
             if names and names[-1] not in ABOUT:
                 found += _as_paths(names, of_first, is_called)
-            loaded = value[-1] if isinstance(value, tuple) and value else value
-            names, of_first = [], kind.startswith(_LOADS) and first is not None and loaded == first
             is_called = False
+            loaded: Any = value[-1] if isinstance(value, tuple) and value else value
+            names, of_first = [], kind.startswith(_LOADS) and first is not None and loaded == first
             if kind == "LOAD_SUPER_ATTR":
-                names = [value]
+                names.append(str(value))
             if kind == "LOAD_GLOBAL" and value == "getattr":
                 found.append((f"*.{ANY}", False))
     if not _ALL_OF_THEM.isdisjoint(code.co_names):

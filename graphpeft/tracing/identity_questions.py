@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from graphpeft.tracing.source import functions_in_forward, syntax_tree
+from graphpeft.tracing.attribute_paths import tree_of
+from graphpeft.tracing.source import functions_in_forward
 
 
 @functools.cache
 def tests_truth_by_identity(cls: type) -> bool:
     """Tells whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
-    trees = (syntax_tree(function) for function in functions_in_forward(cls) if _may_test_truth(function.__code__))
+    codes = (function.__code__ for function in functions_in_forward(cls))
+    trees = (tree_of(code) for code in codes if _may_test_truth(code))
     # without source, it may be
     return any(tree is None or any(map(_is_identity_test, ast.walk(tree))) for tree in trees)
 

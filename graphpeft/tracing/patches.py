@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.fx as fx
@@ -340,7 +340,7 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
                 message = f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold"
                 raise tracer.failing(TraceError(message))
             tracer.note_assignment(module, name)
-        assign(module, name, value)
+        assign(module, name, cast(Any, value))
 
     return note
 
@@ -460,7 +460,7 @@ def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in given):
             return call(function, *args, **kwargs)
-        return tracer.create_proxy("call_function", Scripted(function, function.name), args, kwargs)
+        return tracer.create_proxy("call_function", Scripted(function, cast(str, function.name)), args, kwargs)
 
     exchanges.attribute(torch.jit.ScriptFunction, "__call__", record)
 

@@ -68,5 +68,7 @@ def _leave_open_regions(error: BaseException) -> None:
     # generated code forgets each value after its last use: the regions that it still has are those it hasn't left
     values = list(inside.tb_frame.f_locals.values()) if inside is not None else []
     for region in reversed([value for value in values if isinstance(value, torch.autocast | GradientRegion)]):
-        leave = leave_autocast if isinstance(region, torch.autocast) else leave_gradients
-        leave(region)
+        if isinstance(region, torch.autocast):
+            leave_autocast(region)
+        else:
+            leave_gradients(region)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from graphpeft.tracing.attribute_paths import ANY, paths_in, paths_in_bytecode, tree_of
+from graphpeft.tracing.attribute_paths import ANY, paths_in, paths_in_bytecode
 
 
 class Uses(NamedTuple):
@@ -246,13 +246,6 @@ def only_tells(code: CodeType, line: int) -> bool:
         return False
     function = innermost.value.func
     return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
-
-
-def syntax_tree(function: object) -> ast.AST | None:
-    """Returns the syntax tree of a function of the user's, if it has source."""
-    function = inspect.unwrap(function) if callable(function) else function
-    is_of_a_user = inspect.isfunction(function) and function.__module__ != nn.Module.__module__
-    return tree_of(function.__code__) if is_of_a_user else None
 
 
 @functools.cache

@@ -8,11 +8,13 @@ for each of its parameters that is adapted on its own (`target_parameters`), so 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -386,11 +388,21 @@ def save(
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt", _DIGEST: digest})
+    metadata = {"format": "pt", _DIGEST: digest, _OPERATIONS: json.dumps(_operations(adapter))}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
 
 
 _DIGEST = "graphpeft_config"
 """Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
+
+_OPERATIONS = "graphpeft_operations"
+"""Under which it has the kinds of the operations that use weights of no layer, likewise."""
+
+
+def _operations(adapter: Adapter) -> dict[str, str]:
+    """Returns the kinds of the operations that use weights of no layer, by the weights' labels."""
+    sites = (adapted.site for adapted in adapter.weight_sites)
+    return {site.label: site.op.__name__ for site in sites if not site.is_layer}
 
 
 def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -428,11 +440,36 @@ class SavedAdapter(NamedTuple):
         config: The config.
         tensors: The tensors by their names in the file, on the CPU.
         is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
+        operations: The kinds of the operations that used weights of no layer, by the weights' labels, likewise.
     """
 
     config: PeftConfig
     tensors: dict[str, torch.Tensor]
     is_of_one_save: bool = True
+    operations: Mapping[str, str] = MappingProxyType({})
+
+    def refuse_other_operations(
+        self, adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Raises CheckpointError if a weight has tensors of another shape since another operation was found to use it.
+
+        Args:
+            adapter: The adapter that the file is for.
+            name: Its name.
+            modules: The model's modules by path.
+            values: The file's tensors, by the names that they have for this model.
+        """
+        named, shapes = keys(adapter, name, modules), dict(_shapes(adapter, name, modules))
+        differing = {place for key, place in named.items() if key in values and values[key].shape != shapes[place]}
+        for adapted in adapter.weight_sites:
+            site, own = adapted.site, {(adapted.site.owner, attribute) for attribute in adapted.names.values()}
+            was = self.operations.get(site.label, site.op.__name__)
+            if was != site.op.__name__ and not own.isdisjoint(differing):
+                raise CheckpointError(
+                    f"the adapter was saved where {site.label} was found to be the weight of a {was}, and here it is "
+                    f"found as a {site.op.__name__}: pass the example_inputs with which the adapter was made, which "
+                    "tell how the model uses it"
+                )
 
     def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
         """Raises CheckpointError if the tensors were saved with another config.
@@ -476,15 +513,24 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
 def _look(path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]) -> SavedAdapter:
     """Reads an adapter's config and its tensors, which may be of two saves."""
     config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
-    tensors, digest = _read(path_or_repo, use_safetensors, hub_options)
+    tensors, metadata = _read(path_or_repo, use_safetensors, hub_options)
+    digest, operations = metadata.get(_DIGEST), _operations_in(metadata)
     if digest in (None, config.digest()):
-        return SavedAdapter(config, tensors)
+        return SavedAdapter(config, tensors, operations=operations)
     for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
         with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
             ready = PeftConfig.from_pretrained(file.parent)
             if digest == ready.digest():
-                return SavedAdapter(ready, tensors)
+                return SavedAdapter(ready, tensors, operations=operations)
     return SavedAdapter(config, tensors, is_of_one_save=False)
+
+
+def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        found = json.loads(metadata.get(_OPERATIONS, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}  # they only explain an error
 
 
 _WAITS = (0.01, 0.03, 0.1, 0.3)
@@ -500,9 +546,9 @@ def load(
 
 def _read(
     path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], str | None]:
-    """Returns an adapter's tensors, and the digest of their config if the file has it."""
+) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Returns an adapter's tensors, and what else the file says of them."""
     if not use_safetensors:
-        return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)), None
+        return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)), {}
     saved = read_safetensors(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options))
-    return saved.tensors, saved.metadata.get(_DIGEST)
+    return saved.tensors, saved.metadata

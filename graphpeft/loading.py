@@ -71,6 +71,7 @@ def load(
         adapter = Adapter.of(plan)
         state = adapters_of(model)
         originals = state.originals if state is not None else {}
+        saved.refuse_other_operations(adapter, adapter_name, modules_of(model), values)
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         saved.refuse_two_saves(model_id)

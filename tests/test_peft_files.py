@@ -711,3 +711,30 @@ def test_a_shared_module_called_model_is_known_by_its_second_name(tmp_path: Path
     assert any(".again." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     ours = graphpeft.PeftModel.from_pretrained(base, tmp_path)
     assert (ours(x) - theirs(x)).abs().max() <= 1e-6
+
+
+class DecidesOnItsInput(nn.Module):
+    """Convolves with a parameter, where example inputs alone show that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv1d(2 * x if x.shape[0] > 1 else x, self.w)
+
+
+def test_an_adapter_that_needs_example_inputs_says_so_when_it_is_loaded_without(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(DecidesOnItsInput())
+
+    x = torch.randn(2, 6, 8)
+    config = graphpeft.LoraConfig(r=2, lora_alpha=6, target_parameters=["0.w"], init_lora_weights=False)
+    model = graphpeft.get_peft_model(build(), config, example_inputs=(x,))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        graphpeft.CheckpointError, match=r"0\.w was found to be the weight of a Convolution.*example_inputs"
+    ):
+        graphpeft.PeftModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(graphpeft.PeftModel.from_pretrained(build(), tmp_path, example_inputs=(x,))(x), model(x))

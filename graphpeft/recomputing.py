@@ -120,13 +120,15 @@ def _exchange() -> None:
         (checkpoint_module, CHECKPOINT_GENERATOR, _binding_generator),
         (CheckpointFunction, "apply", _binding_apply),
     ):
-        before = vars(owner).get(name)
-        new = binding(before)
+        before = owner.__dict__.get(name)
+        if name not in _BINDINGS or _BINDINGS[name][0] is not before:
+            # the same object again, since compiled code asks whether it is
+            _BINDINGS[name] = before, binding(before)
+        new = _BINDINGS[name][1]
         _EXCHANGED.append((owner, name, new, before))
         setattr(owner, name, new)
 
 
-@functools.lru_cache(maxsize=4)
 def _binding_generator(run_again: Any) -> Function:
     @functools.wraps(run_again)
     def generator(function: Function, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +137,6 @@ def _binding_generator(run_again: Any) -> Function:
     return generator
 
 
-@functools.lru_cache(maxsize=4)
 def _binding_apply(own: Any) -> Any:
     def apply(cls: Any, function: Function, *args: Any) -> Any:
         run_again = vars(torch.autograd.Function)["apply"] if own is None else own
@@ -143,6 +144,9 @@ def _binding_apply(own: Any) -> Any:
 
     return classmethod(apply)
 
+
+_BINDINGS: dict[str, tuple[Any, Any]] = {}
+"""What was bound last by each name, and what it became."""
 
 _EXCHANGED: list[tuple[Any, str, Any, Any]] = []
 """What was exchanged: in which object, by which name, the new value and that of before."""

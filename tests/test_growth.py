@@ -107,12 +107,12 @@ def test_graphs_that_differ_are_forgotten_with_their_source_once_they_are_long_u
         get_peft_model(model, config(number, **variants[number % 4], target_modules=["2"]), names[-1])
     model.eval()
     orders = [chance.sample(names, 4) for _ in range(40)]
-    found, before = [], templates()
+    found, before, sources_before = [], templates(), sources()
     for chosen in orders:
         model.set_adapter(chosen, inference_mode=True)
         found.append(model(x))
     assert templates() - before < 45
-    assert sources() < 60
+    assert sources() - sources_before < 60
     for chosen, value in zip(orders, found, strict=True):
         model.set_adapter(chosen, inference_mode=True)
         assert torch.allclose(model(x), value, rtol=0, atol=1e-5)

@@ -69,6 +69,7 @@ def fill(library: Any, model: Any, name: str, seed: int | None = None) -> None:
     state = library.get_peft_model_state_dict(model, adapter_name=name)
     generator = torch.Generator().manual_seed(ord(name) if seed is None else seed)
     values = {key: torch.randn(state[key].shape, generator=generator) * 0.3 for key in sorted(state)}
+    values = {key: value if state[key].is_floating_point() else state[key] for key, value in values.items()}
     library.set_peft_model_state_dict(model, values, adapter_name=name)
 
 

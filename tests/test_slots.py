@@ -136,8 +136,8 @@ def test_passes_read_what_is_in_a_slot() -> None:
         torch.testing.assert_close(model(x), alone(names, x))
 
 
-def test_a_switch_back_isnt_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_a_switch_back_isnt_compiled_again() -> None:
     torch._dynamo.reset()
     model, x, counter = adapted(), torch.randn(3, 6), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -49,6 +49,10 @@ class Crossing(NamedTuple):
     returned: Any
 
 
+_ASK_ONLY = (nn.TransformerEncoder,)
+"""Classes whose forward names weights of modules inside, and uses no values of them: only where they are, and so on."""
+
+
 class NoSiteError(Exception):
     """Why a weight, or a module, is no site."""
 
@@ -373,7 +377,7 @@ class SiteFinder:
     def _reads_hidden(self, path: str, inside: str, attribute: str, is_nearest: bool) -> bool:
         """Tells whether a module's graph reads a weight inside it; its code need not tell."""
         may = self._may_read.get(path)
-        if may is None:
+        if may is None or in_place.original_class(self.modules[path]) in _ASK_ONLY:
             return False
         names = may.names if is_nearest else may.names - {ANY}
         if names.isdisjoint((attribute, ANY)) and not (is_nearest and inside in may.handed_on):

@@ -115,7 +115,10 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
     swap = functools.partial(_reading, module, tensors)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with swap() if torch.compiler.is_compiling() else taken_along(swap):
+        if torch.compiler.is_compiling():
+            with _reading(module, tensors):
+                return own_forward(*args, **kwargs)
+        with taken_along(swap):
             return own_forward(*args, **kwargs)
 
     return forward
@@ -124,13 +127,24 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 @contextlib.contextmanager
 def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Lets `module`, and those inside it, read `tensors`, by their paths, in place of what they read otherwise."""
-    with contextlib.ExitStack() as stack:
-        own = dict(tensors)
-        for path in tensors:
-            owner_path, _, name = path.rpartition(".")
-            owner = module.get_submodule(owner_path)
-            if stand_ins.stands_in(owner, name):
-                stack.enter_context(stand_ins.read_for_now(owner, name, own.pop(path)))
-        # not entered by the stack, into which torch.compile can't follow a context of PyTorch's own
-        with reparametrized(module, own):
-            yield
+    own, in_place_of_stand_ins = {}, []
+    for path, tensor in tensors.items():
+        owner_path, _, name = path.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        if stand_ins.stands_in(owner, name):
+            in_place_of_stand_ins.append((owner, name, tensor))
+        else:
+            own[path] = tensor
+    with _read_for_now(in_place_of_stand_ins), reparametrized(module, own):
+        yield
+
+
+@contextlib.contextmanager
+def _read_for_now(places: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
+    # one inside of the other, since torch.compile can't follow a stack of contexts before 2.13
+    if not places:
+        yield
+        return
+    (owner, name, tensor), *others = places
+    with stand_ins.read_for_now(owner, name, tensor), _read_for_now(others):
+        yield

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import LoraConfig, TraceError, get_peft_model, trace
+from graphpeft import LoraConfig, NeedsInputsError, TraceError, get_peft_model, trace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit"),
@@ -240,6 +240,22 @@ def test_a_question_for_a_class_is_seen_however_the_code_is_found(cls: Any):
     traced: Any = trace(nn.Sequential(cls(), nn.Identity()), (X,))
     assert torch.equal(traced(X), 2 * X)
     assert list(traced.kept) == ["0"]
+
+
+def test_a_traced_value_can_be_called_if_the_value_can():
+    class Called(Holding):
+        def forward(self, x):
+            scale = self.held() if callable(self.held) else self.held
+            return self.head(F.linear(x, self.layer.weight)) * scale
+
+    class CalledIfPossible(nn.Module):
+        def forward(self, x):
+            return x() if callable(x) else x * 2
+
+    assert_adapted_and_traced(Called(1.5), "layer", "head")
+    assert torch.equal(trace(CalledIfPossible(), (X,))(X), X * 2)
+    with pytest.raises(NeedsInputsError):
+        trace(CalledIfPossible())
 
 
 # scripted and compiled code

@@ -129,6 +129,7 @@ def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
         exchanges.attribute(nn.Module, "__setattr__", _noted_assignment(tracer, root))
         exchanges.attribute(nn.Module, "_apply", _refused_conversion(tracer, root))
         exchanges.attribute(builtins, "isinstance", _truthful_isinstance())
+        exchanges.attribute(builtins, "callable", _truthful_callable())
         _record_autocast(tracer, exchanges)
         apply = _recorded_apply(tracer, vars(torch.autograd.Function)["apply"])
         exchanges.attribute(torch.autograd.Function, "apply", classmethod(apply))
@@ -303,6 +304,22 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
         raise instance.tracer.undecided()
 
     return isinstance
+
+
+def _truthful_callable() -> Callable[[Any], bool]:
+    ask = builtins.callable
+
+    # as numbers and tensors are not, and proxies are
+    def callable(value: Any) -> bool:
+        if type(value) is not ValueProxy or value.tracer.is_running:
+            return ask(value)
+        if VALUE in value.node.meta:
+            return ask(value.node.meta[VALUE])
+        if guards.is_machinery(sys._getframe(1).f_code.co_filename):
+            return True
+        raise value.tracer.undecided()
+
+    return callable
 
 
 def _training(tracer: ValueTracer, root: nn.Module) -> property:

@@ -258,7 +258,11 @@ class ValueTracer(fx.Tracer):
 
     def mode_of(self, module: nn.Module) -> bool:
         """Returns whether a module is recorded as one in training."""
-        return self.modes.get(module, module.__dict__["training"])
+        if module in self.modes:
+            return self.modes[module]
+        own = module.__dict__
+        # a scripted module keeps it where its code does
+        return own["training"] if "training" in own else type(module).__getattr__(module, "training")
 
     def _forget_proxies(self) -> None:
         """Forgets what stands for values, and lets caches forget it that others look into."""

@@ -59,12 +59,17 @@ def failing_at_line(number: int, error: type[BaseException], then: int = 0) -> I
 
 
 @functools.cache
-def _leaves_context(code: types.CodeType, offset: int) -> bool:
-    """Tells whether a `with` is about to leave its context: there, Python doesn't look whether it is interrupted."""
+def _cannot_fail(code: types.CodeType, offset: int) -> bool:
+    """Tells whether a line begins where Python doesn't look whether it is interrupted.
+
+    It does nothing at a ``try``, and where a ``with`` is about to leave its context.
+    """
     instructions = [each for each in dis.get_instructions(code) if each.offset >= offset]
-    names = [each.opname for each in instructions if each.opname not in ("NOP", "PRECALL", "CACHE")]
-    values = [each.argval for each in instructions[:3]]
-    return names[:4] == ["LOAD_CONST"] * 3 + ["CALL"] and values == [None] * 3
+    if instructions[0].opname == "NOP":
+        return True
+    leaving = [each for each in instructions if each.opname not in ("SWAP", "PRECALL", "CACHE")][:4]
+    names, values = [each.opname for each in leaving], [each.argval for each in leaving[:3]]
+    return names == ["LOAD_CONST"] * 3 + ["CALL"] and values == [None] * 3
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def _file_of(code: types.CodeType) -> str:
 @contextlib.contextmanager
 def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if event == "line" and not _leaves_context(frame.f_code, frame.f_lasti):
+        if event == "line" and not _cannot_fail(frame.f_code, frame.f_lasti):
             see((_file_of(frame.f_code), frame.f_lineno))
         return trace
 

@@ -59,17 +59,23 @@ def failing_at_line(number: int, error: type[BaseException], then: int = 0) -> I
 
 
 @functools.cache
-def _cannot_fail(code: types.CodeType, offset: int) -> bool:
-    """Tells whether a line begins where Python doesn't look whether it is interrupted.
+def _uninterrupted(code: types.CodeType) -> frozenset[int]:
+    """Returns the offsets at which lines begin where Python doesn't look whether it is interrupted.
 
     It does nothing at a ``try``, and where a ``with`` is about to leave its context.
     """
-    instructions = [each for each in dis.get_instructions(code) if each.offset >= offset]
-    if instructions[0].opname == "NOP":
-        return True
-    leaving = [each for each in instructions if each.opname not in ("SWAP", "PRECALL", "CACHE")][:4]
-    names, values = [each.opname for each in leaving], [each.argval for each in leaving[:3]]
-    return names == ["LOAD_CONST"] * 3 + ["CALL"] and values == [None] * 3
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PRECALL", "CACHE")]
+    found = {each.offset for each in instructions if each.opname == "NOP"}
+    for number, each in enumerate(instructions):
+        following = instructions[number : number + 4]
+        is_leaving = [one.opname for one in following] == ["LOAD_CONST"] * 3 + ["CALL"]
+        if is_leaving and all(one.argval is None for one in following[:3]):
+            found.add(each.offset)
+            before = number
+            while before and instructions[before - 1].opname == "SWAP":
+                before -= 1
+                found.add(instructions[before].offset)
+    return frozenset(found)
 
 
 @functools.cache
@@ -81,7 +87,7 @@ def _file_of(code: types.CodeType) -> str:
 @contextlib.contextmanager
 def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if event == "line" and not _cannot_fail(frame.f_code, frame.f_lasti):
+        if event == "line" and frame.f_lasti not in _uninterrupted(frame.f_code):
             see((_file_of(frame.f_code), frame.f_lineno))
         return trace
 

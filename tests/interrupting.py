@@ -59,12 +59,23 @@ def failing_at_line(number: int, error: type[BaseException], then: int = 0) -> I
 
 
 @functools.cache
-def _leaves_context(code: types.CodeType, offset: int) -> bool:
-    """Tells whether a `with` is about to leave its context: there, Python doesn't look whether it is interrupted."""
-    instructions = [each for each in dis.get_instructions(code) if each.offset >= offset]
-    names = [each.opname for each in instructions if each.opname not in ("NOP", "PRECALL", "CACHE")]
-    values = [each.argval for each in instructions[:3]]
-    return names[:4] == ["LOAD_CONST"] * 3 + ["CALL"] and values == [None] * 3
+def _uninterrupted(code: types.CodeType) -> frozenset[int]:
+    """Returns the offsets at which lines begin where Python doesn't look whether it is interrupted.
+
+    It does nothing at a ``try``, and where a ``with`` is about to leave its context.
+    """
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PRECALL", "CACHE")]
+    found = {each.offset for each in instructions if each.opname == "NOP"}
+    for number, each in enumerate(instructions):
+        following = instructions[number : number + 4]
+        is_leaving = [one.opname for one in following] == ["LOAD_CONST"] * 3 + ["CALL"]
+        if is_leaving and all(one.argval is None for one in following[:3]):
+            found.add(each.offset)
+            before = number
+            while before and instructions[before - 1].opname == "SWAP":
+                before -= 1
+                found.add(instructions[before].offset)
+    return frozenset(found)
 
 
 @functools.cache
@@ -76,7 +87,7 @@ def _file_of(code: types.CodeType) -> str:
 @contextlib.contextmanager
 def _at_lines(see: Callable[[Line], None]) -> Iterator[None]:
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if event == "line" and not _leaves_context(frame.f_code, frame.f_lasti):
+        if event == "line" and frame.f_lasti not in _uninterrupted(frame.f_code):
             see((_file_of(frame.f_code), frame.f_lineno))
         return trace
 

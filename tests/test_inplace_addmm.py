@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from blocks import block, body_of, inputs
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from graphpeft import LoraConfig, get_peft_model, optimize, trace
 from graphpeft.passes.inplace_addmm import add_product_
@@ -61,6 +63,35 @@ def test_a_hook_that_keeps_a_layers_output_keeps_what_the_layer_gave():
     x = inputs()
     model(x)
     assert torch.equal(kept[0], F.linear(torch.tanh(x), model.q.weight, model.q.bias))
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_on_gradients_gets_those_of_the_layers_output(kind):
+    seen = []
+    model = block("flat")
+    optimize(model, ["inplace_addmm"])
+    getattr(model.q, kind)(lambda module, *gradients: seen.append(gradients[-1][0]))
+    y = model(inputs())
+    y.sum().backward()
+    [gradient] = seen
+    assert gradient.shape == (2, 3, 4)
+
+
+def test_a_hook_of_all_modules_keeps_what_the_layers_gave():
+    kept = {}
+    model = block("flat")
+    optimize(model, ["inplace_addmm"])
+    with register_module_forward_hook(lambda module, args, output: kept.update({module: output})):
+        x = inputs()
+        model(x)
+    assert torch.equal(kept[model.q], F.linear(torch.tanh(x), model.q.weight, model.q.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_where_the_plain_form_rounds(dtype):
+    y, d, B = (torch.randn(shape).to(dtype) for shape in ((7, 5), (7, 2), (5, 2)))
+    expected = torch.add(y, F.linear(d, B), alpha=0.3)
+    assert torch.equal(add_product_(y.clone(), d, B, 0.3), expected)
 
 
 def test_no_other_sum_is_in_memory_at_its_end():

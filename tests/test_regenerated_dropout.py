@@ -9,6 +9,7 @@ from blocks import body_of
 from torch import nn
 
 from graphpeft import LoraConfig, get_peft_model, optimize
+from graphpeft.passes.products import product
 from graphpeft.testing.memory import kept_bytes
 
 TOKENS, FEATURES = 32, 64
@@ -63,6 +64,33 @@ def test_two_calls_before_one_backward_have_masks_of_their_own():
         torch.manual_seed(1)
         (model(x) * model(x + 1)).sum().backward()
     assert torch.equal(regenerated[0].lora_A_default.grad, plain[0].lora_A_default.grad)
+
+
+def test_a_mask_of_what_was_cast_is_drawn_again_as_exactly():
+    def half() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.4, init_lora_weights=False)
+        return get_peft_model(nn.Sequential(nn.Linear(FEATURES, FEATURES)).bfloat16(), config).train()
+
+    plain, regenerated = half(), half()
+    optimize(regenerated, ["regenerated_dropout", "recomputed_casts"])
+    x = torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16)
+    for model in (plain, regenerated):
+        torch.manual_seed(1)
+        model(x).float().square().sum().backward()
+    assert torch.equal(regenerated[0].lora_A_default.grad, plain[0].lora_A_default.grad)
+
+
+def test_a_backward_under_autocast_computes_in_the_dtypes_of_the_forward():
+    x, gradients = torch.randn(TOKENS, FEATURES), []
+    for is_on in (False, True):
+        torch.manual_seed(1)
+        A = torch.randn(2, FEATURES, requires_grad=True)
+        d = product(x, x, A, 0.4, True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            d.sum().backward()
+        gradients.append(A.grad)
+    assert torch.equal(*gradients)
 
 
 def test_evaluation_draws_nothing():

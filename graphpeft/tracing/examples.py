@@ -196,9 +196,7 @@ class Examples:
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
             module = copy.deepcopy(self._tracer.modules[path])
             for inner, copied in zip(self._tracer.modules[path].modules(), module.modules(), strict=True):
-                # a scripted module has its own, which its copy has, too
-                if not isinstance(inner, torch.jit.ScriptModule):
-                    copied.training = self._tracer.mode_of(inner)
+                copied.training = self._tracer.mode_of(inner)
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
             value = module(*ones[0], **ones[1])
         return pytree.tree_map_only(torch.Tensor, self.fake, value)

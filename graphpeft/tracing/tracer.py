@@ -262,7 +262,7 @@ class ValueTracer(fx.Tracer):
             return self.modes[module]
         own = module.__dict__
         # a scripted module keeps it where its code does
-        return own["training"] if "training" in own else type(module).__getattr__(module, "training")
+        return bool(own["training"] if "training" in own else type(module).__getattr__(module, "training"))
 
     def _forget_proxies(self) -> None:
         """Forgets what stands for values, and lets caches forget it that others look into."""

@@ -68,3 +68,9 @@ def test_branches_with_dropout_are_left():
 
 def test_layers_that_a_flat_graph_calls_are_left():
     assert set(optimize(block("flat"), [PASS]).left[PASS].values()) == {"the graph doesn't compute it by F.linear"}
+
+
+def test_branches_that_add_a_parameter_are_left():
+    # which could be one for each position, and not for each feature
+    report = optimize(block("regions", lora_bias=True, target_modules=["q", "v"]), [PASS])
+    assert set(report.left[PASS].values()) == {"its branch is more than casts, products and sums"}

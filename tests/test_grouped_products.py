@@ -107,6 +107,45 @@ def test_an_input_that_is_written_between_two_branches_is_two(write):
         assert torch.equal(grouped(x), plain(x))
 
 
+class Regions(nn.Module):
+    """Reads one value outside of a region and inside of it."""
+
+    def __init__(self, region: Any, first_inside: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.region, self.first_inside = region, first_inside
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1
+        if not self.first_inside:
+            y = self.a(x)
+            with self.region():
+                return y, self.b(x)
+        with self.region():
+            y = self.a(x)
+        return y, self.b(x)
+
+
+def in_half() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("region", [in_half, torch.enable_grad])
+@pytest.mark.parametrize("first_inside", [False, True])
+def test_branches_on_both_sides_of_a_regions_edge_share_nothing(region, first_inside):
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False)
+        return get_peft_model(trace(Regions(region, first_inside), (inputs(),)), config)
+
+    plain, grouped = adapted(), adapted()
+    assert optimize(grouped, [PASS]).changed == {PASS: ()}
+    with torch.no_grad():
+        for found, expected in zip(grouped(inputs()), plain(inputs()), strict=True):
+            assert torch.equal(found, expected)
+            assert found.requires_grad == expected.requires_grad
+
+
 def test_beside_recomputed_casts_the_stacked_matrices_are_not_kept():
     plain, grouped = block("flat", torch.bfloat16), block("flat", torch.bfloat16)
     optimize(plain, ["recomputed_casts"])

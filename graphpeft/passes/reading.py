@@ -13,7 +13,7 @@ from graphpeft.passes.products import cast_again, product
 from graphpeft.tags import TAG
 from graphpeft.tracing.dependence import only_asks
 from graphpeft.tracing.proxy import writes
-from graphpeft.tracing.regions import enter_autocast, leave_autocast
+from graphpeft.tracing.regions import enter_autocast, enter_gradients, leave_autocast, leave_gradients
 
 
 def adapted_values(graph: fx.Graph) -> list[fx.Node]:
@@ -107,14 +107,17 @@ def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
 def separates(node: fx.Node, root: nn.Module) -> bool:
     """Tells whether a value that is read before a node, and one that is read behind it, may not be the same.
 
-    It may write into tensors, or change the dtype in which others are multiplied.
+    It may write into tensors, or change the dtype in which others are multiplied, or whether these have gradients.
     """
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
     writes_there = node.op.startswith("call_") and writes(node.target)
     is_told = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
-    return writes_there or is_told or node.target in (enter_autocast, leave_autocast)
+    return writes_there or is_told or node.target in _EDGES_OF_REGIONS
+
+
+_EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_gradients)
 
 
 def put_in_place_of(old: fx.Node, new: fx.Node) -> None:

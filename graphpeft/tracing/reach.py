@@ -250,7 +250,8 @@ def _opened_function(function: FunctionType) -> _Opened:
 
 def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
     names = names_in(code)
-    for name in namespace if "globals" in names.read else names.read:
+    named = [name for name in namespace if name != "__builtins__"] if "globals" in names.read else names.read
+    for name in named:
         value = namespace.get(name)
         if isinstance(value, ModuleType):
             if not is_of_a_library(value.__name__):

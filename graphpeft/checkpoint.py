@@ -388,7 +388,9 @@ def save(
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
-    metadata = {"format": "pt", _DIGEST: digest, _OPERATIONS: json.dumps(_operations(adapter))}
+    metadata = {"format": "pt", _DIGEST: digest}
+    if operations := _operations(adapter):
+        metadata[_OPERATIONS] = json.dumps(operations)
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
 
 

@@ -156,7 +156,10 @@ class OfClass:
 
     def bindings(self) -> Mapping[str, Any]:
         """Returns what the class itself defines."""
-        return vars(self.of)
+        defined = vars(self.of)
+        if _OF_COPIES not in defined:
+            return defined
+        return {name: value for name, value in defined.items() if name != _OF_COPIES}
 
     def bind(self, name: str, value: Any) -> None:
         """Sets an attribute, without the code that the metaclass may have for this."""
@@ -169,6 +172,10 @@ class OfClass:
     def described(self, name: str, owner: nn.Module) -> str:
         """Names the class, too."""
         return f"the class attribute {self.of.__name__}.{name}"
+
+
+_OF_COPIES = "__slotnames__"
+"""Where Python notes something of a class when one of its objects is copied for the first time."""
 
 
 @dataclass(frozen=True, eq=False)

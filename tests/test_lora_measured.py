@@ -289,6 +289,15 @@ def test_eva_whitens_and_leaves_out_what_has_no_label() -> None:
         assert_close(found[name], rows, 1e-4)
 
 
+def test_directions_draw_no_random_numbers() -> None:
+    ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    given = config(LINEAR, init_lora_weights="eva", r=2, eva_config=EvaConfig(tau=0.0, rho=1.0))
+    model, data = LINEAR.build(), batches(LINEAR)
+    state = torch.get_rng_state()
+    get_eva_state_dict(model, data, given, show_progress_bar=False, **ways)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class Alike(nn.Module):
     """Two layers with the same inputs, so that their directions explain the same."""
 

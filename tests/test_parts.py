@@ -263,6 +263,16 @@ def test_parts_that_do_not_fit_are_refused(parts, reason):
     laws.require_unchanged(model, before, "a failed adaptation")
 
 
+def test_a_run_of_the_example_draws_no_random_numbers_and_counts_nowhere():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), Fused()).train()
+    before, state = laws.snapshot(model), torch.get_rng_state()
+    config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
+    explain(model, config, example_inputs=(torch.ones(2, 3, 8),))
+    assert torch.equal(torch.get_rng_state(), state)
+    laws.require_unchanged(model, before, "explain")
+
+
 def test_without_example_inputs_names_ask_for_them():
     config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
     with pytest.raises(AdaptError, match=r"example_inputs.*name its rows, as in target_parts="):
@@ -291,6 +301,18 @@ def test_scores_of_keys_times_queries_are_refused_and_not_guessed():
     config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q"]})
     with pytest.raises(AdaptError, match="doesn't take its queries, keys and values from one part each"):
         get_peft_model(nn.Sequential(Reversed()), config, example_inputs=(torch.randn(2, 3, 8),))
+
+
+class Fused(nn.Module):
+    """Attention of one fused projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
 
 
 class OverQueries(nn.Module):

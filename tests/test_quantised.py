@@ -390,6 +390,21 @@ def test_a_weight_without_a_gradient_is_no_parameter_to_adapt():
     ]
 
 
+class Drawing(ByHand):
+    """A layer that drops elements while it is trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.dropout(x, 0.5, True))
+
+
+def test_looking_for_a_gradient_draws_no_random_numbers_and_leaves_none():
+    model = nn.Sequential(Drawing(WithWeight), nn.Linear(6, 3))
+    before, state = laws.snapshot(model), torch.get_rng_state()
+    explain(model, LoraConfig(target_modules=["0"]))
+    assert torch.equal(torch.get_rng_state(), state)
+    laws.require_unchanged(model, before, "explain")
+
+
 class Wrapper(nn.Module):
     """A layer around another one, which PEFT knows nothing of."""
 

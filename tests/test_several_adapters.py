@@ -201,6 +201,17 @@ def test_the_sum_of_adapters_of_grouped_and_transposed_convolutions_is_exact():
     torch.testing.assert_close(summed, output(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_lower_rank_at_a_grouped_convolution_is_filled_up_in_each_group():
+    x = (torch.randn(2, 4, 9),)
+    targets: dict[str, Any] = {"target_modules": ["grouped", "transposed"]}
+    options = [{"r": 2, **targets}, {"r": 4, "rank_pattern": {"grouped": 2}, **targets}]
+    model = combined(graphpeft, Grouped(), *options, kind="cat", weights=[1.0, 1.0])
+    assert model.get_parameter("grouped.lora_A_new").shape[0] == 6
+    summed = output(model, x)
+    model.set_adapter(["u", "v"])
+    torch.testing.assert_close(summed, output(model, x))
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

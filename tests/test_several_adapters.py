@@ -427,6 +427,32 @@ def test_rows_drop_elements_with_the_probability_of_their_adapter():
     assert not torch.equal(runs[0][1], runs[1][1])
 
 
+def test_what_a_row_does_not_drop_is_scaled_up_by_its_own_probability():
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    options: list[dict[str, Any]] = [
+        {"r": 8, "lora_alpha": 8, "target_modules": ["0"], "lora_dropout": p} for p in (0.0, 0.5, 0.75)
+    ]
+    model = with_adapters(graphpeft, base, *options).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.eye(8))
+        added = (model(x, adapter_names=["u", "v", "w"]) - base(x)) / x
+    for row, times in zip(added, (1.0, 2.0, 4.0), strict=True):
+        assert ((row.abs() < 1e-4) | ((row - times).abs() < 1e-4)).all()
+    assert (added[0].abs() > 0.5).all()
+
+
+def test_rows_in_half_precision_have_scales_of_their_own():
+    options: list[dict[str, Any]] = [{"r": 2, "lora_alpha": alpha, "target_modules": ["0"]} for alpha in (8, 3)]
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(8, 8)), *options).bfloat16()
+    x, names = torch.randn(3, 8).bfloat16(), ["u", "v", "u"]
+    with torch.no_grad():
+        found = model(x, adapter_names=names)
+    assert found.dtype == torch.bfloat16
+    assert near(found, by_row(model, (x,), names), 1e-2)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_runs_again_with_the_rows_of_its_first_run(use_reentrant: bool):
     def gradients(checkpoints: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,10 @@ class Pt2:
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the program."""
-        model = torch.export.load(path).module()
+        with warnings.catch_warnings():
+            # PyTorch 2.10 warns of its own way to read weights
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            model = torch.export.load(path).module()
         return lambda case, example: case.full(example).call(model)
 
     def about(self, path: Path) -> str | None:

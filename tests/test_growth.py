@@ -48,7 +48,8 @@ def expected(model: Any, names: list[str], x: Tensor) -> Tensor:
 
 def templates() -> int:
     """Returns how many templates are kept."""
-    gc.collect()
+    while gc.collect():
+        pass  # what one collection frees may have kept what the next one finds
     return sum(type(known) is Template for known in gc.get_objects())
 
 
@@ -111,7 +112,7 @@ def test_graphs_that_differ_are_forgotten_with_their_source_once_they_are_long_u
     for chosen in orders:
         model.set_adapter(chosen, inference_mode=True)
         found.append(model(x))
-    assert templates() - before < 45
+    assert templates() - before < 20
     assert sources() - sources_before < 60
     for chosen, value in zip(orders, found, strict=True):
         model.set_adapter(chosen, inference_mode=True)

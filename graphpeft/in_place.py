@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +33,8 @@ class Layer:
     Args:
         kind: One of `KINDS`.
         bases: Classes that the dressed class inherits from, before the original class.
-        namespace: Attributes of the dressed class itself.
+        namespace: Attributes of the dressed class itself. Each class has copies of the functions among them, with a
+            code object of its own: torch.compile compiles a code object for eight models, then runs it uncompiled.
         recipe: A picklable callable and its arguments, which build the layer again.
         for_copy: Returns the layer that a copy of the module wears; the same one if None.
     """
@@ -134,7 +136,7 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
 
     def fill(namespace: dict[str, Any]) -> None:
         for layer in reversed(layers):
-            namespace.update(layer.namespace)
+            namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
         # libraries dispatch on a model's class name, so the dressed class keeps it
         namespace.update(
             __module__=original.__module__,
@@ -145,6 +147,18 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
         )
 
     return types.new_class(original.__name__, bases, exec_body=fill)
+
+
+def _own(value: Any, original: type) -> Any:
+    if not isinstance(value, types.FunctionType):
+        return value
+    # the compiler takes code of one place and name for one function, and its sizes for those of one model
+    code = value.__code__.replace(co_name=f"{value.__code__.co_name} of {original.__name__}")
+    own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
+    own.__kwdefaults__ = value.__kwdefaults__
+    functools.update_wrapper(own, value)
+    del own.__wrapped__  # it is no wrapper: readers of source would look through it
+    return own
 
 
 class _Quiet:
@@ -197,9 +211,16 @@ def take_off(module: nn.Module, kind: str) -> None:
 
 
 def _set_class(module: nn.Module, cls: type) -> None:
+    transaction.undone_by(_exchange_class, module, type(module))
+    _exchange_class(module, cls)
+
+
+def _exchange_class(module: nn.Module, cls: type) -> None:
     # past the __setattr__ of modules, which is for tensors and submodules
-    transaction.undone_by(object.__setattr__, module, "__class__", type(module))
     object.__setattr__(module, "__class__", cls)
+    # PyTorch 2.10 looks at a compiled module's class again only if its __dict__ was written to
+    vars(module)[_TOUCHED] = None
+    del vars(module)[_TOUCHED]
 
 
 @contextlib.contextmanager
@@ -213,6 +234,9 @@ def without(module: nn.Module, kind: str) -> Iterator[None]:
     finally:
         for layer in worn:
             put_on(module, layer)
+
+
+_TOUCHED = "_graphpeft_touched"
 
 
 def _place(layer: Layer) -> int:

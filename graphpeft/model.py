@@ -764,5 +764,6 @@ def _methods_layer(generates: bool = False) -> in_place.Layer:
     return _GENERATING_METHODS if generates else _METHODS
 
 
-_METHODS = in_place.Layer("methods", (PeftModel,), {}, (_methods_layer, ()))
-_GENERATING_METHODS = in_place.Layer("methods", (_GeneratingModel,), {}, (_methods_layer, (True,)))
+_CALL = {"__call__": PeftModel.__call__}
+_METHODS = in_place.Layer("methods", (PeftModel,), _CALL, (_methods_layer, ()))
+_GENERATING_METHODS = in_place.Layer("methods", (_GeneratingModel,), _CALL, (_methods_layer, (True,)))

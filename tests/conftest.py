@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, the same random numbers in every run."""
+"""What all tests share: no network, one thread, the same random numbers in every run, a compiler that forgets."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ load_profile()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    """Forgets the compilations of the tests before, since a process has only eight of a function's code."""
+    torch.compiler.reset()

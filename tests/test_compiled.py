@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,12 +29,10 @@ ALL_PASSES = tuple(each.name for each in PASSES)
 
 
 @pytest.fixture(autouse=True)
-def _compiler() -> Iterator[None]:
-    """Compiles anew, and draws the random numbers that are drawn without a compiler."""
-    torch.compiler.reset()
+def _same_random_numbers() -> Iterator[None]:
+    """Draws the random numbers that are drawn without a compiler."""
     with inductor_config.patch(fallback_random=True):
         yield
-    torch.compiler.reset()
 
 
 class Rounded(nn.Module):
@@ -204,6 +203,47 @@ def test_few_layers_compute_the_same_compiled() -> None:
     model.set_adapter(["default", "dora"])
     optimize(model, ["inplace_addmm", "flattened_rows"])
     assert_compiles(model)
+
+
+def test_each_model_of_a_process_is_compiled() -> None:
+    """A process compiles the code of a function for eight models, and runs it as it is for all others."""
+    graphs: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    for size in range(2, 14):
+        code = forward_of_a_part.__code__.replace(co_name=f"forward_{size}")
+        cls = type(f"Model{size}", (nn.Sequential,), {"forward": FunctionType(code, globals())})
+        model = get_peft_model(cls(nn.Linear(size, size)), LoraConfig(r=2, target_modules=["0"]))
+        torch.compile(model, backend=backend)(torch.randn(3, size))
+    assert len(graphs) == 12
+    assert not any("SymInt" in code for code in graphs), "the sizes of one model don't make those of another dynamic"
+
+
+def forward_of_a_part(self: nn.Sequential, x: Tensor) -> Tensor:
+    return self[0](x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [torch.compile, nn.Module.compile], ids=["wrapped", "own"])
+def test_a_module_inside_that_was_compiled_before_has_what_adapters_make_of_it(wrap: Callable[..., Any]) -> None:
+    child: Any = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    model, x = nn.Sequential(nn.Linear(6, 6), wrap(child, backend="eager") or child).eval(), torch.randn(3, 6)
+    base = model(x)
+    options: dict[str, Any] = {"r": 2, "target_modules": r".*\.1$", "init_lora_weights": False}
+    get_peft_model(model, LoraConfig(lora_alpha=5, **options))
+    adapted = model(x)
+    assert not torch.allclose(adapted, base, atol=1e-2)
+    for _ in range(2):
+        model.merge_adapter()
+        assert_close(model(x), adapted)
+        model.unmerge_adapter()
+        assert_close(model(x), adapted)
+        with model.disable_adapter():
+            assert_close(model(x), base)
+    assert_close(model.merge_and_unload()(x), adapted)
 
 
 # the whole

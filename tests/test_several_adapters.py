@@ -553,7 +553,6 @@ def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
 
 
 def test_a_whole_compiled_graph_refuses_rows_of_tasks():
-    torch._dynamo.reset()
     model = mixed_llama(graphpeft)
     whole = torch.compile(model, backend="eager", fullgraph=True)
 

@@ -138,7 +138,6 @@ def test_passes_read_what_is_in_a_slot() -> None:
 
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_a_switch_back_isnt_compiled_again() -> None:
-    torch._dynamo.reset()
     model, x, counter = adapted(), torch.randn(3, 6), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     counts = []

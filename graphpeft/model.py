@@ -233,6 +233,10 @@ class PeftModel(nn.Module):
             AdaptError: If a name isn't known, or what is named can't be mixed.
             ValueError: If there are more or fewer names than rows.
         """
+        if not isinstance(self, PeftModel):
+            # a compiler or a caller has kept this method, and the adapters were taken off since
+            names = {} if adapter_names is None else {"adapter_names": adapter_names}
+            return self(*args, **kwargs, **names)
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
         if getattr(self, "_is_replica", False):
@@ -702,9 +706,15 @@ def set_peft_model_state_dict(
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten.
+        AdaptError: If the adapter is merged; likewise.
     """
     modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)
+    if adapter_name in model._peft_adapters.merged:
+        raise AdaptError(
+            f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "
+            "unmerge_adapter() before you load them"
+        )
     originals = model._peft_adapters.originals
     values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
     with transaction(model):
@@ -728,7 +738,7 @@ def _to_merge(model: Any, names: Sequence[str] | None) -> list[str]:
     left = [name for name in wanted if name not in merged]
     if wanted and not left:
         warnings.warn(f"{listed(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
-    elif len(left) < len(wanted):
+    elif left and merged:
         warnings.warn(f"{listed(merged)} are merged already; {listed(left)} are merged beside them", stacklevel=3)
     return left
 

@@ -1,6 +1,7 @@
 """Modules that read a weight of a layer inside where no path from ``self`` leads to it, in as many ways."""
 
 import functools
+import operator
 
 import torch.nn.functional as F
 from torch import nn
@@ -188,10 +189,36 @@ class ByOwnCall(Calls):
         return by_layer(self.inner, x)
 
 
+INNER_WEIGHT, INNER_BIAS = operator.attrgetter("inner.weight"), operator.attrgetter("inner.bias")
+
+
+class ByGetter(Reader):
+    def forward(self, x):
+        return F.linear(x, INNER_WEIGHT(self), INNER_BIAS(self))
+
+
+class ByTheGetterOfTheClass(Reader):
+    read = operator.attrgetter("inner.weight")
+
+    def forward(self, x):
+        return F.linear(x, ByTheGetterOfTheClass.read(self), self.inner.bias)
+
+
+class ByNameOfMethod(Reader):
+    def forward(self, x):
+        return F.linear(x, self.inner.__getattr__("weight"), self.inner.__getattr__("bias"))
+
+
+class ByGetParameter(Reader):
+    def forward(self, x):
+        return F.linear(x, self.get_parameter("inner.weight"), self.get_parameter("inner.bias"))
+
+
 ADAPTED = [
     Reader, SelfByAnotherName, ByVariable, ByLambda, ByPartial, ByPartials, ByPartialMethod, ByFunctionInAttribute,
     ByFunctionOfTheClass, ByFunctionInVariable, ByStaticMethod, ByProperty, ByList, ByLoop, ByFunctionInside, ByGetattr,
     ByBaseClass, ByNamedBaseClass, ByDecorated, Calls, OfTheOneInside,
+    ByGetter, ByTheGetterOfTheClass, ByNameOfMethod, ByGetParameter,
 ]  # fmt: skip
 
 REFUSED = [UndecidedArguments, ByOwnCall]

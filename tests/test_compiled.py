@@ -246,6 +246,19 @@ def test_a_module_inside_that_was_compiled_before_has_what_adapters_make_of_it(w
     assert_close(model.merge_and_unload()(x), adapted)
 
 
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_a_compiled_model_is_the_base_model_after_its_adapters_are_taken_off(how: str) -> None:
+    model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
+    compiled, given = torch.compile(model, backend="eager"), inputs()
+    compiled(*given)
+    call = model.__call__
+    getattr(model, how)()
+    assert type(model) is Few
+    for found in (compiled(*given), call(*given)):
+        for one, other in zip(found, model(*given), strict=True):
+            assert_close(one, other)
+
+
 # the whole
 
 

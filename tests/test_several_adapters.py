@@ -824,7 +824,10 @@ def test_a_merge_that_fails_changes_nothing():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_B_v[0, 0] = torch.inf
     before = snapshot(model)
-    with pytest.raises(AdaptError, match="by adapter 'v' isn't finite"):
+    with (
+        pytest.warns(UserWarning, match="u are merged already; v are merged beside them"),
+        pytest.raises(AdaptError, match="by adapter 'v' isn't finite"),
+    ):
         model.merge_adapter(["v"], safe_merge=True)
     with pytest.raises(AdaptError, match="has no adapter 'x'"):
         model.merge_adapter(["v", "x"])
@@ -832,6 +835,51 @@ def test_a_merge_that_fails_changes_nothing():
         model.merge_adapter("v")
     assert_unchanged(model, before)
     assert model.merged_adapters == ["u"]
+
+
+@pytest.mark.parametrize("around", ["itself", "a module around it", "a module inside"])
+def test_weights_into_which_adapters_are_merged_are_not_loaded(around: str):
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    loaded: torch.nn.Module = {
+        "itself": model,
+        "a module around it": torch.nn.ModuleDict({"inner": model}),
+        "a module inside": model.model.layers[1].mlp,
+    }[around]
+    base = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    model.merge_adapter()
+    merged = output(model, text())
+    loaded.load_state_dict(loaded.state_dict())
+    for holder in (loaded, pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        with pytest.raises(AdaptError, match=r"up_proj.weight than the one|q_proj.weight than the one"):
+            holder.load_state_dict(base)
+    assert torch.equal(output(model, text()), merged)
+    model.unmerge_adapter()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, base[name])
+    loaded.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in base.items()})
+    assert all(not tensor.any() for tensor in loaded.state_dict().values())
+
+
+def test_a_merged_adapter_gets_no_other_values():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    values = graphpeft.get_peft_model_state_dict(model, adapter_name="v")
+    model.merge_adapter(["u"])
+    with pytest.raises(AdaptError, match="'u' is merged into the weights.*call unmerge_adapter"):
+        graphpeft.set_peft_model_state_dict(model, values, "u")
+    graphpeft.set_peft_model_state_dict(model, values, "v")
+
+
+def test_what_is_merged_already_is_told_when_others_are_merged_for_good():
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), options, options)
+    model.set_adapter(["u", "v"])
+    both = output(model, text())
+    model.set_adapter("u")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="u are merged already; v are merged beside them"):
+        assert near(output(model.merge_and_unload(adapter_names=["v"]), text()), both, 1e-5)
 
 
 # deleted, loaded

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from graphpeft import stand_ins
+from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import is_same, refuse_missing
+from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.report import listed
@@ -85,6 +86,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
                 set_item(adapters.originals, (path, attribute), original)
         _add_to_weights(modules, adapters.by_name[name], adapters.originals)
         set_attribute(adapters, "merged", [*adapters.merged, name])
+    merged_weights.guard(modules, adapters.originals)
     let_act(modules, adapters, list(adapters.read))
 
 
@@ -97,6 +99,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
+    merged_weights.release(modules, adapters.originals)
     _restore(modules, adapters.originals)
     set_attribute(adapters, "merged", [])
     set_attribute(adapters, "originals", {})
@@ -157,12 +160,8 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
 def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:
     """Raises AdaptError if a state dict has other weights where adapters are merged, which `unmerge` would lose."""
     for path, name in adapters.originals:
-        value = state_dict.get(join(path, name))
-        if value is not None and path in modules and not is_same(own_parameter(modules[path], name), value):
-            raise AdaptError(
-                f"the state dict has another {join(path, name)} than the one into which {listed(adapters.merged)} are "
-                "merged, and unmerging would lose it; call unmerge_adapter() before you load it"
-            )
+        if path in modules:
+            merged_weights.refuse_others(modules[path], [name], f"{path}." if path else "", state_dict)
 
 
 def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> None:

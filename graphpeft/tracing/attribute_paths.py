@@ -27,7 +27,9 @@ ANY = "*"
 Paths = tuple[tuple[str, bool], ...]
 """Paths of attributes, and whether each is called."""
 
-_ALL_OF_THEM = frozenset(("parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"))
+_ALL_OF_THEM = frozenset((
+    "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters", "__getattr__", "__getattribute__",
+))  # fmt: skip
 """Methods and attributes of modules that give whichever parameters there are."""
 
 _CALLERS = {"checkpoint"}

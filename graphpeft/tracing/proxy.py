@@ -57,6 +57,8 @@ class ValueProxy(fx.Proxy):
             return functools.partial(self._call_method, name)
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
+        if name == "_is_param":
+            return attribute  # whether it is an nn.Parameter, as its code must find an adapted one to be still
         if isinstance(value, dict) and name in ("items", "values"):
             return functools.partial(self._pairs if name == "items" else self._values)
         if callable(attribute) and not isinstance(attribute, torch.Tensor):

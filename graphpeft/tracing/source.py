@@ -12,6 +12,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import operator
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -55,7 +56,22 @@ def uses_in_forward(cls: type) -> Uses:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
+    for value in _named_in(functions_in_forward(cls), cls):
+        if isinstance(value, operator.attrgetter):
+            paths: tuple[str, ...] = value.__reduce__()[1]  # type: ignore[assignment]
+            uses.read_elsewhere.update(name for path in paths for name in path.split("."))
     return uses
+
+
+def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
+    """Yields what functions name: globals, members of Python modules and of `cls`, and the variables around them."""
+    for function in functions:
+        yield from _around(function)
+        names = names_in(function.__code__).read
+        for name in names:
+            yield from _members(cls, name, names)
+            named = function.__globals__.get(name)
+            yield from (vars(named).get(n) for n in names) if isinstance(named, ModuleType) else (named,)
 
 
 def read_by(function: FunctionType) -> set[str]:
@@ -182,13 +198,7 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_the_end(function):
                 continue
-            names = names_in(function.__code__).read
-            waiting += [(held, True) for held in _around(function)]
-            for name in names:
-                waiting += [(member, True) for member in _members(cls, name, names)]
-                named = function.__globals__.get(name)
-                globals_named = [vars(named).get(n) for n in names] if isinstance(named, ModuleType) else [named]
-                waiting += [(value, True) for value in globals_named]
+            waiting += [(value, True) for value in _named_in([function], cls)]
     return {function: is_named for function, is_named in found.items() if not _is_the_end(function)}
 
 

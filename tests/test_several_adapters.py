@@ -866,7 +866,7 @@ def test_a_merged_adapter_gets_no_other_values():
     model = with_adapters(graphpeft, LLAMA.build(), options, options)
     values = graphpeft.get_peft_model_state_dict(model, adapter_name="v")
     model.merge_adapter(["u"])
-    with pytest.raises(AdaptError, match="'u' is merged into the weights.*call unmerge_adapter"):
+    with pytest.raises(AdaptError, match=r"'u' is merged into the weights.*call unmerge_adapter"):
         graphpeft.set_peft_model_state_dict(model, values, "u")
     graphpeft.set_peft_model_state_dict(model, values, "v")
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from graphpeft import transaction
 
-KINDS = ("methods", "rows", "graph", "slots", "merged", "saving", "tensors")
+KINDS = ("methods", "rows", "graph", "slots", "padded", "merged", "saving", "tensors")
 """The kinds of layers, the outermost first: methods see the choice by rows, that the graph, which reads the tensors."""
 
 

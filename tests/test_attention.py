@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -94,3 +95,40 @@ def test_the_inputs_of_an_example_decide_nothing_for_later_calls() -> None:
     x, mask = inputs(), torch.arange(9) > torch.tensor([[8], [6], [4], [5]])
     _, weights = model.attention(x, x, x, key_padding_mask=mask)
     assert (weights[3, :, 6:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("target", ["linear2", "self_attn", "out_proj", "layers.1.linear1"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_encoder_is_adapted_on_padded_batches_too(target: str, gradients: bool) -> None:
+    base = encoder().eval().requires_grad_(False)
+    x, padding = inputs(), torch.arange(9) >= torch.tensor([[9], [5], [7], [9]])
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=[target], init_lora_weights=False)
+    model: Any = get_peft_model(copy.deepcopy(base), config)
+
+    def found(module: Any) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            return module(x, src_key_padding_mask=padding)[~padding]
+
+    expected = found(model)
+    assert not torch.allclose(expected, found(base), atol=1e-3)
+    for row, length in enumerate((9, 5, 7, 9)):
+        alone = model(x[row : row + 1, :length])[0]
+        assert torch.allclose(alone, model(x, src_key_padding_mask=padding)[row, :length], atol=1e-5)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(found(copied), expected)
+    with model.disable_adapter():
+        assert torch.equal(found(model), found(base))
+    model.merge_adapter()
+    assert torch.allclose(found(model), expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(found(model), expected)
+    assert type(model.unload()) is nn.TransformerEncoder
+    assert torch.equal(found(model), found(base))
+
+
+def test_an_encoder_is_told_whether_to_take_nested_tensors_as_before() -> None:
+    model: Any = get_peft_model(encoder(), LoraConfig(r=2, target_modules=["linear1"]))
+    model.use_nested_tensor = False
+    model.unload()
+    assert model.use_nested_tensor is False

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from models import GPT2, tiny_classifier
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from graphpeft import (
@@ -1049,3 +1050,15 @@ def test_a_layer_that_is_handed_to_a_checkpoint_is_called_there():
 
     config = LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False)
     laws.assert_adapted_is_base_with_delta(lambda: seeded(nn.Sequential, seeded(Checkpointing)), config, (X4,))
+
+
+def test_a_weight_that_was_pruned_after_adapting_is_not_merged_into():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    x = torch.randn(3, 4)
+    before = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdaptError, match=r"0\.weight is no parameter any more, as after .* pruning"):
+            merge()
+    assert model.merged_adapters == []
+    assert torch.equal(model(x), before)

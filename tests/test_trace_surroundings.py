@@ -316,3 +316,26 @@ def test_a_graph_is_looked_at_before_it_is_returned():
     held.create_node("call_function", functools.partial(max, proxy), name="held")
     with pytest.raises(TraceError, match="is given a value of a trace inside an object"):
         lint(held, {})
+
+
+class NamedLikeAFunction(nn.Module):
+    """A model with an attribute that is called like a function of its file, which traces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapting, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapting(x) @ self.w
+
+
+def adapting(model: nn.Module) -> nn.Module:
+    get_peft_model(model, LoraConfig(r=2, target_modules=["adapting", "w"]))
+    return trace(model, (X,))
+
+
+def test_a_function_that_traces_is_none_of_the_models_though_its_name_is_an_attributes():
+    model = NamedLikeAFunction()
+    for _ in range(2):
+        assert torch.equal(adapting(model)(X), model(X))
+        model.unload()

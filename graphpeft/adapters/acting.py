@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft import in_place, passes, slots, stand_ins
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
+from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
@@ -38,6 +39,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.take_off(modules[region], "graph")
         else:
             wear_template(modules[region], template, _names_in_slots(modules[region], adapters, seats))
+    keep_padded(modules, worn)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
     paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}

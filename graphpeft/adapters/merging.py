@@ -255,7 +255,13 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
 
 def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
     for adapted in changing_sites(modules, adapter):
-        shape = tuple(own_parameter(modules[adapted.site.owner], adapted.site.attribute).shape)
+        weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
+        if weight is None:
+            raise AdaptError(
+                f"{adapted.site.weight} is no parameter any more, as after weight_norm or pruning, so {name!r} can't "
+                "be merged into it; take that off first, or do it before adapting"
+            )
+        shape = tuple(weight.shape)
         if shape != tuple(adapted.site.shape):
             raise AdaptError(
                 f"{adapted.site.weight} has the shape {shape} now, and had {tuple(adapted.site.shape)} when {name!r} "

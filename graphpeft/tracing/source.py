@@ -206,7 +206,7 @@ def _is_the_end(function: FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code is of no Python module
 
 
-_ENDS = sys.stdlib_module_names | {"numpy", "torch"}
+_ENDS = sys.stdlib_module_names | {"numpy", "torch", "graphpeft"}
 """Whose functions read nothing of a model but what they are there for."""
 
 

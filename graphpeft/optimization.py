@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from graphpeft import passes as _passes
 from graphpeft.adapters import lifecycle
+from graphpeft.adapters.state import Adapters
 from graphpeft.adapting import known_adapters
 from graphpeft.passes import PASSES
 from graphpeft.report import listed, table
@@ -69,7 +70,11 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
     names = _passes.in_order([each.name for each in PASSES] if passes is None else passes)
     state = known_adapters(model)
     with transaction(model):
-        done = lifecycle.optimize(dict(model.named_modules()), state, names)
+        return _report(state, names, lifecycle.optimize(dict(model.named_modules()), state, names))
+
+
+def _report(state: Adapters, names: Sequence[str], done: Mapping[str, _passes.Optimized]) -> PassReport:
+    """Returns what passes have done, by the paths of the regions."""
     labels = {
         (adapted.site.region, node): adapted.site.label
         for adapter in state.acting

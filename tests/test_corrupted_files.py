@@ -306,6 +306,20 @@ def test_a_pattern_that_takes_forever_is_refused_by_name(option: str, value: Any
     laws.require_unchanged(model, before, "a refused adaptation")
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["a{1000000000}", "(((a{1000}){1000}){1000})", "(a{,1000}){1000,}", "a{" + "9" * 9000 + "}"],
+    ids=range(4),
+)
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "exclude_modules"])
+def test_a_pattern_that_takes_all_memory_is_refused_by_name(option: str, pattern: str) -> None:
+    value: Any = {pattern: 3} if option == "rank_pattern" else pattern
+    began = time.process_time()
+    with pytest.raises(ValueError, match=f"in {option}.* repeats a part too often"):
+        get_peft_model(MLP.build(), LoraConfig(**{"target_modules": ["down"], option: value}))
+    assert time.process_time() - began < 2
+
+
 def test_many_patterns_that_take_long_each_are_refused_together() -> None:
     patterns = {rf"(\w|\w\w)*(a|aa){{{number}}}[A-Z]": 2 for number in range(1, 800)}
     names = [f"layers.{number}.{'a' * 22}" for number in range(40)]
@@ -326,6 +340,7 @@ def test_what_is_no_regular_expression_of_pythons_is_refused(pattern: str) -> No
 
 
 PATTERNS = [
+    "a{5000}",
     *(pattern for pattern in targets.DEFAULT_TARGET_MODULES.values() if isinstance(pattern, str)),
     r".*\.layers\.(\d+)\.self_attn\.(q|v)_proj",
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",

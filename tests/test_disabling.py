@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 import graphpeft
+from graphpeft import AdaptError, LoraConfig, get_peft_model
 
 X = torch.arange(18.0).view(3, 6) / 10
 
@@ -249,3 +252,47 @@ def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: A
     assert_is(copied, BASE)
     copied.enable_adapters()
     assert_is(copied, with_adapter("a"))
+
+
+# forwards that are set on modules later
+
+
+@pytest.mark.parametrize("path", ["", "linear"])
+@pytest.mark.parametrize("change", ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"])
+def test_no_adapter_changes_behind_a_forward_that_a_hook_has_kept(path: str, change: str):
+    model: Any = Read()
+    x = torch.randn(3, 4)
+    options: dict[str, Any] = {"target_modules": ["linear", "w"], "init_lora_weights": False}
+    for rank, name in ((2, "default"), (3, "other")):
+        get_peft_model(model, LoraConfig(r=rank, lora_alpha=5, **options), name)
+    model.set_adapter("default")
+    base = model.disable_adapter
+    with base():
+        expected_base = model(x)
+    expected = model(x)
+    add_hook_to_module(model.get_submodule(path), ModelHook())
+    changes: dict[str, Any] = {
+        "disable": lambda: model.disable_adapter().__enter__(),
+        "set_adapter": lambda: model.set_adapter([]),
+        "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
+    }
+    reason = f"a forward was set on {path or 'the model'} itself since|was exchanged since"
+    with pytest.raises(AdaptError, match=reason):
+        changes.get(change, lambda: getattr(model, change)())()
+    assert torch.equal(model(x), expected)
+    assert model.merged_adapters == []
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(x), expected)
+    with base():
+        assert torch.equal(model(x), expected_base)
+
+
+class Read(nn.Module):
+    """Has a layer, and a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.linear(x), self.w)

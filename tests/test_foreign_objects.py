@@ -107,7 +107,24 @@ class Holding(nn.Module):
         return self.head(F.linear(x, self.layer.weight)) * (1.5 if self.held is not None else 1.0)
 
 
+class OutOfContext:
+    """Stands for an object that isn't there now, as werkzeug's LocalProxy does."""
+
+    @property
+    def __class__(self):  # type: ignore[override]
+        raise RuntimeError("working outside of the context")
+
+
+PRESENT = OutOfContext()
+
+
+class NamingOne(Holding):
+    def forward(self, x):
+        return super().forward(x) if PRESENT is not None else x
+
+
 HELD: dict[str, Any] = {
+    "list of one that isn't there": lambda: [PRESENT],
     "tuple": lambda: Raising((1, 2)),
     "tuple in a list": lambda: {"deep": [Raising((1, 2))]},
     "list": lambda: RaisingList([1, Raising((3,))]),
@@ -122,6 +139,10 @@ HELD: dict[str, Any] = {
 @pytest.mark.parametrize("kind", HELD)
 def test_objects_are_asked_nothing_that_runs_code_of_their_own(kind: str):
     assert_adapted_and_traced(Holding(HELD[kind]()), "layer", "head")
+
+
+def test_a_global_is_asked_nothing_that_runs_code_of_its_own():
+    assert_adapted_and_traced(NamingOne(None), "layer", "head")
 
 
 def test_what_a_forward_puts_into_an_ordered_dictionary_is_taken_out_again():

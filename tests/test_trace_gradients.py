@@ -243,3 +243,35 @@ def test_a_buffer_that_is_replaced_is_no_write():
 
     traced: Any = trace(nn.Sequential(Replacing()), (X,))
     assert list(traced.kept) == ["0"]
+
+
+class AskingForTheFunction(nn.Module):
+    """Decides on how a tensor was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(self.linear(x), self.w)
+        return y * 2 if y.grad_fn is None else y * 3
+
+
+@pytest.mark.parametrize("traced_with", [True, False], ids=["traced with", "traced without"])
+def test_a_decision_on_the_function_of_a_gradient_is_checked(traced_with):
+    model, x = AskingForTheFunction(), torch.randn(2, 4)
+    with torch.set_grad_enabled(traced_with):
+        traced = trace(model, (x,))
+    assert torch.equal(traced(x), model(x))
+    with torch.no_grad(), pytest.raises(GuardError, match=r"if y\.grad_fn is None"):
+        traced(x)
+
+
+def test_a_decision_on_the_function_of_a_gradient_is_checked_in_an_adapted_module():
+    model, x = AskingForTheFunction(), torch.randn(2, 4)
+    with torch.no_grad():
+        base = model(x)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["w"]))
+    for enabled, scale in ((True, 1.5), (False, 1.0)):
+        with torch.set_grad_enabled(enabled):
+            torch.testing.assert_close(model(x), base * scale)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import LoraConfig, TraceError, get_peft_model, trace
+from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -163,3 +163,34 @@ def test_a_train_that_fails_on_a_copy_is_refused():
 
     with pytest.raises(TraceError, match=r"train\(\) and eval\(\) of Failing.*ValueError: no"):
         trace(nn.Sequential(Failing()), (X,))
+
+
+class Choosing(nn.Module):
+    """Freezes its normalisation where a flag says so, as the backbones of mmdetection do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.norm_eval, self.scale = nn.Linear(4, 4), nn.BatchNorm1d(4), True, 2.0
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and self.norm_eval:
+            self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) * self.scale
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_flag_that_the_models_train_asks_for_is_that_of_the_trace(copied):
+    traced = copied(trace(Detector(Choosing()), (X,)))
+    modes = {path: module.training for path, module in traced.named_modules()}
+    traced.backbone.scale = 3.0
+    traced.backbone.norm_eval = False
+    for change in (traced.eval, traced.train, lambda: traced.train(False)):
+        with pytest.raises(GuardError, match=r"backbone.norm_eval, which train\(\) and eval\(\) there ask for"):
+            change()
+        assert {path: module.training for path, module in traced.named_modules()} == modes
+    traced.backbone.norm_eval = True
+    assert not traced.train().backbone.norm.training

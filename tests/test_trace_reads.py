@@ -395,3 +395,102 @@ def test_a_trace_of_an_adapted_model_follows_the_scale_of_the_adapter():
     for each in (model, traced):
         setattr(each.get_submodule(owner), name, 7.0)
     laws.require_close(traced(X), model(X), 1e-6, "the traced model")
+
+
+# what is of a class, and modules in the places of others
+
+
+class WithDefaults(nn.Module):
+    """Has a number and a flag of its class."""
+
+    scale, is_on = 1.5, True
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * self.scale if self.is_on else x
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_what_is_of_a_class_is_read_from_the_class(copied, monkeypatch):
+    model: Any = nn.Sequential(WithDefaults(), WithDefaults())
+    traced = copied(trace(model, (X,)))
+    monkeypatch.setattr(WithDefaults, "scale", -4.0)
+    assert torch.equal(traced(X), model(X))
+    model[1].scale = traced.get_submodule("1").scale = 3.0
+    assert torch.equal(traced(X), model(X))
+    monkeypatch.setattr(WithDefaults, "is_on", False)
+    with pytest.raises(GuardError, match=r"0\.is_on in "):
+        traced(X)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_another_module_in_the_place_of_one_is_read_with_its_numbers_and_flags(copied):
+    model: Any = nn.Sequential(WithDefaults(), WithDefaults())
+    model[0].is_on = model[1].is_on = True
+    traced = copied(trace(model, (X,)))
+    for put in (lambda other: setattr(traced, "1", other), lambda other: traced.add_module("1", other)):
+        other: Any = WithDefaults()
+        model[1] = other
+        other.scale = -2.0
+        put(other)
+        assert torch.equal(traced(X), model(X))
+    other.is_on = False
+    for _ in range(2):
+        with pytest.raises(GuardError, match=r"1\.is_on in "):
+            traced(X)
+    other.is_on = True
+    assert torch.equal(traced(X), model(X))
+    delattr(traced, "1")
+    with pytest.raises(GuardError, match="the module 1 is gone, whose"):
+        traced(X)
+
+
+# numbers of which little is computed, or that are none
+
+
+class ReadInVain(nn.Module):
+    """Reads numbers of which its output doesn't depend."""
+
+    def __init__(self, eps=1e-5):
+        super().__init__()
+        self.linear, self.eps, self.count = nn.Linear(4, 4), eps, 3
+
+    def forward(self, x):
+        eps, _ = self.eps, self.count
+        assert eps is not None
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("eps", [1e-5, float("nan"), float("inf"), -0.0])
+def test_a_number_of_which_nothing_is_computed_is_of_no_account(eps):
+    model: Any = nn.Sequential(ReadInVain(eps), ReadInVain())
+    traced = trace(model, (X,), strict=True)
+    model[0].eps = 7.0
+    assert torch.equal(traced(X), model(X))
+
+
+class WithLimit(nn.Module):
+    """Has a limit if that is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.limit = nn.Parameter(torch.randn(4, 4)), float("nan")
+
+    def forward(self, x):
+        return F.linear(x, self.w) if self.limit != self.limit else F.linear(x, self.w).clamp(max=self.limit)
+
+
+def test_a_float_that_is_no_number_is_the_same_as_another_such():
+    model: Any = WithLimit()
+    x, expected = X, model(X)
+    traced: Any = trace(model, (x,))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["w"]))
+    for module in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), traced):
+        module.limit = -float("nan")
+        assert torch.equal(module(x), expected)
+        module.limit = 0.5
+        with pytest.raises(GuardError, match="limit"):
+            module(x)

@@ -16,7 +16,7 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.paths import join
 from graphpeft.plan import AdaptError
 from graphpeft.tracing.graph_module import wear_template
-from graphpeft.transaction import set_attribute
+from graphpeft.transaction import delete_item, set_attribute
 
 
 def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
@@ -29,6 +29,8 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)
     templates = templates_with(adapters, seats, modules)
+    for region in templates:
+        forget_kept_forward(modules[region], region)
     _read_by_slots(modules, adapters, seats)
     worn = {
         region: template and passes.optimized(template, modules[region], adapters.passes).template
@@ -51,6 +53,23 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             stand_ins.read_own(modules[path])
     set_attribute(adapters, "slots", seats)
     set_attribute(adapters, "read", wanted)
+
+
+def forget_kept_forward(module: nn.Module, path: str) -> None:
+    """Forgets the forward of a module's class that somebody has kept on the module itself, as removed hooks leave it.
+
+    Raises:
+        AdaptError: If it is another one, which would go on with the graph of before.
+    """
+    kept = module.__dict__.get("forward")
+    if getattr(kept, "__func__", None) is type(module).forward and getattr(kept, "__self__", None) is module:
+        delete_item(module.__dict__, "forward")
+    elif kept is not None:
+        raise AdaptError(
+            f"a forward was set on {path or 'the model'} itself since it was adapted, as hooks of accelerate do, and "
+            "would go on as before: take it off, as accelerate.hooks.remove_hook_from_module(model, recurse=True) or "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) do, change the adapters, and set it again"
+        )
 
 
 def _read_by_slots(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:

@@ -24,6 +24,7 @@ from torch import fx, nn
 from graphpeft import adapter_names, in_place, rewrite, stand_ins
 from graphpeft._torch import pytree
 from graphpeft.adapter_names import BASE
+from graphpeft.adapters.acting import forget_kept_forward
 from graphpeft.adapters.graphs import bare, names_of_others, op_in, with_adapter
 from graphpeft.adapters.present_rows import present, rows_if_any, rows_present
 from graphpeft.adapters.state import Adapter, Adapters, Modules
@@ -355,6 +356,8 @@ def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> st
 
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
     """Lets a region ask for the rows of the present call."""
+    if region not in adapters.mixable:
+        forget_kept_forward(modules[region], region)
     adapters.mixable.add(region)
     in_place.put_on(modules[region], _LAYER)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +109,7 @@ def holds_parameters(module: nn.Module) -> bool:
         value = waiting.pop()
         if issubclass(type(value), dict | list | tuple):
             waiting += parts_of(value)
-        elif isinstance(value, nn.Parameter) or (inspect.isfunction(value) and value.__closure__):
+        elif issubclass(type(value), nn.Parameter) or (type(value) is FunctionType and value.__closure__):
             return True
     return False
 
@@ -165,9 +164,10 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
     seen: dict[int, Any] = {}
     while waiting:
         name, value, codes = waiting.pop()
-        if isinstance(value, nn.Module | nn.Parameter):
+        kind = type(value)  # isinstance asks an object of a user's for its __class__
+        if issubclass(kind, nn.Module | nn.Parameter):
             yield name, value, codes
-        elif id(value) not in seen and not isinstance(value, torch.Tensor | type):
+        elif id(value) not in seen and not issubclass(kind, torch.Tensor | type):
             seen[id(value)] = value
             codes |= frozenset(_codes_of(value))
             waiting += [(name, part, codes) for part in opened(value)[1]]
@@ -175,7 +175,7 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
 
 def _codes_of(value: Any) -> Iterable[CodeType]:
     functions = [value, *vars(type(value)).values()]
-    return (function.__code__ for function in functions if inspect.isfunction(function))
+    return (function.__code__ for function in functions if type(function) is FunctionType)
 
 
 def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:

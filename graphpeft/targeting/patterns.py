@@ -7,6 +7,7 @@ that a pattern means here what it means in PEFT.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -26,6 +27,12 @@ repetitions."""
 
 _LONGEST = 2**18
 """Characters of a pattern; one that spells out the names of 5,000 layers has fewer."""
+
+_COUNT = re.compile(r"\{(\d+),?(\d*)\}|\{,(\d+)\}")
+"""How often something is repeated: ``{2}``, ``{2,}``, ``{2,9}`` or ``{,9}``."""
+
+_MOST_STATES = 200_000
+"""Into how many states a pattern may be compiled, which has one for each repetition: some 60 MB."""
 
 _READ_OTHERWISE = re.compile(r"(?<!\\)(\{(?!\d*,?\d*\})|\[:)")
 """What `regex` takes for something else than `re` does: ``x{e<=1}``, ``[[:alpha:]]``."""
@@ -56,6 +63,11 @@ class Pattern:
         unlike = _READ_OTHERWISE.search(pattern)
         if unlike is not None:
             raise PatternError(f"{shown(entry)} in {option} has {unlike[0]!r}; write it as re.escape does")
+        if _states(pattern) > _MOST_STATES:
+            raise PatternError(
+                f"{shown(entry)} in {option} repeats a part too often to be compiled; write * or + in place of numbers "
+                "such as {1000}"
+            )
         try:
             re.compile(pattern)
             self._compiled = regex.compile(pattern, regex.VERSION0)
@@ -98,6 +110,12 @@ class Pattern:
             f"{shown(self._entry)} in {self._option} takes too long to match the model's names; write it without "
             "repetitions inside repetitions"
         )
+
+
+def _states(pattern: str) -> float:
+    """Returns a bound of the number of states, as if all repetitions were inside of each other."""
+    counts = (float(count) for found in _COUNT.finditer(pattern) for count in found.groups() if count)
+    return len(pattern) * math.prod(max(count, 1) for count in counts)
 
 
 class _Time:

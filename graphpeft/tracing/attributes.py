@@ -122,9 +122,10 @@ _PYTORCH = os.path.dirname(torch.__file__)
 
 def is_plain(value: Any) -> bool:
     """Tells whether `value` can't change and says all about itself: a number, a string, None or a tuple of such."""
-    if isinstance(value, tuple):
-        return type(value) in (tuple, torch.Size) and all(map(is_plain, value))
-    return type(value) in SIMPLE or isinstance(value, enum.Enum)
+    kind = type(value)  # isinstance asks an object of a user's for its __class__
+    if kind in (tuple, torch.Size):
+        return all(map(is_plain, value))
+    return kind in SIMPLE or issubclass(kind, enum.Enum)
 
 
 def _is_of_class(cls: type, name: str, value: Any) -> bool:

@@ -133,7 +133,7 @@ def as_comparable(value: Any) -> Any:
     Args:
         value: The value, or its content.
     """
-    if isinstance(value, ContextVar):
+    if issubclass(type(value), ContextVar):
         return value.get(None)
     if _is_array(value):
         return repr((value.shape, value.tobytes()))

@@ -25,6 +25,6 @@ def draws(target: Any) -> bool:
 
 
 def _is_generator(value: Any, names: frozenset[str], numpy: Any) -> bool:
-    if isinstance(value, MethodType):
-        return isinstance(value.__self__, random.Random)
+    if type(value) is MethodType:
+        return issubclass(type(value.__self__), random.Random)
     return value is random or (numpy is not None and (value is numpy.random or (value is numpy and "random" in names)))

@@ -23,7 +23,7 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     for name, attribute in _globals_named_in(function.__code__):
         value = namespace.get(name)
         file = namespace.get("__name__")
-        if isinstance(value, ModuleType) and attribute is not None:
+        if issubclass(type(value), ModuleType) and attribute is not None:
             name, value, file = attribute, vars(value).get(attribute), value.__name__
         if value is not None and is_plain(value) and not is_of_a_library(file):
             yield f"the global {name} of {file}", value

@@ -8,11 +8,12 @@ along the wrong branch.
 from __future__ import annotations
 
 import linecache
+import math
 import os
 import sys
 import traceback
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx as fx
@@ -38,11 +39,20 @@ def expect(value: Any, expected: Any, decision: str) -> None:
     """
     if isinstance(value, fx.Proxy):
         value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
-    elif value is not expected and value != expected:
+    elif not is_same(value, expected):
         raise GuardError(
             f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. "
             + _WAY_OUT
         )
+
+
+def is_same(value: Any, expected: Any) -> bool:
+    """Tells whether a value is the expected one; a float that is not a number is the same as each other such one."""
+    return value is expected or value == expected or (_is_nan(value) and _is_nan(expected))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 @has_side_effect
@@ -65,7 +75,7 @@ def expect_present(value: Any, decision: str) -> None:
         raise GuardError(f"{decision}: that is None now, and was not when the graph was recorded. {_WAY_OUT}")
 
 
-def refuse(reason: str) -> None:
+def refuse(reason: str) -> NoReturn:
     """Raises `GuardError` for another reason than a value."""
     raise GuardError(f"{reason}. {_WAY_OUT}")
 

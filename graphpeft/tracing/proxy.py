@@ -36,6 +36,9 @@ IN_PLACE = {
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
 
+_MAY_BE_NONE = {"grad", "grad_fn", "_base"}
+"""Tensor attributes that only some tensors have."""
+
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
 """Types of attributes that stay proxies, so that they can differ from run to run."""
 
@@ -51,12 +54,15 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if VALUE not in self.node.meta:
-            return super().__getattr__(name)
+            # code compares these with None by identity, which a proxy isn't told
+            return self.tracer.to_bool(self) if name in _MAY_BE_NONE else super().__getattr__(name)
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
+        if name == "grad_fn":
+            return None if self.is_leaf else attribute  # on this a graph can decide
         if name == "_is_param":
             return attribute  # whether it is an nn.Parameter, as its code must find an adapted one to be still
         if isinstance(value, dict) and name in ("items", "values"):

@@ -103,15 +103,19 @@ class Reach:
         unnamed: defaultdict[str, list[Any]] = defaultdict(list)
         while waiting:
             value = waiting.pop()
-            if type(value) in PLAIN or id(value) in seen or (isinstance(value, nn.Module) and value in self._inside):
+            if (
+                type(value) in PLAIN
+                or id(value) in seen
+                or (issubclass(type(value), nn.Module) and value in self._inside)
+            ):
                 continue
             seen[id(value)] = value
             waiting += opened(value, named)[1]
-            if isinstance(value, type) and _is_of_a_user(value):
+            if issubclass(type(value), type) and _is_of_a_user(value):
                 for name, method in _methods(value).items():
                     if name not in named:
                         unnamed[name].append(method)
-            elif isinstance(value, FunctionType) and not is_of_a_library(value.__globals__.get("__name__")):
+            elif issubclass(type(value), FunctionType) and not is_of_a_library(value.__globals__.get("__name__")):
                 new = names_in(value.__code__).read - named
                 named |= new
                 waiting += [method for name in new for method in unnamed.pop(name, ())]
@@ -119,7 +123,7 @@ class Reach:
 
     def _found_from(self, start: Any) -> Iterator[Holder]:
         # many classes have the same bases
-        for base in start.__bases__ if isinstance(start, type) and _is_of_a_user(start) else ():
+        for base in start.__bases__ if issubclass(type(start), type) and _is_of_a_user(start) else ():
             yield from self._beyond(base)
         seen: dict[int, Any] = {}
         waiting = [start]
@@ -127,7 +131,7 @@ class Reach:
             value = waiting.pop()
             if type(value) not in PLAIN and id(value) not in seen:
                 seen[id(value)] = value
-                if not isinstance(value, nn.Module) or value not in self._inside:
+                if not issubclass(type(value), nn.Module) or value not in self._inside:
                     self.has_iterators |= is_iterator(value)
                     holders, further = opened(value, self._named)
                     yield from holders
@@ -165,7 +169,7 @@ def functions_held(module: nn.Module) -> Iterator[FunctionType]:
         if not issubclass(type(value), _MAY_HOLD_FUNCTIONS) or id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, FunctionType):
+        if not issubclass(type(value), FunctionType):
             waiting += opened(value)[1]
         elif not is_of_a_library(value.__module__):
             yield value
@@ -219,7 +223,7 @@ def _opened_class(cls: type, named: Set[str]) -> _Opened:
 def _methods(cls: type) -> dict[str, Any]:
     """Returns the methods and properties of a class that run if they are named; others run by themselves."""
     kinds = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
-    methods = {name: value for name, value in vars(cls).items() if isinstance(value, kinds)}
+    methods = {name: value for name, value in vars(cls).items() if issubclass(type(value), kinds)}
     # modules are there before the forward runs, and so are made by none
     made = issubclass(cls, nn.Module)
     return {name: value for name, value in methods.items() if not _is_special(name) or (made and name == "__init__")}
@@ -253,7 +257,7 @@ def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Glo
     named = [name for name in namespace if name != "__builtins__"] if "globals" in names.read else names.read
     for name in named:
         value = namespace.get(name)
-        if isinstance(value, ModuleType):
+        if issubclass(type(value), ModuleType):
             if not is_of_a_library(value.__name__):
                 yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))
         elif name in namespace:
@@ -263,9 +267,8 @@ def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Glo
 
 def _may_change(named: Global, made: frozenset[str]) -> bool:
     """Tells whether a global is anything but a function or a class that its code gives no other value."""
-    return named.name in made or not isinstance(
-        named.namespace.get(named.name), FunctionType | BuiltinFunctionType | type
-    )
+    kind = type(named.namespace.get(named.name))
+    return named.name in made or not issubclass(kind, FunctionType | BuiltinFunctionType | type)
 
 
 def _is_of_a_user(cls: type) -> bool:

@@ -147,8 +147,10 @@ class Settings:
     @classmethod
     def add(cls, graph: fx.Graph, root: nn.Module, name: str, reads: Reads, unread: list[str], watch: Watch) -> None:
         """Puts settings into an attribute of `root` and a check of them into its graph; arguments as for the class."""
-        setattr(root, name, cls(root, reads, unread, watch))
         read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+        # of some nothing is computed
+        reads = reads._replace(numbers=tuple(path for path in reads.numbers if path in read))
+        setattr(root, name, cls(root, reads, unread, watch))
         with graph.inserting_before(_first(graph)):
             settings = graph.create_node("get_attr", name)
             checked = graph.create_node("call_function", expect_settings, (settings,), name="numbers")
@@ -162,22 +164,36 @@ class Settings:
 
     def __init__(self, root: nn.Module, reads: Reads, unread: list[str], watch: Watch) -> None:
         self.reads = reads
-        self._numbers = [_owner(root, path) for path in reads.numbers]
-        self._unread = [(*_owner(root, path), path) for path in unread]
-        self._watch, self._changes = watch, watch.changes
+        self._root, self._unread_paths, self._watch = root, unread, watch
+        self._find_owners()
+        self._changes = watch.changes
+
+    def _find_owners(self) -> None:
+        """Finds the modules that have the attributes now: somebody may have put others in their places."""
+        self._numbers = [self._owner(path) for path in self.reads.numbers]
+        self._unread = [(*self._owner(path), path) for path in self._unread_paths]
         self._watched: list[_Checked] = []
         self._unwatched: list[_Checked] = []
-        for setting in reads.settings:
-            module, name = _owner(root, setting.path)
-            checked = self._watched if watch.sees(module) else self._unwatched
-            checked.append((module, name, setting))
+        for setting in self.reads.settings:
+            module, name = self._owner(setting.path)
+            # what only a class has may change there
+            is_watched = self._watch.sees(module) and name in vars(module)
+            (self._watched if is_watched else self._unwatched).append((module, name, setting))
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        owner, _, name = path.rpartition(".")
+        try:
+            return self._root.get_submodule(owner), name
+        except AttributeError:
+            guards.refuse(f"the module {owner} is gone, whose {name} was read when the graph was recorded")
 
     def checked(self) -> list[Any]:
         """Returns the numbers; raises GuardError if a setting is another one now, or what isn't read is there."""
-        _check(self._unwatched)
         if self._changes != self._watch.changes:
+            self._find_owners()
             self._check_what_is_watched()
             self._changes = self._watch.changes
+        _check(self._unwatched)
         numbers = [getattr(module, name, None) for module, name in self._numbers]
         for path, number in zip(self.reads.numbers, numbers, strict=True):
             if number is None or isinstance(number, str):
@@ -194,7 +210,7 @@ class Settings:
 def _check(settings: list[_Checked]) -> None:
     for module, name, setting in settings:
         now = getattr(module, name, None)
-        if now is not setting.value and now != setting.value:
+        if not guards.is_same(now, setting.value):
             guards.expect(now, setting.value, f"{setting.path} in {setting.line}")
 
 
@@ -209,8 +225,3 @@ def is_number(node: fx.Node) -> bool:
     """Tells whether a node of a flat graph is a number that a module has."""
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is expect_settings
-
-
-def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    owner, _, name = path.rpartition(".")
-    return root.get_submodule(owner), name

@@ -57,7 +57,7 @@ def uses_in_forward(cls: type) -> Uses:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     for value in _named_in(functions_in_forward(cls), cls):
-        if isinstance(value, operator.attrgetter):
+        if type(value) is operator.attrgetter:
             paths: tuple[str, ...] = value.__reduce__()[1]  # type: ignore[assignment]
             uses.read_elsewhere.update(name for path in paths for name in path.split("."))
     return uses
@@ -71,7 +71,7 @@ def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
         for name in names:
             yield from _members(cls, name, names)
             named = function.__globals__.get(name)
-            yield from (vars(named).get(n) for n in names) if isinstance(named, ModuleType) else (named,)
+            yield from (vars(named).get(n) for n in names) if issubclass(type(named), ModuleType) else (named,)
 
 
 def read_by(function: FunctionType) -> set[str]:
@@ -139,14 +139,15 @@ def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
 
 def _functions_behind(member: Any) -> Iterator[FunctionType]:
     """Yields the functions in Python that run if what a class, a Python module or an object has is read or called."""
-    while not isinstance(member, FunctionType):
-        if isinstance(member, functools.partial | functools.partialmethod | functools.cached_property):
+    # not isinstance, which asks an object of a user's for its __class__
+    while (kind := type(member)) is not FunctionType:
+        if issubclass(kind, functools.partial | functools.partialmethod | functools.cached_property):
             member = member.func
-        elif isinstance(member, staticmethod | classmethod | functools._lru_cache_wrapper):
+        elif issubclass(kind, staticmethod | classmethod | functools._lru_cache_wrapper):
             member = member.__wrapped__
-        elif isinstance(member, MethodType):
+        elif issubclass(kind, MethodType):
             member = member.__func__
-        elif isinstance(member, property):
+        elif issubclass(kind, property):
             member = member.fget
         else:
             return
@@ -192,7 +193,7 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
     found: dict[FunctionType, bool] = {}
     while waiting:
         member, is_named = waiting.pop()
-        is_named &= isinstance(member, FunctionType | functools._lru_cache_wrapper)
+        is_named &= issubclass(type(member), FunctionType | functools._lru_cache_wrapper)
         for function in _functions_behind(member):
             is_known = function in found
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY

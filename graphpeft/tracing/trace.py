@@ -56,14 +56,22 @@ class Place(nn.Module):
     _graphpeft_own_modes: OwnModes | None = None
     _graphpeft_watch: Watch
     _graphpeft_watched: frozenset[str] = frozenset()
+    _graphpeft_of_class: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        is_inside = name in self._modules
         super().__setattr__(name, value)
-        self._note_change(name)
+        self._note_change(name, is_inside or name in self._modules)
 
     def __delattr__(self, name: str) -> None:
+        is_inside = name in self._modules
         super().__delattr__(name)
-        self._note_change(name)
+        self._note_change(name, is_inside)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._graphpeft_of_class:
+            return getattr(self._graphpeft_original_module.cls, name)
+        return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Adds a parameter, as ``nn.Module`` does."""
@@ -75,8 +83,13 @@ class Place(nn.Module):
         super().register_buffer(name, tensor, persistent)
         self._note_change(name)
 
-    def _note_change(self, name: str) -> None:
-        if name in self._graphpeft_watched:
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds a module, as ``nn.Module`` does."""
+        super().add_module(name, module)
+        self._note_change(name, is_module=True)
+
+    def _note_change(self, name: str, is_module: bool = False) -> None:
+        if (is_module and "_graphpeft_watch" in self.__dict__) or name in self._graphpeft_watched:
             self._graphpeft_watch.changes += 1
 
     def train(self, mode: bool = True) -> Any:
@@ -127,6 +140,30 @@ class TracedModel(Place):
     output_head: str | None
     _graphpeft_read_once: tuple[str, ...]
     _graphpeft_frozen: tuple[str, ...]
+
+    def train(self, mode: bool = True) -> Any:
+        """Puts it into training, or into evaluation, as the model does.
+
+        Raises:
+            GuardError: If a flag on which that depends, such as one to freeze layers, is another one since the trace.
+        """
+        self._refuse_other_modes()
+        return super().train(mode)
+
+    def eval(self) -> Any:
+        """Puts it into evaluation, as the model does.
+
+        Raises:
+            GuardError: As `train` does.
+        """
+        self._refuse_other_modes()
+        return super().eval()
+
+    def _refuse_other_modes(self) -> None:
+        # before any of them is changed
+        for path, place in self.named_modules():
+            if isinstance(place, Place) and place._graphpeft_own_modes is not None:
+                place._graphpeft_own_modes.refuse_others(place, path)
 
     @property
     def report(self) -> TraceReport:
@@ -311,7 +348,7 @@ def _add_settings(root: nn.Module, model: nn.Module, graphs: Graphs, reads: list
         owner_path, _, name = path.rpartition(".")
         owner = _container(root, model, owner_path)
         if isinstance(owner, Place):
-            setattr(owner, name, getattr(model.get_submodule(owner_path), name))
+            _have_plain(owner, model.get_submodule(owner_path), name)
     modules = dict(root.named_modules())
     unread = [path for path in read_once if path not in _RESERVED and _is_unread(modules, path)]
     watch = _watching(modules, {*unread, *(setting.path for read in reads for setting in read.settings)})
@@ -321,14 +358,14 @@ def _add_settings(root: nn.Module, model: nn.Module, graphs: Graphs, reads: list
 
 
 def _watching(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Watch:
-    """Returns a watch over attributes of places."""
+    """Returns a watch over attributes of places, and over which modules are inside of them."""
     watch, names = Watch(), dict[str, set[str]]()
     for path in paths:
         owner, _, name = path.rpartition(".")
         names.setdefault(owner, set()).add(name)
-    for owner, watched in names.items():
-        if isinstance(place := modules[owner], Place):
-            place._graphpeft_watch, place._graphpeft_watched = watch, frozenset(watched)
+    for path, place in modules.items():
+        if isinstance(place, Place):
+            place._graphpeft_watch, place._graphpeft_watched = watch, frozenset(names.get(path, ()))
     return watch
 
 
@@ -417,7 +454,15 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str, tensors: dict
     elif name in original._modules:
         owner._modules[name] = _sharing_copy(original.get_submodule(name), tensors)
     else:
-        setattr(owner, name, getattr(original, name))
+        _have_plain(owner, original, name)
+
+
+def _have_plain(place: nn.Module, original: nn.Module, name: str) -> None:
+    """Gives `place` an attribute that `original` has, which may be that of its class."""
+    if isinstance(place, Place) and name not in vars(original):
+        place._graphpeft_of_class |= {name}
+    else:
+        setattr(place, name, getattr(original, name))
 
 
 def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:

@@ -21,7 +21,7 @@ def plain_globals(cls: type) -> dict[str, Any]:
 def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     namespace = function.__globals__
     for name, attribute in _globals_named_in(function.__code__):
-        value = namespace.get(name)
+        value: Any = namespace.get(name)
         file = namespace.get("__name__")
         if issubclass(type(value), ModuleType) and attribute is not None:
             name, value, file = attribute, vars(value).get(attribute), value.__name__

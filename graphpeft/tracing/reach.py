@@ -256,7 +256,7 @@ def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Glo
     names = names_in(code)
     named = [name for name in namespace if name != "__builtins__"] if "globals" in names.read else names.read
     for name in named:
-        value = namespace.get(name)
+        value: Any = namespace.get(name)
         if issubclass(type(value), ModuleType):
             if not is_of_a_library(value.__name__):
                 yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))

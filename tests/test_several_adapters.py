@@ -567,6 +567,24 @@ def test_a_whole_compiled_graph_refuses_rows_of_tasks():
         assert near(found, model(**text(), adapter_names=ROWS).logits, 1e-6)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_rows_of_a_batch_dont_go_on_with_adapters_that_were_merged_or_deleted(compiles: bool):
+    model = mixed_llama(graphpeft)
+    called = torch.compile(model, backend="eager") if compiles else model
+    with torch.no_grad(), model.mixed_batch(ROWS):
+        before = called(**text()).logits
+        model.merge_adapter(["v"])
+        with pytest.raises(Exception, match="given adapters by row, v were merged into the weights"):
+            called(**text())
+        model.unmerge_adapter()
+        assert near(called(**text()).logits, before, 1e-6)
+        model.delete_adapter("w")
+        with pytest.raises(Exception, match="given adapters by row, w were deleted"):
+            called(**text())
+    with torch.no_grad():
+        called(**text(), adapter_names=["u", "v", "u", "v", "__base__"])
+
+
 def test_rows_follow_adapters_that_come_go_and_are_edited():
     model = mixed_llama(graphpeft)
     with torch.no_grad():

@@ -494,3 +494,169 @@ def test_a_float_that_is_no_number_is_the_same_as_another_such():
         module.limit = 0.5
         with pytest.raises(GuardError, match="limit"):
             module(x)
+
+
+# arguments that a call can do without
+
+
+class WithOptions(nn.Module):
+    """Computes with arguments that have defaults of many kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x, scale=2.0, sizes=(1, 2), dtype=torch.float32, table={"k": 3}, *, times=2, phase=1.0):  # noqa: B006
+        y = F.linear(x, self.w) * scale + sizes[0] / sizes[1]
+        return y.to(dtype) * table["k"] ** times + phase
+
+
+OTHERS = {
+    "scale": 0.5,
+    "sizes": (3, 2),
+    "dtype": torch.float64,
+    "table": {"k": 5},
+    "times": 3,
+    "phase": -1.0,
+}
+
+
+def given_example(name):
+    return {"x": X, name: OTHERS[name]}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_argument_than_the_default_of_the_trace_is_refused_or_followed(name):
+    model = WithOptions()
+    base, other = model(X), model(X, **{name: OTHERS[name]})
+    assert not torch.equal(other.to(base.dtype), base)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]))
+    for graph in (trace(model, (X,)), adapted):
+        assert torch.equal(graph(X), base)
+        with pytest.raises(GuardError, match=f"the argument '{name}'"):
+            graph(X, **{name: OTHERS[name]})
+    with_example = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]), example_inputs=given_example(name)
+    )
+    for graph in (trace(model, given_example(name)), with_example):
+        assert torch.equal(graph(X, **{name: OTHERS[name]}), other)
+
+
+def test_a_tensor_in_the_place_of_a_default_is_refused():
+    graph: Any = trace(WithOptions(), (X,))
+    with pytest.raises(GuardError, match="the argument 'scale'"):
+        graph(X, torch.tensor([0.5, 1.0, 1.5, 2.0]))
+
+
+class Upwards(nn.Module):
+    """Tells a layer of PyTorch's the size of its output, as U-Nets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 3, 3, stride=2)
+
+    def forward(self, x):
+        return self.up(x, output_size=[12, 12])
+
+
+def test_a_layer_is_recorded_as_the_example_inputs_of_the_model_call_it():
+    model, x = Upwards(), torch.randn(2, 4, 5, 5)
+    base = model(x)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["up"]), example_inputs=(x,))
+    assert torch.equal(model(x), base)
+
+
+# questions that a value can't answer which isn't known
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+
+class SameObject(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if x.contiguous() is x else 3)
+
+
+class SameDtype(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if x.dtype is torch.float32 else 3)
+
+
+class InTable(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * {3: 5.0}.get(x.shape[0], 9.0)
+
+
+class InText(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if str(x.dtype) == "torch.float32" else 3)
+
+
+class OfKind(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if isinstance(x.shape, tuple) else 3)
+
+
+class HasAttribute(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if hasattr(x, "lengths") else 3)
+
+
+class HasNoGradient(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if x.grad is None else 3)
+
+
+@pytest.mark.parametrize("cls", [SameObject, SameDtype, InTable, InText, OfKind, HasAttribute, HasNoGradient])
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["without inputs", "with inputs"])
+def test_a_fresh_adapter_changes_no_answer_of_an_argument(cls, example_inputs):
+    model = cls()
+    base = model(X)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["w"]), example_inputs=example_inputs)
+    assert torch.equal(model(X), base)
+
+
+# whether parameters are the same
+
+
+class Tied(nn.Module):
+    def __init__(self, is_tied):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        if is_tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        return y * 3 if self.second.weight is self.first.weight else y
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_model_that_asks_whether_weights_are_tied_gets_the_answer(is_tied):
+    model = Tied(is_tied)
+    assert torch.equal(trace(model, (X,), strict=True)(X), model(X))
+
+
+class AmongAll(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if next(self.parameters()) is self.w else 3)
+
+
+def test_a_question_which_of_all_parameters_one_is_is_refused():
+    with pytest.raises(TraceError, match="compares one of all parameters with others by `is`"):
+        trace(AmongAll(), (X,))
+
+
+def test_a_trace_of_a_whole_trace_follows_and_checks():
+    model = nn.Sequential(WithDefaults(), WithDefaults())
+    again: Any = trace(trace(model, (X,)), (X,))
+    assert torch.equal(again(X), model(X))
+    getattr(again, "0").scale = 3.0
+    model[0].scale = 3.0  # type: ignore
+    assert torch.equal(again(X), model(X))
+    getattr(again, "0").is_on = False
+    with pytest.raises(GuardError, match=r"0\.is_on"):
+        again(X)

@@ -133,12 +133,37 @@ class Rows:
     """The rows of the present call.
 
     Attributes:
-        runners: How each region runs, by the id of its module.
         by_count: The adapters of rows, by the number of rows that a tensor may have.
     """
 
-    def __init__(self, runners: Mapping[int, Runner], by_count: dict[int, RowAdapters], adapters: Adapters) -> None:
-        self.runners, self.by_count, self._adapters = runners, by_count, adapters
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        runners: Mapping[int, Runner],
+        by_count: dict[int, RowAdapters],
+        adapters: Adapters,
+    ) -> None:
+        self._names, self._runners, self.by_count, self._adapters = names, runners, by_count, adapters
+
+    @property
+    def runners(self) -> Mapping[int, Runner]:
+        """How each region runs, by the id of its module.
+
+        Raises:
+            AdaptError: If an adapter was merged, or one of these deleted, since the call or its context began.
+        """
+        if self._adapters.merged:
+            self._refuse(self._adapters.merged, "merged into the weights, which all rows share")
+        gone = [name for name in self._names if name not in self._adapters.by_name]
+        if gone:
+            self._refuse(gone, "deleted")
+        return self._runners
+
+    def _refuse(self, names: Sequence[str], how: str) -> None:
+        raise AdaptError(
+            f"since this batch was given adapters by row, {listed(list(names))} were {how}; leave mixed_batch, and "
+            "enter it anew"
+        )
 
     @property
     def are_off(self) -> bool:
@@ -221,7 +246,7 @@ def mixed(
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return taken_along(functools.partial(rows_present, Rows(runners, by_count, adapters)))
+    return taken_along(functools.partial(rows_present, Rows(wanted, runners, by_count, adapters)))
 
 
 def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
@@ -563,7 +588,7 @@ def _in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters
             given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
-            own = Rows(present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
+            own = Rows((), present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
             with taken_along(functools.partial(rows_present, own)):
                 owner = stand_ins.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))

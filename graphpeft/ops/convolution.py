@@ -79,7 +79,8 @@ class Convolution:
             options: Options to have in place of its own.
         """
         x, own = self._operands(x)
-        return self.function(x, weight, **own | options)
+        # not by a call, in which PyTorch looks for numbers in lists
+        return x.tracer.create_proxy("call_function", self.function, (x, weight), {**own, **options})
 
     def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
         """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""

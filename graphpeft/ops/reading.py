@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.node import map_aggregate
 
 from graphpeft import in_place
 from graphpeft.recorded import recorded
@@ -16,8 +17,9 @@ from graphpeft.tracing.settings import is_number
 
 
 def in_graph(value: Any, beside: fx.Proxy) -> Any:
-    """Returns an option of an operation as code on proxies wants it: a number, or a proxy for a node."""
-    return fx.Proxy(value, beside.tracer) if isinstance(value, fx.Node) else value
+    """Returns an option of an operation as code on proxies wants it: numbers, and proxies for nodes."""
+    as_proxy: Any = lambda part: fx.Proxy(part, beside.tracer) if isinstance(part, fx.Node) else part  # noqa: E731
+    return map_aggregate(value, as_proxy)
 
 
 @recorded

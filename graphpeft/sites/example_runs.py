@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.guards import is_same
 from graphpeft.tracing.trace import ExampleInputs, split_inputs
+
+
+class NotReachedError(TraceError):
+    """The example inputs of a model don't reach a module."""
 
 
 class _ReachedError(Exception):
@@ -28,6 +33,24 @@ def inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs
 
     _run_until(model, module, example_inputs, lambda copied: copied.register_forward_pre_hook(stop, with_kwargs=True))
     return seen[0]
+
+
+def inputs_beyond_defaults(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs | None:
+    """Returns what `inputs_of` does if the module is given an argument that it can do without, or None if it isn't."""
+    parameters = inspect.signature(module.forward).parameters
+    optional = {name: p.default for name, p in parameters.items() if p.default is not p.empty or p.kind in _ANY_NUMBER}
+    if not optional:
+        return None
+    try:
+        inputs = inputs_of(model, module, example_inputs)
+    except NotReachedError:
+        return None
+    args, kwargs = split_inputs(inputs)
+    given = inspect.signature(module.forward).bind(*(args or ()), **kwargs).arguments
+    return inputs if any(name in given and not is_same(given[name], optional[name]) for name in optional) else None
+
+
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def call_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
@@ -61,4 +84,4 @@ def _run_until(
         return
     finally:
         hook.remove()
-    raise TraceError("the example inputs don't reach it; pass example_inputs for which the model runs it")
+    raise NotReachedError("the example inputs don't reach it; pass example_inputs for which the model runs it")

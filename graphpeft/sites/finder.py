@@ -531,7 +531,7 @@ class SiteFinder:
 
     def _lift(self, module: nn.Module) -> Template:
         try:
-            return lift(module)
+            template = lift(module)
         except NeedsInputsError:
             # a layer of PyTorch's decides in each call how it computes, as an attention on its fast path, of which a
             # recording would have one way: it runs its own code
@@ -539,6 +539,11 @@ class SiteFinder:
             if self.example_inputs is None or is_of_pytorch:
                 raise
             return lift(module, example_runs.inputs_of(self.modules[""], module, self.example_inputs))
+        if self.example_inputs is None:
+            return template
+        # the graph has the defaults of what the model itself gives
+        inputs = example_runs.inputs_beyond_defaults(self.modules[""], module, self.example_inputs)
+        return template if inputs is None else lift(module, inputs)
 
 
 def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -62,6 +62,9 @@ class Arguments:
                     keywords[name] = value
                 elif name in bound or (self._example is None and parameter.default is parameter.empty):
                     positional.append(value)
+                elif isinstance(value, fx.Proxy):
+                    # the forward isn't given it, and goes on with its own default
+                    self._tracer.decide(value, parameter.default, f"the argument {name!r}")
         return positional, keywords
 
     def _bound(self) -> tuple[dict[str, Any], dict[str, Any]]:

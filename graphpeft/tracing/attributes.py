@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import nn
 from graphpeft import in_place
 from graphpeft.paths import join
 from graphpeft.tracing import guards
+from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import SIMPLE
 from graphpeft.tracing.holders import OfObject
-from graphpeft.tracing.identity_questions import tests_truth_by_identity
+from graphpeft.tracing.identity_questions import compares_objects, tests_truth_by_identity
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -58,6 +60,12 @@ class Watch:
         return module.__dict__.get(WATCH) is self
 
 
+OF_CLASS = "_graphpeft_of_class"
+"""The attribute of a place in a traced model that holds the names of what the class of its module has."""
+
+_NOT_THE_CODES = ("__", "_graphpeft_")
+"""How names begin of attributes that Python or a graph has put there."""
+
 WATCH = "_graphpeft_watch"
 """The attribute of a module that holds its watch."""
 
@@ -74,9 +82,12 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
     def note(module: nn.Module, name: str) -> Any:
         if name == "__dict__" and tracer.is_recording and module in paths:
             _note_dictionary(tracer, paths[module])
-        if name in MACHINERY or name.startswith("__") or not tracer.is_recording or module not in paths:
-            if name in INTERNALS and module is root and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
-                tracer.reads.add(name)
+        if name in MACHINERY or name.startswith(_NOT_THE_CODES) or not tracer.is_recording or module not in paths:
+            if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
+                if module is root:
+                    tracer.reads.add(name)
+                if tracer.is_recording and "param" in name:
+                    _refuse_to_compare(tracer, sys._getframe(1).f_code)
             return look_up(module, name)
         # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
         if module is root:
@@ -84,6 +95,8 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
         try:
             value = look_up(module, name)
         except AttributeError:
+            if name in module.__dict__.get(OF_CLASS, ()):
+                return _noted(tracer, module, name, join(paths[module], name), module.__getattr__(name))
             parameter = module._parameters.get(name)
             if parameter is not None:
                 tracer.looked_up = parameter, join(paths[module], name)
@@ -96,10 +109,21 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
     return note
 
 
+def _refuse_to_compare(tracer: ValueTracer, code: CodeType) -> None:
+    """Raises TraceError if code that takes parameters from where a module has all of them asks which one it has."""
+    if compares_objects(code):
+        message = (
+            f"{guards.deciding_line()} compares one of all parameters with others by `is`, to which a traced value is "
+            "another object; compare their names, or ask for the attribute of the module"
+        )
+        raise tracer.failing(TraceError(message))
+
+
 def _noted(tracer: ValueTracer, module: nn.Module, name: str, path: str, value: Any) -> Any:
     """Returns what the code gets that has read `value`, which the attribute of this name has."""
     is_own = name in module.__dict__
-    if is_plain(value) and (is_own or _is_of_class(type(module), name, value)):
+    is_of_class = name in module.__dict__.get(OF_CLASS, ()) or _is_of_class(type(module), name, value)
+    if is_plain(value) and (is_own or is_of_class):
         # what the forward itself has set is a value of this run
         if is_own and tracer.recording is not None and not tracer.recording.before.has(OfObject(module), name, value):
             return value

@@ -48,7 +48,9 @@ def expect(value: Any, expected: Any, decision: str) -> None:
 
 def is_same(value: Any, expected: Any) -> bool:
     """Tells whether a value is the expected one; a float that is not a number is the same as each other such one."""
-    return value is expected or value == expected or (_is_nan(value) and _is_nan(expected))
+    if value is expected or isinstance(value, torch.Tensor):
+        return value is expected
+    return value == expected or (_is_nan(value) and _is_nan(expected))
 
 
 def _is_nan(value: Any) -> bool:

@@ -18,9 +18,10 @@ from torch import fx, nn
 
 from graphpeft import in_place
 from graphpeft.tracing.attributes import INTERNALS, MACHINERY
-from graphpeft.tracing.errors import TraceError
+from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.globals_read import plain_globals
 from graphpeft.tracing.graph_module import SIMPLE, Template, copy_graph, template_of
+from graphpeft.tracing.identity_questions import tests_identity
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.settings import add_check, settle
 from graphpeft.tracing.source import calls_forward, functions_in_forward
@@ -81,7 +82,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
         return Template((copy_graph(module.graph),), shared=False)
     refuse_what_a_graph_cannot_replace(module)
     cls = in_place.original_class(module)
-    known = _LIFTED.get(cls, [])
+    known = _LIFTED.get(cls, []) if example_inputs is None else []
     found = next((lifted for lifted in known if lifted.holds_for(module)), None)
     if found is None:
         with ONE_TRACE_AT_A_TIME, in_place.without(module, "tensors"):
@@ -116,6 +117,12 @@ def _members(cls: type) -> frozenset[str]:
 
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
+    cls = in_place.original_class(module)
+    if example_inputs is None and _compares_by_identity(cls):
+        raise NeedsInputsError(
+            f"{cls.__name__}'s forward asks whether values are the same object; pass example_inputs: a tuple of "
+            "positional arguments or a dict of keyword arguments of the model"
+        )
     recorded = in_each_mode(
         module, lambda modes: tracer.trace_module(module, module.forward, *split_inputs(example_inputs), modes)
     )
@@ -132,6 +139,12 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(tracer.reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
+
+
+@functools.cache
+def _compares_by_identity(cls: type) -> bool:
+    """Tells whether a forward asks whether values are other objects than None, which no proxy can answer."""
+    return any(tests_identity(function.__code__) for function in functions_in_forward(cls))
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

@@ -36,7 +36,7 @@ IN_PLACE = {
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
 
-_MAY_BE_NONE = {"grad", "grad_fn", "_base"}
+_MAY_BE_NONE = {"grad", "grad_fn", "_base", "names"}
 """Tensor attributes that only some tensors have."""
 
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
@@ -54,8 +54,7 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if VALUE not in self.node.meta:
-            # code compares these with None by identity, which a proxy isn't told
-            return self.tracer.to_bool(self) if name in _MAY_BE_NONE else super().__getattr__(name)
+            return self._attribute_of_a_tensor(name)
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
@@ -83,6 +82,15 @@ class ValueProxy(fx.Proxy):
             return read
         self.tracer.decide(read, attribute)
         return attribute
+
+    def _attribute_of_a_tensor(self, name: str) -> Any:
+        """Returns an attribute of an unknown value, if every tensor has it: code may ask whether others are there."""
+        of_tensors = getattr(torch.Tensor, name, None)
+        if not name.startswith("_") and (of_tensors is None or name in _MAY_BE_NONE):
+            raise self.tracer.undecided()
+        if callable(of_tensors) or name.startswith("_"):
+            return super().__getattr__(name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "requires_grad":
@@ -129,6 +137,8 @@ class ValueProxy(fx.Proxy):
                 self.tracer.check(self, value)
                 self.tracer.has_hashed = True
             return hash(value)
+        if VALUE not in self.node.meta and not guards.is_machinery(sys._getframe(1).f_code.co_filename):
+            raise self.tracer.undecided()
         return super().__hash__()
 
     def __str__(self) -> str:
@@ -142,10 +152,13 @@ class ValueProxy(fx.Proxy):
 
     def _as_text(self, function: Any, *options: str) -> str:
         # names of layers and keys of tables are made of such values; a tensor's text is for a person
-        if self.tracer.is_recording and isinstance(self.node.meta.get(VALUE), _WRITTEN_OUT):
+        is_unknown = VALUE not in self.node.meta
+        if self.tracer.is_recording and (is_unknown or isinstance(self.node.meta[VALUE], _WRITTEN_OUT)):
             asking = sys._getframe(2)
             is_logged = asking.f_globals.get("__name__") in ("logging", "warnings")
             if not is_logged and not only_tells(asking.f_code, asking.f_lineno):
+                if is_unknown and not guards.is_machinery(asking.f_code.co_filename):
+                    raise self.tracer.undecided()
                 return self.tracer.create_proxy("call_function", function, (self, *options), {})
         return fx.Proxy.__repr__(self)
 
@@ -188,6 +201,8 @@ class ValueProxy(fx.Proxy):
         return [self[key] for key in self.keys()]
 
     def __getitem__(self, key: Any) -> Any:
+        if VALUE not in self.node.meta and isinstance(key, str):
+            raise self.tracer.undecided()  # of no tensor, and it may be None
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
     def _decide(self, question: Any) -> Any:

@@ -413,7 +413,10 @@ class ValueTracer(fx.Tracer):
             return attr_val
         # a parameter that several modules have is each one's own weight, which an adapter may change alone
         is_own = self.looked_up is not None and self.looked_up[0] is attr_val and isinstance(attr_val, nn.Parameter)
-        return self.attribute(self.looked_up[1] if self.looked_up is not None and is_own else name)
+        path = self.looked_up[1] if self.looked_up is not None and is_own else name
+        if path != name and compares_objects(guards.deciding_frame().f_code):
+            path = name  # code that asks whether weights are tied gets one proxy for them
+        return self.attribute(path)
 
     def attribute(self, name: str) -> Any:
         """Returns the proxy of the root's attribute at the path `name`, or its value if that is None or a string.

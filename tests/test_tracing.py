@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import logging
 import pickle
 import re
@@ -565,6 +566,21 @@ def test_regions_under_autocast_are_nodes():
     laws.require_equal(traced(X), model(X), "without dead code")
     get_peft_model(traced, LoraConfig(target_modules=["linear"], init_lora_weights=False))
     assert [y.dtype == torch.bfloat16 for y in traced(X)] == [True, False, False]
+
+
+def test_the_graph_of_a_model_takes_the_arguments_of_its_forward():
+    def by_mode(self, ids, scale=2):
+        return self.linear(ids) * scale if self.training else self.linear(ids) / scale
+
+    def in_region(self, ids, scale=2):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.linear(ids) * scale
+
+    for forward in (by_mode, in_region):
+        model = module_of(forward, linear=nn.Linear(8, 8))
+        traced: Any = trace(model, (X, 3))
+        # a Trainer takes the columns of data by these names
+        assert [*inspect.signature(traced.forward).parameters] == ["ids", "scale"]
 
 
 def test_a_run_that_raises_leaves_no_autocast_behind():

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft import in_place, slots
-from graphpeft._torch import OpOverload, empty_graph_like, lines_of_nodes
+from graphpeft._torch import OpOverload, compiler_asks, empty_graph_like, lines_of_nodes
 from graphpeft.tags import TAG
 from graphpeft.tracing.compiling import compiled
 from graphpeft.tracing.regions import closing_regions
@@ -280,7 +280,7 @@ class GraphForward(fx.GraphModule):
         Those of an optimized model can be read, not edited.
         """
         if self._graphpeft_template.shared:
-            if torch.compiler.is_compiling():
+            if compiler_asks():
                 # a compiler looks there for notes of its own, and edits nothing
                 return self._graphpeft_template.graphs
             wear_template(self, self._graphpeft_template.for_edit())

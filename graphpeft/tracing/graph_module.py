@@ -174,7 +174,9 @@ class Template:
             for node in graph.nodes:
                 # example values are fake tensors, which can't be pickled
                 node.meta.pop(VALUE, None)
-        return _unpickled, (graphs, self.shared, None if self.plain is self else self.plain)
+        # PyTorch 2.10 pickles what a node calls for its type
+        types = [[node.type for node in graph.nodes] for graph in graphs]
+        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
 
 
 class _LastUsed:
@@ -230,7 +232,10 @@ def _by_name(target: Any) -> Any:
     return target
 
 
-def _unpickled(graphs: Graphs, shared: bool, plain: Template | None) -> Template:
+def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None) -> Template:
+    for graph, of_nodes in zip(graphs, types, strict=True):
+        for node, of_node in zip(graph.nodes, of_nodes, strict=True):
+            node.type = of_node
     return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
 
 

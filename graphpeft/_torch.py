@@ -29,6 +29,7 @@ from torch import fx, nn
 from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass
 from torch._C import _are_functorch_transforms_active as function_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._guards import TracingContext
 from torch._ops import OpOverload
 from torch._subclasses import fake_tensor
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -56,6 +57,7 @@ __all__ = [
     "autocast_options",  # regions under autocast as nodes
     "call_with_hooks",  # what a call of a module runs, where `fx` exchanges `nn.Module.__call__`
     "checkpoint_module",
+    "compiler_asks",  # what it asks for isn't for an edit
     "compiler_options",  # a trace goes through what was compiled
     "current_function_mode",  # a trace's mode is set aside for what isn't recorded
     "empty_graph_like",  # copies of graphs
@@ -144,6 +146,12 @@ def compiler_options() -> Any:
     With its `error_on_nested_fx_trace` off, what was compiled runs its own code in a trace.
     """
     return sys.modules.get("torch._dynamo.config")
+
+
+def compiler_asks() -> bool:
+    """Tells whether Dynamo, of a model that it compiles, or the code that it compiles asks."""
+    # the former isn't told by `is_compiling` in 2.10
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 # graphs

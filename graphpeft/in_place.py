@@ -157,7 +157,8 @@ def _own(value: Any, original: type) -> Any:
     own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
     own.__kwdefaults__ = value.__kwdefaults__
     functools.update_wrapper(own, value)
-    own.__dict__.pop("__wrapped__")  # it is no wrapper, through which readers of source would look
+    # it wraps what `value` wraps, whose signature it has, but not `value`: readers of source would look through it
+    own.__dict__ = dict(value.__dict__)
     return own
 
 

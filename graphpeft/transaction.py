@@ -80,13 +80,19 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 os.register_at_fork(after_in_child=_LOCKS.clear)
 
 
+def _lock_of(model: nn.Module) -> Any:
+    # one that is there is made no second time, which compiled code can't follow
+    lock = _LOCKS.get(model)
+    return _LOCKS.setdefault(model, threading.RLock()) if lock is None else lock
+
+
 @contextlib.contextmanager
 def transaction(model: nn.Module) -> Iterator[None]:
     """Takes all changes of a context back if it ends with an error; another thread that changes `model` waits.
 
     Transactions can be inside each other: the inner one takes back its own changes, and the outer one all.
     """
-    with _LOCKS.setdefault(model, threading.RLock()):
+    with _lock_of(model):
         journal = _THREAD.journal()
         if journal is None:
             journal = _Journal()

@@ -6,6 +6,7 @@ is expected. The models are here, too, since weights alone need the code of thei
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -124,6 +125,8 @@ def pt2(job: Any) -> Callable[..., Tensor]:
 
 
 def aoti(job: Any) -> Callable[..., Tensor]:
+    # PyTorch 2.10 doesn't import it by itself, and needs it to load a package
+    importlib.import_module("torch._inductor.codecache")
     package: Any = torch._inductor
     model = package.aoti_load_package(job["path"])
     return lambda inputs, adapters, rows: _called(model, job, inputs, _given(job, adapters, rows))

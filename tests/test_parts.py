@@ -285,6 +285,25 @@ def test_a_layer_that_is_no_projection_has_no_parts():
         get_peft_model(vit(), config, example_inputs=PIXELS)
 
 
+class Turned(nn.Module):
+    """Attention that changes some features of its queries and keys, as for positions, and joins them to the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = (torch.cat([part[..., :2], part[..., 2:] * 2], -1) for part in self.qkv(x).chunk(3, -1))
+        return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_pieces_of_a_part_that_are_joined_are_no_scores():
+    model = nn.Sequential(Turned())
+    config = LoraConfig(target_modules=["qkv"], target_parts={"qkv": ["q", "k", "v"]})
+    site: Any = explain(model, config, example_inputs=(torch.randn(2, 3, 8),)).adapted[0].site
+    assert dict(zip("qkv", site.parts, strict=True)) == {"q": ((0, 8),), "k": ((8, 16),), "v": ((16, 24),)}
+
+
 class Reversed(nn.Module):
     """Attention whose scores are keys times queries, turned around afterwards."""
 

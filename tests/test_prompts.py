@@ -614,11 +614,14 @@ def test_a_config_of_pefts_documentation_is_loaded_and_saved_unchanged(tmp_path:
 
 def test_a_prompt_is_nodes_at_the_boundary() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
-    tagged = [node.name for node in model.graph.nodes if TAG in node.meta]
-    assert tagged == [
-        *("past_key_values", "model_embed_tokens", "prompt_embeddings_slot0", "the_given", "absent"),
-        *("embeddings_of", "absent_1", "prepended", "lengthened_for", "checked_positions", "absent_2"),
-        "lengthened_at_first",
+    tagged = [node for node in model.graph.nodes if TAG in node.meta]
+    assert {str(node.target) for node in tagged if node.op == "get_attr"} == {
+        *("model.embed_tokens", "prompt_embeddings_slot0"),
+    }
+    calls = [node.target.__name__ for node in tagged if node.op == "call_function"]
+    # a model that hands on its cache by another argument, as some of Transformers do, has nodes for that, too
+    assert [name for name in calls if name not in ("the_given", "absent")] == [
+        *("embeddings_of", "prepended", "lengthened_for", "checked_positions", "lengthened_at_first"),
     ]
     assert "the model" in str(model.adapter_report())
     with model.disable_adapter():

@@ -453,6 +453,7 @@ def test_rows_in_half_precision_have_scales_of_their_own():
     assert near(found, by_row(model, (x,), names), 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_runs_again_with_the_rows_of_its_first_run(use_reentrant: bool):
     def gradients(checkpoints: bool) -> dict[str, Tensor]:
@@ -460,7 +461,8 @@ def test_a_checkpoint_runs_again_with_the_rows_of_its_first_run(use_reentrant: b
         model.set_adapter(["u", "v", "w"])
         model.train()
         if checkpoints:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            # of this name before Transformers 5.24, where it is deprecated
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         first = model(**text(), adapter_names=ROWS, use_cache=False).logits.square().mean()
         # other rows come, and none, before the backward
@@ -552,9 +554,14 @@ def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
             assert near(found, wanted, 1e-6)
 
 
-def test_a_whole_compiled_graph_refuses_rows_of_tasks():
+@pytest.mark.parametrize("is_compiled_before", [False, True])
+def test_a_whole_compiled_graph_refuses_rows_of_tasks(is_compiled_before: bool):
     model = mixed_llama(graphpeft)
     whole = torch.compile(model, backend="eager", fullgraph=True)
+    if is_compiled_before:
+        with torch.no_grad():
+            model(**text(), adapter_names=ROWS)
+        whole(**text())
 
     async def ask() -> None:
         with model.mixed_batch(ROWS), pytest.raises(Exception, match="pass adapter_names to the"):

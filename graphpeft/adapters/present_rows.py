@@ -44,9 +44,11 @@ class _Thread(threading.local):
         is_shared: Whether any has.
     """
 
-    rows: PresentRows | None = None
-    tasks: int = 0
-    is_shared: bool = False
+    # of the instance, since compiled code doesn't look again at those of its class
+    def __init__(self) -> None:
+        self.rows: PresentRows | None = None
+        self.tasks = 0
+        self.is_shared = False
 
 
 _OF_CONTEXT: ContextVar[PresentRows | None] = ContextVar("graphpeft_rows", default=None)

@@ -123,7 +123,9 @@ def _first_meeting(graph: fx.Graph, scores: fx.Node, ends: list[fx.Node]) -> lis
     """Returns the inputs, in their order, of the first node to which two values come by one input each."""
     for node in graph.nodes:
         sides = [source for source in node.all_input_nodes if len(above(source) & set(ends)) == 1]
-        if len(sides) == 2 and len(ends) == 2:
+        # pieces of one part meet as well, where positions turn some of its features
+        meeting = set().union(*(above(source) & set(ends) for source in sides))
+        if len(sides) == len(meeting) == len(ends) == 2:
             exchanged = [other for other in above(scores) if node in above(other) and _name(other) in _TRANSPOSING]
             return sides if _name(node) in _PRODUCTS and not exchanged else []
     return []

@@ -146,7 +146,7 @@ def _is_array(value: Any) -> bool:
 
 def _is_generator_of_numpy(value: Any) -> bool:
     cls = type(value)
-    return cls.__module__.startswith("numpy.random") and cls.__name__ in _NUMPYS_GENERATORS
+    return cls.__name__ in _NUMPYS_GENERATORS and str(cls.__module__).startswith("numpy.random")
 
 
 def _bits(generator: Any) -> Any:

@@ -39,5 +39,6 @@ def detached(value: Any, *given: Any) -> Any:
     """
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", detached, (value, *given), {})
-    handed_on = {id(leaf) for leaf in pytree.tree_leaves(given)}
-    return pytree.tree_map_only(torch.Tensor, lambda x: x if id(x) in handed_on else x.detach(), value)
+    # by comparison, since a compiler may not follow the id of a tensor
+    leaves = pytree.tree_leaves(given)
+    return pytree.tree_map_only(torch.Tensor, lambda x: x if any(x is y for y in leaves) else x.detach(), value)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft import in_place, slots
-from graphpeft._torch import OpOverload, empty_graph_like, lines_of_nodes
+from graphpeft._torch import OpOverload, compiler_asks, empty_graph_like, lines_of_nodes
 from graphpeft.tags import TAG
 from graphpeft.tracing.compiling import compiled
 from graphpeft.tracing.regions import closing_regions
@@ -174,7 +174,9 @@ class Template:
             for node in graph.nodes:
                 # example values are fake tensors, which can't be pickled
                 node.meta.pop(VALUE, None)
-        return _unpickled, (graphs, self.shared, None if self.plain is self else self.plain)
+        # PyTorch 2.10 pickles what a node calls for its type
+        types = [[node.type for node in graph.nodes] for graph in graphs]
+        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
 
 
 class _LastUsed:
@@ -230,7 +232,10 @@ def _by_name(target: Any) -> Any:
     return target
 
 
-def _unpickled(graphs: Graphs, shared: bool, plain: Template | None) -> Template:
+def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None) -> Template:
+    for graph, of_nodes in zip(graphs, types, strict=True):
+        for node, of_node in zip(graph.nodes, of_nodes, strict=True):
+            node.type = of_node
     return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
 
 
@@ -280,7 +285,7 @@ class GraphForward(fx.GraphModule):
         Those of an optimized model can be read, not edited.
         """
         if self._graphpeft_template.shared:
-            if torch.compiler.is_compiling():
+            if compiler_asks():
                 # a compiler looks there for notes of its own, and edits nothing
                 return self._graphpeft_template.graphs
             wear_template(self, self._graphpeft_template.for_edit())

@@ -279,12 +279,16 @@ def _root(cls: type) -> str:
     return str(cls.__module__).partition(".")[0]
 
 
-def is_of_a_library(python_module: str | None) -> bool:
+def is_of_a_library(python_module: Any) -> bool:
     """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes.
 
     Such is each installed package that defines no modules of models, such as one for symbolic mathematics.
+
+    Args:
+        python_module: The ``__module__`` of a class or function. Some classes, as that of Cython's functions, have a
+            member of their instances there, which names none.
     """
-    root = (python_module or "").partition(".")[0]
+    root = python_module.partition(".")[0] if isinstance(python_module, str) else ""
     return root in _LIBRARIES or (_is_installed(root) and root not in _defining_modules(len(sys.modules)))
 
 

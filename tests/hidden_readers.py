@@ -206,7 +206,8 @@ class ByTheGetterOfTheClass(Reader):
 
 class ByNameOfMethod(Reader):
     def forward(self, x):
-        return F.linear(x, self.inner.__getattr__("weight"), self.inner.__getattr__("bias"))
+        get = self.inner.__getattr__
+        return F.linear(x, get("weight"), get("bias"))  # type: ignore
 
 
 class ByGetParameter(Reader):

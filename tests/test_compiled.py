@@ -230,7 +230,8 @@ def forward_of_a_part(self: nn.Sequential, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("wrap", [torch.compile, nn.Module.compile], ids=["wrapped", "own"])
 def test_a_module_inside_that_was_compiled_before_has_what_adapters_make_of_it(wrap: Callable[..., Any]) -> None:
     child: Any = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
-    model, x = nn.Sequential(nn.Linear(6, 6), wrap(child, backend="eager") or child).eval(), torch.randn(3, 6)
+    model: Any = nn.Sequential(nn.Linear(6, 6), wrap(child, backend="eager") or child).eval()
+    x = torch.randn(3, 6)
     base = model(x)
     options: dict[str, Any] = {"r": 2, "target_modules": r".*\.1$", "init_lora_weights": False}
     get_peft_model(model, LoraConfig(lora_alpha=5, **options))

@@ -907,6 +907,24 @@ def test_what_is_merged_already_is_told_when_others_are_merged_for_good():
         assert near(output(model.merge_and_unload(adapter_names=["v"]), text()), both, 1e-5)
 
 
+def test_adapters_are_not_changed_while_their_modules_are_elsewhere():
+    options: dict[str, Any] = {"target_modules": ["0", "2"], "init_lora_weights": False}
+    model: Any = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    base = model(x)
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, **options))
+    adapted = model(x)
+    model.insert(0, torch.nn.Identity())
+    for change in (model.unload, lambda: model.set_adapter([]), lambda: model.disable_adapter().__enter__()):
+        with pytest.raises(AdaptError, match="'default' acts on 1, 3, which had another place in the model"):
+            change()
+        assert torch.equal(model(x), adapted)
+    del model[0]
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+    assert torch.equal(model.unload()(x), base)
+
+
 # deleted, loaded
 
 

@@ -13,6 +13,7 @@ from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.paths import join, within
 from graphpeft.plan import AdaptError
+from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.graph_module import Graphs, Template, names_in_slots, template_of
@@ -63,6 +64,8 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     leaving = [name for name in adapters.slots if name not in kept]
     coming = [name for name in seats if name not in kept]
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
+    for name in leaving:
+        _refuse_moved(name, regions[name], modules)
     templates: dict[str, Template | None] = {}
     # the last one first, so that each step back is one that was taken
     for name in reversed(leaving):
@@ -86,6 +89,19 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
         region: None if region in adapters.lifted and template and template.shared and not template.slots else template
         for region, template in templates.items()
     }
+
+
+def _refuse_moved(name: str, regions: Iterable[str], modules: Modules) -> None:
+    """Raises AdaptError if a module in whose graph an adapter acts has another path than it had when it was adapted."""
+    if all(name in names_in_slots(modules[region]).values() for region in regions):
+        return
+    elsewhere = modules.keys() - set(regions)
+    moved = sorted(path for path in elsewhere if name in names_in_slots(modules[path]).values())
+    if moved:
+        raise AdaptError(
+            f"adapter {name!r} acts on {listed(moved)}, which had another place in the model when it was adapted; put "
+            "that back before you change what acts, and move it afterwards"
+        )
 
 
 def by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[AdaptedSite]]:

@@ -580,6 +580,11 @@ class SameObject(Asking):
         return F.linear(x, self.w) * (2 if x.contiguous() is x else 3)
 
 
+class NeedsNoGradient(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if x.requires_grad is False else 3)
+
+
 class SameDtype(Asking):
     def forward(self, x):
         return F.linear(x, self.w) * (2 if x.dtype is torch.float32 else 3)
@@ -610,7 +615,9 @@ class HasNoGradient(Asking):
         return F.linear(x, self.w) * (2 if x.grad is None else 3)
 
 
-@pytest.mark.parametrize("cls", [SameObject, SameDtype, InTable, InText, OfKind, HasAttribute, HasNoGradient])
+@pytest.mark.parametrize(
+    "cls", [SameObject, NeedsNoGradient, SameDtype, InTable, InText, OfKind, HasAttribute, HasNoGradient]
+)
 @pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["without inputs", "with inputs"])
 def test_a_fresh_adapter_changes_no_answer_of_an_argument(cls, example_inputs):
     model = cls()

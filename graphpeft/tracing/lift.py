@@ -21,7 +21,7 @@ from graphpeft.tracing.attributes import INTERNALS, MACHINERY
 from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.globals_read import plain_globals
 from graphpeft.tracing.graph_module import SIMPLE, Template, copy_graph, template_of
-from graphpeft.tracing.identity_questions import tests_identity
+from graphpeft.tracing.identity_questions import compares_objects
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.settings import add_check, settle
 from graphpeft.tracing.source import calls_forward, functions_in_forward
@@ -143,8 +143,8 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 
 @functools.cache
 def _compares_by_identity(cls: type) -> bool:
-    """Tells whether a forward asks whether values are other objects than None, which no proxy can answer."""
-    return any(tests_identity(function.__code__) for function in functions_in_forward(cls))
+    """Tells whether a forward asks whether values are the same object, which no proxy can answer."""
+    return any(compares_objects(function.__code__) for function in functions_in_forward(cls))
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

@@ -90,6 +90,8 @@ class ValueProxy(fx.Proxy):
             raise self.tracer.undecided()
         if callable(of_tensors) or name.startswith("_"):
             return super().__getattr__(name)
+        if tests_identity(guards.deciding_frame().f_code):
+            raise self.tracer.undecided()  # it may be True or False
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:

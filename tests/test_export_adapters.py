@@ -369,6 +369,9 @@ def test_disabled_adapters_are_left_out(tmp_path):
     model.disable_adapters()
     graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2")
     assert close(program(tmp_path / "m.pt2")(HAND_WRITTEN.tensor()), HAND_WRITTEN.output(HAND_WRITTEN.base()))
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "baked.pt2", adapters="baked")
+    held = torch.export.load(tmp_path / "baked.pt2")
+    assert not any("lora_" in name for name in (*held.state_dict, *held.constants))
     with pytest.raises(ExportError, match="none act"):
         graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
 

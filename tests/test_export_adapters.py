@@ -376,6 +376,15 @@ def test_disabled_adapters_are_left_out(tmp_path):
         graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
 
 
+@pytest.mark.parametrize("way", ["inputs", "rows", "baked", "merged"])
+def test_an_export_leaves_which_parameters_are_trained(way, tmp_path):
+    model = HAND_WRITTEN.adapted()
+    model.set_adapter("second")
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters=way)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+
+
 # compiled
 
 

@@ -577,6 +577,7 @@ def test_pefts_attention_with_dropout_loads_for_inference_alone(tmp_path: Path) 
         graphpeft.PeftModel.from_pretrained(DROPPING.build(), tmp_path, is_trainable=True)
     with pytest.raises(graphpeft.AdaptError, match="was loaded for inference and can't be trained"):
         model.set_adapter("default")
+    assert model.peft_config["default"].inference_mode
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.set_adapter("default", inference_mode=True)
     assert_same_outputs(model, theirs, DROPPING)

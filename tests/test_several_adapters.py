@@ -532,6 +532,20 @@ def test_rows_of_one_task_are_not_those_of_another():
             assert equal(found, wanted)
 
 
+def test_rows_of_a_task_are_those_of_the_context_around_after_one_inside_was_left():
+    model = mixed_llama(graphpeft)
+    with torch.no_grad():
+        expected = model(**text(), adapter_names=ROWS).logits
+
+        async def answer() -> Tensor:
+            with model.mixed_batch(ROWS):
+                with model.mixed_batch(ROWS[::-1]):
+                    model(**text())
+                return model(**text()).logits
+
+        assert torch.equal(asyncio.run(answer()), expected)
+
+
 def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
     model, plain = mixed_llama(graphpeft), mixed_llama(graphpeft)
     compiled = torch.compile(model, backend="eager")
@@ -611,6 +625,33 @@ def test_rows_follow_adapters_that_come_go_and_are_edited():
     model.set_adapter("u")
     model.unload()
     assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
+
+
+def test_rows_have_the_targets_of_an_adapter_that_was_deleted_and_came_again():
+    base = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    model = with_adapters(graphpeft, base, *[{"r": rank, "target_modules": ["0"]} for rank in (4, 2, 2)])
+    x, batches = torch.randn(2, 6), [["v", "__base__"], ["__base__", "w"]]
+    with torch.no_grad():
+        model(x, adapter_names=["v", "w"])
+        model.delete_adapter("v")
+        model.add_adapter("v", graphpeft.LoraConfig(r=3, target_modules=["2"], init_lora_weights=False))
+        found = [model(x, adapter_names=names) for names in batches]
+    for names, result in zip(batches, found, strict=True):
+        assert equal(result, by_row(model, (x,), names))
+
+
+def test_rows_follow_a_graph_that_was_edited():
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["0"]} for rank in (2, 3)]
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), *options)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        before = model(x, adapter_names=["u", "v"])
+        graph = model[0].graph
+        result = next(node for node in graph.nodes if node.op == "output")
+        with graph.inserting_before(result):
+            result.args = (graph.call_function(torch.neg, result.args),)
+        model[0].recompile()
+        assert torch.equal(model(x, adapter_names=["u", "v"]), -before)
 
 
 WITH_TENSORS_OF_THEIR_OWN: list[dict[str, Any]] = [
@@ -820,6 +861,16 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
         model.unmerge_adapter()
     model.set_adapter(["u", "v"])
     assert torch.equal(output(model, text()), both)
+
+
+def test_adapters_are_merged_in_the_order_in_which_they_act():
+    targets: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 4} | targets, {"r": 2, "use_dora": True} | targets)
+    model.set_adapter(["u", "v"])
+    both = output(model, text())
+    model.merge_adapter(["v", "u"])
+    assert model.merged_adapters == ["u", "v"]
+    assert near(output(model, text()), both, 1e-5)
 
 
 def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():

@@ -649,6 +649,19 @@ def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) ->
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+def test_a_table_comes_back_if_its_adapter_is_deleted_while_another_is_merged_into_it(tmp_path: Path) -> None:
+    theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model: Any = graphpeft.PeftModel.from_pretrained(resized(1), tmp_path)
+    model.add_adapter("other", graphpeft.LoraConfig(r=3, target_modules=["embed_tokens"], init_lora_weights=False))
+    model.set_adapter("other")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="other are merged, and unmerged before"):
+        model.delete_adapter("default")
+    assert model.merged_adapters == []
+    assert torch.equal(model.get_input_embeddings().weight, resized(1).get_input_embeddings().weight)
+
+
 def test_a_table_of_another_precision_is_the_models(tmp_path: Path) -> None:
     theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)

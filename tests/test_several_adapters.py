@@ -654,6 +654,18 @@ def test_rows_follow_a_graph_that_was_edited():
         assert torch.equal(model(x, adapter_names=["u", "v"]), -before)
 
 
+def test_rows_that_run_in_turn_have_the_adapter_of_a_model_inside():
+    inner = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), {"r": 2, "target_modules": ["0"]}, names="i")
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["0.0"], "init_lora_weights": "olora"}]
+    options += [{"r": 3, "target_modules": ["0.0"]}]
+    model = with_adapters(graphpeft, nn.Sequential(inner), *options)
+    x, names = torch.randn(3, 4), ["v", "__base__", "u"]
+    expected = by_row(model, (x,), names)
+    with torch.no_grad():
+        assert equal(model(x, adapter_names=names), expected)
+        assert equal(expected[1:2], inner(x[1:2]))
+
+
 WITH_TENSORS_OF_THEIR_OWN: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "up_proj", "model.norm"]},

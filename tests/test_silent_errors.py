@@ -936,8 +936,8 @@ def test_a_bias_of_b_is_not_merged_into_one_of_two_biases():
             super().__init__(4, 3)
             self.gate = nn.Parameter(torch.randn(3))
 
-        def forward(self, x):
-            return F.linear(x, self.weight, self.bias) * F.linear(x, self.weight, self.gate)
+        def forward(self, input):
+            return F.linear(input, self.weight, self.bias) * F.linear(input, self.weight, self.gate)
 
     model: Any = get_peft_model(nn.Sequential(Gated()), lora("0", lora_bias=True))
     with pytest.raises(AdaptError, match="no bias of its own, into which that of lora_bias could go"):
@@ -946,8 +946,8 @@ def test_a_bias_of_b_is_not_merged_into_one_of_two_biases():
 
 def test_a_convolution_in_groups_is_refused_where_its_weight_is_changed_before_it_is_used():
     class Centred(nn.Conv1d):
-        def forward(self, x):
-            return F.conv1d(x, self.weight - self.weight.mean(), self.bias, groups=self.groups)
+        def forward(self, input):
+            return F.conv1d(input, self.weight - self.weight.mean(), self.bias, groups=self.groups)
 
     with pytest.raises(AdaptError, match="its features are in 2 groups"):
         get_peft_model(nn.Sequential(Centred(4, 6, 3, groups=2)), lora("0"))

@@ -259,8 +259,10 @@ def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: A
         copied = copying(model)
     assert_is(model, with_adapter("a"))
     assert_is(copied, BASE)
+    copied.set_adapter("b")
+    assert_is(copied, BASE)
     copied.enable_adapters()
-    assert_is(copied, with_adapter("a"))
+    assert_is(copied, with_adapter("b"))
 
 
 # forwards that are set on modules later

@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from models import CLASSES, VOCABULARY, Example, bert_config, call, llama_config, output, result
+from models import CACHE, CLASSES, VOCABULARY, Example, bert_config, call, llama_config, output, result
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -872,6 +872,18 @@ def test_on_half_precision_dtypes_are_pefts_and_numbers_but_for_roundings(
             assert difference(tensor.float(), wanted[name].float()) <= torch.finfo(dtype).eps, name
 
 
+def test_a_change_in_half_precision_is_rounded_as_pefts_before_it_is_merged() -> None:
+    lora: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": ["0"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(40, 30)).bfloat16()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora), autocast_adapter_dtype=False)
+    perturb(theirs)
+    model: Any = graphpeft.get_peft_model(base, graphpeft.LoraConfig(**lora), autocast_adapter_dtype=False)
+    graphpeft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs))
+    merged = model.merge_and_unload().state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in theirs.merge_and_unload().state_dict().items())
+
+
 # replicated layers
 
 
@@ -905,6 +917,24 @@ def test_copies_and_generation_of_replicated_layers(example: Example) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with_cache = model.generate(inputs, use_cache=True, **options)
     assert with_cache.tolist() == model.generate(inputs, use_cache=False, **options).tolist()
+
+
+def test_replicated_layers_keep_what_each_has_seen_in_a_cache() -> None:
+    model: Any = graphpeft.get_peft_model(untied_llama(), replicating([(0, 2), (0, 2)]))
+    perturb(model)
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model(ids[:, :-1], use_cache=True).past_key_values
+        last = model(ids[:, -1:], **{CACHE: seen}).logits
+        assert difference(last, model(ids, use_cache=False).logits[:, -1:]) <= 1e-5
+
+
+def test_replicated_layers_keep_the_kinds_of_those_that_they_replicate() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    base: Any = transformers.LlamaForCausalLM(llama_config())
+    base.config.layer_types = kinds
+    model: Any = graphpeft.get_peft_model(base, replicating([(1, 2), (0, 2)]))
+    assert model.config.layer_types == [kinds[1], kinds[0], kinds[1]]
 
 
 def replicating(pairs: Any) -> graphpeft.LoraConfig:

@@ -588,6 +588,36 @@ def test_a_whole_compiled_graph_refuses_rows_of_tasks(is_compiled_before: bool):
         assert near(found, model(**text(), adapter_names=ROWS).logits, 1e-6)
 
 
+def test_a_compiled_model_has_the_rows_of_the_context_around_after_one_inside_was_left():
+    model = with_adapters(
+        graphpeft, nn.Sequential(nn.Linear(4, 3)), *[{"r": r, "target_modules": ["0"]} for r in (2, 3)]
+    )
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x, adapter_names=["v", "__base__"])
+        with model.mixed_batch(["v", "__base__"]):
+            with model.mixed_batch(["u", "v"]):
+                compiled(x)
+            assert near(compiled(x), expected, 1e-6)
+
+
+def test_a_whole_compiled_graph_refuses_rows_of_tasks_as_long_as_one_has_any():
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), {"r": 2, "target_modules": ["0"]})
+    whole, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(2, 4)
+
+    async def leave() -> None:
+        with model.mixed_batch(["u", "__base__"]):
+            pass
+
+    async def answer() -> None:
+        with model.mixed_batch(["__base__", "u"]):
+            await asyncio.create_task(leave())
+            with pytest.raises(Exception, match="can't tell the rows of one asyncio task from those of another"):
+                whole(x)
+
+    asyncio.run(answer())
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 def test_rows_of_a_batch_dont_go_on_with_adapters_that_were_merged_or_deleted(compiles: bool):
     model = mixed_llama(graphpeft)

@@ -353,3 +353,12 @@ def test_a_mapping_of_names_is_of_regular_expressions(tmp_path: Path):
     adapted().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'\(' in key_mapping is not a regular expression"):
         PeftModel.from_pretrained(MLP.build(), tmp_path, key_mapping={"(": ""})
+
+
+def test_an_unloaded_model_trains_what_it_trained_before() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"])).unload()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

@@ -243,6 +243,15 @@ def test_rows_have_the_base_where_adapters_are_disabled() -> None:
         assert torch.equal(model(X), mixed)
 
 
+def test_rows_of_an_adapter_that_cannot_be_mixed_have_the_base_where_it_is_disabled() -> None:
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, token_dim=6, prompt_scope="0")
+    model: Any = graphpeft.get_peft_model(base(), config)
+    with pytest.raises(AdaptError, match="can't be one of several in a batch"):
+        model(X[None], adapter_names=["default"])
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(X[None], adapter_names=["default"])[0], BASE)
+
+
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: Any) -> None:
     model = adapted()
@@ -250,8 +259,10 @@ def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: A
         copied = copying(model)
     assert_is(model, with_adapter("a"))
     assert_is(copied, BASE)
+    copied.set_adapter("b")
+    assert_is(copied, BASE)
     copied.enable_adapters()
-    assert_is(copied, with_adapter("a"))
+    assert_is(copied, with_adapter("b"))
 
 
 # forwards that are set on modules later

@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from models import CLASSES, VOCABULARY, Example, bert_config, call, llama_config, output, result
+from models import CACHE, CLASSES, VOCABULARY, Example, bert_config, call, llama_config, output, result
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -577,6 +577,7 @@ def test_pefts_attention_with_dropout_loads_for_inference_alone(tmp_path: Path) 
         graphpeft.PeftModel.from_pretrained(DROPPING.build(), tmp_path, is_trainable=True)
     with pytest.raises(graphpeft.AdaptError, match="was loaded for inference and can't be trained"):
         model.set_adapter("default")
+    assert model.peft_config["default"].inference_mode
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.set_adapter("default", inference_mode=True)
     assert_same_outputs(model, theirs, DROPPING)
@@ -646,6 +647,19 @@ def test_tables_in_a_file_are_the_models_while_the_adapter_is(tmp_path: Path) ->
     assert difference(output(merged, inputs), output(theirs, inputs)) <= 1e-6
     model.unload()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_table_comes_back_if_its_adapter_is_deleted_while_another_is_merged_into_it(tmp_path: Path) -> None:
+    theirs: Any = graphpeft.get_peft_model(resized(0), graphpeft.LoraConfig(r=2))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model: Any = graphpeft.PeftModel.from_pretrained(resized(1), tmp_path)
+    model.add_adapter("other", graphpeft.LoraConfig(r=3, target_modules=["embed_tokens"], init_lora_weights=False))
+    model.set_adapter("other")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="other are merged, and unmerged before"):
+        model.delete_adapter("default")
+    assert model.merged_adapters == []
+    assert torch.equal(model.get_input_embeddings().weight, resized(1).get_input_embeddings().weight)
 
 
 def test_a_table_of_another_precision_is_the_models(tmp_path: Path) -> None:
@@ -858,6 +872,18 @@ def test_on_half_precision_dtypes_are_pefts_and_numbers_but_for_roundings(
             assert difference(tensor.float(), wanted[name].float()) <= torch.finfo(dtype).eps, name
 
 
+def test_a_change_in_half_precision_is_rounded_as_pefts_before_it_is_merged() -> None:
+    lora: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": ["0"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(40, 30)).bfloat16()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**lora), autocast_adapter_dtype=False)
+    perturb(theirs)
+    model: Any = graphpeft.get_peft_model(base, graphpeft.LoraConfig(**lora), autocast_adapter_dtype=False)
+    graphpeft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs))
+    merged = model.merge_and_unload().state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in theirs.merge_and_unload().state_dict().items())
+
+
 # replicated layers
 
 
@@ -891,6 +917,24 @@ def test_copies_and_generation_of_replicated_layers(example: Example) -> None:
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with_cache = model.generate(inputs, use_cache=True, **options)
     assert with_cache.tolist() == model.generate(inputs, use_cache=False, **options).tolist()
+
+
+def test_replicated_layers_keep_what_each_has_seen_in_a_cache() -> None:
+    model: Any = graphpeft.get_peft_model(untied_llama(), replicating([(0, 2), (0, 2)]))
+    perturb(model)
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model(ids[:, :-1], use_cache=True).past_key_values
+        last = model(ids[:, -1:], **{CACHE: seen}).logits
+        assert difference(last, model(ids, use_cache=False).logits[:, -1:]) <= 1e-5
+
+
+def test_replicated_layers_keep_the_kinds_of_those_that_they_replicate() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    base: Any = transformers.LlamaForCausalLM(llama_config())
+    base.config.layer_types = kinds
+    model: Any = graphpeft.get_peft_model(base, replicating([(1, 2), (0, 2)]))
+    assert model.config.layer_types == [kinds[1], kinds[0], kinds[1]]
 
 
 def replicating(pairs: Any) -> graphpeft.LoraConfig:

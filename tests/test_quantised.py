@@ -291,6 +291,15 @@ def test_a_layer_without_a_gradient_for_its_input_is_warned_of():
         )
 
 
+def test_of_weights_of_one_class_the_one_that_hands_no_gradient_on_is_warned_of():
+    weight_alone, inputs_too = (
+        by_torchao(kind)() for kind in (Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig)
+    )
+    model = nn.Sequential(weight_alone.get_submodule("0"), nn.Tanh(), inputs_too.get_submodule("0"))
+    with pytest.warns(UserWarning, match=r"no gradient goes through a Linear, such as 2, to what is in front of it"):
+        get_peft_model(model, LoraConfig(target_modules=["0", "2"]))
+
+
 def test_a_quantised_embedding_is_refused_by_name():
     model = nn.Sequential(Embedding8bit(20, 8)).to("cpu")
     report = explain(model, LoraConfig(target_modules=["0"]), example_inputs=(torch.randint(0, 20, (2, 3)),))

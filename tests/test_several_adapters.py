@@ -532,6 +532,20 @@ def test_rows_of_one_task_are_not_those_of_another():
             assert equal(found, wanted)
 
 
+def test_rows_of_a_task_are_those_of_the_context_around_after_one_inside_was_left():
+    model = mixed_llama(graphpeft)
+    with torch.no_grad():
+        expected = model(**text(), adapter_names=ROWS).logits
+
+        async def answer() -> Tensor:
+            with model.mixed_batch(ROWS):
+                with model.mixed_batch(ROWS[::-1]):
+                    model(**text())
+                return model(**text()).logits
+
+        assert torch.equal(asyncio.run(answer()), expected)
+
+
 def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
     model, plain = mixed_llama(graphpeft), mixed_llama(graphpeft)
     compiled = torch.compile(model, backend="eager")
@@ -574,6 +588,36 @@ def test_a_whole_compiled_graph_refuses_rows_of_tasks(is_compiled_before: bool):
         assert near(found, model(**text(), adapter_names=ROWS).logits, 1e-6)
 
 
+def test_a_compiled_model_has_the_rows_of_the_context_around_after_one_inside_was_left():
+    model = with_adapters(
+        graphpeft, nn.Sequential(nn.Linear(4, 3)), *[{"r": r, "target_modules": ["0"]} for r in (2, 3)]
+    )
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x, adapter_names=["v", "__base__"])
+        with model.mixed_batch(["v", "__base__"]):
+            with model.mixed_batch(["u", "v"]):
+                compiled(x)
+            assert near(compiled(x), expected, 1e-6)
+
+
+def test_a_whole_compiled_graph_refuses_rows_of_tasks_as_long_as_one_has_any():
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), {"r": 2, "target_modules": ["0"]})
+    whole, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(2, 4)
+
+    async def leave() -> None:
+        with model.mixed_batch(["u", "__base__"]):
+            pass
+
+    async def answer() -> None:
+        with model.mixed_batch(["__base__", "u"]):
+            await asyncio.create_task(leave())
+            with pytest.raises(Exception, match="can't tell the rows of one asyncio task from those of another"):
+                whole(x)
+
+    asyncio.run(answer())
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 def test_rows_of_a_batch_dont_go_on_with_adapters_that_were_merged_or_deleted(compiles: bool):
     model = mixed_llama(graphpeft)
@@ -611,6 +655,45 @@ def test_rows_follow_adapters_that_come_go_and_are_edited():
     model.set_adapter("u")
     model.unload()
     assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
+
+
+def test_rows_have_the_targets_of_an_adapter_that_was_deleted_and_came_again():
+    base = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    model = with_adapters(graphpeft, base, *[{"r": rank, "target_modules": ["0"]} for rank in (4, 2, 2)])
+    x, batches = torch.randn(2, 6), [["v", "__base__"], ["__base__", "w"]]
+    with torch.no_grad():
+        model(x, adapter_names=["v", "w"])
+        model.delete_adapter("v")
+        model.add_adapter("v", graphpeft.LoraConfig(r=3, target_modules=["2"], init_lora_weights=False))
+        found = [model(x, adapter_names=names) for names in batches]
+    for names, result in zip(batches, found, strict=True):
+        assert equal(result, by_row(model, (x,), names))
+
+
+def test_rows_follow_a_graph_that_was_edited():
+    options: list[dict[str, Any]] = [{"r": rank, "target_modules": ["0"]} for rank in (2, 3)]
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), *options)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        before = model(x, adapter_names=["u", "v"])
+        graph = model[0].graph
+        result = next(node for node in graph.nodes if node.op == "output")
+        with graph.inserting_before(result):
+            result.args = (graph.call_function(torch.neg, result.args),)
+        model[0].recompile()
+        assert torch.equal(model(x, adapter_names=["u", "v"]), -before)
+
+
+def test_rows_that_run_in_turn_have_the_adapter_of_a_model_inside():
+    inner = with_adapters(graphpeft, nn.Sequential(nn.Linear(4, 3)), {"r": 2, "target_modules": ["0"]}, names="i")
+    options: list[dict[str, Any]] = [{"r": 2, "target_modules": ["0.0"], "init_lora_weights": "olora"}]
+    options += [{"r": 3, "target_modules": ["0.0"]}]
+    model = with_adapters(graphpeft, nn.Sequential(inner), *options)
+    x, names = torch.randn(3, 4), ["v", "__base__", "u"]
+    expected = by_row(model, (x,), names)
+    with torch.no_grad():
+        assert equal(model(x, adapter_names=names), expected)
+        assert equal(expected[1:2], inner(x[1:2]))
 
 
 WITH_TENSORS_OF_THEIR_OWN: list[dict[str, Any]] = [
@@ -820,6 +903,16 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
         model.unmerge_adapter()
     model.set_adapter(["u", "v"])
     assert torch.equal(output(model, text()), both)
+
+
+def test_adapters_are_merged_in_the_order_in_which_they_act():
+    targets: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 4} | targets, {"r": 2, "use_dora": True} | targets)
+    model.set_adapter(["u", "v"])
+    both = output(model, text())
+    model.merge_adapter(["v", "u"])
+    assert model.merged_adapters == ["u", "v"]
+    assert near(output(model, text()), both, 1e-5)
 
 
 def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():

@@ -176,6 +176,23 @@ def test_a_weight_whose_result_goes_nowhere_is_refused():
         get_peft_model(nn.Sequential(module_of(forward, w=weight())), lora("w"))
 
 
+def test_a_weight_whose_result_is_written_into_the_output_is_adapted():
+    def forward(self, x):
+        out = torch.empty_like(x)
+        out.copy_(F.linear(x, self.w))
+        return out
+
+    assert_adapted_truly(nn.Sequential(module_of(forward, w=weight())), "w")
+
+
+def test_a_weight_of_convolutions_in_different_groups_is_adapted_in_all_of_them():
+    def forward(self, x):
+        return F.conv1d(x[:, :2], self.w) * F.conv1d(x, self.w, groups=3)
+
+    model = nn.Sequential(module_of(forward, w=nn.Parameter(torch.randn(9, 2, 4))))
+    assert_adapted_truly(model, "w", inputs=(torch.randn(5, 6, 7),))
+
+
 @pytest.mark.parametrize("fast_path", [True, False])
 def test_layers_that_torch_reads_without_calling_them_are_adapted_in_what_reads_them(fast_path):
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
@@ -902,6 +919,38 @@ def test_embeddings_with_options_are_merged_rightly_or_not_at_all(options):
     else:
         adapted = model(ids)
         laws.require_close(model.merge_and_unload()(ids), adapted, 1e-6, "merged and adapted")
+
+
+def test_a_table_that_only_its_second_use_shortens_is_refused():
+    def forward(self, ids):
+        return F.embedding(ids, self.w) + F.embedding(ids + 1, self.w, max_norm=0.5)
+
+    model = nn.Sequential(module_of(forward, w=nn.Parameter(torch.randn(8, 4))))
+    with pytest.raises(AdaptError, match="shortened to max_norm"):
+        get_peft_model(model, lora("w"))
+
+
+def test_a_bias_of_b_is_not_merged_into_one_of_two_biases():
+    class Gated(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.gate = nn.Parameter(torch.randn(3))
+
+        def forward(self, input):
+            return F.linear(input, self.weight, self.bias) * F.linear(input, self.weight, self.gate)
+
+    model: Any = get_peft_model(nn.Sequential(Gated()), lora("0", lora_bias=True))
+    with pytest.raises(AdaptError, match="no bias of its own, into which that of lora_bias could go"):
+        model.merge_and_unload()
+
+
+def test_a_convolution_in_groups_is_refused_where_its_weight_is_changed_before_it_is_used():
+    class Centred(nn.Conv1d):
+        def forward(self, input):
+            return F.conv1d(input, self.weight - self.weight.mean(), self.bias, groups=self.groups)
+
+    with pytest.raises(AdaptError, match="its features are in 2 groups"):
+        get_peft_model(nn.Sequential(Centred(4, 6, 3, groups=2)), lora("0"))
 
 
 def test_a_method_that_the_forward_does_not_call_is_warned_of():

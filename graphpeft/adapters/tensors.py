@@ -129,7 +129,7 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
             assert table is not None
             place = path, stand_ins.rows(name)
             first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
-            made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast), copy=True))
+            made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]
     return made

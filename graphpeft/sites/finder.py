@@ -18,7 +18,7 @@ from graphpeft.sites import example_runs
 from graphpeft.sites.gradient_flow import flow_of
 from graphpeft.sites.layer_kinds import declared_features, declares_features, kind_of_layer
 from graphpeft.sites.parts import Runs, parts_found
-from graphpeft.sites.quantised import described, is_quantised
+from graphpeft.sites.quantised import described, is_quantised, way_of_computing
 from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
@@ -313,9 +313,10 @@ class SiteFinder:
         return flow_of(module, declared_features(module)[0], site.dtype).to_weight
 
     def hands_gradients_on(self, site: LeafSite) -> bool:
-        """Tells whether the call of a layer has a gradient for what it is given; one of each class is asked."""
+        """Tells whether the call of a layer has a gradient for what it is given; one of each kind is asked."""
         module = self.modules[site.owner]
-        key = (stands_for(module), site.quantised)
+        weight = module._parameters.get("weight")
+        key = (stands_for(module), None if weight is None else way_of_computing(weight))
         if key not in self._hands_on:
             self._hands_on[key] = flow_of(module, site.in_features, site.dtype).to_input
         return self._hands_on[key]

@@ -27,6 +27,13 @@ def described(weight: torch.Tensor) -> str:
     return str(weight.dtype) if type(weight) in _PLAIN else f"{type(weight).__name__}"
 
 
+def way_of_computing(weight: torch.Tensor) -> str:
+    """Returns what it depends on how a weight computes: its class, and what that says of it beside its tensors."""
+    # torchao has one class for layers whose inputs are quantised, too, and for those whose weight alone is
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    return described(weight) if flatten is None else f"{described(weight)} {flatten()[1]}"
+
+
 @functools.cache
 def _computes_by_itself(cls: type[torch.Tensor]) -> bool:
     """Tells whether a class of tensors has a way of its own to compute with them."""

@@ -307,3 +307,9 @@ class Read(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.linear(x), self.w)
+
+
+def test_names_of_rows_are_checked_while_adapters_are_disabled_too():
+    model = adapted()
+    with model.disable_adapter(), pytest.raises(AdaptError, match="has no adapter 'x'"):
+        model(X, adapter_names=["a", "x", "b"])

@@ -235,12 +235,13 @@ def mixed(
     """
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
-    if adapters.are_off:
-        return contextlib.nullcontext()
     names = tuple(names)
     if not names:
         raise ValueError("adapter_names is empty; name one adapter for each row of the batch")
-    _refuse(adapters, names)
+    _refuse_unknown(adapters, names)
+    if adapters.are_off:
+        return contextlib.nullcontext()
+    _refuse_merged(adapters)
     wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
     runners = _runners(modules, adapters, wanted)
     by_count = {len(names): RowAdapters(names, adapters)}
@@ -249,10 +250,13 @@ def mixed(
     return taken_along(functools.partial(rows_present, Rows(wanted, runners, by_count, adapters)))
 
 
-def _refuse(adapters: Adapters, names: tuple[str, ...]) -> None:
+def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:
     unknown = adapter_names.unknown([name for name in names if name != BASE], adapters.by_name)
     if unknown is not None:
         raise AdaptError(f"{unknown}; it has {sorted(adapters.by_name)}, and {BASE!r}")
+
+
+def _refuse_merged(adapters: Adapters) -> None:
     if adapters.merged:
         raise AdaptError(
             f"{listed(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"

@@ -149,8 +149,8 @@ def compiler_options() -> Any:
 
 
 def compiler_asks() -> bool:
-    """Tells whether Dynamo, of a model that it compiles, or the code that it compiles asks."""
-    # the former isn't told by `is_compiling` in 2.10
+    """Tells whether the caller is Dynamo, or code that Dynamo compiles."""
+    # in 2.10, `is_compiling` is False while Dynamo itself looks at a model
     return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 

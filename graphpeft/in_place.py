@@ -152,7 +152,7 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
 def _own(value: Any, original: type) -> Any:
     if not isinstance(value, types.FunctionType):
         return value
-    # the compiler takes code of one place and name for one function, and its sizes for those of one model
+    # torch.compile keeps sizes of inputs by the file, line and name of the code, so the name has to differ, too
     code = value.__code__.replace(co_name=f"{value.__code__.co_name} of {original.__name__}")
     own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
     own.__kwdefaults__ = value.__kwdefaults__

@@ -341,6 +341,7 @@ def test_what_is_no_regular_expression_of_pythons_is_refused(pattern: str) -> No
 
 PATTERNS = [
     "a{5000}",
+    r"layers\.\d+\.[a-z]{500,2000}",
     *(pattern for pattern in targets.DEFAULT_TARGET_MODULES.values() if isinstance(pattern, str)),
     r".*\.layers\.(\d+)\.self_attn\.(q|v)_proj",
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",

@@ -82,11 +82,9 @@ def test_the_demo_adapts_three_models_to_what_they_have_not_seen(monkeypatch, ca
 
 def test_what_is_shipped_serves_each_adapter_with_one_session_that_knows_no_pytorch(monkeypatch):
     ship = load_demo(monkeypatch, "ship")
-    # the first weights are others in each version of PyTorch, and after fewer steps some models read nothing yet
-    monkeypatch.setattr(ship, "STEPS", 180)
     shipped = ship.main()
     base = shipped.accuracies["base"]
-    assert base["upright"] > 0.5
+    assert base["upright"] > 0.7
     for task in ship.TURNED:
         assert shipped.accuracies[task][task] > base[task] + 0.2
     assert all(one.difference <= 1e-4 for one in shipped.report.checked)

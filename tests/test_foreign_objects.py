@@ -74,7 +74,7 @@ class Lazy:
     """Loads what it stands for when it is asked for any attribute; here it can't."""
 
     @property
-    def __dict__(self) -> Any:  # type: ignore
+    def __dict__(self) -> Any:  # type: ignore[override]  # a property in its place is the case
         raise RuntimeError("not loaded")
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +111,7 @@ class OutOfContext:
     """Stands for an object that isn't there now, as werkzeug's LocalProxy does."""
 
     @property
-    def __class__(self):  # type: ignore[override]
+    def __class__(self):  # type: ignore[override]  # a property in its place is the case
         raise RuntimeError("working outside of the context")
 
 

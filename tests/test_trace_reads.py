@@ -506,6 +506,7 @@ class WithOptions(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
 
+    # a default that can change is one of the cases
     def forward(self, x, scale=2.0, sizes=(1, 2), dtype=torch.float32, table={"k": 3}, *, times=2, phase=1.0):  # noqa: B006
         y = F.linear(x, self.w) * scale + sizes[0] / sizes[1]
         return y.to(dtype) * table["k"] ** times + phase
@@ -610,13 +611,18 @@ class HasAttribute(Asking):
         return F.linear(x, self.w) * (2 if hasattr(x, "lengths") else 3)
 
 
+class IsNoView(Asking):
+    def forward(self, x):
+        return F.linear(x, self.w) * (2 if x._base is None else 3)
+
+
 class HasNoGradient(Asking):
     def forward(self, x):
         return F.linear(x, self.w) * (2 if x.grad is None else 3)
 
 
 @pytest.mark.parametrize(
-    "cls", [SameObject, NeedsNoGradient, SameDtype, InTable, InText, OfKind, HasAttribute, HasNoGradient]
+    "cls", [SameObject, NeedsNoGradient, SameDtype, InTable, InText, OfKind, HasAttribute, HasNoGradient, IsNoView]
 )
 @pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["without inputs", "with inputs"])
 def test_a_fresh_adapter_changes_no_answer_of_an_argument(cls, example_inputs):
@@ -658,11 +664,11 @@ def test_a_question_which_of_all_parameters_one_is_is_refused():
 
 
 def test_a_trace_of_a_whole_trace_follows_and_checks():
-    model = nn.Sequential(WithDefaults(), WithDefaults())
+    model: Any = nn.Sequential(WithDefaults(), WithDefaults())
     again: Any = trace(trace(model, (X,)), (X,))
     assert torch.equal(again(X), model(X))
     getattr(again, "0").scale = 3.0
-    model[0].scale = 3.0  # type: ignore
+    model[0].scale = 3.0
     assert torch.equal(again(X), model(X))
     getattr(again, "0").is_on = False
     with pytest.raises(GuardError, match=r"0\.is_on"):

@@ -1,7 +1,7 @@
-"""Lets modules whose weights adapters are merged into refuse other weights, which unmerging would lose.
+"""Refuses to load other weights into modules whose weights hold merged adapters, since unmerging would lose them.
 
-The model's own ``load_state_dict`` looks before it loads anything. But PyTorch loads module by module, so that of a
-module around the model, or of one inside, asks each module alone.
+``load_state_dict`` of the adapted model checks all weights before it loads one. ``load_state_dict`` of a module around
+the model, or inside of it, calls ``_load_from_state_dict`` of each module, which checks the weights of that module.
 """
 
 from __future__ import annotations

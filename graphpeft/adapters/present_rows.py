@@ -44,7 +44,7 @@ class _Thread(threading.local):
         is_shared: Whether any has.
     """
 
-    # of the instance, since compiled code doesn't look again at those of its class
+    # attributes of the instance: Dynamo has no guards for those of the class
     def __init__(self) -> None:
         self.rows: PresentRows | None = None
         self.tasks = 0

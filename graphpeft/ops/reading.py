@@ -18,7 +18,10 @@ from graphpeft.tracing.settings import is_number
 
 def in_graph(value: Any, beside: fx.Proxy) -> Any:
     """Returns an option of an operation as code on proxies wants it: numbers, and proxies for nodes."""
-    as_proxy: Any = lambda part: fx.Proxy(part, beside.tracer) if isinstance(part, fx.Node) else part  # noqa: E731
+
+    def as_proxy(part: Any) -> Any:
+        return fx.Proxy(part, beside.tracer) if isinstance(part, fx.Node) else part
+
     return map_aggregate(value, as_proxy)
 
 

@@ -114,8 +114,8 @@ class Pattern:
 
 def _states(pattern: str) -> float:
     """Returns a bound of the number of states, as if all repetitions were inside of each other."""
-    counts = (float(count) for found in _COUNT.finditer(pattern) for count in found.groups() if count)
-    return len(pattern) * math.prod(max(count, 1) for count in counts)
+    most = (max(float(count or 1) for count in found.groups()) for found in _COUNT.finditer(pattern))
+    return len(pattern) * math.prod(max(count, 1) for count in most)
 
 
 class _Time:

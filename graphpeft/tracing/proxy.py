@@ -86,7 +86,7 @@ class ValueProxy(fx.Proxy):
     def _attribute_of_a_tensor(self, name: str) -> Any:
         """Returns an attribute of an unknown value, if every tensor has it: code may ask whether others are there."""
         of_tensors = getattr(torch.Tensor, name, None)
-        if not name.startswith("_") and (of_tensors is None or name in _MAY_BE_NONE):
+        if name in _MAY_BE_NONE or (of_tensors is None and not name.startswith("_")):
             raise self.tracer.undecided()
         if callable(of_tensors) or name.startswith("_"):
             return super().__getattr__(name)

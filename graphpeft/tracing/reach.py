@@ -103,19 +103,16 @@ class Reach:
         unnamed: defaultdict[str, list[Any]] = defaultdict(list)
         while waiting:
             value = waiting.pop()
-            if (
-                type(value) in PLAIN
-                or id(value) in seen
-                or (issubclass(type(value), nn.Module) and value in self._inside)
-            ):
+            kind = type(value)  # isinstance asks an object of a user's for its __class__
+            if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and value in self._inside):
                 continue
             seen[id(value)] = value
             waiting += opened(value, named)[1]
-            if issubclass(type(value), type) and _is_of_a_user(value):
+            if issubclass(kind, type) and _is_of_a_user(value):
                 for name, method in _methods(value).items():
                     if name not in named:
                         unnamed[name].append(method)
-            elif issubclass(type(value), FunctionType) and not is_of_a_library(value.__globals__.get("__name__")):
+            elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
                 new = names_in(value.__code__).read - named
                 named |= new
                 waiting += [method for name in new for method in unnamed.pop(name, ())]

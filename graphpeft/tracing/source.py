@@ -58,8 +58,8 @@ def uses_in_forward(cls: type) -> Uses:
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     for value in _named_in(functions_in_forward(cls), cls):
         if type(value) is operator.attrgetter:
-            paths: tuple[str, ...] = value.__reduce__()[1]  # type: ignore[assignment]
-            uses.read_elsewhere.update(name for path in paths for name in path.split("."))
+            reduced: Any = value.__reduce__()
+            uses.read_elsewhere.update(name for path in reduced[1] for name in path.split("."))
     return uses
 
 

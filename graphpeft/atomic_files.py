@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -122,36 +122,43 @@ def waiting(place: Path, name: str) -> list[Path]:
     return sorted(place.glob(f"{_PREFIX}*/new/{name}"))
 
 
-def read_one(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]], T]) -> T:
-    """Reads a file that may be replaced meanwhile, by a function that opens it more than once.
+def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]) -> T:
+    """Reads files that may be replaced meanwhile, by a function that opens them one after the other, or one twice.
 
     Args:
-        path: The file.
-        read: The function; it is called again if it may have seen two files.
+        paths: The files.
+        read: The function; it is called again if one of them was replaced since it began.
 
     Returns:
-        What it returns for one file.
+        What it returns for files that lay there all at one time.
+
+    Raises:
+        OSError: If a file can't be opened, or they are replaced as often as the function is called.
     """
     for _ in range(_READS):
-        # as long as it is open, no other file can be the same for the system
-        with open(path, "rb") as opened:
+        with contextlib.ExitStack() as stack:
+            # as long as it is open, no other file can be the same for the system
+            opened = [stack.enter_context(open(path, "rb")) for path in paths]
             try:
-                found = read(path)
+                found = read()
             except Exception:
-                if _is_there(opened, path):
+                if _are_there(opened, paths):
                     raise
             else:
-                if _is_there(opened, path):
+                if _are_there(opened, paths):
                     return found
-    raise OSError(errno.EAGAIN, "it is replaced again and again, and can't be read between", str(path))
+    names = " and ".join(str(path) for path in paths)
+    raise OSError(errno.EAGAIN, "replaced again and again, and can't be read between", names)
 
 
 _READS = 1000
-"""How often a file is read that is another one afterwards."""
+"""How often files are read that are other ones afterwards."""
 
 
-def _is_there(opened: BinaryIO, path: str | os.PathLike[str]) -> bool:
-    return os.path.samestat(os.fstat(opened.fileno()), os.stat(path))
+def _are_there(opened: Sequence[BinaryIO], paths: Sequence[str | os.PathLike[str]]) -> bool:
+    return all(
+        os.path.samestat(os.fstat(file.fileno()), os.stat(path)) for file, path in zip(opened, paths, strict=True)
+    )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +23,9 @@ from torch import nn
 from graphpeft import stand_ins
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.atomic_files import waiting
+from graphpeft.atomic_files import read_together, waiting
 from graphpeft.config import PeftConfig
-from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
+from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
 from graphpeft.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.paths import join
 from graphpeft.report import listed
@@ -488,10 +487,10 @@ class SavedAdapter(NamedTuple):
 
 
 def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any) -> SavedAdapter:
-    """Reads an adapter's config and its tensors.
+    """Reads an adapter's config and its tensors, which lay there at one time.
 
-    Two files can't take their places at once. A reader who finds one alone there reads the other from where its writer
-    has it, who may have been ended, or reads again.
+    Two files can't take their places at once, so one of them may be the other's successor: then the writer, who may
+    have been ended, has the config of the tensors in a folder of its own.
 
     Args:
         path_or_repo: A folder, or a repository on the Hub.
@@ -503,25 +502,23 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
         CheckpointError: If one is damaged.
         ValueError: As `PeftConfig.from_pretrained`.
     """
-    saved = _look(path_or_repo, use_safetensors, hub_options)
-    for wait in _WAITS:
-        if saved.is_of_one_save:
-            break
-        time.sleep(wait)
-        saved = _look(path_or_repo, use_safetensors, hub_options)
-    return saved
+    config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+    weights = adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options)
+    try:
+        return read_together([config, weights], lambda: _read_both(config, weights, use_safetensors))
+    except OSError as error:
+        raise unreadable(error.filename, error) from error
 
 
-def _look(path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]) -> SavedAdapter:
-    """Reads an adapter's config and its tensors, which may be of two saves."""
-    config = PeftConfig.from_pretrained(path_or_repo, **hub_options)
-    tensors, metadata = _read(path_or_repo, use_safetensors, hub_options)
+def _read_both(config_file: str, weights: str, use_safetensors: bool) -> SavedAdapter:
+    config = PeftConfig.from_file(config_file)
+    tensors, metadata = _read(weights, use_safetensors)
     digest, operations = metadata.get(_DIGEST), _operations_in(metadata)
     if digest in (None, config.digest()):
         return SavedAdapter(config, tensors, operations=operations)
-    for file in waiting(Path(path_or_repo, hub_options.get("subfolder") or ""), CONFIG_NAME):
+    for file in waiting(Path(config_file).parent, CONFIG_NAME):
         with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
-            ready = PeftConfig.from_pretrained(file.parent)
+            ready = PeftConfig.from_file(file)
             if digest == ready.digest():
                 return SavedAdapter(ready, tensors, operations=operations)
     return SavedAdapter(config, tensors, is_of_one_save=False)
@@ -535,22 +532,20 @@ def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:
     return found if isinstance(found, dict) else {}  # they only explain an error
 
 
-_WAITS = (0.01, 0.03, 0.1, 0.3)
-"""How many seconds a reader waits before each further look; a writer is done in some milliseconds."""
-
-
 def load(
     path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
 ) -> dict[str, torch.Tensor]:
     """Reads an adapter's tensors alone; arguments and errors as for `read`."""
-    return _read(path_or_repo, use_safetensors, hub_options)[0]
+    return _read(adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options), use_safetensors)[0]
 
 
-def _read(
-    path_or_repo: str | os.PathLike[str], use_safetensors: bool, hub_options: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+def _weights_name(use_safetensors: bool) -> str:
+    return WEIGHTS_NAME if use_safetensors else PICKLED_WEIGHTS_NAME
+
+
+def _read(path: str, use_safetensors: bool) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Returns an adapter's tensors, and what else the file says of them."""
     if not use_safetensors:
-        return read_pickle(adapter_file(path_or_repo, PICKLED_WEIGHTS_NAME, **hub_options)), {}
-    saved = read_safetensors(adapter_file(path_or_repo, WEIGHTS_NAME, **hub_options))
+        return read_pickle(path), {}
+    saved = read_safetensors(path)
     return saved.tensors, saved.metadata

@@ -371,7 +371,15 @@ class PeftConfig:
             FileNotFoundError: If there is no such file.
             CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
         """
-        path = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+        return cls.from_file(adapter_file(path_or_repo, CONFIG_NAME, **hub_options))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:
+        """Reads a file that holds a config.
+
+        Raises:
+            CheckpointError: As for `from_pretrained`.
+        """
         values = read_json(path)
         try:
             return cls.from_dict(values)

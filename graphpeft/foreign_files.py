@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from graphpeft.atomic_files import read_one
+from graphpeft.atomic_files import read_together
 from graphpeft.wording import shortened
 
 _MOST_BYTES = 8 * 2**20
@@ -47,7 +47,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         size = Path(path).stat().st_size
         text = Path(path).read_text(encoding="utf-8") if size <= _MOST_BYTES else None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} isn't JSON: {error}. Copy it anew, or write it in UTF-8.") from error
     if text is None:
@@ -67,7 +67,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
+def unreadable(path: str | os.PathLike[str] | None, error: OSError) -> CheckpointError:
+    """Returns the error for a file that the system doesn't give."""
     return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
@@ -116,10 +117,10 @@ def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
         CheckpointError: If it can't be read, or isn't such a file.
     """
     try:
-        found = read_one(path, _opened)
+        found = read_together([path], lambda: _opened(path))
         return found._replace(tensors=_checked(found.tensors, path))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         # dtypes that PyTorch hasn't, or not as a whole, are errors of other kinds
         raise CheckpointError(
@@ -149,7 +150,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     # of a damaged pickle, the functions that it names get any arguments, and raise whatever they do
     except Exception as error:
         raise CheckpointError(

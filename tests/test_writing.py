@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -121,18 +122,50 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) 
     path = tmp_path / "file"
     path.write_text("old")
 
-    def read_twice(name: str | os.PathLike[str]) -> str:
-        first = Path(name).read_text()
+    def read_twice() -> str:
+        first = path.read_text()
         if first == "old":
             (tmp_path / "other").write_text("new")
             os.replace(tmp_path / "other", path)
-        second = Path(name).read_text()
+        second = path.read_text()
         assert first == second
         return first
 
-    assert atomic_files.read_one(str(path), read_twice) == "new"
+    assert atomic_files.read_together([path], read_twice) == "new"
     with pytest.raises(ZeroDivisionError):
-        atomic_files.read_one(str(path), lambda _: 1 // 0)
+        atomic_files.read_together([path], lambda: 1 // 0)
+
+
+def test_an_adapter_that_is_saved_again_whenever_its_config_was_read_is_found_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = adapted("a"), adapted("b")
+    a.save_pretrained(tmp_path)
+    saves = itertools.chain([b, a] * 10)
+    read_safetensors = checkpoint.read_safetensors
+
+    def save_and_read(path: str) -> Any:
+        for model in itertools.islice(saves, 1):
+            model.save_pretrained(tmp_path)
+        return read_safetensors(path)
+
+    monkeypatch.setattr(checkpoint, "read_safetensors", save_and_read)
+    assert found_in(tmp_path) == "a"
+
+
+def test_files_that_are_replaced_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("a")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(atomic_files, "_READS", 3)
+    read_safetensors = checkpoint.read_safetensors
+
+    def save_and_read(path: str) -> Any:
+        model.save_pretrained(tmp_path)
+        return read_safetensors(path)
+
+    monkeypatch.setattr(checkpoint, "read_safetensors", save_and_read)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json.* can't be read: replaced again and again"):
+        checkpoint.read(tmp_path)
 
 
 # errors

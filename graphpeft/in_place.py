@@ -177,7 +177,8 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 
 def original_class(module: nn.Module) -> type:
     """Returns the class that `module` had before it was dressed."""
-    return vars(type(module)).get("_graphpeft_original", type(module))
+    cls = type(module)
+    return vars(cls).get("_graphpeft_original", cls)
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
@@ -187,12 +188,13 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
         RuntimeError: If somebody else has exchanged the class of a dressed module since.
     """
     cls = type(module)
-    if "_graphpeft_layers" not in vars(cls) and hasattr(cls, "_graphpeft_layers"):
+    own = vars(cls).get("_graphpeft_layers")
+    if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
             "parametrizations do; take that off first, or do it before adapting"
         )
-    return vars(cls).get("_graphpeft_layers", ())
+    return own or ()
 
 
 def put_on(module: nn.Module, layer: Layer) -> None:

@@ -18,10 +18,14 @@ from graphpeft import in_place, stand_ins
 
 def add(module: nn.Module, names: Collection[str]) -> None:
     """Lets a module save and load tensors of adapters, by their names, if its class doesn't."""
-    cls: Any = in_place.original_class(module)
-    methods = ("_save_to_state_dict", "_load_from_state_dict")
-    if any(getattr(cls, method) is not getattr(nn.Module, method) for method in methods):
+    if _has_own_way(in_place.original_class(module)):
         in_place.put_on(module, _layer(tuple(dict.fromkeys((*_names(module), *names)))))
+
+
+@functools.lru_cache(maxsize=256)
+def _has_own_way(cls: Any) -> bool:
+    methods = ("_save_to_state_dict", "_load_from_state_dict")
+    return any(getattr(cls, method) is not getattr(nn.Module, method) for method in methods)
 
 
 def discard(module: nn.Module, names: Collection[str]) -> None:

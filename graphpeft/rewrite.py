@@ -199,9 +199,9 @@ class AdaptedSite(NamedTuple):
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     @property
-    def stems(self) -> Mapping[str, str]:
-        """The names of these attributes without that of the adapter, likewise."""
-        return {name: f"{self.site.prefix}{name}" for name in self.names}
+    def stems(self) -> set[str]:
+        """The names of these attributes without that of the adapter."""
+        return {f"{self.site.prefix}{name}" for name in self.names}
 
     def in_slot(self, slot: int) -> Mapping[str, str]:
         """Returns the names of these attributes in graphs, where the adapter has a slot; likewise."""

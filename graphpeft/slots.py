@@ -13,7 +13,7 @@ import functools
 import operator
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -86,19 +86,16 @@ def slot_of(name: str) -> int:
     return int(name.rpartition("_slot")[2])
 
 
-def taken(module: nn.Module, stems: Collection[str]) -> str | None:
-    """Returns an attribute of a module's own whose name is that of one of `stems` in some slot, or None."""
+def names_like_slots(module: nn.Module) -> list[tuple[str, str]]:
+    """Returns the attributes of a module's own whose names are like those in slots, with their stems."""
     held = (module.__dict__, module._parameters, module._buffers, module._modules)
     own = [name for names in held for name in names if "_slot" in name]
-    for name in (*own, *_like_slots(in_place.original_class(module))):
-        found = _IN_SLOT.fullmatch(name)
-        if found is not None and found["stem"] in stems:
-            return name
-    return None
+    found = [(name, _IN_SLOT.fullmatch(name)) for name in (*own, *_of_class(in_place.original_class(module)))]
+    return [(name, match["stem"]) for name, match in found if match is not None]
 
 
 @functools.lru_cache(maxsize=256)
-def _like_slots(cls: type) -> tuple[str, ...]:
+def _of_class(cls: type) -> tuple[str, ...]:
     return tuple(filter(_IN_SLOT.fullmatch, dir(cls)))
 
 

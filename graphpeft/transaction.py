@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -151,6 +151,14 @@ def set_item(of: dict[Any, Any], key: Any, value: Any) -> None:
     if journal is not None and not journal.knows(of):
         journal.undo.append((of.__setitem__, (key, of[key])) if key in of else (of.pop, (key, None)))
     of[key] = value
+
+
+def set_items(of: dict[Any, Any], items: Mapping[Any, Any]) -> None:
+    """Sets items of a dictionary."""
+    journal = _THREAD.journal()
+    if items and journal is not None and not journal.knows(of):
+        journal.restore_by(_refill, of, dict(of))
+    of.update(items)
 
 
 def delete_item(of: dict[Any, Any], key: Any) -> None:

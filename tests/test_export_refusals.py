@@ -57,6 +57,23 @@ def test_an_export_leaves_the_model_as_it_is(way, tmp_path):
     assert model.active_adapters == ["first"]
 
 
+class DrawsInEvaluation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.linear(x), 0.5, training=True)
+
+
+def test_an_export_of_a_model_that_draws_random_numbers_leaves_the_generator_as_it_is(tmp_path):
+    model: Any = graphpeft.get_peft_model(DrawsInEvaluation(), graphpeft.LoraConfig(target_modules=["linear"]))
+    x = torch.randn(2, 4)
+    generator = torch.get_rng_state()
+    graphpeft.export(model, (x,), tmp_path / "m.pt2", check=False)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
 def test_no_random_numbers_are_drawn_for_files_of_adapters(tmp_path):
     model, base, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.base(), HAND_WRITTEN.example()
     generator = torch.get_rng_state()

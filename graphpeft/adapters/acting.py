@@ -32,6 +32,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     for region in templates:
         forget_kept_forward(modules[region], region)
     _read_by_slots(modules, adapters, seats)
+    seated = {slot: name for name, slot in seats.items()}
     worn = {
         region: template and passes.optimized(template, modules[region], adapters.passes).template
         for region, template in templates.items()
@@ -40,7 +41,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
         if template is None:
             in_place.take_off(modules[region], "graph")
         else:
-            wear_template(modules[region], template, _names_in_slots(modules[region], adapters, seats))
+            wear_template(modules[region], template, names_of_others(modules[region], adapters) | seated)
     keep_padded(modules, worn)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
@@ -88,10 +89,6 @@ def _read_by_slots(modules: Modules, adapters: Adapters, seats: Mapping[str, int
         there = slots.read_in(modules[path]) if others else {}
         kept = {alias: own for alias, own in there.items() if slots.slot_of(alias) in others}
         slots.read(modules[path], kept | names[path])
-
-
-def _names_in_slots(module: nn.Module, adapters: Adapters, seats: Mapping[str, int]) -> dict[int, str]:
-    return names_of_others(module, adapters) | {slot: name for name, slot in seats.items()}
 
 
 def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

@@ -48,8 +48,11 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
 
 def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:
     """Returns the adapters in slots of a module's graph that are those of another model."""
+    names = names_in_slots(module)
+    if not names:
+        return {}
     own = set(adapters.slots.values())
-    return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
+    return {slot: name for slot, name in names.items() if slot not in own}
 
 
 def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Modules) -> dict[str, Template | None]:

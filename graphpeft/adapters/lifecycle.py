@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,7 +23,18 @@ from graphpeft.plan import AdaptError, Plan
 from graphpeft.report import listed
 from graphpeft.rewrite import AdaptedSite
 from graphpeft.tracing.graph_module import template_of, wear_template
-from graphpeft.transaction import at_end_of, delete_item, remember, set_attribute, set_item, transaction, undone_by
+from graphpeft.transaction import (
+    at_end_of,
+    delete_item,
+    remember,
+    set_attribute,
+    set_item,
+    set_items,
+    transaction,
+    undone_by,
+)
+
+T = TypeVar("T")
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -45,19 +56,18 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if _has(modules[path], attribute):
             where = path or "the model"
             raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
-    for path, stems in _stems(plan.sites).items():
-        attribute = slots.taken(modules[path], stems)
-        if attribute is not None:
-            where = path or "the model"
-            raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
-    for (path, attribute), tensor in made.items():
-        undone_by(adapters.owned.discard, path, attribute)
+    for adapted in plan.sites:
+        _refuse_taken_slots(modules[adapted.site.owner], adapted)
+    undone_by(_disown, adapters, tuple(made))
+    for path, attribute in made:
         adapters.owned.add(path, attribute)
+    for path, tensors in _by_module(made).items():
         # not isinstance, which is slow for parameters
-        is_parameter = type(tensor) is nn.Parameter
-        set_item(modules[path]._parameters if is_parameter else modules[path]._buffers, attribute, tensor)
-    for path, names in _by_module(made).items():
-        own_state.add(modules[path], names)
+        parameters = {name: tensor for name, tensor in tensors.items() if type(tensor) is nn.Parameter}
+        buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
+        set_items(modules[path]._parameters, parameters)
+        set_items(modules[path]._buffers, buffers)
+        own_state.add(modules[path], tensors)
     for adapted in plan.sites:
         for constant, value in adapted.constants.items():
             set_item(modules[adapted.site.owner].__dict__, adapted.names[constant], value)
@@ -69,20 +79,24 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     overwrite(modules, adapters.by_name[name], name, own)
 
 
-def _by_module(places: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Groups names of tensors by the path of their module."""
-    found: dict[str, list[str]] = {}
+def _by_module(places: Mapping[tuple[str, str], T]) -> dict[str, dict[str, T]]:
+    """Groups what has a module's path and a name by the path."""
+    found: dict[str, dict[str, T]] = {}
+    for (path, attribute), value in places.items():
+        found.setdefault(path, {})[attribute] = value
+    return found
+
+
+def _refuse_taken_slots(module: nn.Module, adapted: AdaptedSite) -> None:
+    for attribute, stem in slots.names_like_slots(module):
+        if stem in adapted.stems:
+            where = adapted.site.owner or "the model"
+            raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
+
+
+def _disown(adapters: Adapters, places: Iterable[tuple[str, str]]) -> None:
     for path, attribute in places:
-        found.setdefault(path, []).append(attribute)
-    return found
-
-
-def _stems(sites: Iterable[AdaptedSite]) -> dict[str, set[str]]:
-    """Returns how the names begin of what adapters have, by the path of the module."""
-    found: dict[str, set[str]] = {}
-    for adapted in sites:
-        found.setdefault(adapted.site.owner, set()).update(adapted.stems.values())
-    return found
+        adapters.owned.discard(path, attribute)
 
 
 def forget_mixing(adapters: Adapters) -> None:
@@ -204,7 +218,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in present:
             delete_item(present[path]._parameters, attribute)
             delete_item(present[path]._buffers, attribute)
-    for path, names in _by_module(adapter.tensor_names(name)).items():
+    for path, names in _by_module(dict.fromkeys(adapter.tensor_names(name))).items():
         if path in present:
             own_state.discard(present[path], names)
     for adapted in adapter.sites:

@@ -18,8 +18,7 @@ from graphpeft.tracing.graph_module import graph_forward
 
 def keep_padded(modules: Modules, regions: Iterable[str]) -> None:
     """Lets each encoder around one of these regions keep its inputs padded while a graph runs inside, and only then."""
-    around = {path for region in regions for path in _outer(region)}
-    for path in around & modules.keys():
+    for path in _around(regions) & modules.keys():
         encoder = modules[path]
         if isinstance(encoder, nn.TransformerEncoder):
             if any(graph_forward(inner) is not None for inner in encoder.layers.modules()):
@@ -28,10 +27,13 @@ def keep_padded(modules: Modules, regions: Iterable[str]) -> None:
                 in_place.take_off(encoder, "padded")
 
 
-def _outer(path: str) -> Iterable[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
+def _around(regions: Iterable[str]) -> set[str]:
+    """Returns the paths of all that is around one of these regions."""
+    around: set[str] = set()
+    for path in regions:
+        while path and (path := path.rpartition(".")[0]) not in around:
+            around.add(path)
+    return around
 
 
 def _never(_: nn.Module) -> bool:

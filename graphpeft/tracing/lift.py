@@ -90,7 +90,8 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
         if facts is None:
             return template
         found = Lifted(type(module).forward, plain_globals(type(module)), facts, template)
-    _LIFTED[cls] = [found, *(lifted for lifted in known if lifted is not found)][:_MOST_LIFTED]
+    if not known or found is not known[0]:
+        _LIFTED[cls] = [found, *(lifted for lifted in known if lifted is not found)][:_MOST_LIFTED]
     return found.template
 
 

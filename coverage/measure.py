@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphpeft import GuardError, LoraConfig, explain, trace
+from graphpeft.graph.template import template_of
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.testing.laws import LawError, require_unchanged, snapshot
-from graphpeft.tracing.graph_module import template_of
 
 Row = dict[str, Any]
 """What was measured of one case."""

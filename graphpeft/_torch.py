@@ -10,7 +10,7 @@ versions alike:
   and those of hooks), and the methods that classes override (``_apply``, ``_load_from_state_dict``,
   ``_save_to_state_dict``, ``_replicate_for_data_parallel``);
 - ``_orig_mod``, where ``torch.compile`` keeps a model;
-- what ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which `tracing/graph_module.py`
+- what ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which `graph/template.py`
   defines.
 
 Code that fx generates names functions of ``torch._C._nn``, since public ones such as ``F.gelu`` are called so.

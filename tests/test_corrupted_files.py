@@ -23,8 +23,8 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model
-from graphpeft.config import registered
-from graphpeft.options import Probability, Size
+from graphpeft.rules.config import registered
+from graphpeft.rules.options import Probability, Size
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws

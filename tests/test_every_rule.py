@@ -29,9 +29,9 @@ from graphpeft import (
     get_peft_model,
     optimize,
 )
+from graphpeft.graph.template import template_of
 from graphpeft.passes import PASSES
 from graphpeft.testing import laws
-from graphpeft.tracing.graph_module import template_of
 
 
 def rules() -> dict[str, type]:

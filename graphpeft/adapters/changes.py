@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from graphpeft import ops
+from graphpeft.adapters.plan import HALVES
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.plan import HALVES
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import ops
+from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
-from graphpeft.stand_ins import own_parameter
 from graphpeft.transaction import remember
 
 

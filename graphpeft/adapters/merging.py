@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from graphpeft import stand_ins
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.report import listed
+from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
-from graphpeft.stand_ins import own_parameter
 from graphpeft.transaction import remember, set_attribute, set_item
 
 

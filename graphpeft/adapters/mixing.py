@@ -21,30 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import adapter_names, in_place, rewrite, stand_ins
 from graphpeft._torch import pytree
-from graphpeft.adapter_names import BASE
+from graphpeft.adapters import adapter_names
 from graphpeft.adapters.acting import forget_kept_forward
+from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.graphs import bare, names_of_others, op_in, with_adapter
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import present, rows_if_any, rows_present
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
-from graphpeft.paths import join, within
-from graphpeft.plan import AdaptError
-from graphpeft.recomputing import taken_along
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import in_place, stand_ins
+from graphpeft.graph.paths import join, within
+from graphpeft.graph.recomputing import taken_along
+from graphpeft.graph.template import Graphs, Template, graph_forward, template_of, wear_template
+from graphpeft.rules import rewrite
+from graphpeft.rules.report import listed
+from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.parts import is_view
 from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite
-from graphpeft.tracing.graph_module import (
-    Graphs,
-    Template,
-    graph_forward,
-    template_of,
-    wear_template,
-)
 from graphpeft.transaction import transaction
 
 Runner = Callable[..., Any]

@@ -10,10 +10,17 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from graphpeft import in_place, ops
-from graphpeft.ops import convolution
-from graphpeft.ops.boundaries import NAME, boundaries_inside, boundary_of
-from graphpeft.paths import join, within
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.source import methods_reading, uses_in_forward
+from graphpeft.graph import in_place, ops
+from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.ops import convolution
+from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
+from graphpeft.graph.own_forward import call_on_weights, call_through
+from graphpeft.graph.paths import join, within
+from graphpeft.graph.template import VALUE, Graphs, Template, runs_graph, template_of
+from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.sites import example_runs
 from graphpeft.sites.gradient_flow import flow_of
 from graphpeft.sites.layer_kinds import declared_features, declares_features, kind_of_layer
@@ -22,13 +29,7 @@ from graphpeft.sites.quantised import described, is_quantised, way_of_computing
 from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
-from graphpeft.tracing.attribute_paths import ANY
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
-from graphpeft.tracing.graph_module import VALUE, Graphs, Template, runs_graph, template_of
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
-from graphpeft.tracing.own_forward import call_on_weights, call_through
-from graphpeft.tracing.source import methods_reading, uses_in_forward
-from graphpeft.tracing.trace import ExampleInputs, plain_attribute, stands_for
 
 
 class Crossing(NamedTuple):

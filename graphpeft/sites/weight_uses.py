@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
+from graphpeft.graph.template import Template
 from graphpeft.sites import dataflow
-from graphpeft.tracing.graph_module import Template
 
 
 class WeightUses(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from graphpeft.config import PeftConfig
-from graphpeft.paths import TensorPaths
-from graphpeft.report import Report
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import Report
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.targeting import targeted_sites, targets

@@ -28,10 +28,10 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting.endings import Endings
 from graphpeft.targeting.patterns import Pattern
-from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
 Predicate = Callable[[str], bool]

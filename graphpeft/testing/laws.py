@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphpeft import ops
 from graphpeft._torch import pytree
 from graphpeft.adapters import changes
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.config import PeftConfig
+from graphpeft.graph import ops
+from graphpeft.graph.errors import GuardError
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.paths import join
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError
+from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.blame import Build, LawError, blames_a_site, describe, first_difference
-from graphpeft.tracing.errors import GuardError
-from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
+from graphpeft.tracing.trace import trace
 
 # the laws
 

@@ -11,9 +11,9 @@ import torch
 import torch.fx as fx
 
 from graphpeft._torch import pytree
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import SIMPLE
-from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.template import SIMPLE
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer

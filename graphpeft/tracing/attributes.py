@@ -19,13 +19,13 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft import in_place
-from graphpeft.paths import join
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import SIMPLE
-from graphpeft.tracing.holders import OfObject
-from graphpeft.tracing.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.code.holders import OfObject
+from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.graph import guards, in_place
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.paths import join
+from graphpeft.graph.settings import OF_CLASS, WATCH
+from graphpeft.graph.template import SIMPLE
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
@@ -45,29 +45,8 @@ ABSENT = object()
 _NUMBERS = (bool, int, float)
 
 
-class Watch:
-    """Counts how often attributes of the modules of a traced model were set.
-
-    Attributes:
-        changes: How often.
-    """
-
-    def __init__(self) -> None:
-        self.changes = 0
-
-    def sees(self, module: nn.Module) -> bool:
-        """Tells whether a module's attributes are watched."""
-        return module.__dict__.get(WATCH) is self
-
-
-OF_CLASS = "_graphpeft_of_class"
-"""The attribute of a place in a traced model that holds the names of what the class of its module has."""
-
 _NOT_THE_CODES = ("__", "_graphpeft_")
 """How names begin of attributes that Python or a graph has put there."""
-
-WATCH = "_graphpeft_watch"
-"""The attribute of a module that holds its watch."""
 
 
 def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, str], Any]:

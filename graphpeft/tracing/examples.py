@@ -21,15 +21,14 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft._torch import DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
-from graphpeft.tracing import guards
-from graphpeft.tracing.dependence import above_with_writes, varies
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import TraceError
+from graphpeft.graph import guards
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import above_with_writes, varies, writes
+from graphpeft.graph.template import SIMPLE, VALUE
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
-from graphpeft.tracing.graph_module import SIMPLE, VALUE
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
-from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.random_numbers import random_python_states_kept
 from graphpeft.tracing.snapshot import unchanged
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
+from graphpeft.graph.contexts import enter_gradients, leave_gradients
 from graphpeft.tracing.exchanges import Exchanges
-from graphpeft.tracing.regions import enter_gradients, leave_gradients
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer

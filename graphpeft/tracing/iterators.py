@@ -12,9 +12,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from graphpeft.tracing.contents import parts_of
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.reach import Reach, is_iterator
+from graphpeft.code.contents import parts_of
+from graphpeft.code.reach import Reach, is_iterator
+from graphpeft.graph.errors import TraceError
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import in_place
+from graphpeft.code.identity_questions import compares_objects
+from graphpeft.code.source import calls_forward, functions_in_forward
+from graphpeft.graph import in_place
+from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.settings import add_check
+from graphpeft.graph.template import SIMPLE, Template, copy_graph, template_of
 from graphpeft.tracing.attributes import INTERNALS, MACHINERY
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
 from graphpeft.tracing.globals_read import plain_globals
-from graphpeft.tracing.graph_module import SIMPLE, Template, copy_graph, template_of
-from graphpeft.tracing.identity_questions import compares_objects
 from graphpeft.tracing.modes import in_each_mode
-from graphpeft.tracing.settings import add_check, settle
-from graphpeft.tracing.source import calls_forward, functions_in_forward
-from graphpeft.tracing.trace import ExampleInputs, split_inputs
+from graphpeft.tracing.settings import settle
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]

@@ -13,11 +13,11 @@ import torch
 import torch.fx as fx
 
 from graphpeft._torch import DisableTorchFunction, pytree, version
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
+from graphpeft.graph import guards
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import writes
+from graphpeft.graph.template import VALUE
 from graphpeft.tracing.gradients import detached
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import writes
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer

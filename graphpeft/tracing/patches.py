@@ -32,23 +32,24 @@ from graphpeft._torch import (
     function_mode_set_aside,
     pytree,
 )
-from graphpeft.recomputing import checkpoints_bound_by
-from graphpeft.tracing import guards, masks
+from graphpeft.code.reach import Reach, is_of_a_library
+from graphpeft.graph import guards, masks
+from graphpeft.graph.contexts import enter_autocast, leave_autocast
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import writes_by_method
+from graphpeft.graph.recomputing import checkpoints_bound_by
+from graphpeft.graph.template import VALUE
 from graphpeft.tracing.attributes import noting_reads, plain_or_proxy
 from graphpeft.tracing.caches import uncached
 from graphpeft.tracing.class_questions import asks, cannot_ask
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradient_regions import GradientRegions, record_gradient_regions
 from graphpeft.tracing.gradients import Applied
-from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.named_functions import exchange_named
-from graphpeft.tracing.proxy import ValueProxy, writes_by_method
-from graphpeft.tracing.reach import Reach, is_of_a_library
-from graphpeft.tracing.regions import enter_autocast, leave_autocast
+from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 from graphpeft.transaction import at_end_of

@@ -9,29 +9,22 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
 
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.identity_questions import tests_identity
-from graphpeft.tracing.source import only_tells
+from graphpeft.code.identity_questions import tests_identity
+from graphpeft.code.source import only_tells
+from graphpeft.graph import guards
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import IN_PLACE, InPlace
+from graphpeft.graph.template import VALUE
 
 if TYPE_CHECKING:
     from graphpeft.tracing.tracer import ValueTracer
 
-IN_PLACE = {
-    "iadd": operator.add, "isub": operator.sub, "imul": operator.mul, "imatmul": operator.matmul,
-    "itruediv": operator.truediv, "ifloordiv": operator.floordiv, "imod": operator.mod, "ipow": operator.pow,
-    "iand": operator.and_, "ior": operator.or_, "ixor": operator.xor, "ilshift": operator.lshift,
-    "irshift": operator.rshift,
-}  # fmt: skip
-"""The operators of `operator` that change their first argument, with what they do to one that can't be changed."""
 
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
@@ -215,43 +208,6 @@ class ValueProxy(fx.Proxy):
         answer = asked.node.meta[VALUE]
         self.tracer.decide(asked, answer)
         return answer
-
-
-_WRITERS = (operator.setitem, *(getattr(operator, name) for name in IN_PLACE))
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """An operator in place on a value of which isn't known whether it can be changed, as what a node calls.
-
-    Generated code has ``n += 1`` for `operator.iadd`. If that is a number, what had the name before is lost.
-
-    Attributes:
-        function: The operator.
-    """
-
-    function: Callable[[Any, Any], Any]
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, value: Any, other: Any) -> Any:
-        """Returns `value`, changed, or a new value."""
-        return self.function(value, other)
-
-
-def writes(target: Any) -> bool:
-    """Tells whether a call of `target`, a node's function or the name of a method, changes its first argument."""
-    if target in _WRITERS or isinstance(target, InPlace):
-        return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
-
-
-def writes_by_method(name: str) -> bool:
-    """Tells whether a tensor's method of this name changes it."""
-    return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)
 
 
 def _in_place(name: str, otherwise: Any) -> Any:

@@ -20,12 +20,12 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.tracing import guards
+from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.graph import guards
+from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
+from graphpeft.graph.facts import above, above_with_writes, is_trained, varies
+from graphpeft.graph.template import VALUE
 from graphpeft.tracing import left as left_values
-from graphpeft.tracing.dependence import above, above_with_writes, is_trained, varies
-from graphpeft.tracing.errors import OUT_OF_MEMORY, TraceError
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.holders import Attribute, OfObject
 from graphpeft.tracing.sameness import computes_the_same
 
 if TYPE_CHECKING:

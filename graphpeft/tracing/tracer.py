@@ -24,26 +24,27 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.paths import join
-from graphpeft.tracing import guards, no_grad, patches
+from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.code.reach import is_iterator
+from graphpeft.graph import guards
+from graphpeft.graph.calls import CALLS, Call
+from graphpeft.graph.contexts import leave_autocast, leave_gradients
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
+from graphpeft.graph.facts import above, writes
+from graphpeft.graph.paths import join
+from graphpeft.graph.template import SIMPLE, VALUE
+from graphpeft.tracing import no_grad, patches
 from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.caches import forget_traced_values
-from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.class_questions import cannot_ask, question_in
 from graphpeft.tracing.constants import Constants
-from graphpeft.tracing.dependence import above
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import Examples
 from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
-from graphpeft.tracing.graph_module import SIMPLE, VALUE
-from graphpeft.tracing.holders import Attribute, OfObject
-from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
 from graphpeft.tracing.linting import holds_proxy, lint
-from graphpeft.tracing.proxy import ValueProxy, writes
+from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.random_numbers import no_random_python_numbers
-from graphpeft.tracing.reach import is_iterator
-from graphpeft.tracing.regions import leave_autocast, leave_gradients
 from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.combination import Combination, Part
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
 
 SUMS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft import ops
-from graphpeft.combination import Combination, Part
-from graphpeft.config import OWN, PeftConfig, PeftType, register
+from graphpeft.graph import ops
+from graphpeft.graph.ops.boundaries import Leaf
+from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
@@ -32,11 +32,11 @@ from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts
 from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
-from graphpeft.ops.boundaries import Leaf
-from graphpeft.options import Index, Kind, Number, Size, Within
-from graphpeft.paths import TensorPaths
-from graphpeft.report import Report
-from graphpeft.rewrite import AdaptedSite, Rule
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.config import OWN, PeftConfig, PeftType, register
+from graphpeft.rules.options import Index, Kind, Number, Size, Within
+from graphpeft.rules.report import Report
+from graphpeft.rules.rewrite import AdaptedSite, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets

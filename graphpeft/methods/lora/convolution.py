@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import (
     bias_change,
@@ -27,8 +28,7 @@ from graphpeft.methods.lora.factors import (
     refused_dropout,
     unmergeable_bias,
 )
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rewrite import ParameterSpec
 from graphpeft.sites.site import Site
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.initialisation import replaces_weight
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.rules.rewrite import ParameterSpec
 from graphpeft.sites.site import Site
 
 Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts

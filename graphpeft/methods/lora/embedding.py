@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
 from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rewrite import ParameterSpec
 from graphpeft.sites.site import Site
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.recorded import as_node
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
 from graphpeft.methods.lora.linear import dropped_by_row, matrix_factors, products_by_row
-from graphpeft.recorded import as_node
-from graphpeft.rewrite import ParameterSpec, WeightRule
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rewrite import ParameterSpec, WeightRule
 from graphpeft.sites.site import LeafSite
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.recorded import as_node
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import (
     bias_change,
@@ -28,9 +30,7 @@ from graphpeft.methods.lora.factors import (
     refused_inside,
     unmergeable_bias,
 )
-from graphpeft.recorded import as_node
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rewrite import ParameterSpec
 from graphpeft.sites.site import Site
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_bias, refused_dropout, refused_inside
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.rules.rewrite import ParameterSpec
 from graphpeft.sites.site import Site
 
 

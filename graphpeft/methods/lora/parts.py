@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import (
     constants_of,
     draw_as_layer,
@@ -27,8 +28,7 @@ from graphpeft.methods.lora.factors import (
     refused_unless_plain,
 )
 from graphpeft.methods.lora.linear import matrix_delta
-from graphpeft.rewrite import FileForm, ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rewrite import FileForm, ParameterSpec
 from graphpeft.sites.parts import Runs
 from graphpeft.sites.site import Site
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
+from graphpeft.graph.paths import join
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import constants_of, draw, draw_as_layers, input_of, rank_of
 from graphpeft.methods.lora.initialisation import RANDOM
-from graphpeft.paths import join
-from graphpeft.report import Refusal, Report, listed
-from graphpeft.rewrite import FileForm, ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.rewrite import FileForm, ParameterSpec
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets

@@ -12,7 +12,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 import torch.fx as fx
@@ -23,6 +23,7 @@ from graphpeft._torch import OpOverload, compiler_asks, empty_graph_like, lines_
 from graphpeft.graph import in_place, slots
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
+from graphpeft.graph.errors import GuardError
 from graphpeft.graph.tags import TAG
 
 VALUE = "val"
@@ -31,6 +32,9 @@ VALUE = "val"
 
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types of which a value can stand in generated code."""
+
+FIXED = "graphpeft_fixed"
+"""The key of ``node.meta`` under which a given graph has the options of a layer on which it depends, by name."""
 
 OWN_FORWARD = "_graphpeft_own_forward"
 """The attribute of a module with a graph by which the graph can call the forward of the module's own class."""
@@ -57,6 +61,7 @@ class Template:
 
     Attributes:
         slots: The slots of which adapters have nodes in the graphs.
+        fixed: Attributes that a module can't set to other values while it wears the template, by name.
     """
 
     def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
@@ -67,6 +72,10 @@ class Template:
         self.facts: dict[Hashable, Any] = {}
         self.meta: dict[str, Any] = {}
         self.slots = frozenset(node.meta[TAG].slot for graph in graphs for node in graph.nodes if TAG in node.meta)
+        self.fixed: dict[str, Any] = {}
+        for graph in graphs:
+            for node in graph.nodes:
+                self.fixed |= node.meta.get(FIXED, {})
         self._back: tuple[Hashable, Template] | None = None
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
         self._forwards = [compiled(self, code.src, code.globals) for code in self.codes]
@@ -80,6 +89,7 @@ class Template:
         forward = self._forward_with(names)
         # a layer further out may have a forward of its own, which asks for this one
         namespace = {
+            **{name: _fixed(name, value) for name, value in self.fixed.items()},
             "_graphpeft_template": self,
             "_graphpeft_slots": dict(names),
             "_graphpeft_forward": forward,
@@ -239,6 +249,27 @@ def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Temp
     return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
 
 
+def _fixed(name: str, fixed: Any) -> property:
+    """Returns an attribute that stays what it is."""
+
+    def read(module: nn.Module) -> Any:
+        return vars(module)[name]
+
+    def write(module: nn.Module, value: Any) -> None:
+        if value != fixed:
+            _refuse_other(module, name, fixed, value)
+        vars(module)[name] = value
+
+    return property(read, write)
+
+
+def _refuse_other(module: nn.Module, name: str, fixed: Any, value: Any) -> NoReturn:
+    raise GuardError(
+        f"{name} of a {in_place.original_class(module).__name__} was {fixed!r} when it was adapted, and is to be "
+        f"{value!r} now, which its graph doesn't know; set it before you adapt the model"
+    )
+
+
 def _layer_of(template: Template, names: slots.Names) -> in_place.Layer:
     return template.layer_for(dict(names))
 
@@ -343,7 +374,13 @@ def wear_template(module: nn.Module, template: Template, names: Mapping[int, str
         module: The module.
         template: The template.
         names: The adapters in the slots; None for those that the module has already.
+
+    Raises:
+        GuardError: If an attribute has another value than the one that is fixed by the template.
     """
+    for name, fixed in template.fixed.items():
+        if vars(module)[name] != fixed:
+            _refuse_other(module, name, fixed, vars(module)[name])
     in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
 
 

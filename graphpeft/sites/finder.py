@@ -15,6 +15,7 @@ from graphpeft.code.source import methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.layers import given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_on_weights, call_through
@@ -28,7 +29,7 @@ from graphpeft.sites.parts import Runs, parts_found
 from graphpeft.sites.quantised import described, is_quantised, way_of_computing
 from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
-from graphpeft.sites.weight_uses import WeightUses, weight_uses
+from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
 from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
 
 
@@ -468,7 +469,7 @@ class SiteFinder:
             layout=kind or uses.op,
             transposed=_is_stored_transposed(module, weight, kind, uses),
             is_layer=kind is not None,
-            groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else uses.groups,
+            groups=number_in(self.modules[region], uses.groups),
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )
@@ -532,6 +533,10 @@ class SiteFinder:
         return self.templates.get(path)
 
     def _lift(self, module: nn.Module) -> Template:
+        template = given(module)
+        if template is not None:
+            refuse_what_a_graph_cannot_replace(module)
+            return template
         try:
             template = lift(module)
         except NeedsInputsError:

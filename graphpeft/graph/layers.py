@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from graphpeft._torch import PADDING_OF_CONVOLUTION, computes_in_own_way
 from graphpeft.graph import guards, in_place
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import FIXED, Template
 
 
@@ -27,11 +28,15 @@ def given(module: nn.Module) -> Template | None:
 
     Args:
         module: Any module. A layer has to have its tensors itself, without a parametrization that computes them.
+
+    Raises:
+        TraceError: If the layer would not run the forward of a graph.
     """
     cls: Any = in_place.original_class(module)
     graph_of = _GRAPHS.get(cls.forward) or _of_transformers(cls.forward)
-    if graph_of is None or module._parameters.get("weight") is None or "forward" in module.__dict__:
+    if graph_of is None or module._parameters.get("weight") is None:
         return None
+    refuse_what_a_graph_cannot_replace(module)
     return graph_of(module)
 
 

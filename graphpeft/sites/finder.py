@@ -20,6 +20,7 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_on_weights, call_through
 from graphpeft.graph.paths import join, within
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import VALUE, Graphs, Template, runs_graph, template_of
 from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.sites import example_runs
@@ -30,7 +31,7 @@ from graphpeft.sites.quantised import described, is_quantised, way_of_computing
 from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
-from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
+from graphpeft.tracing.lift import lift
 
 
 class Crossing(NamedTuple):
@@ -533,12 +534,8 @@ class SiteFinder:
         return self.templates.get(path)
 
     def _lift(self, module: nn.Module) -> Template:
-        template = given(module)
-        if template is not None:
-            refuse_what_a_graph_cannot_replace(module)
-            return template
         try:
-            template = lift(module)
+            template = given(module) or lift(module)
         except NeedsInputsError:
             # a layer of PyTorch's decides in each call how it computes, as an attention on its fast path, of which a
             # recording would have one way: it runs its own code

@@ -10,7 +10,7 @@ import functools
 import operator
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -21,10 +21,7 @@ from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import IN_PLACE, InPlace
 from graphpeft.graph.template import VALUE
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
-
+from graphpeft.tracing.recorder import Recorder
 
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
@@ -43,7 +40,7 @@ _WRITTEN_OUT = (int, float, complex, torch.Size, torch.dtype, torch.device)
 class ValueProxy(fx.Proxy):
     """A proxy with an example value at ``node.meta["val"]``; without one it behaves as ``fx.Proxy``."""
 
-    tracer: ValueTracer
+    tracer: Recorder
 
     def __getattr__(self, name: str) -> Any:
         if VALUE not in self.node.meta:
@@ -62,7 +59,7 @@ class ValueProxy(fx.Proxy):
         if callable(attribute) and not isinstance(attribute, torch.Tensor):
             return functools.partial(self._call_method, name)
         if self.node.op == "get_attr" and not isinstance(attribute, torch.Tensor):
-            self.tracer.specialised = True
+            self.tracer.session.specialised = True
             if isinstance(attribute, int | torch.Size) and not isinstance(attribute, bool):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -97,7 +94,7 @@ class ValueProxy(fx.Proxy):
         super().__setattr__(name, value)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        self.tracer.specialised |= self.node.op == "get_attr" and name in ("size", "dim", "numel", "stride")
+        self.tracer.session.specialised |= self.node.op == "get_attr" and name in ("size", "dim", "numel", "stride")
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:
@@ -130,7 +127,7 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, int | float | torch.Size | torch.dtype | torch.device):
             if not self.tracer.is_running:
                 self.tracer.check(self, value)
-                self.tracer.has_hashed = True
+                self.tracer.session.has_hashed = True
             return hash(value)
         if VALUE not in self.node.meta and not guards.is_machinery(sys._getframe(1).f_code.co_filename):
             raise self.tracer.undecided()

@@ -58,8 +58,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
     args, kwargs = split_inputs(example_inputs)
     with ONE_TRACE_AT_A_TIME:
         recorded, tracer = _recorded(model, args, kwargs)
-        if strict and tracer.kept:
-            reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.kept.items())
+        if strict and tracer.session.kept:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.session.kept.items())
             raise TraceError(f"not all of the model becomes a graph: {reasons}")
         if strict and recorded.other_mode_error is not None:
             raise recorded.other_mode_error
@@ -120,13 +120,13 @@ def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
 
 def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:
     root = TracedModel.of(model)
-    root.kept = dict(tracer.kept)
-    root.not_kept = tuple(tracer.not_kept)
+    root.kept = dict(tracer.session.kept)
+    root.not_kept = tuple(tracer.session.not_kept)
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
     root.input_embedding = _path_of(model, module_told(model, "get_input_embeddings"))
     root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
-    reads = [settle(graph, tracer.lines_of_reads) for graph in recorded.graphs]
+    reads = [settle(graph, tracer.session.lines_of_reads) for graph in recorded.graphs]
     _refuse_reserved_names(reads)
     # found once, since a model has hundreds of layers, each with a few of its tensors
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -135,14 +135,16 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
             _container(root, model, path)
         elif kind == "call_module":
             _place(root, model, path, _sharing_copy(model.get_submodule(path), tensors))
-        elif path in tracer.constants.values:
-            setattr(root, path, tracer.constants.values[path])
+        elif path in tracer.session.constants.values:
+            setattr(root, path, tracer.session.constants.values[path])
         elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
         else:
             _share_attribute(root, model, path, tensors)
-    _add_settings(root, model, recorded.graphs, reads, list(tracer.read_once))
-    root._graphpeft_read_once = tuple(f"{path} ({type(value).__name__})" for path, value in _distinct(tracer.read_once))
+    _add_settings(root, model, recorded.graphs, reads, list(tracer.session.read_once))
+    root._graphpeft_read_once = tuple(
+        f"{path} ({type(value).__name__})" for path, value in _distinct(tracer.session.read_once)
+    )
     root._graphpeft_frozen = _frozen(model, recorded.graphs)
     modules = dict(root.named_modules())
     for path, modes in own_modes(model).items():

@@ -339,7 +339,7 @@ def test_checkpointed_models_train_alike(form, passes, use_reentrant, options):
 
     plain, optimized = block(form, **options).train(), block(form, **options).train()
     optimize(optimized, passes)
-    assert_equal_within(checkpointed(optimized), checkpointed(plain))
+    assert_equal_within(checkpointed(optimized), checkpointed(plain), 2e-6)
 
 
 @each_pass

@@ -503,6 +503,7 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
         ValueError: As `PeftConfig.from_pretrained`.
     """
     config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+    PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
     weights = adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options)
     try:
         return read_together([config, weights], lambda: _read_both(config, weights, use_safetensors))

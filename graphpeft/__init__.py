@@ -43,7 +43,16 @@ from graphpeft.model import (
 )
 from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.rules.report import Report
-from graphpeft.rules.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
+from graphpeft.rules.rule import (
+    BoundaryRule,
+    Combines,
+    Mergeable,
+    OperationRule,
+    ParameterSpec,
+    ReplacesWeight,
+    Rule,
+    RunsByRow,
+)
 from graphpeft.sites.feeding import feeding
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
@@ -60,6 +69,7 @@ __all__ = [
     "BoundaryRule",
     "CPTConfig",
     "CheckpointError",
+    "Combines",
     "CordaConfig",
     "EvaConfig",
     "ExportError",
@@ -69,8 +79,10 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
+    "Mergeable",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
+    "OperationRule",
     "ParameterSpec",
     "PassReport",
     "PeftConfig",
@@ -79,13 +91,14 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "ReplacesWeight",
     "Report",
     "Rule",
+    "RunsByRow",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
-    "WeightRule",
     "explain",
     "export",
     "export_adapter",

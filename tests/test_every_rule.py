@@ -38,6 +38,8 @@ def rules() -> dict[str, type]:
     """Returns the classes of rules, and of their parts, in ``graphpeft.methods``, by name."""
     found = {}
     for info in pkgutil.walk_packages(graphpeft.methods.__path__, "graphpeft.methods."):
+        if info.name.startswith("graphpeft.methods.prompts"):
+            continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__ and _is_rule(value):

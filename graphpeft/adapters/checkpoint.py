@@ -30,7 +30,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import FileForm
+from graphpeft.rules.rule import FileForm
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers
 from graphpeft.targeting.patterns import Pattern

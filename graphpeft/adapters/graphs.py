@@ -16,8 +16,8 @@ from graphpeft.graph.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template, names_in_slots, template_of
 from graphpeft.rules import rewrite
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import AdaptedSite
 
 
 def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, int]:

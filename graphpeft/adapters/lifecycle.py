@@ -23,8 +23,8 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapte
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.graph import slots
 from graphpeft.graph.template import template_of, wear_template
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.transaction import (
     at_end_of,
     delete_item,

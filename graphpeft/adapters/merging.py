@@ -7,7 +7,6 @@ written, so that a failure at any weight leaves all of them as they were.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,8 +22,10 @@ from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import Asked
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import AdaptedSite
+from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_attribute, set_item
 
@@ -215,7 +216,9 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
     for adapted in adapter.weight_sites:
-        asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
+        functions = [adapted.rule.delta, *([adapted.rule.bias_delta] if changes_bias(adapted.rule) else [])]
+        reads = {name for name in ("weight", "base") for each in map(Asked, functions) if each.may_be(name)}
+        asked.setdefault(adapted.site.weight, set()).update(reads)
     return asked
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,8 +34,10 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Graphs, Template, graph_forward, template_of, wear_template
 from graphpeft.rules import rewrite
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import Asked
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import AdaptedSite
+from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.parts import is_view
 from graphpeft.sites.readers import caller_of_other_methods
@@ -463,14 +464,14 @@ def _rearranges(plain: Template, module: nn.Module, region: str, sites: list[tup
 
 
 def _joined(sites: Sequence[AdaptedSite]) -> Any:
-    join_rules = getattr(sites[0].rule, "joined", None)
-    if join_rules is None or any(_place(adapted) != _place(sites[0]) for adapted in sites):
+    first = sites[0].rule
+    if not isinstance(first, RunsByRow) or any(_place(adapted) != _place(sites[0]) for adapted in sites):
         return None
-    rule = join_rules([adapted.rule for adapted in sites])
+    rule = first.joined([adapted.rule for adapted in sites])
     if rule is None:
         return None
-    asked = inspect.signature(rule.by_row).parameters
-    return rule if all(name in asked for adapted in sites for name in adapted.specs) else None
+    asked = Asked(rule.by_row)
+    return rule if all(asked.may_be(name) for adapted in sites for name in adapted.specs) else None
 
 
 def _regions_of_weights(by_region: Mapping[str, Mapping[str, list[AdaptedSite]]]) -> dict[tuple[str, str], set[str]]:

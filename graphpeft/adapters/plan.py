@@ -19,9 +19,11 @@ from graphpeft.graph import ops, stand_ins
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.template import Template
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rewrite import AdaptedSite
+from graphpeft.rules.rule import ReplacesWeight, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
@@ -165,7 +167,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     config = plan.config
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
-    _refuse_unhashable(rule)
+    _refuse_no_rule(rule)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
@@ -176,14 +178,18 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
+    _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
     shared = _shared(site, specs, plan.report.adapter)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
 
-def _refuse_unhashable(rule: Any) -> None:
-    """Raises AdaptError for a rule that isn't a value: graphs are shared between sites with equal rules."""
+def _refuse_no_rule(rule: Any) -> None:
+    """Raises AdaptError for what is no rule, or isn't a value: graphs are shared between sites with equal rules."""
+    reason = lacking_base(type(rule))
+    if reason is not None:
+        raise AdaptError(reason)
     try:
         hash(rule)
     except TypeError as error:
@@ -191,9 +197,15 @@ def _refuse_unhashable(rule: Any) -> None:
         raise AdaptError(f"{name} can't be a rule: {error}; make it a dataclass with frozen=True") from error
 
 
+def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config: PeftConfig) -> None:
+    """Raises AdaptError if a function of a rule asks for something of which nothing is known, as by a slip."""
+    reason = unknown_argument(rule, type(site), site.op, (*own, *(name for name, _ in site.reads)))
+    if reason is not None:
+        raise AdaptError(f"{config.method}: {reason}; name a parameter or a constant of the rule, or give a default")
+
+
 def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping[str, str]:
-    replaces = getattr(rule, "replaces", None)
-    if replaces is None or not replaces(site, config):
+    if not isinstance(rule, ReplacesWeight) or not rule.replaces(site, config):
         return {}
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
 

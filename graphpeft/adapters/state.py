@@ -14,9 +14,9 @@ from graphpeft.adapters.replication import Replication
 from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.graph.template import Template
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
-from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.sites.site import Site
 from graphpeft.targeting.trained_whole import TrainedRows
 

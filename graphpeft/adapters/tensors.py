@@ -13,8 +13,8 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import in_place, stand_ins
 from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.rewrite import AdaptedSite
 from graphpeft.transaction import remember, set_item, undone_by
 
 

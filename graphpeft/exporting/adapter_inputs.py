@@ -27,8 +27,8 @@ from graphpeft.graph.ops.reading import applied_if
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Graphs, Template, template_of, wear_template
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import AdaptedSite
 
 Place = tuple[str, str]
 """The path of a module, and the name of an attribute of it."""

@@ -28,7 +28,7 @@ from graphpeft.methods.prompts.prompting import Encoder, InFront, PromptRule
 from graphpeft.rules.config import PeftType, TaskType, register
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rewrite import ParameterSpec, Rule
+from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 

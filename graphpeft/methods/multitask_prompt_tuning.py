@@ -24,7 +24,7 @@ from graphpeft.methods.prompts.prompting import EMBEDDINGS_KEY, Encoder
 from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Index, Size
 from graphpeft.rules.report import listed
-from graphpeft.rules.rewrite import ParameterSpec
+from graphpeft.rules.rule import ParameterSpec
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 

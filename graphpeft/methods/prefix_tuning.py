@@ -39,7 +39,7 @@ from graphpeft.methods.prompts.prompting import (
 from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Size
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rewrite import ParameterSpec, Rule
+from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 

@@ -23,7 +23,7 @@ from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_f
 from graphpeft.methods.prompts.prompting import Encoder
 from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Probability, Size, Steps
-from graphpeft.rules.rewrite import ParameterSpec
+from graphpeft.rules.rule import ParameterSpec
 
 _MLP_LAYERS = 2
 

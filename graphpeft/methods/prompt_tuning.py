@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, Table
 from graphpeft.methods.prompts.prompting import Encoder
 from graphpeft.rules.config import PeftType, register
-from graphpeft.rules.rewrite import ParameterSpec
+from graphpeft.rules.rule import ParameterSpec
 
 
 @register

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphpeft.rules.rewrite import AdaptedSite
+from graphpeft.rules.adapted_site import AdaptedSite
 
 
 class Combination(NamedTuple):

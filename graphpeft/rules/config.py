@@ -30,9 +30,10 @@ from graphpeft.rules.options import check_options
 from graphpeft.wording import shown
 
 if TYPE_CHECKING:
+    from graphpeft.rules.adapted_site import AdaptedSite
     from graphpeft.rules.combination import Combination, Part
     from graphpeft.rules.report import Report
-    from graphpeft.rules.rewrite import AdaptedSite, Rule
+    from graphpeft.rules.rule import Rule
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
 

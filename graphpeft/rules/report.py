@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from graphpeft.rules.rewrite import AdaptedSite
+from graphpeft.rules.adapted_site import AdaptedSite
 
 
 class Refusal(NamedTuple):

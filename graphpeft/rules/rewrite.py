@@ -7,159 +7,23 @@ appends nodes to the graph. Every node of an adapter carries a `Tag`, so removin
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping
-from math import prod
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.fx as fx
-from torch import nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from graphpeft.graph import slots
 from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.ops import Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, top, values_over
+from graphpeft.rules.arguments import Asked
+from graphpeft.rules.rule import BoundaryRule, Mergeable, changes_bias
 
 if TYPE_CHECKING:
-    from graphpeft.sites.site import CallSite, LeafSite, Site
+    pass
 
 Op = Operation | Boundary
-
-
-class FileForm(NamedTuple):
-    """How a parameter is written in files, where that is otherwise than the model has it.
-
-    Attributes:
-        shape: Its shape there.
-        pack: Returns what is written, from the parameter.
-        unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
-    """
-
-    shape: tuple[int, ...]
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    unpack: Callable[[torch.Tensor], torch.Tensor]
-
-
-class ParameterSpec(NamedTuple):
-    """A parameter that a rule creates at a site.
-
-    Attributes:
-        shape: Its shape.
-        key: Its name in PEFT's files, behind the name of the module.
-        is_trained: Whether it is trained, where the adapter is.
-        form: Its form in files, if that is another one.
-        shared: At a site that is tied to another one: which of that one's parameters it is.
-    """
-
-    shape: tuple[int, ...]
-    key: str
-    is_trained: bool = True
-    form: FileForm | None = None
-    shared: str | None = None
-
-
-class Rule(Protocol):
-    """How one method adapts one kind of operation.
-
-    Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
-    scales) isn't theirs but comes from the site and the config. A rule that inherits from this class, and not only
-    looks like it, gets what is the same in most rules.
-    """
-
-    def check(self, site: Any, config: Any) -> str | None:
-        """Returns the reason why `site` can't be adapted, or None."""
-        return None
-
-    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns what the rule creates at `site`, by name."""
-        ...
-
-    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the numbers that ``rewrite`` reads, by name; they live on the weight's module."""
-        return {}
-
-    def initialise(
-        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
-    ) -> Mapping[str, torch.Tensor] | None:
-        """Fills new parameters, on the CPU, with their first values.
-
-        Args:
-            parameters: The parameters by name, without values.
-            site: The site.
-            config: The config.
-            module: The module of the weight beside which they live.
-
-        Returns:
-            Where the rule has ``replaces``, and it holds for the site: the tensor that the module reads in place of the
-            weight, by the weight's name.
-        """
-        ...
-
-
-class WeightRule(Rule, Protocol):
-    """How one method adapts operations that use a weight, and calls of modules that are no such operation."""
-
-    def rewrite(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new value of the operation; it is not asked where the weight itself is the site.
-
-        The names of its arguments say what it is given: ``x`` and ``y``, the operation's input and its value so far;
-        ``weight`` and ``bias``, with the changes of adapters that act before, and ``base``, the weight without them;
-        ``operation``, which has ``apply(x, weight)``: the same operation with other operands;
-        ``training``; and the parameters and constants that the rule declares (None for one that it doesn't). It is run
-        on proxies.
-        """
-        raise TypeError(f"{type(self).__name__} has no rewrite, which makes the new value of an operation")
-
-    def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what ``rewrite`` does at `site` is no change of the weight and the bias, or None."""
-        return None
-
-    def delta(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the weight's change from the ``weight``, the parameters and the constants, which it names.
-
-        It has the weight's shape as it is stored, and equals what ``rewrite`` adds outside of training. It is run on
-        tensors, and on proxies where the weight itself is the site. ``weight`` is what other adapters have made of it
-        so far; ``base`` is what the module itself has. Name them only if the change depends on them: of two such
-        adapters at one weight, one isn't merged without the other where that would give something else.
-
-        A rule may also have ``bias_delta``, a function of the parameters and the constants by name that returns the
-        change of the bias that the operation adds, or None; and ``replaces``, a function of the site and the config
-        that tells whether the module reads another weight than its own while the adapter acts: a frozen stand-in, which
-        ``initialise`` returns. It isn't saved, so ``initialise`` computes it anew where a file is loaded. It isn't
-        asked where the site is unmergeable.
-        """
-        raise TypeError(
-            f"{type(self).__name__} has no delta, the change of a weight; let unmergeable say why there is none"
-        )
-
-
-class BoundaryRule(Rule, Protocol):
-    """How one method adapts what a module is given and what it returns."""
-
-    @property
-    def more_inputs(self) -> tuple[str, ...]:
-        """The names of arguments that the forward gets beside its own; they are None unless they are given."""
-        return ()
-
-    def enter(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Returns the new values of arguments, by name.
-
-        It names what it is given: ``inputs``, the arguments by name, ``training``, the parameters and constants that
-        the rule declares, and what the site lets it read. It is run on proxies.
-        """
-        return {}
-
-    def leave(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new value of what the module returns.
-
-        Beside what ``enter`` is given, it can ask for ``output`` and for ``entered``, what ``enter`` has returned.
-        """
-        return kwargs["output"]
 
 
 class NoChangeError(Exception):
@@ -173,55 +37,6 @@ class NoChangeError(Exception):
     def __init__(self, weight: str, slot: int) -> None:
         super().__init__(f"what the adapter in slot {slot} does with {weight} is no change of it")
         self.weight, self.slot = weight, slot
-
-
-class AdaptedSite(NamedTuple):
-    """A site with the rule that adapts it and what the rule creates there.
-
-    Attributes:
-        site: The site.
-        rule: The rule.
-        specs: The rule's parameters by name.
-        constants: The rule's constants by name.
-        names: The attributes of the weight's module under which these live, by the rule's names for them.
-        dtype: The dtype of the parameters.
-        replaced: The names of the adapter's frozen stand-ins, by the names of what the weight's module has itself.
-        shared: The parameters that are those of another site: their module's path and their names there.
-    """
-
-    site: Site | LeafSite | CallSite
-    rule: Any
-    specs: Mapping[str, ParameterSpec]
-    constants: Mapping[str, float]
-    names: Mapping[str, str]
-    dtype: torch.dtype
-    replaced: Mapping[str, str] = MappingProxyType({})
-    shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
-
-    @property
-    def stems(self) -> set[str]:
-        """The names of these attributes without that of the adapter."""
-        return {f"{self.site.prefix}{name}" for name in self.names}
-
-    def in_slot(self, slot: int) -> Mapping[str, str]:
-        """Returns the names of these attributes in graphs, where the adapter has a slot; likewise."""
-        return _in_slot(tuple(self.names), self.site.prefix, slot)
-
-    @property
-    def unmergeable(self) -> str | None:
-        """The reason why what the adapter does at the site is no change of a weight, or None."""
-        return self.site.unmergeable or self.rule.unmergeable(self.site)
-
-    @property
-    def parameter_count(self) -> int:
-        """The number of elements that the rule's own parameters have."""
-        return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
-
-
-# equal sites share one
-@functools.lru_cache(maxsize=1024)
-def _in_slot(of_rule: tuple[str, ...], prefix: str, slot: int) -> Mapping[str, str]:
-    return {name: slots.in_slot(f"{prefix}{name}", slot) for name in of_rule}
 
 
 def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], slot: int, method: str) -> None:
@@ -256,7 +71,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
         node.meta[CALLS] = calls
 
 
-def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+def _behind(graph: fx.Graph, op: Operation, rule: Any, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
     """Emits the operation's new value, and returns for it the node in whose place it is."""
     current = top(graph, op.node)
     before = set(graph.nodes)
@@ -264,7 +79,7 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
         if isinstance(op, Weight):
             result = _changed(graph, rule, current, op.node, attributes)
         else:
-            operands = _operands_so_far(graph, op, rule.rewrite)
+            operands = _operands_so_far(graph, op, Asked(rule.rewrite))
             emitted = [node for node in graph.nodes if node not in before]
             nodes = {"x": op.x, "y": current, **operands}
             result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op})
@@ -274,45 +89,55 @@ def _behind(graph: fx.Graph, op: Operation, rule: WeightRule, attributes: Mappin
     return {result.node: current}
 
 
-def _changed(
-    graph: fx.Graph, rule: WeightRule, weight: fx.Node, base: fx.Node, attributes: Mapping[str, str]
-) -> fx.Proxy:
+def _changed(graph: fx.Graph, rule: Any, weight: fx.Node, base: fx.Node, attributes: Mapping[str, str]) -> fx.Proxy:
     """Emits a weight with the change that `rule` makes of it, from what it was before, and from the module's own."""
     change = _call(rule.delta, graph, {"weight": weight, "base": base}, attributes, {})
     before = fx.Proxy(weight, change.tracer)
     return before + change.to(before.dtype)
 
 
-def _operands_so_far(graph: fx.Graph, op: Operation, function: Callable[..., Any]) -> dict[str, fx.Node]:
+def _operands_so_far(graph: fx.Graph, op: Operation, asked: Asked) -> dict[str, fx.Node]:
     """Emits the operands of an operation for which a rule's function asks, as the adapters before it have made them.
 
     Raises:
-        NoChangeError: If what one of these does is no change of the weight.
+        NoChangeError: If what one of these does is no change of the weight, and that is asked for.
     """
     assert not isinstance(op, Weight)
-    asked = set(_names_asked_by(function)) | ({"weight", "base", "bias"} if _takes_more(function) else set())
     earlier = [node.meta[TAG] for node in values_over(graph, op.node)]
+    of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asked.may_be("bias") else []
+    asks_for_weight = any(
+        each.may_be("weight") or each.may_be("base")
+        for each in (asked, *(Asked(tag.rule.bias_delta) for tag in of_bias))
+    )
     found: dict[str, fx.Node] = {}
-    if asked & {"weight", "base"}:
-        weight = base = graph.create_node("get_attr", op.weight)
-        for tag in earlier:
-            if getattr(type(tag.rule), "delta", WeightRule.delta) is WeightRule.delta:
-                raise NoChangeError(op.weight, tag.slot)
-            weight = _changed(graph, tag.rule, weight, base, dict(tag.attributes)).node
-        found = {"weight": weight, "base": base}
-    if "bias" in asked:
-        own = None if op.bias is None else graph.create_node("get_attr", op.bias)
-        bias = None if own is None else fx.Proxy(own, GraphAppendingTracer(graph))
-        for tag in earlier:
-            bias_delta = getattr(tag.rule, "bias_delta", None)
-            change = None if bias_delta is None else _call(bias_delta, graph, {}, dict(tag.attributes), {})
-            if change is not None:
-                bias = change if bias is None else bias + change
-        found |= {} if bias is None else {"bias": bias.node}
+    if asks_for_weight:
+        found["weight"] = found["base"] = graph.create_node("get_attr", op.weight)
+    if asked.may_be("bias") and op.bias is not None:
+        found["bias"] = graph.create_node("get_attr", op.bias)
+    for tag in earlier:
+        # the change of the bias is one beside the weight of before
+        bias = _changed_bias(graph, tag, found) if tag in of_bias else None
+        if asks_for_weight and not isinstance(tag.rule, Mergeable):
+            raise NoChangeError(op.weight, tag.slot)
+        if asks_for_weight:
+            found["weight"] = _changed(graph, tag.rule, found["weight"], found["base"], dict(tag.attributes)).node
+        if bias is not None:
+            found["bias"] = bias.node
     return found
 
 
-def _around_leaf(graph: fx.Graph, op: Leaf, rule: WeightRule, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+def _changed_bias(graph: fx.Graph, tag: Tag, operands: Mapping[str, fx.Node]) -> Any:
+    """Emits the bias with the change that an adapter makes of it; None where there is neither."""
+    asked = Asked(tag.rule.bias_delta)
+    if "bias" in asked.needed and "bias" not in operands:
+        return None  # there is none that could be scaled, or the like
+    change = _call(tag.rule.bias_delta, graph, operands, {"bias": None, **dict(tag.attributes)}, {})
+    if change is None or "bias" not in operands:
+        return change
+    return fx.Proxy(operands["bias"], change.tracer) + change
+
+
+def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
     """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
     outside = {user for user in op.output.users if user not in op.inside}
     with graph.inserting_before(op.output.next):
@@ -423,31 +248,15 @@ def _call(
         values: Other values.
     """
     tracer = GraphAppendingTracer(graph)
-    names = _names_asked_by(function)
-    if _takes_more(function):
-        names += [name for name in (*values, *nodes, *paths) if name not in names]
     paths = {"training": "training", **paths}
-    given: dict[str, Any] = {}
-    for name in names:
-        path = paths.get(name)
+
+    def value_of(name: str) -> Any:
         if name in values:
-            given[name] = values[name]
-        elif name in nodes:
-            given[name] = fx.Proxy(nodes[name], tracer)
-        else:
-            given[name] = fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
-    return function(**given)
+            return values[name]
+        if name in nodes:
+            return fx.Proxy(nodes[name], tracer)
+        path = paths[name]
+        return fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
 
-
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _names_asked_by(function: Callable[..., Any]) -> list[str]:
-    """Returns the names of a function's arguments."""
-    asked = inspect.signature(function).parameters
-    return [name for name, parameter in asked.items() if parameter.kind not in _VARIABLE]
-
-
-def _takes_more(function: Callable[..., Any]) -> bool:
-    """Tells whether a function takes ``**others``."""
-    return any(parameter.kind in _VARIABLE for parameter in inspect.signature(function).parameters.values())
+    asked = Asked(function).among((*values, *nodes, *paths))
+    return function(**{name: value_of(name) for name in asked})

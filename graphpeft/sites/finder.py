@@ -455,7 +455,7 @@ class SiteFinder:
             raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
             raise NoSiteError(f"no output depends on what is computed with its {attribute}")
-        module = self.modules[owner]
+        module, around = self.modules[owner], self.modules[region]
         kind = kind_of_layer(stands_for(module)) if attribute == "weight" else None
         if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
@@ -470,7 +470,7 @@ class SiteFinder:
             layout=kind or uses.op,
             transposed=_is_stored_transposed(module, weight, kind, uses),
             is_layer=kind is not None,
-            groups=number_in(self.modules[region], uses.groups),
+            groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else number_in(around, uses.groups),
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )

@@ -82,5 +82,10 @@ def _modes_of(module: nn.Module) -> OwnModes:
         return value
 
     object.__setattr__(module, "__class__", quiet_subclass(type(module), {"__getattribute__": note}))
-    by_train = (_present(module.train(False)), _present(module.train(True)))
-    return OwnModes(by_train, _present(module.eval()), asked)
+    # some return nothing
+    module.train(False)
+    in_evaluation = _present(module)
+    module.train(True)
+    in_training = _present(module)
+    module.eval()
+    return OwnModes((in_evaluation, in_training), _present(module), asked)

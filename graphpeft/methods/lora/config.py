@@ -32,11 +32,12 @@ from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts
 from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig, PeftType, register
 from graphpeft.rules.options import Index, Kind, Number, Size, Within
 from graphpeft.rules.report import Report
-from graphpeft.rules.rewrite import AdaptedSite, Rule
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft.graph import ops
-from graphpeft.rules.rewrite import ParameterSpec
+from graphpeft.rules.rule import ParameterSpec
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 

@@ -28,7 +28,7 @@ from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
 from graphpeft.rules.config import OWN, PeftConfig, TaskType
 from graphpeft.rules.options import Layers, Size, Within
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rewrite import ParameterSpec, Rule
+from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets

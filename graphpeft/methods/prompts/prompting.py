@@ -24,7 +24,7 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.rules.config import TaskType
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rewrite import ParameterSpec
+from graphpeft.rules.rule import BoundaryRule, ParameterSpec
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 
@@ -97,7 +97,7 @@ class Placement(Protocol):
 
 
 @dataclass(frozen=True)
-class PromptRule:
+class PromptRule(BoundaryRule):
     """The rule of all prompt methods: something computes virtual tokens, and they go somewhere.
 
     Attributes:
@@ -121,16 +121,17 @@ class PromptRule:
         """Returns the encoder's parameters."""
         return self.encoder.parameters(config)
 
-    def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
-        """Returns none."""
-        return {}
-
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Fills new parameters with the encoder's first values."""
         self.encoder.initialise(parameters, config, module)
 
     def enter(
-        self, inputs: Mapping[str, Any], training: Any, word_embeddings: Any, config: Any, **parameters: Any
+        self,
+        inputs: Mapping[str, Any],
+        training: Any,
+        word_embeddings: Any = None,
+        config: Any = None,
+        **parameters: Any,
     ) -> dict[str, Any]:
         """Computes the virtual tokens and places them."""
         asked = {name: inputs[name] for name in self.encoder.asks}

@@ -6,6 +6,9 @@ written, so that a failure at any weight leaves all of them as they were.
 
 from __future__ import annotations
 
+from graphpeft.graph.template import refuse_other_options
+from graphpeft.adapters.graphs import worn_in
+
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -229,6 +232,8 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
+        for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
+            refuse_other_options(modules[region], worn_in(adapters, region, modules))
         _refuse_tied(modules, adapters.by_name[name], name)
 
 

@@ -378,10 +378,15 @@ def wear_template(module: nn.Module, template: Template, names: Mapping[int, str
     Raises:
         GuardError: If an attribute has another value than the one that is fixed by the template.
     """
+    refuse_other_options(module, template)
+    in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
+
+
+def refuse_other_options(module: nn.Module, template: Template) -> None:
+    """Raises GuardError if an attribute of a module has another value than the one that is fixed by a template."""
     for name, fixed in template.fixed.items():
         if vars(module)[name] != fixed:
             _refuse_other(module, name, fixed, vars(module)[name])
-    in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
 
 
 def names_in_slots(module: nn.Module) -> Mapping[int, str]:

@@ -6,9 +6,6 @@ written, so that a failure at any weight leaves all of them as they were.
 
 from __future__ import annotations
 
-from graphpeft.graph.template import refuse_other_options
-from graphpeft.adapters.graphs import worn_in
-
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +16,14 @@ import torch
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.graphs import worn_in
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.graph.template import refuse_other_options
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.report import listed

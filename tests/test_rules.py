@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import LLAMA
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -484,6 +485,15 @@ def test_a_method_of_ones_own_is_saved_and_loaded(tmp_path):
     assert isinstance(PeftConfig.from_pretrained(tmp_path), ScaleConfig)
     assert torch.equal(PeftModel.from_pretrained(build(), tmp_path)(*X), model(*X))
     assert list(get_peft_model_state_dict(model)) == ["base_model.model.guilty.factor"]
+
+
+def test_a_method_of_ones_own_has_no_default_targets_but_its_own(monkeypatch):
+    model = LLAMA.build()
+    with pytest.raises(AdaptError, match="no default target_modules are known for model_type 'llama'"):
+        explain(model, ScaleConfig())
+    monkeypatch.setattr(ScaleConfig, "default_targets", {"llama": ("k_proj", "down_proj")})
+    report = explain(model, ScaleConfig())
+    assert {adapted.site.name.rpartition(".")[2] for adapted in report.adapted} == {"k_proj", "down_proj"}
 
 
 # beside other methods

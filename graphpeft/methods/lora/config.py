@@ -19,6 +19,7 @@ from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.eva import EvaConfig
@@ -87,6 +88,7 @@ class LoraConfig(TargetedConfig):
             is tied are refused.
     """
 
+    default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {

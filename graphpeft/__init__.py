@@ -1,5 +1,9 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
+from graphpeft.adapters.checkpoint import CheckpointError
+from graphpeft.adapters.hotswap import hotswap_adapter
+from graphpeft.adapters.optimization import PassReport, optimize
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -9,10 +13,9 @@ from graphpeft.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from graphpeft.checkpoint import CheckpointError
-from graphpeft.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.exporting import ExportError, ExportReport, export, export_adapter
-from graphpeft.hotswap import hotswap_adapter
+from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
+from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
     CordaConfig,
@@ -30,6 +33,7 @@ from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfi
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
+from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.model import (
     PeftModel,
     explain,
@@ -37,15 +41,20 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from graphpeft.optimization import PassReport, optimize
-from graphpeft.plan import AdaptError
-from graphpeft.prompts.token_sequences import TokenSequence, find_token_sequence
-from graphpeft.report import Report
-from graphpeft.rewrite import BoundaryRule, ParameterSpec, Rule, WeightRule
+from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.rules.report import Report
+from graphpeft.rules.rule import (
+    BoundaryRule,
+    Combines,
+    Mergeable,
+    OperationRule,
+    ParameterSpec,
+    ReplacesWeight,
+    Rule,
+    RunsByRow,
+)
 from graphpeft.sites.feeding import feeding
 from graphpeft.targeting.target_config import TargetedConfig
-from graphpeft.tracing.errors import GuardError, NeedsInputsError, TraceError
-from graphpeft.tracing.graph_module import names_in_slots
 from graphpeft.tracing.trace import trace
 
 __all__ = [
@@ -60,6 +69,7 @@ __all__ = [
     "BoundaryRule",
     "CPTConfig",
     "CheckpointError",
+    "Combines",
     "CordaConfig",
     "EvaConfig",
     "ExportError",
@@ -69,8 +79,10 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
+    "Mergeable",
     "MultitaskPromptTuningConfig",
     "NeedsInputsError",
+    "OperationRule",
     "ParameterSpec",
     "PassReport",
     "PeftConfig",
@@ -79,13 +91,14 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "ReplacesWeight",
     "Report",
     "Rule",
+    "RunsByRow",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
-    "WeightRule",
     "explain",
     "export",
     "export_adapter",

@@ -10,7 +10,7 @@ versions alike:
   and those of hooks), and the methods that classes override (``_apply``, ``_load_from_state_dict``,
   ``_save_to_state_dict``, ``_replicate_for_data_parallel``);
 - ``_orig_mod``, where ``torch.compile`` keeps a model;
-- what ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which `tracing/graph_module.py`
+- what ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which `graph/template.py`
   defines.
 
 Code that fx generates names functions of ``torch._C._nn``, since public ones such as ``F.gelu`` are called so.
@@ -48,6 +48,7 @@ __all__ = [
     "CHECKPOINT_GENERATOR",  # what `checkpoint` calls with use_reentrant=False
     "FORWARD_HOOKS_OF_ALL",  # hooks that a forward can reach
     "GROUPED_MM",  # the products of experts, of which fake tensors refuse some
+    "PADDING_OF_CONVOLUTION",  # a convolution whose padding isn't zeros
     "CheckpointFunction",  # what it calls otherwise; public by name, not documented
     "DisableTorchFunction",  # tensors are read without asking their class, and so without recording
     "DisableTorchFunctionSubclass",  # likewise, while function modes go on
@@ -59,6 +60,7 @@ __all__ = [
     "checkpoint_module",
     "compiler_asks",  # what it asks for isn't for an edit
     "compiler_options",  # a trace goes through what was compiled
+    "computes_in_own_way",
     "current_function_mode",  # a trace's mode is set aside for what isn't recorded
     "empty_graph_like",  # copies of graphs
     "enter_autocast",  # a region under autocast begins; how `fx` itself records them
@@ -68,7 +70,7 @@ __all__ = [
     "is_in_torch_dispatch_mode",  # something records the operators that are computed, as `make_fx` does
     "is_transformed",  # passes leave computations to transforms as they were written
     "leave_autocast",
-    "padding_of_convolution",  # a convolution whose padding isn't zeros
+    "padding_of_convolution",
     "printed_target",  # what a node calls, as text
     "pytree",  # tensors in nested containers, as `fx` and `torch.export` see them
     "reparametrized",  # a module reads other tensors for the time of its forward; `functional_call` would run hooks
@@ -125,6 +127,17 @@ FORWARD_HOOKS_OF_ALL: tuple[Any, Any] = (_hooks._global_forward_hooks, _hooks._g
 def has_hooks_of_all() -> bool:
     """Tells whether there are hooks, of all modules, that are given outputs or gradients."""
     return bool(_hooks._global_forward_hooks or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks)
+
+
+PADDING_OF_CONVOLUTION = "_reversed_padding_repeated_twice"
+"""The attribute of a convolution with what it adds around its input, in the form of ``F.pad``."""
+
+
+def computes_in_own_way(convolution: Any) -> bool:
+    """Tells whether a convolution, whose forward is PyTorch's, has a method of its own that this calls."""
+    classes = (cls for cls in type(convolution).__mro__ if not cls.__module__.startswith("torch.nn."))
+    own = (*map(vars, classes), vars(convolution))
+    return any(name in names for names in own for name in ("_conv_forward", "_output_padding"))
 
 
 def padding_of_convolution(convolution: Any) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from graphpeft.config import ConfigLike, PeftConfig, TaskType
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.model import PeftModel
-from graphpeft.plan import AdaptError
+from graphpeft.rules.config import ConfigLike, PeftConfig, TaskType
 from graphpeft.wording import shown
 
 _LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")

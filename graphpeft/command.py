@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from graphpeft.auto import class_for
-from graphpeft.config import PeftConfig
 from graphpeft.exporting import FORMATS, WAYS, ExportError, export
+from graphpeft.rules.config import PeftConfig
 
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 

@@ -18,12 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import checkpoint, in_place, trainer
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import combining, lifecycle, merging, mixing
-from graphpeft.adapters.state import STATE, Adapters
-from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
-from graphpeft.adapting import (
+from graphpeft.adapters import checkpoint, combining, lifecycle, merging, mixing, trainer
+from graphpeft.adapters.adapting import (
     Where,
     add_new,
     carry_out,
@@ -35,15 +32,18 @@ from graphpeft.adapting import (
     warn_of_adapted_and_trained_whole,
     warn_of_unmatched,
 )
-from graphpeft.atomic_files import Staging
-from graphpeft.combination import Combination
-from graphpeft.config import ConfigLike, PeftConfig, as_config
-from graphpeft.loading import load
+from graphpeft.adapters.loading import load
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import STATE, Adapters
+from graphpeft.adapters.tensors import overwrite, refuse_missing, set_trainable, thaw
+from graphpeft.files.atomic_files import Staging
+from graphpeft.graph import in_place
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.template import names_in_slots
 from graphpeft.model_card import model_card
-from graphpeft.plan import AdaptError
-from graphpeft.report import Report, listed
-from graphpeft.tracing.graph_module import names_in_slots
-from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.rules.combination import Combination
+from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
+from graphpeft.rules.report import Report, listed
 from graphpeft.transaction import delete_item, set_attribute, transaction, undone_by
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphpeft.config import PeftConfig, PeftType
+from graphpeft.rules.config import PeftConfig, PeftType
 
 
 def model_card(config: PeftConfig) -> str:

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import checkpoint
+from graphpeft.adapters import checkpoint
 from graphpeft.adapters.state import adapters_of
-from graphpeft.config import registered
+from graphpeft.rules.config import registered
 from graphpeft.testing.laws import require_unchanged, snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft
-from graphpeft import in_place
 from graphpeft.adapters.state import adapters_of
-from graphpeft.tracing.graph_module import worn_template
+from graphpeft.graph import in_place
+from graphpeft.graph.template import worn_template
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME
 
 _LIBRARY = os.path.dirname(graphpeft.__file__)

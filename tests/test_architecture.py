@@ -1,58 +1,115 @@
-"""The architecture's list of files is complete, imports go up it, and one file knows PyTorch's private names."""
+"""Rooms know what the architecture's table says, no imports go in a circle, one file knows PyTorch's private names."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import networkx
+import pytest
 import torch
 from torch import fx, nn
 
 import graphpeft
 
 PACKAGE = Path(graphpeft.__file__).parent
-DOCUMENT = Path(__file__).parent.parent / "docs" / "architecture.md"
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
-LISTED = re.findall(r"^\| `([\w/]+(?:\.py|/))` \|", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+ROOMS = {
+    name: [] if knows == "none" else knows.split(", ")
+    for name, knows in re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([\w, ]+) \|$", DOCUMENT, flags=re.MULTILINE)
+}
+"""The rooms from the ground up, with those that each knows."""
 
+LISTED = set(re.findall(r"^\| `(\w+/(?:\w+\.py|\w+/))` \|", DOCUMENT, flags=re.MULTILINE))
+"""The files and folders of which the tables of rooms say what they are about."""
 
-def entry(file: str) -> str:
-    """Returns the line of the list that a file is in: its own, or that of its folder."""
-    folder = f"{file.partition('/')[0]}/"
-    return folder if folder in LISTED else file
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Yields the package's files that a file imports, beside those of names of types."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {id(inner) for node in tree.body if isinstance(node, ast.If) for inner in ast.walk(node)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or id(node) in for_types or not (node.module or "").startswith("graph"):
-            continue
-        module = (node.module or "").removeprefix("graphpeft").lstrip(".").replace(".", "/")
-        for name in [f"{module}/{alias.name}".lstrip("/") for alias in node.names] + [module]:
-            if (PACKAGE / f"{name}.py").exists():
-                yield f"{name}.py"
-                break
+SOURCES = {
+    path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8")
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.name != "__init__.py"
+}
+FILES = [file for file in SOURCES if not file.endswith("__init__.py")]
 
 
-FILES = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+def room_of(file: str) -> str:
+    return file.partition("/")[0].removesuffix(".py")
 
 
-def test_every_file_is_listed():
-    assert {entry(file) for file in FILES} == set(LISTED)
+@functools.cache
+def imported(source: str) -> list[str]:
+    """Returns the paths of what code imports of the package, anywhere in it, and for the names of types, too."""
+    nodes = list(ast.walk(ast.parse(source)))
+    paths = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    paths += [f"{n.module}.{alias.name}" for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names]
+    return [path for path in paths if path.startswith("graphpeft.")]
 
 
-def test_imports_go_up_the_list():
-    wrong = [
-        f"{file} imports {other}"
-        for file in FILES
-        for other in imports(PACKAGE / file)
-        if LISTED.index(entry(other)) > LISTED.index(entry(file))
-    ]
-    assert wrong == []
+def imports(file: str, source: str, files: Mapping[str, str]) -> Iterator[str]:
+    """Yields the package's files that a file imports."""
+    for path in imported(source):
+        parts = path.split(".")
+        # the path is that of a file, or of what a file or a package has
+        names = ("/".join(parts[1:end]) for end in (len(parts), len(parts) - 1))
+        possible = (f"{name}{ending}" for name in names for ending in (".py", "/__init__.py"))
+        yield from next(([one] for one in possible if one in files and one != file), [])
+
+
+def known(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Returns the rooms from which each room imports."""
+    found: dict[str, set[str]] = {room_of(file): set() for file in files}
+    for file, source in files.items():
+        found[room_of(file)] |= {room_of(other) for other in imports(file, source, files)} - {room_of(file)}
+    return found
+
+
+def circles(files: Mapping[str, str]) -> list[set[str]]:
+    """Returns files that import each other, around some circle."""
+    graph = networkx.DiGraph((file, other) for file, source in files.items() for other in imports(file, source, files))
+    return [files for files in networkx.strongly_connected_components(graph) if len(files) > 1]
+
+
+def test_every_file_is_listed_in_the_table_of_its_room():
+    rooms_with_tables = {room_of(entry) for entry in LISTED}
+    assert {room_of(file) for file in FILES} == set(ROOMS)
+    for file in FILES:
+        folder = "/".join(file.split("/")[:2]) + "/"
+        assert room_of(file) not in rooms_with_tables or file in LISTED or folder in LISTED, file
+    assert {entry for entry in LISTED if not (PACKAGE / entry).exists()} == set()
+
+
+def test_rooms_know_the_rooms_below_that_the_table_says():
+    assert known(SOURCES) == {room: set(below) for room, below in ROOMS.items()}
+    names = list(ROOMS)
+    assert all(names.index(below) < names.index(room) for room, all_below in ROOMS.items() for below in all_below)
+
+
+def test_no_imports_go_in_a_circle():
+    assert circles(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from graphpeft.methods.lora import LoraConfig",
+        "from graphpeft.methods.cpt import CPTConfig",
+        "from graphpeft import exporting",
+        "import graphpeft.exporting",
+        "if TYPE_CHECKING:\n    from graphpeft.methods.lora.config import LoraConfig",
+        "def later():\n    from graphpeft.exporting import export",
+    ],
+)
+def test_a_planted_import_is_seen(planted: str):
+    files = {**SOURCES, "rules/report.py": f"{SOURCES['rules/report.py']}\n{planted}\n"}
+    assert known(files)["rules"] - set(ROOMS["rules"])
+
+
+def test_a_planted_circle_is_seen():
+    planted = "if TYPE_CHECKING:\n    from graphpeft.tracing.tracer import ValueTracer\n"
+    assert circles({**SOURCES, "tracing/proxy.py": SOURCES["tracing/proxy.py"] + planted})
 
 
 # private names of PyTorch
@@ -116,7 +173,7 @@ def private_names(source: str) -> list[str]:
 
 
 def test_only_one_file_uses_private_names_of_pytorch():
-    found = {file: private_names((PACKAGE / file).read_text(encoding="utf-8")) for file in FILES}
+    found = {file: private_names(SOURCES[file]) for file in FILES}
     assert found.pop("_torch.py")
     assert {file: names for file, names in found.items() if names} == {}
 

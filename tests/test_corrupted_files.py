@@ -23,8 +23,9 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model
-from graphpeft.config import registered
-from graphpeft.options import Probability, Size
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.config import registered
+from graphpeft.rules.options import Probability, Size
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
@@ -342,7 +343,7 @@ def test_what_is_no_regular_expression_of_pythons_is_refused(pattern: str) -> No
 PATTERNS = [
     "a{5000}",
     r"layers\.\d+\.[a-z]{500,2000}",
-    *(pattern for pattern in targets.DEFAULT_TARGET_MODULES.values() if isinstance(pattern, str)),
+    *(pattern for pattern in DEFAULT_TARGET_MODULES.values() if isinstance(pattern, str)),
     r".*\.layers\.(\d+)\.self_attn\.(q|v)_proj",
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
     r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj))|(?:\bmodel\.layers\.\d{1,}\.mlp\.up_proj)",

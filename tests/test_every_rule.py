@@ -29,15 +29,17 @@ from graphpeft import (
     get_peft_model,
     optimize,
 )
+from graphpeft.graph.template import template_of
 from graphpeft.passes import PASSES
 from graphpeft.testing import laws
-from graphpeft.tracing.graph_module import template_of
 
 
 def rules() -> dict[str, type]:
     """Returns the classes of rules, and of their parts, in ``graphpeft.methods``, by name."""
     found = {}
     for info in pkgutil.walk_packages(graphpeft.methods.__path__, "graphpeft.methods."):
+        if info.name.startswith("graphpeft.methods.prompts"):
+            continue
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__ and _is_rule(value):

@@ -26,7 +26,7 @@ def test_a_layer_and_its_branch_are_computed_on_a_matrix():
         "linear = torch._C._nn.linear(as_rows, weight, bias)",
         "linear_1 = torch._C._nn.linear(as_rows, lora_a_slot0)",
         "linear_2 = torch._C._nn.linear(linear_1, lora_b_slot0)",
-        "add_scaled = graphpeft_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
+        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
         "in_shape_of = in_shape_of(add_scaled, input_1)",
         "return in_shape_of",
     ]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model, trace
+from graphpeft.graph import template as graph_module
+from graphpeft.graph.template import Template
 from graphpeft.targeting import targets
-from graphpeft.tracing import graph_module
-from graphpeft.tracing.graph_module import Template
 
 RANKS = [2, 3]
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from models import GPT2, LLAMA, Example
+from programs import ProgramCase, program_cases
 from torch import nn
 
 from graphpeft import (
@@ -25,10 +26,9 @@ from graphpeft import (
     TraceError,
     trace,
 )
-from graphpeft.config import registered
+from graphpeft.rules.config import registered
 from graphpeft.testing import laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
-from graphpeft.testing.programs import ProgramCase, program_cases
 from graphpeft.testing.strategies import (
     DIM,
     METHODS,

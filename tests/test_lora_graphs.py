@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from graphpeft import LoraConfig, get_peft_model, trace
+from graphpeft.graph.tags import TAG
 from graphpeft.sites import dataflow
-from graphpeft.tags import TAG
 
 
 def body_of(module: Any) -> list[str]:
@@ -37,7 +37,7 @@ def test_a_linear_layer_gets_a_branch():
         "lora_scaling_slot0 = self.lora_scaling_slot0",
         "linear_1 = torch._C._nn.linear(input_1, lora_a_slot0)",
         "linear_2 = torch._C._nn.linear(linear_1, lora_b_slot0)",
-        "add_scaled = graphpeft_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
+        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
         "return add_scaled",
     ]
 

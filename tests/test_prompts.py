@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
-from graphpeft.tags import TAG
+from graphpeft.graph.tags import TAG
 from graphpeft.testing import laws
 
 pytestmark = [

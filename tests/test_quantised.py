@@ -30,7 +30,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 from graphpeft import LoraConfig, explain, get_peft_model, hotswap_adapter, trace
-from graphpeft.plan import AdaptError
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.sites.quantised import is_quantised
 from graphpeft.testing import laws, verify
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graphpeft
 from graphpeft import LoraConfig, get_peft_model
-from graphpeft.recomputing import taken_along
+from graphpeft.graph.recomputing import taken_along
 
 # a checkpoint inside of one with use_reentrant=True runs without gradients at first
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import LLAMA
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -26,12 +27,13 @@ from graphpeft import (
     AdaptError,
     BoundaryRule,
     LoraConfig,
+    Mergeable,
+    OperationRule,
     ParameterSpec,
     PeftConfig,
     PeftModel,
     PromptTuningConfig,
     TargetedConfig,
-    WeightRule,
     explain,
     feeding,
     get_peft_model,
@@ -50,7 +52,7 @@ NOT_WEIGHTS = "what it computes isn't linear"
 
 
 @dataclass(frozen=True)
-class Scale(WeightRule):
+class Scale(OperationRule):
     """The output times (1 + a learned number for each feature)."""
 
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
@@ -95,7 +97,7 @@ class LeavesOneUntrained(Scale):
 
 
 @dataclass(frozen=True)
-class SaysAnotherDelta(Scale):
+class SaysAnotherDelta(Scale, Mergeable):
     def rewrite(self, x: Any, y: Any, factor: Any) -> Any:  # type: ignore[override]
         return y + x.sum(-1, keepdim=True) * factor
 
@@ -372,6 +374,37 @@ def test_a_rule_that_is_no_value_is_refused_with_the_mend(monkeypatch):
         explain(build(), config_with(Unhashable(), monkeypatch))
 
 
+def test_what_no_name_explains_is_refused_when_a_model_is_adapted(monkeypatch):
+    class Misspelt(Scale):
+        def rewrite(self, y: Any, facotr: Any) -> Any:  # type: ignore[override]
+            return y + y * facotr
+
+    with pytest.raises(AdaptError, match=r"SCALE: rewrite of Misspelt asks for 'facotr', and there is .*factor, .*"):
+        explain(build(), config_with(Misspelt(), monkeypatch))
+
+
+def test_what_has_a_default_may_lack(monkeypatch):
+    class MayBeShifted(Scale):
+        def rewrite(self, y: Any, factor: Any, shift: Any = 0) -> Any:  # type: ignore[override]
+            return y + y * factor + shift
+
+    assert explain(build(), config_with(MayBeShifted(), monkeypatch)).adapted
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("delta", "Mergeable"), ("replaces", "ReplacesWeight"), ("by_row", "RunsByRow")]
+)
+def test_a_function_that_nobody_would_call_is_refused_with_its_base(name, base, monkeypatch):
+    rule = dataclass(frozen=True)(type("Wrong", (Scale,), {name: lambda self, **_: None}))
+    with pytest.raises(AdaptError, match=f"Wrong has {name} and isn't {base}; let it inherit from that"):
+        explain(build(), config_with(rule(), monkeypatch))
+
+
+def test_what_only_looks_like_a_rule_is_refused(monkeypatch):
+    with pytest.raises(AdaptError, match="Looks is no rule; let it inherit from OperationRule or BoundaryRule"):
+        explain(build(), config_with(type("Looks", (), dict(vars(Scale)))(), monkeypatch))
+
+
 # the table
 
 
@@ -454,11 +487,20 @@ def test_a_method_of_ones_own_is_saved_and_loaded(tmp_path):
     assert list(get_peft_model_state_dict(model)) == ["base_model.model.guilty.factor"]
 
 
+def test_a_method_of_ones_own_has_no_default_targets_but_its_own(monkeypatch):
+    model = LLAMA.build()
+    with pytest.raises(AdaptError, match="no default target_modules are known for model_type 'llama'"):
+        explain(model, ScaleConfig())
+    monkeypatch.setattr(ScaleConfig, "default_targets", {"llama": ("k_proj", "down_proj")})
+    report = explain(model, ScaleConfig())
+    assert {adapted.site.name.rpartition(".")[2] for adapted in report.adapted} == {"k_proj", "down_proj"}
+
+
 # beside other methods
 
 
 @dataclass(frozen=True)
-class ScalesTheWeight(Scale):
+class ScalesTheWeight(Scale, Mergeable):
     def unmergeable(self, site: Any) -> str | None:
         return None
 

@@ -20,17 +20,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import (
-    AdaptError,
-    GuardError,
-    LoraConfig,
-    NeedsInputsError,
-    PeftModel,
-    TraceError,
-    get_peft_model,
-    ops,
-    trace,
-)
+from graphpeft import AdaptError, GuardError, LoraConfig, NeedsInputsError, PeftModel, TraceError, get_peft_model, trace
+from graphpeft.graph import ops
 from graphpeft.testing import laws
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, names_in_slots, optimize, trace
-from graphpeft.tags import TAG
-from graphpeft.tracing.graph_module import template_of
+from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import template_of
 
 NAMES = ["default", "a name", "été-2"]
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from graphpeft import trace
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.targeting.targets import (
-    DEFAULT_TARGET_MODULES,
     Match,
     all_linear_names,
     compile_matcher,
@@ -522,9 +522,12 @@ class Described(nn.Module):
 
 
 def test_a_known_model_type_has_default_targets():
-    assert default_target_modules(Described(GPT2)) == ("c_attn",)
-    assert default_target_modules(Described({"model_type": "bert"})) == ("query", "value")
-    assert default_target_modules(Described(SimpleNamespace(model_type="gemma4"))) == DEFAULT_TARGET_MODULES["gemma4"]
+    assert default_target_modules(Described(GPT2), DEFAULT_TARGET_MODULES) == ("c_attn",)
+    assert default_target_modules(Described({"model_type": "bert"}), DEFAULT_TARGET_MODULES) == ("query", "value")
+    assert (
+        default_target_modules(Described(SimpleNamespace(model_type="gemma4")), DEFAULT_TARGET_MODULES)
+        == DEFAULT_TARGET_MODULES["gemma4"]
+    )
 
 
 def test_an_unknown_model_type_is_an_error_that_offers_names():
@@ -535,16 +538,16 @@ def test_an_unknown_model_type_is_an_error_that_offers_names():
         deep=nn.ModuleDict({"up": Tied()}),
     )
     with pytest.raises(ValueError, match="no default target_modules are known for model_type 'mine'") as error:
-        default_target_modules(model)
+        default_target_modules(model, DEFAULT_TARGET_MODULES)
     # A bare "0" would also match every first layer.
     assert "target_modules=['up', 'mlp.0', 'first', 'classifier']" in str(error.value)
 
 
 def test_a_model_without_a_type_goes_by_its_class():
     with pytest.raises(ValueError, match=r"known for class Tied\. Set target_modules"):
-        default_target_modules(Tied())
+        default_target_modules(Tied(), DEFAULT_TARGET_MODULES)
     with pytest.raises(ValueError, match=r"for class ReLU.* has no linear modules"):
-        default_target_modules(nn.ReLU())
+        default_target_modules(nn.ReLU(), DEFAULT_TARGET_MODULES)
 
 
 # Near misses

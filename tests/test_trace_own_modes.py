@@ -37,6 +37,13 @@ class Frozen(nn.Module):
         return self.second(self.first(x))
 
 
+class ReturningNothing(Frozen):
+    """Trains as some of timm's do."""
+
+    def train(self, mode: bool = True):  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().train(mode)
+
+
 class Deciding(Frozen):
     """Goes another way in training, in a module that is never in training, too."""
 
@@ -81,6 +88,7 @@ class Evaluating(nn.Sequential):
 BUILDS = {
     "frozen normalisation": lambda: Detector(Frozen()),
     "that decides": lambda: Detector(Deciding()),
+    "that returns nothing": lambda: Detector(ReturningNothing()),
     "by itself": lambda: Deciding(),
 }
 

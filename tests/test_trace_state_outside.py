@@ -22,10 +22,10 @@ from test_tracing import X, module_of
 from torch import fx, nn
 
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft.code.holders import Global
+from graphpeft.code.reach import Reach
 from graphpeft.testing import laws
-from graphpeft.tracing.holders import Global
 from graphpeft.tracing.lift import lift
-from graphpeft.tracing.reach import Reach
 
 
 def proxies_in(value: Any) -> bool:

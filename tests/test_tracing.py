@@ -32,9 +32,9 @@ from graphpeft import (
     set_peft_model_state_dict,
     trace,
 )
+from graphpeft.graph.template import GraphForward
 from graphpeft.testing import laws
 from graphpeft.tracing.examples import Examples
-from graphpeft.tracing.graph_module import GraphForward
 
 
 def module_of(forward, **members) -> Any:

@@ -24,9 +24,9 @@ import graphpeft
 from graphpeft import (
     AdaptError,
     LoraConfig,
+    OperationRule,
     ParameterSpec,
     TargetedConfig,
-    WeightRule,
     get_peft_model,
     optimize,
     register,
@@ -298,7 +298,7 @@ def test_a_bias_that_another_adapter_has_added_is_not_scaled(kind: str, dropout:
 
 
 @dataclass(frozen=True)
-class Bent(WeightRule):
+class Bent(OperationRule):
     """Adds what no weight adds."""
 
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:

@@ -22,16 +22,9 @@ from torch import nn
 from writers import Writers, adapted, base, found_in, writers
 
 import graphpeft
-from graphpeft import (
-    CheckpointError,
-    ExportError,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    atomic_files,
-    checkpoint,
-    hotswap_adapter,
-)
+from graphpeft import CheckpointError, ExportError, LoraConfig, PeftConfig, PeftModel, hotswap_adapter
+from graphpeft.adapters import checkpoint
+from graphpeft.files import atomic_files
 from graphpeft.testing import laws
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs os.fork")

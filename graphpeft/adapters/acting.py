@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from graphpeft import in_place, passes, slots, stand_ins
+from graphpeft import passes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError
-from graphpeft.tracing.graph_module import wear_template
+from graphpeft.graph import in_place, slots, stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.graph.template import wear_template
 from graphpeft.transaction import delete_item, set_attribute
 
 

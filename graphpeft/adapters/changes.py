@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from graphpeft import ops
+from graphpeft.adapters.plan import HALVES
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.plan import HALVES
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import ops
+from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import Asked
+from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import Site
-from graphpeft.stand_ins import own_parameter
 from graphpeft.transaction import remember
 
 
@@ -30,35 +31,46 @@ def delta(
         weight: The weight with the changes of adapters before this one; what the module reads if None.
         base: The weight without them; likewise.
     """
-    own = _read_weight(adapted, modules) if base is None else base
-    given = {"weight": own if weight is None else weight, "base": own}
-    values = _values(adapted.rule.delta, adapted, modules)
+    values = _values(Asked(adapted.rule.delta), adapted, modules)
     halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
     values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
-    change = _asked(adapted.rule.delta, values | given)
+    change = _asked(adapted.rule.delta, values | _weights(adapted, modules, weight, base))
     return change.to(halves.pop()) if halves else change
+
+
+def _weights(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None, base: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    own = _read_weight(adapted, modules) if base is None else base
+    return {"weight": own if weight is None else weight, "base": own}
 
 
 def _is_half_on_cpu(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in HALVES
 
 
-def bias_delta(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
-    """Returns the change of the bias that a site's operations add, or None if it doesn't change."""
-    function = getattr(adapted.rule, "bias_delta", None)
-    return _asked(function, _values(function, adapted, modules)) if function is not None else None
+def bias_delta(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change; arguments as there."""
+    if not changes_bias(adapted.rule):
+        return None
+    function, bias = adapted.rule.bias_delta, _bias(adapted, modules)
+    if bias is None and "bias" in Asked(function).needed:
+        return None
+    values = _values(Asked(function), adapted, modules) | _weights(adapted, modules, weight, base)
+    return _asked(function, {**values, "bias": bias})
 
 
-def _values(function: Any, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
+def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
     """Returns the parameters and constants at a site for which a rule's function asks by the names of its arguments."""
     owner = modules[adapted.site.owner]
-    asked = inspect.signature(function).parameters
-    return {local: getattr(owner, name) for local, name in adapted.names.items() if local in asked}
+    return {local: getattr(owner, name) for local, name in adapted.names.items() if asked.may_be(local)}
 
 
 def _asked(function: Any, values: Mapping[str, Any]) -> Any:
-    """Calls a rule's function with what it asks for by the names of its arguments; None for what there isn't."""
-    return function(**{name: values.get(name) for name in inspect.signature(function).parameters})
+    """Calls a rule's function with what it asks for by the names of its arguments."""
+    return function(**{name: values[name] for name in Asked(function).among(values)})
 
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
@@ -105,15 +117,23 @@ def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
     return path, name
 
 
+def _bias(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
+    """Returns the bias that a site's operations add, as its module reads it."""
+    if not isinstance(adapted.site, Site) or adapted.site.bias is None:
+        return None
+    path, name = _bias_place(adapted)
+    return own_parameter(modules[path], name)
+
+
 def add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:
     """Adds the change of a weight, and of the bias beside it."""
     change = delta(adapted, modules, weight, base)
+    # beside the weight of before, as in the graph
+    bias_change = bias_delta(adapted, modules, weight, base)
     remember(weight)
     # where the weight itself changes, as the graph adds it; else the sum alone is rounded
     weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
-    change = bias_delta(adapted, modules)
-    if change is not None:
-        path, name = _bias_place(adapted)
-        bias = own_parameter(modules[path], name)
+    bias = _bias(adapted, modules)
+    if bias is not None and bias_change is not None:
         remember(bias)
-        bias += change.to(bias.dtype)
+        bias += bias_change.to(bias.dtype)

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from graphpeft import adapter_names, stand_ins
-from graphpeft.adapters import changes
+from graphpeft.adapters import adapter_names, changes
+from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
-from graphpeft.combination import Combination, Part
-from graphpeft.config import PeftConfig
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError, Plan
-from graphpeft.report import listed
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import listed
 from graphpeft.sites.site import LeafSite
 
 

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-from graphpeft import ops, rewrite, slots
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
-from graphpeft.paths import join, within
-from graphpeft.plan import AdaptError
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import Graphs, Template, names_in_slots, template_of
+from graphpeft.graph import ops, slots
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
+from graphpeft.graph.paths import join, within
+from graphpeft.graph.template import Graphs, Template, names_in_slots, template_of
+from graphpeft.rules import rewrite
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.report import listed
 
 
 def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, int]:

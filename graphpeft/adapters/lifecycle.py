@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from graphpeft import own_state, passes, slots
+from graphpeft import passes
+from graphpeft.adapters import own_state
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.graphs import by_region, without_any, worn_in
 from graphpeft.adapters.merging import unmerge, with_originals
+from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
-from graphpeft.plan import AdaptError, Plan
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
-from graphpeft.tracing.graph_module import template_of, wear_template
+from graphpeft.graph import slots
+from graphpeft.graph.template import template_of, wear_template
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.report import listed
 from graphpeft.transaction import (
     at_end_of,
     delete_item,

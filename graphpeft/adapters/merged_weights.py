@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import in_place
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Modules
 from graphpeft.adapters.tensors import is_same
-from graphpeft.plan import AdaptError
-from graphpeft.stand_ins import own_parameter
+from graphpeft.graph import in_place
+from graphpeft.graph.stand_ins import own_parameter
 
 
 def guard(modules: Modules, places: Iterable[tuple[str, str]]) -> None:

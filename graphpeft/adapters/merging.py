@@ -7,25 +7,28 @@ written, so that a failure at any weight leaves all of them as they were.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from graphpeft import stand_ins
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.graphs import worn_in
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.graph.template import refuse_other_options
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import Asked
+from graphpeft.rules.report import listed
+from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import Site
-from graphpeft.stand_ins import own_parameter
 from graphpeft.transaction import remember, set_attribute, set_item
 
 
@@ -215,7 +218,9 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
     for adapted in adapter.weight_sites:
-        asked.setdefault(adapted.site.weight, set()).update(inspect.signature(adapted.rule.delta).parameters)
+        functions = [adapted.rule.delta, *([adapted.rule.bias_delta] if changes_bias(adapted.rule) else [])]
+        reads = {name for name in ("weight", "base") for each in map(Asked, functions) if each.may_be(name)}
+        asked.setdefault(adapted.site.weight, set()).update(reads)
     return asked
 
 
@@ -226,6 +231,8 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
+        for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
+            refuse_other_options(modules[region], worn_in(adapters, region, modules))
         _refuse_tied(modules, adapters.by_name[name], name)
 
 

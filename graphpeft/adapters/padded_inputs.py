@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import in_place
 from graphpeft.adapters.state import Modules
-from graphpeft.tracing.graph_module import graph_forward
+from graphpeft.graph import in_place
+from graphpeft.graph.template import graph_forward
 
 
 def keep_padded(modules: Modules, regions: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from graphpeft.plan import AdaptError
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.transaction import set_attribute
 
 Pairs = Sequence[Sequence[int]]

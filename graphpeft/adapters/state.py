@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import stand_ins
+from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
-from graphpeft.config import PeftConfig
-from graphpeft.paths import TensorPaths
-from graphpeft.plan import Plan
-from graphpeft.report import Report
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.graph.template import Template
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import Report
 from graphpeft.sites.site import Site
 from graphpeft.targeting.trained_whole import TrainedRows
-from graphpeft.tracing.graph_module import Template
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""

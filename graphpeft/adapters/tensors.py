@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft import in_place, stand_ins
+from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.config import PeftConfig
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError, Plan, dtype_of_adapter
-from graphpeft.rewrite import AdaptedSite
-from graphpeft.stand_ins import own_parameter
+from graphpeft.graph import in_place, stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.config import PeftConfig
 from graphpeft.transaction import remember, set_item, undone_by
 
 

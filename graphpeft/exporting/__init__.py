@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapter_names import name_like
+from graphpeft.adapters.adapter_names import name_like
+from graphpeft.adapters.optimization import optimize
 from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import Interface, Slot
@@ -25,9 +26,8 @@ from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
+from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.model import PeftModel
-from graphpeft.optimization import optimize
-from graphpeft.tracing.errors import GuardError, TraceError
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
 

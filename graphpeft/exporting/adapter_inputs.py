@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from graphpeft import checkpoint
 from graphpeft._torch import printed_target
+from graphpeft.adapters import checkpoint
 from graphpeft.adapters.graphs import slots_for, templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
-from graphpeft.ops.reading import applied_if
-from graphpeft.paths import join, within
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
-from graphpeft.tags import TAG
-from graphpeft.tracing.graph_module import Graphs, Template, template_of, wear_template
+from graphpeft.graph.ops.reading import applied_if
+from graphpeft.graph.paths import join, within
+from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import Graphs, Template, template_of, wear_template
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.report import listed
 
 Place = tuple[str, str]
 """The path of a module, and the name of an attribute of it."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from graphpeft._torch import pytree
+from graphpeft.adapters.plan import HALVES
 from graphpeft.exporting.calls import plain
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.ways import Case
-from graphpeft.plan import HALVES
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2

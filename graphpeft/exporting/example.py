@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graphpeft._torch import pytree
 from graphpeft.exporting.errors import ExportError
-from graphpeft.tracing.errors import GuardError
+from graphpeft.graph.errors import GuardError
 
 Shape = tuple[int, ...]
 

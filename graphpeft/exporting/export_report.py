@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphpeft.exporting.check import Checked
-from graphpeft.report import table
+from graphpeft.rules.report import table
 
 
 @dataclass(frozen=True)

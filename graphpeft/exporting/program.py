@@ -17,7 +17,7 @@ from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.exporting.quiet import quiet
 from graphpeft.exporting.ways import Prepared
-from graphpeft.tracing.errors import GuardError, TraceError
+from graphpeft.graph.errors import GuardError, TraceError
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 """True for all sizes that the model leaves open, False for none, or a spec of ``torch.export``."""

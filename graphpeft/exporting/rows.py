@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft.adapters.mixing import Runner
+from graphpeft.adapters.rows import Runner
 
 
 class GivenRows:

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphpeft.adapter_names import BASE
 from graphpeft.adapters import mixing
+from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.optimization import optimize
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import rows_present
 from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.exporting import adapter_inputs, copies
@@ -26,8 +28,6 @@ from graphpeft.exporting.calls import Root
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.rows import GivenRows
-from graphpeft.optimization import optimize
-from graphpeft.plan import AdaptError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from graphpeft.atomic_files import Staging
 from graphpeft.exporting.errors import ExportError
+from graphpeft.files.atomic_files import Staging
 
 
 @contextlib.contextmanager

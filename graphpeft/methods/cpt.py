@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.config import PeftType, TaskType, register
-from graphpeft.options import Index, Kind, NotNegative, Number
-from graphpeft.paths import TensorPaths
-from graphpeft.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
-from graphpeft.prompts.prompting import Encoder, InFront, PromptRule
-from graphpeft.recorded import recorded
-from graphpeft.report import Refusal, Report
-from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.graph.recorded import recorded
+from graphpeft.graph.traced_model import module_told
+from graphpeft.methods.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
+from graphpeft.methods.prompts.prompting import Encoder, InFront, PromptRule
+from graphpeft.rules.config import PeftType, TaskType, register
+from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.report import Refusal, Report
+from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
-from graphpeft.tracing.trace import module_told
 
 _SMALLEST = 1e-10
 """The bound of tokens that aren't moved."""

@@ -16,15 +16,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.config import PeftType, register
-from graphpeft.foreign_files import CheckpointError, read_pickle, read_safetensors
+from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors
+from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompt_tuning import TokenTable
-from graphpeft.options import Index, Size
-from graphpeft.prompts.prompt_config import PromptLearningConfig
-from graphpeft.prompts.prompting import EMBEDDINGS_KEY, Encoder
-from graphpeft.recorded import recorded
-from graphpeft.report import listed
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.methods.prompts.prompting import EMBEDDINGS_KEY, Encoder
+from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.options import Index, Size
+from graphpeft.rules.report import listed
+from graphpeft.rules.rule import ParameterSpec
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 

@@ -16,12 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.config import PeftType, register
-from graphpeft.options import Size
-from graphpeft.paths import TensorPaths
-from graphpeft.prompts import prompting
-from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.prompts.prompting import (
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.methods.prompts import prompting
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
+from graphpeft.methods.prompts.prompting import (
     CACHES,
     EMBEDDINGS_KEY,
     GENERATOR,
@@ -38,8 +36,10 @@ from graphpeft.prompts.prompting import (
     the_given,
     under_one_name,
 )
-from graphpeft.report import Refusal, Report
-from graphpeft.rewrite import ParameterSpec, Rule
+from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.options import Size
+from graphpeft.rules.report import Refusal, Report
+from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 

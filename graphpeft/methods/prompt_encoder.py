@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.config import PeftType, register
-from graphpeft.options import Probability, Size, Steps
-from graphpeft.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.prompts.prompting import Encoder
-from graphpeft.recorded import recorded
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.graph.recorded import recorded
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
+from graphpeft.methods.prompts.prompting import Encoder
+from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.options import Probability, Size, Steps
+from graphpeft.rules.rule import ParameterSpec
 
 _MLP_LAYERS = 2
 

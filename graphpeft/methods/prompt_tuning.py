@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.config import PeftType, register
-from graphpeft.prompts.prompt_config import PromptLearningConfig, Table
-from graphpeft.prompts.prompting import Encoder
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, Table
+from graphpeft.methods.prompts.prompting import Encoder
+from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.rule import ParameterSpec
 
 
 @register

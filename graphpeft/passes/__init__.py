@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from graphpeft.graph.template import Graphs, Template
 from graphpeft.passes.flattened_rows import flattened_rows
 from graphpeft.passes.grouped_products import grouped_products
 from graphpeft.passes.inplace_addmm import inplace_addmm
@@ -18,7 +19,6 @@ from graphpeft.passes.recomputed_casts import recomputed_casts
 from graphpeft.passes.recomputed_inputs import recomputed_inputs
 from graphpeft.passes.regenerated_dropout import regenerated_dropout
 from graphpeft.passes.shared_casts import shared_casts
-from graphpeft.tracing.graph_module import Graphs, Template
 
 __all__ = ["PASSES", "Optimized", "Outcome", "Pass", "in_order", "optimized"]
 

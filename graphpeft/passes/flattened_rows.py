@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
+from graphpeft.graph.facts import only_asks
+from graphpeft.graph.recorded import recorded
+from graphpeft.graph.scaled_sum import add_scaled
+from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import wants_plain_form
 from graphpeft.passes.reading import adapted_values
-from graphpeft.recorded import recorded
-from graphpeft.scaled_sum import add_scaled
-from graphpeft.tags import TAG
-from graphpeft.tracing.dependence import only_asks
 
 
 def flattened_rows(graph: fx.Graph, root: nn.Module) -> list[Outcome]:

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphpeft import ops
 from graphpeft._torch import has_hooks_of_all
+from graphpeft.graph import ops
+from graphpeft.graph.recorded import recorded
+from graphpeft.graph.scaled_sum import add_scaled
+from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.plain_form import HALVES, wants_plain_form
 from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
-from graphpeft.recorded import recorded
-from graphpeft.scaled_sum import add_scaled
-from graphpeft.tags import TAG
 
 
 def inplace_addmm(graph: fx.Graph, root: nn.Module) -> list[Outcome]:

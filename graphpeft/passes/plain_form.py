@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphpeft._torch import is_transformed
-from graphpeft.scaled_sum import is_captured
+from graphpeft.graph.scaled_sum import is_captured
 
 HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which rounding once or twice makes a difference that can be seen."""

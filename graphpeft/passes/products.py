@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphpeft.graph.recorded import recorded
 from graphpeft.passes.plain_form import wants_plain_form, without_autocast
 from graphpeft.passes.recipes import Recipe, computed_again
-from graphpeft.recorded import recorded
 
 
 @recorded

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import fx, nn
 
-from graphpeft import ops
-from graphpeft.ops.reading import arguments_of
+from graphpeft.graph import ops
+from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
+from graphpeft.graph.facts import only_asks, writes
+from graphpeft.graph.ops.reading import arguments_of
+from graphpeft.graph.tags import TAG
 from graphpeft.passes.products import cast_again, product
-from graphpeft.tags import TAG
-from graphpeft.tracing.dependence import only_asks
-from graphpeft.tracing.proxy import writes
-from graphpeft.tracing.regions import enter_autocast, enter_gradients, leave_autocast, leave_gradients
 
 
 def adapted_values(graph: fx.Graph) -> list[fx.Node]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft._torch import pytree, saved_tensors_go_elsewhere, version
+from graphpeft.graph.recorded import recorded
 from graphpeft.passes.plain_form import wants_plain_form, without_autocast
-from graphpeft.recorded import recorded
 
 
 def _called(layer: nn.Module, *args: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from graphpeft.ops.reading import arguments_of
+from graphpeft.graph.ops.reading import arguments_of
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product
 from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import networkx as nx
 import torch.fx as fx
 
-from graphpeft.tracing.proxy import writes
+from graphpeft.graph.facts import writes
 
 
 def as_digraph(graph: fx.Graph) -> nx.DiGraph:

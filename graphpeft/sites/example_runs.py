@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.guards import is_same
-from graphpeft.tracing.trace import ExampleInputs, split_inputs
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.guards import is_same
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
 
 
 class NotReachedError(TraceError):

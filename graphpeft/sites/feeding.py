@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor, fx
 
-from graphpeft import ops
 from graphpeft._torch import pytree
+from graphpeft.graph import ops
+from graphpeft.graph.template import VALUE, template_of
+from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import feeding_directly
-from graphpeft.tracing.graph_module import VALUE, template_of
-from graphpeft.tracing.trace import stands_for
 
 
 def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> list[str]:

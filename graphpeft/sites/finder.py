@@ -10,10 +10,19 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from graphpeft import in_place, ops
-from graphpeft.ops import convolution
-from graphpeft.ops.boundaries import NAME, boundaries_inside, boundary_of
-from graphpeft.paths import join, within
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.source import methods_reading, uses_in_forward
+from graphpeft.graph import in_place, ops
+from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.layers import given
+from graphpeft.graph.ops import convolution
+from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
+from graphpeft.graph.own_forward import call_on_weights, call_through
+from graphpeft.graph.paths import join, within
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
+from graphpeft.graph.template import VALUE, Graphs, Template, runs_graph, template_of
+from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.sites import example_runs
 from graphpeft.sites.gradient_flow import flow_of
 from graphpeft.sites.layer_kinds import declared_features, declares_features, kind_of_layer
@@ -21,14 +30,8 @@ from graphpeft.sites.parts import Runs, parts_found
 from graphpeft.sites.quantised import described, is_quantised, way_of_computing
 from graphpeft.sites.readers import held_outside, may_read, readers_around
 from graphpeft.sites.site import LeafSite, OneCall, Site
-from graphpeft.sites.weight_uses import WeightUses, weight_uses
-from graphpeft.tracing.attribute_paths import ANY
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
-from graphpeft.tracing.graph_module import VALUE, Graphs, Template, runs_graph, template_of
-from graphpeft.tracing.lift import lift, refuse_what_a_graph_cannot_replace
-from graphpeft.tracing.own_forward import call_on_weights, call_through
-from graphpeft.tracing.source import methods_reading, uses_in_forward
-from graphpeft.tracing.trace import ExampleInputs, plain_attribute, stands_for
+from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
+from graphpeft.tracing.lift import lift
 
 
 class Crossing(NamedTuple):
@@ -452,7 +455,7 @@ class SiteFinder:
             raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
             raise NoSiteError(f"no output depends on what is computed with its {attribute}")
-        module = self.modules[owner]
+        module, around = self.modules[owner], self.modules[region]
         kind = kind_of_layer(stands_for(module)) if attribute == "weight" else None
         if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
@@ -467,7 +470,7 @@ class SiteFinder:
             layout=kind or uses.op,
             transposed=_is_stored_transposed(module, weight, kind, uses),
             is_layer=kind is not None,
-            groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else uses.groups,
+            groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else number_in(around, uses.groups),
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
         )
@@ -532,7 +535,7 @@ class SiteFinder:
 
     def _lift(self, module: nn.Module) -> Template:
         try:
-            template = lift(module)
+            template = given(module) or lift(module)
         except NeedsInputsError:
             # a layer of PyTorch's decides in each call how it computes, as an attention on its fast path, of which a
             # recording would have one way: it runs its own code

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from graphpeft import in_place
-from graphpeft.tracing.errors import OUT_OF_MEMORY
+from graphpeft.graph import in_place
+from graphpeft.graph.errors import OUT_OF_MEMORY
 
 
 class Flow(NamedTuple):

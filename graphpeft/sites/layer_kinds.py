@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import ops
-from graphpeft.ops import convolution, embedding
-from graphpeft.tracing.trace import plain_attribute
+from graphpeft.graph import ops
+from graphpeft.graph.ops import convolution, embedding
+from graphpeft.graph.traced_model import plain_attribute
 
 
 def linear_classes() -> tuple[type, ...]:

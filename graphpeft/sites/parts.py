@@ -16,9 +16,9 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch.fx.node import map_arg
 
-from graphpeft.tracing.dependence import above
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import VALUE
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import above
+from graphpeft.graph.template import VALUE
 
 Runs = tuple[tuple[int, int], ...]
 """Rows as runs of neighbours: the first of each run, and the one behind its last."""

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from graphpeft import in_place
-from graphpeft.paths import join
-from graphpeft.tracing.attribute_paths import ANY
-from graphpeft.tracing.contents import parts_of
-from graphpeft.tracing.graph_module import runs_graph
-from graphpeft.tracing.reach import functions_held, opened
-from graphpeft.tracing.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.contents import parts_of
+from graphpeft.code.reach import functions_held, opened
+from graphpeft.code.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
+from graphpeft.graph import in_place
+from graphpeft.graph.paths import join
+from graphpeft.graph.template import runs_graph
 
 
 def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:

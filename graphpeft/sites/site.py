@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from graphpeft.ops.boundaries import Boundary, Leaf
-from graphpeft.paths import join
+from graphpeft.graph.ops.boundaries import Boundary, Leaf
+from graphpeft.graph.paths import join
 from graphpeft.sites.parts import Runs
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
+from graphpeft.graph.template import Template
 from graphpeft.sites import dataflow
-from graphpeft.tracing.graph_module import Template
 
 
 class WeightUses(NamedTuple):
@@ -20,7 +20,7 @@ class WeightUses(NamedTuple):
         op: The kind of the operations that use it, or ``ops.Weight`` if they are of several kinds, or of none.
         nodes: The names of the operations that use it, in each graph; or of the nodes that read it.
         transposed: Whether the first of them reads it as (in, out).
-        groups: Into how many groups they divide their features.
+        groups: Into how many groups they divide their features: a number, or the path of the attribute that has it.
         shortens: Whether one of them shortens the rows that it reads.
         others: What else uses it.
         is_called_beside: Whether it is used by calls of its module and in another way, too.
@@ -31,7 +31,7 @@ class WeightUses(NamedTuple):
     op: Any
     nodes: tuple[tuple[str, ...], ...]
     transposed: bool
-    groups: int
+    groups: int | str
     shortens: bool
     others: tuple[str, ...]
     is_called_beside: bool
@@ -47,19 +47,17 @@ def weight_uses(template: Template, module: nn.Module) -> dict[str, WeightUses]:
         alive = set().union(*(dataflow.reaching_output(graph) for graph in template.graphs))
         paths = [op.weight for of_graph in found for op in of_graph]
         paths += [str(node.target) for graph in template.graphs for node in graph.nodes if node.op == "get_attr"]
-        uses = {path: _uses_of(path, template, module, found, alive) for path in dict.fromkeys(paths)}
+        uses = {path: _uses_of(path, template, found, alive) for path in dict.fromkeys(paths)}
         template.facts["uses"] = uses
     return uses
 
 
-def _uses_of(
-    path: str, template: Template, module: nn.Module, found: list[list[ops.Computation]], alive: set[fx.Node]
-) -> WeightUses:
+def _uses_of(path: str, template: Template, found: list[list[ops.Computation]], alive: set[fx.Node]) -> WeightUses:
     own = [[op for op in of_graph if op.weight == path] for of_graph in found]
     all_own = [op for of_graph in own for op in of_graph]
     by_graph = zip(template.graphs, own, strict=True)
     others = tuple(dict.fromkeys(itertools.chain(*(ops.other_uses(graph, path, using) for graph, using in by_graph))))
-    kinds = {(type(op), _number(op.groups, module)) for op in all_own}
+    kinds = {(type(op), _number_or_path(op.groups)) for op in all_own}
     is_of_one_kind = len(kinds) == 1 and not others
     places = own if is_of_one_kind else [ops.reads(graph, path) for graph in template.graphs]
     nodes = tuple(tuple(op.name for op in of_graph) for of_graph in places)
@@ -73,6 +71,11 @@ def _uses_of(
     return WeightUses(op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias)
 
 
-def _number(value: Any, module: nn.Module) -> int:
-    """Returns a number that a graph has, or reads from the module."""
-    return operator.attrgetter(str(value.target))(module) if isinstance(value, fx.Node) else value
+def _number_or_path(value: Any) -> int | str:
+    # equal modules share a graph, which reads the number from each
+    return str(value.target) if isinstance(value, fx.Node) else value
+
+
+def number_in(module: nn.Module, value: int | str) -> int:
+    """Returns a number that a graph has, or reads at a path from the module."""
+    return operator.attrgetter(value)(module) if isinstance(value, str) else value

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.config import PeftConfig
+from graphpeft.graph.traced_model import TracedModel, module_told
+from graphpeft.rules.config import PeftConfig
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
-from graphpeft.tracing.trace import TracedModel, module_told
 from graphpeft.wording import shortened
 
 _NAMES = ("embed_tokens", "lm_head")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import nn
 
-from graphpeft.config import PeftConfig
-from graphpeft.paths import TensorPaths
-from graphpeft.report import Report
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import Report
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.targeting import targeted_sites, targets
@@ -23,8 +24,8 @@ class TargetedConfig(PeftConfig):
 
     Attributes:
         target_modules: Names of the weights to adapt: a list matches paths that are equal or end in ``.name``, a
-            string is a regular expression for the whole path, or ``"all-linear"``. None takes the default of the
-            model's `model_type`.
+            string is a regular expression for the whole path, or ``"all-linear"``. None takes the method's default for
+            the model's `model_type`.
         exclude_modules: As `target_modules`, for what is left out.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: The name before that index.
@@ -34,6 +35,9 @@ class TargetedConfig(PeftConfig):
 
     adapts_leaves: ClassVar[bool] = False
     """Whether the method's rules take the call of a module as an operation, where it has no weight: a `LeafSite`."""
+
+    default_targets: ClassVar[targets.Defaults] = MappingProxyType({})
+    """What the method adapts where the config names nothing, by the `model_type` of the model's config, as in PEFT."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -67,8 +71,18 @@ class TargetedConfig(PeftConfig):
         if targets.is_all_linear(config.target_modules):
             config.target_modules = set(targets.all_linear_names(model, config.task_type))
         elif config.target_modules is None:
-            config.target_modules = _default_targets(model, optional=bool(getattr(config, "target_parameters", None)))
+            is_optional = bool(getattr(config, "target_parameters", None))
+            config.target_modules = self._default_targets(model, is_optional)
         return config
+
+    def _default_targets(self, model: nn.Module, is_optional: bool) -> set[str] | str:
+        try:
+            default = targets.default_target_modules(model, self.default_targets)
+        except ValueError:
+            if is_optional:
+                return set()
+            raise
+        return default if isinstance(default, str) else set(default)
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
         """Returns the sites that the config names."""
@@ -92,13 +106,3 @@ class TargetedConfig(PeftConfig):
         config.target_modules = targets.exactly(wanted, names)
         config.layers_to_transform = config.layers_pattern = None
         return config
-
-
-def _default_targets(model: nn.Module, optional: bool) -> set[str] | str:
-    try:
-        default = targets.default_target_modules(model)
-    except ValueError:
-        if optional:
-            return set()
-        raise
-    return default if isinstance(default, str) else set(default)

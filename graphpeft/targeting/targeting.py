@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from graphpeft.paths import TensorPaths, join
-from graphpeft.report import Refusal, Report, listed
+from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.rules.report import Refusal, Report, listed
 from graphpeft.sites.finder import NoSiteError, SiteFinder
 from graphpeft.sites.layer_kinds import declares_features
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
-from graphpeft.tracing.trace import stands_for
 from graphpeft.wording import shown
 
 

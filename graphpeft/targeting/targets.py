@@ -28,10 +28,10 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting.endings import Endings
 from graphpeft.targeting.patterns import Pattern
-from graphpeft.tracing.trace import TracedModel, stands_for
 
 T = TypeVar("T")
 Predicate = Callable[[str], bool]
@@ -39,52 +39,6 @@ Predicate = Callable[[str], bool]
 ALL_LINEAR = "all-linear"
 """The value of `target_modules` that stands for every linear module except the output head."""
 
-DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
-    "t5": ("q", "v"),
-    "mt5": ("q", "v"),
-    "bart": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-    "bloom": ("query_key_value",),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "opt": ("q_proj", "v_proj"),
-    "gptj": ("q_proj", "v_proj"),
-    "gpt_neox": ("query_key_value",),
-    "gpt_neo": ("q_proj", "v_proj"),
-    "bert": ("query", "value"),
-    "roberta": ("query", "value"),
-    "xlm-roberta": ("query", "value"),
-    "electra": ("query", "value"),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "layoutlm": ("query", "value"),
-    "llama": ("q_proj", "v_proj"),
-    "llama4": ("q_proj", "v_proj"),
-    "chatglm": ("query_key_value",),
-    "gpt_bigcode": ("c_attn",),
-    "mpt": ("Wqkv",),
-    "RefinedWebModel": ("query_key_value",),
-    "RefinedWeb": ("query_key_value",),
-    "falcon": ("query_key_value",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "mistral": ("q_proj", "v_proj"),
-    "mixtral": ("q_proj", "v_proj"),
-    "stablelm": ("q_proj", "v_proj"),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "gemma": ("q_proj", "v_proj"),
-    "gemma2": ("q_proj", "v_proj"),
-    "gemma3_text": ("q_proj", "v_proj"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "qwen2": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-}
-"""LoRA's `target_modules` by `model_type`; a string is a regular expression.
-
-The table is `TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING` of PEFT 0.21.2, `peft/utils/constants.py`.
-"""
 
 _CLASSIFICATION_HEADS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES: the heads have no fixed name to look up
 
@@ -268,22 +222,27 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def default_target_modules(model: nn.Module) -> tuple[str, ...] | str:
+Defaults = Mapping[Any, tuple[str, ...] | str]
+"""What a method adapts where its config names no targets, by the model's type: suffixes, or a regular expression."""
+
+
+def default_target_modules(model: nn.Module, defaults: Defaults) -> tuple[str, ...] | str:
     """Chooses `target_modules` for a model of a known type.
 
     Args:
         model: A model whose `config`, an object or a mapping, has a `model_type`.
+        defaults: Those of the method.
 
     Returns:
-        The entry of `DEFAULT_TARGET_MODULES`: suffixes, or a string that is a regular expression.
+        The entry of `defaults` for the model.
 
     Raises:
         ValueError: The model has no `model_type`, or none with a default. The message offers names to choose from.
     """
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    if model_type in DEFAULT_TARGET_MODULES:
-        return DEFAULT_TARGET_MODULES[model_type]
+    if model_type in defaults:
+        return defaults[model_type]
     what = f"model_type {model_type!r}" if model_type else f"class {type(model).__name__}"
     raise ValueError(f"no default target_modules are known for {what}. {_advice(model)}")
 

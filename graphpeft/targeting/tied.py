@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from graphpeft.tracing.trace import stands_for
+from graphpeft.graph.traced_model import stands_for
 
 
 def tied_layers(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from torch import nn
 
-from graphpeft import stand_ins
-from graphpeft.config import TASK_HEADS, PeftConfig
-from graphpeft.paths import TensorPaths, join
-from graphpeft.report import Refusal, Report
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.rules.config import TASK_HEADS, PeftConfig
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.embedding_layers import embedding_layers
-from graphpeft.tracing.trace import stands_for
 
 _WAY_OUT = "name other modules in modules_to_save, or none"
 _MOST_HINTS = 5  # an error names so many

@@ -1,6 +1,6 @@
 """What property-tests adapters and rewrites: the laws, and strategies for models with inputs, configs and edits.
 
-The laws and `verify` need nothing beside graphpeft. What generates (`strategies`, `edits`, `programs`, `profiles`)
+The laws and `verify` need nothing beside graphpeft. What generates (`strategies`, `edits`, `profiles`)
 needs hypothesis, and comes with ``pip install 'graphpeft[testing]'``; import it from its file.
 """
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft._torch import pytree
-from graphpeft.config import PeftConfig
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import template_of
 from graphpeft.model import get_peft_model
-from graphpeft.plan import AdaptError
-from graphpeft.report import listed
-from graphpeft.rewrite import AdaptedSite
-from graphpeft.tags import TAG
-from graphpeft.tracing.errors import GuardError, TraceError
-from graphpeft.tracing.graph_module import template_of
-from graphpeft.tracing.trace import ExampleInputs
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import listed
 
 Build = Callable[[], nn.Module]
 

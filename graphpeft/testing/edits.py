@@ -11,12 +11,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from graphpeft.config import PeftConfig
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model import PeftModel, get_peft_model
-from graphpeft.plan import AdaptError
+from graphpeft.rules.config import PeftConfig
 from graphpeft.testing import laws
 from graphpeft.testing.blame import Build, LawError
-from graphpeft.tracing.trace import ExampleInputs
 
 KINDS = ("add", "choose", "choose all", "disable", "enable", "delete", "copy")
 """What an edit can do."""

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphpeft import ops
 from graphpeft._torch import pytree
 from graphpeft.adapters import changes
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.config import PeftConfig
+from graphpeft.graph import ops
+from graphpeft.graph.errors import GuardError
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.paths import join
 from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from graphpeft.paths import join
-from graphpeft.plan import AdaptError
+from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.blame import Build, LawError, blames_a_site, describe, first_difference
-from graphpeft.tracing.errors import GuardError
-from graphpeft.tracing.trace import ExampleInputs, split_inputs, trace
+from graphpeft.tracing.trace import trace
 
 # the laws
 
@@ -514,23 +515,20 @@ class _RuleError(Exception):
     """What the rules raise with which the sixth law fails an adaptation."""
 
 
-class _FailingRule:
-    """A rule that fails as late as it can: when its nodes are inserted."""
+def _fail(*_: Any, **__: Any) -> Any:
+    raise _RuleError
 
-    def __init__(self, rule: Any) -> None:
-        self._rule = rule
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rule, name)
+@functools.cache
+def _failing_class(cls: type) -> type:
+    """Returns a class of rules that fail as late as they can: when their nodes are inserted."""
+    return type(cls.__name__, (cls,), {name: _fail for name in ("rewrite", "delta", "enter") if hasattr(cls, name)})
 
-    def rewrite(self, x: Any, y: Any) -> Any:
-        raise _RuleError
 
-    def delta(self, weight: Any) -> Any:
-        raise _RuleError
-
-    def enter(self, inputs: Any) -> Any:
-        raise _RuleError
+def _failing_rule(rule: Any) -> Any:
+    failing = copy.copy(rule)
+    object.__setattr__(failing, "__class__", _failing_class(type(rule)))  # rules are frozen
+    return failing
 
 
 def _with_failing_rules(config: PeftConfig) -> PeftConfig:
@@ -539,7 +537,7 @@ def _with_failing_rules(config: PeftConfig) -> PeftConfig:
     # on the class, since the config is copied before it is asked for rules
     class Failing(type(config)):
         def rule_for(self, site: Any, dtype: Any) -> Any:
-            return _FailingRule(of_its_class(self, site, dtype))
+            return _failing_rule(of_its_class(self, site, dtype))
 
     failing = copy.deepcopy(config)
     failing.__class__ = Failing

@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from tqdm import tqdm
 
-from graphpeft.config import ConfigLike, PeftConfig, as_config
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model import get_peft_model
-from graphpeft.plan import AdaptError
-from graphpeft.report import table
+from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
+from graphpeft.rules.report import table
 from graphpeft.testing import laws
 from graphpeft.testing.blame import Build, LawError
-from graphpeft.tracing.errors import GuardError, TraceError
-from graphpeft.tracing.trace import ExampleInputs
 
 Outcome = Literal["holds", "fails", "doesn't apply"]
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 import operator
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from graphpeft._torch import pytree
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import SIMPLE
-from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.template import SIMPLE
+from graphpeft.tracing.recorder import Recorder
 
 _EXTRA = None
 """The default of an extra argument, which comes after others with one."""
@@ -30,11 +28,11 @@ class Arguments:
         example: The arguments of the example call, or None to record without example values.
     """
 
-    def __init__(self, tracer: ValueTracer, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+    def __init__(self, tracer: Recorder, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
         self._tracer = tracer
         self._example = example
         self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
-        forward = tracer.root.forward
+        forward = tracer.session.root.forward
         self._signature = inspect.signature(forward)
         self._code: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
 
@@ -75,7 +73,7 @@ class Arguments:
         try:
             return self._signature.bind(*args, **kwargs).arguments, kwargs
         except TypeError as error:
-            kind = type(self._tracer.root).__name__
+            kind = type(self._tracer.session.root).__name__
             raise TraceError(f"example_inputs don't fit {kind}'s forward: {error}") from error
 
     def _argument(self, name: str, default: Any, example: Any) -> Any:

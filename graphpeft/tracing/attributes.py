@@ -13,22 +13,20 @@ import os
 import sys
 from collections.abc import Callable
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft import in_place
-from graphpeft.paths import join
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import SIMPLE
-from graphpeft.tracing.holders import OfObject
-from graphpeft.tracing.identity_questions import compares_objects, tests_truth_by_identity
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.code.holders import OfObject
+from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.graph import guards, in_place
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.paths import join
+from graphpeft.graph.settings import OF_CLASS, WATCH
+from graphpeft.graph.template import SIMPLE
+from graphpeft.tracing.recorder import Recorder
 
 MACHINERY = frozenset(dir(nn.Module()))
 """What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
@@ -45,32 +43,11 @@ ABSENT = object()
 _NUMBERS = (bool, int, float)
 
 
-class Watch:
-    """Counts how often attributes of the modules of a traced model were set.
-
-    Attributes:
-        changes: How often.
-    """
-
-    def __init__(self) -> None:
-        self.changes = 0
-
-    def sees(self, module: nn.Module) -> bool:
-        """Tells whether a module's attributes are watched."""
-        return module.__dict__.get(WATCH) is self
-
-
-OF_CLASS = "_graphpeft_of_class"
-"""The attribute of a place in a traced model that holds the names of what the class of its module has."""
-
 _NOT_THE_CODES = ("__", "_graphpeft_")
 """How names begin of attributes that Python or a graph has put there."""
 
-WATCH = "_graphpeft_watch"
-"""The attribute of a module that holds its watch."""
 
-
-def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, str], Any]:
+def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str], Any]:
     """Returns how modules look up attributes, so that `tracer` is told which are read from the modules of `root`."""
     # of a scripted module none is read in Python
     paths = {module: path for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
@@ -85,13 +62,13 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
         if name in MACHINERY or name.startswith(_NOT_THE_CODES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
                 if module is root:
-                    tracer.reads.add(name)
+                    tracer.session.reads.add(name)
                 if tracer.is_recording and "param" in name:
                     _refuse_to_compare(tracer, sys._getframe(1).f_code)
             return look_up(module, name)
         # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
         if module is root:
-            tracer.reads.add(name)
+            tracer.session.reads.add(name)
         try:
             value = look_up(module, name)
         except AttributeError:
@@ -99,17 +76,17 @@ def noting_reads(tracer: ValueTracer, root: nn.Module) -> Callable[[nn.Module, s
                 return _noted(tracer, module, name, join(paths[module], name), module.__getattr__(name))
             parameter = module._parameters.get(name)
             if parameter is not None:
-                tracer.looked_up = parameter, join(paths[module], name)
+                tracer.session.looked_up = parameter, join(paths[module], name)
             # tensors may be absent, too
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
-                tracer.read_once.setdefault(join(paths[module], name), ABSENT)
+                tracer.session.read_once.setdefault(join(paths[module], name), ABSENT)
             raise
         return _noted(tracer, module, name, join(paths[module], name), value)
 
     return note
 
 
-def _refuse_to_compare(tracer: ValueTracer, code: CodeType) -> None:
+def _refuse_to_compare(tracer: Recorder, code: CodeType) -> None:
     """Raises TraceError if code that takes parameters from where a module has all of them asks which one it has."""
     if compares_objects(code):
         message = (
@@ -119,26 +96,30 @@ def _refuse_to_compare(tracer: ValueTracer, code: CodeType) -> None:
         raise tracer.failing(TraceError(message))
 
 
-def _noted(tracer: ValueTracer, module: nn.Module, name: str, path: str, value: Any) -> Any:
+def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any) -> Any:
     """Returns what the code gets that has read `value`, which the attribute of this name has."""
     is_own = name in module.__dict__
     is_of_class = name in module.__dict__.get(OF_CLASS, ()) or _is_of_class(type(module), name, value)
     if is_plain(value) and (is_own or is_of_class):
         # what the forward itself has set is a value of this run
-        if is_own and tracer.recording is not None and not tracer.recording.before.has(OfObject(module), name, value):
+        if (
+            is_own
+            and tracer.session.recording is not None
+            and not tracer.session.recording.before.has(OfObject(module), name, value)
+        ):
             return value
-        if path not in tracer.lines_of_reads:
-            tracer.lines_of_reads[path] = guards.deciding_line()
+        if path not in tracer.session.lines_of_reads:
+            tracer.session.lines_of_reads[path] = guards.deciding_line()
         return plain_or_proxy(tracer, module, path, value)
     if is_own and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
-        tracer.read_once.setdefault(path, value)
+        tracer.session.read_once.setdefault(path, value)
     return value
 
 
-def _note_dictionary(tracer: ValueTracer, path: str) -> None:
+def _note_dictionary(tracer: Recorder, path: str) -> None:
     file = sys._getframe(2).f_code.co_filename
     if not guards.is_machinery(file) and not file.startswith(_PYTORCH):
-        tracer.read_once.setdefault(join(path, "__dict__"), {})
+        tracer.session.read_once.setdefault(join(path, "__dict__"), {})
 
 
 _PYTORCH = os.path.dirname(torch.__file__)
@@ -156,7 +137,7 @@ def _is_of_class(cls: type, name: str, value: Any) -> bool:
     return any(vars(base)[name] is value for base in cls.__mro__ if name in vars(base))
 
 
-def plain_or_proxy(tracer: ValueTracer, module: nn.Module, path: str, value: Any) -> Any:
+def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -> Any:
     """Returns a plain attribute: a number as an input of the graph, unless its code compares by identity."""
     proxy = tracer.attribute(path)
     if not isinstance(proxy, fx.Proxy):

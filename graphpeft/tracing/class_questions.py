@@ -12,10 +12,10 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from graphpeft import in_place
-from graphpeft.tracing.attribute_paths import tree_of
-from graphpeft.tracing.reach import functions_held, is_of_a_library
-from graphpeft.tracing.source import functions_called, functions_in_forward, names_in
+from graphpeft.code.attribute_paths import tree_of
+from graphpeft.code.reach import functions_held, is_of_a_library
+from graphpeft.code.source import functions_called, functions_in_forward, names_in
+from graphpeft.graph import in_place
 
 
 def question_in(module: nn.Module) -> str | None:

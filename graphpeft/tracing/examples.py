@@ -12,7 +12,7 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,20 +21,17 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft._torch import DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
-from graphpeft.tracing import guards
-from graphpeft.tracing.dependence import above_with_writes, varies
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import TraceError
+from graphpeft.graph import guards
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import above_with_writes, varies, writes
+from graphpeft.graph.template import SIMPLE, VALUE
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
-from graphpeft.tracing.graph_module import SIMPLE, VALUE
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
-from graphpeft.tracing.proxy import writes
 from graphpeft.tracing.random_numbers import random_python_states_kept
+from graphpeft.tracing.session import Session
 from graphpeft.tracing.snapshot import unchanged
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
 
 _READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
     getattr,
@@ -57,15 +54,15 @@ class Examples:
     """The example values of the nodes of one tracer, which are kept in their metadata.
 
     Args:
-        tracer: The tracer.
+        session: The trace for which they are.
 
     Attributes:
         is_running: Whether code runs on example values just now, so that nothing that it calls is recorded.
         given: The example arguments, by their placeholders.
     """
 
-    def __init__(self, tracer: ValueTracer) -> None:
-        self._tracer = tracer
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._known = KnownValues()
         self.is_running = False
@@ -91,7 +88,7 @@ class Examples:
         was, self.is_running = self.is_running, True
         try:
             set_aside = (
-                self._tracer.recording.set_aside() if self._tracer.recording is not None else contextlib.nullcontext()
+                self._session.recording.set_aside() if self._session.recording is not None else contextlib.nullcontext()
             )
             with set_aside, self._mode if makes_tensors else contextlib.nullcontext():
                 yield
@@ -136,7 +133,7 @@ class Examples:
                     node.meta[VALUE] = self._from_whole_numbers(node)
             except Exception:
                 # a module that is kept since the trace can't follow it may not run on fake tensors either
-                if node.op != "call_module" or node.target not in self._tracer.kept:
+                if node.op != "call_module" or node.target not in self._session.kept:
                     raise
                 node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
 
@@ -144,8 +141,8 @@ class Examples:
         """Returns what `node` calls on which values, if it is a call of PyTorch's own functions and layers."""
         if node.op != "call_module":
             return call_of(node, None) if node.op in ("call_function", "call_method") else None
-        layer = self._tracer.modules[str(node.target)]
-        return call_of(node, layer) if _is_simple_layer(layer) and node.target not in self._tracer.kept else None
+        layer = self._session.modules[str(node.target)]
+        return call_of(node, layer) if _is_simple_layer(layer) and node.target not in self._session.kept else None
 
     def _from_whole_numbers(self, node: fx.Node) -> Any:
         """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
@@ -168,7 +165,7 @@ class Examples:
             return pytree.tree_map_only(torch.Tensor, _empty, source.meta[VALUE])
 
         with fake_tensor.unset_fake_temporarily():
-            for source in (other for other in self._tracer.graph.nodes if other in sources):
+            for source in (other for other in node.graph.nodes if other in sources):
                 if source in self.given:
                     values[source] = pytree.tree_map_only(torch.Tensor, torch.clone, self.given[source])
                 elif source.op == "get_attr":
@@ -182,9 +179,9 @@ class Examples:
         target: Any = node.target
         if node.op == "get_attr":
             return (
-                self._tracer.constants.values[target]
-                if target in self._tracer.constants.values
-                else _attribute_at(self._tracer.root, target)
+                self._session.constants.values[target]
+                if target in self._session.constants.values
+                else _attribute_at(self._session.root, target)
             )
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
@@ -194,9 +191,9 @@ class Examples:
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
-            module = copy.deepcopy(self._tracer.modules[path])
-            for inner, copied in zip(self._tracer.modules[path].modules(), module.modules(), strict=True):
-                copied.training = self._tracer.mode_of(inner)
+            module = copy.deepcopy(self._session.modules[path])
+            for inner, copied in zip(self._session.modules[path].modules(), module.modules(), strict=True):
+                copied.training = self._session.mode_of(inner)
             ones = pytree.tree_map_only(torch.Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype), (args, kwargs))
             value = module(*ones[0], **ones[1])
         return pytree.tree_map_only(torch.Tensor, self.fake, value)
@@ -213,12 +210,12 @@ class Examples:
             value = self._computed(node, args, kwargs)
             return self.fake(value) if isinstance(value, torch.Tensor) else value
         if node.op == "call_module":
-            module = self._tracer.modules[target]
+            module = self._session.modules[target]
             if isinstance(module, torch.jit.ScriptModule):
-                assert self._tracer.recording is not None
-                with self._tracer.recording.outside():
+                assert self._session.recording is not None
+                with self._session.recording.outside():
                     return self._run_on_numbers(target, args, kwargs)
-            if target in self._tracer.kept:
+            if target in self._session.kept:
                 with random_python_states_kept(), unchanged(module), _slow_path():
                     return self._with_fakes(module)(*args, **kwargs)
             # on fake tensors of its own, so that what it writes into its buffers is lost

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
 from typing import Any
 
+from graphpeft.code.reach import is_of_a_library
+from graphpeft.code.source import functions_in_forward
 from graphpeft.tracing.attributes import is_plain
-from graphpeft.tracing.reach import is_of_a_library
-from graphpeft.tracing.source import functions_in_forward
 
 
 def plain_globals(cls: type) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from graphpeft.tracing import guards
+from graphpeft.graph import guards
 from graphpeft.tracing.sameness import checks_all_of, computes_the_same
 
 

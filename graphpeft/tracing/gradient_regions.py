@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
 
+from graphpeft.graph.contexts import enter_gradients, leave_gradients
 from graphpeft.tracing.exchanges import Exchanges
-from graphpeft.tracing.regions import enter_gradients, leave_gradients
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.tracing.recorder import Recorder
 
 
 class GradientRegions:
@@ -26,7 +24,7 @@ class GradientRegions:
         return bool(self.inside)
 
 
-def record_gradient_regions(tracer: ValueTracer, exchanges: Exchanges) -> GradientRegions:
+def record_gradient_regions(tracer: Recorder, exchanges: Exchanges) -> GradientRegions:
     """Records where regions under ``torch.enable_grad()`` and ``torch.set_grad_enabled(True)`` begin and end."""
     regions = GradientRegions()
     for cls in (torch.enable_grad, torch.set_grad_enabled):
@@ -37,7 +35,7 @@ def record_gradient_regions(tracer: ValueTracer, exchanges: Exchanges) -> Gradie
 _are_on = torch.is_grad_enabled
 
 
-def _record_regions_of(cls: Any, tracer: ValueTracer, exchanges: Exchanges, regions: GradientRegions) -> None:
+def _record_regions_of(cls: Any, tracer: Recorder, exchanges: Exchanges, regions: GradientRegions) -> None:
     enter, leave = cls.__enter__, cls.__exit__
 
     def record_enter(context: Any) -> None:

@@ -10,14 +10,12 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graphpeft.tracing.contents import parts_of
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.reach import Reach, is_iterator
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.code.contents import parts_of
+from graphpeft.code.reach import Reach, is_iterator
+from graphpeft.graph.errors import TraceError
+from graphpeft.tracing.recorder import Recorder
 
 
 class StandIn:
@@ -29,7 +27,7 @@ class StandIn:
         iterator: The iterator.
     """
 
-    def __init__(self, tracer: ValueTracer, name: str, iterator: Any) -> None:
+    def __init__(self, tracer: Recorder, name: str, iterator: Any) -> None:
         self._tracer, self._name, self._iterator = tracer, name, iterator
         self._copy: Any = None
 
@@ -64,7 +62,7 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def iterators_stand_in(tracer: ValueTracer, reach: Reach) -> Iterator[None]:
+def iterators_stand_in(tracer: Recorder, reach: Reach) -> Iterator[None]:
     """Puts a stand-in in the place of each iterator that can be reached, and the iterator back at the end."""
     with contextlib.ExitStack() as stack:
         for holder in reach.holders:

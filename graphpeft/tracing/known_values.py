@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import fake_tensor
-from graphpeft.tracing.graph_module import VALUE
+from graphpeft.graph.template import VALUE
 
 _PLAIN = (bool, int, float, complex, str, type(None), type(...), torch.Size, torch.dtype, torch.device)
 _DEVICES = ("cpu", "cuda")

@@ -11,9 +11,9 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.tracing import contents
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.holders import Attribute, OfObject
+from graphpeft.code import contents
+from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.graph.template import VALUE
 
 _ABSENT = object()
 

@@ -16,16 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft import in_place
-from graphpeft.tracing.attributes import INTERNALS, MACHINERY
-from graphpeft.tracing.errors import NeedsInputsError, TraceError
+from graphpeft.code.identity_questions import compares_objects
+from graphpeft.code.source import functions_in_forward
+from graphpeft.graph import in_place
+from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
+from graphpeft.graph.settings import add_check
+from graphpeft.graph.template import SIMPLE, Template, copy_graph, template_of
+from graphpeft.tracing.attributes import INTERNALS
 from graphpeft.tracing.globals_read import plain_globals
-from graphpeft.tracing.graph_module import SIMPLE, Template, copy_graph, template_of
-from graphpeft.tracing.identity_questions import compares_objects
 from graphpeft.tracing.modes import in_each_mode
-from graphpeft.tracing.settings import add_check, settle
-from graphpeft.tracing.source import calls_forward, functions_in_forward
-from graphpeft.tracing.trace import ExampleInputs, split_inputs
+from graphpeft.tracing.settings import settle
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]
@@ -57,9 +59,6 @@ class Lifted(NamedTuple):
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
 _MOST_LIFTED = 64
 """How many graphs are remembered for a class, those that were used last."""
-
-_INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - MACHINERY
-"""What ``fx.GraphModule`` adds to a module."""
 
 
 def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Template:
@@ -95,27 +94,6 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     return found.template
 
 
-def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
-    """Raises TraceError if `module` would not run the forward of a graph that it wears."""
-    if "forward" in module.__dict__:
-        raise TraceError(
-            f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
-            "adapt the model before hooks replace its forwards"
-        )
-    call = in_place.original_class(module).__call__
-    if call is not nn.Module.__call__ and not calls_forward(call):
-        raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
-    held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
-    if not all(map(_INTERFACE.isdisjoint, held)):
-        taken = sorted(_INTERFACE.intersection(name for names in held for name in names))
-        raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
-
-
-@functools.cache
-def _members(cls: type) -> frozenset[str]:
-    return frozenset(dir(cls))
-
-
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
     cls = in_place.original_class(module)
@@ -129,16 +107,21 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     )
     if recorded.other_mode_error is not None:
         raise recorded.other_mode_error
-    for name, value in tracer.constants.values.items():
+    for name, value in tracer.session.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
     for graph in recorded.graphs:
-        add_check(graph, settle(graph, tracer.lines_of_reads))
+        add_check(graph, settle(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
-    if tracer.specialised or example_inputs is not None or module._modules or not tracer.reads.isdisjoint(INTERNALS):
+    if (
+        tracer.session.specialised
+        or example_inputs is not None
+        or module._modules
+        or not tracer.session.reads.isdisjoint(INTERNALS)
+    ):
         return template, None
     if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
         return template, None
-    facts = tuple((name, _observe(module, name)) for name in sorted(tracer.reads))
+    facts = tuple((name, _observe(module, name)) for name in sorted(tracer.session.reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 

@@ -13,8 +13,8 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.holders import attributes_of
+from graphpeft.code.holders import attributes_of
+from graphpeft.graph.errors import TraceError
 
 _WAY_OUT = (
     "the model's code has kept it where a trace doesn't look, such as in a cache of its own; let that code compute it "

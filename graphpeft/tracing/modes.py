@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
-from graphpeft.tracing.graph_module import VALUE, Graphs
+from graphpeft.graph import guards
+from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
+from graphpeft.graph.template import VALUE, Graphs
 from graphpeft.tracing.own_modes import modes_after, own_modes
 
 

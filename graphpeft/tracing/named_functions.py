@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft import in_place
+from graphpeft.code.reach import functions_held
+from graphpeft.code.source import functions_called, functions_in_forward, names_in
+from graphpeft.graph import in_place
 from graphpeft.tracing.exchanges import Exchanges
-from graphpeft.tracing.reach import functions_held
-from graphpeft.tracing.source import functions_called, functions_in_forward, names_in
 
 
 def exchange_named(root: nn.Module, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:

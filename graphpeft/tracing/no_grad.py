@@ -7,20 +7,18 @@ in it may only change what requires no gradient, such as a buffer.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from graphpeft._torch import DisableTorchFunction, pytree, version
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
+from graphpeft.graph import guards
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import writes
+from graphpeft.graph.template import VALUE
 from graphpeft.tracing.gradients import detached
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import writes
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.tracing.recorder import Recorder
 
 
 def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
@@ -32,7 +30,7 @@ def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
     return proxy.tracer.create_proxy("call_function", detached, (proxy, *given), {})
 
 
-def arguments_of_write(tracer: ValueTracer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def arguments_of_write(tracer: Recorder, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too.
 
     Raises:

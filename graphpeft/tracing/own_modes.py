@@ -7,52 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from graphpeft._torch import fake_tensor
-from graphpeft.in_place import quiet_subclass
-from graphpeft.paths import join
-from graphpeft.tracing import guards
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.in_place import quiet_subclass
+from graphpeft.graph.own_modes import OwnModes
+from graphpeft.graph.paths import join
 from graphpeft.tracing.attributes import MACHINERY, is_plain
-from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.examples import tensors_copied_by
-
-
-class OwnModes(NamedTuple):
-    """Whether modules are in training after a module's own methods, by their paths in it.
-
-    Attributes:
-        by_train: The modes after ``train(False)`` and after ``train(True)``.
-        by_eval: Those after ``eval()``.
-        asked: The plain attributes of the module that the methods have read.
-    """
-
-    by_train: tuple[Mapping[str, bool], Mapping[str, bool]]
-    by_eval: Mapping[str, bool]
-    asked: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> OwnModes:
-        """Returns the modes by calling the methods of `module`, which is a copy."""
-        asked: dict[str, Any] = {}
-
-        def note(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if name not in MACHINERY and name in vars(module) and is_plain(value):
-                asked.setdefault(name, value)
-            return value
-
-        object.__setattr__(module, "__class__", quiet_subclass(type(module), {"__getattribute__": note}))
-        by_train = (_present(module.train(False)), _present(module.train(True)))
-        return cls(by_train, _present(module.eval()), asked)
-
-    def refuse_others(self, module: nn.Module, path: str) -> None:
-        """Raises GuardError if an attribute that the methods have read is another one in `module` now."""
-        for name, value in self.asked.items():
-            if vars(module).get(name, value) != value:
-                guards.expect(vars(module)[name], value, f"{join(path, name)}, which train() and eval() there ask for")
 
 
 def own_modes(root: nn.Module) -> dict[str, OwnModes]:
@@ -70,7 +35,7 @@ def own_modes(root: nn.Module) -> dict[str, OwnModes]:
         with tensors_copied_by(fake.from_tensor):
             copied = copy.deepcopy(root, tensors)
         with fake:
-            return {path: OwnModes.of(copied.get_submodule(path)) for path in own}
+            return {path: _modes_of(copied.get_submodule(path)) for path in own}
     except Exception as error:
         kinds = sorted({type(root.get_submodule(path)).__name__ for path in own})
         raise TraceError(
@@ -104,3 +69,23 @@ def _has_own_modes(module: nn.Module) -> bool:
 
 def _present(module: nn.Module) -> dict[str, bool]:
     return {path: inner.training for path, inner in module.named_modules(remove_duplicate=False)}
+
+
+def _modes_of(module: nn.Module) -> OwnModes:
+    """Returns the modes by calling the methods of `module`, which is a copy."""
+    asked: dict[str, Any] = {}
+
+    def note(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if name not in MACHINERY and name in vars(module) and is_plain(value):
+            asked.setdefault(name, value)
+        return value
+
+    object.__setattr__(module, "__class__", quiet_subclass(type(module), {"__getattribute__": note}))
+    # some return nothing
+    module.train(False)
+    in_evaluation = _present(module)
+    module.train(True)
+    in_training = _present(module)
+    module.eval()
+    return OwnModes((in_evaluation, in_training), _present(module), asked)

@@ -14,9 +14,8 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -32,29 +31,30 @@ from graphpeft._torch import (
     function_mode_set_aside,
     pytree,
 )
-from graphpeft.recomputing import checkpoints_bound_by
-from graphpeft.tracing import guards, masks
+from graphpeft.code.reach import Reach, is_of_a_library
+from graphpeft.graph import guards, masks
+from graphpeft.graph.contexts import enter_autocast, leave_autocast
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import writes_by_method
+from graphpeft.graph.recomputing import checkpoints_bound_by
+from graphpeft.graph.template import VALUE
+from graphpeft.tracing import no_grad
 from graphpeft.tracing.attributes import noting_reads, plain_or_proxy
 from graphpeft.tracing.caches import uncached
 from graphpeft.tracing.class_questions import asks, cannot_ask
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import TraceError
 from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradient_regions import GradientRegions, record_gradient_regions
 from graphpeft.tracing.gradients import Applied
-from graphpeft.tracing.graph_module import VALUE
 from graphpeft.tracing.imports import imports_run
 from graphpeft.tracing.iterators import iterators_stand_in
 from graphpeft.tracing.named_functions import exchange_named
-from graphpeft.tracing.proxy import ValueProxy, writes_by_method
-from graphpeft.tracing.reach import Reach, is_of_a_library
-from graphpeft.tracing.regions import enter_autocast, leave_autocast
+from graphpeft.tracing.proxy import ValueProxy
+from graphpeft.tracing.recorder import Recorder
+from graphpeft.tracing.recording import Recording
 from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.snapshot import Snapshot
 from graphpeft.transaction import at_end_of
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
 
 _FACTORIES = (
     "arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range",
@@ -81,22 +81,8 @@ _DTYPE_FACTS = ("finfo", "iinfo")
 """Functions of `torch` that tell about dtypes."""
 
 
-class Recording(NamedTuple):
-    """A recording that goes on.
-
-    Attributes:
-        before: What all that the forward can reach was before it, and is put back to.
-        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
-        outside: What code runs under that is no part of the trace: as it would without one.
-    """
-
-    before: Snapshot
-    set_aside: Callable[[], AbstractContextManager[None]]
-    outside: Callable[[], AbstractContextManager[None]]
-
-
 @contextlib.contextmanager
-def recording(tracer: ValueTracer, root: nn.Module) -> Iterator[Recording]:
+def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
         reach = Reach(root)
@@ -172,7 +158,7 @@ class _RecordsCalls(TorchFunctionMode):
     Such are the tensors of ``self.parameters()``, and those in lists and dictionaries.
     """
 
-    def __init__(self, tracer: ValueTracer) -> None:
+    def __init__(self, tracer: Recorder) -> None:
         super().__init__()
         self._tracer = tracer
         self._makers = frozenset(getattr(torch, name) for name in (*_FACTORIES, *_SHARING))
@@ -192,7 +178,9 @@ class _RecordsCalls(TorchFunctionMode):
 
     def _on_stand_ins(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
-        if not any(map(self._tracer.is_named, tensors)) and not (writes_by_method(func.__name__) or "out" in kwargs):
+        if not any(self._tracer.session.name_of(tensor) is not None for tensor in tensors) and not (
+            writes_by_method(func.__name__) or "out" in kwargs
+        ):
             result = func(*args, **kwargs)
             if not any(map(_is_tensor, pytree.tree_leaves(result))):
                 return result  # what a constant is like
@@ -215,7 +203,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _recorded(
-    tracer: ValueTracer, function: Callable[..., Any], target: Callable[..., Any], *first: Any
+    tracer: Recorder, function: Callable[..., Any], target: Callable[..., Any], *first: Any
 ) -> Callable[..., Any]:
     """Returns `function` as one that records a call of `target`, with `first` before its own arguments."""
 
@@ -228,7 +216,7 @@ def _recorded(
     return record
 
 
-def _in_users_code(tracer: ValueTracer, value: Any) -> Any:
+def _in_users_code(tracer: Recorder, value: Any) -> Any:
     """Returns what the model's code finds in the place of a value that it names."""
     if not draws(value):
         return _refusing_to_ask(tracer, uncached(value))
@@ -244,7 +232,7 @@ def _in_users_code(tracer: ValueTracer, value: Any) -> Any:
     return call
 
 
-def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _copied_if_constant(tracer: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_running:
@@ -256,9 +244,7 @@ def _copied_if_constant(tracer: ValueTracer, function: Callable[..., Any]) -> Ca
     return record
 
 
-def _decided_switch(
-    tracer: ValueTracer, regions: GradientRegions, function: Callable[..., bool]
-) -> Callable[..., bool]:
+def _decided_switch(tracer: Recorder, regions: GradientRegions, function: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(function)
     def decide(*args: Any) -> bool:
         # PyTorch's own code switches such things on and off by what this answers
@@ -268,8 +254,8 @@ def _decided_switch(
         if function is _IS_GRAD_ENABLED and (regions.are_open or not function()):
             return function()  # within a region of the model's own, since a trace begins with gradients
         # equal modules may be adapted while other things are switched on
-        tracer.specialised = True
-        answer = tracer.gradients if function.__name__ == "is_grad_enabled" else function(*args)
+        tracer.session.specialised = True
+        answer = tracer.session.gradients if function.__name__ == "is_grad_enabled" else function(*args)
         asked = tracer.create_proxy("call_function", function, args, {})
         # a trace runs with gradients, whatever is switched on around it
         asked.node.meta[VALUE] = answer
@@ -322,14 +308,14 @@ def _truthful_callable() -> Callable[[Any], bool]:
     return callable
 
 
-def _training(tracer: ValueTracer, root: nn.Module) -> property:
+def _training(tracer: Recorder, root: nn.Module) -> property:
     paths = {module: path for path, module in root.named_modules()}
 
     def get(module: nn.Module) -> Any:
         path = paths.get(module)
         if path is None or not tracer.is_of_this_thread:
             return module.__dict__["training"]
-        value = tracer.mode_of(module)
+        value = tracer.session.mode_of(module)
         if tracer.is_running:
             return value
         return plain_or_proxy(tracer, module, f"{path}.training" if path else "training", value)
@@ -340,7 +326,7 @@ def _training(tracer: ValueTracer, root: nn.Module) -> property:
     return property(get, put)
 
 
-def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., None]:
+def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
     assign = nn.Module.__setattr__
     modules = set(root.modules())
 
@@ -349,11 +335,15 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
             if name in module._modules and module._modules[name] is value:
                 return
             # `self.steps += 1` writes into the tensor that it assigns
-            if builtins.isinstance(value, fx.Proxy) and tracer.is_written_attribute(module, name, value):
+            if builtins.isinstance(value, fx.Proxy) and _is_written_attribute(tracer, module, name, value):
                 return
             # the copy of a module whose call stays one would not be assigned to
             owned = {**module._parameters, **module._modules, "training": True}
-            if tracer.keeps_whole(module) or name in owned or builtins.isinstance(value, nn.Parameter | nn.Module):
+            if (
+                tracer.session.keeps_whole(module)
+                or name in owned
+                or builtins.isinstance(value, nn.Parameter | nn.Module)
+            ):
                 message = f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold"
                 raise tracer.failing(TraceError(message))
             tracer.note_assignment(module, name)
@@ -362,7 +352,14 @@ def _noted_assignment(tracer: ValueTracer, root: nn.Module) -> Callable[..., Non
     return note
 
 
-def _refused_seed(tracer: ValueTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _is_written_attribute(tracer: Recorder, module: nn.Module, name: str, value: fx.Proxy) -> bool:
+    """Tells whether `value` is the tensor that a module has by this name, after writes into it."""
+    held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
+    path = tracer.session.name_of(held) if builtins.isinstance(held, torch.Tensor) else None
+    return path is not None and no_grad.is_written(value, path)
+
+
+def _refused_seed(tracer: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def refuse(*args: Any) -> Any:
         if tracer.is_running:
@@ -373,7 +370,7 @@ def _refused_seed(tracer: ValueTracer, function: Callable[..., Any]) -> Callable
     return refuse
 
 
-def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., nn.Module]:
+def _refused_conversion(tracer: Recorder, root: nn.Module) -> Callable[..., nn.Module]:
     convert = nn.Module._apply
     modules = set(root.modules())
 
@@ -391,7 +388,7 @@ def _refused_conversion(tracer: ValueTracer, root: nn.Module) -> Callable[..., n
     return refuse
 
 
-def _recorded_apply(tracer: ValueTracer, apply: Any) -> Callable[..., Any]:
+def _recorded_apply(tracer: Recorder, apply: Any) -> Callable[..., Any]:
     """Returns the function of a class method in place of `apply`, a class method of Python or, since 2.15, of C."""
 
     def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
@@ -407,7 +404,7 @@ def _recorded_apply(tracer: ValueTracer, apply: Any) -> Callable[..., Any]:
     return record
 
 
-def _decided_grad_mode(tracer: ValueTracer) -> Callable[..., None]:
+def _decided_grad_mode(tracer: Recorder) -> Callable[..., None]:
     """Decides for ``torch.set_grad_enabled(self.training)``, whose argument PyTorch would hand on to a graph."""
     init = torch.set_grad_enabled.__init__
 
@@ -417,7 +414,7 @@ def _decided_grad_mode(tracer: ValueTracer) -> Callable[..., None]:
     return decide
 
 
-def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
+def _refused_recomputation(tracer: Recorder) -> Callable[..., Any]:
     def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
         if tracer.is_running:
             return function
@@ -427,7 +424,7 @@ def _refused_recomputation(tracer: ValueTracer) -> Callable[..., Any]:
     return refuse
 
 
-def _record_autocast(tracer: ValueTracer, exchanges: Exchanges) -> None:
+def _record_autocast(tracer: Recorder, exchanges: Exchanges) -> None:
     """Records where regions under ``torch.autocast`` begin and end; the example runs under it, too."""
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     inside: list[tuple[torch.autocast, fx.Proxy]] = []
@@ -448,7 +445,7 @@ def _record_autocast(tracer: ValueTracer, exchanges: Exchanges) -> None:
     exchanges.attribute(torch.autocast, "__exit__", record_leave)
 
 
-def _refusing_to_ask(tracer: ValueTracer, function: Any) -> Any:
+def _refusing_to_ask(tracer: Recorder, function: Any) -> Any:
     """Returns a function of the user's that asks for the class of a value as one that refuses to in a recording."""
     question = _question_of(function)
     if question is None:
@@ -469,7 +466,7 @@ def _question_of(function: Any) -> str | None:
     return asks(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
 
 
-def _record_scripted(tracer: ValueTracer, exchanges: Exchanges) -> None:
+def _record_scripted(tracer: Recorder, exchanges: Exchanges) -> None:
     """Records a function of ``torch.jit.script`` as one call: its code is PyTorch's own, which takes no proxies."""
     call = torch.jit.ScriptFunction.__call__
 

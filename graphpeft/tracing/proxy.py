@@ -9,29 +9,19 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.fx as fx
 
-from graphpeft.tracing import guards
-from graphpeft.tracing.errors import TraceError
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.identity_questions import tests_identity
-from graphpeft.tracing.source import only_tells
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
-
-IN_PLACE = {
-    "iadd": operator.add, "isub": operator.sub, "imul": operator.mul, "imatmul": operator.matmul,
-    "itruediv": operator.truediv, "ifloordiv": operator.floordiv, "imod": operator.mod, "ipow": operator.pow,
-    "iand": operator.and_, "ior": operator.or_, "ixor": operator.xor, "ilshift": operator.lshift,
-    "irshift": operator.rshift,
-}  # fmt: skip
-"""The operators of `operator` that change their first argument, with what they do to one that can't be changed."""
+from graphpeft.code.identity_questions import tests_identity
+from graphpeft.code.source import only_tells
+from graphpeft.graph import guards
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import IN_PLACE, InPlace
+from graphpeft.graph.template import VALUE
+from graphpeft.tracing.recorder import Recorder
 
 _STATIC = {"ndim", "layout"}
 """Tensor attributes that are answered with plain values."""
@@ -50,7 +40,7 @@ _WRITTEN_OUT = (int, float, complex, torch.Size, torch.dtype, torch.device)
 class ValueProxy(fx.Proxy):
     """A proxy with an example value at ``node.meta["val"]``; without one it behaves as ``fx.Proxy``."""
 
-    tracer: ValueTracer
+    tracer: Recorder
 
     def __getattr__(self, name: str) -> Any:
         if VALUE not in self.node.meta:
@@ -69,7 +59,7 @@ class ValueProxy(fx.Proxy):
         if callable(attribute) and not isinstance(attribute, torch.Tensor):
             return functools.partial(self._call_method, name)
         if self.node.op == "get_attr" and not isinstance(attribute, torch.Tensor):
-            self.tracer.specialised = True
+            self.tracer.session.specialised = True
             if isinstance(attribute, int | torch.Size) and not isinstance(attribute, bool):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -104,7 +94,7 @@ class ValueProxy(fx.Proxy):
         super().__setattr__(name, value)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        self.tracer.specialised |= self.node.op == "get_attr" and name in ("size", "dim", "numel", "stride")
+        self.tracer.session.specialised |= self.node.op == "get_attr" and name in ("size", "dim", "numel", "stride")
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:
@@ -137,7 +127,7 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, int | float | torch.Size | torch.dtype | torch.device):
             if not self.tracer.is_running:
                 self.tracer.check(self, value)
-                self.tracer.has_hashed = True
+                self.tracer.session.has_hashed = True
             return hash(value)
         if VALUE not in self.node.meta and not guards.is_machinery(sys._getframe(1).f_code.co_filename):
             raise self.tracer.undecided()
@@ -215,43 +205,6 @@ class ValueProxy(fx.Proxy):
         answer = asked.node.meta[VALUE]
         self.tracer.decide(asked, answer)
         return answer
-
-
-_WRITERS = (operator.setitem, *(getattr(operator, name) for name in IN_PLACE))
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """An operator in place on a value of which isn't known whether it can be changed, as what a node calls.
-
-    Generated code has ``n += 1`` for `operator.iadd`. If that is a number, what had the name before is lost.
-
-    Attributes:
-        function: The operator.
-    """
-
-    function: Callable[[Any, Any], Any]
-
-    @property
-    def __name__(self) -> str:
-        return self.function.__name__
-
-    def __call__(self, value: Any, other: Any) -> Any:
-        """Returns `value`, changed, or a new value."""
-        return self.function(value, other)
-
-
-def writes(target: Any) -> bool:
-    """Tells whether a call of `target`, a node's function or the name of a method, changes its first argument."""
-    if target in _WRITERS or isinstance(target, InPlace):
-        return True
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
-
-
-def writes_by_method(name: str) -> bool:
-    """Tells whether a tensor's method of this name changes it."""
-    return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)
 
 
 def _in_place(name: str, otherwise: Any) -> Any:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from graphpeft.tracing.errors import DrawsNumbersError
+from graphpeft.graph.errors import DrawsNumbersError
 
 
 @contextlib.contextmanager

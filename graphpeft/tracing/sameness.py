@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Mapping
 import torch.fx as fx
 from torch.fx.node import map_arg
 
-from graphpeft.tracing import guards
-from graphpeft.tracing.proxy import writes
+from graphpeft.graph import guards
+from graphpeft.graph.facts import writes
 
 
 def computes_the_same(graph: fx.Graph, other: fx.Graph, stand_ins: Mapping[fx.Node, fx.Node]) -> bool:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
-from torch import nn
-from torch.fx.node import has_side_effect, map_arg
+from torch.fx.node import map_arg
 
-from graphpeft.tracing import guards
-from graphpeft.tracing.attributes import Watch, is_plain
-from graphpeft.tracing.dependence import above, is_random
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.proxy import IN_PLACE, writes
+from graphpeft.graph import guards
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.facts import IN_PLACE, above, is_random, writes
+from graphpeft.graph.settings import Reads, Setting
+from graphpeft.graph.template import VALUE
+from graphpeft.tracing.attributes import is_plain
 
 _ARITHMETIC = frozenset((
     *(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow", *IN_PLACE)),
@@ -30,32 +28,6 @@ _ARITHMETIC = frozenset((
 """What computes with whole numbers. Elsewhere they are sizes, indices or flags."""
 
 _GUARDS = (guards.expect, guards.expect_present)
-
-
-class Setting(NamedTuple):
-    """An attribute that a graph holds as a constant.
-
-    Attributes:
-        path: Its path.
-        value: What it was.
-        line: Where the code has read it, or decided on it.
-    """
-
-    path: str
-    value: Any
-    line: str
-
-
-class Reads(NamedTuple):
-    """The attributes of modules on which a graph depends.
-
-    Attributes:
-        settings: Those that it holds as constants.
-        numbers: The paths of the numbers that it reads in each run.
-    """
-
-    settings: tuple[Setting, ...]
-    numbers: tuple[str, ...]
 
 
 def settle(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
@@ -115,113 +87,3 @@ def _make_constants(derived: dict[fx.Node, None], fixed: set[fx.Node]) -> None:
     for node in reversed(derived):
         if not node.users:
             node.graph.erase_node(node)
-
-
-def add_check(graph: fx.Graph, reads: Reads) -> None:
-    """Puts into the graph of one module, which has its attributes at hand, a check of those that are its constants."""
-    if reads.settings:
-        with graph.inserting_before(_first(graph)):
-            now = tuple(graph.create_node("get_attr", setting.path) for setting in reads.settings)
-            values, lines = ([getattr(setting, name) for setting in reads.settings] for name in ("value", "line"))
-            graph.call_function(guards.expect_each, (now, tuple(values), tuple(lines)))
-
-
-def _first(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
-
-
-_Checked = tuple[nn.Module, str, Setting]
-"""A module, the name of its attribute, and the setting that this is."""
-
-
-class Settings:
-    """Compares the settings of a graph with the attributes that modules have now.
-
-    Args:
-        root: The flat graph module.
-        reads: The attributes on which its graph depends.
-        unread: The paths of attributes that the model's code has looked for and that the graph can't read.
-        watch: What counts the changes of attributes, so that a run needn't look at hundreds of modules.
-    """
-
-    @classmethod
-    def add(cls, graph: fx.Graph, root: nn.Module, name: str, reads: Reads, unread: list[str], watch: Watch) -> None:
-        """Puts settings into an attribute of `root` and a check of them into its graph; arguments as for the class."""
-        read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-        # of some nothing is computed
-        reads = reads._replace(numbers=tuple(path for path in reads.numbers if path in read))
-        setattr(root, name, cls(root, reads, unread, watch))
-        with graph.inserting_before(_first(graph)):
-            settings = graph.create_node("get_attr", name)
-            checked = graph.create_node("call_function", expect_settings, (settings,), name="numbers")
-        for index, path in enumerate(reads.numbers):
-            node = read[path]
-            with graph.inserting_before(node):
-                number = graph.create_node("call_function", operator.getitem, (checked, index), name=node.name)
-            number.meta = dict(node.meta)
-            node.replace_all_uses_with(number)
-            graph.erase_node(node)
-
-    def __init__(self, root: nn.Module, reads: Reads, unread: list[str], watch: Watch) -> None:
-        self.reads = reads
-        self._root, self._unread_paths, self._watch = root, unread, watch
-        self._find_owners()
-        self._changes = watch.changes
-
-    def _find_owners(self) -> None:
-        """Finds the modules that have the attributes now: somebody may have put others in their places."""
-        self._numbers = [self._owner(path) for path in self.reads.numbers]
-        self._unread = [(*self._owner(path), path) for path in self._unread_paths]
-        self._watched: list[_Checked] = []
-        self._unwatched: list[_Checked] = []
-        for setting in self.reads.settings:
-            module, name = self._owner(setting.path)
-            # what only a class has may change there
-            is_watched = self._watch.sees(module) and name in vars(module)
-            (self._watched if is_watched else self._unwatched).append((module, name, setting))
-
-    def _owner(self, path: str) -> tuple[nn.Module, str]:
-        owner, _, name = path.rpartition(".")
-        try:
-            return self._root.get_submodule(owner), name
-        except AttributeError:
-            guards.refuse(f"the module {owner} is gone, whose {name} was read when the graph was recorded")
-
-    def checked(self) -> list[Any]:
-        """Returns the numbers; raises GuardError if a setting is another one now, or what isn't read is there."""
-        if self._changes != self._watch.changes:
-            self._find_owners()
-            self._check_what_is_watched()
-            self._changes = self._watch.changes
-        _check(self._unwatched)
-        numbers = [getattr(module, name, None) for module, name in self._numbers]
-        for path, number in zip(self.reads.numbers, numbers, strict=True):
-            if number is None or isinstance(number, str):
-                guards.expect(number, "a number", path)
-        return numbers
-
-    def _check_what_is_watched(self) -> None:
-        _check(self._watched)
-        for module, name, path in self._unread:
-            if name in module.__dict__ or name in module._parameters or name in module._buffers:
-                guards.refuse(f"{path} is set, which was read when the graph was recorded, and which it doesn't read")
-
-
-def _check(settings: list[_Checked]) -> None:
-    for module, name, setting in settings:
-        now = getattr(module, name, None)
-        if not guards.is_same(now, setting.value):
-            guards.expect(now, setting.value, f"{setting.path} in {setting.line}")
-
-
-# without this mark, fx's dead code elimination would drop the check
-@has_side_effect
-def expect_settings(settings: Settings) -> list[Any]:
-    """Returns the numbers of modules with which a graph computes, see `Settings.checked`."""
-    return settings.checked()
-
-
-def is_number(node: fx.Node) -> bool:
-    """Tells whether a node of a flat graph is a number that a module has."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is expect_settings

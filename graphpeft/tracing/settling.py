@@ -14,22 +14,20 @@ values. Nor may such a value be left outside of the modules, where others look f
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.tracing import guards
+from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.graph import guards
+from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
+from graphpeft.graph.facts import above, above_with_writes, is_trained, varies
+from graphpeft.graph.template import VALUE
 from graphpeft.tracing import left as left_values
-from graphpeft.tracing.dependence import above, above_with_writes, is_trained, varies
-from graphpeft.tracing.errors import OUT_OF_MEMORY, TraceError
-from graphpeft.tracing.graph_module import VALUE
-from graphpeft.tracing.holders import Attribute, OfObject
+from graphpeft.tracing.recorder import Recorder
 from graphpeft.tracing.sameness import computes_the_same
-
-if TYPE_CHECKING:
-    from graphpeft.tracing.tracer import ValueTracer
 
 
 class Repetition(NamedTuple):
@@ -48,11 +46,18 @@ class Repetition(NamedTuple):
     of_the_state: dict[fx.Node, fx.Node]
 
 
-def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
+def changing_modules(
+    tracer: Recorder,
+    record_again: Callable[[], fx.Graph],
+    root: nn.Module,
+    graph: fx.Graph,
+    changed: list[Attribute],
+) -> dict[str, str]:
     """Returns the paths of the modules that have to stay calls, with the reason.
 
     Args:
         tracer: The tracer, which has just recorded `root`.
+        record_again: Records it a second time.
         root: The module, in the state in which the recording left it.
         graph: What was recorded.
         changed: The attributes that have another value now.
@@ -62,10 +67,10 @@ def changing_modules(tracer: ValueTracer, root: nn.Module, graph: fx.Graph, chan
     """
     with tracer.examples.real_calls(makes_tensors=False):
         left = {attribute: left_values.value_of(attribute) for attribute in changed}
-    assert tracer.recording is not None
-    before = tracer.recording.before
-    writers, called = tracer.assigners, tracer.called
-    again = _recorded_again(tracer, root, changed)
+    assert tracer.session.recording is not None
+    before = tracer.session.recording.before
+    writers, called = tracer.session.assigners, tracer.session.called
+    again = _recorded_again(tracer, record_again, changed)
     paths = {module: path for path, module in root.named_modules()}
     found: dict[str, str] = {}
     with tracer.examples.real_calls(makes_tensors=False):
@@ -87,23 +92,21 @@ def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Co
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
-def _recorded_again(tracer: ValueTracer, root: nn.Module, changed: list[Attribute]) -> Repetition:
-    assert tracer.recording is not None
-    kept = dict(tracer.kept)
-    tracer.begin()
-    tracer.left = {}
+def _recorded_again(tracer: Recorder, record_again: Callable[[], fx.Graph], changed: list[Attribute]) -> Repetition:
+    assert tracer.session.recording is not None
+    kept = dict(tracer.session.kept)
     graph, error = None, ""
     try:
-        graph = tracer.trace(root)
+        graph = record_again()
     except OUT_OF_MEMORY:
         raise
     except Exception as failure:
         error = f" ({failure})"
-    tracer.kept = kept
+    tracer.session.kept = kept
     with tracer.examples.real_calls(makes_tensors=False):
-        attributes = dict.fromkeys([*changed, *tracer.recording.before.changed()])
+        attributes = dict.fromkeys([*changed, *tracer.session.recording.before.changed()])
         values = {attribute: left_values.value_of(attribute) for attribute in attributes}
-    return Repetition(graph, error, values, {stand_in: node for node, stand_in in tracer.left.items()})
+    return Repetition(graph, error, values, {stand_in: node for node, stand_in in (tracer.session.left or {}).items()})
 
 
 def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:

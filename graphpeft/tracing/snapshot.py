@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.tracing import contents
-from graphpeft.tracing.holders import Attribute, Holder
-from graphpeft.tracing.reach import Reach
+from graphpeft.code import contents
+from graphpeft.code.holders import Attribute, Holder
+from graphpeft.code.reach import Reach
 
 _ABSENT = object()
 

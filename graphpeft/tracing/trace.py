@@ -9,182 +9,29 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from graphpeft import in_place
 from graphpeft._torch import call_with_hooks
-from graphpeft.tracing.attributes import ABSENT, MACHINERY, Watch
-from graphpeft.tracing.calls import calls_of
-from graphpeft.tracing.dependence import used_by
-from graphpeft.tracing.errors import TraceError
+from graphpeft.graph import in_place
+from graphpeft.graph.calls import calls_of
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.facts import used_by
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.settings import Reads, Settings, Watch
+from graphpeft.graph.template import GraphForward, Graphs, Template, wear_template
+from graphpeft.graph.traced_model import Place, TracedModel, module_told
+from graphpeft.tracing.attributes import ABSENT, MACHINERY
 from graphpeft.tracing.globals_read import plain_globals
-from graphpeft.tracing.graph_module import SIMPLE, GraphForward, Graphs, Template, template_of, wear_template
 from graphpeft.tracing.modes import Recorded, in_each_mode
-from graphpeft.tracing.own_modes import OwnModes, own_modes
-from graphpeft.tracing.settings import Reads, Settings, expect_settings, settle
-from graphpeft.tracing.trace_report import TraceReport
+from graphpeft.tracing.own_modes import own_modes
+from graphpeft.tracing.settings import settle
 from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
-
-ExampleInputs = tuple[Any, ...] | dict[str, Any]
-"""Positional arguments as a tuple, or keyword arguments as a dict."""
-
 
 INLINED = "inlined"
 """What a module is to a graph that has its forward's nodes instead of a call."""
-
-
-class Original(NamedTuple):
-    """What is known of a module whose forward was inlined.
-
-    Attributes:
-        cls: Its class.
-        plain: Those of its attributes that are numbers, flags and the like.
-    """
-
-    cls: type
-    plain: Mapping[str, Any]
-
-
-class Place(nn.Module):
-    """Holds, in a traced model, the place and the tensors of a module whose forward was inlined."""
-
-    # named so that no attribute of a model's own is called the same
-    _graphpeft_original_module: Original
-    _graphpeft_own_modes: OwnModes | None = None
-    _graphpeft_watch: Watch
-    _graphpeft_watched: frozenset[str] = frozenset()
-    _graphpeft_of_class: frozenset[str] = frozenset()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_inside = name in self._modules
-        super().__setattr__(name, value)
-        self._note_change(name, is_inside or name in self._modules)
-
-    def __delattr__(self, name: str) -> None:
-        is_inside = name in self._modules
-        super().__delattr__(name)
-        self._note_change(name, is_inside)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._graphpeft_of_class:
-            return getattr(self._graphpeft_original_module.cls, name)
-        return super().__getattr__(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Adds a parameter, as ``nn.Module`` does."""
-        super().register_parameter(name, param)
-        self._note_change(name)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Adds a buffer, as ``nn.Module`` does."""
-        super().register_buffer(name, tensor, persistent)
-        self._note_change(name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Adds a module, as ``nn.Module`` does."""
-        super().add_module(name, module)
-        self._note_change(name, is_module=True)
-
-    def _note_change(self, name: str, is_module: bool = False) -> None:
-        if (is_module and "_graphpeft_watch" in self.__dict__) or name in self._graphpeft_watched:
-            self._graphpeft_watch.changes += 1
-
-    def train(self, mode: bool = True) -> Any:
-        """Puts it into training, or into evaluation, as the module does whose place this is."""
-        super().train(mode)
-        if self._graphpeft_own_modes is not None:
-            _set_modes(self, self._graphpeft_own_modes.by_train[mode])
-        return self
-
-    def eval(self) -> Any:
-        """Puts it into evaluation, as the module does whose place this is."""
-        super().eval()
-        if self._graphpeft_own_modes is not None:
-            _set_modes(self, self._graphpeft_own_modes.by_eval)
-        return self
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Any:
-        """Returns the place of `module`, in its mode."""
-        place = cls().train(module.training)
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, SIMPLE)}
-        place._graphpeft_original_module = Original(stands_for(module), plain)
-        return place
-
-
-def _set_modes(root: nn.Module, modes: Mapping[str, bool]) -> None:
-    for path, module in root.named_modules(remove_duplicate=False):
-        module.training = modes.get(path, module.training)
-
-
-class TracedModel(Place):
-    """The modules and tensors that a flat graph calls and reads, at the paths they have in the model.
-
-    Attributes:
-        kept: The modules (by path) that could not be inlined, with the reason.
-        not_kept: The paths of attributes that the model sets, of which its next call makes no use; the graph doesn't.
-        other_mode_error: Why the graph is only that of the mode in which the model was traced, if it is.
-        config: The model's config, if it has one: targets are chosen by its `model_type`.
-        input_embedding: The path of the embedding of the model's inputs, if it names one.
-        output_head: That of its output head, likewise.
-    """
-
-    kept: dict[str, str]
-    not_kept: tuple[str, ...]
-    other_mode_error: str | None
-    config: Any
-    input_embedding: str | None
-    output_head: str | None
-    _graphpeft_read_once: tuple[str, ...]
-    _graphpeft_frozen: tuple[str, ...]
-
-    def train(self, mode: bool = True) -> Any:
-        """Puts it into training, or into evaluation, as the model does.
-
-        Raises:
-            GuardError: If a flag on which that depends, such as one to freeze layers, is another one since the trace.
-        """
-        self._refuse_other_modes()
-        return super().train(mode)
-
-    def eval(self) -> Any:
-        """Puts it into evaluation, as the model does.
-
-        Raises:
-            GuardError: As `train` does.
-        """
-        self._refuse_other_modes()
-        return super().eval()
-
-    def _refuse_other_modes(self) -> None:
-        # before any of them is changed
-        for path, place in self.named_modules():
-            if isinstance(place, Place) and place._graphpeft_own_modes is not None:
-                place._graphpeft_own_modes.refuse_others(place, path)
-
-    @property
-    def report(self) -> TraceReport:
-        """What the trace came to: what it decided, and what stays a call. It can be printed."""
-        template = template_of(self)
-        assert template is not None
-        reads = [settings.reads for graph in template.graphs for settings in _settings_of(self, graph)]
-        return TraceReport.of(
-            template.graphs,
-            self.kept,
-            self.not_kept,
-            self.other_mode_error,
-            reads,
-            self._graphpeft_read_once,
-            self._graphpeft_frozen,
-        )
-
-
-def _settings_of(root: nn.Module, graph: fx.Graph) -> list[Settings]:
-    nodes = [node for node in graph.nodes if node.target is expect_settings]
-    return [getattr(root, str(node.all_input_nodes[0].target)) for node in nodes]
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> fx.GraphModule:
@@ -211,8 +58,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
     args, kwargs = split_inputs(example_inputs)
     with ONE_TRACE_AT_A_TIME:
         recorded, tracer = _recorded(model, args, kwargs)
-        if strict and tracer.kept:
-            reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.kept.items())
+        if strict and tracer.session.kept:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.session.kept.items())
             raise TraceError(f"not all of the model becomes a graph: {reasons}")
         if strict and recorded.other_mode_error is not None:
             raise recorded.other_mode_error
@@ -232,32 +79,6 @@ def _refuse_own_call(model: nn.Module) -> None:
             f"{type(model).__name__} has a __call__ of its own, and a graph is of the forward; put what it does into "
             "that, or trace a module that calls this one"
         )
-
-
-def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
-    """Splits example inputs into positional (None if there are no inputs at all) and keyword arguments."""
-    if example_inputs is None:
-        return None, {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    raise TypeError(
-        f"example_inputs is a {type(example_inputs).__name__}; pass a tuple of positional arguments, such as (x,), or "
-        "a dict of keyword arguments"
-    )
-
-
-def stands_for(module: nn.Module) -> type:
-    """Returns the class of the model's module that `module` is, or holds the place of in a traced model."""
-    return module._graphpeft_original_module.cls if isinstance(module, Place) else in_place.original_class(module)
-
-
-def plain_attribute(module: nn.Module, name: str, default: Any) -> Any:
-    """Returns a number or a flag of a module, or of the one whose place in a traced model `module` holds."""
-    if isinstance(module, Place):
-        return module._graphpeft_original_module.plain.get(name, default)
-    return getattr(module, name, default)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -299,13 +120,13 @@ def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
 
 def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> fx.GraphModule:
     root = TracedModel.of(model)
-    root.kept = dict(tracer.kept)
-    root.not_kept = tuple(tracer.not_kept)
+    root.kept = dict(tracer.session.kept)
+    root.not_kept = tuple(tracer.session.not_kept)
     root.other_mode_error = str(recorded.other_mode_error) if recorded.other_mode_error is not None else None
     root.config = getattr(model, "config", None)
     root.input_embedding = _path_of(model, module_told(model, "get_input_embeddings"))
     root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
-    reads = [settle(graph, tracer.lines_of_reads) for graph in recorded.graphs]
+    reads = [settle(graph, tracer.session.lines_of_reads) for graph in recorded.graphs]
     _refuse_reserved_names(reads)
     # found once, since a model has hundreds of layers, each with a few of its tensors
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -314,14 +135,16 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
             _container(root, model, path)
         elif kind == "call_module":
             _place(root, model, path, _sharing_copy(model.get_submodule(path), tensors))
-        elif path in tracer.constants.values:
-            setattr(root, path, tracer.constants.values[path])
+        elif path in tracer.session.constants.values:
+            setattr(root, path, tracer.session.constants.values[path])
         elif path.rpartition(".")[2] == "training":
             _container(root, model, path.rpartition(".")[0])
         else:
             _share_attribute(root, model, path, tensors)
-    _add_settings(root, model, recorded.graphs, reads, list(tracer.read_once))
-    root._graphpeft_read_once = tuple(f"{path} ({type(value).__name__})" for path, value in _distinct(tracer.read_once))
+    _add_settings(root, model, recorded.graphs, reads, list(tracer.session.read_once))
+    root._graphpeft_read_once = tuple(
+        f"{path} ({type(value).__name__})" for path, value in _distinct(tracer.session.read_once)
+    )
     root._graphpeft_frozen = _frozen(model, recorded.graphs)
     modules = dict(root.named_modules())
     for path, modes in own_modes(model).items():
@@ -413,14 +236,6 @@ def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:
     used = dict.fromkeys((node.op, str(node.target)) for node in nodes if node.op in ("call_module", "get_attr"))
     inlined = dict.fromkeys((INLINED, call.path) for node in nodes for call in calls_of(node))
     return sorted(used | inlined, key=place)
-
-
-def module_told(model: Any, getter: str) -> nn.Module | None:
-    """Returns the module that a method of a model tells, such as its `get_input_embeddings`; None if it tells none."""
-    try:
-        return getattr(model, getter)() if hasattr(model, getter) else None
-    except NotImplementedError:
-        return None  # so Transformers' models of sounds and images answer
 
 
 def _path_of(model: nn.Module, told: nn.Module | None) -> str | None:

@@ -16,34 +16,36 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.paths import join
-from graphpeft.tracing import guards, no_grad, patches
+from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.code.reach import is_iterator
+from graphpeft.graph import guards
+from graphpeft.graph.calls import CALLS, Call
+from graphpeft.graph.contexts import leave_autocast, leave_gradients
+from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
+from graphpeft.graph.facts import above, writes
+from graphpeft.graph.paths import join
+from graphpeft.graph.template import SIMPLE, VALUE
+from graphpeft.tracing import no_grad, patches
 from graphpeft.tracing.arguments import Arguments
 from graphpeft.tracing.caches import forget_traced_values
-from graphpeft.tracing.calls import CALLS, Call
 from graphpeft.tracing.class_questions import cannot_ask, question_in
-from graphpeft.tracing.constants import Constants
-from graphpeft.tracing.dependence import above
-from graphpeft.tracing.drawing_functions import draws
-from graphpeft.tracing.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
 from graphpeft.tracing.examples import Examples
 from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
-from graphpeft.tracing.graph_module import SIMPLE, VALUE
-from graphpeft.tracing.holders import Attribute, OfObject
-from graphpeft.tracing.identity_questions import compares_objects, is_compared_by_is, may_be_compared
 from graphpeft.tracing.linting import holds_proxy, lint
-from graphpeft.tracing.proxy import ValueProxy, writes
+from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.random_numbers import no_random_python_numbers
-from graphpeft.tracing.reach import is_iterator
-from graphpeft.tracing.regions import leave_autocast, leave_gradients
+from graphpeft.tracing.recorder import ErrorT
+from graphpeft.tracing.session import Session
 from graphpeft.tracing.settling import changing_modules
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
@@ -67,9 +69,6 @@ _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
 """Functions that are called for what they do; that they return None decides nothing."""
 
 
-_Error = TypeVar("_Error", bound=BaseException)
-
-
 class _RecordAgain(BaseException):
     """Ends a recording that has to begin again; no code of a model's may take it for an error."""
 
@@ -81,46 +80,20 @@ class ValueTracer(fx.Tracer):
         keeps_whole: Tells of a submodule whether its call stays one node of the graph.
 
     Attributes:
-        kept: The modules that could not be inlined, with the reason.
-        constants: Objects of the user's that the graph reads as attributes of its root.
-        not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
-        reads: The names of the attributes that are read from the root.
-        lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
-        looked_up: The parameter that was looked up last in a module, with its path there.
-        read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
+        session: What the trace has found out so far.
         examples: The values of its nodes in the example.
-        recording: What goes on, if something does.
-        modules: The modules of the root, by their paths.
-        assigners: The modules whose code has assigned to attributes, by their paths.
-        called: How often modules were called that were inlined, by their paths.
-        left: In a second recording, the nodes that stand for what the first one has left on modules.
-        has_hashed: Whether code has asked for the hash of a traced value, as caches do.
-        specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(self, keeps_whole: Callable[[nn.Module], bool]) -> None:
         super().__init__()
-        self.keeps_whole = keeps_whole
-        self.kept: dict[str, str] = {}
-        self.constants = Constants()
-        self.not_kept: dict[str, None] = {}
-        self.reads: set[str] = set()
-        self.lines_of_reads: dict[str, str] = {}
-        self.looked_up: tuple[torch.Tensor, str] | None = None
-        self.read_once: dict[str, Any] = {}
+        self.session = Session(keeps_whole)
+        self.examples = Examples(self.session)
         self._proxies: list[weakref.ref[fx.Proxy]] = []
-        self.has_hashed = False
-        self.specialised = False
-        self.examples = Examples(self)
-        self.recording: patches.Recording | None = None
         self._watches_draws = False
         self._thread: int | None = None
-        self.modes: Mapping[nn.Module, bool] = {}
-        self.gradients = True
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.modules: dict[str, nn.Module] = {}
         self._changing: dict[str, str] = {}
         self.begin()
 
@@ -128,7 +101,6 @@ class ValueTracer(fx.Tracer):
         """Forgets what belongs to a recording."""
         self._decided: set[tuple[Any, str, Call | None]] = set()
         self._calls: tuple[Call, ...] = ()
-        self.called: collections.Counter[str] = collections.Counter()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
         self._objects: dict[int, fx.Proxy] = {}
@@ -136,10 +108,8 @@ class ValueTracer(fx.Tracer):
         self._failure: BaseException | None = None
         self._failing_line = ""
         self._has_drawn = False
-        self.constants.begin()
+        self.session.begin_recording()
         self.examples.begin()
-        self.assigners: dict[Attribute, list[str]] = {}
-        self.left: dict[fx.Node, fx.Node] | None = None
 
     # the trace
 
@@ -165,30 +135,25 @@ class ValueTracer(fx.Tracer):
             TraceError: If the forward itself can't be recorded.
         """
         _refuse_questions_of_class(root)
-        self.root, self.modes = root, modes or {}
-        self.gradients = torch.is_grad_enabled()
+        self.session.begin(root, modes or {})
         self._call = (args, kwargs) if args is not None else None
         self._entry = entry
         # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
         self._may_be_absent = not type(root).__module__.startswith("torch.nn.modules")
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        self._names = {}
-        for name, tensor in _named_tensors(root):
-            self._names.setdefault(id(tensor), name)
-        kept = dict(self.kept)
+        kept = dict(self.session.kept)
         with ONE_TRACE_AT_A_TIME:
             self._thread = threading.get_ident()
             try:
                 graph = self._recorded_until_known(root)
                 if decides_on_gradients(graph):
                     graph = self._for_both_gradient_modes(root, graph)
-                lint(graph, self.constants.values)
+                lint(graph, self.session.constants.values)
                 return graph
             except (TraceError, *OUT_OF_MEMORY):
-                self.kept = kept  # there is no graph that calls the others
+                self.session.kept = kept  # there is no graph that calls the others
                 raise
             except Exception as error:
-                self.kept = kept
+                self.session.kept = kept
                 if self._call is None:
                     raise self.undecided(error) from error
                 line = guards.failing_line(error)
@@ -206,8 +171,8 @@ class ValueTracer(fx.Tracer):
 
     def _for_both_gradient_modes(self, root: nn.Module, graph: fx.Graph) -> fx.Graph:
         """Returns a graph for runs with gradients and without, if `root` computes the same; else `graph`."""
-        kept, not_kept = dict(self.kept), dict(self.not_kept)
-        self.gradients = not self.gradients
+        kept, not_kept = dict(self.session.kept), dict(self.session.not_kept)
+        self.session.gradients = not self.session.gradients
         try:
             serving = serving_both(graph, self._recorded_until_known(root))
         except OUT_OF_MEMORY:
@@ -215,35 +180,35 @@ class ValueTracer(fx.Tracer):
         except Exception:
             serving = None  # it goes on to raise in that mode
         if serving is None:
-            self.kept, self.not_kept = kept, not_kept
+            self.session.kept, self.session.not_kept = kept, not_kept
         return serving or graph
 
     def _recorded(self, root: nn.Module) -> fx.Graph | None:
         """Records `root` once; returns None if that showed that further modules have to stay calls."""
         self.begin()
-        kept = dict(self.kept)
+        kept = dict(self.session.kept)
         try:
             with (
                 torch.enable_grad(),
                 patches.recording(self, root) as recording,
                 no_random_python_numbers(),
             ):
-                self.recording = recording
+                self.session.recording = recording
                 graph = self.trace(root)
                 with self.examples.real_calls(makes_tensors=False):
                     changed = recording.before.changed()
-                changing = changing_modules(self, root, graph, changed) if changed else {}
+                changing = self._changing_modules(root, graph, changed) if changed else {}
         except _RecordAgain:
-            self.kept = kept
+            self.session.kept = kept
             return None
         except DrawsNumbersError:
             if self._watches_draws:
                 raise
             # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
-            self._watches_draws, self.kept = True, kept
+            self._watches_draws, self.session.kept = True, kept
             return None
         finally:
-            self.recording = None
+            self.session.recording = None
         self._changing |= changing
         if not changing:
             paths = {module: path for path, module in root.named_modules()}
@@ -253,30 +218,32 @@ class ValueTracer(fx.Tracer):
                 name = (
                     join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
                 )
-                self.not_kept[name] = None
+                self.session.not_kept[name] = None
         return graph if not changing else None
 
-    def mode_of(self, module: nn.Module) -> bool:
-        """Returns whether a module is recorded as one in training."""
-        if module in self.modes:
-            return self.modes[module]
-        own = module.__dict__
-        # a scripted module keeps it where its code does
-        return bool(own["training"] if "training" in own else type(module).__getattr__(module, "training"))
+    def _changing_modules(self, root: nn.Module, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
+        def record_again() -> fx.Graph:
+            self.begin()
+            self.session.left = {}
+            return self.trace(root)
+
+        return changing_modules(self, record_again, root, graph, changed)
 
     def _forget_proxies(self) -> None:
         """Forgets what stands for values, and lets caches forget it that others look into."""
         self._attributes, self._copies, self._objects, self._before_writes = {}, {}, {}, []
         # an error holds what the code had that raised it
-        has_left_some = self.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
-        self._proxies, self.has_hashed = [], False
+        has_left_some = (
+            self.session.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
+        )
+        self._proxies, self.session.has_hashed = [], False
         if has_left_some:
             forget_traced_values()
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
+        self.session.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -309,7 +276,7 @@ class ValueTracer(fx.Tracer):
             whole = whole.args[0]
         if not isinstance(whole, fx.Node) or isinstance(whole.meta.get(VALUE), torch.Tensor | torch.Size):
             return False
-        return whole.op == "placeholder" or (whole.op == "call_module" and whole.target in self.kept)
+        return whole.op == "placeholder" or (whole.op == "call_module" and whole.target in self.session.kept)
 
     # what is recorded
 
@@ -337,7 +304,7 @@ class ValueTracer(fx.Tracer):
             self.failing(error)
             raise
 
-    def failing(self, error: _Error) -> _Error:
+    def failing(self, error: ErrorT) -> ErrorT:
         """Notes an error that the model's code may catch, and returns it.
 
         That a call fails, here and not in another run, is a decision that no check can hold.
@@ -408,12 +375,16 @@ class ValueTracer(fx.Tracer):
         """Gives a proxy for a parameter or buffer that a forward reads."""
         if self.is_running or not isinstance(attr_val, torch.Tensor):
             return attr_val
-        name = self._names.get(id(attr_val))
+        name = self.session.name_of(attr_val)
         if name is None:
             return attr_val
         # a parameter that several modules have is each one's own weight, which an adapter may change alone
-        is_own = self.looked_up is not None and self.looked_up[0] is attr_val and isinstance(attr_val, nn.Parameter)
-        path = self.looked_up[1] if self.looked_up is not None and is_own else name
+        is_own = (
+            self.session.looked_up is not None
+            and self.session.looked_up[0] is attr_val
+            and isinstance(attr_val, nn.Parameter)
+        )
+        path = self.session.looked_up[1] if self.session.looked_up is not None and is_own else name
         if path != name and compares_objects(guards.deciding_frame().f_code):
             path = name  # code that asks whether weights are tied gets one proxy for them
         return self.attribute(path)
@@ -433,7 +404,7 @@ class ValueTracer(fx.Tracer):
         if self.is_running or self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
-        if self.keeps_whole(m):
+        if self.session.keeps_whole(m):
             return self.create_proxy("call_module", path, args, kwargs)
         if path in self._changing:
             return self._kept(m, path, self._changing[path], args, kwargs)
@@ -456,9 +427,9 @@ class ValueTracer(fx.Tracer):
 
     def _changed_inside(self, m: nn.Module) -> list[Attribute]:
         """Returns what the recording has changed so far of all that a submodule's forward can reach."""
-        assert self.recording is not None
+        assert self.session.recording is not None
         with self.examples.real_calls(makes_tensors=False):
-            return self.recording.before.changed(m)
+            return self.session.recording.before.changed(m)
 
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Records one call of a submodule, whose code has changed nothing."""
@@ -467,15 +438,15 @@ class ValueTracer(fx.Tracer):
             kind = type(m).__name__
             message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
             raise self.failing(TraceError(message))
-        self.kept[path] = reason
+        self.session.kept[path] = reason
         result = self.create_proxy("call_module", path, args, kwargs)
         return self.present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_questions_of_class(m)
         path = self.path_of_module(m)
-        call = Call.of(path, self.called[path], m.forward, args, kwargs)
-        self.called[path] += 1
+        call = Call.of(path, self.session.called[path], m.forward, args, kwargs)
+        self.session.called[path] += 1
         around, self._calls = self._calls, (*self._calls, call)
         try:
             result = call_m(*args, **kwargs)
@@ -509,7 +480,7 @@ class ValueTracer(fx.Tracer):
         if type(a) in (tuple, list):
             return type(a)([self.create_arg(part) for part in a])
         if isinstance(a, torch.Tensor):
-            name = self._names.get(id(a))
+            name = self.session.name_of(a)
             return self.attribute(name).node if name is not None else self._constant(a)
         if isinstance(a, nn.Module):
             return self.attribute(self.path_of_module(a)).node
@@ -546,27 +517,13 @@ class ValueTracer(fx.Tracer):
 
     def _of_the_state(self, node: fx.Node) -> fx.Node:
         """Returns what stands for a value that an earlier recording has left on a module."""
-        if self.left is None:
+        if self.session.left is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
-        if node not in self.left:
-            name = f"_left_{len(self.left)}"
-            self.left[node] = self.create_node("get_attr", name, (), {})
-            self.left[node].meta[VALUE] = node.meta.get(VALUE)
-        return self.left[node]
-
-    def _is_made_anew(self, value: Any) -> bool:
-        """Tells whether `value` is a tensor that the forward has made itself."""
-        return isinstance(value, torch.Tensor) and (self.recording is None or not self.recording.before.holds(value))
-
-    def is_written_attribute(self, module: nn.Module, name: str, value: fx.Proxy) -> bool:
-        """Tells whether `value` is the tensor that a module has by this name, after writes into it."""
-        held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
-        path = self._names.get(id(held)) if isinstance(held, torch.Tensor) else None
-        return path is not None and no_grad.is_written(value, path)
-
-    def is_named(self, tensor: torch.Tensor) -> bool:
-        """Tells whether `tensor` is one of the root's parameters, buffers or other attributes."""
-        return id(tensor) in self._names
+        if node not in self.session.left:
+            name = f"_left_{len(self.session.left)}"
+            self.session.left[node] = self.create_node("get_attr", name, (), {})
+            self.session.left[node].meta[VALUE] = node.meta.get(VALUE)
+        return self.session.left[node]
 
     def stand_in(self, tensor: torch.Tensor) -> fx.Proxy:
         """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
@@ -574,8 +531,8 @@ class ValueTracer(fx.Tracer):
 
     def _constant(self, value: Any) -> fx.Node:
         with self.examples.real_calls(makes_tensors=False):
-            name = self.constants.name_of(value, self._is_made_anew)
-        if not self._is_made_anew(value):
+            name = self.session.constants.name_of(value, self.session.is_made_anew)
+        if not self.session.is_made_anew(value):
             return self.attribute(name).node
         # a copy in each run, since the forward may have made the tensor, and may write into it
         if name not in self._copies:
@@ -631,8 +588,8 @@ class ValueTracer(fx.Tracer):
         else:
             decides = f"can't run without any at {guards.failing_line(error)} ({error})"
         message = (
-            f"{type(self.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or "
-            "a dict of keyword arguments of the model"
+            f"{type(self.session.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional "
+            "arguments or a dict of keyword arguments of the model"
         )
         return self.failing(NeedsInputsError(message))
 
@@ -642,14 +599,6 @@ def _refuse_questions_of_class(module: nn.Module) -> None:
     question = question_in(module)
     if question is not None:
         raise TraceError(cannot_ask(f"{type(module).__name__}'s forward", question))
-
-
-def _named_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
 
 
 def _writes_itself(node: fx.Node) -> bool:

@@ -28,10 +28,10 @@ from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
 from graphpeft.exporting.ways import Case
 from graphpeft.exporting.whole_or_nothing import named_by_content
-from graphpeft.paths import join
-from graphpeft.tracing.calls import calls_of
-from graphpeft.tracing.graph_module import template_of
-from graphpeft.tracing.trace import stands_for
+from graphpeft.graph.calls import calls_of
+from graphpeft.graph.paths import join
+from graphpeft.graph.template import template_of
+from graphpeft.graph.traced_model import stands_for
 
 _ABOUT = "graphpeft"
 

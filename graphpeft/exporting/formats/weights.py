@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graphpeft import checkpoint
+from graphpeft.adapters import checkpoint
 from graphpeft.exporting import copies
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example

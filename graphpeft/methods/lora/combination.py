@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.combination import Combination, Part
-from graphpeft.rewrite import AdaptedSite
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 
 SUMS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -118,7 +119,7 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
     """
     site = target.site
     for part in parts:
-        if part.tensors.keys() != {"lora_A", "lora_B"} or not hasattr(target.rule, "rank_axes"):
+        if part.tensors.keys() != {"lora_A", "lora_B"} or not isinstance(target.rule, Combines):
             raise ValueError(
                 f"{site.name} has factors of parts, or other ones than A and B, which can't be combined yet"
             )

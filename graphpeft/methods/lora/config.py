@@ -13,12 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft import ops
-from graphpeft.combination import Combination, Part
-from graphpeft.config import OWN, PeftConfig, PeftType, register
+from graphpeft.graph import ops
+from graphpeft.graph.ops.boundaries import Leaf
+from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.corda import CordaConfig
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.eva import EvaConfig
@@ -32,11 +33,12 @@ from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts
 from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
-from graphpeft.ops.boundaries import Leaf
-from graphpeft.options import Index, Kind, Number, Size, Within
-from graphpeft.paths import TensorPaths
-from graphpeft.report import Report
-from graphpeft.rewrite import AdaptedSite, Rule
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.config import OWN, PeftConfig, PeftType, register
+from graphpeft.rules.options import Index, Kind, Number, Size, Within
+from graphpeft.rules.report import Report
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets
@@ -86,6 +88,7 @@ class LoraConfig(TargetedConfig):
             is tied are refused.
     """
 
+    default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import (
     bias_change,
@@ -27,13 +28,12 @@ from graphpeft.methods.lora.factors import (
     refused_dropout,
     unmergeable_bias,
 )
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rule import Combines, Mergeable, OperationRule, ParameterSpec
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class LoraConvolution:
+class LoraConvolution(OperationRule, Mergeable, Combines):
     """The branch of a convolution.
 
     Attributes:
@@ -91,9 +91,10 @@ class LoraConvolution:
         operation: Any,
         lora_A: Any,
         lora_B: Any,
-        lora_bias: Any,
+        *,
+        lora_bias: Any = None,
         lora_scaling: Any,
-        lora_dropout: Any,
+        lora_dropout: Any = None,
         training: Any,
     ) -> Any:
         """Adds the branch to the operation's value."""
@@ -125,6 +126,6 @@ class LoraConvolution:
         """Returns a change of the weight as the matrix B A, whose columns are the inputs at the kernel's positions."""
         return (delta.transpose(0, 1) if self.transposed else delta).flatten(1)
 
-    def bias_delta(self, lora_bias: Any, lora_scaling: Any) -> Any:
+    def bias_delta(self, lora_scaling: Any, lora_bias: Any = None) -> Any:
         """Returns s times the bias of B, if it has one."""
         return bias_change(lora_bias, lora_scaling)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank, taken_from
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import (
@@ -31,8 +32,7 @@ from graphpeft.methods.lora.measured import (
     targeted_layers,
     write_cache,
 )
-from graphpeft.options import check_options
-from graphpeft.plan import AdaptError
+from graphpeft.rules.options import check_options
 
 
 @dataclass

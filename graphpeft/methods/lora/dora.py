@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.initialisation import replaces_weight
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.rules.rule import Mergeable, OperationRule, ParameterSpec, ReplacesWeight
 from graphpeft.sites.site import Site
 
 Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(OperationRule, Mergeable, ReplacesWeight):
     """The change of a weight in direction and in length.
 
     Attributes:
@@ -94,9 +94,10 @@ class Dora:
         operation: Any,
         lora_A: Any,
         lora_B: Any,
+        *,
         lora_magnitude: Any,
         lora_scaling: Any,
-        lora_dropout: Any,
+        lora_dropout: Any = None,
         training: Any,
     ) -> Any:
         """Scales the operation's value without its bias, and adds the scaled branch."""

@@ -17,17 +17,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import constants_of, rank_of, refused_bias
 from graphpeft.methods.lora.from_weight import minor_directions
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rule import Combines, Mergeable, OperationRule, ParameterSpec, ReplacesWeight
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class LoraEmbedding:
+class LoraEmbedding(OperationRule, Mergeable, Combines):
     """The branch of an embedding.
 
     Attributes:
@@ -37,7 +37,6 @@ class LoraEmbedding:
     casts: bool
 
     drops: ClassVar[bool] = False
-    rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses a bias of B, and what an initialisation refuses."""
@@ -99,7 +98,7 @@ class LoraEmbedding:
 
 
 @dataclass(frozen=True)
-class LoraTable:
+class LoraTable(OperationRule, Mergeable, ReplacesWeight, Combines):
     """The branch of an embedding whose table is a parameter for PEFT, not a layer's weight.
 
     Attributes:
@@ -109,7 +108,6 @@ class LoraTable:
     casts: bool
 
     drops: ClassVar[bool] = False
-    rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses dropout, a bias of B, rows that are shortened, and what an initialisation refuses."""
@@ -151,10 +149,6 @@ class LoraTable:
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
         """Returns what A and B make of the indices, without the scale."""
         return operation.apply(h, lora_B, sparse=False) @ lora_A
-
-    def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A."""

@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 from graphpeft._torch import pytree
 from graphpeft.adapters import lifecycle
+from graphpeft.adapters.plan import AdaptError, make_plan
 from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.adapters.tensors import set_trainable
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.measured import in_mode, targeted_layers
-from graphpeft.options import Within, check_options
-from graphpeft.plan import AdaptError, make_plan
+from graphpeft.rules.options import Within, check_options
 from graphpeft.targeting import targets
 from graphpeft.transaction import transaction
 

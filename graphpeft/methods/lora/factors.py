@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphpeft import ops
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.graph import ops
+from graphpeft.rules.rule import ParameterSpec
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
 from graphpeft.methods.lora.beginning import Beginning, Initialisation
 from graphpeft.methods.lora.corda import Corda
 from graphpeft.methods.lora.eva import Eva

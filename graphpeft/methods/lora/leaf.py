@@ -16,16 +16,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.recorded import as_node
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_unless_plain
 from graphpeft.methods.lora.linear import dropped_by_row, matrix_factors, products_by_row
-from graphpeft.recorded import as_node
-from graphpeft.rewrite import ParameterSpec, WeightRule
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rule import OperationRule, ParameterSpec, RunsByRow
 from graphpeft.sites.site import LeafSite
 
 
 @dataclass(frozen=True)
-class LoraLeaf(WeightRule):
+class LoraLeaf(OperationRule, RunsByRow):
     """The branch of a call.
 
     Attributes:
@@ -51,7 +51,7 @@ class LoraLeaf(WeightRule):
         draw(parameters, config.init_lora_weights, rank_of(site, config))
 
     def rewrite(
-        self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any
+        self, x: Any, y: Any, lora_A: Any, lora_B: Any, *, lora_scaling: Any, lora_dropout: Any = None, training: Any
     ) -> Any:
         """Adds the branch to what the call returns."""
         # what a module is given and returns can be in another dtype than its own tensors
@@ -72,7 +72,7 @@ class LoraLeaf(WeightRule):
         return LoraLeaf(any(rule.drops for rule in rules))
 
     def by_row(
-        self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any
+        self, x: Any, y: Any, lora_A: Any, lora_B: Any, *, lora_scaling: Any, lora_dropout: Any = None, training: Any
     ) -> Any:
         """Adds to each row of what the call returns the branch of its own A and B."""
         h = x.to(lora_A.dtype)

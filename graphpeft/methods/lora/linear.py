@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.recorded import as_node
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import (
     bias_change,
@@ -28,14 +30,12 @@ from graphpeft.methods.lora.factors import (
     refused_inside,
     unmergeable_bias,
 )
-from graphpeft.recorded import as_node
-from graphpeft.rewrite import ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rule import Combines, Mergeable, OperationRule, ParameterSpec, ReplacesWeight, RunsByRow
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class LoraLinear:
+class LoraLinear(OperationRule, Mergeable, ReplacesWeight, RunsByRow, Combines):
     """The branch of a linear operation.
 
     The weight is (m, n), A is (r, n) and B is (m, r), so that ΔW = s B A. A layer that stores its weight as (in, out)
@@ -53,8 +53,6 @@ class LoraLinear:
     drops: bool
     casts: bool
     has_bias: bool = False
-
-    rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses a bias of B where PEFT has none, and what an initialisation refuses."""
@@ -91,9 +89,10 @@ class LoraLinear:
         operation: Any,
         lora_A: Any,
         lora_B: Any,
-        lora_bias: Any,
+        *,
+        lora_bias: Any = None,
         lora_scaling: Any,
-        lora_dropout: Any,
+        lora_dropout: Any = None,
         training: Any,
     ) -> Any:
         """Adds the branch to the operation's value."""
@@ -137,8 +136,9 @@ class LoraLinear:
         operation: Any,
         lora_A: Any,
         lora_B: Any,
+        *,
         lora_scaling: Any,
-        lora_dropout: Any,
+        lora_dropout: Any = None,
         training: Any,
     ) -> Any:
         """Adds to each row of the operation's value the branch of its own A and B."""
@@ -162,7 +162,7 @@ class LoraLinear:
         """Returns a change of the weight as the matrix B A."""
         return delta.mT if self.flipped else delta
 
-    def bias_delta(self, lora_bias: Any, lora_scaling: Any) -> Any:
+    def bias_delta(self, lora_scaling: Any, lora_bias: Any = None) -> Any:
         """Returns s c, if B has a bias."""
         return bias_change(lora_bias, lora_scaling)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft.methods.lora.beginning import Beginning, First, refused_rank
-from graphpeft.options import Steps, check_options
+from graphpeft.rules.options import Steps, check_options
 
 _BLOCK = 64
 _LARGEST_QUANTILE = 0.9677083

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.beginning import Beginning, First, taken_from
 from graphpeft.methods.lora.measured import (
     Measurements,
@@ -29,8 +30,7 @@ from graphpeft.methods.lora.measured import (
     targeted_layers,
     write_cache,
 )
-from graphpeft.options import Size, check_options
-from graphpeft.plan import AdaptError
+from graphpeft.rules.options import Size, check_options
 
 
 @dataclass

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from graphpeft.methods.lora import initialisation
 from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_bias, refused_dropout, refused_inside
 from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
-from graphpeft.rewrite import ParameterSpec
+from graphpeft.rules.rule import Combines, Mergeable, ParameterSpec, ReplacesWeight
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class LoraMatrix:
+class LoraMatrix(Mergeable, ReplacesWeight, Combines):
     """The change of a matrix.
 
     Attributes:
@@ -33,8 +33,6 @@ class LoraMatrix:
     """
 
     flipped: bool
-
-    rank_axes = (0, 1)
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses what is no matrix, dropout, a bias of B, and what an initialisation refuses."""
@@ -62,10 +60,6 @@ class LoraMatrix:
         """Gives A and B the values that PEFT gives them."""
         return initialisation.initialise(parameters, site, config, module, self.flipped)
 
-    def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
-
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, transposed where A and B are those of the transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
@@ -76,7 +70,7 @@ class LoraMatrix:
 
 
 @dataclass(frozen=True)
-class LoraExperts:
+class LoraExperts(Mergeable):
     """The change of a stack of matrices, one for each expert.
 
     Attributes:
@@ -105,10 +99,6 @@ class LoraExperts:
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws A and B as PEFT does."""
         draw(parameters, config.init_lora_weights, rank_of(site, config))
-
-    def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B_e A_e of each expert."""

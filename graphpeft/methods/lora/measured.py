@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from graphpeft.plan import AdaptError
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting import targets
 

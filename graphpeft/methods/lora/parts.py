@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import (
     constants_of,
     draw_as_layer,
@@ -27,14 +28,13 @@ from graphpeft.methods.lora.factors import (
     refused_unless_plain,
 )
 from graphpeft.methods.lora.linear import matrix_delta
-from graphpeft.rewrite import FileForm, ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.rule import FileForm, Mergeable, OperationRule, ParameterSpec
 from graphpeft.sites.parts import Runs
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class LoraParts:
+class LoraParts(OperationRule, Mergeable):
     """The branch of some rows of a linear operation.
 
     A is (n · r, in), the parts' own below one another; B is (rows of all parts, r), likewise.
@@ -103,8 +103,9 @@ class LoraParts:
         y: Any,
         lora_A: Any,
         lora_B: Any,
+        *,
         lora_scaling: Any,
-        lora_dropout: Any,
+        lora_dropout: Any = None,
         training: Any,
     ) -> Any:
         """Adds the branch to the operation's value."""
@@ -114,10 +115,6 @@ class LoraParts:
         product = F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
         result = add_scaled(y, product, lora_scaling)
         return result.to(y.dtype) if self.casts else result
-
-    def unmergeable(self, site: Site) -> str | None:
-        """Every change can be merged."""
-        return None
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A of all parts, transposed where the weight is stored so."""

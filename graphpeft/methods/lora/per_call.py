@@ -16,15 +16,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphpeft.combination import Combination
-from graphpeft.config import PeftConfig, register
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.factors import exact_patterns
-from graphpeft.paths import TensorPaths
-from graphpeft.report import Refusal, Report
+from graphpeft.rules.combination import Combination
+from graphpeft.rules.config import PeftConfig, register
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
-from graphpeft.tracing.errors import TraceError
 
 _WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), config), or take LoraConfig for all calls"
 

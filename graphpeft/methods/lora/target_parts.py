@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphpeft import ops
-from graphpeft.report import Refusal, Report
+from graphpeft.graph import ops
+from graphpeft.graph.errors import TraceError
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.parts import Runs
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
-from graphpeft.tracing.errors import TraceError
 
 
 def with_parts(

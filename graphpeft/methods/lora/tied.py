@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft import ops
+from graphpeft.graph import ops
+from graphpeft.graph.paths import join
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import constants_of, draw, draw_as_layers, input_of, rank_of
 from graphpeft.methods.lora.initialisation import RANDOM
-from graphpeft.paths import join
-from graphpeft.report import Refusal, Report, listed
-from graphpeft.rewrite import FileForm, ParameterSpec
-from graphpeft.scaled_sum import add_scaled
+from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.rule import FileForm, Mergeable, OperationRule, ParameterSpec
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
@@ -35,7 +35,7 @@ _WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
 
 
 @dataclass(frozen=True)
-class LoraTied:
+class LoraTied(OperationRule, Mergeable):
     """The branch of a linear layer with the factors of the embedding to which it is tied.
 
     Attributes:
@@ -78,16 +78,12 @@ class LoraTied:
             draw(of_layer, config.init_lora_weights, rank_of(site, config))
 
     def rewrite(
-        self, x: Any, y: Any, lora_A: Any, lora_B: Any, lora_scaling: Any, lora_dropout: Any, training: Any
+        self, x: Any, y: Any, lora_A: Any, lora_B: Any, *, lora_scaling: Any, lora_dropout: Any = None, training: Any
     ) -> Any:
         """Adds the branch to the operation's value."""
         h = input_of(x, lora_A, lora_dropout, training, self.drops, self.casts)
         result = add_scaled(y, h @ lora_A @ lora_B, lora_scaling)
         return result.to(y.dtype) if self.casts else result
-
-    def unmergeable(self, site: Site) -> str | None:
-        """The change is that of the embedding, and merged with it."""
-        return None
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ, B and A being the embedding's."""

@@ -1,0 +1,213 @@
+"""Adapts a model by a config: plans it, refuses what can't be, and carries the plan out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from graphpeft.adapters import adapter_names, lifecycle
+from graphpeft.adapters.plan import AdaptError, Plan, make_plan
+from graphpeft.adapters.replication import Replication, replicate
+from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
+from graphpeft.adapters.tensors import freeze, set_trainable
+from graphpeft.graph import in_place
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import listed
+from graphpeft.sites.site import Site
+from graphpeft.targeting.targeting import unmatched_entries
+from graphpeft.transaction import set_attribute, set_item, transaction
+
+Where = Callable[[Any], bool]
+"""Says of a site whether it is meant."""
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns a model's modules by path."""
+    return dict(model.named_modules())
+
+
+def known_adapters(model: nn.Module) -> Adapters:
+    """Returns the adapters of a model.
+
+    Raises:
+        AdaptError: If it isn't adapted.
+    """
+    state = adapters_of(model)
+    if state is None:
+        raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
+    return state
+
+
+def known_adapter(model: nn.Module, name: str) -> Adapter:
+    """Returns an adapter of a model.
+
+    Raises:
+        AdaptError: If it has none of this name.
+    """
+    state = known_adapters(model)
+    unknown = adapter_names.unknown([name], state.by_name)
+    if unknown is not None:
+        raise AdaptError(f"{unknown}; it has {sorted(state.by_name)}")
+    return state.by_name[name]
+
+
+def add_new(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    where: Where | None,
+    *,
+    activates: bool,
+    methods: in_place.Layer,
+) -> None:
+    """Gives a model a new adapter.
+
+    Args:
+        model: The model.
+        config: The adapter's config.
+        adapter_name: Its name.
+        example_inputs: As for `get_peft_model`, as the next two are.
+        autocast_adapter_dtype: See there.
+        where: See there.
+        activates: Whether it becomes the active one.
+        methods: What gives the model the methods of an adapted one, with its first adapter.
+
+    Raises:
+        AdaptError: If it can't be added; the model is as it was.
+    """
+    with transaction(model):
+        replication = replicate_layers(model, config)
+        plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+        refuse(plan)
+        warn_of_unmatched(config, plan, stacklevel=4)
+        warn_of_adapted_and_trained_whole(plan, stacklevel=4)
+        carry_out(model, adapter_name, plan, None, activates, methods, replication)
+
+
+def replicate_layers(model: nn.Module, config: PeftConfig) -> Replication | None:
+    """Lets a model have the layers that `config` asks for, and returns what was exchanged for them.
+
+    Raises:
+        AdaptError: If it can't have them.
+    """
+    state = adapters_of(model)
+    return replicate(model, config, state.replication if state is not None else None, state is not None)
+
+
+def plan_for(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None,
+    autocast_adapter_dtype: bool,
+    where: Where | None = None,
+) -> Plan:
+    """Returns what `config` does to a model for a new adapter.
+
+    Raises:
+        AdaptError: If the adapter's name can't be one, or is taken.
+    """
+    state = adapters_of(model)
+    reason = adapter_names.refusal(adapter_name)
+    if reason is not None:
+        raise AdaptError(reason)
+    if state is not None and adapter_name in state.by_name:
+        raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+
+
+def planned(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+    where: Where | None = None,
+) -> Plan:
+    """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
+    state = adapters_of(model)
+    return make_plan(
+        model,
+        config,
+        adapter_name,
+        owned=state.owned if state is not None else None,
+        known=state.lifted if state is not None else {},
+        example_inputs=example_inputs,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        where=where,
+    )
+
+
+def refuse(plan: Plan) -> None:
+    """Raises AdaptError if a plan can't be carried out whole."""
+    if plan.report.nothing_matched:
+        raise AdaptError(plan.report.nothing_matched)
+    refused = plan.report.refused
+    if refused:
+        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
+        ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
+        raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
+
+
+def carry_out(
+    model: Any,
+    name: str,
+    plan: Plan,
+    values: Tensors | None,
+    activates: bool,
+    methods: in_place.Layer,
+    replication: Replication | None = None,
+) -> None:
+    """Carries out a plan, inside a transaction.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+        plan: The plan.
+        values: Values of the adapter's tensors; without them the method's first values are drawn.
+        activates: Whether it becomes the active one.
+        methods: What gives the model the methods of an adapted one, with its first adapter.
+        replication: What was exchanged in the model for the plan.
+    """
+    modules = plan.modules
+    present = adapters_of(model)
+    state = Adapters.before_any(modules) if present is None else present
+    lifecycle.add(modules, state, name, plan, values)
+    touched = [name]
+    if activates:
+        touched = [*state.active, name]
+        lifecycle.activate(modules, state, [name])
+    if replication is not None:
+        set_attribute(state, "replication", replication)
+    if present is not None:
+        set_trainable(modules, state, touched)
+        return
+    in_place.put_on(model, methods)
+    set_item(model.__dict__, STATE, state)
+    freeze(modules, state)
+
+
+def warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
+    if unmatched:
+        model = type(plan.modules[""]).__name__
+        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
+
+
+def warn_of_adapted_and_trained_whole(plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
+    sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
+    both = [site.label for site in sites if site.attribute in plan.whole.get(site.owner, ())]
+    if both:
+        warnings.warn(
+            f"modules_to_save={plan.config.modules_to_save} trains {listed(both)} whole beside the adapter there, as "
+            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,552 @@
+"""Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more
+for each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
+``.base_layer`` in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from graphpeft.adapters.state import Adapter, Modules, Tensors
+from graphpeft.adapters.tensors import is_same
+from graphpeft.files.atomic_files import read_together, waiting
+from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
+from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import listed
+from graphpeft.rules.rule import FileForm
+from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting import embedding_layers
+from graphpeft.targeting.patterns import Pattern
+from graphpeft.wording import shortened
+
+PREFIX = "base_model.model."
+
+
+# names
+
+
+def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each name in the file, the module's path and the name of the tensor in the model."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    prefix = adapter.config.file_prefix
+    found: dict[str, tuple[str, str]] = {}
+    for adapted in adapter.sites:
+        for local, spec in adapted.specs.items():
+            found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
+    for owner, names in adapter.whole.items():
+        inside = ".base_layer" * len(wrapped.get(owner, ()))
+        for own in names:
+            if own not in modules[owner]._non_persistent_buffers_set:
+                key = _key(prefix, _file_path(owner, wrapped) + inside, own)
+                found[key] = (owner, stand_ins.stand_in(own, name))
+    for path, rows in adapter.rows.items():
+        if rows.leader == path:
+            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
+            found[key] = (path, stand_ins.rows(name))
+    return found
+
+
+def constant_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each number that an adapter's rules read, the module's path and its name there.
+
+    Files don't have them, since they follow from the config. Their names are made as those of tensors are.
+    """
+    wrapped = _wrapped_parameters(adapter, modules)
+    return {
+        _key_at_site(adapted.site, local, wrapped, adapter.config.file_prefix): (
+            adapted.site.owner,
+            adapted.names[local],
+        )
+        for adapted in adapter.sites
+        for local in adapted.constants
+    }
+
+
+def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
+        for own in ("weight", "bias"):
+            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
+                found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
+    return found
+
+
+def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
+    if isinstance(site, CallSite):
+        return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
+    # behind the name of the tensor, where no module of the model's can have the same
+    name = name if site.call is None else join(name, str(site.call))
+    if isinstance(site, LeafSite):
+        return _key(prefix, _file_path(site.owner, wrapped), name)
+    around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
+    path = _file_path(site.owner, wrapped) + ".base_layer" * around
+    return _key(prefix, path, name)
+
+
+def _key(prefix: str, path: str, name: str) -> str:
+    return prefix + join(path, name).removeprefix(".")
+
+
+def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
+    """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
+    wrapped: dict[str, set[tuple[bool, int, str]]] = {}
+    for adapted in adapter.weight_sites:
+        site = adapted.site
+        # a layer is wrapped as such before its parameters are
+        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        wrapped.setdefault(site.owner, set()).add(place)
+    for adapted in adapter.sites:
+        if isinstance(adapted.site, LeafSite):
+            wrapped.setdefault(adapted.site.owner, set()).add((False, -1, ""))
+    return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
+
+
+def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
+    """Returns a module's path with ``.base_layer`` behind each module around it that PEFT wraps."""
+    parts: list[str] = []
+    here: list[str] = []
+    for part in path.split(".") if path else ():
+        if here:
+            parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
+        here.append(part)
+        parts.append(part)
+    return ".".join(parts)
+
+
+# state dicts
+
+
+def state_dict_of(
+    modules: Modules,
+    adapter: Adapter,
+    name: str,
+    originals: Tensors,
+    state_dict: Mapping[str, Any] | None,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """Returns an adapter's tensors by their names in the file.
+
+    Args:
+        modules: The model's modules by path.
+        adapter: The adapter.
+        name: Its name.
+        originals: Those of the model's own weights that adapters are merged into, as they were before.
+        state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
+        save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
+
+    Raises:
+        CheckpointError: If `state_dict` lacks some of them.
+    """
+    embeddings = embedding_layers.to_save(
+        modules, adapter.config, _base_name(modules[""], adapter), save_embedding_layers
+    )
+    named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
+    places = list(named.values())
+    if state_dict is None:
+        tensors = {
+            (path, attribute): stand_ins.tensor_of(modules[path], attribute).detach() for path, attribute in places
+        }
+    else:
+        lacking = [join(*place) for place in places if join(*place) not in state_dict]
+        if lacking:
+            raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
+        tensors = {place: state_dict[join(*place)] for place in places}
+    tensors |= {place: originals[place].detach() for place in places if place in originals}
+    derived: dict[str, torch.Tensor] = {}
+    for adapted in adapter.sites:
+        parameters = {local: tensors[adapted.site.owner, adapted.names[local]] for local in adapted.specs}
+        derived |= adapter.config.derived_tensors(adapted.site, parameters)
+    forms = _forms(adapter)
+    packed = {place: forms[place].pack(tensor) if place in forms else tensor for place, tensor in tensors.items()}
+    return {key: packed[place] for key, place in named.items()} | derived
+
+
+def fitted(
+    adapter: Adapter, name: str, modules: Modules, originals: Tensors, values: Mapping[str, torch.Tensor]
+) -> Tensors:
+    """Returns the tensors of a file by their places in the model, after checking that they fit.
+
+    Args:
+        adapter: The adapter.
+        name: Its name.
+        modules: The model's modules by path.
+        originals: As for `state_dict_of`.
+        values: The file's tensors by their names there.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
+            of each are named. And if tied ones have other values each.
+    """
+    named = keys(adapter, name, modules)
+    shapes = dict(_shapes(adapter, name, modules))
+    dtypes = {(path, stand_ins.stand_in(own, name)): tensor.dtype for path, own, tensor in _whole(adapter, modules)}
+    base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
+    own = {place: stand_ins.tensor_of(modules[place[0]], place[1]) for place in base.values()}
+    shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
+    dtypes |= {place: tensor.dtype for place, tensor in own.items()}
+    named |= base
+    known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
+    lacking = [key for key in named if key not in values]
+    needless = [
+        shortened(key) for key in values if known.isdisjoint(_meanings(key)) and not adapter.config.ignores(key)
+    ]
+    misshapen = [
+        f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
+        for key, place in named.items()
+        if key in values and tuple(values[key].shape) != shapes[place]
+    ]
+    # an adapter's own tensors are of floating-point numbers, whatever its weights are
+    wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
+    misshapen += [
+        f"{key} of {values[key].dtype} where the model wants {dtype}"
+        for key, dtype in wanted.items()
+        if not _becomes(values[key].dtype, dtype)
+    ]
+    problems = [f"lacks {listed(lacking)}"] if lacking else []
+    problems += [f"has what the model has no place for: {listed(needless)}"] if needless else []
+    problems += [f"has {listed(misshapen)}"] if misshapen else []
+    if problems:
+        raise CheckpointError(
+            f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
+            "names differ, from_pretrained maps them by key_mapping."
+        )
+    found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+    _refuse_untied(adapter, name, modules, found)
+    # mostly what the model has anyway
+    unchanged = {place for place, tensor in own.items() if is_same(originals.get(place, tensor), found[place])}
+    return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def _becomes(dtype: torch.dtype, wanted: torch.dtype) -> bool:
+    """Tells whether numbers of one dtype may be read as those of another: floating-point ones in any precision."""
+    return dtype == wanted or (dtype in _FLOATING_POINT and wanted.is_floating_point)
+
+
+_FLOATING_POINT = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
+"""Those that PyTorch converts; not those that pack two numbers into a byte."""
+
+
+def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns names and places of the model's own tensors that a file may hold: in embeddings and adapted layers."""
+    paths = [adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer]
+    return _keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
+
+
+def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Mapping[str, torch.Tensor]) -> Tensors:
+    forms = _forms(adapter)
+    try:
+        return {
+            place: forms[place].unpack(values[key]) if place in forms else values[key] for key, place in named.items()
+        }
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
+
+
+def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors) -> None:
+    """Raises CheckpointError if two places that share a tensor have other values each."""
+    tied = [
+        ((adapted.site.owner, adapted.names[local]), place)
+        for adapted in adapter.sites
+        for local, place in adapted.shared.items()
+    ]
+    if getattr(adapter.config, "ensure_weight_tying", False):
+        copies: dict[int, tuple[str, str]] = {}
+        for path, own, tensor in _whole(adapter, modules):
+            place = path, stand_ins.stand_in(own, name)
+            tied.append((place, copies.setdefault(id(tensor), place)))
+    for place, other in tied:
+        if not found[place].is_meta and not torch.equal(found[place], found[other]):
+            raise CheckpointError(
+                f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are tied; load "
+                "it with ensure_weight_tying=False in its config"
+            )
+
+
+def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
+    """Returns the forms in files of those parameters that have another one there, by their places in the model."""
+    return {
+        (adapted.site.owner, adapted.names[local]): spec.form
+        for adapted in adapter.sites
+        for local, spec in adapted.specs.items()
+        if spec.form is not None
+    }
+
+
+def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors by other names, as PEFT's `key_mapping` says.
+
+    Args:
+        values: Tensors by their names in the file.
+        key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
+            one that is found is replaced.
+    """
+    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
+
+    def mapped(key: str) -> str:
+        own = key.removeprefix(PREFIX)
+        found = next((pattern for pattern in patterns if pattern.search(own)), None)
+        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
+
+    return {mapped(key): tensor for key, tensor in values.items()}
+
+
+def _meanings(key: str) -> set[str]:
+    """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
+    return {pattern.sub("", key) for pattern in _REDUNDANT}
+
+
+_REDUNDANT = (
+    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
+    re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
+)
+"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
+module with others inside, with the adapter's name."""
+
+
+def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
+    """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
+    first = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):
+        owner = first[id(module)]
+        if path != owner:
+            keys_of_owner = [key for key, place in named.items() if place[0] == owner]
+            yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)
+
+
+def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    for adapted in adapter.sites:
+        for local, spec in adapted.specs.items():
+            yield (adapted.site.owner, adapted.names[local]), spec.form.shape if spec.form is not None else spec.shape
+    for path, own, tensor in _whole(adapter, modules):
+        yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
+    for path, rows in adapter.rows.items():
+        yield (path, stand_ins.rows(name)), (len(rows.indices), stand_ins.tensor_of(modules[path], "weight").shape[1])
+
+
+def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+    for path, own, tensor in _whole(adapter, modules):
+        if own in modules[path]._non_persistent_buffers_set:
+            yield (path, stand_ins.stand_in(own, name)), tensor
+
+
+def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for path, names in adapter.whole.items():
+        for own in names:
+            yield path, own, stand_ins.tensor_of(modules[path], own)
+
+
+# files
+
+
+def save(
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    folder: Path,
+    originals: Tensors,
+    state_dict: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | str = "auto",
+    first_values: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes one adapter into `folder`; with `first_values`, a folder of these, as one that has taken no weights."""
+    tensors = state_dict_of(dict(model.named_modules()), adapter, name, originals, state_dict, save_embedding_layers)
+    config = file_config(model, adapter)
+    if first_values is not None:
+        config, tensors = config.converted(tensors, _first_values(tensors, first_values))
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
+    metadata = {"format": "pt", _DIGEST: digest}
+    if operations := _operations(adapter):
+        metadata[_OPERATIONS] = json.dumps(operations)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+
+
+_DIGEST = "graphpeft_config"
+"""Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
+
+_OPERATIONS = "graphpeft_operations"
+"""Under which it has the kinds of the operations that use weights of no layer, likewise."""
+
+
+def _operations(adapter: Adapter) -> dict[str, str]:
+    """Returns the kinds of the operations that use weights of no layer, by the weights' labels."""
+    sites = (adapted.site for adapted in adapter.weight_sites)
+    return {site.label: site.op.__name__ for site in sites if not site.is_layer}
+
+
+def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Reads the tensors that an adapter had before it was trained.
+
+    Raises:
+        CheckpointError: If they aren't this adapter's.
+    """
+    found = load(folder)
+    wrong = [key for key in tensors if key not in found or found[key].shape != tensors[key].shape]
+    if wrong:
+        raise CheckpointError(f"the first values in {folder} are another adapter's: {listed(wrong)} differ in shape")
+    return {key: found[key].to(tensor.device, tensor.dtype) for key, tensor in tensors.items()}
+
+
+def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
+    """Returns the config that is written, with the model's name and class."""
+    config = adapter.config.for_file([adapted.site for adapted in adapter.sites])
+    if config.task_type is None and config.auto_mapping is None:
+        cls = stands_for(model)
+        config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = _base_name(model, adapter)
+    return config
+
+
+def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
+    return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+
+
+class SavedAdapter(NamedTuple):
+    """What an adapter's files hold.
+
+    Attributes:
+        config: The config.
+        tensors: The tensors by their names in the file, on the CPU.
+        is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
+        operations: The kinds of the operations that used weights of no layer, by the weights' labels, likewise.
+    """
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+    is_of_one_save: bool = True
+    operations: Mapping[str, str] = MappingProxyType({})
+
+    def refuse_other_operations(
+        self, adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Raises CheckpointError if a weight has tensors of another shape since another operation was found to use it.
+
+        Args:
+            adapter: The adapter that the file is for.
+            name: Its name.
+            modules: The model's modules by path.
+            values: The file's tensors, by the names that they have for this model.
+        """
+        named, shapes = keys(adapter, name, modules), dict(_shapes(adapter, name, modules))
+        differing = {place for key, place in named.items() if key in values and values[key].shape != shapes[place]}
+        for adapted in adapter.weight_sites:
+            site, own = adapted.site, {(adapted.site.owner, attribute) for attribute in adapted.names.values()}
+            was = self.operations.get(site.label, site.op.__name__)
+            if was != site.op.__name__ and not own.isdisjoint(differing):
+                raise CheckpointError(
+                    f"the adapter was saved where {site.label} was found to be the weight of a {was}, and here it is "
+                    f"found as a {site.op.__name__}: pass the example_inputs with which the adapter was made, which "
+                    "tell how the model uses it"
+                )
+
+    def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
+        """Raises CheckpointError if the tensors were saved with another config.
+
+        It comes last, since a mistake in an edited config has an error of its own.
+        """
+        if not self.is_of_one_save:
+            raise CheckpointError(
+                f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean "
+                "something else: the config was edited, or two programs have saved there at once. Save the adapter "
+                "again; or give the config that you want, as "
+                f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
+            )
+
+
+def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any) -> SavedAdapter:
+    """Reads an adapter's config and its tensors, which lay there at one time.
+
+    Two files can't take their places at once, so one of them may be the other's successor: then the writer, who may
+    have been ended, has the config of the tensors in a folder of its own.
+
+    Args:
+        path_or_repo: A folder, or a repository on the Hub.
+        use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
+        hub_options: Options of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        CheckpointError: If one is damaged.
+        ValueError: As `PeftConfig.from_pretrained`.
+    """
+    config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+    PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
+    weights = adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options)
+    try:
+        return read_together([config, weights], lambda: _read_both(config, weights, use_safetensors))
+    except OSError as error:
+        raise unreadable(error.filename, error) from error
+
+
+def _read_both(config_file: str, weights: str, use_safetensors: bool) -> SavedAdapter:
+    config = PeftConfig.from_file(config_file)
+    tensors, metadata = _read(weights, use_safetensors)
+    digest, operations = metadata.get(_DIGEST), _operations_in(metadata)
+    if digest in (None, config.digest()):
+        return SavedAdapter(config, tensors, operations=operations)
+    for file in waiting(Path(config_file).parent, CONFIG_NAME):
+        with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+            ready = PeftConfig.from_file(file)
+            if digest == ready.digest():
+                return SavedAdapter(ready, tensors, operations=operations)
+    return SavedAdapter(config, tensors, is_of_one_save=False)
+
+
+def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        found = json.loads(metadata.get(_OPERATIONS, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}  # they only explain an error
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors alone; arguments and errors as for `read`."""
+    return _read(adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options), use_safetensors)[0]
+
+
+def _weights_name(use_safetensors: bool) -> str:
+    return WEIGHTS_NAME if use_safetensors else PICKLED_WEIGHTS_NAME
+
+
+def _read(path: str, use_safetensors: bool) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Returns an adapter's tensors, and what else the file says of them."""
+    if not use_safetensors:
+        return read_pickle(path), {}
+    saved = read_safetensors(path)
+    return saved.tensors, saved.metadata

@@ -1,0 +1,123 @@
+"""Puts another saved adapter in the place of one, under its name.
+
+Where both adapt the same weights in the same shapes, only values are copied, so that compiled code stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.adapters import checkpoint, lifecycle
+from graphpeft.adapters.adapting import known_adapter, known_adapters, planned, refuse
+from graphpeft.adapters.plan import AdaptError, Plan
+from graphpeft.adapters.replication import replicate
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.tensors import set_trainable
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.paths import join
+from graphpeft.rules.report import listed
+from graphpeft.transaction import remember, set_attribute, set_item, transaction, undone_by
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,  # noqa: ARG001
+    *,
+    example_inputs: ExampleInputs | None = None,
+    **options: Any,
+) -> None:
+    """Lets an adapter be a saved one instead; its name, and whether it is active and trained, stay.
+
+    If the saved one adapts the same weights by the same ranks, its values are copied over, and a compiled model isn't
+    compiled again (unless its scale differs). Otherwise the adapter is exchanged as a whole, which PEFT refuses for
+    other targets; a compiled model is compiled again in its next call. A forward in another thread may see the change
+    half done, see `PeftModel`.
+
+    Args:
+        model: An adapted model, or what ``torch.compile`` made of it.
+        model_name_or_path: A folder, or a repository on the Hub.
+        adapter_name: The adapter whose place the saved one takes.
+        torch_device: Accepted for PEFT's sake; tensors stay on the devices of their weights.
+        example_inputs: As for `get_peft_model`.
+        options: `use_safetensors`, and options of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
+        CheckpointError: If the file doesn't fit the model; likewise.
+    """
+    model = getattr(model, "_orig_mod", model)
+    adapter = known_adapter(model, adapter_name)
+    state = known_adapters(model)
+    if adapter_name in state.merged:
+        raise AdaptError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you swap it")
+    saved = checkpoint.read(model_name_or_path, **options)
+    config, values = saved.config, saved.tensors
+    if config.method != adapter.config.method:
+        raise AdaptError(
+            f"{adapter_name!r} is a {adapter.config.method} adapter, and the saved one is of "
+            f"{config.method}; delete the one and load the other"
+        )
+    config.inference_mode = adapter.config.inference_mode
+    replicate(model, config, state.replication, is_adapted=True)
+    plan = planned(model, config.fitted_to(values), adapter_name, example_inputs)
+    refuse(plan)
+    modules = plan.modules
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values)
+    swapped = Adapter.of(plan)
+    of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
+    of_base += [join(*place) for place in adapter.overwritten]
+    if of_base:
+        raise AdaptError(
+            f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
+            f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
+        )
+    saved.refuse_two_saves(model_name_or_path)
+    with transaction(model):
+        if _have_same_places(adapter, plan):
+            _copy(modules, adapter, plan, fitted)
+        else:
+            _exchange(modules, state, adapter_name, plan, fitted)
+
+
+def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
+    def places(sites: Any) -> dict[Any, Any]:
+        return {(a.site.owner, a.site.label): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
+
+    if any(adapted.replaced for adapted in (*adapter.sites, *plan.sites)):
+        return False  # what is left of a weight is worked out anew
+    return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
+
+
+@torch.no_grad()
+def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> None:
+    for (path, attribute), value in values.items():
+        tensor = getattr(modules[path], attribute)
+        remember(tensor)
+        tensor.copy_(value)
+    constants = {(a.site.owner, a.site.label): a.constants for a in plan.sites}
+    undone_by(adapter.sites.__setitem__, slice(None), list(adapter.sites))
+    adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.label]) for a in adapter.sites]
+    for adapted in adapter.sites:
+        own = modules[adapted.site.owner].__dict__
+        for name, value in adapted.constants.items():
+            if own.get(adapted.names[name]) != value:
+                set_item(own, adapted.names[name], value)
+    set_attribute(adapter, "config", plan.config)
+
+
+def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: Tensors) -> None:
+    """Takes the adapter off and puts the other one on, in its place among the others."""
+    order, active = list(state.by_name), list(state.active)
+    # so that nodes come in their order; first of all, since it unmerges others with a warning, which may be an error
+    lifecycle.activate(modules, state, [])
+    lifecycle.remove(modules, state, name)
+    lifecycle.add(modules, state, name, plan, values)
+    lifecycle.activate(modules, state, active)
+    set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
+    set_trainable(modules, state, active if name in active else [name])

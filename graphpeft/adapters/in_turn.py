@@ -1,0 +1,92 @@
+"""Runs a region on a mixed batch by the graph of one adapter after the other, each on its own rows."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft._torch import pytree
+from graphpeft.adapters.graphs import names_of_others, with_adapter
+from graphpeft.adapters.present_rows import present, rows_present
+from graphpeft.adapters.rows import RowAdapters, Rows, Runner
+from graphpeft.adapters.state import Adapters
+from graphpeft.graph import stand_ins
+from graphpeft.graph.recomputing import taken_along
+from graphpeft.graph.template import Template
+
+
+def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
+    """Returns a function that runs the graph of each adapter on its own rows.
+
+    Args:
+        plain: The graph without any of them.
+        module: The module.
+        region: Its path.
+        adapters: The model's adapters.
+        has_others: Whether the module has other tensors for some of them.
+    """
+    others = names_of_others(module, adapters)
+
+    def forward_with(name: str) -> Callable[..., Any]:
+        content = adapters.by_name.get(name)
+        sites = [adapted for adapted in content.sites if adapted.site.region == region] if content is not None else []
+        if content is None or not sites:
+            return plain.forward_for(others)
+        slot = next(slot for slot in itertools.count() if slot not in plain.slots)
+        template = with_adapter(plain, module, slot, content.config.method, region, sites)
+        return template.forward_for({**others, slot: name})
+
+    forward_with = functools.cache(forward_with)
+
+    @functools.cache
+    def reading_of(name: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+        content = adapters.by_name.get(name)
+        return content.reading(region, name) if content is not None else lambda _: {}
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors or any(tensor.shape[:1] != tensors[0].shape[:1] for tensor in tensors):
+            raise ValueError(
+                f"{region or 'the model'} is given tensors of the shapes {[tuple(t.shape) for t in tensors]}, of which "
+                "it isn't known which are rows of the batch; call it for one adapter at a time"
+            )
+        groups = present().of(tensors[0]).groups()
+        results = []
+        for name, rows in groups.items():
+            index = torch.tensor(rows, device=tensors[0].device)
+            # what is one tensor stays one: an attention asks whether its key is its query
+            taken = {id(tensor): tensor[index] for tensor in tensors}
+            given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            own_args, own_kwargs = pytree.tree_unflatten(given, structure)
+            # regions inside have the same adapter for all of these rows
+            own = Rows((), present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
+            with taken_along(functools.partial(rows_present, own)):
+                owner = stand_ins.with_tensors(module, reading_of(name)(module)) if has_others else module
+                results.append(forward_with(name)(owner, *own_args, **own_kwargs))
+        return _together(results, list(groups.values()), region)
+
+    return run
+
+
+def _together(results: list[Any], groups: list[list[int]], region: str) -> Any:
+    """Puts the rows of several results into one, in their order in the batch."""
+    order = torch.tensor([row for rows in groups for row in rows]).argsort()
+
+    def gather(*parts: Any) -> Any:
+        if not isinstance(parts[0], torch.Tensor):
+            return parts[0]
+        for part, rows in zip(parts, groups, strict=True):
+            if part.shape[:1] != (len(rows),):
+                raise ValueError(
+                    f"{region or 'the model'} returns a tensor of the shape {tuple(part.shape)} for {len(rows)} rows, "
+                    "which can't be put together; call it for one adapter at a time"
+                )
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+    return pytree.tree_map(gather, results[0], *results[1:])

@@ -1,0 +1,96 @@
+"""Passes on an adapted model, and what they found, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from graphpeft import passes as _passes
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.adapting import known_adapters
+from graphpeft.adapters.state import Adapters
+from graphpeft.passes import PASSES
+from graphpeft.rules.report import listed, table
+from graphpeft.transaction import transaction
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What passes changed in a model's graphs, and what they left, by the names of the passes.
+
+    Attributes:
+        changed: The sites that a pass changed.
+        left: The sites that it looked at and left as they are, each with the reason.
+    """
+
+    changed: Mapping[str, tuple[str, ...]]
+    left: Mapping[str, Mapping[str, str]]
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return "no passes: the graphs compute as they were written"
+        rows = [(name, str(len(self.changed[name])), str(len(self.left[name]))) for name in self.changed]
+        lines = table(("pass", "changed", "left"), rows)
+        for name in self.changed:
+            by_reason: dict[str, list[str]] = {}
+            for site, reason in self.left[name].items():
+                by_reason.setdefault(reason, []).append(site)
+            lines += [f"{name} leaves {listed(sites)}: {reason}" for reason, sites in by_reason.items()]
+            if not self.changed[name] and not by_reason:
+                lines += [f"{name} finds nothing: there are no {_LOOKS_FOR[name]}"]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_LOOKS_FOR = {each.name: each.looks_for for each in PASSES}
+
+
+def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassReport:
+    """Lets an adapted model compute the same in another way: faster, or keeping less for the backward.
+
+    The passes hold for all adapters of the model, those that act now and those that come to act, until they are given
+    anew; ``optimize(model, [])`` lets the graphs compute as they were written, bit for bit. They are applied in their
+    own order, whichever is given. Regions in which no adapter acts run their own code, as they do without passes.
+
+    Args:
+        model: An adapted model, or an adapted graph module.
+        passes: Their names, see the documentation's page on passes; all if None.
+
+    Returns:
+        What they changed in the graphs of the adapters that act now, and what they left, and why.
+
+    Raises:
+        AdaptError: If the model has no adapters.
+        ValueError: If there is no pass of a name; the model is as it was.
+        TypeError: If a text is given in place of names; likewise.
+    """
+    names = _passes.in_order([each.name for each in PASSES] if passes is None else passes)
+    state = known_adapters(model)
+    with transaction(model):
+        return _report(state, names, lifecycle.optimize(dict(model.named_modules()), state, names))
+
+
+def _report(state: Adapters, names: Sequence[str], done: Mapping[str, _passes.Optimized]) -> PassReport:
+    """Returns what passes have done, by the paths of the regions."""
+    labels = {
+        (adapted.site.region, node): adapted.site.label
+        for adapter in state.acting
+        for adapted in state.by_name[adapter].sites
+        for nodes in adapted.site.nodes
+        for node in nodes
+    }
+    outcomes = {
+        name: [
+            (labels.get((region, outcome.site), outcome.site), outcome.reason)
+            for region, optimized in done.items()
+            for outcome in optimized.outcomes[name]
+        ]
+        for name in names
+    }
+    return PassReport(
+        {name: tuple(dict.fromkeys(site for site, why in found if why is None)) for name, found in outcomes.items()},
+        {name: {site: why for site, why in found if why is not None} for name, found in outcomes.items()},
+    )

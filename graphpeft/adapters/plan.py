@@ -1,0 +1,243 @@
+"""Works out what a config does to a model, and changes nothing: which sites, which rules, which graphs.
+
+config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what is refused, and why)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.graph import ops, stand_ins
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.template import Template
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import unknown_argument
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.rule import ReplacesWeight, lacking_base
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting import targets
+from graphpeft.targeting.patterns import PatternError
+from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained_whole
+
+
+class AdaptError(ValueError):
+    """A config that can't be applied to the model, which stays as it was."""
+
+
+@dataclass
+class Plan:
+    """What adapting a model comes to.
+
+    Attributes:
+        modules: The model's modules by path.
+        config: The config, with all that depends on the model filled in.
+        report: The same for a person to read, with what is refused.
+        sites: The sites to adapt.
+        templates: The graphs of their regions as they are now.
+        whole: The tensors that are trained whole: names by the path of their module.
+        rows: The rows of weights that are trained, by the path of their module.
+        autocast: Whether an adapter on half precision weights has single precision.
+    """
+
+    modules: Mapping[str, nn.Module]
+    config: PeftConfig
+    report: Report
+    sites: list[AdaptedSite] = field(default_factory=list)
+    templates: dict[str, Template] = field(default_factory=dict)
+    whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    autocast: bool = True
+
+
+def make_plan(
+    model: nn.Module,
+    config: PeftConfig,
+    adapter: str,
+    *,
+    owned: TensorPaths | None = None,
+    known: Mapping[str, Template] = MappingProxyType({}),
+    example_inputs: ExampleInputs | None = None,
+    autocast_adapter_dtype: bool = True,
+    where: Callable[[Any], bool] | None = None,
+) -> Plan:
+    """Returns what `config` does to `model`, which stays as it is.
+
+    Args:
+        model: The model.
+        config: The config.
+        adapter: The adapter's name.
+        owned: The paths of parameters that belong to adapters, which no adapter targets.
+        known: Graphs of regions that were recorded before, by path.
+        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
+        autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
+        where: Which of the sites that the config names are meant; None for all. The plan's config then names these.
+
+    Raises:
+        AdaptError: If the config asks for something that isn't supported.
+    """
+    finder = SiteFinder(model, known, example_inputs)
+    if "" in finder.scripted:
+        raise AdaptError(finder.scripted[""])
+    try:
+        config.check()
+        _refuse_too_many_names(config, finder.modules)
+        resolved = config.resolved(model)
+        targets.compile_matcher(resolved)
+    except ValueError as error:
+        raise AdaptError(str(error)) from error
+    plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
+    try:
+        _fill(plan, finder, owned if owned is not None else TensorPaths(), where)
+    except PatternError as error:
+        raise AdaptError(str(error)) from error
+    return plan
+
+
+def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[Any], bool] | None) -> None:
+    """Puts into a plan what its config comes to."""
+    resolved = plan.config
+    plan.report.adapted = plan.sites
+    sites = resolved.find_sites(finder, plan.report, owned)
+    if where is not None and sites:
+        sites = _narrow(plan, sites, where, owned)
+    for site in sites:
+        _add_site(plan, site, finder.templates[site.region])
+    weights = [site for site in sites if not isinstance(site, CallSite)]
+    plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    _refuse_replaced_twice(plan)
+    plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
+    plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)
+    plan.report.trained_whole += [
+        f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
+    ]
+
+
+def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if an option has more names than a model of this size can give a meaning."""
+    most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
+    for option in dataclasses.fields(config):
+        entries = getattr(config, option.name)
+        if not isinstance(entries, Collection) or isinstance(entries, str) or len(entries) <= most:
+            continue
+        if isinstance(next(iter(entries)), str):
+            raise ValueError(f"{option.name} has {len(entries)} names; for a model of this size, {most} at most")
+
+
+_NAMES_BESIDE = 1000
+"""How many names a config may have beside those of the model, since it may be written for several."""
+
+
+def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: TensorPaths) -> list[Any]:
+    """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
+    kept = [site for site in sites if where(site)]
+    if not kept:
+        plan.report.nothing_matched = f"where holds for none of {listed([site.name for site in sites])}"
+        plan.report.refused.append(Refusal("where", plan.report.nothing_matched, "let where hold for some sites"))
+    elif len(kept) < len(sites):
+        _refuse_untied(kept, sites)
+        parameters = (join(path, name) for path, module in plan.modules.items() for name in module._parameters)
+        names = [*filter(None, plan.modules), *(path for path in parameters if path not in owned)]
+        try:
+            plan.config = plan.config.naming(kept, names)
+        except ValueError as error:
+            raise AdaptError(str(error)) from error
+    return kept
+
+
+def _refuse_untied(kept: Sequence[Any], sites: Sequence[Any]) -> None:
+    """Raises AdaptError if one of two tied sites is kept without the other."""
+    owners = {site.owner for site in kept}
+    for site in sites:
+        if isinstance(site, Site) and site.tied_to is not None and (site.owner in owners) != (site.tied_to in owners):
+            raise AdaptError(f"where holds for one alone of {site.tied_to} and {site.owner}, which are tied")
+
+
+def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) -> None:
+    config = plan.config
+    dtype = dtype_of_adapter(site.dtype, plan.autocast)
+    rule: Any = config.rule_for(site, dtype)
+    _refuse_no_rule(rule)
+    reason = rule.check(site, config)
+    if reason is None and site.op is ops.Weight:
+        reason = rule.unmergeable(site)  # there, its change is all that a rule has
+    replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}
+    if replaced:
+        reason = stand_ins.refusal(plan.modules[site.owner])
+    if reason is not None:
+        plan.report.refused.append(Refusal(site.label, reason, site.way_out))
+        return
+    specs, constants = rule.parameters(site, config), rule.constants(site, config)
+    _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
+    names = _names((*specs, *constants), site.prefix, plan.report.adapter)
+    shared = _shared(site, specs, plan.report.adapter)
+    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
+    plan.templates[site.region] = template
+
+
+def _refuse_no_rule(rule: Any) -> None:
+    """Raises AdaptError for what is no rule, or isn't a value: graphs are shared between sites with equal rules."""
+    reason = lacking_base(type(rule))
+    if reason is not None:
+        raise AdaptError(reason)
+    try:
+        hash(rule)
+    except TypeError as error:
+        name = type(rule).__name__
+        raise AdaptError(f"{name} can't be a rule: {error}; make it a dataclass with frozen=True") from error
+
+
+def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config: PeftConfig) -> None:
+    """Raises AdaptError if a function of a rule asks for something of which nothing is known, as by a slip."""
+    reason = unknown_argument(rule, type(site), site.op, (*own, *(name for name, _ in site.reads)))
+    if reason is not None:
+        raise AdaptError(f"{config.method}: {reason}; name a parameter or a constant of the rule, or give a default")
+
+
+def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping[str, str]:
+    if not isinstance(rule, ReplacesWeight) or not rule.replaces(site, config):
+        return {}
+    return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
+
+
+def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> Mapping[str, tuple[str, str]]:
+    """Returns the places of the parameters that a tied site has from the other one."""
+    theirs = {name: spec.shared for name, spec in specs.items() if spec.shared is not None}
+    if not theirs:
+        return {}
+    names = _names(tuple(theirs.values()), site.prefix, adapter)
+    return {name: (site.tied_to, names[other]) for name, other in theirs.items()}
+
+
+def _refuse_replaced_twice(plan: Plan) -> None:
+    """Refuses sites whose weight has a frozen stand-in and is to be trained whole."""
+    for adapted in plan.sites:
+        both = set(adapted.replaced) & set(plan.whole.get(adapted.site.owner, ()))
+        if both:
+            reason = f"modules_to_save trains its {both.pop()} whole, in whose place the adapter has a frozen one"
+            plan.report.refused.append(Refusal(adapted.site.name, reason, adapted.site.way_out))
+
+
+# equal sites share one
+@functools.lru_cache(maxsize=1024)
+def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, str]:
+    return {name: f"{prefix}{name}_{adapter}" for name in of_rule}
+
+
+def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    """Returns the dtype of an adapter's tensors at a weight of this dtype."""
+    return torch.float32 if autocast and dtype in HALVES else dtype
+
+
+HALVES = (torch.float16, torch.bfloat16)
+"""Half precision."""

@@ -1,0 +1,157 @@
+"""The adapters of the rows of a batch: their parameters and numbers, stacked row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapters
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.report import listed
+
+Runner = Callable[..., Any]
+"""Runs a region on a mixed batch; its first argument is the module."""
+
+
+Where = tuple[str, str, str]
+"""The region of a site, its weight's module, and the weight's name there."""
+
+
+class RowAdapters:
+    """Which adapter each row of a tensor has."""
+
+    def __init__(self, names: tuple[str, ...], adapters: Adapters) -> None:
+        self.names = names
+        self._adapters = adapters
+        self._attributes: dict[Any, list[str | None]] = {}
+        self._numbers: dict[Any, torch.Tensor] = {}
+
+    def stacked(self, owner: nn.Module, stem: str, where: Where | None) -> torch.Tensor:
+        """Returns the adapters' parameters `stem` of `owner`, one for each row.
+
+        Smaller ones are filled up with zeros, and rows whose adapter has none there get zeros alone.
+
+        Args:
+            owner: The module.
+            stem: Their name without those of the adapters.
+            where: The site, if only adapters with this very one are meant.
+        """
+        parameters = owner._parameters
+        tensors = [parameters.get(name) for name in self._of_rows(stem, where)]  # type: ignore[arg-type]
+        there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
+        if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
+            return torch.stack(there)
+        if not there:
+            # those of any adapter will do for the shape, and all are of one adapter by their order
+            [like, *_] = [tensor for name, tensor in parameters.items() if name.startswith(f"{stem}_")]
+            assert like is not None
+            return like.new_zeros(len(tensors), *like.shape)
+        shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
+        nothing = there[0].new_zeros(shape)
+        return torch.stack([nothing if tensor is None else _filled_up(tensor, shape) for tensor in tensors])
+
+    def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
+        """Returns the adapters' number `stem` of `owner`: one for all rows, or a tensor with one for each.
+
+        Args:
+            owner: The module.
+            stem: The number's name without that of the adapter.
+            missing: What it is where there is none; None if any value will do.
+        """
+        values = tuple([owner.__dict__.get(name, missing) for name in self._of_rows(stem, None)])  # type: ignore[arg-type]
+        there = {value for value in values if value is not None}
+        if len(there) == 1:
+            return next(iter(there))
+        if values not in self._numbers:
+            self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
+        return self._numbers[values]
+
+    def _of_rows(self, stem: str, where: Where | None) -> list[str | None]:
+        if (stem, where) not in self._attributes:
+            are_there = {name: name != BASE and self._is_at(name, where) for name in set(self.names)}
+            self._attributes[stem, where] = [f"{stem}_{name}" if are_there[name] else None for name in self.names]
+        return self._attributes[stem, where]
+
+    def _is_at(self, name: str, where: Where | None) -> bool:
+        return where is None or any(place_of(site)[:3] == where for site in self._adapters.by_name[name].sites)
+
+    def groups(self) -> dict[str, list[int]]:
+        """Returns the rows of each adapter."""
+        found: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            found.setdefault(name, []).append(row)
+        return found
+
+
+def _filled_up(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    missing = [amount for size, have in zip(shape, tensor.shape, strict=True) for amount in (size - have, 0)]
+    return torch.nn.functional.pad(tensor, missing[::-1])
+
+
+class Rows:
+    """The rows of the present call.
+
+    Attributes:
+        by_count: The adapters of rows, by the number of rows that a tensor may have.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        runners: Mapping[int, Runner],
+        by_count: dict[int, RowAdapters],
+        adapters: Adapters,
+    ) -> None:
+        self._names, self._runners, self.by_count, self._adapters = names, runners, by_count, adapters
+
+    @property
+    def runners(self) -> Mapping[int, Runner]:
+        """How each region runs, by the id of its module.
+
+        Raises:
+            AdaptError: If an adapter was merged, or one of these deleted, since the call or its context began.
+        """
+        if self._adapters.merged:
+            self._refuse(self._adapters.merged, "merged into the weights, which all rows share")
+        gone = [name for name in self._names if name not in self._adapters.by_name]
+        if gone:
+            self._refuse(gone, "deleted")
+        return self._runners
+
+    def _refuse(self, names: Sequence[str], how: str) -> None:
+        raise AdaptError(
+            f"since this batch was given adapters by row, {listed(list(names))} were {how}; leave mixed_batch, and "
+            "enter it anew"
+        )
+
+    @property
+    def are_off(self) -> bool:
+        """Whether the model's adapters were disabled since."""
+        return self._adapters.are_off
+
+    def of(self, tensor: torch.Tensor) -> RowAdapters:
+        """Returns the adapters of the rows of `tensor`.
+
+        Raises:
+            ValueError: If it has another number of rows.
+        """
+        count = tensor.shape[0] if tensor.ndim else 0
+        if count not in self.by_count:
+            wanted = " or ".join(map(str, self.by_count))
+            raise ValueError(
+                f"adapter_names names {wanted} rows, and an adapted module is given a tensor of the shape "
+                f"{tuple(tensor.shape)}; name one adapter for each row of the batch, which must be the first dimension "
+                "there"
+            )
+        return self.by_count[count]
+
+
+def place_of(adapted: AdaptedSite) -> tuple[Any, ...]:
+    """Returns what two adapters' sites have in common that are the same one: region, weight, operations."""
+    site: Any = adapted.site
+    return site.region, site.owner, site.attribute, site.op, site.nodes

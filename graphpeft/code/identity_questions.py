@@ -1,0 +1,86 @@
+"""Finds where a forward compares by ``is``: with True or False no proxy can answer, and with objects it depends.
+
+Bytecode tells quickly where there is none.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import enum
+import functools
+import itertools
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from graphpeft.code.attribute_paths import tree_of
+from graphpeft.code.source import functions_in_forward
+
+
+@functools.cache
+def tests_truth_by_identity(cls: type) -> bool:
+    """Tells whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
+    codes = (function.__code__ for function in functions_in_forward(cls))
+    trees = (tree_of(code) for code in codes if _may_test_truth(code))
+    # without source, it may be
+    return any(tree is None or any(map(_is_identity_test, ast.walk(tree))) for tree in trees)
+
+
+def _may_test_truth(code: CodeType) -> bool:
+    return any(
+        _IS in inner.co_code[::2] and any(isinstance(constant, bool) for constant in inner.co_consts)
+        for inner in _with_inner(code)
+    )
+
+
+_IS = dis.opmap["IS_OP"]
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """Yields `code` and that of functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)
+
+
+def _is_identity_test(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Compare) or not any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+        return False
+    sides = (node.left, *node.comparators)
+    return any(isinstance(side, ast.Constant) and isinstance(side.value, bool) for side in sides)
+
+
+@functools.cache
+def tests_identity(code: CodeType) -> bool:
+    """Tells whether `code` asks whether something is another object than None."""
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
+        for before, after in itertools.pairwise(instructions)
+    )
+
+
+@functools.cache
+def compares_objects(code: CodeType) -> bool:
+    """Tells whether `code` asks whether something is the same object as what is no constant."""
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
+    )
+
+
+def is_compared_by_is(value: Any) -> bool:
+    """Tells whether code asks by ``is`` for such a value: a proxy could only answer that it is another object."""
+    return value is None or isinstance(value, str | enum.Enum)
+
+
+def may_be_compared(value: Any, code: CodeType | None) -> bool:
+    """Tells whether `value` is of a type for which some code asks by ``is``, and `code` asks so for something."""
+    return isinstance(value, _OFTEN_COMPARED) and code is not None and tests_identity(code)
+
+
+_OFTEN_COMPARED = (bool, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)

@@ -1,0 +1,302 @@
+"""What a forward can reach and change: its modules, the objects that they hold, and what the code of the user's names.
+
+From a module it goes on to what it holds and to its class; from a class to its attributes, methods and bases; from a
+function, a hook among them, to the variables around it, to the globals that it names, and to its defaults. Of methods
+those count whose names stand in code that is reached: ``forward`` and what it calls, and not all that a class can do.
+It ends at code of libraries, whose forwards keep nothing there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Set
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from graphpeft._torch import FORWARD_HOOKS_OF_ALL
+from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
+from graphpeft.code.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, attributes_of, slots_of
+from graphpeft.code.source import names_in
+
+_OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
+"""What runs tests: code with assertions leads there, since pytest has rewritten it."""
+
+_LIBRARIES = sys.stdlib_module_names | _OF_TESTS | {
+    "einops", "graphpeft", "numpy", "timm", "torch", "torchaudio", "torchvision", "transformers",
+}  # fmt: skip
+"""Whose functions and classes keep nothing that a forward changes."""
+
+_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "_weakrefset", "argparse", "collections", "types", "weakref"}
+"""Python modules of the standard library whose objects hold a user's attributes."""
+
+_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | _OF_TESTS | {"graphpeft", "numpy", "torch"}
+"""Whose objects hold nothing that a forward changes."""
+
+_WITH_PARTS = (*CONTAINERS, tuple)
+_NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
+
+
+class Reach:
+    """The holders that the forwards of a module and of those inside it can reach, with the modules that do.
+
+    Args:
+        root: The module with all of its submodules.
+
+    Attributes:
+        has_iterators: Whether there are iterators among what can be reached.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._holders: dict[Hashable, Holder] = {}
+        self._owners: dict[Hashable, list[nn.Module]] = {}
+        self._inside = set(root.modules())
+        # with what is at the start, or its identity could become that of something else
+        self._known: dict[int, tuple[Any, list[Holder]]] = {}
+        self.has_iterators = False
+        starts = {module: list(_starts(module)) for module in self._inside}
+        self._named = self._names_in_what_runs([value for values in starts.values() for value in values])
+        for module in root.modules():
+            self._note(OfObject(module), module)
+            for value in starts[module]:
+                for holder in self._beyond(value):
+                    self._note(holder, module)
+
+    @property
+    def holders(self) -> Iterable[Holder]:
+        """The holders."""
+        return self._holders.values()
+
+    def owners(self, holder: Holder) -> list[nn.Module]:
+        """Returns the modules that can reach a holder; what a module has itself is its own alone."""
+        return self._owners[holder.key]
+
+    def _note(self, holder: Holder, module: nn.Module) -> None:
+        self._holders.setdefault(holder.key, holder)
+        owners = self._owners.setdefault(holder.key, [])
+        if not owners or owners[-1] is not module:
+            owners.append(module)
+
+    def _beyond(self, start: Any) -> list[Holder]:
+        """Returns the holders that can be reached from a value."""
+        if id(start) not in self._known:
+            self._known[id(start)] = (start, list(self._found_from(start)))
+        return self._known[id(start)][1]
+
+    def _names_in_what_runs(self, waiting: list[Any]) -> set[str]:
+        """Returns the names that stand in the code of functions that can be reached, by way of methods so named."""
+        named, seen = {"forward"}, dict[int, Any]()
+        unnamed: defaultdict[str, list[Any]] = defaultdict(list)
+        while waiting:
+            value = waiting.pop()
+            kind = type(value)  # isinstance asks an object of a user's for its __class__
+            if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and value in self._inside):
+                continue
+            seen[id(value)] = value
+            waiting += opened(value, named)[1]
+            if issubclass(kind, type) and _is_of_a_user(value):
+                for name, method in _methods(value).items():
+                    if name not in named:
+                        unnamed[name].append(method)
+            elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
+                new = names_in(value.__code__).read - named
+                named |= new
+                waiting += [method for name in new for method in unnamed.pop(name, ())]
+        return named
+
+    def _found_from(self, start: Any) -> Iterator[Holder]:
+        # many classes have the same bases
+        for base in start.__bases__ if issubclass(type(start), type) and _is_of_a_user(start) else ():
+            yield from self._beyond(base)
+        seen: dict[int, Any] = {}
+        waiting = [start]
+        while waiting:
+            value = waiting.pop()
+            if type(value) not in PLAIN and id(value) not in seen:
+                seen[id(value)] = value
+                if not issubclass(type(value), nn.Module) or value not in self._inside:
+                    self.has_iterators |= is_iterator(value)
+                    holders, further = opened(value, self._named)
+                    yield from holders
+                    waiting += further
+
+
+def is_iterator(value: Any) -> bool:
+    """Tells whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
+    return hasattr(type(value), "__next__") and attributes_of(value) is None
+
+
+def _starts(module: nn.Module) -> Iterator[Any]:
+    """Yields the class of a module, and what it holds by itself or in containers, if that may lead further."""
+    yield type(module)
+    waiting = [*module.__dict__.values(), *FORWARD_HOOKS_OF_ALL]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in PLAIN:
+            continue
+        if type(value) not in _NO_MORE_THAN_PARTS:
+            yield value
+        elif value and id(value) not in seen:
+            seen.add(id(value))
+            waiting += parts_of(value)
+
+
+def functions_held(module: nn.Module) -> Iterator[FunctionType]:
+    """Yields the user's functions that a module holds: by itself, in containers, or in closures of such; hooks, too."""
+    _, *waiting = _starts(module)
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        # by their types, since a value of the trace would take isinstance for a question of the model's
+        if not issubclass(type(value), _MAY_HOLD_FUNCTIONS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not issubclass(type(value), FunctionType):
+            waiting += opened(value)[1]
+        elif not is_of_a_library(value.__module__):
+            yield value
+            cells = (holder for holder in _opened_function(value)[0] if isinstance(holder, Cell))
+            waiting += [held for cell in cells for held in cell.bindings().values()]
+
+
+_MAY_HOLD_FUNCTIONS = (FunctionType, MethodType, functools.partial, functools._lru_cache_wrapper, *_WITH_PARTS)
+
+
+_Opened = tuple[Iterable[Holder], Iterable[Any]]
+
+
+def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
+    """Returns the holders that a value is, and the values to which it leads, of a class's methods those so `named`."""
+    # by its type: what is asked by isinstance, an object may answer by code of its own
+    kind = type(value)
+    if issubclass(kind, FunctionType):
+        return _opened_function(value)
+    if issubclass(kind, type):
+        return _opened_class(value, named)
+    if issubclass(kind, MethodType):
+        return (), (value.__self__, value.__func__)
+    if issubclass(kind, functools.partial):
+        return (), (value.func, value.args, value.keywords)
+    if issubclass(kind, staticmethod | classmethod | functools._lru_cache_wrapper):
+        return (), (value.__wrapped__,)
+    if issubclass(kind, property):
+        return (), (value.fget, value.fset)
+    if issubclass(kind, functools.cached_property):
+        return (), (value.func,)
+    parts = parts_of(value) if issubclass(kind, _WITH_PARTS) else ()
+    if issubclass(kind, ModuleType) or _root(kind) in _OF_LIBRARIES:
+        return (), parts
+    attributes, slots = attributes_of(value), slots_of(kind)
+    if attributes is None and not slots:
+        return (), parts
+    holders: list[Holder] = [OfObject(value)] if attributes is not None else []
+    holders += [OfSlots(value)] if slots else []
+    return holders, (kind, *parts, *(held for holder in holders for held in holder.bindings().values()))
+
+
+def _opened_class(cls: type, named: Set[str]) -> _Opened:
+    if not _is_of_a_user(cls):
+        return (), ()
+    methods = _methods(cls)
+    members = [value for name, value in vars(cls).items() if name not in methods and name not in _OF_EACH_CLASS]
+    return (OfClass(cls),), (*members, *(methods[name] for name in methods.keys() & named), *cls.__bases__)
+
+
+def _methods(cls: type) -> dict[str, Any]:
+    """Returns the methods and properties of a class that run if they are named; others run by themselves."""
+    kinds = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
+    methods = {name: value for name, value in vars(cls).items() if issubclass(type(value), kinds)}
+    # modules are there before the forward runs, and so are made by none
+    made = issubclass(cls, nn.Module)
+    return {name: value for name, value in methods.items() if not _is_special(name) or (made and name == "__init__")}
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+_OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module__", "__weakref__"))
+
+
+def _opened_function(function: FunctionType) -> _Opened:
+    namespace = function.__globals__
+    if is_of_a_library(namespace.get("__name__")):
+        return (), tuple(function.__dict__.values())  # such as what a decorator wraps
+    holders: list[Holder] = [
+        Cell(cell, name, function)
+        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+    ]
+    holders += _globals_named_by(function.__code__, namespace)
+    further = [value for holder in holders for value in holder.bindings().values()]
+    own = OfFunction(function)
+    made = names_in(function.__code__).made
+    changing = [holder for holder in holders if not isinstance(holder, Global) or _may_change(holder, made)]
+    return (*changing, own), (*further, *own.bindings().values())
+
+
+def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
+    names = names_in(code)
+    named = [name for name in namespace if name != "__builtins__"] if "globals" in names.read else names.read
+    for name in named:
+        value: Any = namespace.get(name)
+        if issubclass(type(value), ModuleType):
+            if not is_of_a_library(value.__name__):
+                yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))
+        elif name in namespace:
+            yield Global(namespace, name)
+    yield from (Global(namespace, name) for name in names.made if name not in namespace)
+
+
+def _may_change(named: Global, made: frozenset[str]) -> bool:
+    """Tells whether a global is anything but a function or a class that its code gives no other value."""
+    kind = type(named.namespace.get(named.name))
+    return named.name in made or not issubclass(kind, FunctionType | BuiltinFunctionType | type)
+
+
+def _is_of_a_user(cls: type) -> bool:
+    return not is_of_a_library(cls.__module__)
+
+
+def _root(cls: type) -> str:
+    return str(cls.__module__).partition(".")[0]
+
+
+def is_of_a_library(python_module: Any) -> bool:
+    """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes.
+
+    Such is each installed package that defines no modules of models, such as one for symbolic mathematics.
+
+    Args:
+        python_module: The ``__module__`` of a class or function. Some classes, as that of Cython's functions, have a
+            member of their instances there, which names none.
+    """
+    root = python_module.partition(".")[0] if isinstance(python_module, str) else ""
+    return root in _LIBRARIES or (_is_installed(root) and root not in _defining_modules(len(sys.modules)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(root: str) -> bool:
+    package = sys.modules.get(root)
+    files = (getattr(package, "__file__", None), *getattr(package, "__path__", ()))
+    return any(isinstance(file, str) and not _INSTALLED.isdisjoint(Path(file).parts) for file in files)
+
+
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+"""The folders into which packages are installed."""
+
+
+@functools.lru_cache(maxsize=1)
+def _defining_modules(_imported: int) -> frozenset[str]:
+    """Returns the packages that define modules of models, while so many Python modules are imported."""
+    waiting: list[type] = [nn.Module]
+    seen: set[type] = set()
+    while waiting:
+        new = [cls for cls in waiting.pop().__subclasses__() if cls not in seen]
+        seen.update(new)
+        waiting += new
+    return frozenset(map(_root, seen))

@@ -1,0 +1,1 @@
+"""Adapters' files: found in folders and on the Hub, read with suspicion, written whole."""

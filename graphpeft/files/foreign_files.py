@@ -1,0 +1,187 @@
+"""Reads JSON and tensors from files that anybody may have written.
+
+What such a file can hold is checked once, here: whoever reads one gets plain values of bounded depth, or dense tensors
+by name, or an error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from graphpeft.files.atomic_files import read_together
+from graphpeft.wording import shortened
+
+_MOST_BYTES = 8 * 2**20
+"""Of JSON."""
+
+_MOST_PARTS = 100_000
+"""Entries of a config: one that names 30,000 layers thrice has fewer."""
+
+_DEEPEST = 16
+"""How deep lists and objects of JSON may nest; those of configs nest three deep."""
+
+
+class CheckpointError(ValueError):
+    """An adapter's file that can't be read, or doesn't fit the model; the model is as it was."""
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it can't be read, isn't JSON in UTF-8, holds no object, names a key twice, or is too large
+            or too deep.
+    """
+    try:
+        size = Path(path).stat().st_size
+        text = Path(path).read_text(encoding="utf-8") if size <= _MOST_BYTES else None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} isn't JSON: {error}. Copy it anew, or write it in UTF-8.") from error
+    if text is None:
+        raise CheckpointError(f"{path} has {size} bytes; a config has {_MOST_BYTES} at most")
+    try:
+        values = json.loads(text, object_pairs_hook=_with_distinct_keys)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} nests too deep to be a config") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {shortened(str(error))}. Copy it anew.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not the keys of a config")
+    for key, value in values.items():
+        problem = _excess(value)
+        if problem is not None:
+            raise CheckpointError(f"{path}: {shortened(key)} {problem}")
+    return values
+
+
+def unreadable(path: str | os.PathLike[str] | None, error: OSError) -> CheckpointError:
+    """Returns the error for a file that the system doesn't give."""
+    return CheckpointError(f"{path} can't be read: {error.strerror or error}")
+
+
+def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in values if keys.count(key) > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return values
+
+
+def _excess(value: Any) -> str | None:
+    """Returns what a value of JSON has too much of for an option, or None."""
+    level, count = [value], 0
+    for _ in range(_DEEPEST):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        count += sum(map(len, parts))
+        if count > _MOST_PARTS:
+            return f"has more than {_MOST_PARTS} entries, as no option does"
+        level = [inner for part in parts for inner in part]
+        if not level:
+            return None
+    return f"nests deeper than {_DEEPEST} levels, as no option does"
+
+
+class Safetensors(NamedTuple):
+    """What a safetensors file holds.
+
+    Attributes:
+        tensors: The tensors by name, on the CPU.
+        metadata: Texts by name.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
+    """Reads a safetensors file, which may be replaced meanwhile.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it can't be read, or isn't such a file.
+    """
+    try:
+        found = read_together([path], lambda: _opened(path))
+        return found._replace(tensors=_checked(found.tensors, path))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        # dtypes that PyTorch hasn't, or not as a whole, are errors of other kinds
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file: {shortened(str(error))}. Copy it anew, or save the adapter "
+            "again."
+        ) from error
+
+
+def _opened(path: str | os.PathLike[str]) -> Safetensors:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        return Safetensors(tensors, file.metadata() or {})
+
+
+def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a file that ``torch.save`` has written, by name, onto the CPU; no code of it is run.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it can't be read, or holds anything but dense tensors by their names.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PyTorch's, about how it loads tensors of some kinds itself
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise unreadable(path, error) from error
+    # of a damaged pickle, the functions that it names get any arguments, and raise whatever they do
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged, or a pickle of more than tensors: {shortened(str(error))}. Copy it anew, or have PEFT "
+            "save it as safetensors."
+        ) from error
+    return _checked(found, path)
+
+
+def _checked(found: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file as plain ones.
+
+    Raises:
+        CheckpointError: If something else is among them.
+    """
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, not an adapter's tensors by their names")
+    for key, value in found.items():
+        kind = _kind_of_other(value) if isinstance(key, str) else f"the name {shortened(repr(key))}, which is no text"
+        if kind is not None:
+            name = f"{shortened(key)} is" if isinstance(key, str) else "it has"
+            raise CheckpointError(f"{path}: {name} {kind}; an adapter's file holds dense tensors by their names alone")
+    return {key: value.detach().resolve_conj().resolve_neg() for key, value in found.items()}
+
+
+def _kind_of_other(value: Any) -> str | None:
+    """Returns what a value is, if it isn't a dense tensor."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(value).__name__}"
+    if value.layout is not torch.strided:
+        return f"a tensor in the layout {value.layout}"
+    if value.is_quantized:
+        return f"a quantised tensor of {value.dtype}"
+    return "a tensor without data" if value.is_meta else None

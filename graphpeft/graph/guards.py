@@ -1,0 +1,131 @@
+"""Decisions that a trace took on example values, checked each time the graph runs.
+
+A model's Python code decides on shapes, dtypes and arguments. The tracer follows the decision that the example takes
+and puts a call of `expect` into the graph: a run that would decide otherwise raises `GuardError`, it never goes on
+along the wrong branch.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import os
+import sys
+import traceback
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.fx as fx
+from torch.fx.node import has_side_effect
+
+from graphpeft._torch import pytree
+from graphpeft.graph.errors import GuardError
+
+_WAY_OUT = (
+    "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes."
+)
+
+
+# without this mark, fx's dead code elimination would drop the check
+@has_side_effect
+def expect(value: Any, expected: Any, decision: str) -> None:
+    """Raises `GuardError` unless `value` is what it was when `decision` was taken.
+
+    Args:
+        value: The value in this run: a bool, a number, a dtype, a device or None.
+        expected: The value of the example.
+        decision: Where it was taken, for a person to read.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
+    elif not is_same(value, expected):
+        raise GuardError(
+            f"{decision}: that was {_shown(expected)} when the graph was recorded and is {_shown(value)} now. "
+            + _WAY_OUT
+        )
+
+
+def is_same(value: Any, expected: Any) -> bool:
+    """Tells whether a value is the expected one; a float that is not a number is the same as each other such one."""
+    if value is expected or isinstance(value, torch.Tensor):
+        return value is expected
+    return value == expected or (_is_nan(value) and _is_nan(expected))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+@has_side_effect
+def expect_each(values: tuple[Any, ...], expected: tuple[Any, ...], decisions: tuple[str, ...]) -> None:
+    """Raises `GuardError` unless all values are what they were; arguments as for `expect`, one for each value."""
+    if values is not expected and values != expected:
+        for value, before, decision in zip(values, expected, decisions, strict=True):
+            expect(value, before, decision)
+
+
+@has_side_effect
+def expect_present(value: Any, decision: str) -> None:
+    """Raises `GuardError` if `value` is None, which it was not when the graph was recorded.
+
+    A proxy can't answer ``x is None``: the code saw that it isn't, and went on accordingly.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", expect_present, (value, decision), {})
+    elif value is None:
+        raise GuardError(f"{decision}: that is None now, and was not when the graph was recorded. {_WAY_OUT}")
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raises `GuardError` for another reason than a value."""
+    raise GuardError(f"{reason}. {_WAY_OUT}")
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def kind(value: Any) -> str:
+    """Returns what sort of object `value` is, as far as code may ask for it by ``isinstance``."""
+    if isinstance(value, fx.Proxy):
+        return value.tracer.create_proxy("call_function", kind, (value,), {})  # type: ignore[return-value]
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def is_machinery(file: str) -> bool:
+    """Tells whether `file` is a part of the tracer or of what it is built on."""
+    return file.startswith(_MACHINERY)
+
+
+def deciding_frame() -> FrameType:
+    """Returns the frame of the model's code that is being run."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and is_machinery(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def deciding_line() -> str:
+    """Returns the line of model code that is being run, as ```code` (file:line)``."""
+    frame = deciding_frame()
+    return _shown_line(frame.f_code.co_filename, frame.f_lineno)
+
+
+def failing_line(error: BaseException) -> str:
+    """Returns the innermost line of code beside PyTorch's and the tracer's that an error came through."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    outside = [line for line in lines if not line[0].startswith((*_MACHINERY, os.path.dirname(torch.__file__)))]
+    return _shown_line(*outside[-1]) if outside else "its call"
+
+
+def _shown_line(file: str, line: int) -> str:
+    return f"`{linecache.getline(file, line).strip()}` ({os.path.basename(file)}:{line})"
+
+
+_MACHINERY = (
+    os.path.dirname(os.path.dirname(__file__)),
+    os.path.dirname(fx.__file__),
+    torch.overrides.__file__,
+    os.path.dirname(pytree.__file__),
+)

@@ -1,0 +1,156 @@
+"""The graphs of PyTorch's linear layers, convolutions and embeddings, and of Transformers' Conv1D: given, not traced.
+
+Each is one call of a function of PyTorch. Its options are read from the module in each run, as the layer's own code
+does, so one graph serves all layers of a class. Where that code decides on an option, there is a graph for each answer,
+and the option is fixed while a module runs it, see `Template.fixed`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from graphpeft._torch import PADDING_OF_CONVOLUTION, computes_in_own_way
+from graphpeft.graph import guards, in_place
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
+from graphpeft.graph.template import FIXED, Template
+
+
+def given(module: nn.Module) -> Template | None:
+    """Returns the graph of a layer, or None for a module whose forward is another one.
+
+    Args:
+        module: Any module. A layer has to have its tensors itself, without a parametrization that computes them.
+
+    Raises:
+        TraceError: If the layer would not run the forward of a graph.
+    """
+    cls: Any = in_place.original_class(module)
+    graph_of = _GRAPHS.get(cls.forward) or _of_transformers(cls.forward)
+    if graph_of is None or module._parameters.get("weight") is None:
+        return None
+    refuse_what_a_graph_cannot_replace(module)
+    return graph_of(module)
+
+
+def _of_transformers(forward: Any) -> Callable[[Any], Template | None] | None:
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return _conv1d if pytorch_utils is not None and forward is pytorch_utils.Conv1D.forward else None
+
+
+def _linear(module: Any) -> Template | None:
+    return _linear_graph(module.bias is not None) if "bias" in module._parameters else None
+
+
+def _convolution(function: Any, module: Any) -> Template | None:
+    if computes_in_own_way(module) or "bias" not in module._parameters:
+        return None
+    return _convolution_graph(function, module.bias is not None, module.padding_mode)
+
+
+def _transposed(function: Any, module: Any) -> Template | None:
+    if computes_in_own_way(module) or "bias" not in module._parameters or module.padding_mode != "zeros":
+        return None
+    return _transposed_graph(function, module.bias is not None)
+
+
+def _embedding(module: Any) -> Template:
+    return _embedding_graph(module.max_norm is not None)
+
+
+def _conv1d(module: Any) -> Template | None:
+    return _conv1d_graph() if module._parameters.get("bias") is not None else None
+
+
+_GRAPHS: dict[Any, Callable[[Any], Template | None]] = {
+    nn.Linear.forward: _linear,
+    nn.Embedding.forward: _embedding,
+    nn.Conv1d.forward: functools.partial(_convolution, F.conv1d),
+    nn.Conv2d.forward: functools.partial(_convolution, F.conv2d),
+    nn.Conv3d.forward: functools.partial(_convolution, F.conv3d),
+    nn.ConvTranspose1d.forward: functools.partial(_transposed, F.conv_transpose1d),
+    nn.ConvTranspose2d.forward: functools.partial(_transposed, F.conv_transpose2d),
+    nn.ConvTranspose3d.forward: functools.partial(_transposed, F.conv_transpose3d),
+}
+"""What gives the graph of a layer, by its forward."""
+
+
+# graphs
+
+
+def _attribute(graph: fx.Graph, name: str) -> fx.Node:
+    return graph.create_node("get_attr", name)
+
+
+def _tensors(graph: fx.Graph, has_bias: bool) -> tuple[fx.Node, fx.Node | None]:
+    return _attribute(graph, "weight"), _attribute(graph, "bias") if has_bias else None
+
+
+def _template(graph: fx.Graph, result: fx.Node, **fixed: Any) -> Template:
+    graph.output(result)
+    result.meta[FIXED] = fixed
+    return Template((graph,), shared=True)
+
+
+@functools.cache
+def _linear_graph(has_bias: bool) -> Template:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    return _template(graph, graph.call_function(F.linear, (x, *_tensors(graph, has_bias))))
+
+
+@functools.cache
+def _convolution_graph(function: Any, has_bias: bool, padding_mode: str) -> Template:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    weight, bias = _tensors(graph, has_bias)
+    stride, dilation, groups = (_attribute(graph, name) for name in ("stride", "dilation", "groups"))
+    padding: Any = 0
+    if padding_mode == "zeros":
+        padding = _attribute(graph, "padding")
+    else:
+        x = graph.call_function(F.pad, (x, _attribute(graph, PADDING_OF_CONVOLUTION)), {"mode": padding_mode})
+    y = graph.call_function(function, (x, weight, bias, stride, padding, dilation, groups))
+    return _template(graph, y, padding_mode=padding_mode)
+
+
+@functools.cache
+def _transposed_graph(function: Any, has_bias: bool) -> Template:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    output_size = graph.placeholder("output_size", default_value=None)
+    # given one, the layer computes an output_padding from it and from the size of its input
+    graph.call_function(guards.expect, (output_size, None, "the argument 'output_size'"))
+    weight, bias = _tensors(graph, has_bias)
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    y = graph.call_function(function, (x, weight, bias, *(_attribute(graph, name) for name in names)))
+    return _template(graph, y, padding_mode="zeros")
+
+
+@functools.cache
+def _embedding_graph(shortens: bool) -> Template:
+    graph = fx.Graph()
+    x = graph.placeholder("input")
+    names = ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", *(("max_norm",) if shortens else ()))
+    options: dict[str, Any] = {name: _attribute(graph, name) for name in names}
+    y = graph.call_function(F.embedding, (x, _attribute(graph, "weight")), options)
+    return _template(graph, y, **({} if shortens else {"max_norm": None}))
+
+
+@functools.cache
+def _conv1d_graph() -> Template:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    weight, bias = _tensors(graph, True)
+    rows = graph.call_method("view", (x, -1, graph.call_method("size", (x, -1))))
+    product = graph.call_function(torch.addmm, (bias, rows, weight))
+    around = graph.call_function(operator.getitem, (graph.call_method("size", (x,)), slice(None, -1)))
+    size = graph.call_function(operator.add, (around, (_attribute(graph, "nf"),)))
+    return _template(graph, graph.call_method("view", (product, size)))

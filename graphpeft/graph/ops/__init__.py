@@ -1,0 +1,94 @@
+"""Brings the many spellings of one operation into one form, so that rules speak of operations alone."""
+
+from __future__ import annotations
+
+import operator
+
+import torch.fx as fx
+from torch import nn
+
+from graphpeft.graph.facts import only_asks
+from graphpeft.graph.ops import convolution, embedding, linear
+from graphpeft.graph.ops.convolution import Convolution
+from graphpeft.graph.ops.embedding import Embedding
+from graphpeft.graph.ops.linear import Linear, transpose_of
+from graphpeft.graph.ops.weight import Weight
+from graphpeft.graph.tags import TAG
+
+__all__ = [
+    "Computation",
+    "Convolution",
+    "Embedding",
+    "Linear",
+    "Operation",
+    "Weight",
+    "find_ops",
+    "other_uses",
+    "read_op",
+    "reads",
+    "weight_at",
+]
+
+Computation = Linear | Convolution | Embedding
+"""What is computed with a weight, of a kind that has a name."""
+
+Operation = Computation | Weight
+"""What is computed with a weight, or the weight as such."""
+
+_KINDS = (linear, convolution, embedding)
+
+
+def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:
+    """Returns the operations of `graph` whose weights are tensors of `root`, in the order of the graph."""
+    found = (read_op(node, root) for node in graph.nodes if TAG not in node.meta)
+    return [op for op in found if op is not None]
+
+
+def read_op(node: fx.Node, root: nn.Module) -> Computation | None:
+    """Returns the operation that `node` computes, or None if it is none of the vocabulary."""
+    op = _spelled(node, root)
+    # a product with a stack of matrices is spelled like one with a matrix, and only the weight itself tells
+    return op if op is not None and op.describes(operator.attrgetter(op.weight)(root).ndim) else None
+
+
+def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:
+    if node.op == "call_module":
+        return next((op for kind in _KINDS if (op := kind.of_module(node, root)) is not None), None)
+    if node.op == "call_function":
+        readers = [kind.FUNCTIONS.get(node.target) for kind in _KINDS]
+    elif node.op == "call_method":
+        readers = [kind.METHODS.get(str(node.target)) for kind in _KINDS]
+    else:
+        return None
+    reader = next((reader for reader in readers if reader is not None), None)
+    return reader(node) if reader is not None else None
+
+
+def weight_at(node: fx.Node) -> Weight | None:
+    """Returns the weight that `node` reads."""
+    return Weight(node, str(node.target)) if node.op == "get_attr" else None
+
+
+def reads(graph: fx.Graph, path: str) -> list[Weight]:
+    """Returns the places where `graph` reads the tensor at `path` itself, beside calls of its module.
+
+    What the nodes of adapters do with it isn't the module's own use, here and in `other_uses`.
+    """
+    own = (node for node in graph.nodes if TAG not in node.meta)
+    return [Weight(node, path) for node in own if node.op == "get_attr" and node.target == path]
+
+
+def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> list[str]:
+    """Returns what `graph` does with the tensor at `path` beside these operations, for a person to read."""
+    inputs = {op.node: op.x for op in operations}
+    found: list[str] = []
+    waiting = [place.node for place in reads(graph, path)]
+    while waiting:
+        weight = waiting.pop()
+        for user in filter(lambda user: TAG not in user.meta, weight.users):
+            if transpose_of(user) is not None:
+                waiting.append(user)
+            # an operation may have the weight as its input, too
+            elif inputs.get(user, weight) is weight and not only_asks(user):
+                found.append(getattr(user.target, "__name__", str(user.target)))
+    return found

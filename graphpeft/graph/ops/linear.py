@@ -1,0 +1,170 @@
+"""Linear operations: ``y = x Wᵀ + b`` with a weight ``W`` that the graph reads as it is stored.
+
+That is ``(out, in)``, or ``(in, out)`` where the spelling multiplies by the stored matrix itself. It is written as a
+call of an ``nn.Linear``, ``F.linear``, ``x @ w``, ``matmul``, ``mm``, ``addmm``, ``einsum``, or as one of their ATen
+operators.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from graphpeft.graph.ops.reading import applied_if, arguments_of, path_of, plain_layer
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear operation in a graph.
+
+    Attributes:
+        node: The node whose value is ``y``, of shape ``(..., out)``.
+        x: The node of the input, of shape ``(..., in)``.
+        weight: The path of the weight in the module that owns the graph.
+        bias: The path of the bias, or None if there is none, or if it isn't a parameter.
+        transposed: Whether the weight is stored as ``(in, out)``.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """What the operation is called in sites and tags."""
+        return self.node.name
+
+    @property
+    def groups(self) -> int:
+        """One: each output depends on all inputs."""
+        return 1
+
+    def apply(self, x: Any, weight: Any) -> Any:
+        """Returns the operation on another input, by another weight that is stored as its own is, without the bias."""
+        return x @ weight if self.transposed else F.linear(x, weight)
+
+    def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
+        """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
+        return applied_if(condition, otherwise, "matmul" if self.transposed else "linear", x, weight, {})
+
+    @staticmethod
+    def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
+        """Returns how many features go in and come out."""
+        return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
+
+    @staticmethod
+    def describes(dimensions: int) -> bool:
+        """Tells whether a weight of so many dimensions is a matrix."""
+        return dimensions == 2
+
+    @staticmethod
+    def size(shape: tuple[int, ...], transposed: bool) -> str:
+        """Returns its features, for a person to read."""
+        return " → ".join(map(str, shape if transposed else shape[::-1]))
+
+
+def of_module(node: fx.Node, root: nn.Module) -> Linear | None:
+    """Returns the operation that a call of an ``nn.Linear`` is."""
+    module = plain_layer(node, root, nn.Linear)
+    x = node.args[0] if node.args else node.kwargs.get("input")
+    if module is None or not isinstance(x, fx.Node):
+        return None
+    bias = f"{node.target}.bias" if module._parameters.get("bias") is not None else None
+    return Linear(node, x, f"{node.target}.weight", bias, transposed=False)
+
+
+def _linear(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Linear | None:
+    """Makes a `Linear` if `weight` is a stored matrix or a transpose of one."""
+    while isinstance(weight, fx.Node) and (matrix := transpose_of(weight)) is not None:
+        weight, transposed = matrix, not transposed
+    path = path_of(weight)
+    if not isinstance(x, fx.Node) or path is None:
+        return None
+    return Linear(node, x, path, path_of(bias), transposed)
+
+
+def transpose_of(node: fx.Node) -> Any:
+    """Returns the matrix that `node` is the transpose of, or None."""
+    if node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
+        return node.args[0]
+    if node.op not in ("call_method", "call_function"):
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in ("t", "t.default"):
+        return arguments_of(node, "input")[0]
+    if name in ("transpose", "transpose.int", "swapaxes", "swapdims"):
+        names = ("axis0", "axis1") if name == "swapaxes" else ("dim0", "dim1")
+        matrix, *dims = arguments_of(node, "input", *names)
+        return matrix if tuple(dims) in ((0, 1), (1, 0), (-1, -2), (-2, -1)) else None
+    if name in ("permute", "permute.default"):
+        matrix, dims = arguments_of(node, "input", "dims")
+        order = dims if isinstance(dims, list | tuple) else node.args[1:]
+        return matrix if tuple(order) == (1, 0) else None
+    return None
+
+
+def _read_linear(node: fx.Node) -> Linear | None:
+    x, weight, bias = arguments_of(node, "input", "weight", "bias")
+    return _linear(node, x, weight, bias, transposed=False)
+
+
+def _read_matmul(node: fx.Node) -> Linear | None:
+    values = [*node.args, *node.kwargs.values()]
+    # a matrix from the left, W @ x, multiplies columns, not rows
+    return _linear(node, values[0], values[1], None, transposed=True) if len(values) == 2 else None
+
+
+def _read_addmm(node: fx.Node) -> Linear | None:
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return None
+    bias, x, weight = arguments_of(node, "input", "mat1", "mat2")
+    return _linear(node, x, weight, bias, transposed=True)
+
+
+def _read_einsum(node: fx.Node) -> Linear | None:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return None
+    inputs, result = equation.replace(" ", "").split("->")
+    x, weight = inputs.split(",")
+    if len(weight) > len(x):
+        x, weight, operands = weight, x, operands[::-1]
+    rows, out = result[:-1], result[-1:]
+    # x is (rows, in), the result (rows, out), and the weight has these two last letters
+    if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
+        return None
+    return _linear(node, operands[0], operands[1], None, transposed=weight == x[-1] + out)
+
+
+FUNCTIONS: dict[Any, Any] = {
+    F.linear: _read_linear,
+    aten.linear.default: _read_linear,
+    operator.matmul: _read_matmul,
+    torch.matmul: _read_matmul,
+    torch.mm: _read_matmul,
+    aten.matmul.default: _read_matmul,
+    aten.mm.default: _read_matmul,
+    torch.addmm: _read_addmm,
+    aten.addmm.default: _read_addmm,
+    torch.einsum: _read_einsum,
+    torch.functional.einsum: _read_einsum,
+    aten.einsum.default: _read_einsum,
+}
+METHODS: dict[str, Any] = {
+    "matmul": _read_matmul,
+    "mm": _read_matmul,
+    "__matmul__": _read_matmul,
+    "addmm": _read_addmm,
+}

@@ -1,0 +1,71 @@
+"""How the operations of a graph are read: their arguments, by position or by name, and the layers that they call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.node import map_aggregate
+
+from graphpeft.graph import in_place
+from graphpeft.graph.recorded import recorded
+from graphpeft.graph.settings import is_number
+from graphpeft.graph.template import template_of
+
+
+def in_graph(value: Any, beside: fx.Proxy) -> Any:
+    """Returns an option of an operation as code on proxies wants it: numbers, and proxies for nodes."""
+
+    def as_proxy(part: Any) -> Any:
+        return fx.Proxy(part, beside.tracer) if isinstance(part, fx.Node) else part
+
+    return map_aggregate(value, as_proxy)
+
+
+@recorded
+def applied_if(condition: bool, otherwise: Any, function: str, x: Any, weight: Any, options: dict[str, Any]) -> Any:
+    """Returns what a function of PyTorch computes from `x` and `weight`, if `condition` holds in a run.
+
+    Args:
+        condition: Whether to compute it.
+        otherwise: The value if not.
+        function: The function's name; of ``torch.nn.functional``, or of ``torch``.
+        x: Its input.
+        weight: Its weight.
+        options: Its other arguments.
+    """
+    if not condition:
+        return otherwise
+    return (getattr(F, function, None) or getattr(torch, function))(x, weight, **options)
+
+
+def arguments_of(node: fx.Node, *names: str) -> list[Any]:
+    """Returns the arguments of a call in the order of `names`, whether they were given by position or by name."""
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name) for name in names]
+
+
+def path_of(value: Any) -> str | None:
+    """Returns the path of the attribute that a node reads, or None."""
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def is_computed(option: Any) -> bool:
+    """Tells whether an option of an operation is computed in each run, and not only read from a module."""
+    return isinstance(option, fx.Node) and option.op != "get_attr" and not is_number(option)
+
+
+def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn.Module | None:
+    """Returns the module that a node calls, if it computes what one of `classes` does; else None."""
+    module = root.get_submodule(str(node.target))
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    forward = in_place.original_class(module).forward
+    # a forward of its own, of a subclass or of the instance, need not be the class's, nor need a graph that was edited
+    if all(forward is not cls.forward for cls in classes) or "forward" in module.__dict__:
+        return None
+    template = template_of(module)
+    return module if template is None or template.shared else None

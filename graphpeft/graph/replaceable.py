@@ -1,0 +1,35 @@
+"""Whether a module would run the forward of a graph in place of its own."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import fx, nn
+
+from graphpeft.code.source import calls_forward
+from graphpeft.graph import in_place
+from graphpeft.graph.errors import TraceError
+
+_INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
+"""What ``fx.GraphModule`` adds to a module."""
+
+
+def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
+    """Raises TraceError if `module` would not run the forward of a graph that it wears."""
+    if "forward" in module.__dict__:
+        raise TraceError(
+            f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
+            "adapt the model before hooks replace its forwards"
+        )
+    call = in_place.original_class(module).__call__
+    if call is not nn.Module.__call__ and not calls_forward(call):
+        raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
+    held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
+    if not all(map(_INTERFACE.isdisjoint, held)):
+        taken = sorted(_INTERFACE.intersection(name for names in held for name in names))
+        raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
+
+
+@functools.cache
+def _members(cls: type) -> frozenset[str]:
+    return frozenset(dir(cls))

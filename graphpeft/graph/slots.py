@@ -1,0 +1,109 @@
+"""Names under which graphs read what adapters have: ``lora_A_slot0`` for ``lora_A_default``.
+
+Each adapter that acts has a slot of the model, 0, 1, …, in the order of activation. Graphs and their source have the
+number of the slot and nothing of the adapter's name, so adapters of any names share them. A forward is compiled once
+with the names of slots, and gets those of the adapters by an exchange of the names in its code object: it reads
+``module.lora_A_default`` at once. Whatever else goes through a graph reads ``module.lora_A_slot0``, a property of the
+module's class.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from graphpeft.graph import in_place
+
+Names = tuple[tuple[int, str], ...]
+"""Slots with the adapters in them."""
+
+_IN_SLOT = re.compile(r"(?P<stem>.+)_slot(?P<slot>[0-9]+)")
+
+
+def in_slot(stem: str, slot: int) -> str:
+    """Returns the name under which graphs read an adapter's attribute.
+
+    Args:
+        stem: The attribute's name without that of the adapter.
+        slot: The adapter's slot.
+    """
+    return f"{stem}_slot{slot}"
+
+
+def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
+    """Returns a function that reads what adapters have, in place of what their slots have."""
+    if not names:
+        return function
+    adapters = dict(names)
+
+    def own(constant: Any) -> Any:
+        found = _IN_SLOT.fullmatch(constant) if isinstance(constant, str) else None
+        adapter = adapters.get(int(found["slot"])) if found is not None else None
+        return constant if found is None or adapter is None else f"{found['stem']}_{adapter}"
+
+    code = function.__code__
+    # a name that is no identifier is read by getattr, and a constant
+    code = code.replace(co_names=tuple(map(own, code.co_names)), co_consts=tuple(map(own, code.co_consts)))
+    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return copied
+
+
+# on modules
+
+
+def read(module: nn.Module, names: Mapping[str, str]) -> None:
+    """Lets a module have attributes under the names of slots.
+
+    Args:
+        module: The module.
+        names: The names of the attributes, by those that graphs have.
+    """
+    if names:
+        in_place.put_on(module, _layer(tuple(names.items())))
+    elif read_in(module):
+        in_place.take_off(module, "slots")
+
+
+def read_in(module: nn.Module) -> Mapping[str, str]:
+    """Returns the names of attributes that a module has under names of slots, by these."""
+    return getattr(type(module), "_graphpeft_in_slots", {})
+
+
+def slots_of(module: nn.Module) -> frozenset[int]:
+    """Returns the slots of which these names are."""
+    return getattr(type(module), "_graphpeft_graph_slots_read", frozenset())
+
+
+def slot_of(name: str) -> int:
+    """Returns the slot of which such a name is."""
+    return int(name.rpartition("_slot")[2])
+
+
+def names_like_slots(module: nn.Module) -> list[tuple[str, str]]:
+    """Returns the attributes of a module's own whose names are like those in slots, with their stems."""
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    own = [name for names in held for name in names if "_slot" in name]
+    found = [(name, _IN_SLOT.fullmatch(name)) for name in (*own, *_of_class(in_place.original_class(module)))]
+    return [(name, match["stem"]) for name, match in found if match is not None]
+
+
+@functools.lru_cache(maxsize=256)
+def _of_class(cls: type) -> tuple[str, ...]:
+    return tuple(filter(_IN_SLOT.fullmatch, dir(cls)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(names: tuple[tuple[str, str], ...]) -> in_place.Layer:
+    properties = {alias: property(operator.attrgetter(own)) for alias, own in names}
+    read = {
+        "_graphpeft_in_slots": dict(names),
+        "_graphpeft_graph_slots_read": frozenset(slot_of(alias) for alias, _ in names),
+    }
+    return in_place.Layer("slots", (), properties | read, (_layer, (names,)))

@@ -1,0 +1,174 @@
+"""Lets a module read other tensors in place of its own.
+
+They are an adapter's copies of biases and of modules trained whole, and frozen weights that lack what an adapter has
+taken of them. The module's own tensors stay where they are, under their own names; while an adapter is active,
+``module.weight`` gives its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another
+module, or a graph. An adapter may have some rows of a table alone: then ``module.weight`` gives the table with
+``module.weight_rows_<adapter>`` in their places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.graph import in_place
+
+Names = tuple[str, ...]
+
+Rows = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of tensors that hold rows of a table, with the indices of these rows."""
+
+
+def tensors_of(module: nn.Module) -> Names:
+    """Returns the names of the parameters and buffers that `module` itself owns."""
+    return tuple(name for kind in (module._parameters, module._buffers) for name, t in kind.items() if t is not None)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """Returns a module's parameter itself, whatever is read in its place."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Returns the reason why `module` can't read stand-ins, or None."""
+    own = {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None}
+    for name, value in module.__dict__.items():
+        if isinstance(value, list | tuple) and any(id(part) in own for part in value):
+            return f"a {type(module).__name__} keeps its parameters in self.{name} too, where no other can stand in"
+    return None
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns a module's parameter or buffer itself, whatever is read in its place."""
+    tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
+    assert tensor is not None
+    return tensor
+
+
+def create(own: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of a module's parameter or buffer, as its stand-in."""
+    copied = own.detach().clone()
+    return nn.Parameter(copied, own.is_floating_point()) if isinstance(own, nn.Parameter) else copied
+
+
+def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
+    """Makes `module` read other tensors in place of its own.
+
+    Args:
+        module: The module.
+        others: The names of these, by those of its own.
+        rows: Rows to read in its weight, in place of those that are there.
+    """
+    in_place.put_on(module, _layer(tuple(others.items()), rows))
+
+
+def read_own(module: nn.Module) -> None:
+    """Makes `module` read its own tensors."""
+    in_place.take_off(module, "tensors")
+
+
+def stands_in(module: nn.Module, name: str) -> bool:
+    """Tells whether `module` reads another tensor in place of its own one of this name."""
+    return any(name in layer.namespace for layer in in_place.layers_of(module) if layer.kind == "tensors")
+
+
+@contextlib.contextmanager
+def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Makes `module` read `tensor` for a while, where another tensor stands in for its own one of this name."""
+    before = module.__dict__.get(_FOR_NOW, {})
+    try:
+        module.__dict__[_FOR_NOW] = {**before, name: tensor}
+        yield
+    finally:
+        module.__dict__[_FOR_NOW] = before
+        if not before:
+            del module.__dict__[_FOR_NOW]
+
+
+_FOR_NOW = "_graphpeft_read_for_now"
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Returns an object that is like `module`, with other tensors in place of its own; `module` stays as it is.
+
+    It has the class that `module` had before anything was put on, and is for one call of a forward.
+    """
+    other = nn.Module.__new__(in_place.original_class(module))
+    parameters = {name: tensor for name, tensor in tensors.items() if name in module._parameters}
+    buffers = {name: tensor for name, tensor in tensors.items() if name in module._buffers}
+    other.__dict__ = {
+        **module.__dict__,
+        "_parameters": {**module._parameters, **parameters},
+        "_buffers": {**module._buffers, **buffers},
+    }
+    return other
+
+
+def own_and_stand_in(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields each tensor of `module` among `names` with its stand-in."""
+    for name in names:
+        kind = module._parameters if name in module._parameters else module._buffers
+        own, other = kind[name], kind[stand_in(name, adapter)]
+        assert own is not None
+        assert other is not None
+        yield own, other
+
+
+def stand_in(name: str, adapter: str) -> str:
+    """Returns the name of the stand-in for the tensor `name`."""
+    return f"{name}_{adapter}"
+
+
+def rows(adapter: str) -> str:
+    """Returns the name of the tensor that holds rows of a weight."""
+    return f"weight_rows_{adapter}"
+
+
+def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
+    """Returns `table` with `values` in some of its rows."""
+    return table.index_copy(0, torch.tensor(indices, device=table.device), values.to(table))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
+    names = dict(pairs)
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        original: Any = in_place.original_class(module)
+        original.__setattr__(module, names.get(name, name), value)
+
+    namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
+    if rows:
+        namespace["weight"] = property(functools.partial(_read_with_rows, rows))
+    namespace |= {"__setattr__": assign, "_load_from_state_dict": _load}
+    return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
+
+
+def _load(module: nn.Module, *args: Any, **options: Any) -> None:
+    # a state dict has each tensor under its own name, and with `assign` it is set there
+    with in_place.without(module, "tensors"):
+        module._load_from_state_dict(*args, **options)
+
+
+def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
+    now = module.__dict__.get(_FOR_NOW)
+    return now[own] if now is not None and own in now else getattr(module, other)
+
+
+def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
+    now = module.__dict__.get(_FOR_NOW)
+    if now is not None and "weight" in now:
+        return now["weight"]
+    table = module._parameters["weight"]
+    assert table is not None
+    for name, indices in rows:
+        table = put_rows(table, indices, getattr(module, name))
+    return table

@@ -1,0 +1,123 @@
+"""What a trace came to, for a person to read: what it decided, and which modules stay calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from graphpeft.graph import guards
+from graphpeft.graph.settings import Reads
+from graphpeft.graph.template import Graphs
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision that the code took on the example, and that each run checks.
+
+    Attributes:
+        line: The line of the code that took it, with its file and number.
+        taken: What was decided.
+        times: At how many places of the graph it is checked.
+    """
+
+    line: str
+    taken: str
+    times: int
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """What a trace came to.
+
+    Attributes:
+        nodes: The number of nodes: of the graph, or of those of evaluation and of training.
+        decisions: What was decided, in the order of the code.
+        kept: The modules that stay calls, with the reason.
+        not_kept: The attributes that the model sets, and the graph computes in each run without setting them.
+        other_mode_error: Why there is no graph of the other mode, if there should be one.
+        settings: The attributes of modules that are constants of a graph, with their values; each run checks them.
+        numbers: The paths of the numbers of modules with which a graph computes; each run reads them.
+        read_once: The containers and objects of modules that were read for the graph, which doesn't look at them again.
+        frozen: The globals and variables around functions, with their values, that are constants of the graph.
+    """
+
+    nodes: tuple[int, ...]
+    decisions: tuple[Decision, ...]
+    kept: Mapping[str, str]
+    not_kept: tuple[str, ...]
+    other_mode_error: str | None
+    settings: Mapping[str, Any]
+    numbers: tuple[str, ...]
+    read_once: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        graphs: Graphs,
+        kept: Mapping[str, str],
+        not_kept: tuple[str, ...],
+        other_mode_error: str | None,
+        reads: Iterable[Reads],
+        read_once: tuple[str, ...],
+        frozen: tuple[str, ...],
+    ) -> TraceReport:
+        """Returns the report on `graphs`; other arguments as the attributes, and `reads` those of each graph."""
+        found: dict[tuple[str, str], int] = {}
+        for graph in graphs:
+            for node in graph.nodes:
+                key = _decision(node)
+                if key is not None:
+                    found[key] = found.get(key, 0) + 1
+        decisions = tuple(Decision(line, taken, times) for (line, taken), times in found.items())
+        reads = list(reads)
+        settings = {setting.path: setting.value for read in reads for setting in read.settings}
+        numbers = tuple(dict.fromkeys(path for read in reads for path in read.numbers))
+        sizes = tuple(len(graph.nodes) for graph in graphs)
+        return cls(sizes, decisions, kept, not_kept, other_mode_error, settings, numbers, read_once, frozen)
+
+    def __str__(self) -> str:
+        lines = [f"{' and '.join(map(str, self.nodes))} nodes, {len(self.kept)} modules kept as calls"]
+        lines += [f"  {path or 'the model'}: {reason}" for path, reason in self.kept.items()]
+        if self.not_kept:
+            lines.append(f"set by the model and not by the graph: {', '.join(self.not_kept)}")
+        if self.other_mode_error is not None:
+            lines.append(f"one graph, for the present mode alone: {self.other_mode_error}")
+        lines.append(f"{len(self.decisions)} decisions, which each run checks")
+        lines += [f"  {decision.line}: {decision.taken}" for decision in self.decisions]
+        if self.numbers:
+            lines.append(f"{len(self.numbers)} numbers of modules, which each run reads")
+            lines += _by_name((path, "") for path in self.numbers)
+        if self.settings:
+            lines.append(f"{len(self.settings)} settings of modules, which each run checks")
+            lines += _by_name((path, f": {value!r}") for path, value in self.settings.items())
+        if self.read_once:
+            lines.append(f"read once, and followed no more: {', '.join(self.read_once)}")
+        if self.frozen:
+            lines.append(f"frozen: {', '.join(self.frozen)}")
+        return "\n".join(lines)
+
+
+def _by_name(attributes: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns a line for each name and value, since a model has many equal modules."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for path, value in attributes:
+        places.setdefault((path.rpartition(".")[2], value), []).append(path)
+    return [f"  {paths[0]}{_more(paths)}{value}" for (_, value), paths in places.items()]
+
+
+def _more(paths: list[str]) -> str:
+    return f" and {len(paths) - 1} more of this name" if len(paths) > 1 else ""
+
+
+def _decision(node: fx.Node) -> tuple[str, str] | None:
+    """Returns the line and the answer of a check."""
+    if node.target is guards.expect_present:
+        return str(node.args[1]), "given"
+    if node.target is guards.expect:
+        answer: Any = node.args[1]
+        return str(node.args[2]), repr(answer)
+    return None

@@ -1,0 +1,84 @@
+"""What the functions of a rule ask for, by the names of their arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from graphpeft.graph import ops
+from graphpeft.rules.rule import Mergeable, Rule
+from graphpeft.sites.site import CallSite, LeafSite
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Asked:
+    """The arguments of a rule's function.
+
+    Args:
+        function: The function. One that takes ``**others``, or ``*others``, gets all that there is.
+
+    Attributes:
+        names: Their names.
+        needed: Those without a default.
+        takes_more: Whether it takes others.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        parameters = inspect.signature(function).parameters
+        self.names = [name for name, parameter in parameters.items() if parameter.kind not in _VARIABLE]
+        self.needed = [name for name in self.names if parameters[name].default is inspect.Parameter.empty]
+        self.takes_more = len(self.names) < len(parameters)
+
+    def may_be(self, name: str) -> bool:
+        """Tells whether it gets what has this name, if there is something."""
+        return self.takes_more or name in self.names
+
+    def among(self, there: Iterable[str]) -> list[str]:
+        """Returns what it gets of all that there is, in the order in which it asks.
+
+        Raises:
+            ArgumentError: If it needs what isn't there.
+        """
+        there = list(dict.fromkeys(there))
+        lacking = [name for name in self.needed if name not in there]
+        if lacking:
+            raise ArgumentError(f"asks for {lacking[0]!r}, and there is {', '.join(sorted(there))}")
+        return [name for name in self.names if name in there] + [
+            name for name in there if self.takes_more and name not in self.names
+        ]
+
+
+class ArgumentError(TypeError):
+    """A function of a rule asks for something of which nothing is known."""
+
+
+_AT_OPERATION = ("x", "y", "operation", "training", "weight", "base", "bias")
+_AT_LEAF = ("x", "y", "operation", "training")
+
+
+@functools.lru_cache(maxsize=1024)
+def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> str | None:
+    """Returns which function of a rule asks for what nothing is known of, and for what; None if none does.
+
+    Args:
+        rule: The rule.
+        site: The class of the site.
+        op: The kind of the site's operations.
+        own: The names of the rule's parameters and constants, and of what the site lets it read.
+    """
+    functions: dict[str, tuple[str, ...]] = {}
+    if issubclass(site, CallSite):
+        functions = {"enter": ("inputs", "training"), "leave": ("inputs", "training", "output", "entered")}
+    elif op is not ops.Weight:
+        functions = {"rewrite": _AT_LEAF if issubclass(site, LeafSite) else _AT_OPERATION}
+    if isinstance(rule, Mergeable) and not issubclass(site, LeafSite):
+        functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
+    for name, given in functions.items():
+        try:
+            Asked(getattr(rule, name)).among((*given, *own))
+        except ArgumentError as error:
+            return f"{name} of {type(rule).__name__} {error}"
+    return None

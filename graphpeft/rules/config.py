@@ -1,0 +1,454 @@
+"""The configs of all methods: PEFT's keys, PEFT's JSON in and out, and the registry by `peft_type`.
+
+A config class is its method: it says which rule adapts a site, and the rest of the library asks no more than that.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from graphpeft.files.atomic_files import Staging
+from graphpeft.files.foreign_files import CheckpointError, read_json
+from graphpeft.files.hub import CONFIG_NAME, adapter_file
+from graphpeft.graph.paths import TensorPaths
+from graphpeft.rules.options import check_options
+from graphpeft.wording import shown
+
+if TYPE_CHECKING:
+    from graphpeft.rules.adapted_site import AdaptedSite
+    from graphpeft.rules.combination import Combination, Part
+    from graphpeft.rules.report import Report
+    from graphpeft.rules.rule import Rule
+    from graphpeft.sites.finder import SiteFinder
+    from graphpeft.sites.site import CallSite, LeafSite, Site
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose files are written; PEFT records its own version in a config."""
+
+
+class PeftType(str, enum.Enum):
+    """The methods of PEFT 0.21.2, by the names in its files; `registered` tells which of them there are here."""
+
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BEFT = "BEFT"
+    BOFT = "BOFT"
+    C3A = "C3A"
+    CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
+    DEFT = "DEFT"
+    DELORA = "DELORA"
+    FOURIERFT = "FOURIERFT"
+    FROD = "FROD"
+    GLORA = "GLORA"
+    GRALORA = "GRALORA"
+    HIRA = "HIRA"
+    HRA = "HRA"
+    IA3 = "IA3"
+    LILY = "LILY"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    LORA = "LORA"
+    MISS = "MISS"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    OFT = "OFT"
+    OSF = "OSF"
+    PEANUT = "PEANUT"
+    POLY = "POLY"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PSOFT = "PSOFT"
+    PVERA = "PVERA"
+    P_TUNING = "P_TUNING"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    SHADOW = "SHADOW"
+    SHIRA = "SHIRA"
+    SUPERTUNING = "SUPERTUNING"
+    TINYLORA = "TINYLORA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    UNILORA = "UNILORA"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
+    WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
+
+
+class TaskType(str, enum.Enum):
+    """What an adapted model is for, as in PEFT."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+OWN = {"is_of_peft": False}
+"""The metadata of an option that PEFT doesn't have: files hold it only where it is set."""
+
+
+class ConfigLike(Protocol):
+    """A config of this library or of PEFT."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns its keys with plain values."""
+        ...
+
+
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""The heads that PEFT trains beside the adapter, by task (`PeftModelFor…` in its ``peft_model.py``)."""
+
+TASK_HEADS = frozenset(name for names in _HEADS.values() for name in names)
+
+ConfigT = TypeVar("ConfigT", bound="type[PeftConfig]")
+_REGISTRY: dict[str, type[PeftConfig]] = {}
+
+
+def register(config_class: ConfigT) -> ConfigT:
+    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords.
+
+    Args:
+        config_class: A dataclass. Its `peft_type` is one of PEFT's, or a name of your own, which PEFT can't read.
+
+    Raises:
+        TypeError: If it isn't a dataclass, or has no such name.
+        ValueError: If another class has the name.
+    """
+    name = getattr(config_class, "peft_type", None)
+    if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):
+        raise TypeError(f"{config_class.__name__} must be a dataclass whose peft_type is the name of its method")
+    there = _REGISTRY.get(name)
+    # a cell of a notebook that is run again, or a reloaded module, defines the same class once more
+    if there is not None and _full_name(there) != _full_name(config_class):
+        raise ValueError(f"{name} is the method of {_full_name(there)} already; choose another peft_type")
+    _REGISTRY[name] = config_class
+    initialise = config_class.__init__
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+
+    @functools.wraps(initialise)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{config_class.__name__} has no option {name!r}{_nearest(name, known)}")
+        initialise(self, *args, **kwargs)
+
+    config_class.__init__ = checked  # type: ignore[method-assign]
+    return config_class
+
+
+def registered() -> dict[str, type[PeftConfig]]:
+    """Returns the config class of every method, by its `peft_type`."""
+    return dict(_REGISTRY)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What the configs of all methods hold; the names and meanings are PEFT's.
+
+    Attributes:
+        task_type: What the model is for; None for any module.
+        base_model_name_or_path: Where the base model came from.
+        revision: Its revision on the Hub.
+        inference_mode: Whether the adapter is for inference, so that nothing is trained.
+        auto_mapping: The base model's class and library, where there is no `task_type`.
+        peft_version: The version of PEFT whose format the files have.
+        modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
+    """
+
+    # a PeftType or a name of one's own; a union couldn't be narrowed in the classes of methods
+    peft_type: ClassVar[Any]
+
+    file_prefix: ClassVar[str] = "base_model.model."
+    """What the names of tensors inside the model begin with in files."""
+
+    not_of_tensors: ClassVar[frozenset[str]] = frozenset(
+        {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+    )
+    """Options that don't change what an adapter's tensors mean, and so may be edited in its file."""
+
+    task_type: TaskType | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = PEFT_VERSION
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            if self.task_type not in list(TaskType):
+                raise ValueError(
+                    f"task_type is {shown(self.task_type)}; choose one of {[task.value for task in TaskType]}"
+                )
+            self.task_type = TaskType(self.task_type)
+        check_options(self)
+
+    # what a method says
+
+    @property
+    def method(self) -> str:
+        """The method's name: its `peft_type`."""
+        return _plain(self.peft_type)
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a fresh adapter of this config changes no output; what a method claims here, the laws check."""
+        return False
+
+    def check(self) -> None:
+        """Raises ValueError for options that this library doesn't support, and for values set since that can't be."""
+        check_options(self)
+
+    def find_sites(
+        self, finder: SiteFinder, report: Report, owned: TensorPaths
+    ) -> Sequence[Site | LeafSite | CallSite]:
+        """Returns the sites that the config adapts in the model.
+
+        Args:
+            finder: Finds sites in the model.
+            report: Gets what is excluded or refused.
+            owned: The paths of parameters that belong to adapters.
+        """
+        raise NotImplementedError
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config that names these sites alone, out of all that it finds.
+
+        Args:
+            sites: Some of the sites of the config, which is resolved for the model.
+            names: All names in the model that a config could mean.
+
+        Raises:
+            ValueError: If no config of the method can name these alone.
+        """
+        raise ValueError(f"a {type(self).__name__} can't name some of its sites; leave where out")
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
+        """Returns the rule that adapts `site` with parameters of `dtype`."""
+        raise NotImplementedError
+
+    def for_file(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config of an adapter with these sites as PEFT reads it."""
+        return copy.deepcopy(self)
+
+    def fitted_to(self, keys: Collection[str]) -> PeftConfig:
+        """Returns the config with which a file with tensors of these names is loaded."""
+        return self
+
+    def derived_tensors(self, site: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns what a file holds beside a site's parameters, computed from them, by name."""
+        return {}
+
+    def converted(
+        self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]
+    ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+        """Returns the config and the tensors of an adapter that does to the base what one with first values does.
+
+        Args:
+            tensors: The adapter's tensors, by their names in the file.
+            first: Those that it had before it was trained.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        raise ValueError(
+            f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, which a "
+            f"{self.method} adapter never does; leave it None"
+        )
+
+    def ignores(self, key: str) -> bool:
+        """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
+        return False
+
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> PeftConfig:
+        """Returns the config of an adapter that combines others of this method.
+
+        Args:
+            configs: The configs of the others, of which this is the first.
+            sites: The sites of all of them.
+            how: How they are combined.
+
+        Raises:
+            ValueError: If they can't be combined.
+        """
+        raise ValueError(f"{self.method} has no way to combine adapters")
+
+    def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Any]:
+        """Returns the tensors of such an adapter at one site, by the rule's names.
+
+        Args:
+            target: The site with this config's rule.
+            parts: What those of the others that adapt the site have there.
+            how: How they are combined.
+            count: The number of the others altogether.
+
+        Raises:
+            ValueError: If they can't be combined.
+        """
+        raise NotImplementedError
+
+    def resolved(self, model: nn.Module) -> PeftConfig:
+        """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
+        config = copy.deepcopy(self)
+        trained = () if self.task_type is None else _HEADS.get(self.task_type, ())
+        heads = [name for name in trained if name not in (config.modules_to_save or ())]
+        if heads:
+            config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+        return config
+
+    # JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the keys of PEFT's JSON with plain values."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata != OWN or getattr(self, field.name) != field.default
+        }
+        return {key: _plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
+        """Builds the config of the method that ``values["peft_type"]`` names.
+
+        Args:
+            values: The content of an `adapter_config.json`. Unknown keys are dropped with a warning.
+
+        Raises:
+            ValueError: If the method isn't known, or isn't that of `cls`.
+        """
+        values = dict(values)
+        named = values.pop("peft_type", None)
+        config_class = next((c for t, c in _REGISTRY.items() if named == t), None)
+        if config_class is None:
+            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(_plain, _REGISTRY))}")
+        if not issubclass(config_class, cls):
+            raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
+        known = [field.name for field in dataclasses.fields(config_class)]
+        for name in [name for name in values if name not in known]:
+            warnings.warn(
+                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{_nearest(name, known)}", stacklevel=3
+            )
+            del values[name]
+        return config_class(**values)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
+        """Reads `adapter_config.json` from a folder, or from a repository on the Hub.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
+        """
+        return cls.from_file(adapter_file(path_or_repo, CONFIG_NAME, **hub_options))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:
+        """Reads a file that holds a config.
+
+        Raises:
+            CheckpointError: As for `from_pretrained`.
+        """
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json`, which takes the place of one that is there as a whole."""
+        with Staging(Path(save_directory)) as staging:
+            (staging.folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+            staging.put()
+
+    def to_json(self) -> str:
+        """Returns what `adapter_config.json` holds, as PEFT writes it: sorted keys, and `inference_mode` true.
+
+        What is inside them stays in its order, in which the first pattern that matches counts.
+        """
+        values = self.to_dict() | {"inference_mode": True}
+        return json.dumps(dict(sorted(values.items())), indent=2)
+
+    def digest(self) -> str:
+        """Returns a digest of the options that decide what an adapter's tensors mean.
+
+        Options with their default values are left out, so that it stays the same when there are more of them.
+        """
+        default = {field.name: _default(field) for field in dataclasses.fields(self)}
+        values = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in self.not_of_tensors and (name not in default or value != default[name])
+        }
+        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def as_config(config: ConfigLike) -> PeftConfig:
+    """Returns `config` as one of this library's; a config object of PEFT's is read by its keys.
+
+    Raises:
+        TypeError: If it is no config.
+        ValueError: If its method, or what PEFT's config says of the run, isn't supported.
+    """
+    if isinstance(config, PeftConfig):
+        return config
+    if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
+        raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    # PEFT keeps it beside its keys, and leaves it out of what it writes
+    if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
+        raise ValueError(
+            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave runtime_config out"
+        )
+    values = config.to_dict()
+    known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
+    return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return _plain(field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value

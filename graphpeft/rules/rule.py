@@ -1,0 +1,224 @@
+"""How a method adapts one kind of site: the base classes of rules.
+
+A rule is an `OperationRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only weights as such are
+its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`, `RunsByRow`, `Combines`.
+
+The functions that compute name what they are given: each argument is one of the names that stand at the function, or a
+parameter or a constant of the rule. One that a rule doesn't declare for every config has a default, as in
+``lora_bias=None``. Any other name is an error when a model is adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class FileForm(NamedTuple):
+    """How a parameter is written in files, where that is otherwise than the model has it.
+
+    Attributes:
+        shape: Its shape there.
+        pack: Returns what is written, from the parameter.
+        unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
+    """
+
+    shape: tuple[int, ...]
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+
+
+class ParameterSpec(NamedTuple):
+    """A parameter that a rule creates at a site.
+
+    Attributes:
+        shape: Its shape.
+        key: Its name in PEFT's files, behind the name of the module.
+        is_trained: Whether it is trained, where the adapter is.
+        form: Its form in files, if that is another one.
+        shared: At a site that is tied to another one: which of that one's parameters it is.
+    """
+
+    shape: tuple[int, ...]
+    key: str
+    is_trained: bool = True
+    form: FileForm | None = None
+    shared: str | None = None
+
+
+class Rule:
+    """How one method adapts one kind of site.
+
+    Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
+    scales) isn't theirs but comes from the site and the config.
+    """
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Returns the reason why a site can't be adapted, or None."""
+        return None
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the parameters that the rule creates at a site, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no parameters, the method that says what it creates")
+
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns the numbers that its functions read, by name; they live on the weight's module."""
+        return {}
+
+    def initialise(
+        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
+    ) -> Mapping[str, torch.Tensor] | None:
+        """Fills new parameters, on the CPU, with their first values.
+
+        Args:
+            parameters: The parameters by name, without values.
+            site: The site.
+            config: The config.
+            module: The module of the weight beside which they live.
+
+        Returns:
+            Of a rule that `ReplacesWeight`, where it replaces that of the site: the tensor that the module reads in
+            place of the weight, by the weight's name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no initialise, which gives its parameters first values")
+
+    def unmergeable(self, site: Any) -> str | None:
+        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None."""
+        return f"{type(self).__name__} isn't Mergeable: it has no change of a weight"
+
+
+class OperationRule(Rule):
+    """Adapts operations that use a weight, and calls of modules whose inside is their own affair."""
+
+    def rewrite(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new value of the operation; it is run on proxies.
+
+        Its arguments can be ``x`` and ``y``, the operation's input and its value so far; ``operation``, which has
+        ``apply(x, weight)``, the same operation with other operands; ``training``; and of an operation that has a
+        weight, ``weight`` and ``bias`` as adapters that act before have made them (None without a bias), and ``base``,
+        the weight without them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rewrite, which makes the new value of an operation")
+
+
+class Mergeable(Rule):
+    """A rule that changes a weight, so that its change can be added to the weight.
+
+    It is the rule of weights as such, too, whatever a model does with them: there, `delta` is run on proxies.
+    """
+
+    def unmergeable(self, site: Any) -> str | None:
+        """Returns the reason why what ``rewrite`` does at a site is no change of the weight and the bias, or None."""
+        return None
+
+    def delta(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the weight's change, in the shape in which it is stored: what ``rewrite`` adds outside of training.
+
+        Its arguments can be ``weight``, which other adapters may have changed before, and ``base``, the weight without
+        them. Name them only if the change depends on them: of two such adapters at one weight, one isn't merged without
+        the other where that would give something else.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no delta, the change of a weight")
+
+    def bias_delta(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the change of the bias that the operation adds, or None.
+
+        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. It isn't asked without a bias.
+        """
+        return None
+
+
+def changes_bias(rule: Any) -> bool:
+    """Tells whether a rule changes the bias of an operation, too."""
+    return isinstance(rule, Mergeable) and type(rule).bias_delta is not Mergeable.bias_delta
+
+
+class ReplacesWeight:
+    """A rule that may have another weight read in place of the module's own while the adapter acts.
+
+    That is frozen, and isn't saved: ``initialise`` computes it, where a file is loaded, too.
+    """
+
+    def replaces(self, site: Any, config: Any) -> bool:
+        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable."""
+        raise NotImplementedError(f"{type(self).__name__} has no replaces, which tells where it replaces the weight")
+
+
+class RunsByRow:
+    """A rule that can give each row of a batch its own adapter in one graph."""
+
+    @property
+    def constants_by_row(self) -> Mapping[str, float | None]:
+        """The constants that `by_row` reads, with what they are for an adapter without them; None for any value."""
+        return {}
+
+    def joined(self, rules: Sequence[Any]) -> Any:
+        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        return self if all(rule == self for rule in rules) else None
+
+    def by_row(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new value of the operation; it is run on proxies.
+
+        Its arguments can be ``x``, ``y``, ``operation`` and ``training``, as in ``rewrite``. The parameters are stacked
+        row by row in a first dimension; a constant is a number, or a tensor with one for each row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no by_row, which runs each row with its own adapter")
+
+
+class Combines:
+    """A rule whose change is a product of two factors, of which several can be combined into one."""
+
+    @property
+    def rank_axes(self) -> tuple[int, int]:
+        """The dimensions of the two factors that are as long as the rank."""
+        return 0, 1
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix that the product of the factors is."""
+        raise NotImplementedError(f"{type(self).__name__} has no as_product, the change as a matrix")
+
+
+class BoundaryRule(Rule):
+    """Adapts what a module is given and what it returns."""
+
+    @property
+    def more_inputs(self) -> tuple[str, ...]:
+        """The names of arguments that the forward gets beside its own; they are None unless they are given."""
+        return ()
+
+    def enter(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Returns the new values of arguments of the forward, by name; it is run on proxies.
+
+        Its arguments can be ``inputs``, the forward's by name, ``training``, and what the site lets it read.
+        """
+        return {}
+
+    def leave(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new value of what the module returns; it is run on proxies.
+
+        Beside those of ``enter``, its arguments can be ``output`` and ``entered``, what ``enter`` has returned.
+        """
+        return kwargs["output"]
+
+
+_BASES = {
+    "delta": Mergeable,
+    "bias_delta": Mergeable,
+    "replaces": ReplacesWeight,
+    "by_row": RunsByRow,
+    "as_product": Combines,
+}
+"""The bases of the functions that a rule has without need, which nobody would call without them."""
+
+
+def lacking_base(rule: type) -> str | None:
+    """Returns why a class of rules is none, or has a function that nobody would call; None otherwise."""
+    if not issubclass(rule, Rule):
+        return f"{rule.__name__} is no rule; let it inherit from OperationRule or BoundaryRule"
+    for name, base in _BASES.items():
+        if hasattr(rule, name) and not issubclass(rule, base):
+            return f"{rule.__name__} has {name} and isn't {base.__name__}; let it inherit from that"
+    return None

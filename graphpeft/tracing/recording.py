@@ -1,0 +1,23 @@
+"""A recording that goes on: what was before it, and how code runs that is no part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from graphpeft.tracing.snapshot import Snapshot
+
+
+class Recording(NamedTuple):
+    """A recording that goes on.
+
+    Attributes:
+        before: What all that the forward can reach was before it, and is put back to.
+        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
+        outside: What code runs under that is no part of the trace: as it would without one.
+    """
+
+    before: Snapshot
+    set_aside: Callable[[], AbstractContextManager[None]]
+    outside: Callable[[], AbstractContextManager[None]]

@@ -10,6 +10,7 @@ parameter or a constant of the rule. One that a rule doesn't declare for every c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -214,6 +215,7 @@ _BASES = {
 """The bases of the functions that a rule has without need, which nobody would call without them."""
 
 
+@functools.lru_cache(maxsize=256)
 def lacking_base(rule: type) -> str | None:
     """Returns why a class of rules is none, or has a function that nobody would call; None otherwise."""
     if not issubclass(rule, Rule):

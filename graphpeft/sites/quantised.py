@@ -19,7 +19,8 @@ _OF_PYTORCH = ("torch.distributed.", "torch._subclasses.", "torch.nn.")
 
 def is_quantised(weight: torch.Tensor) -> bool:
     """Tells whether the elements of a weight are codes of numbers."""
-    return not (weight.is_floating_point() or weight.is_complex()) or _computes_by_itself(type(weight))
+    dtype = weight.dtype
+    return not (dtype.is_floating_point or dtype.is_complex) or _computes_by_itself(type(weight))
 
 
 def described(weight: torch.Tensor) -> str:

@@ -160,7 +160,7 @@ def draw_as_layer(weight: Tensor) -> None:
 
 
 def _bound(weight: Tensor) -> float:
-    return 1 / math.sqrt(weight[0].numel())
+    return 1 / math.sqrt(weight.shape[1:].numel())
 
 
 def refused_dropout(site: Site, config: Any) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import parts_of
+from graphpeft.code.contents import PLAIN, parts_of
 from graphpeft.code.reach import functions_held, opened
 from graphpeft.code.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
 from graphpeft.graph import in_place
@@ -137,7 +137,8 @@ class Holding(NamedTuple):
 
 def held_outside(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[Holding]]:
     """Returns, by owner and name, what holds weights that its code may read where no path of modules leads to them."""
-    holdings = [(path, module, held) for path, module in modules.items() for held in _held(module)]
+    known: dict[int, tuple[Any, list[_Held]]] = {}
+    holdings = [(path, module, held) for path, module in modules.items() for held in _held(module, known)]
     if not holdings:
         return {}  # as in nearly all models
     places = {
@@ -155,22 +156,46 @@ def held_outside(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list
     return found
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
-    """Yields the modules and parameters that one holds without registering them: its attribute, what, by which code."""
+_LEADING_NOWHERE = PLAIN - {nn.Parameter}
+"""Types of values that hold no module and no parameter."""
+
+_Held = tuple[Any, frozenset[CodeType]]
+"""A module or a parameter, with the code that leads to it."""
+
+
+def _held(
+    module: nn.Module, known: dict[int, tuple[Any, list[_Held]]]
+) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
+    """Yields the modules and parameters that one holds without registering them: its attribute, what, by which code.
+
+    Args:
+        module: The module.
+        known: What values lead to, by their ids, since many modules hold one config; filled in.
+    """
     if runs_graph(module) or type(module).__module__.startswith("torch.nn.modules."):
         return
-    own = ((name, value) for name, value in module.__dict__.items() if name not in _TABLES)
-    waiting: list[tuple[str, Any, frozenset[CodeType]]] = [(name, value, frozenset()) for name, value in own]
+    for name, value in module.__dict__.items():
+        if name in _TABLES or type(value) in _LEADING_NOWHERE:
+            continue
+        if id(value) not in known:
+            known[id(value)] = value, list(_reached_from(value))
+        yield from ((name, held, codes) for held, codes in known[id(value)][1])
+
+
+def _reached_from(start: Any) -> Iterator[_Held]:
+    waiting: list[_Held] = [(start, frozenset())]
     seen: dict[int, Any] = {}
     while waiting:
-        name, value, codes = waiting.pop()
+        value, codes = waiting.pop()
         kind = type(value)  # isinstance asks an object of a user's for its __class__
+        if kind in _LEADING_NOWHERE:
+            continue
         if issubclass(kind, nn.Module | nn.Parameter):
-            yield name, value, codes
+            yield value, codes
         elif id(value) not in seen and not issubclass(kind, torch.Tensor | type):
             seen[id(value)] = value
             codes |= frozenset(_codes_of(value))
-            waiting += [(name, part, codes) for part in opened(value)[1]]
+            waiting += [(part, codes) for part in opened(value)[1]]
 
 
 def _codes_of(value: Any) -> Iterable[CodeType]:

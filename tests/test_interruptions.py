@@ -353,6 +353,15 @@ def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_t
         assert_whole_at_line(call, number, chance.choice(ERRORS))
 
 
+@pytest.mark.parametrize("file", ["adapters/present_rows.py", "graph/recomputing.py"])
+def test_no_call_has_the_rows_of_one_that_was_interrupted(file: str) -> None:
+    call = next(call for call in CALLS if call.name == "mix")
+    numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == file}
+    assert numbers
+    for number in numbers.values():
+        assert_whole_at_line(call, number, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize("call", [call for call in CALLS if call.writes], ids=lambda call: call.name)
 def test_a_call_that_runs_out_of_memory_at_any_operation_has_done_all_or_nothing(call: Call) -> None:
     number = random.Random(call.name).randint(1, operations_of(call))

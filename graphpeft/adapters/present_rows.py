@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from graphpeft.transaction import at_end_of
+
 
 class PresentRows(Protocol):
     """The adapters of the rows of a call, as its regions ask for them."""
@@ -40,14 +42,14 @@ class _Thread(threading.local):
 
     Attributes:
         rows: The rows of the present call; only those of a thread that runs no tasks.
-        tasks: How many tasks of the thread have rows.
+        tasks: What stands for each task of the thread that has rows.
         is_shared: Whether any has.
     """
 
     # attributes of the instance: Dynamo has no guards for those of the class
     def __init__(self) -> None:
         self.rows: PresentRows | None = None
-        self.tasks = 0
+        self.tasks: set[object] = set()
         self.is_shared = False
 
 
@@ -90,14 +92,20 @@ def rows_present(rows: PresentRows) -> Iterator[None]:
         finally:
             _OF_THREAD.rows, _OF_THREAD.is_shared = before, was_shared
         return
-    with _of_tasks() if _runs_tasks() else _of_thread(rows):
-        of_context = _OF_CONTEXT.get()
+    # each is put back even where somebody interrupts that
+    with contextlib.ExitStack() as stack:
+        if _runs_tasks():
+            task = object()
+            at_end_of(stack, _leave, task)
+            _OF_THREAD.tasks.add(task)
+            _OF_THREAD.is_shared = True
+        else:
+            at_end_of(stack, setattr, _OF_THREAD, "rows", _OF_THREAD.rows)
+            _OF_THREAD.rows = rows
+        # not by a token, which another context may have made: that of a generator's caller
+        at_end_of(stack, _OF_CONTEXT.set, _OF_CONTEXT.get())
         _OF_CONTEXT.set(rows)
-        try:
-            yield
-        finally:
-            # not by a token, which another context may have made: that of a generator's caller
-            _OF_CONTEXT.set(of_context)
+        yield
 
 
 def _runs_tasks() -> bool:
@@ -108,22 +116,6 @@ def _runs_tasks() -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _of_tasks() -> Iterator[None]:
-    _OF_THREAD.tasks += 1
-    _OF_THREAD.is_shared = True
-    try:
-        yield
-    finally:
-        _OF_THREAD.tasks -= 1
-        _OF_THREAD.is_shared = _OF_THREAD.tasks > 0
-
-
-@contextlib.contextmanager
-def _of_thread(rows: PresentRows) -> Iterator[None]:
-    before = _OF_THREAD.rows
-    _OF_THREAD.rows = rows
-    try:
-        yield
-    finally:
-        _OF_THREAD.rows = before
+def _leave(task: object) -> None:
+    _OF_THREAD.tasks.discard(task)
+    _OF_THREAD.is_shared = bool(_OF_THREAD.tasks)

@@ -230,13 +230,12 @@ def _exchange_class(module: nn.Module, cls: type) -> None:
 def without(module: nn.Module, kind: str) -> Iterator[None]:
     """Undresses `module` of its layer of `kind` for a while."""
     worn = [layer for layer in layers_of(module) if layer.kind == kind]
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in worn:
+            transaction.at_end_of(stack, put_on, module, layer)
         if worn:
             take_off(module, kind)
         yield
-    finally:
-        for layer in worn:
-            put_on(module, layer)
 
 
 _TOUCHED = "_graphpeft_touched"

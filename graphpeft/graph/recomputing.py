@@ -49,14 +49,11 @@ def taken_along(factory: Factory) -> Iterator[None]:
 @contextlib.contextmanager
 def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
     """Lets functions that are checkpointed within the context take along what `factories` make."""
-    before = _PRESENT.get()
-    with checkpoints_bound_by(_bound):
+    with checkpoints_bound_by(_bound), contextlib.ExitStack() as stack:
+        # not by a token, which another context may have made: that of a generator's caller
+        at_end_of(stack, _PRESENT.set, _PRESENT.get())
         _PRESENT.set(factories)
-        try:
-            yield
-        finally:
-            # not by a token, which another context may have made: that of a generator's caller
-            _PRESENT.set(before)
+        yield
 
 
 def _bound(function: Function) -> Function:

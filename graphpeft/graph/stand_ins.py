@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
 
@@ -84,13 +85,17 @@ def stands_in(module: nn.Module, name: str) -> bool:
 def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """Makes `module` read `tensor` for a while, where another tensor stands in for its own one of this name."""
     before = module.__dict__.get(_FOR_NOW, {})
-    try:
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _read_as_before, module, before)
         module.__dict__[_FOR_NOW] = {**before, name: tensor}
         yield
-    finally:
+
+
+def _read_as_before(module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+    if before:
         module.__dict__[_FOR_NOW] = before
-        if not before:
-            del module.__dict__[_FOR_NOW]
+    else:
+        module.__dict__.pop(_FOR_NOW, None)
 
 
 _FOR_NOW = "_graphpeft_read_for_now"

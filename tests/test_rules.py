@@ -508,6 +508,49 @@ class ScalesTheWeight(Scale, Mergeable):
         return weight * factor.unsqueeze(1)
 
 
+@dataclass(frozen=True)
+class ScalesTheOutput(Scale, Mergeable):
+    """(IA)³'s rule of a layer: what it computes, its bias among it, times (1 + a number for each feature)."""
+
+    def unmergeable(self, site: Any) -> str | None:
+        return None
+
+    def delta(self, weight: Any, factor: Any) -> Any:
+        return weight * factor.unsqueeze(1)
+
+    def bias_delta(self, bias: Any, factor: Any) -> Any:
+        return bias * factor
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rule_that_scales_the_bias_too_keeps_every_law(bias, monkeypatch):
+    def built() -> nn.Module:
+        model = build()
+        if not bias:
+            model.get_submodule("guilty").register_parameter("bias", None)
+        return model
+
+    config = config_with(ScalesTheOutput(), monkeypatch)
+    found = verify(built(), config, X, (torch.randn(2, 6),), progress=False, quiet=True)
+    assert [verdict.outcome for verdict in found.verdicts] == ["holds"] * 8
+
+
+@pytest.mark.parametrize("order", [("scale", "lora"), ("lora", "scale")])
+def test_a_bias_is_scaled_with_what_adapters_before_have_added(order, monkeypatch):
+    config_with(ScalesTheOutput(), monkeypatch)
+    model = laws.perturbed(get_peft_model(build(), ScaleConfig(target_modules=["guilty"]), "scale"))
+    model.add_adapter(
+        "lora", LoraConfig(r=2, lora_alpha=3, target_modules=["guilty"], init_lora_weights=False, lora_bias=True)
+    )
+    laws.perturbed(model)
+    model.set_adapter(list(order))
+    expected = model(*X)
+    model.merge_adapter(list(order))
+    torch.testing.assert_close(model(*X), expected)
+    model.unmerge_adapter()
+    assert torch.equal(model(*X), expected)
+
+
 def test_what_scales_a_weight_is_merged_alone_only_if_that_keeps_the_order(monkeypatch):
     base = build()
     base.get_submodule("guilty").register_parameter("bias", None)

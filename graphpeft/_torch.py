@@ -19,6 +19,7 @@ Code that fx generates names functions of ``torch._C._nn``, since public ones su
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from typing import Any
 
@@ -135,9 +136,13 @@ PADDING_OF_CONVOLUTION = "_reversed_padding_repeated_twice"
 
 def computes_in_own_way(convolution: Any) -> bool:
     """Tells whether a convolution, whose forward is PyTorch's, has a method of its own that this calls."""
-    classes = (cls for cls in type(convolution).__mro__ if not cls.__module__.startswith("torch.nn."))
-    own = (*map(vars, classes), vars(convolution))
-    return any(name in names for names in own for name in ("_conv_forward", "_output_padding"))
+    names = ("_conv_forward", "_output_padding")
+    if not vars(convolution).keys().isdisjoint(names):
+        return True
+    methods = [getattr(type(convolution), name) for name in names if hasattr(type(convolution), name)]
+    home = os.path.join(os.path.dirname(torch.__file__), "")
+    codes = [getattr(method, "__code__", None) for method in methods]
+    return not all(code is not None and code.co_filename.startswith(home) for code in codes)
 
 
 def padding_of_convolution(convolution: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from graphpeft import AdaptError, GuardError, LoraConfig, get_peft_model
+from graphpeft.graph import layers
 from graphpeft.graph.layers import given
 from graphpeft.graph.template import template_of
 from graphpeft.testing import laws
@@ -206,6 +207,28 @@ def test_what_computes_otherwise_is_no_such_layer(other):
     except AdaptError:
         assert template_of(layer) is None
     assert torch.equal(model(x), expected)
+
+
+def test_a_forward_that_somebody_has_put_on_pytorchs_class_has_no_given_graph(monkeypatch):
+    own = nn.Linear.forward
+
+    def doubled(self: nn.Linear, input: Tensor) -> Tensor:
+        return 2 * own(self, input)
+
+    # as where it was put there before the library was imported
+    monkeypatch.setitem(layers._GRAPHS, doubled, layers._GRAPHS[own])
+    monkeypatch.setattr(nn.Linear, "forward", doubled)
+    model = adapted("linear")
+    x = inputs("linear")
+    assert given(nn.Linear(4, 6)) is None
+    assert torch.equal(model(x), built("linear")(x))
+
+
+def test_nor_has_a_convolution_by_a_method_that_somebody_has_put_there(monkeypatch):
+    own = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *args: 2 * own(*args))
+    assert given(nn.Conv2d(4, 6, 3)) is None
+    assert torch.equal(adapted("2d")(inputs("2d")), built("2d")(inputs("2d")))
 
 
 def test_a_forward_that_was_set_on_a_layer_is_refused():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,23 @@ def given(module: nn.Module) -> Template | None:
     """
     cls: Any = in_place.original_class(module)
     graph_of = _GRAPHS.get(cls.forward) or _of_transformers(cls.forward)
-    if graph_of is None or module._parameters.get("weight") is None:
+    if graph_of is None or not _is_of_a_library(cls.forward) or module._parameters.get("weight") is None:
         return None
     refuse_what_a_graph_cannot_replace(module)
     return graph_of(module)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_of_a_library(forward: Any) -> bool:
+    """Tells whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
+    code = getattr(forward, "__code__", None)
+    transformers = sys.modules.get("transformers")
+    homes = [
+        os.path.join(os.path.dirname(str(library.__file__)), "")
+        for library in (torch, transformers)
+        if library is not None
+    ]
+    return code is not None and code.co_filename.startswith(tuple(homes))
 
 
 def _of_transformers(forward: Any) -> Callable[[Any], Template | None] | None:

@@ -131,7 +131,7 @@ def has_hooks_of_all() -> bool:
 
 
 PADDING_OF_CONVOLUTION = "_reversed_padding_repeated_twice"
-"""The attribute of a convolution with what it adds around its input, in the form of ``F.pad``."""
+"""The attribute of a convolution that holds its padding in the order of ``F.pad``."""
 
 
 def computes_in_own_way(convolution: Any) -> bool:

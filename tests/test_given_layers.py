@@ -231,6 +231,22 @@ def test_nor_has_a_convolution_by_a_method_that_somebody_has_put_there(monkeypat
     assert torch.equal(adapted("2d")(inputs("2d")), built("2d")(inputs("2d")))
 
 
+class WithOptionsOfTheClass(nn.Embedding):
+    max_norm = None
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.randn(9, 4))
+        self.padding_idx, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+
+def test_an_option_that_is_the_classs_gives_no_graph_and_an_adapted_model_all_the_same():
+    model, x = nn.Sequential(WithOptionsOfTheClass()), tokens()
+    assert given(model[0]) is None
+    expected = model(x)
+    assert torch.equal(get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))(x), expected)
+
+
 def test_a_forward_that_was_set_on_a_layer_is_refused():
     model: Any = built("linear")
     model[0].forward = model[0].forward

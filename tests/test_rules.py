@@ -33,6 +33,7 @@ from graphpeft import (
     PeftConfig,
     PeftModel,
     PromptTuningConfig,
+    RunsByRow,
     TargetedConfig,
     explain,
     feeding,
@@ -389,6 +390,25 @@ def test_what_has_a_default_may_lack(monkeypatch):
             return y + y * factor + shift
 
     assert explain(build(), config_with(MayBeShifted(), monkeypatch)).adapted
+
+
+def test_a_rule_without_what_its_bases_need_cannot_be_created():
+    class Lacks(OperationRule, Mergeable):
+        def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+            return {}
+
+    lacks: Any = Lacks
+    with pytest.raises(TypeError, match=r"abstract .*delta.*initialise.*rewrite"):
+        lacks()
+
+
+def test_a_slip_in_the_function_for_rows_is_refused_when_a_model_is_adapted_too(monkeypatch):
+    class Misspelt(Scale, RunsByRow):
+        def by_row(self, y: Any, facotr: Any) -> Any:
+            return y + y * facotr
+
+    with pytest.raises(AdaptError, match="by_row of Misspelt asks for 'facotr'"):
+        explain(build(), config_with(Misspelt(), monkeypatch))
 
 
 @pytest.mark.parametrize(

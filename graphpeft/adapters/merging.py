@@ -16,14 +16,13 @@ import torch
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, stand_in_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
-from graphpeft.adapters.graphs import worn_in
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
-from graphpeft.graph.template import refuse_other_options
+from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.report import listed
@@ -232,7 +231,9 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
         for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
-            refuse_other_options(modules[region], worn_in(adapters, region, modules))
+            template = template_of(modules[region]) or adapters.lifted.get(region)
+            if template is not None:
+                refuse_other_options(modules[region], template)
         _refuse_tied(modules, adapters.by_name[name], name)
 
 

@@ -42,7 +42,7 @@ class RowAdapters:
             where: The site, if only adapters with this very one are meant.
         """
         parameters = owner._parameters
-        tensors = [parameters.get(name) for name in self._of_rows(stem, where)]  # type: ignore[arg-type]
+        tensors = [None if name is None else parameters.get(name) for name in self._of_rows(stem, where)]
         there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
         if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
             return torch.stack(there)
@@ -63,7 +63,8 @@ class RowAdapters:
             stem: The number's name without that of the adapter.
             missing: What it is where there is none; None if any value will do.
         """
-        values = tuple([owner.__dict__.get(name, missing) for name in self._of_rows(stem, None)])  # type: ignore[arg-type]
+        own, names = owner.__dict__, self._of_rows(stem, None)
+        values = tuple([missing if name is None else own.get(name, missing) for name in names])
         there = {value for value in values if value is not None}
         if len(there) == 1:
             return next(iter(there))

@@ -35,14 +35,16 @@ def given(module: nn.Module) -> Template | None:
     """
     cls: Any = in_place.original_class(module)
     graph_of = _GRAPHS.get(cls.forward) or _of_transformers(cls.forward)
-    if graph_of is None or not _is_of_a_library(cls.forward) or module._parameters.get("weight") is None:
+    if graph_of is None or not _is_unpatched(cls.forward) or module._parameters.get("weight") is None:
         return None
     refuse_what_a_graph_cannot_replace(module)
-    return graph_of(module)
+    template = graph_of(module)
+    # an option that is its class's isn't set on the module, where it could be kept as it is
+    return template if template is not None and template.fixed.keys() <= vars(module).keys() else None
 
 
 @functools.lru_cache(maxsize=256)
-def _is_of_a_library(forward: Any) -> bool:
+def _is_unpatched(forward: Any) -> bool:
     """Tells whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
     code = getattr(forward, "__code__", None)
     transformers = sys.modules.get("transformers")

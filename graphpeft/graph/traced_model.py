@@ -182,4 +182,4 @@ def module_told(model: Any, getter: str) -> nn.Module | None:
     try:
         return getattr(model, getter)() if hasattr(model, getter) else None
     except NotImplementedError:
-        return None  # so Transformers' models of sounds and images answer
+        return None  # Transformers' audio and vision models raise it

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from graphpeft.graph import ops
-from graphpeft.rules.rule import Mergeable, Rule
+from graphpeft.rules.rule import Mergeable, Rule, RunsByRow
 from graphpeft.sites.site import CallSite, LeafSite
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -76,6 +76,8 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         functions = {"rewrite": _AT_LEAF if issubclass(site, LeafSite) else _AT_OPERATION}
     if isinstance(rule, Mergeable) and not issubclass(site, LeafSite):
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
+    if isinstance(rule, RunsByRow):
+        functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
     for name, given in functions.items():
         try:
             Asked(getattr(rule, name)).among((*given, *own))

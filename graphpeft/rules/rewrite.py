@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx as fx
 from torch.fx.proxy import GraphAppendingTracer
@@ -19,9 +19,6 @@ from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, top, values_over
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.rule import BoundaryRule, Mergeable, changes_bias
-
-if TYPE_CHECKING:
-    pass
 
 Op = Operation | Boundary
 

@@ -11,6 +11,7 @@ parameter or a constant of the rule. One that a rule doesn't declare for every c
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class ParameterSpec(NamedTuple):
     shared: str | None = None
 
 
-class Rule:
+class Rule(ABC):
     """How one method adapts one kind of site.
 
     Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
@@ -61,14 +62,16 @@ class Rule:
         """Returns the reason why a site can't be adapted, or None."""
         return None
 
+    @abstractmethod
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the parameters that the rule creates at a site, by name."""
-        raise NotImplementedError(f"{type(self).__name__} has no parameters, the method that says what it creates")
+        ...
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the numbers that its functions read, by name; they live on the weight's module."""
         return {}
 
+    @abstractmethod
     def initialise(
         self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
     ) -> Mapping[str, torch.Tensor] | None:
@@ -84,7 +87,7 @@ class Rule:
             Of a rule that `ReplacesWeight`, where it replaces that of the site: the tensor that the module reads in
             place of the weight, by the weight's name.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no initialise, which gives its parameters first values")
+        ...
 
     def unmergeable(self, site: Any) -> str | None:
         """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None."""
@@ -94,6 +97,7 @@ class Rule:
 class OperationRule(Rule):
     """Adapts operations that use a weight, and calls of modules whose inside is their own affair."""
 
+    @abstractmethod
     def rewrite(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the new value of the operation; it is run on proxies.
 
@@ -102,7 +106,7 @@ class OperationRule(Rule):
         weight, ``weight`` and ``bias`` as adapters that act before have made them (None without a bias), and ``base``,
         the weight without them.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rewrite, which makes the new value of an operation")
+        ...
 
 
 class Mergeable(Rule):
@@ -115,6 +119,7 @@ class Mergeable(Rule):
         """Returns the reason why what ``rewrite`` does at a site is no change of the weight and the bias, or None."""
         return None
 
+    @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the weight's change, in the shape in which it is stored: what ``rewrite`` adds outside of training.
 
@@ -122,12 +127,13 @@ class Mergeable(Rule):
         them. Name them only if the change depends on them: of two such adapters at one weight, one isn't merged without
         the other where that would give something else.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no delta, the change of a weight")
+        ...
 
     def bias_delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the change of the bias that the operation adds, or None.
 
-        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. It isn't asked without a bias.
+        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. One that needs ``bias``
+        isn't asked where the operation has none.
         """
         return None
 
@@ -137,18 +143,19 @@ def changes_bias(rule: Any) -> bool:
     return isinstance(rule, Mergeable) and type(rule).bias_delta is not Mergeable.bias_delta
 
 
-class ReplacesWeight:
+class ReplacesWeight(ABC):
     """A rule that may have another weight read in place of the module's own while the adapter acts.
 
     That is frozen, and isn't saved: ``initialise`` computes it, where a file is loaded, too.
     """
 
+    @abstractmethod
     def replaces(self, site: Any, config: Any) -> bool:
         """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable."""
-        raise NotImplementedError(f"{type(self).__name__} has no replaces, which tells where it replaces the weight")
+        ...
 
 
-class RunsByRow:
+class RunsByRow(ABC):
     """A rule that can give each row of a batch its own adapter in one graph."""
 
     @property
@@ -160,16 +167,17 @@ class RunsByRow:
         """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
         return self if all(rule == self for rule in rules) else None
 
+    @abstractmethod
     def by_row(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the new value of the operation; it is run on proxies.
 
         Its arguments can be ``x``, ``y``, ``operation`` and ``training``, as in ``rewrite``. The parameters are stacked
         row by row in a first dimension; a constant is a number, or a tensor with one for each row.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no by_row, which runs each row with its own adapter")
+        ...
 
 
-class Combines:
+class Combines(ABC):
     """A rule whose change is a product of two factors, of which several can be combined into one."""
 
     @property
@@ -177,9 +185,10 @@ class Combines:
         """The dimensions of the two factors that are as long as the rank."""
         return 0, 1
 
+    @abstractmethod
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix that the product of the factors is."""
-        raise NotImplementedError(f"{type(self).__name__} has no as_product, the change as a matrix")
+        ...
 
 
 class BoundaryRule(Rule):

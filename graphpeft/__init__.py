@@ -14,7 +14,9 @@ from graphpeft.auto import (
     AutoPeftModelForTokenClassification,
 )
 from graphpeft.exporting import ExportError, ExportReport, export, export_adapter
+from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
+from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
@@ -42,10 +44,13 @@ from graphpeft.model import (
     set_peft_model_state_dict,
 )
 from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
     Combines,
+    FileForm,
+    InputRule,
     Mergeable,
     OperationRule,
     ParameterSpec,
@@ -54,6 +59,7 @@ from graphpeft.rules.rule import (
     RunsByRow,
 )
 from graphpeft.sites.feeding import feeding
+from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
 
@@ -68,13 +74,18 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
     "CPTConfig",
+    "CallSite",
     "CheckpointError",
     "Combines",
     "CordaConfig",
+    "DeltaRule",
     "EvaConfig",
     "ExportError",
     "ExportReport",
+    "FileForm",
     "GuardError",
+    "InputRule",
+    "LeafSite",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
@@ -95,10 +106,12 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "Site",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "WeightRule",
     "explain",
     "export",
     "export_adapter",
@@ -110,9 +123,11 @@ __all__ = [
     "hotswap_adapter",
     "initialize_lora_eva_weights",
     "names_in_slots",
+    "ops",
     "optimize",
     "preprocess_corda",
     "preprocess_loraga",
+    "recorded",
     "register",
     "set_peft_model_state_dict",
     "trace",

@@ -168,6 +168,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
     _refuse_no_rule(rule)
+    rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has

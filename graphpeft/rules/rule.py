@@ -1,7 +1,9 @@
 """How a method adapts one kind of site: the base classes of rules.
 
-A rule is an `OperationRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only weights as such are
-its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`, `RunsByRow`, `Combines`.
+A rule is an `OperationRule`, an `InputRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only
+weights as such are its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`,
+`RunsByRow`, `Combines`. A rule whose change is written in PEFT's layout of weights is a `WeightRule`, and one that is
+no more than that a `DeltaRule`, see `rules/delta_rule.py`.
 
 The functions that compute name what they are given: each argument is one of the names that stand at the function, or a
 parameter or a constant of the rule. One that a rule doesn't declare for every config has a default, as in
@@ -62,6 +64,15 @@ class Rule(ABC):
         """Returns the reason why a site can't be adapted, or None."""
         return None
 
+    def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
+        """Returns the rule with what its functions have to know of a site.
+
+        Args:
+            site: The site.
+            dtype: The dtype of the rule's parameters there.
+        """
+        return self
+
     @abstractmethod
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the parameters that the rule creates at a site, by name."""
@@ -104,7 +115,22 @@ class OperationRule(Rule):
         Its arguments can be ``x`` and ``y``, the operation's input and its value so far; ``operation``, which has
         ``apply(x, weight)``, the same operation with other operands; ``training``; and of an operation that has a
         weight, ``weight`` and ``bias`` as adapters that act before have made them (None without a bias), and ``base``,
-        the weight without them.
+        the weight without them. A rule that is `Mergeable` can ask for ``change`` and ``bias_change``: what its
+        ``delta`` and its ``bias_delta`` return there (None without a change of the bias).
+        """
+        ...
+
+
+class InputRule(Rule):
+    """Changes what an operation is given, so that the operation itself is computed once."""
+
+    @abstractmethod
+    def enter(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new input of the operation; it is run on proxies.
+
+        Its arguments can be ``x``, ``operation`` and ``training``, as in ``rewrite``. The operation and the adapters
+        that act before are given what it returns. If ``delta`` makes W F of a weight W, ``enter`` returns F x: so W is
+        the weight with the changes before, as in ``delta``.
         """
         ...
 
@@ -116,12 +142,20 @@ class Mergeable(Rule):
     """
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what ``rewrite`` does at a site is no change of the weight and the bias, or None."""
+        """Returns the reason why what the rule does at a site is no change of the weight and the bias, or None."""
         return None
+
+    def change(self, given: Mapping[str, Any]) -> Any:
+        """Returns what `delta` returns, in the shape in which the weight is stored.
+
+        Args:
+            given: What `delta` asks for, by name: tensors and numbers, or proxies.
+        """
+        return self.delta(**given)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the weight's change, in the shape in which it is stored: what ``rewrite`` adds outside of training.
+        """Returns the weight's change, in the shape in which it is stored: what the rule does outside of training.
 
         Its arguments can be ``weight``, which other adapters may have changed before, and ``base``, the weight without
         them. Name them only if the change depends on them: of two such adapters at one weight, one isn't merged without
@@ -214,12 +248,15 @@ class BoundaryRule(Rule):
         return kwargs["output"]
 
 
-_BASES = {
-    "delta": Mergeable,
-    "bias_delta": Mergeable,
-    "replaces": ReplacesWeight,
-    "by_row": RunsByRow,
-    "as_product": Combines,
+_BASES: dict[str, tuple[type, ...]] = {
+    "rewrite": (OperationRule,),
+    "enter": (InputRule, BoundaryRule),
+    "leave": (BoundaryRule,),
+    "delta": (Mergeable,),
+    "bias_delta": (Mergeable,),
+    "replaces": (ReplacesWeight,),
+    "by_row": (RunsByRow,),
+    "as_product": (Combines,),
 }
 """The bases of the functions that a rule has without need, which nobody would call without them."""
 
@@ -228,8 +265,8 @@ _BASES = {
 def lacking_base(rule: type) -> str | None:
     """Returns why a class of rules is none, or has a function that nobody would call; None otherwise."""
     if not issubclass(rule, Rule):
-        return f"{rule.__name__} is no rule; let it inherit from OperationRule or BoundaryRule"
-    for name, base in _BASES.items():
-        if hasattr(rule, name) and not issubclass(rule, base):
-            return f"{rule.__name__} has {name} and isn't {base.__name__}; let it inherit from that"
+        return f"{rule.__name__} is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
+    for name, bases in _BASES.items():
+        if hasattr(rule, name) and not issubclass(rule, bases):
+            return f"{rule.__name__} has {name} and isn't {bases[0].__name__}; let it inherit from that"
     return None

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from graphpeft.graph.ops import Convolution
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.paths import join
 from graphpeft.sites.parts import Runs
+from graphpeft.sites.weight_layout import WeightLayout
 
 
 class OneCall(NamedTuple):
@@ -92,6 +94,18 @@ class Site(NamedTuple):
     def out_features(self) -> int | None:
         """How many features the operation gives; None where the weight's shape doesn't tell."""
         return self.layout.features(self.shape, self.transposed, self.groups)[1]  # type: ignore[attr-defined]
+
+    @property
+    def weight_layout(self) -> WeightLayout:
+        """How the weight is stored, beside PEFT's layout."""
+        if not self.transposed:
+            return WeightLayout()
+        return WeightLayout((0, 1), self.groups) if self.layout is Convolution else WeightLayout((-2, -1))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The weight's shape in PEFT's layout: (out, in), or (out, in / groups, *kernel) of a convolution."""
+        return self.weight_layout.turned_shape(self.shape)
 
     @property
     def beside(self) -> tuple[str, str]:

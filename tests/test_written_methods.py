@@ -1,0 +1,260 @@
+"""Methods as an author writes them: PEFT's numbers and files, alone and on top of each other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import written_methods
+from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig
+
+import graphpeft
+from graphpeft import AdaptError, DeltaRule, LoraConfig, ParameterSpec, PeftModel, TargetedConfig, get_peft_model, trace
+from graphpeft.graph.template import template_of
+from graphpeft.rules import config as registry
+from graphpeft.testing import verify
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> Iterator[None]:
+    """Registers the methods for these tests alone."""
+    before = registry.registered()
+    for method in written_methods.METHODS:
+        graphpeft.register(method)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+
+
+class Method(NamedTuple):
+    """A method with options, here and in PEFT."""
+
+    name: str
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+    options: dict[str, Any]
+    cases: tuple[Case, ...]
+
+    def config(self, make: Callable[..., Any], **more: Any) -> Any:
+        return make(**{"target_modules": ["0"], **self.options, **more})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MATRICES = (LINEAR, WITHOUT_BIAS, TRANSPOSED)
+METHODS = (
+    Method("ia3", IA3Config, peft.IA3Config, {"feedforward_modules": []}, MATRICES),
+    Method("ia3-feedforward", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, MATRICES),
+    Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
+    Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
+    Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),
+)
+PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in METHODS for case in method.cases]
+
+
+def moved(model: Any, seed: int = 3) -> Any:
+    """Moves all that is trained, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_peft_reads_the_file_and_gives_the_same(method: Method, case: Case, tmp_path: Path) -> None:
+    model = moved(get_peft_model(case.build(), method.config(method.ours)))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(*case.inputs()), model(*case.inputs()))
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_a_file_of_pefts_gives_pefts_outputs_active_and_merged(method: Method, case: Case, tmp_path: Path) -> None:
+    theirs = moved(peft.get_peft_model(case.build(), method.config(method.theirs)))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(case.build(), tmp_path).eval()
+    expected = theirs(*case.inputs())
+    torch.testing.assert_close(model(*case.inputs()), expected)
+    torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_equal_seeds_give_pefts_values_under_pefts_names(method: Method, case: Case, tmp_path: Path) -> None:
+    for library, make, folder in ((peft, method.theirs, "theirs"), (graphpeft, method.ours, "ours")):
+        torch.manual_seed(7)
+        model: Any = library.get_peft_model(case.build(), method.config(make))  # type: ignore[attr-defined]
+        model.save_pretrained(str(tmp_path / folder))
+    theirs, ours = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_every_law_holds(method: Method, case: Case) -> None:
+    verification = verify(case.build(), method.config(method.ours), case.inputs(), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+def _lora(**options: Any) -> Method:
+    return Method("dora" if options else "lora", LoraConfig, peft.LoraConfig, {"r": 2, **options}, MATRICES)
+
+
+TOGETHER = [*METHODS, _lora(), _lora(use_dora=True)]
+
+
+def both(case: Case, first: Method, second: Method, dtype: torch.dtype = torch.float32) -> Any:
+    model: Any = get_peft_model(case.build().to(dtype), first.config(first.ours))
+    model.add_adapter("second", second.config(second.ours))
+    model.set_adapter(["default", "second"])
+    return moved(model)
+
+
+@pytest.mark.parametrize("case", [LINEAR, WITHOUT_BIAS, TRANSPOSED], ids=str)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
+def test_two_active_adapters_are_what_they_are_merged(first: Method, second: Method, case: Case) -> None:
+    model = both(case, first, second)
+    active = model(*case.inputs())
+    model.merge_adapter()
+    torch.testing.assert_close(model(*case.inputs()), active, atol=4e-6, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(*case.inputs()), active)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(METHODS, METHODS)), ids=str)
+def test_in_half_precision_they_are_merged_within_its_rounding(first: Method, second: Method) -> None:
+    model = both(LINEAR, first, second, torch.bfloat16)
+    x = LINEAR.inputs()[0].to(torch.bfloat16)
+    active = model(x)
+    assert active.dtype == torch.bfloat16
+    merged = model.merge_and_unload()(x)
+    # a weight, and a result, are each rounded to 8 bits
+    torch.testing.assert_close(merged, active, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
+def test_either_of_two_can_go_and_come_back(first: Method, second: Method) -> None:
+    model = both(LINEAR, first, second)
+    active = model(*LINEAR.inputs())
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter([name])
+        alone[name] = model(*LINEAR.inputs())
+    with model.disable_adapter():
+        torch.testing.assert_close(model(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()), atol=0, rtol=0)
+    model.set_adapter(["default", "second"])
+    assert torch.equal(model(*LINEAR.inputs()), active)
+    model.delete_adapter("default")
+    assert torch.equal(model(*LINEAR.inputs()), alone["second"])
+    assert torch.equal(model.unload()(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()))
+
+
+def test_two_reflections_act_as_pefts_do(tmp_path: Path) -> None:
+    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.HRAConfig(r=2, target_modules=["0"]))
+    theirs.add_adapter("second", peft.HRAConfig(r=4, target_modules=["0"]))
+    theirs.base_model.set_adapter(["default", "second"])
+    moved(theirs).save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
+    model.load_adapter(tmp_path / "second", "second")
+    model.set_adapter(["default", "second"])
+    torch.testing.assert_close(model(*LINEAR.inputs()), theirs(*LINEAR.inputs()))
+
+
+# what an operation is given
+
+
+class Shared(nn.Module):
+    """Three projections of one input, one of which is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) * self.k(x) + self.v(x) + self.v(x.tanh()) + x
+
+
+def test_an_input_is_changed_for_the_named_operations_alone() -> None:
+    torch.manual_seed(0)
+    base, x = Shared().eval(), torch.randn(3, 6)
+    flat = trace(copy.deepcopy(base), (x,))
+    config = IA3Config(target_modules=["q", "v"], feedforward_modules=["q", "v"])
+    expected, q, v = copy.deepcopy(base), torch.rand(6), torch.rand(6)
+    for model in (base, flat):
+        adapted: Any = get_peft_model(model, config)
+        with torch.no_grad():
+            adapted.get_submodule("q").factors_default.copy_(q[None])
+            adapted.get_submodule("v").factors_default.copy_(v[None])
+        got = adapted(x)
+        want = expected.q(x * q) * expected.k(x) + expected.v(x * v) + expected.v(x.tanh() * v) + x
+        torch.testing.assert_close(got, want)
+
+
+def test_an_operation_whose_input_changes_is_computed_once() -> None:
+    model = get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=["0"]))
+    template = template_of(model.get_submodule("0"))
+    assert template is not None
+    (graph,) = template.graphs
+    assert [node.name for node in graph.nodes] == [
+        *("input_1", "weight", "bias", "factors_slot0", "flatten", "mul", "getattr_1", "to", "linear", "output")
+    ]
+
+
+# constants
+
+
+@dataclass(frozen=True)
+class OwnTensor(DeltaRule):
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"w": ParameterSpec(site.matrix_shape, key="w")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["w"].zero_()
+
+    def delta(self, w: Any) -> Any:
+        return w @ torch.eye(6)
+
+
+@dataclass(kw_only=True)
+class OwnTensorConfig(TargetedConfig):
+    peft_type = "OWN_TENSOR"
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return OwnTensor()
+
+
+def test_a_tensor_of_the_rules_own_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(AdaptError, match=r"OwnTensor of .*computes with a tensor of shape \(6, 6\) of its own"):
+        get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("case", [CONV_1D, CONV_2D, CONV_3D, POINTWISE], ids=str)
+def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case: Case) -> None:
+    plain = case.build()[0]
+    positions = plain.weight.ndim - 2
+    cls: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[positions - 1]
+    for groups in (1, 2):
+        torch.manual_seed(0)
+        base = nn.Sequential(cls(4, 6, 3, stride=2, groups=groups))
+        x = torch.randn(2, 4, *(5,) * positions)
+        model = moved(get_peft_model(base, LoHaConfig(r=2, alpha=3, target_modules=["0"])))
+        active = model(x)
+        assert model.get_submodule("0").w1_a_default.shape == (6, 2)
+        torch.testing.assert_close(model.merge_and_unload()(x), active, atol=1e-5, rtol=1e-5)

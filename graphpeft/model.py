@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint, combining, lifecycle, merging, mixing, trainer
+from graphpeft.adapters import checkpoint, combining, file_names, lifecycle, merging, mixing, trainer
 from graphpeft.adapters.adapting import (
     Where,
     add_new,
@@ -653,7 +653,7 @@ class PeftModel(nn.Module):
         """
         for name in self.active_adapters[:1]:
             # names in files are never those of the model's own state dict
-            if not checkpoint.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
+            if not file_names.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
                 return set_peft_model_state_dict(self, state_dict, name)
         merging.refuse_lost(modules_of(self), self._peft_adapters, state_dict)
         return super().load_state_dict(state_dict, strict, assign)

@@ -16,13 +16,20 @@ import written_methods
 from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig
+from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
 from graphpeft import AdaptError, DeltaRule, LoraConfig, ParameterSpec, PeftModel, TargetedConfig, get_peft_model, trace
 from graphpeft.graph.template import template_of
 from graphpeft.rules import config as registry
 from graphpeft.testing import verify
+
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begins}")
+    for begins in ("fan_in_fan_out is set to False", "Specified to not save vera_A", "Sparse invariant checks")
+]
+"""PEFT's own warnings, of what is meant here."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,6 +66,9 @@ METHODS = (
     Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
     Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
     Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),
+    Method("vera", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.1}, MATRICES),
+    Method("vera-unsaved", VeraConfig, peft.VeraConfig, {"r": 3, "save_projection": False}, MATRICES),
+    Method("shira", ShiraConfig, peft.ShiraConfig, {"r": 2, "random_seed": 5}, MATRICES[:2]),
 )
 PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in METHODS for case in method.cases]
 
@@ -91,7 +101,6 @@ def test_a_file_of_pefts_gives_pefts_outputs_active_and_merged(method: Method, c
     torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), expected)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize(("method", "case"), PAIRS)
 def test_equal_seeds_give_pefts_values_under_pefts_names(method: Method, case: Case, tmp_path: Path) -> None:
     for library, make, folder in ((peft, method.theirs, "theirs"), (graphpeft, method.ours, "ours")):
@@ -258,3 +267,93 @@ def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case
         active = model(x)
         assert model.get_submodule("0").w1_a_default.shape == (6, 2)
         torch.testing.assert_close(model.merge_and_unload()(x), active, atol=1e-5, rtol=1e-5)
+
+
+# parameters that are more than a site's own
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+
+
+VERA = {"r": 3, "target_modules": ["0", "2"], "d_initial": 0.5}
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_one_tensor_serves_all_sites_and_is_written_once_or_not_at_all(saves: bool, tmp_path: Path) -> None:
+    model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=saves)))
+    first, second = model.get_submodule("0"), model.get_submodule("2")
+    assert first.A_default is second.A_default
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 2 * (6 + 3)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {key for key in keys if "lambda" not in key} == (
+        {"base_model.vera_A", "base_model.vera_B"} if saves else set()
+    )
+    theirs = peft.PeftModel.from_pretrained(two_layers(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    loaded: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
+    assert torch.equal(loaded(X), model(X))
+    assert loaded.get_submodule("0").A_default is loaded.get_submodule("2").A_default
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_another_adapter_takes_the_place_of_one_with_shared_tensors(saves: bool, tmp_path: Path) -> None:
+    models = [
+        moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=saves, projection_prng_key=key)), key)
+        for key in (1, 2)
+    ]
+    expected = models[1](X)
+    models[1].save_pretrained(tmp_path)
+    graphpeft.hotswap_adapter(models[0], tmp_path, "default")
+    assert torch.equal(models[0](X), expected)
+
+
+def test_copies_share_among_themselves_alone() -> None:
+    model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA)))
+    copied = copy.deepcopy(model)
+    first, second = copied.get_submodule("0"), copied.get_submodule("2")
+    assert first.A_default is second.A_default
+    assert first.A_default is not model.get_submodule("0").A_default
+    halved = copied.to(torch.float64)
+    assert halved.get_submodule("0").A_default is halved.get_submodule("2").A_default
+
+
+def test_sites_of_other_shapes_cannot_share() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    with pytest.raises(AdaptError, match=r"VERA: 1 and 0 can't share B: .*\(4, 3\).*\(6, 3\)"):
+        get_peft_model(model, VeraConfig(r=3, target_modules=["0", "1"]))
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_an_export_with_adapters_as_inputs_needs_all_of_them_in_files(tmp_path: Path) -> None:
+    model = moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=False)))
+    with pytest.raises(graphpeft.ExportError, match=r"has \['A', 'B'\], which no file has"):
+        graphpeft.export(model, (X,), tmp_path / "model.pt2", adapters="inputs")
+
+
+def test_whole_numbers_stay_whole_whatever_the_model_becomes(tmp_path: Path) -> None:
+    model: Any = moved(get_peft_model(two_layers(), ShiraConfig(r=1, target_modules=["0"])))
+    expected = model(X)
+    model.to(torch.float64).to(torch.float32)
+    assert model.get_submodule("0").places_default.dtype == torch.int32
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved["base_model.model.0.shira_indices"].dtype == torch.int32
+    assert torch.equal(PeftModel.from_pretrained(two_layers(), tmp_path)(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (ParameterSpec((6, 6), "w", written_once=True), "w is written once, and has no scope"),
+        (ParameterSpec((6, 6), "w", is_saved=False), "w is trained, and isn't saved"),
+        (ParameterSpec((6, 6), "w", dtype=torch.int8), r"w is trained, and has whole numbers \(torch.int8\)"),
+    ],
+)
+def test_a_parameter_that_contradicts_itself_is_refused(spec: ParameterSpec, reason: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(OwnTensor, "parameters", lambda self, site, config: {"w": spec})
+    with pytest.raises(AdaptError, match=f"OWN_TENSOR: {reason}"):
+        get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))

@@ -89,8 +89,9 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     def places(sites: Any) -> dict[Any, Any]:
         return {(a.site.owner, a.site.label): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
 
-    if any(adapted.replaced for adapted in (*adapter.sites, *plan.sites)):
-        return False  # what is left of a weight is worked out anew
+    for adapted in (*adapter.sites, *plan.sites):
+        if adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
+            return False  # what is left of a weight, and what no file has, is worked out anew
     return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
 
 

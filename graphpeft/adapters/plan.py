@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import ReplacesWeight, lacking_base
+from graphpeft.rules.rule import ParameterSpec, ReplacesWeight, contradiction, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
@@ -33,6 +33,22 @@ from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained
 
 class AdaptError(ValueError):
     """A config that can't be applied to the model, which stays as it was."""
+
+
+class Scoped(NamedTuple):
+    """A parameter that several sites share.
+
+    Attributes:
+        label: The site that has come first.
+        place: The path of its module, and the parameter's name there.
+        spec: What its rule says of it.
+        dtype: The dtype of that site's parameters.
+    """
+
+    label: str
+    place: tuple[str, str]
+    spec: ParameterSpec
+    dtype: torch.dtype
 
 
 @dataclass
@@ -48,6 +64,7 @@ class Plan:
         whole: The tensors that are trained whole: names by the path of their module.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
+        scopes: The parameters that several sites share, by their scopes.
     """
 
     modules: Mapping[str, nn.Module]
@@ -58,6 +75,7 @@ class Plan:
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
+    scopes: dict[str, Scoped] = field(default_factory=dict)
 
 
 def make_plan(
@@ -180,8 +198,9 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
+    _refuse_contradiction(specs, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
-    shared = _shared(site, specs, plan.report.adapter)
+    shared = _shared(site, specs, plan.report.adapter) | _in_scopes(plan, site, specs, names, dtype)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
@@ -211,7 +230,35 @@ def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
 
 
-def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> Mapping[str, tuple[str, str]]:
+def _refuse_contradiction(specs: Mapping[str, ParameterSpec], config: PeftConfig) -> None:
+    for name, spec in specs.items():
+        reason = contradiction(name, spec)
+        if reason is not None:
+            raise AdaptError(f"{config.method}: {reason}")
+
+
+def _in_scopes(
+    plan: Plan, site: Any, specs: Mapping[str, ParameterSpec], names: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, tuple[str, str]]:
+    """Returns the places of the parameters of a site that sites before it have, too, and notes those that are new."""
+    found = {}
+    for local, spec in specs.items():
+        if spec.scope is None:
+            continue
+        own = Scoped(site.label, (site.owner, names[local]), spec, dtype)
+        first = plan.scopes.setdefault(spec.scope, own)
+        if first.spec != spec or first.dtype != dtype:
+            raise AdaptError(
+                f"{plan.config.method}: {site.label} and {first.label} can't share {local}: it has the shape "
+                f"{tuple(spec.shape)} and {dtype} at the one, and {tuple(first.spec.shape)} and {first.dtype} at the "
+                "other; target them with an adapter each"
+            )
+        if first.place != own.place:
+            found[local] = first.place
+    return found
+
+
+def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> dict[str, tuple[str, str]]:
     """Returns the places of the parameters that a tied site has from the other one."""
     theirs = {name: spec.shared for name, spec in specs.items() if spec.shared is not None}
     if not theirs:

@@ -15,6 +15,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.rule import ParameterSpec
 from graphpeft.transaction import remember, set_item, undone_by
 
 
@@ -50,18 +51,23 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()}
-        if values is None or adapted.replaced:
+        if values is None or adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
             drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
-            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs if local not in shared}
+            drawn = {
+                local: values[site.owner, adapted.names[local]] if spec.is_saved else drawn[local]
+                for local, spec in adapted.specs.items()
+                if local not in shared
+            }
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
             if local in shared:
                 shared[local].copy_(tensor)
             else:
+                spec = adapted.specs[local]
                 made[site.owner, adapted.names[local]] = nn.Parameter(
-                    tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
+                    tensor.to(device, spec.dtype or adapted.dtype), spec.is_trained
                 )
         made |= {(site.owner, adapted.names[local]): tensor for local, tensor in shared.items()}
     return made
@@ -80,23 +86,30 @@ def _first_values(
     """
     own = {name: own_parameter(module, name) for name in adapted.replaced}
     if device.type == "meta":
-        drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        drawn = {local: _empty(spec, device) for local, spec in adapted.specs.items()}
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {
-        local: torch.empty(*spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
+        local: _empty(spec) if local not in shared else shared[local].to("cpu", spec.dtype or torch.get_default_dtype())
         for local, spec in adapted.specs.items()
     }
     for other in adapted.site.redrawn:
         rule: Any = config.rule_for(other, adapted.dtype)
-        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
     replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
-    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}, replacing
+    return {
+        local: tensor if adapted.specs[local].dtype is not None else tensor.to(adapted.site.dtype)
+        for local, tensor in drawn.items()
+    }, replacing
+
+
+def _empty(spec: ParameterSpec, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphpeft._torch import printed_target
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import file_names
 from graphpeft.adapters.graphs import slots_for, templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
@@ -61,13 +61,13 @@ def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
     for place in adapter.tensor_names(name):
         places.setdefault(id(_tensor(modules, place)), []).append(place)
     found = {}
-    for key, place in checkpoint.keys(adapter, name, modules).items():
+    for key, place in file_names.keys(adapter, name, modules).items():
         tensor = _tensor(modules, place)
         first, *_ = places[id(tensor)]
         if place == first:  # what is tied has one input, and a name in files for each place
             found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
     devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
-    for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
+    for key, (path, attribute) in file_names.constant_keys(adapter, modules).items():
         number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
         found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
     # AOTInductor's loader goes by the order in a dictionary, so there has to be one that anybody can make
@@ -80,6 +80,12 @@ def _refuse(adapter: Adapter, name: str) -> None:
             f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which another adapter wouldn't "
             "have taken. Save it by save_pretrained with path_initial_model_for_weight_conversion, load that, and "
             "export it; or use adapters='baked'"
+        )
+    unsaved = [local for adapted in adapter.sites for local, spec in adapted.specs.items() if not spec.is_saved]
+    if unsaved:
+        raise ExportError(
+            f"adapter {name!r} has {list(dict.fromkeys(unsaved))}, which no file has, so no other adapter could be "
+            "given in its place; use adapters='baked' or 'merged'"
         )
     if adapter.overwritten:
         changed = [join(*place) for place in adapter.overwritten]
@@ -245,7 +251,7 @@ def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
         else:
             # the model's own are the same anyway, but for which argument it is that something is added to
             known[node] = f"{node.op} {node.target if node.op == 'placeholder' else ''}"
-    results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].over is not None]
+    results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].place]
     return _digest(" ".join(results))
 
 

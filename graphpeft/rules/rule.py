@@ -44,6 +44,12 @@ class ParameterSpec(NamedTuple):
         is_trained: Whether it is trained, where the adapter is.
         form: Its form in files, if that is another one.
         shared: At a site that is tied to another one: which of that one's parameters it is.
+        scope: The name of a tensor that sites of one adapter share: those whose specs have the same scope hold one.
+            `initialise` is given its values of before at each of these sites but the first.
+        written_once: Whether a file has it once for all its sites, as ``base_model.<key>``, and not with each of them.
+        is_saved: Whether it is in files; otherwise `initialise` makes it again, where a file is loaded, too.
+        dtype: Its dtype, if that isn't the one of the adapter; whole numbers aren't trained, and ``.half()`` leaves
+            them as they are.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +57,23 @@ class ParameterSpec(NamedTuple):
     is_trained: bool = True
     form: FileForm | None = None
     shared: str | None = None
+    scope: str | None = None
+    written_once: bool = False
+    is_saved: bool = True
+    dtype: torch.dtype | None = None
+
+
+def contradiction(name: str, spec: ParameterSpec) -> str | None:
+    """Returns what in a spec contradicts something else in it, or None."""
+    if spec.written_once and spec.scope is None:
+        return f"{name} is written once, and has no scope, by which its sites would be known"
+    if spec.written_once and not spec.is_saved:
+        return f"{name} is written once, and isn't saved"
+    if spec.is_trained and not spec.is_saved:
+        return f"{name} is trained, and isn't saved"
+    if spec.is_trained and spec.dtype is not None and not spec.dtype.is_floating_point:
+        return f"{name} is trained, and has whole numbers ({spec.dtype})"
+    return None
 
 
 class Rule(ABC):

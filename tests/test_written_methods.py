@@ -24,7 +24,6 @@ from graphpeft.graph.template import template_of
 from graphpeft.rules import config as registry
 from graphpeft.testing import verify
 
-
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
     for begins in ("fan_in_fan_out is set to False", "Specified to not save vera_A", "Sparse invariant checks")
@@ -357,3 +356,100 @@ def test_a_parameter_that_contradicts_itself_is_refused(spec: ParameterSpec, rea
     monkeypatch.setattr(OwnTensor, "parameters", lambda self, site, config: {"w": spec})
     with pytest.raises(AdaptError, match=f"OWN_TENSOR: {reason}"):
         get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+# weights whose use has no name
+
+
+@dataclass(frozen=True)
+class LowRank(DeltaRule):
+    """B A for each matrix of a weight, with a change of the bias beside it."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        *stack, rows, columns = site.matrix_shape
+        shapes = {"A": (*stack, config.r, columns), "B": (*stack, rows, config.r)}
+        return {name: ParameterSpec(shape, key=name) for name, shape in shapes.items()}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        for parameter in parameters.values():
+            parameter.normal_()
+
+    def dropout_of(self, config: Any) -> float:
+        return config.dropout
+
+    def delta(self, A: Any, B: Any) -> Any:
+        return B @ A
+
+
+@dataclass(kw_only=True)
+class LowRankConfig(TargetedConfig):
+    peft_type = "LOW_RANK"
+
+    r: int = 2
+    dropout: float = 0.0
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return LowRank()
+
+
+class Experts(nn.Module):
+    """Two experts, whose matrices are stored as (in, out) or as (out, in)."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.stack = nn.Parameter(torch.randn(2, 6, 4) if is_transposed else torch.randn(2, 4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(2, -1, -1), self.stack if self.is_transposed else self.stack.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_a_delta_serves_stacks_of_matrices(is_transposed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base, x = Experts(is_transposed).to(dtype), torch.randn(5, 6).to(dtype)
+    model: Any = get_peft_model(nn.Sequential(copy.deepcopy(base)), LowRankConfig(target_modules=["0.stack"]))
+    adapted = model.get_submodule("0")
+    A, B = adapted.stack_A_default, adapted.stack_B_default
+    assert (A.shape, B.shape, A.dtype) == ((2, 2, 6), (2, 4, 2), torch.float32)
+    change = (B @ A).to(dtype)
+    with torch.no_grad():
+        base.stack += change.mT if is_transposed else change
+    assert torch.equal(model(x), base(x))
+    assert torch.equal(model.merge_and_unload()(x), base(x))
+
+
+def test_dropout_needs_an_input() -> None:
+    config = LowRankConfig(target_modules=["0.stack"], dropout=0.5)
+    with pytest.raises(AdaptError, match=r"dropout drops elements of an operation's input.*set it to 0"):
+        get_peft_model(nn.Sequential(Experts(True)), config)
+
+
+def test_dropout_takes_elements_of_the_input_in_training_alone() -> None:
+    model = get_peft_model(LINEAR.build(), LowRankConfig(target_modules=["0"], dropout=0.5))
+    (x,), own, layer = LINEAR.inputs(), LINEAR.build()[0], model.get_submodule("0")
+    change: Any = (layer.B_default @ layer.A_default).T
+    torch.testing.assert_close(model.eval()(x), torch.tanh(own(x) + x @ change))
+    model.train()
+    torch.manual_seed(3)
+    got = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(got, torch.tanh(own(x) + nn.functional.dropout(x, 0.5) @ change))
+
+
+@pytest.mark.parametrize("case", [LINEAR, CONV_1D, CONV_2D, CONV_3D], ids=str)
+def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithBias(written_methods.Hadamard):
+        def parameters(self, site: Any, config: Any) -> Any:
+            return {**super().parameters(site, config), "c": ParameterSpec((site.out_features,), key="c")}
+
+        def bias_delta(self, c: Any) -> Any:
+            return c
+
+    monkeypatch.setattr(LoHaConfig, "rule_for", lambda self, site, dtype: WithBias(site.matrix_shape))
+    model: Any = get_peft_model(case.build(), LoHaConfig(r=2, alpha=3, target_modules=["0"]))
+    with torch.no_grad():
+        model.get_submodule("0").c_default.normal_()
+    active = moved(model)(*case.inputs())
+    torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), active, atol=1e-5, rtol=1e-5)

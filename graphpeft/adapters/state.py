@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,7 @@ class Adapters:
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
+        call_inputs: The arguments that adapters read in each call, beside those of the model's forward.
         passes: The names of the passes that change how the graphs compute.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
@@ -172,6 +174,12 @@ class Adapters:
     pauses: frozenset[object] = frozenset()
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
+    call_inputs: frozenset[str] = frozenset()
+
+    def call_inputs_of(self) -> frozenset[str]:
+        """Returns the arguments that its adapters read in each call."""
+        sites = itertools.chain.from_iterable(adapter.sites for adapter in self.by_name.values())
+        return frozenset(name for adapted in sites for name in adapted.rule.call_inputs)
 
     @property
     def acting(self) -> list[str]:

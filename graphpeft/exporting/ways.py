@@ -20,7 +20,7 @@ from graphpeft.adapters import mixing
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.optimization import optimize
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.present_rows import rows_present
+from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapters, adapters_of
 from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting.adapter_inputs import AdapterInput, Interface
@@ -135,7 +135,7 @@ def rows(model: nn.Module) -> Prepared:
 
     @contextlib.contextmanager
     def around(adapters: Mapping[str, Tensor], adapter_rows: Tensor) -> Iterator[None]:
-        with adapter_inputs.given(modules, own, adapters), rows_present(GivenRows(name, adapter_rows)):
+        with adapter_inputs.given(modules, own, adapters), ROWS.during(GivenRows(name, adapter_rows)):
             yield
 
     root = Root(copied, ("adapters", "adapter_rows"), around)

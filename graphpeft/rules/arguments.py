@@ -82,6 +82,7 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
+    functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}
     for name, given in functions.items():
         if not hasattr(rule, name):
             continue
@@ -90,3 +91,8 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         except ArgumentError as error:
             return f"{name} of {type(rule).__name__} {error}"
     return None
+
+
+def _of_call(rule: Rule, function: str) -> tuple[str, ...]:
+    # a weight that is merged belongs to no call
+    return rule.call_inputs if function in ("rewrite", "enter", "leave") else ()

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from graphpeft.graph.call_inputs import CallInput, call_input
 from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
@@ -77,7 +78,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
         NoChangeError: If the rule asks for the weight so far, and an adapter that acts before changes more than that.
     """
     before = set(graph.nodes)
-    entered, replaced = _emit(graph, op, rule, attributes)
+    entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
     calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
     place = max((tag.place for tag in changes_at(graph, op.name)), default=0) + 1
     for node in [node for node in graph.nodes if node not in before]:
@@ -93,11 +94,14 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
         node.meta[CALLS] = calls
 
 
+Sources = Mapping[str, str | CallInput]
+"""What a rule reads at a site, by name: paths, in the module that owns the graph, and arguments of the call."""
+
 Replaced = dict[fx.Node, fx.Node]
 """New nodes, with those in whose place they are."""
 
 
-def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str]) -> tuple[Replaced, Replaced]:
+def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Sources) -> tuple[Replaced, Replaced]:
     """Emits a rule's nodes, and returns those that an operation is given, and those in the place of a value."""
     if isinstance(op, Boundary) and not isinstance(op, Leaf):
         return {}, _at_boundary(graph, op, rule, attributes)
@@ -116,7 +120,7 @@ def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str]) -> 
     return entered, replaced
 
 
-def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attributes: Mapping[str, str]) -> Replaced:
+def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits what an operation, and the adapters that act before, are given in the place of its input."""
     inside = op.inside if isinstance(op, Leaf) else {op.node}
     users = [user for user in x.users if user in inside or (TAG in user.meta and user.meta[TAG].site == op.name)]
@@ -131,7 +135,7 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
     return {new: x}
 
 
-def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Mapping[str, str]) -> Replaced:
+def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) -> Replaced:
     """Emits the new value of a weight, and returns for it the node in whose place it is."""
     current = top(graph, op.node)
     before = set(graph.nodes)
@@ -142,7 +146,7 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Mapping[str
     return {result: current}
 
 
-def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Mapping[str, str]) -> Replaced:
+def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits the operation's new value, and returns for it the node in whose place it is."""
     current = top(graph, op.node)
     before = set(graph.nodes)
@@ -161,7 +165,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
 _CHANGES = ("change", "bias_change")
 
 
-def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Mapping[str, str]) -> fx.Proxy:
+def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
     """Emits the change of a weight that `rule` makes, from what it was before, and from the module's own."""
     return rule.change(_given(rule.delta, graph, weights, attributes, {}))
 
@@ -171,7 +175,7 @@ def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
     return (before + change.to(before.dtype)).node
 
 
-def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Mapping[str, str]) -> dict[str, fx.Node]:
+def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) -> dict[str, fx.Node]:
     """Emits those operands of an operation, and changes of them, for which a rule asks.
 
     Raises:
@@ -219,14 +223,14 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     return found
 
 
-def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Mapping[str, str]) -> Any:
+def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
     """Emits the change of a bias that `rule` makes; None where there is none."""
     if "bias" in Asked(rule.bias_delta).needed and "bias" not in operands:
         return None  # there is none that could be scaled, or the like
     return _call(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {})
 
 
-def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Mapping[str, str]) -> Replaced:
+def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
     outside = {user for user in op.output.users if user not in op.inside}
     with graph.inserting_before(op.output.next):
@@ -258,7 +262,7 @@ def replace(
     _replace(op.node, result.node, users.__contains__)
 
 
-def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Mapping[str, str]) -> Replaced:
+def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Sources) -> Replaced:
     """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
     tracer = RuleTracer(graph)
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
@@ -324,7 +328,7 @@ def _call(
     function: Callable[..., Any],
     graph: fx.Graph,
     nodes: Mapping[str, fx.Node],
-    paths: Mapping[str, str | None],
+    paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> Any:
     """Calls a rule's function with what it asks for by the names of its arguments, see `_given`."""
@@ -335,7 +339,7 @@ def _given(
     function: Callable[..., Any],
     graph: fx.Graph,
     nodes: Mapping[str, fx.Node],
-    paths: Mapping[str, str | None],
+    paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns what a rule's function asks for by the names of its arguments.
@@ -344,7 +348,8 @@ def _given(
         function: The function. One that takes ``**others`` gets all that there is.
         graph: Where its nodes go.
         nodes: Nodes that it can ask for, as proxies.
-        paths: Attributes of the module that owns the graph, likewise; None for one that isn't there.
+        paths: Attributes of the module that owns the graph, and arguments of the call, likewise; None for what isn't
+            there.
         values: Other values.
     """
     tracer = RuleTracer(graph)
@@ -356,6 +361,8 @@ def _given(
         if name in nodes:
             return fx.Proxy(nodes[name], tracer)
         path = paths[name]
+        if isinstance(path, CallInput):
+            return fx.Proxy(graph.call_function(call_input, (path.name,)), tracer)
         return fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
 
     asked = Asked(function).among((*values, *nodes, *paths))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -86,6 +86,13 @@ class Rule(ABC):
     def check(self, site: Any, config: Any) -> str | None:
         """Returns the reason why a site can't be adapted, or None."""
         return None
+
+    call_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the model is given in each call beside those of its forward, as ``model(x, task_ids=…)``.
+
+    ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which its
+    graph has as arguments.
+    """
 
     def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule with what its functions have to know of a site.

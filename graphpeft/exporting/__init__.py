@@ -27,7 +27,7 @@ from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.graph.errors import GuardError, TraceError
-from graphpeft.model import PeftModel
+from graphpeft.model.peft_model import PeftModel
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
 

@@ -23,7 +23,7 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
 from graphpeft.exporting.ways import Case
-from graphpeft.model import PeftModel
+from graphpeft.model.peft_model import PeftModel
 
 _ADAPTERS = "adapters"
 

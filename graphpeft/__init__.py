@@ -36,13 +36,9 @@ from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
-from graphpeft.model import (
-    PeftModel,
-    explain,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from graphpeft.model.adapt import explain, get_peft_model
+from graphpeft.model.peft_model import PeftModel
+from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.report import Report

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.model import PeftModel
+from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.config import ConfigLike, PeftConfig, TaskType
 from graphpeft.wording import shown
 

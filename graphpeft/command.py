@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from graphpeft.auto import class_for
-from graphpeft.exporting import FORMATS, WAYS, ExportError, export
+from graphpeft.exporting import CARRIERS, FORMATS, ExportError, export
 from graphpeft.rules.config import PeftConfig
 
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", help="the file to write; for weights also a folder")
     command.add_argument("--format", default="pt2", choices=FORMATS, help="default: pt2")
-    command.add_argument("--adapters", default="merged", choices=WAYS, help="how adapters are carried; default: merged")
+    command.add_argument(
+        "--adapters", default="merged", choices=CARRIERS, help="how adapters are carried; default: merged"
+    )
     command.add_argument("--fixed", action="store_true", help="keep all sizes of the inputs as the example has them")
     command.add_argument("--unchecked", action="store_true", help="don't run and compare what was written")
     return parser

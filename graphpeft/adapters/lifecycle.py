@@ -77,7 +77,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared):
             set_item(adapters.lifted, region, without_any(template))
     set_item(adapters.by_name, name, Adapter.of(plan))
-    set_attribute(adapters, "call_inputs", adapters.call_inputs_of())
+    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
 
@@ -211,7 +211,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
-    set_attribute(adapters, "call_inputs", adapters.call_inputs_of())
+    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     forget_mixing(adapters)
     for path, attribute in adapter.tensor_names(name):
         undone_by(adapters.owned.add, path, attribute)

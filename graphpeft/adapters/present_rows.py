@@ -6,8 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from graphpeft.graph.per_call import PerCall
+
+
+class RowParameters(Protocol):
+    """The parameters and numbers of the adapters of a tensor's rows, as graphs for mixed batches read them."""
+
+    def stacked(self, owner: nn.Module, stem: str, where: Any) -> torch.Tensor:
+        """Returns the parameters `stem` of `owner`, one for each row in a first dimension."""
+        ...
+
+    def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
+        """Returns the number `stem` of `owner`: one for all rows, or a tensor with one for each row."""
+        ...
 
 
 class PresentRows(Protocol):
@@ -23,8 +36,8 @@ class PresentRows(Protocol):
         """Whether the model's adapters were disabled since."""
         ...
 
-    def of(self, tensor: torch.Tensor) -> Any:
-        """Returns the adapters of the rows of `tensor`, which have ``stacked`` and ``number`` as `RowAdapters` has."""
+    def of(self, tensor: torch.Tensor) -> RowParameters:
+        """Returns the parameters of the adapters of the rows of `tensor`."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ class Adapters:
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
-        call_inputs: The arguments that adapters read in each call, beside those of the model's forward.
+        call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
+            them, too.
         passes: The names of the passes that change how the graphs compute.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
@@ -174,12 +176,14 @@ class Adapters:
     pauses: frozenset[object] = frozenset()
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
-    call_inputs: frozenset[str] = frozenset()
+    call_inputs: Mapping[str, bool] = field(default_factory=dict)
 
-    def call_inputs_of(self) -> frozenset[str]:
-        """Returns the arguments that its adapters read in each call."""
+    def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:
+        """Returns what `call_inputs` are for the adapters that there are now."""
         sites = itertools.chain.from_iterable(adapter.sites for adapter in self.by_name.values())
-        return frozenset(name for adapted in sites for name in adapted.rule.call_inputs)
+        names = {name for adapted in sites for name in adapted.rule.call_inputs}
+        taken = inspect.signature(model.forward).parameters if names else {}
+        return {name: name in taken for name in names}
 
     @property
     def acting(self) -> list[str]:

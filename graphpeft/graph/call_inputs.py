@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from graphpeft.graph.per_call import PerCall
@@ -24,10 +24,20 @@ class CallInput(NamedTuple):
     name: str
 
 
-def given(names: Collection[str], kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Lets graphs read those of a call's keyword arguments that have these names."""
-    own = {name: value for name, value in kwargs.items() if name in names}
+def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Lets graphs read arguments of a call.
+
+    Args:
+        read: The names of those that adapters read, with whether the model's forward takes them, too.
+        kwargs: The keyword arguments of the call.
+    """
+    own = {name: value for name, value in kwargs.items() if name in read}
     return taken_along(functools.partial(CALL_INPUTS.during, own)) if own else contextlib.nullcontext()
+
+
+def left(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments that the model's forward is to have; arguments as for `given`."""
+    return {name: value for name, value in kwargs.items() if read.get(name, True)}
 
 
 def call_input(name: str) -> Any:

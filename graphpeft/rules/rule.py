@@ -90,8 +90,8 @@ class Rule(ABC):
     call_inputs: ClassVar[tuple[str, ...]] = ()
     """Arguments that the model is given in each call beside those of its forward, as ``model(x, task_ids=…)``.
 
-    ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which its
-    graph has as arguments.
+    ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which
+    its graph has as arguments.
     """
 
     def at_site(self, site: Any, dtype: torch.dtype) -> Rule:

@@ -150,12 +150,15 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
         read = self._peft_adapters.call_inputs
-        if adapter_names is None and not (read and kwargs):
-            return super().__call__(*args, **kwargs)
-        if adapter_names is not None and getattr(self, "_is_replica", False):
+        if adapter_names is None:
+            if not (read and kwargs):
+                return super().__call__(*args, **kwargs)
+            with call_inputs.given(read, kwargs):
+                return super().__call__(*args, **call_inputs.left(read, kwargs))
+        if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
-        rows = contextlib.nullcontext() if adapter_names is None else self.mixed_batch(adapter_names)
-        with call_inputs.given(read, kwargs), rows:
+        with self.mixed_batch(adapter_names):
+            # no adapter that reads arguments of the call can be one of several
             return super().__call__(*args, **call_inputs.left(read, kwargs))
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
@@ -333,17 +336,16 @@ class GeneratingPeftModel(PeftModel):
         """
         base: Any = super()
         read = self._peft_adapters.call_inputs
-        if adapter_names is None and not (read and kwargs):
-            return base.generate(*args, **kwargs)
         config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
         if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
             raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
-        rows = contextlib.nullcontext()
-        if adapter_names is not None:
-            rows = mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats))
-        with call_inputs.given(read, kwargs), rows:
-            return base.generate(*args, **call_inputs.left(read, kwargs))
+        own = call_inputs.left(read, kwargs)
+        if adapter_names is None:
+            with call_inputs.given(read, kwargs):
+                return base.generate(*args, **own)
+        with mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats)):
+            return base.generate(*args, **own)
 
 
 def methods_for(model: nn.Module) -> in_place.Layer:

@@ -41,7 +41,9 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,

@@ -51,14 +51,14 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
         for local, spec in adapted.specs.items():
             found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
     for owner, names in adapter.whole.items():
-        inside = ".base_layer" * len(wrapped.get(owner, ()))
+        path = _file_path(owner, wrapped, adapter.infixes) + ".base_layer" * len(wrapped.get(owner, ()))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
-                key = _key(prefix, _file_path(owner, wrapped) + inside, own)
+                key = _key(prefix, path, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
     for path, rows in adapter.rows.items():
         if rows.leader == path:
-            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
+            key = _key(prefix, _file_path(path, wrapped), rows.key)
             found[key] = (path, stand_ins.rows(name))
     return found
 
@@ -121,15 +121,21 @@ def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[st
     return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
 
 
-def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
-    """Returns a module's path with ``.base_layer`` behind each module around it that PEFT wraps."""
+def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns a module's path in files: with ``.base_layer`` behind each module around it that PEFT wraps.
+
+    Args:
+        path: The path.
+        wrapped: As `_wrapped_parameters` returns it.
+        infixes: What stands behind the paths of modules, and of those around it.
+    """
     parts: list[str] = []
     here: list[str] = []
     for part in path.split(".") if path else ():
         if here:
             parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
         here.append(part)
-        parts.append(part)
+        parts += [part, infixes[".".join(here)]] if ".".join(here) in infixes else [part]
     return ".".join(parts)
 
 
@@ -157,9 +163,8 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    embeddings = embedding_layers.to_save(
-        modules, adapter.config, _base_name(modules[""], adapter), save_embedding_layers
-    )
+    base = _base_name(modules[""], adapter)
+    embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
     named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
@@ -278,7 +283,7 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for adapted in adapter.sites
         for local, place in adapted.shared.items()
     ]
-    if getattr(adapter.config, "ensure_weight_tying", False):
+    if adapter.config.keeps_tied:
         copies: dict[int, tuple[str, str]] = {}
         for path, own, tensor in _whole(adapter, modules):
             place = path, stand_ins.stand_in(own, name)
@@ -287,7 +292,7 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         if not found[place].is_meta and not torch.equal(found[place], found[other]):
             raise CheckpointError(
                 f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are tied; load "
-                "it with ensure_weight_tying=False in its config"
+                f"it with {adapter.config.tying_option}=False in its config"
             )
 
 

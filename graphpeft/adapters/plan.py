@@ -46,6 +46,7 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
+        infixes: What stands in files behind the paths of such modules, where something does.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
     """
@@ -56,6 +57,7 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
 
@@ -93,7 +95,7 @@ def make_plan(
         config.check()
         _refuse_too_many_names(config, finder.modules)
         resolved = config.resolved(model)
-        targets.compile_matcher(resolved)
+        targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
@@ -114,7 +116,7 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    plan.whole, plan.infixes = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     _refuse_replaced_twice(plan)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)

@@ -37,6 +37,7 @@ class Adapter:
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
+        infixes: What stands in files behind the paths of modules that are trained whole, where something does.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
@@ -45,12 +46,13 @@ class Adapter:
     whole: dict[str, tuple[str, ...]]
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows, plan.infixes)
 
     @property
     def changes_weights(self) -> bool:

@@ -759,8 +759,10 @@ class _GeneratingModel(PeftModel):
         base: Any = super()
         if adapter_names is None:
             return base.generate(*args, **kwargs)
-        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
-        repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [
+            kwargs.get(name, getattr(settings, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        ]
         with mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats)):
             return base.generate(*args, **kwargs)
 

@@ -134,12 +134,12 @@ def _clone(layer: nn.Module, index: int) -> nn.Module:
     return cloned
 
 
-def _options(config: Any, indices: list[int], before: int) -> dict[str, Any]:
+def _options(model_config: Any, indices: list[int], before: int) -> dict[str, Any]:
     """Returns the options of a model's config that have to change with its layers."""
     options: dict[str, Any] = {}
-    if hasattr(config, "num_hidden_layers"):
+    if hasattr(model_config, "num_hidden_layers"):
         options["num_hidden_layers"] = len(indices)
-    types = getattr(config, "layer_types", None)
+    types = getattr(model_config, "layer_types", None)
     if isinstance(types, list) and len(types) == before:
         options["layer_types"] = [types[index] for index in indices]
     return options

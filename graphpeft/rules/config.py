@@ -345,24 +345,24 @@ class PeftConfig:
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def as_config(config: ConfigLike) -> PeftConfig:
-    """Returns `config` as one of this library's; a config object of PEFT's is read by its keys.
+def as_config(given: ConfigLike) -> PeftConfig:
+    """Returns a config as one of this library's; a config object of PEFT's is read by its keys.
 
     Raises:
         TypeError: If it is no config.
         ValueError: If its method, or what PEFT's config says of the run, isn't supported.
     """
-    if isinstance(config, PeftConfig):
-        return config
-    if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
-        raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    if isinstance(given, PeftConfig):
+        return given
+    if not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
+        raise TypeError(f"config is a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)")
     # PEFT keeps it beside its keys, and leaves it out of what it writes
-    foreign: Any = config
-    if hasattr(foreign, "runtime_config") and foreign.runtime_config.ephemeral_gpu_offload:
+    runtime = getattr(given, "runtime_config", None)
+    if runtime is not None and runtime.ephemeral_gpu_offload:
         raise ValueError(
             "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave runtime_config out"
         )
-    values = config.to_dict()
+    values = given.to_dict()
     known = {field.name for c in registered().values() for field in options(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
 

@@ -55,6 +55,7 @@ from graphpeft.rules.rule import (
     Rule,
     RunsByRow,
 )
+from graphpeft.rules.trained import TableRows, WholeModule
 from graphpeft.sites.feeding import feeding
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
@@ -97,10 +98,12 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "TableRows",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "WholeModule",
     "explain",
     "export",
     "export_adapter",

@@ -57,7 +57,7 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
                 key = _key(prefix, path, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
     for path, rows in adapter.rows.items():
-        if rows.leader == path:
+        if rows.key:
             key = _key(prefix, _file_path(path, wrapped), rows.key)
             found[key] = (path, stand_ins.rows(name))
     return found
@@ -135,7 +135,10 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str
         if here:
             parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
         here.append(part)
-        parts += [part, infixes[".".join(here)]] if ".".join(here) in infixes else [part]
+        parts.append(part)
+        if ".".join(here) in infixes:
+            # PEFT leaves the adapter's name in the names of what is inside, and reads it only under the same name
+            parts += [infixes[".".join(here)], *([] if len(here) == path.count(".") + 1 else ["default"])]
     return ".".join(parts)
 
 
@@ -288,6 +291,11 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for path, own, tensor in _whole(adapter, modules):
             place = path, stand_ins.stand_in(own, name)
             tied.append((place, copies.setdefault(id(tensor), place)))
+    tied += [
+        ((path, stand_ins.rows(name)), (rows.leader, stand_ins.rows(name)))
+        for path, rows in adapter.rows.items()
+        if rows.key
+    ]
     for place, other in tied:
         if not found[place].is_meta and not torch.equal(found[place], found[other]):
             raise CheckpointError(

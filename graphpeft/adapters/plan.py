@@ -113,6 +113,10 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     sites = resolved.find_sites(finder, plan.report, owned)
     if where is not None and sites:
         sites = _narrow(plan, sites, where, owned)
+    try:
+        plan.config = plan.config.prepared(sites)
+    except ValueError as error:
+        raise AdaptError(str(error)) from error
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]

@@ -183,6 +183,20 @@ class PeftConfig:
         """
         raise ValueError(f"a {type(self).__name__} can't name some of its sites; leave where out")
 
+    def prepared(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config with all that depends on its sites together, such as the size of a tensor that they share.
+
+        It is asked once for each plan, before any rule. What it adds is best an attribute that is no field: files don't
+        have it, since it follows from the config and the model.
+
+        Args:
+            sites: All sites of the config in the model, in the order in which first values are drawn.
+
+        Raises:
+            ValueError: If there is none for these sites.
+        """
+        return self
+
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
         raise NotImplementedError

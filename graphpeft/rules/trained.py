@@ -27,8 +27,10 @@ class TableRows(NamedTuple):
         indices: Which.
         key: The name in files of the tensor that has these rows, behind the module's path.
         option: The option that names them.
+        written_for_tied: Whether files hold them once more for each module that is tied to this one.
     """
 
     indices: tuple[int, ...]
     key: str = "token_adapter.trainable_tokens_delta"
     option: str = "target_modules"
+    written_for_tied: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,7 +16,8 @@ from graphpeft.rules.report import Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
-from graphpeft.targeting.targeting import targeted_sites, targets
+from graphpeft.targeting import targets
+from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,15 @@ class TargetedConfig(PeftConfig):
                 return set()
             raise
         return default if isinstance(default, str) else set(default)
+
+    def targeted_modules(self, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
+        """Returns the paths of the modules that the config names, whatever they are, as for `find_whole`.
+
+        Args:
+            modules: The model's modules by path.
+            report: Gets what is excluded, or that nothing matched.
+        """
+        return targeted_modules(self, modules, report)
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
         """Returns the sites that the config names."""

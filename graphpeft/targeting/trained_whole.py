@@ -28,7 +28,7 @@ class TrainedRows(NamedTuple):
     Attributes:
         indices: Which.
         leader: The path of the module that has them; of those whose weight is one tensor, the others follow it.
-        key: Their name in files, behind that of the leader.
+        key: Their name in files, behind the path of a module that has them there; "" if this one has none.
     """
 
     indices: tuple[int, ...]
@@ -229,7 +229,7 @@ def _with_tied(
             if reason is not None:
                 report.refused.append(Refusal(other, f"it is tied to {path}, and {reason}", f"change {own.option}"))
             else:
-                found[other] = found[path]
+                found[other] = TrainedRows(own.indices, path, own.key if own.written_for_tied else "")
     return found
 
 

@@ -48,6 +48,7 @@ from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
     Combines,
+    FileForm,
     Mergeable,
     OperationRule,
     ParameterSpec,
@@ -55,7 +56,7 @@ from graphpeft.rules.rule import (
     Rule,
     RunsByRow,
 )
-from graphpeft.rules.trained import TableRows, WholeModule
+from graphpeft.rules.trained import SiteParameters, TableRows, WholeModule
 from graphpeft.sites.feeding import feeding
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
@@ -77,6 +78,7 @@ __all__ = [
     "EvaConfig",
     "ExportError",
     "ExportReport",
+    "FileForm",
     "GuardError",
     "LoftQConfig",
     "LoraConfig",
@@ -98,6 +100,7 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "SiteParameters",
     "TableRows",
     "TargetedConfig",
     "TaskType",

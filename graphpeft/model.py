@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint, combining, lifecycle, merging, mixing, trainer
+from graphpeft.adapters import checkpoint, combining, lifecycle, merging, mixing, trainer, training
 from graphpeft.adapters.adapting import (
     Where,
     add_new,
@@ -238,7 +238,9 @@ class PeftModel(nn.Module):
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            output = super().__call__(*args, **kwargs)
+            state = self._peft_adapters
+            return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
         if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
         with self.mixed_batch(adapter_names):
@@ -557,6 +559,22 @@ class PeftModel(nn.Module):
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that `merge_adapter` has added to the weights."""
         return list(self._peft_adapters.merged)
+
+    # training
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
+
+        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
+
+        Args:
+            global_step: The number of the step.
+
+        Raises:
+            AdaptError: If the method of no such adapter changes then; the model is as it was.
+        """
+        with transaction(self):
+            training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
 
     # parameters
 

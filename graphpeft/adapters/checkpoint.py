@@ -306,12 +306,12 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
 
 def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
     """Returns the forms in files of those parameters that have another one there, by their places in the model."""
-    return {
-        (adapted.site.owner, adapted.names[local]): spec.form
+    forms = {
+        (adapted.site.owner, adapted.names[local]): adapter.config.file_form(adapted.site, local, spec)
         for adapted in adapter.sites
         for local, spec in adapted.specs.items()
-        if spec.form is not None
     }
+    return {place: form for place, form in forms.items() if form is not None}
 
 
 def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -356,9 +356,11 @@ def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Module
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    forms = _forms(adapter)
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
-            yield (adapted.site.owner, adapted.names[local]), spec.form.shape if spec.form is not None else spec.shape
+            place = adapted.site.owner, adapted.names[local]
+            yield place, forms[place].shape if place in forms else spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():

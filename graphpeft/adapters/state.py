@@ -155,6 +155,7 @@ class Adapters:
         passes: The names of the passes that change how the graphs compute.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
+        has_penalties: Whether an adapter has come whose method adds something to the loss.
         replication: How the model's layers were exchanged for an adapter.
     """
 
@@ -172,6 +173,7 @@ class Adapters:
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
+    has_penalties: bool = False
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
 

@@ -84,12 +84,12 @@ def _first_values(
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {
-        local: torch.empty(*spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
+        local: torch.empty(spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
         for local, spec in adapted.specs.items()
     }
     for other in adapted.site.redrawn:
         rule: Any = config.rule_for(other, adapted.dtype)
-        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        discarded = {local: torch.empty(spec.shape) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
     replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}

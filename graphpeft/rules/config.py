@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from graphpeft.rules.adapted_site import AdaptedSite
     from graphpeft.rules.combination import Combination, Part
     from graphpeft.rules.report import Report
-    from graphpeft.rules.rule import Rule
-    from graphpeft.rules.trained import Biases, TableRows, WholeModule
+    from graphpeft.rules.rule import FileForm, ParameterSpec, Rule
+    from graphpeft.rules.trained import Biases, SiteParameters, TableRows, WholeModule
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
 
@@ -200,6 +200,38 @@ class PeftConfig:
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts `site` with parameters of `dtype`."""
         raise NotImplementedError
+
+    def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
+        """Returns what a model's call adds to the loss that it returns, a number with gradients, or None.
+
+        Args:
+            sites: What the adapter has at each of its sites.
+        """
+        return None
+
+    def after_step(self, step: int, sites: Sequence[SiteParameters]) -> None:
+        """Changes the adapter after a step of training, when `update_and_allocate` is called: its tensors, in place.
+
+        What it keeps from step to step are attributes of the config, each set anew. They are taken back with the
+        tensors if the call fails.
+
+        Args:
+            step: The number of the step, as the caller counts.
+            sites: What the adapter has at each of its sites, with gradients.
+
+        Raises:
+            ValueError: If it can't be done now.
+        """
+
+    def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
+        """Returns how a parameter is written now, where that is otherwise than the model has it.
+
+        Args:
+            site: The site.
+            name: The rule's name of the parameter.
+            spec: The parameter as the rule has declared it.
+        """
+        return spec.form
 
     def for_file(self, sites: Sequence[Any]) -> PeftConfig:
         """Returns the config of an adapter with these sites as PEFT reads it."""

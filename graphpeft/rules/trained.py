@@ -1,8 +1,11 @@
-"""What an adapter trains of the model itself: whole modules, and rows of tables."""
+"""What an adapter trains: parameters at its sites; and of the model itself, whole modules and rows of tables."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
 
 Biases = Literal["none", "all", "adapted"]
 """Which biases are trained: none, all of the model, or those of the adapted layers."""
@@ -34,3 +37,15 @@ class TableRows(NamedTuple):
     key: str = "token_adapter.trainable_tokens_delta"
     option: str = "target_modules"
     written_for_tied: bool = False
+
+
+class SiteParameters(NamedTuple):
+    """What an adapter has at one site.
+
+    Attributes:
+        site: The site.
+        parameters: The rule's parameters there, by its names for them.
+    """
+
+    site: Any
+    parameters: Mapping[str, nn.Parameter]

@@ -8,7 +8,6 @@ import torch
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.trained import SiteParameters
 from graphpeft.transaction import remember, undone_by
@@ -71,7 +70,7 @@ def _parameters(modules: Modules, adapter: Adapter) -> list[SiteParameters]:
     return [
         SiteParameters(
             adapted.site,
-            {local: own_parameter(modules[adapted.site.owner], adapted.names[local]) for local in adapted.specs},
+            {local: getattr(modules[adapted.site.owner], adapted.names[local]) for local in adapted.specs},
         )
         for adapted in adapter.sites
     ]

@@ -39,8 +39,10 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
-from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
@@ -54,6 +56,7 @@ from graphpeft.rules.rule import (
     Rule,
     RunsByRow,
 )
+from graphpeft.rules.trained import SiteParameters, TableRows, WholeModule
 from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
@@ -103,11 +106,14 @@ __all__ = [
     "Rule",
     "RunsByRow",
     "Site",
+    "SiteParameters",
+    "TableRows",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
     "WeightRule",
+    "WholeModule",
     "explain",
     "export",
     "export_adapter",

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.model.peft_model import PeftModel
-from graphpeft.rules.config import ConfigLike, PeftConfig, TaskType
+from graphpeft.rules.config import ConfigLike, PeftConfig
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.wording import shown
 
 _LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")

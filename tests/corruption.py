@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft.adapters import file_names
 from graphpeft.adapters.state import adapters_of
-from graphpeft.rules.config import registered
+from graphpeft.rules.registry import registered
 from graphpeft.testing.laws import require_unchanged, snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -29,7 +29,7 @@ from graphpeft import (
     get_peft_model,
     trace,
 )
-from graphpeft.rules import config as registry
+from graphpeft.rules import registry
 
 # Poly, arXiv:2202.13914: each task mixes low-rank branches, of which the rows of a batch choose by their task
 
@@ -67,6 +67,7 @@ class Poly(OperationRule):
 @dataclass(kw_only=True)
 class PolyConfig(TargetedConfig):
     peft_type: ClassVar[Any] = PeftType.POLY
+    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
 
     r: int = 8
     init_weights: bool = True

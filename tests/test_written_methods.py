@@ -21,7 +21,7 @@ from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraCo
 import graphpeft
 from graphpeft import AdaptError, DeltaRule, LoraConfig, ParameterSpec, PeftModel, TargetedConfig, get_peft_model, trace
 from graphpeft.graph.template import template_of
-from graphpeft.rules import config as registry
+from graphpeft.rules import registry
 from graphpeft.testing import verify
 
 pytestmark = [

@@ -66,6 +66,7 @@ class OutputFactors(Factors, OperationRule):
 @dataclass(kw_only=True)
 class IA3Config(TargetedConfig):
     peft_type: ClassVar[Any] = PeftType.IA3
+    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     starts_as_identity: ClassVar[bool] = True
 
     feedforward_modules: list[str] | str | None = None
@@ -259,6 +260,7 @@ class Projections(DeltaRule):
 @dataclass(kw_only=True)
 class VeraConfig(TargetedConfig):
     peft_type: ClassVar[Any] = PeftType.VERA
+    lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     starts_as_identity: ClassVar[bool] = True
 
     r: int = 256
@@ -309,6 +311,7 @@ class Sparse(DeltaRule):
 @dataclass(kw_only=True)
 class ShiraConfig(TargetedConfig):
     peft_type: ClassVar[Any] = PeftType.SHIRA
+    lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     starts_as_identity: ClassVar[bool] = True
 
     r: int = 32

@@ -51,9 +51,8 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    embeddings = embedding_layers.to_save(
-        modules, adapter.config, _base_name(modules[""], adapter), save_embedding_layers
-    )
+    base = _base_name(modules[""], adapter)
+    embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
@@ -173,16 +172,22 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for adapted in adapter.sites
         for local, place in adapted.shared.items()
     ]
-    if getattr(adapter.config, "ensure_weight_tying", False):
+    if adapter.config.keeps_tied:
         copies: dict[int, tuple[str, str]] = {}
         for path, own, tensor in _whole(adapter, modules):
             place = path, stand_ins.stand_in(own, name)
             tied.append((place, copies.setdefault(id(tensor), place)))
+    tied += [
+        ((path, stand_ins.rows(name)), (rows.leader, stand_ins.rows(name)))
+        for path, rows in adapter.rows.items()
+        if rows.key
+    ]
     for place, other in tied:
         if place in found and not found[place].is_meta and not torch.equal(found[place], found[other]):
             raise CheckpointError(
                 f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are one tensor "
-                "here; if they are those of tied weights, load it with ensure_weight_tying=False in its config"
+                f"here; if they are those of tied weights, load it with {adapter.config.tying_option}=False in its "
+                "config"
             )
 
 
@@ -195,12 +200,18 @@ def _specs(adapter: Adapter) -> Iterator[tuple[tuple[str, str], ParameterSpec]]:
 
 def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
     """Returns the forms in files of those parameters that have another one there, by their places in the model."""
-    return {place: spec.form for place, spec in _specs(adapter) if spec.form is not None}
+    forms = {
+        (adapted.site.owner, adapted.names[local]): adapter.config.file_form(adapted.site, local, spec)
+        for adapted in adapter.sites
+        for local, spec in adapted.specs.items()
+    }
+    return {place: form for place, form in forms.items() if form is not None}
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    forms = _forms(adapter)
     for place, spec in _specs(adapter):
-        yield place, spec.form.shape if spec.form is not None else spec.shape
+        yield place, forms[place].shape if place in forms else spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():

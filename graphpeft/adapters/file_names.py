@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -37,14 +38,14 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
                 key = _key_at_site(adapted.site, spec.key, wrapped, prefix)
                 found[key] = (adapted.site.owner, adapted.names[local])
     for owner, names in adapter.whole.items():
-        inside = ".base_layer" * len(wrapped.get(owner, ()))
+        path = _file_path(owner, wrapped, adapter.infixes) + ".base_layer" * len(wrapped.get(owner, ()))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
-                key = _key(prefix, _file_path(owner, wrapped) + inside, own)
+                key = _key(prefix, path, own)
                 found[key] = (owner, stand_ins.stand_in(own, name))
     for path, rows in adapter.rows.items():
-        if rows.leader == path:
-            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
+        if rows.key:
+            key = _key(prefix, _file_path(path, wrapped), rows.key)
             found[key] = (path, stand_ins.rows(name))
     return found
 
@@ -107,8 +108,14 @@ def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[st
     return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
 
 
-def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
-    """Returns a module's path with ``.base_layer`` behind each module around it that PEFT wraps."""
+def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns a module's path in files: with ``.base_layer`` behind each module around it that PEFT wraps.
+
+    Args:
+        path: The path.
+        wrapped: As `_wrapped_parameters` returns it.
+        infixes: What stands behind the paths of modules, and of those around it.
+    """
     parts: list[str] = []
     here: list[str] = []
     for part in path.split(".") if path else ():
@@ -116,6 +123,9 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
             parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
         here.append(part)
         parts.append(part)
+        if ".".join(here) in infixes:
+            # PEFT leaves the adapter's name in the names of what is inside, and reads it only under the same name
+            parts += [infixes[".".join(here)], *([] if len(here) == path.count(".") + 1 else ["default"])]
     return ".".join(parts)
 
 

@@ -62,6 +62,7 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
+        infixes: What stands in files behind the paths of such modules, where something does.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.
@@ -73,6 +74,7 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
     scopes: dict[str, Scoped] = field(default_factory=dict)
@@ -111,7 +113,7 @@ def make_plan(
         config.check()
         _refuse_too_many_names(config, finder.modules)
         resolved = config.resolved(model)
-        targets.compile_matcher(resolved)
+        targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
@@ -129,10 +131,14 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     sites = resolved.find_sites(finder, plan.report, owned)
     if where is not None and sites:
         sites = _narrow(plan, sites, where, owned)
+    try:
+        plan.config = plan.config.prepared(sites)
+    except ValueError as error:
+        raise AdaptError(str(error)) from error
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    plan.whole, plan.infixes = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     _refuse_replaced_twice(plan)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)

@@ -39,6 +39,7 @@ class Adapter:
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
+        infixes: What stands in files behind the paths of modules that are trained whole, where something does.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
@@ -47,12 +48,13 @@ class Adapter:
     whole: dict[str, tuple[str, ...]]
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows, plan.infixes)
 
     @property
     def changes_weights(self) -> bool:
@@ -157,6 +159,7 @@ class Adapters:
         passes: The names of the passes that change how the graphs compute.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
+        has_penalties: Whether an adapter has come whose method adds something to the loss.
         replication: How the model's layers were exchanged for an adapter.
     """
 
@@ -174,6 +177,7 @@ class Adapters:
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
+    has_penalties: bool = False
     replication: Replication | None = None
     passes: tuple[str, ...] = ()
     call_inputs: Mapping[str, bool] = field(default_factory=dict)

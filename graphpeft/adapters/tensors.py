@@ -125,7 +125,7 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
         for own in names:
             place = path, stand_ins.stand_in(own, name)
             tensor = stand_ins.tensor_of(modules[path], own)
-            tied = of_tied.get(id(tensor)) if getattr(plan.config, "ensure_weight_tying", False) else None
+            tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
             made[place] = stand_ins.create(tensor) if tied is None else tied
             of_tied[id(tensor)] = made[place]
             if values is not None:

@@ -25,8 +25,9 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
 from graphpeft.methods.prompts.prompting import Encoder, InFront, PromptRule
-from graphpeft.rules.config import PeftType, TaskType, register
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder

@@ -21,8 +21,9 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompt_tuning import TokenTable
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.prompting import EMBEDDINGS_KEY, Encoder
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Index, Size
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import listed
 from graphpeft.rules.rule import ParameterSpec
 

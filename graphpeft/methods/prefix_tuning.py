@@ -36,8 +36,9 @@ from graphpeft.methods.prompts.prompting import (
     the_given,
     under_one_name,
 )
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Size
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder

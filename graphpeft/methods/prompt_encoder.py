@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.methods.prompts.prompting import Encoder
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Probability, Size, Steps
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.rule import ParameterSpec
 
 _MLP_LAYERS = 2

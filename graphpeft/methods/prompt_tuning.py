@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, Table
 from graphpeft.methods.prompts.prompting import Encoder
-from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.rule import ParameterSpec
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from graphpeft.rules.config import PeftConfig, PeftType
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.peft_names import PeftType
 
 
 def model_card(config: PeftConfig) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import combining, mixing
+from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.loading import load
 from graphpeft.adapters.plan import AdaptError
@@ -152,9 +152,12 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
         read = self._peft_adapters.call_inputs
         if adapter_names is None:
             if not (read and kwargs):
-                return super().__call__(*args, **kwargs)
-            with call_inputs.given(read, kwargs):
-                return super().__call__(*args, **call_inputs.left(read, kwargs))
+                output = super().__call__(*args, **kwargs)
+            else:
+                with call_inputs.given(read, kwargs):
+                    output = super().__call__(*args, **call_inputs.left(read, kwargs))
+            state = self._peft_adapters
+            return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
         if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
         with self.mixed_batch(adapter_names):
@@ -178,6 +181,22 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             TypeError: If `adapter_names` is one string.
         """
         return mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names)
+
+    # training
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
+
+        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
+
+        Args:
+            global_step: The number of the step.
+
+        Raises:
+            AdaptError: If the method of no such adapter changes then; the model is as it was.
+        """
+        with transaction(self):
+            training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
 
     # further adapters
 
@@ -336,8 +355,10 @@ class GeneratingPeftModel(PeftModel):
         """
         base: Any = super()
         read = self._peft_adapters.call_inputs
-        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
-        repeats = [kwargs.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences")]
+        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [
+            kwargs.get(name, getattr(settings, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        ]
         if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
             raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
         own = call_inputs.left(read, kwargs)

@@ -14,7 +14,7 @@ class Refusal(NamedTuple):
 
     name: str
     reason: str
-    way_out: str = "leave targets out with exclude_modules, or narrow target_modules"
+    way_out: str = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
 
 @dataclass

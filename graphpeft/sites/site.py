@@ -76,7 +76,7 @@ class Site(NamedTuple):
     call: OneCall | None = None
     tied_to: str | None = None
 
-    way_out = "leave targets out with exclude_modules, or narrow target_modules"
+    way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
     @property
     def unmergeable(self) -> str | None:

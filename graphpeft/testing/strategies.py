@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
-from graphpeft.rules.config import registered
+from graphpeft.rules.registry import registered
 
 DIM = 8
 

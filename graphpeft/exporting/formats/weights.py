@@ -72,10 +72,10 @@ class Weights:
             return
         path.mkdir()
         self.save(tensors, path / self.within)
-        config: Any = getattr(base, "config", None)
-        # from_pretrained builds a Transformers model from it
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(path)
+        of_model: Any = getattr(base, "config", None)
+        # what a Transformers model is built from again
+        if hasattr(of_model, "save_pretrained"):
+            of_model.save_pretrained(path)
 
     def _tensors(self, base: nn.Module) -> dict[str, Tensor]:
         state = base.state_dict()

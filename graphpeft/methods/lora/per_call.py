@@ -21,7 +21,8 @@ from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.factors import exact_patterns
 from graphpeft.rules.combination import Combination
-from graphpeft.rules.config import PeftConfig, register
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site

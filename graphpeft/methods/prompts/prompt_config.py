@@ -25,8 +25,9 @@ from graphpeft.methods.prompts.prompting import (
     other_cache_names,
 )
 from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
-from graphpeft.rules.config import OWN, PeftConfig, TaskType
+from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder

@@ -19,14 +19,25 @@ from torch import Tensor, nn
 from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
-from graphpeft import AdaptError, DeltaRule, LoraConfig, ParameterSpec, PeftModel, TargetedConfig, get_peft_model, trace
+from graphpeft import (
+    AdaptError,
+    DeltaRule,
+    InputRule,
+    LoraConfig,
+    OperationRule,
+    ParameterSpec,
+    PeftModel,
+    TargetedConfig,
+    get_peft_model,
+    trace,
+)
 from graphpeft.graph.template import template_of
 from graphpeft.rules import registry
 from graphpeft.testing import verify
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
-    for begins in ("fan_in_fan_out is set to False", "Specified to not save vera_A", "Sparse invariant checks")
+    for begins in ("fan_in_fan_out is set to False", "Specified to not (save|load) vera_A", "Sparse invariant checks")
 ]
 """PEFT's own warnings, of what is meant here."""
 
@@ -453,3 +464,121 @@ def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytes
         model.get_submodule("0").c_default.normal_()
     active = moved(model)(*case.inputs())
     torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), active, atol=1e-5, rtol=1e-5)
+
+
+# the same, by other ways
+
+
+def three_adapters() -> Any:
+    """Two layers with LoRA, factors on top of it, and rotations on top of these."""
+    model: Any = get_peft_model(two_layers(), LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"]))
+    model.add_adapter("factors", IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]))
+    model.add_adapter("turned", OFTConfig(oft_block_size=3, target_modules=["0"]))
+    model.set_adapter(["default", "factors", "turned"])
+    return moved(model)
+
+
+def test_passes_let_them_compute_the_same() -> None:
+    model = three_adapters()
+    expected = model(X)
+    graphpeft.optimize(model)
+    torch.testing.assert_close(model(X), expected)
+    model.train()(X).sum().backward()
+    got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    plain = three_adapters().train()
+    plain(X).sum().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad)
+
+
+def test_compiled_they_compute_the_same() -> None:
+    model = three_adapters()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.parametrize("adapters", ["merged", "baked"])
+def test_exported_they_compute_the_same(adapters: str, tmp_path: Path) -> None:
+    model = three_adapters()
+    graphpeft.export(model, (X,), tmp_path / "model.pt2", adapters=adapters)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(X), model(X), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_have_their_own() -> None:
+    model = three_adapters()
+    names = ["factors", "turned", "__base__", "default"]
+    expected = two_layers()(X)
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+            expected[row] = model(X)[row]
+    torch.testing.assert_close(model(X, adapter_names=names), expected)
+
+
+@dataclass(frozen=True)
+class Both(InputRule, OperationRule):
+    """Scales what goes in and what comes out."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {
+            "inner": ParameterSpec((site.in_features,), "inner"),
+            "outer": ParameterSpec((site.out_features,), "outer"),
+        }
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        for parameter in parameters.values():
+            parameter.uniform_(1, 2)
+
+    def enter(self, x: Any, inner: Any) -> Any:
+        return x * inner
+
+    def rewrite(self, x: Any, y: Any, outer: Any) -> Any:
+        return y * outer + x.sum(-1, keepdim=True)
+
+
+@dataclass(kw_only=True)
+class BothConfig(TargetedConfig):
+    peft_type = "BOTH"
+    adapts_leaves = True
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Both()
+
+
+class Codes(nn.Module):
+    """A layer whose weight is quantised, so that its call is the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 4
+        self.register_buffer("codes", torch.randint(-9, 9, (4, 6), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype))
+
+
+@pytest.mark.parametrize("make", [Codes, lambda: nn.Linear(6, 4)], ids=["call", "layer"])
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[], nn.Module], is_traced: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Tanh(), make())
+    plain = copy.deepcopy(base)
+    model: Any = get_peft_model(trace(base, (X,)) if is_traced else base, BothConfig(target_modules=["1"]))
+    model.add_adapter("second", BothConfig(target_modules=["1"]))
+    model.set_adapter(["default", "second"])
+    layer = model.get_submodule("1")
+    x = torch.tanh(X)
+    # the second is the nearest to what the layer is given, and to what it returns
+    given = x * layer.inner_second
+    twice = given * layer.inner_default
+    first = plain[1](twice) * layer.outer_default + twice.sum(-1, keepdim=True)
+    expected = first * layer.outer_second + given.sum(-1, keepdim=True)
+    torch.testing.assert_close(model(X), expected)
+    model.delete_adapter("second")
+    torch.testing.assert_close(
+        model(X),
+        plain[1](x * layer.inner_default) * layer.outer_default + (x * layer.inner_default).sum(-1, keepdim=True),
+    )
+    assert torch.equal(model.unload()(X), plain(X))

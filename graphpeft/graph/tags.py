@@ -36,10 +36,16 @@ class Tag:
     place: int = 0
 
 
-def top(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Returns what stands in the place of an operation's `node` after all adapters of it, or `node` itself."""
+def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
+    """Returns what stands in the place of the value of the operation `site` after all its adapters, or `node` itself.
+
+    Args:
+        graph: The graph.
+        node: The operation's own value.
+        site: The operation's name.
+    """
     tags = ((other, other.meta[TAG]) for other in graph.nodes if TAG in other.meta)
-    by_name = {tag.over: other for other, tag in tags if tag.over and tag.site == node.name}
+    by_name = {tag.over: other for other, tag in tags if tag.over and tag.site == site}
     while node.name in by_name:
         node = by_name[node.name]
     return node

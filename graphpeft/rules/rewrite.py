@@ -137,7 +137,7 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
 
 def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) -> Replaced:
     """Emits the new value of a weight, and returns for it the node in whose place it is."""
-    current = top(graph, op.node)
+    current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         change = _change(graph, rule, {"weight": current, "base": op.node}, attributes)
@@ -148,7 +148,7 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
 
 def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits the operation's new value, and returns for it the node in whose place it is."""
-    current = top(graph, op.node)
+    current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         operands = _operands(graph, op, rule, attributes)
@@ -232,11 +232,12 @@ def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], at
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
-    outside = {user for user in op.output.users if user not in op.inside}
-    with graph.inserting_before(op.output.next):
-        result = _call(rule.rewrite, graph, {"x": x, "y": op.output}, attributes, {"operation": op})
-    _replace(op.output, result.node, outside.__contains__)
-    return {result.node: op.output}
+    current = top(graph, op.output, op.name)
+    outside = {user for user in current.users if user not in op.inside}
+    with graph.inserting_before(current.next):
+        result = _call(rule.rewrite, graph, {"x": x, "y": current}, attributes, {"operation": op})
+    _replace(current, result.node, outside.__contains__)
+    return {result.node: current}
 
 
 def replace(

@@ -266,7 +266,7 @@ def test_a_tensor_of_the_rules_own_is_refused_before_anything_changes() -> None:
 
 @pytest.mark.parametrize("case", [CONV_1D, CONV_2D, CONV_3D, POINTWISE], ids=str)
 def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case: Case) -> None:
-    plain = case.build()[0]
+    plain: Any = case.build().get_submodule("0")
     positions = plain.weight.ndim - 2
     cls: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[positions - 1]
     for groups in (1, 2):
@@ -439,7 +439,7 @@ def test_dropout_needs_an_input() -> None:
 
 def test_dropout_takes_elements_of_the_input_in_training_alone() -> None:
     model = get_peft_model(LINEAR.build(), LowRankConfig(target_modules=["0"], dropout=0.5))
-    (x,), own, layer = LINEAR.inputs(), LINEAR.build()[0], model.get_submodule("0")
+    (x,), own, layer = LINEAR.inputs(), LINEAR.build().get_submodule("0"), model.get_submodule("0")
     change: Any = (layer.B_default @ layer.A_default).T
     torch.testing.assert_close(model.eval()(x), torch.tanh(own(x) + x @ change))
     model.train()
@@ -553,7 +553,7 @@ class Codes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = 6, 4
-        self.register_buffer("codes", torch.randint(-9, 9, (4, 6), dtype=torch.int8))
+        self.codes = nn.Buffer(torch.randint(-9, 9, (4, 6), dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.codes.to(x.dtype))

@@ -1,5 +1,8 @@
 """Methods as an author writes them by docs/rules.md: PEFT's, in few lines, with PEFT's files."""
 
+# an author writes `starts_as_identity = True`, where the base class has a property
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -223,7 +226,7 @@ class LoHaConfig(TargetedConfig):
 # VeRA, arXiv:2310.11454: ΔW = diag(b) B diag(d) A, with one frozen A and one frozen B for the whole adapter
 
 
-def drawn_projections(shapes: tuple[tuple[int, int], ...], seed: int) -> list[Tensor]:
+def drawn_projections(shapes: list[torch.Size], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     bounds = [(6 / columns) ** 0.5 for _, columns in shapes]
     return [torch.empty(shape).uniform_(-b, b, generator=generator) for shape, b in zip(shapes, bounds, strict=True)]
@@ -244,7 +247,7 @@ class Projections(DeltaRule):
         }
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        shapes = tuple(tuple(parameters[name].shape) for name in "AB")
+        shapes = [parameters[name].shape for name in "AB"]
         for name, drawn in zip("AB", drawn_projections(shapes, config.projection_prng_key), strict=True):
             parameters[name].copy_(drawn)
         parameters["d"].normal_().fill_(config.d_initial)

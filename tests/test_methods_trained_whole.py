@@ -60,7 +60,11 @@ class TrainableTokensConfig(TargetedConfig):
 
     @property
     def starts_as_identity(self) -> bool:
-        return True
+        return self.init_weights
+
+    def initialise_rows(self, rows: Tensor) -> None:
+        if not self.init_weights:
+            nn.init.normal_(rows)
 
     def targets_by_default(self, model: nn.Module) -> str:
         return next(iter(embedding_layers(dict(model.named_modules()))), "embed_tokens")
@@ -128,16 +132,26 @@ CASES = [
         {"token_indices": [*range(30)], "target_modules": ["embed_tokens"]},
         id="rows by name",
     ),
+    pytest.param(
+        LLAMA,
+        "TrainableTokensConfig",
+        {"token_indices": [5, 6, *range(30, 64)], "init_weights": False},
+        id="random rows",
+    ),
 ]
 each_case = pytest.mark.parametrize(("example", "method", "options"), CASES)
 
 
 def ours(example: Example, method: str, options: Any) -> Any:
-    return get_peft_model(example.build(), globals()[method](**options))
+    model = example.build()
+    torch.manual_seed(1)
+    return get_peft_model(model, globals()[method](**options))
 
 
 def theirs(example: Example, method: str, options: Any) -> Any:
-    return peft.get_peft_model(example.build(), getattr(peft, method)(**options)).eval()
+    model = example.build()
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, getattr(peft, method)(**options)).eval()
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -141,7 +141,11 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
             table = modules[path]._parameters["weight"]
             assert table is not None
             place = path, stand_ins.rows(name)
-            first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
+            if values is None:
+                first = table.detach()[list(rows.indices)]
+                plan.config.initialise_rows(first)
+            else:
+                first = values[place].to(table.device)
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]

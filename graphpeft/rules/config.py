@@ -159,6 +159,9 @@ class PeftConfig:
         """
         return {}
 
+    def initialise_rows(self, rows: torch.Tensor) -> None:
+        """Gives new rows their first values, in place; without a change they are those of the table."""
+
     def find_sites(
         self, finder: SiteFinder, report: Report, owned: TensorPaths
     ) -> Sequence[Site | LeafSite | CallSite]:

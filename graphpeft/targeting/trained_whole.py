@@ -97,7 +97,7 @@ def _named_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report:
             report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", way_out))
     named = {**config.find_whole(modules, report), **dict.fromkeys(saved, WholeModule("", "modules_to_save"))}
     for path, module in named.items():
-        around = next((outer for outer in named if path.startswith(f"{outer}.")), None)
+        around = next((path[:end] for end, letter in enumerate(path) if letter == "." and path[:end] in named), None)
         if around is not None:
             way_out = f"name other modules in {module.option}"
             report.refused.append(Refusal(path, f"it is inside of {around}, which is trained whole", way_out))

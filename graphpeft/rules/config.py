@@ -160,7 +160,11 @@ class PeftConfig:
         return {}
 
     def initialise_rows(self, rows: torch.Tensor) -> None:
-        """Gives new rows their first values, in place; without a change they are those of the table."""
+        """Gives new rows their first values, in place.
+
+        Args:
+            rows: Those of the table, of shape (rows, features), in its dtype.
+        """
 
     def find_sites(
         self, finder: SiteFinder, report: Report, owned: TensorPaths

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Nothing here may depend on a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test newest floors check format bench coverage docs clean
+.PHONY: help demo quick test newest floors check format bench coverage docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -12,7 +12,12 @@ help:  ## show this list
 demo: .venv/.installed  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
 
-test: export OMP_NUM_THREADS := 1
+quick test: export OMP_NUM_THREADS := 1
+
+# only files with quick tests are imported, since importing all takes a third of the time
+quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
+	$(BIN)/pytest -n 2 -m "quick and not long and not compiled" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
+
 test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
 	$(BIN)/pytest -n 2 $(ARGS)
 

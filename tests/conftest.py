@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, the same random numbers in every run, a compiler that forgets."""
+"""What all tests share: no network, one thread, equal random numbers in every run, a compiler that forgets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 import logging
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +18,18 @@ from graphpeft.testing.profiles import load_profile
 
 torch.set_num_threads(1)
 # a device that isn't there notes each seed for later, with the stack as text, which took a third of the laws' time
-for device in (torch.cuda, torch.xpu, torch.mtia):
+devices: Any = (torch.cuda, torch.xpu, torch.mtia)
+for device in devices:
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
-# PyTorch notes there all that its exporter and its compiler do, which takes pytest longer to keep than them to do
-logging.getLogger("torch.__trace").propagate = False
+# its exporter and its compiler write all that they do for this logger, if it has handlers, as pytest gives it in each test
+compilations: Any = logging.getLogger("torch.__trace")
+compilations.handlers.clear()
+compilations.addHandler = lambda hdlr: None
 load_profile()
+
+MOST_SECONDS = 10
+"""Of processor time that a quick test may take, on a slow machine, with the imports of the first test of a process."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +41,12 @@ def _seed() -> None:
 def _compiler() -> None:
     """Forgets the compilations of the tests before, since a process has only eight of a function's code."""
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _quickness(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets a quick test that takes long fail, since one of them makes all of them slow."""
+    begun = time.process_time()
+    yield
+    if request.node.get_closest_marker("quick"):
+        assert time.process_time() - begun < MOST_SECONDS, "this is no quick test: take the mark off"

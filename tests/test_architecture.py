@@ -15,6 +15,8 @@ from torch import fx, nn
 
 import graphpeft
 
+pytestmark = pytest.mark.quick("_torch")
+
 PACKAGE = Path(graphpeft.__file__).parent
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 

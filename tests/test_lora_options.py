@@ -17,6 +17,8 @@ from models import call, llama_config, result, tiny_classifier
 import graphpeft
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("methods")
+
 PAGE = Path(__file__).parent.parent / "docs" / "lora.md"
 
 KEYS = sorted(peft.LoraConfig().to_dict())

@@ -1130,6 +1130,7 @@ def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
 # with the base model that a config names
 
 
+@pytest.mark.quick("auto")
 def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
     base: Any = LLAMA.build()
     base.save_pretrained(tmp_path / "base")
@@ -1153,6 +1154,7 @@ def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
         graphpeft.AutoPeftModel()
 
 
+@pytest.mark.quick("auto")
 def test_code_of_a_bases_repository_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = tmp_path / "base"
     base.mkdir()

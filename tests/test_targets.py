@@ -42,6 +42,8 @@ from graphpeft.targeting.targets import (
     pattern_value,
 )
 
+pytestmark = pytest.mark.quick("targeting")
+
 OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 Q_PROJ = "model.layers.3.self_attn.q_proj"
 

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -22,11 +23,19 @@ devices: Any = (torch.cuda, torch.xpu, torch.mtia)
 for device in devices:
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
-# its exporter and its compiler write all that they do for this logger, if it has handlers, as pytest gives it in each test
+# its exporter and its compiler write all that they do for this logger, if it has handlers, as pytest gives it in a test
 compilations: Any = logging.getLogger("torch.__trace")
 compilations.handlers.clear()
 compilations.addHandler = lambda hdlr: None
 load_profile()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves libraries and tests out of the collections of garbage, which would go through them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+
 
 MOST_SECONDS = 10
 """Of processor time that a quick test may take, on a slow machine, with the imports of the first test of a process."""

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graphpeft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 PROJECT = Path(__file__).resolve().parent.parent
-CONTEXT = 64  # characters that the language model sees
+CONTEXT = 48  # characters that the language model sees
 HELD_OUT = 512  # windows of a text that the language model is judged by
 
 
@@ -191,8 +191,8 @@ def cases() -> list[Case]:
             known=next_characters(english, alphabet),
             unseen=next_characters(python, alphabet),
             config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
-            base_training=Training(steps=300, learning_rate=5e-3),
-            adapter_training=Training(steps=200, learning_rate=1e-2),
+            base_training=Training(steps=280, learning_rate=5e-3),
+            adapter_training=Training(steps=180, learning_rate=1e-2),
         ),
     ]
 

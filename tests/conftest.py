@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import gc
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,10 +24,6 @@ devices: Any = (torch.cuda, torch.xpu, torch.mtia)
 for device in devices:
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
-# its exporter and its compiler write all that they do for this logger, if it has handlers, as pytest gives it in a test
-compilations: Any = logging.getLogger("torch.__trace")
-compilations.handlers.clear()
-compilations.addHandler = lambda hdlr: None
 load_profile()
 
 

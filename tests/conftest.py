@@ -25,14 +25,8 @@ for device in devices:
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
 load_profile()
-
-
-def pytest_collection_finish() -> None:
-    """Leaves libraries and tests out of the collections of garbage, which would go through them again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)
-
+# rarely, since each full collection goes through all libraries; not frozen, since the tracer looks for caches in them
+gc.set_threshold(50_000, 50, 1_000)
 
 MOST_SECONDS = 10
 """Of processor time that a quick test may take, on a slow machine, with the imports of the first test of a process."""

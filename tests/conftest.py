@@ -9,8 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import gc
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,9 +26,6 @@ load_profile()
 # rarely, since each full collection goes through all libraries; not frozen, since the tracer looks for caches in them
 gc.set_threshold(50_000, 50, 1_000)
 
-MOST_SECONDS = 10
-"""Of processor time that a quick test may take, on a slow machine, with the imports of the first test of a process."""
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -41,12 +36,3 @@ def _seed() -> None:
 def _compiler() -> None:
     """Forgets the compilations of the tests before, since a process has only eight of a function's code."""
     torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True)
-def _quickness(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets a quick test that takes long fail, since one of them makes all of them slow."""
-    begun = time.process_time()
-    yield
-    if request.node.get_closest_marker("quick"):
-        assert time.process_time() - begun < MOST_SECONDS, "this is no quick test: take the mark off"

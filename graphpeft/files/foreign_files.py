@@ -30,7 +30,18 @@ _DEEPEST = 16
 
 
 class CheckpointError(ValueError):
-    """An adapter's file that can't be read, or doesn't fit the model; the model is as it was."""
+    """A file of an adapter can't be read, or doesn't fit the model; the model is unchanged.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Path("adapter_config.json").write_text("{")
+        1
+        >>> try:
+        ...     PeftConfig.from_pretrained(".")
+        ... except CheckpointError as error:
+        ...     print(error)
+        adapter_config.json isn't JSON: ...
+    """
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -44,6 +44,12 @@ class TokenSequence(NamedTuple):
             that need tokens of their own (deep prompts).
         token_dim: The size of a token.
         length: The number of tokens that the example inputs give.
+
+    Example:
+        >>> found = TokenSequence("blocks", token_dim=64, length=101)
+        >>> config = PromptTuningConfig(
+        ...     num_virtual_tokens=4, prompt_scope=found.prompt_scope, token_dim=found.token_dim
+        ... )
     """
 
     prompt_scope: str
@@ -58,8 +64,17 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
         model: Any model that can be traced, or a traced one. It stays as it is.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
 
+    Returns:
+        The place, with the size and the number of tokens there.
+
     Raises:
         TraceError: If the model can't be traced, has no attention, or no module takes virtual tokens there.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit").eval()
+        >>> find_token_sequence(model, (torch.randn(1, 3, 160, 160),))
+        TokenSequence(prompt_scope='blocks', token_dim=64, length=101)
     """
     worn = template_of(model)
     traced = model if worn is not None and not worn.calls_own_forward else trace(model, example_inputs)

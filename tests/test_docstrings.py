@@ -143,6 +143,15 @@ def problems_of_text(found: dict[str, str]) -> list[str]:
     ]
 
 
+def problems_of_example(name: str, documented: Any) -> list[str]:
+    """Runs the example in a docstring, and returns what it prints otherwise than the docstring says."""
+    known = {**PUBLIC, "torch": torch, "nn": nn}  # as after `import torch` and imports of the names
+    [example] = doctest.DocTestFinder(recurse=False, exclude_empty=False).find(documented, name, globs=known)
+    problems: list[str] = [] if example.examples else ["there is no example"]
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=problems.append)
+    return problems
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_public_function_describes_its_arguments_result_and_errors(name: str):
     assert problems_of_function(FUNCTIONS[name]) == []
@@ -158,12 +167,7 @@ def test_a_public_name_has_an_example_that_runs(name: str, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     registry = sys.modules[graphpeft.register.__module__]
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # what an example registers is gone afterwards
-    known = {**PUBLIC, "torch": torch, "nn": nn}  # as after `import torch` and imports of the names
-    [example] = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=known)
-    assert example.examples, f"{name} has no example"
-    output: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=output.append)
-    assert not output, "".join(output)
+    assert problems_of_example(name, PUBLIC[name]) == []
 
 
 # the checks see what they are for
@@ -212,6 +216,20 @@ class Undocumented:
 
 
 Undocumented.__module__ = "graphpeft.numbers"
+
+
+def wrong_example():
+    """Adds numbers.
+
+    Example:
+        >>> 1 + 1
+        3
+    """
+
+
+def test_a_wrong_example_and_none_are_seen():
+    assert "Expected:\n    3\nGot:\n    2" in "".join(problems_of_example("wrong_example", wrong_example))
+    assert problems_of_example("documented", documented) == ["there is no example"]
 
 
 def test_a_function_without_descriptions_is_seen():

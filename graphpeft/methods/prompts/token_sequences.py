@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ from graphpeft.graph.traced_model import stands_for
 from graphpeft.methods.prompts.scopes import InScope
 from graphpeft.rules import rewrite
 from graphpeft.rules.report import listed
+from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.examples import faked
@@ -246,13 +247,17 @@ def _pattern(paths: list[str], root: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class _OneToken:
+class _OneToken(BoundaryRule):
     """The rule that puts one virtual token of zeros into a scope."""
-
-    more_inputs: ClassVar[tuple[str, ...]] = ()
 
     scope: InScope
     dim: int
+
+    def parameters(self, site: Any, config: Any) -> dict[str, Any]:
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        return None
 
     def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return self.scope.enter(inputs[self.scope.sequence].new_zeros(1, self.dim), inputs, None, None)

@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: What stands behind the command's name; those of the process if None.
+        arguments: The arguments behind the command's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error, of which one line is written to stderr.
+        The exit status: 0, or 1 after an error, which is written to stderr as one line.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -83,7 +83,7 @@ def _loaded(source: str) -> tuple[Any, Any]:
             f"a {type(model).__name__} has no dummy_inputs; write a function that returns the model and example "
             "inputs, and name it as package.module:function"
         )
-    # a cache isn't what an exported program can return
+    # an exported program can't return a cache
     caches = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     return model, {**example, **caches}
 

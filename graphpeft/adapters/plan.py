@@ -32,7 +32,15 @@ from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained
 
 
 class AdaptError(ValueError):
-    """A config that can't be applied to the model, which stays as it was."""
+    """A config that can't be applied to the model, which stays as it was.
+
+    Example:
+        >>> try:
+        ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
+        ... except AdaptError as error:
+        ...     print(error)
+        target_modules: nothing in Sequential matches ['1']; the model has 0
+    """
 
 
 class Scoped(NamedTuple):

@@ -49,7 +49,7 @@ class AdapterInput(NamedTuple):
 
 
 class AdapterInputs(NamedTuple):
-    """An adapter as inputs of an exported model. A file keeps those that it was exported with, as what it takes.
+    """An adapter as inputs of an exported model; also the inputs that an exported file takes, which the file keeps.
 
     Attributes:
         inputs: The tensors and numbers by their names as inputs, sorted by name.

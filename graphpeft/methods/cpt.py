@@ -51,6 +51,11 @@ class CPTConfig(PromptLearningConfig):
         opt_projection_epsilon: ε for inputs.
         opt_projection_format_epsilon: ε for templates.
         tokenizer_name_or_path: Read and written as PEFT does, which doesn't use it.
+
+    Example:
+        >>> config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 2])
+        >>> config.num_virtual_tokens
+        2
     """
 
     peft_type: ClassVar[PeftType] = PeftType.CPT

@@ -54,6 +54,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         init_weights: ``"zero"`` begins with keys and values of zero; None draws them.
         encoder_hidden_size: The width of the perceptron; `token_dim` if None.
         prefix_projection: Whether a perceptron computes the prefix.
+
+    Example:
+        >>> config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, prefix_projection=True)
     """
 
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING

@@ -39,6 +39,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: The width of the network; `token_dim` if None.
         encoder_num_layers: The layers of the LSTM.
         encoder_dropout: The dropout between them.
+
+    Example:
+        >>> config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16)
     """
 
     peft_type: ClassVar[PeftType] = PeftType.P_TUNING

@@ -1,4 +1,4 @@
-"""The model card: what the Hub, and a person, read of an adapter in its folder's `README.md`."""
+"""The model card of an adapter, `README.md` in its folder, which the Hub shows."""
 
 from __future__ import annotations
 

@@ -64,6 +64,11 @@ class PeftConfig:
         auto_mapping: The base model's class and library, where there is no `task_type`.
         peft_version: The version of PEFT whose format the files have.
         modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
+
+    Example:
+        >>> LoraConfig(r=4).save_pretrained("adapter")
+        >>> type(PeftConfig.from_pretrained("adapter")).__name__
+        'LoraConfig'
     """
 
     # a PeftType or a name of one's own; a union couldn't be narrowed in the classes of methods
@@ -154,8 +159,8 @@ class PeftConfig:
         A module that is tied to an embedding follows it, unless other rows are named for it.
 
         Args:
-            modules: As for `find_whole`.
-            report: As for `find_whole`.
+            modules: The model's modules by path.
+            report: Gets what is excluded or refused, or that nothing matched.
         """
         return {}
 
@@ -205,7 +210,12 @@ class PeftConfig:
         return self
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
-        """Returns the rule that adapts `site` with parameters of `dtype`."""
+        """Returns the rule that adapts a site.
+
+        Args:
+            site: The site.
+            dtype: The dtype of the adapter's parameters there.
+        """
         raise NotImplementedError
 
     def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
@@ -241,15 +251,28 @@ class PeftConfig:
         return spec.form
 
     def for_file(self, sites: Sequence[Any]) -> PeftConfig:
-        """Returns the config of an adapter with these sites as PEFT reads it."""
+        """Returns the config of an adapter as PEFT reads it.
+
+        Args:
+            sites: The sites of the adapter, each with its rule.
+        """
         return copy.deepcopy(self)
 
     def fitted_to(self, keys: Collection[str]) -> PeftConfig:
-        """Returns the config with which a file with tensors of these names is loaded."""
+        """Returns the config with which a file is loaded.
+
+        Args:
+            keys: The names of the file's tensors.
+        """
         return self
 
     def derived_tensors(self, site: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns what a file holds beside a site's parameters, computed from them, by name."""
+        """Returns further tensors of a file, computed from a site's parameters, by their names in the file.
+
+        Args:
+            site: The site.
+            parameters: Its parameters, by the rule's names.
+        """
         return {}
 
     def converted(
@@ -270,7 +293,11 @@ class PeftConfig:
         )
 
     def ignores(self, key: str) -> bool:
-        """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
+        """Tells whether a file may hold a tensor that the adapter doesn't need.
+
+        Args:
+            key: The tensor's name in the file.
+        """
         return False
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> PeftConfig:
@@ -301,7 +328,11 @@ class PeftConfig:
         raise NotImplementedError
 
     def resolved(self, model: nn.Module) -> PeftConfig:
-        """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
+        """Returns the config with everything filled in that depends on the model; `self` is unchanged.
+
+        Args:
+            model: The model that is adapted.
+        """
         config = copy.deepcopy(self)
         if self.task_type is None or "modules_to_save" in self.lacks:
             return config
@@ -329,6 +360,9 @@ class PeftConfig:
         Args:
             values: The content of an `adapter_config.json`. Unknown keys are dropped with a warning.
 
+        Returns:
+            The config.
+
         Raises:
             ValueError: If the method isn't known, or isn't that of `cls`.
         """
@@ -351,6 +385,13 @@ class PeftConfig:
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
         """Reads `adapter_config.json` from a folder, or from a repository on the Hub.
 
+        Args:
+            path_or_repo: The folder, or the repository.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
+
+        Returns:
+            The config; its class is the method.
+
         Raises:
             FileNotFoundError: If there is no such file.
             CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
@@ -361,8 +402,14 @@ class PeftConfig:
     def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:
         """Reads a file that holds a config.
 
+        Args:
+            path: The file.
+
+        Returns:
+            The config; its class is the method.
+
         Raises:
-            CheckpointError: As for `from_pretrained`.
+            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
         """
         values = read_json(path)
         try:
@@ -371,7 +418,11 @@ class PeftConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json`, which takes the place of one that is there as a whole."""
+        """Writes `adapter_config.json`; an existing file is replaced as a whole.
+
+        Args:
+            save_directory: The folder.
+        """
         with Staging(Path(save_directory)) as staging:
             (staging.folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
             staging.put()

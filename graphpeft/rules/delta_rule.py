@@ -32,6 +32,19 @@ class WeightRule(Mergeable):
         layout: How the site's weight is stored; `at_site` sets it.
         casts: Whether the dtype of the parameters differs from that of the weight; likewise.
         adapts: The layouts of weights that the rule adapts.
+
+    Example:
+        >>> class Shift(WeightRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
     """
 
     layout: WeightLayout = dataclasses.field(default=WeightLayout(), kw_only=True, repr=False)
@@ -80,7 +93,21 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DeltaRule(WeightRule, OperationRule):
-    """A rule whose `delta` is all that it does: an author writes `parameters`, `initialise` and `delta`."""
+    """A rule whose `delta` is all that it does: an author writes `parameters`, `initialise` and `delta`.
+
+    Example:
+        >>> class Shift(DeltaRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses what a `WeightRule` does, and dropout where there is no input."""
@@ -97,7 +124,11 @@ class DeltaRule(WeightRule, OperationRule):
         return self.dropout_of(config) > 0 and not config.inference_mode
 
     def dropout_of(self, config: Any) -> float:
-        """Returns the probability with which elements of the branch's input are dropped in training."""
+        """Returns the probability with which elements of the branch's input are dropped in training.
+
+        Args:
+            config: The config.
+        """
         return 0.0
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:

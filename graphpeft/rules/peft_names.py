@@ -9,7 +9,12 @@ PEFT_VERSION = "0.21.2"
 
 
 class PeftType(str, enum.Enum):
-    """The methods of PEFT 0.21.2, by the names in its files; `registered` tells which of them there are here."""
+    """The methods of PEFT 0.21.2, by the names in its files; `registered` tells which of them there are here.
+
+    Example:
+        >>> LoraConfig.peft_type == PeftType.LORA == "LORA"
+        True
+    """
 
     ADALORA = "ADALORA"
     ADAMSS = "ADAMSS"
@@ -59,7 +64,12 @@ class PeftType(str, enum.Enum):
 
 
 class TaskType(str, enum.Enum):
-    """What an adapted model is for, as in PEFT."""
+    """What an adapted model is for, as in PEFT.
+
+    Example:
+        >>> LoraConfig(task_type="CAUSAL_LM").task_type
+        <TaskType.CAUSAL_LM: 'CAUSAL_LM'>
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -23,6 +23,16 @@ def register(config_class: ConfigT) -> ConfigT:
     Raises:
         TypeError: If it isn't a dataclass, has no such name, or lacks an option that its base classes don't have.
         ValueError: If another class has the name.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @register
+        ... @dataclass(kw_only=True)
+        ... class ShiftConfig(TargetedConfig):
+        ...     peft_type = "SHIFT"
+        ...     amount: float = 1.0
+        >>> ShiftConfig(target_modules=["0"], amount=2.0).method
+        'SHIFT'
     """
     name = getattr(config_class, "peft_type", None)
     if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):

@@ -28,6 +28,11 @@ class FileForm(NamedTuple):
         shape: Its shape there.
         pack: Returns what is written, from the parameter.
         unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
+
+    Example:
+        >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
+        >>> halves.unpack(halves.pack(torch.ones(2)))
+        tensor([1., 1.])
     """
 
     shape: tuple[int, ...]
@@ -50,6 +55,10 @@ class ParameterSpec(NamedTuple):
         is_saved: Whether it is in files; otherwise `initialise` makes it again, where a file is loaded, too.
         dtype: Its dtype, if that isn't the one of the adapter; whole numbers aren't trained, and ``.half()`` leaves
             them as they are.
+
+    Example:
+        >>> ParameterSpec((8, 64), "lora_A.weight").is_trained
+        True
     """
 
     shape: tuple[int, ...]
@@ -81,10 +90,28 @@ class Rule(ABC):
 
     Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
     scales) isn't theirs but comes from the site and the config.
+
+    Example:
+        >>> class Shift(Mergeable):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec((1,), "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> isinstance(Shift(), Rule)
+        True
     """
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Returns the reason why a site can't be adapted, or None."""
+        """Returns the reason why a site can't be adapted, or None.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         return None
 
     call_inputs: ClassVar[tuple[str, ...]] = ()
@@ -105,11 +132,21 @@ class Rule(ABC):
 
     @abstractmethod
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the parameters that the rule creates at a site, by name."""
+        """Returns the parameters that the rule creates at a site, by name.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         ...
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the numbers that its functions read, by name; they live on the weight's module."""
+        """Returns the numbers that its functions read, by name; they live on the weight's module.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         return {}
 
     @abstractmethod
@@ -131,12 +168,30 @@ class Rule(ABC):
         ...
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None."""
+        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None.
+
+        Args:
+            site: The site.
+        """
         return f"{type(self).__name__} isn't Mergeable: it has no change of a weight"
 
 
 class OperationRule(Rule):
-    """Adapts operations that use a weight, and calls of modules whose inside is their own affair."""
+    """Adapts operations that use a weight, and calls of modules whose inside is their own affair.
+
+    Example:
+        >>> class Scale(OperationRule):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def rewrite(self, y, scale):
+        ...         return y * scale
+        >>> Scale().rewrite(torch.ones(2), scale=3)
+        tensor([3., 3.])
+    """
 
     @abstractmethod
     def rewrite(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +207,21 @@ class OperationRule(Rule):
 
 
 class InputRule(Rule):
-    """Changes what an operation is given, so that the operation itself is computed once."""
+    """Changes what an operation is given, so that the operation itself is computed once.
+
+    Example:
+        >>> class ScaledInput(InputRule):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def enter(self, x, scale):
+        ...         return x * scale
+        >>> ScaledInput().enter(torch.ones(2), scale=3)
+        tensor([3., 3.])
+    """
 
     @abstractmethod
     def enter(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +238,19 @@ class Mergeable(Rule):
     """A rule that changes a weight, so that its change can be added to the weight.
 
     It is the rule of weights as such, too, whatever a model does with them: there, `delta` is run on proxies.
+
+    Example:
+        >>> class Scale(Mergeable):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def delta(self, weight, scale):
+        ...         return weight * (scale - 1)
+        >>> Scale().delta(torch.ones(2), scale=3)
+        tensor([2., 2.])
     """
 
     def unmergeable(self, site: Any) -> str | None:
@@ -211,16 +293,36 @@ class ReplacesWeight(ABC):
     """A rule that may have another weight read in place of the module's own while the adapter acts.
 
     That is frozen, and isn't saved: ``initialise`` computes it, where a file is loaded, too.
+
+    Example:
+        >>> class Rounding(ReplacesWeight):
+        ...     def replaces(self, site, config):
+        ...         return config.init_lora_weights == "loftq"
+        >>> Rounding().replaces(None, LoraConfig())
+        False
     """
 
     @abstractmethod
     def replaces(self, site: Any, config: Any) -> bool:
-        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable."""
+        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         ...
 
 
 class RunsByRow(ABC):
-    """A rule that can give each row of a batch its own adapter in one graph."""
+    """A rule that can give each row of a batch its own adapter in one graph.
+
+    Example:
+        >>> class ScaleByRow(RunsByRow):
+        ...     def by_row(self, y, scale):
+        ...         return y * scale
+        >>> ScaleByRow().by_row(torch.ones(2, 3), scale=torch.tensor([[1.0], [2.0]])).sum(1)
+        tensor([3., 6.])
+    """
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -228,7 +330,11 @@ class RunsByRow(ABC):
         return {}
 
     def joined(self, rules: Sequence[Any]) -> Any:
-        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none.
+
+        Args:
+            rules: The rules of the adapters at a site, of which this is one.
+        """
         return self if all(rule == self for rule in rules) else None
 
     @abstractmethod
@@ -242,7 +348,15 @@ class RunsByRow(ABC):
 
 
 class Combines(ABC):
-    """A rule whose change is a product of two factors, of which several can be combined into one."""
+    """A rule whose change is a product of two factors, of which several can be combined into one.
+
+    Example:
+        >>> class Product(Combines):
+        ...     def as_product(self, delta):
+        ...         return delta.flatten(1)
+        >>> Product().as_product(torch.ones(2, 3, 3)).shape
+        torch.Size([2, 9])
+    """
 
     @property
     def rank_axes(self) -> tuple[int, int]:
@@ -251,12 +365,30 @@ class Combines(ABC):
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix that the product of the factors is."""
+        """Returns a change of the weight as the matrix that the product of the factors is.
+
+        Args:
+            delta: The change, in the shape in which the weight is stored.
+        """
         ...
 
 
 class BoundaryRule(Rule):
-    """Adapts what a module is given and what it returns."""
+    """Adapts what a module is given and what it returns.
+
+    Example:
+        >>> class Doubled(BoundaryRule):
+        ...     def parameters(self, site, config):
+        ...         return {}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         return None
+        ...
+        ...     def leave(self, output):
+        ...         return 2 * output
+        >>> Doubled().leave(torch.ones(1))
+        tensor([2.])
+    """
 
     @property
     def more_inputs(self) -> tuple[str, ...]:

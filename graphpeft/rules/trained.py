@@ -17,6 +17,10 @@ class WholeModule(NamedTuple):
     Attributes:
         infix: What stands in files between its path and the names of the tensors in it; "" for nothing.
         option: The option that names it.
+
+    Example:
+        >>> WholeModule(infix="ln_tuning_layers").option
+        'target_modules'
     """
 
     infix: str = ""
@@ -31,6 +35,10 @@ class TableRows(NamedTuple):
         key: The name in files of the tensor that has these rows, behind the module's path.
         option: The option that names them.
         written_for_tied: Whether files hold them once more for each module that is tied to this one.
+
+    Example:
+        >>> TableRows((20, 21)).key
+        'token_adapter.trainable_tokens_delta'
     """
 
     indices: tuple[int, ...]
@@ -45,6 +53,11 @@ class SiteParameters(NamedTuple):
     Attributes:
         site: The site.
         parameters: The rule's parameters there, by its names for them.
+
+    Example:
+        >>> parameters = {"lora_A": nn.Parameter(torch.zeros(2, 8))}
+        >>> SiteParameters(site=None, parameters=parameters).parameters["lora_A"].shape
+        torch.Size([2, 8])
     """
 
     site: Any

@@ -55,6 +55,12 @@ class Site(NamedTuple):
         bias: The path of the parameter that all operations add, or None if there is no such one.
         call: Which of the weight's operations it is, if not all of them.
         tied_to: The path of the embedding that has the same weight, and whose adapter's tensors are used here, too.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> site = report.adapted[0].site
+        >>> isinstance(site, Site), site.name, tuple(site.shape)
+        (True, '0', (16, 8))
     """
 
     region: str
@@ -161,6 +167,11 @@ class LeafSite(NamedTuple):
             parameters, of the model's, or the default.
         quantised: What its weight is, if that holds codes of numbers.
         call: Which of the module's calls it is, if not all of them.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> isinstance(report.adapted[0].site, LeafSite)  # its weight is known
+        False
     """
 
     region: str
@@ -229,6 +240,11 @@ class CallSite(NamedTuple):
         reads: What else a rule may read, by its name for it: paths, seen from the module.
         file_path: What the names of its tensors begin with in files.
         positions: How many positions of tokens the module has a table for; None without a table.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> isinstance(report.adapted[0].site, CallSite)  # a weight is adapted, not a module's boundary
+        False
     """
 
     region: str

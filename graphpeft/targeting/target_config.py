@@ -31,6 +31,11 @@ class TargetedConfig(PeftConfig):
         exclude_modules: As `target_modules`, for what is left out.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: The name before that index.
+
+    Example:
+        >>> config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1])
+        >>> isinstance(config, TargetedConfig)
+        True
     """
 
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
@@ -91,6 +96,9 @@ class TargetedConfig(PeftConfig):
     def targets_by_default(self, model: nn.Module) -> set[str] | str:
         """Returns the `target_modules` of a model for which the config names none.
 
+        Args:
+            model: The model.
+
         Raises:
             ValueError: If there are none for this model, and no parameters are named instead.
         """
@@ -103,7 +111,7 @@ class TargetedConfig(PeftConfig):
         return default if isinstance(default, str) else set(default)
 
     def targeted_modules(self, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-        """Returns the paths of the modules that the config names, whatever they are, as for `find_whole`.
+        """Returns the paths of the modules that the config names, whatever they are.
 
         Args:
             modules: The model's modules by path.

@@ -91,6 +91,14 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: Whether what is tied to an embedding stays so: where one of them is named in
             `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for what
             is tied are refused.
+        use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, kasa_config: Refused, not supported yet.
+        monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
+
+    Example:
+        >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], rank_pattern={"0": 2})
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        >>> model[0].lora_A_default.shape
+        torch.Size([2, 8])
     """
 
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES

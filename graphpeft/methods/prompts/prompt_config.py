@@ -144,7 +144,11 @@ class PromptLearningConfig(PeftConfig):
         return PromptRule(self.encoder_in_use(), self.in_front(site))
 
     def in_front(self, site: CallSite) -> InFront:
-        """Returns where the virtual tokens go in a Transformers model."""
+        """Returns where the virtual tokens go in a Transformers model.
+
+        Args:
+            site: The boundary of a forward that gets the virtual tokens.
+        """
         assert self.num_virtual_tokens is not None
         labels = (prompting.LABELS,) if site.role == prompting.LABELS_TOKENS else ()
         follows = () if self.labels_include_prompt else (*labels, *prompting.POSITIONS)

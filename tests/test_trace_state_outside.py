@@ -22,7 +22,6 @@ from test_tracing import X, module_of
 from torch import fx, nn
 
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
-from graphpeft.code.holders import Global
 from graphpeft.code.reach import Reach
 from graphpeft.testing import laws
 from graphpeft.tracing.lift import lift
@@ -355,7 +354,7 @@ def test_what_pytest_keeps_is_not_followed():
         return x
 
     assert any("@" in name for name in forward.__code__.co_names)
-    found = {holder.namespace["__name__"] for holder in Reach(module_of(forward)).holders if isinstance(holder, Global)}
+    found = {each.of["__name__"] for each in Reach(module_of(forward)).namespaces if isinstance(each.of, dict)}
     assert found <= {__name__, "_pytest.assertion.rewrite"}
 
 

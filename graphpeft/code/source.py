@@ -66,7 +66,7 @@ def uses_in_forward(cls: type) -> Uses:
 def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
     """Yields what functions name: globals, members of Python modules and of `cls`, and the variables around them."""
     for function in functions:
-        yield from _around(function)
+        yield from values_around(function)
         names = names_in(function.__code__).read
         for name in names:
             yield from _members(cls, name, names)
@@ -159,12 +159,12 @@ def _functions_behind(member: Any) -> Iterator[FunctionType]:
 
 def _closed_over(function: FunctionType) -> Iterator[FunctionType]:
     """Yields the functions in the variables around a function, such as what it decorates."""
-    for held in _around(function):
+    for held in values_around(function):
         yield from _functions_behind(held)
 
 
-def _around(function: FunctionType) -> Iterator[Any]:
-    """Yields what the variables around a function hold."""
+def values_around(function: FunctionType) -> Iterator[Any]:
+    """Yields the values of the variables around a function."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents

@@ -19,7 +19,6 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import OfObject
 from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.errors import TraceError
@@ -102,11 +101,8 @@ def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any
     is_of_class = name in module.__dict__.get(OF_CLASS, ()) or _is_of_class(type(module), name, value)
     if is_plain(value) and (is_own or is_of_class):
         # what the forward itself has set is a value of this run
-        if (
-            is_own
-            and tracer.session.recording is not None
-            and not tracer.session.recording.before.has(OfObject(module), name, value)
-        ):
+        recording = tracer.session.recording
+        if is_own and recording is not None and not recording.before.has(module, name, value):
             return value
         if path not in tracer.session.lines_of_reads:
             tracer.session.lines_of_reads[path] = guards.deciding_line()

@@ -65,13 +65,13 @@ class StandIn:
 def iterators_stand_in(tracer: Recorder, reach: Reach) -> Iterator[None]:
     """Puts a stand-in in the place of each iterator that can be reached, and the iterator back at the end."""
     with contextlib.ExitStack() as stack:
-        for holder in reach.holders:
-            for name, value in list(holder.bindings().items()):
-                stand_in_for = functools.partial(StandIn, tracer, holder.described(name, reach.owners(holder)[0]))
+        for namespace in reach.namespaces:
+            for name, value in list(namespace.values().items()):
+                stand_in_for = functools.partial(StandIn, tracer, namespace.describe(name, reach.owners(namespace)[0]))
                 exchanged = _exchanged(value, stand_in_for, stack, set())
                 if exchanged is not value:
-                    holder.bind(name, exchanged)
-                    stack.callback(holder.bind, name, value)
+                    namespace.bind(name, exchanged)
+                    stack.callback(namespace.bind, name, value)
         yield
 
 

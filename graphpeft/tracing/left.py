@@ -12,7 +12,7 @@ from torch import nn
 
 from graphpeft._torch import pytree
 from graphpeft.code import contents
-from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.code.namespaces import Attribute
 from graphpeft.graph.template import VALUE
 
 _ABSENT = object()
@@ -20,9 +20,9 @@ _ABSENT = object()
 
 def value_of(attribute: Attribute) -> Any:
     """Returns what an attribute holds now, with copies of its containers; something of its own if it isn't there."""
-    holder, name = attribute
-    buffers = holder.of._buffers if isinstance(holder, OfObject) and isinstance(holder.of, nn.Module) else {}
-    held = buffers if name in buffers else holder.bindings()
+    namespace, name = attribute
+    buffers = namespace.of._buffers if isinstance(namespace.of, nn.Module) else {}
+    held = buffers if name in buffers else namespace.values()
     return _copied(held.get(name, _ABSENT))
 
 
@@ -32,7 +32,7 @@ def _copied(value: Any) -> Any:
     if isinstance(value, tuple | list | deque):
         return [type(value), *map(_copied, contents.parts_of(value))]
     if contents.has_content(value):
-        return contents.as_comparable(value)
+        return contents.comparable(value)
     return set(value) if isinstance(value, set) else value
 
 

@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.code.holders import attributes_of
+from graphpeft.code.namespaces import attributes_of
 from graphpeft.graph.errors import TraceError
 
 _WAY_OUT = (

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute
+from graphpeft.code.namespaces import Attribute
 from graphpeft.graph.paths import join
 from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.recording import Recording

@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute, OfObject
+from graphpeft.code.namespaces import Attribute
 from graphpeft.graph import guards
 from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.graph.facts import above, above_with_writes, is_trained, varies
@@ -78,7 +78,7 @@ def changing_modules(
     for attribute in unsettled:
         does = "assigns" if attribute in writers else "changes"
         for module in _inlined(before.owners(attribute), paths, called):
-            what = f"{does} {attribute.holder.described(attribute.name, module)} for its next call"
+            what = f"{does} {attribute.described(module)} for its next call"
             reason = f"{type(module).__name__}'s forward {what}, which a graph can't hold{again.error}"
             path = _around(called, [paths[module], *writers.get(attribute, ())])
             if not path:
@@ -135,7 +135,7 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
 
 def _is_outside(attribute: Attribute) -> bool:
     """Tells whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
-    return not (isinstance(attribute.holder, OfObject) and isinstance(attribute.holder.of, nn.Module))
+    return not isinstance(attribute.namespace.of, nn.Module)
 
 
 def _varies(value: Any) -> bool:

@@ -24,8 +24,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute, OfObject
 from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.code.reach import is_iterator
 from graphpeft.graph import guards
 from graphpeft.graph.calls import CALLS, Call
@@ -214,10 +214,8 @@ class ValueTracer(fx.Tracer):
             paths = {module: path for path, module in root.named_modules()}
             for attribute in changed:
                 owner = recording.before.owners(attribute)[0]
-                is_own = attribute.holder.key == id(owner)
-                name = (
-                    join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
-                )
+                is_own = attribute.namespace.of is owner
+                name = join(paths[owner], attribute.name) if is_own else attribute.described(owner)
                 self.session.not_kept[name] = None
         return graph if not changing else None
 
@@ -243,7 +241,7 @@ class ValueTracer(fx.Tracer):
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self.session.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
+        self.session.assigners.setdefault(Attribute(Namespace.of_object(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -434,7 +432,7 @@ class ValueTracer(fx.Tracer):
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Records one call of a submodule, whose code has changed nothing."""
         for attribute in self._changed_inside(m):
-            what = attribute.holder.described(attribute.name, m)
+            what = attribute.described(m)
             kind = type(m).__name__
             message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
             raise self.failing(TraceError(message))

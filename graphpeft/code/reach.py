@@ -48,7 +48,7 @@ class Reach:
         root: The module with all of its submodules.
 
     Attributes:
-        has_iterators: Whether there are iterators among what can be reached.
+        names: The names in the code that can be reached.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -57,9 +57,8 @@ class Reach:
         self._inside = set(root.modules())
         # with what is at the start, or its identity could become that of something else
         self._known: dict[int, tuple[Any, list[Namespace]]] = {}
-        self.has_iterators = False
         starts = {module: list(_starts(module)) for module in self._inside}
-        self._named = self._names_in_what_runs([value for values in starts.values() for value in values])
+        self.names = self._names_in_what_runs([value for values in starts.values() for value in values])
         for module in root.modules():
             self._note(Namespace.of_object(module), module)
             for value in starts[module]:
@@ -119,8 +118,7 @@ class Reach:
             if type(value) not in PLAIN and id(value) not in seen:
                 seen[id(value)] = value
                 if not issubclass(type(value), nn.Module) or value not in self._inside:
-                    self.has_iterators |= is_iterator(value)
-                    namespaces, further = opened(value, self._named)
+                    namespaces, further = opened(value, self.names)
                     yield from namespaces
                     waiting += further
 

@@ -20,11 +20,13 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.code.namespaces import attributes_of
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.paths import join
 from graphpeft.graph.settings import OF_CLASS, WATCH
 from graphpeft.graph.template import SIMPLE
+from graphpeft.tracing.iterators import draws_error, holds_iterator
 from graphpeft.tracing.recorder import Recorder
 
 MACHINERY = frozenset(dir(nn.Module()))
@@ -57,7 +59,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
 
     def note(module: nn.Module, name: str) -> Any:
         if name == "__dict__" and tracer.is_recording and module in paths:
-            _note_dictionary(tracer, paths[module])
+            _note_dictionary(tracer, module, paths[module])
         if name in MACHINERY or name.startswith(_NOT_THE_CODES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
                 if module is root:
@@ -107,14 +109,24 @@ def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any
         if path not in tracer.session.lines_of_reads:
             tracer.session.lines_of_reads[path] = guards.deciding_line()
         return plain_or_proxy(tracer, module, path, value)
-    if is_own and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
-        tracer.session.read_once.setdefault(path, value)
+    if is_own and path not in tracer.session.read_once and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
+        _refuse_iterator(tracer, module, name, value)
+        tracer.session.read_once[path] = value
     return value
 
 
-def _note_dictionary(tracer: Recorder, path: str) -> None:
+def _refuse_iterator(tracer: Recorder, module: nn.Module, name: str, value: Any) -> None:
+    recording = tracer.session.recording
+    # from what the forward itself has set, it draws anew in each run
+    if holds_iterator(value) and recording is not None and recording.before.has(module, name, value):
+        raise tracer.failing(draws_error(f"self.{name}"))
+
+
+def _note_dictionary(tracer: Recorder, module: nn.Module, path: str) -> None:
     file = sys._getframe(2).f_code.co_filename
     if not guards.is_machinery(file) and not file.startswith(_PYTORCH):
+        for name, value in (attributes_of(module) or {}).items():
+            _refuse_iterator(tracer, module, name, value)
         tracer.session.read_once.setdefault(join(path, "__dict__"), {})
 
 

@@ -47,7 +47,7 @@ from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradient_regions import GradientRegions, record_gradient_regions
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.imports import imports_run
-from graphpeft.tracing.iterators import iterators_stand_in
+from graphpeft.tracing.iterators import drawing_modules
 from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.recorder import Recorder
@@ -86,8 +86,6 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
         reach = Reach(root)
-        if reach.has_iterators:
-            stack.enter_context(iterators_stand_in(tracer, reach))
         in_users_code = Exchanges(stack)
         exchange_named(root, in_users_code, functools.partial(_in_users_code, tracer))
         for module, name in masks.mask_functions_seen_by(root):
@@ -136,7 +134,7 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
                 yield
 
         stack.enter_context(imports_run(outside, lambda: tracer.is_of_this_thread))
-        yield Recording(before, set_aside, outside)
+        yield Recording(before, drawing_modules(reach), set_aside, outside)
 
 
 @contextlib.contextmanager

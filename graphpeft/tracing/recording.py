@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
+
+from torch import nn
 
 from graphpeft.tracing.snapshot import Snapshot
 
@@ -14,10 +16,12 @@ class Recording(NamedTuple):
 
     Attributes:
         before: What all that the forward can reach was before it, and is put back to.
+        drawing: The modules whose code names an iterator, with what it is to the code.
         set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
         outside: What code runs under that is no part of the trace: as it would without one.
     """
 
     before: Snapshot
+    drawing: Mapping[nn.Module, str]
     set_aside: Callable[[], AbstractContextManager[None]]
     outside: Callable[[], AbstractContextManager[None]]

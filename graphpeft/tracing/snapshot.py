@@ -11,6 +11,7 @@ from torch import nn
 from graphpeft.code import contents
 from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.code.reach import Reach
+from graphpeft.tracing.iterators import exchange_for_copies
 
 _ABSENT = object()
 
@@ -90,9 +91,11 @@ class Snapshot:
 
 @contextlib.contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
-    """Gives all that the forward of a module can reach its values again at the end."""
-    before = Snapshot(Reach(root))
+    """Gives all that the forward of a module can reach its values again at the end; from iterators it draws copies."""
+    reach = Reach(root)
+    before = Snapshot(reach)
     try:
+        exchange_for_copies(reach)
         yield
     finally:
         before.put_back()

@@ -41,6 +41,7 @@ from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.class_questions import cannot_ask, question_in
 from graphpeft.tracing.examples import Examples
 from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
+from graphpeft.tracing.iterators import draws_error
 from graphpeft.tracing.linting import holds_proxy, lint
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.random_numbers import no_random_python_numbers
@@ -194,6 +195,7 @@ class ValueTracer(fx.Tracer):
                 no_random_python_numbers(),
             ):
                 self.session.recording = recording
+                self._refuse_iterators(root)
                 graph = self.trace(root)
                 with self.examples.real_calls(makes_tensors=False):
                     changed = recording.before.changed()
@@ -442,6 +444,7 @@ class ValueTracer(fx.Tracer):
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse_questions_of_class(m)
+        self._refuse_iterators(m)
         path = self.path_of_module(m)
         call = Call.of(path, self.session.called[path], m.forward, args, kwargs)
         self.session.called[path] += 1
@@ -453,6 +456,11 @@ class ValueTracer(fx.Tracer):
             self._calls = around
         call.returns(result)
         return result
+
+    def _refuse_iterators(self, module: nn.Module) -> None:
+        assert self.session.recording is not None
+        if module in self.session.recording.drawing:
+            raise draws_error(self.session.recording.drawing[module])
 
     def _forget_after(self, node: fx.Node) -> None:
         while (last := next(iter(reversed(self.graph.nodes)))) is not node:

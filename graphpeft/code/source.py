@@ -238,12 +238,12 @@ def names_in(code: CodeType) -> Names:
 
 _STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])
 
-_TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
+_LOGGING_NAMES = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
 """Names of functions whose arguments are for a person to read."""
 
 
 @functools.cache
-def only_tells(code: CodeType, line: int) -> bool:
+def is_logging_call(code: CodeType, line: int) -> bool:
     """Tells whether what `code` does at `line` of its file is no more than to tell a person something."""
     try:
         lines, start = inspect.getsourcelines(code)
@@ -256,7 +256,7 @@ def only_tells(code: CodeType, line: int) -> bool:
     if not isinstance(innermost, ast.Expr) or not isinstance(innermost.value, ast.Call):
         return False
     function = innermost.value.func
-    return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
+    return getattr(function, "attr", getattr(function, "id", None)) in _LOGGING_NAMES
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Notes what a forward reads from its modules beside tensors.
 
-A number or a flag becomes a node that reads the attribute in each run, which `settings` may replace by a constant. A
-string, None and other plain values, which code compares by identity, stay what they are, with a check in the graph.
-Containers and objects are read once.
+A number or a flag becomes a node that reads the attribute in each run; `constant_attributes` may replace it by a
+constant. A string, None and other plain values, which code compares by identity, stay what they are, and the graph
+checks them. Containers and objects are read once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.code.identity_checks import compares_objects, uses_is_true
 from graphpeft.code.namespaces import attributes_of
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.errors import TraceError
@@ -150,7 +150,7 @@ def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -
     proxy = tracer.attribute(path)
     if not isinstance(proxy, fx.Proxy):
         return proxy  # what is None or a string comes back from the tracer as it is
-    if type(value) not in _NUMBERS or tests_truth_by_identity(in_place.original_class(module)):
+    if type(value) not in _NUMBERS or uses_is_true(in_place.original_class(module)):
         tracer.decide(proxy, value)
         return value
     return proxy

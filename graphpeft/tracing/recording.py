@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from graphpeft.tracing.iterators import draws_error
 from graphpeft.tracing.snapshot import Snapshot
 
 
@@ -25,3 +26,8 @@ class Recording(NamedTuple):
     drawing: Mapping[nn.Module, str]
     set_aside: Callable[[], AbstractContextManager[None]]
     outside: Callable[[], AbstractContextManager[None]]
+
+    def refuse_iterators(self, module: nn.Module) -> None:
+        """Raises TraceError if the code of `module` can draw from an iterator."""
+        if module in self.drawing:
+            raise draws_error(self.drawing[module])

@@ -16,6 +16,10 @@ from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.recording import Recording
 
 
+class RecordAgain(BaseException):
+    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
+
+
 class Session:
     """A trace of one module, by one or several recordings.
 
@@ -34,6 +38,8 @@ class Session:
         lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
         looked_up: The parameter that was looked up last in a module, with its path there.
         read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
+        stateful: The paths of modules that have to stay calls since they change what their next call sees, with why.
+        watches_draws: Whether each module that is inlined must not draw from Python's or NumPy's generator.
         has_hashed: Whether code has asked for the hash of a traced value, as caches do.
         specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
         recording: The recording that goes on, if one does.
@@ -56,6 +62,8 @@ class Session:
         self.lines_of_reads: dict[str, str] = {}
         self.looked_up: tuple[torch.Tensor, str] | None = None
         self.read_once: dict[str, Any] = {}
+        self.stateful: dict[str, str] = {}
+        self.watches_draws = False
         self.has_hashed = False
         self.specialised = False
         self.recording: Recording | None = None

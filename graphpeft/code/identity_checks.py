@@ -21,7 +21,7 @@ from graphpeft.code.source import functions_in_forward
 
 
 @functools.cache
-def tests_truth_by_identity(cls: type) -> bool:
+def uses_is_true(cls: type) -> bool:
     """Tells whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
     codes = (function.__code__ for function in functions_in_forward(cls))
     trees = (tree_of(code) for code in codes if _may_test_truth(code))
@@ -73,7 +73,7 @@ def compares_objects(code: CodeType) -> bool:
     )
 
 
-def is_compared_by_is(value: Any) -> bool:
+def is_identity_compared(value: Any) -> bool:
     """Tells whether code asks by ``is`` for such a value: a proxy could only answer that it is another object."""
     return value is None or isinstance(value, str | enum.Enum)
 

@@ -113,7 +113,7 @@ def _fresh_globals():
 
 
 def reset_globals():
-    globals().update(COUNT=0, LAST=None)
+    globals().update(COUNT=0, LAST=None, NUMBERS=None)
     globals().pop("MADE", None)
     SEEN.clear()
     CACHE.clear()
@@ -607,7 +607,7 @@ def test_a_generator_that_a_forward_draws_from_is_refused_by_name():
     assert [next(model.it) for _ in range(3)] == [1, 2, 3]
 
 
-NUMBERS = itertools.count()
+NUMBERS: Any = None
 
 
 def test_a_global_iterator_that_a_forward_draws_from_keeps_the_module_a_call():

@@ -19,7 +19,7 @@ METADATA_ATTRIBUTES = {
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
     "is_complex",
 }  # fmt: skip
-"""What code asks of a tensor without using its values."""
+"""Attributes and methods of a tensor that read no values."""
 
 ANY = "*"
 """In place of the name of an attribute: it may be any."""

@@ -239,12 +239,12 @@ def names_in(code: CodeType) -> Names:
 _STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])
 
 _LOGGING_NAMES = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
-"""Names of functions whose arguments are for a person to read."""
+"""Names of logging and warning functions."""
 
 
 @functools.cache
 def is_logging_call(code: CodeType, line: int) -> bool:
-    """Tells whether what `code` does at `line` of its file is no more than to tell a person something."""
+    """Tells whether `code` only logs or warns at `line` of its file."""
     try:
         lines, start = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))

@@ -46,7 +46,7 @@ def above_with_writes(node: fx.Node) -> set[fx.Node]:
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:
-    """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
+    """Returns the inputs of `node` whose values it uses, and not only their shape or other metadata."""
     if reads_metadata_only(node):
         return []
     asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
@@ -54,7 +54,7 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def reads_metadata_only(node: fx.Node) -> bool:
-    """Tells whether `node` asks something about a tensor without using its values."""
+    """Tells whether `node` reads the shape or other metadata of a tensor, and none of its values."""
     about = node.args[1] if node.target is getattr else node.target
     return about in METADATA_ATTRIBUTES
 

@@ -1,4 +1,4 @@
-"""What must hold of each finished graph, lifted or flat, before anything is made of it."""
+"""Checks of each finished graph, lifted or flat, before anything is made of it."""
 
 from __future__ import annotations
 

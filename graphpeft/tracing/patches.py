@@ -48,8 +48,8 @@ from graphpeft.tracing.module_exchanges import exchange_of_modules
 from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.recorder import Recorder
-from graphpeft.tracing.recording import Recording
 from graphpeft.tracing.scripted import Scripted
+from graphpeft.tracing.session import Recording
 from graphpeft.tracing.snapshot import Snapshot
 from graphpeft.tracing.type_checks import type_check_in, type_check_message
 from graphpeft.transaction import at_end_of

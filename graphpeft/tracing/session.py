@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -13,7 +14,29 @@ from torch import nn
 from graphpeft.code.namespaces import Attribute
 from graphpeft.graph.paths import join
 from graphpeft.tracing.constants import Constants
-from graphpeft.tracing.recording import Recording
+from graphpeft.tracing.iterators import draws_error
+from graphpeft.tracing.snapshot import Snapshot
+
+
+class Recording(NamedTuple):
+    """A recording that goes on.
+
+    Attributes:
+        before: What all that the forward can reach was before it, and is put back to.
+        drawing: The modules whose code names an iterator, with what it is to the code.
+        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
+        outside: What code runs under that is no part of the trace: as it would without one.
+    """
+
+    before: Snapshot
+    drawing: Mapping[nn.Module, str]
+    set_aside: Callable[[], AbstractContextManager[None]]
+    outside: Callable[[], AbstractContextManager[None]]
+
+    def refuse_iterators(self, module: nn.Module) -> None:
+        """Raises TraceError if the code of `module` can draw from an iterator."""
+        if module in self.drawing:
+            raise draws_error(self.drawing[module])
 
 
 class RecordAgain(BaseException):

@@ -1,4 +1,4 @@
-"""Which modules a graph can't hold, for what they leave for their next call.
+"""Side effects: which modules a graph can't hold, since they leave state for their next call.
 
 A graph holds no state beside tensors that it writes in place. So a forward that assigns ``self.pooled = …``, fills a
 dictionary or counts in a global becomes a graph only where that makes no difference:
@@ -90,7 +90,7 @@ def stateful_modules(
 
 
 def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
-    """Returns those of the modules that share some state whose code is in the graph; each of them must leave it."""
+    """Returns the modules among `owners` of some state whose code is in the graph: each of them must leave it."""
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
@@ -112,7 +112,7 @@ def _recorded_again(tracer: Recorder, record_again: Callable[[], fx.Graph], chan
 
 
 def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
-    """Returns the attributes without whose state a graph can't do."""
+    """Returns the attributes whose state a graph would need."""
     if again.graph is None:
         return list(left)
 

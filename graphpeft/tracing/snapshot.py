@@ -1,4 +1,4 @@
-"""What a model and all that its forward can reach is at one time, to compare with, and to put back."""
+"""Snapshots of all state that a model's forward can reach, to compare with and to put back."""
 
 from __future__ import annotations
 

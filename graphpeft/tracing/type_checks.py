@@ -52,7 +52,7 @@ def refuse_type_checks(module: nn.Module) -> None:
 
 
 def type_check_message(code: str, check: str) -> str:
-    """Returns what to tell about code that asks for the class of a value."""
+    """Returns the error message for code that checks the class of a value."""
     return f"{code} asks for the class of a value by `{check}`, which a graph can't answer; ask by isinstance"
 
 

@@ -114,6 +114,7 @@ def _fresh_globals():
 
 def reset_globals():
     globals().update(COUNT=0, LAST=None, NUMBERS=None)
+    Drawn.named = None
     globals().pop("MADE", None)
     SEEN.clear()
     CACHE.clear()
@@ -533,26 +534,24 @@ def test_an_iterator_that_no_forward_draws_from_is_of_no_account():
     model = module_of(lambda self, x: x + 1, it=iter([1, 2]))
     assert trace(nn.Sequential(model), (X,)).kept == {}
     assert next(model.it) == 1
+
+    class Numbered(nn.Module):
+        ids = itertools.count()
+
+        def __init__(self):
+            super().__init__()
+            self.id = next(self.ids)
+
+        def forward(self, x):
+            return x + self.id
+
     assert trace(nn.Sequential(Numbered()), (X,)).kept == {}
-
-
-class Numbered(nn.Module):
-    """Draws from an iterator when it is made."""
-
-    ids = itertools.count()
-
-    def __init__(self):
-        super().__init__()
-        self.id = next(self.ids)
-
-    def forward(self, x):
-        return x + self.id
 
 
 class Drawn:
     """Has iterators that code names."""
 
-    named = itertools.count()
+    named: Any = None
 
     def __init__(self):
         self.it = itertools.count()

@@ -23,7 +23,7 @@ import graphpeft
 from graphpeft.adapters.state import adapters_of
 from graphpeft.graph import in_place
 from graphpeft.graph.template import worn_template
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME
+from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME
 
 _LIBRARY = os.path.dirname(graphpeft.__file__)
 

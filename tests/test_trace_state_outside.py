@@ -22,7 +22,6 @@ from test_tracing import X, module_of
 from torch import fx, nn
 
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
-from graphpeft.code.holders import Global
 from graphpeft.code.reach import Reach
 from graphpeft.testing import laws
 from graphpeft.tracing.lift import lift
@@ -114,7 +113,8 @@ def _fresh_globals():
 
 
 def reset_globals():
-    globals().update(COUNT=0, LAST=None)
+    globals().update(COUNT=0, LAST=None, NUMBERS=None)
+    Drawn.named = None
     globals().pop("MADE", None)
     SEEN.clear()
     CACHE.clear()
@@ -355,7 +355,7 @@ def test_what_pytest_keeps_is_not_followed():
         return x
 
     assert any("@" in name for name in forward.__code__.co_names)
-    found = {holder.namespace["__name__"] for holder in Reach(module_of(forward)).holders if isinstance(holder, Global)}
+    found = {each.of["__name__"] for each in Reach(module_of(forward)).namespaces if isinstance(each.of, dict)}
     assert found <= {__name__, "_pytest.assertion.rewrite"}
 
 
@@ -526,7 +526,7 @@ def looping(self, x):
 def test_an_iterator_that_a_forward_draws_from_keeps_the_module_a_call():
     for forward in (drawing, looping):
         for make in (itertools.count, lambda: itertools.cycle([1, 2]), lambda: iter([5, 6, 7, 8, 9])):
-            says = "draws from self.it, an iterator"
+            says = "can draw from self.it, an iterator"
             assert_stays_a_call(lambda: module_of(forward, it=make()), says)  # noqa: B023
 
 
@@ -535,17 +535,78 @@ def test_an_iterator_that_no_forward_draws_from_is_of_no_account():
     assert trace(nn.Sequential(model), (X,)).kept == {}
     assert next(model.it) == 1
 
+    class Numbered(nn.Module):
+        ids = itertools.count()
+
+        def __init__(self):
+            super().__init__()
+            self.id = next(self.ids)
+
+        def forward(self, x):
+            return x + self.id
+
+    assert trace(nn.Sequential(Numbered()), (X,)).kept == {}
+
+
+class Drawn:
+    """Has iterators that code names."""
+
+    named: Any = None
+
+    def __init__(self):
+        self.it = itertools.count()
+
+    def scaled(self, x):
+        return x * next(self.it)
+
+
+@pytest.mark.parametrize(
+    ("forward", "make", "says"),
+    [
+        (lambda self, x: x * next(vars(self)["it"]), itertools.count, "self.it"),
+        (lambda self, x: x * next(getattr(self, "".join("it"))), itertools.count, "self.it"),
+        (lambda self, x: x * next(self.it["a"][0]), lambda: {"a": [itertools.count()]}, "self.it"),
+        (lambda self, x: x * self.it(), lambda: functools.partial(next, itertools.count()), "self.it"),
+        (lambda self, x: x * self.it(), lambda: itertools.count().__next__, "self.it"),
+        (lambda self, x: self.it.scaled(x), Drawn, "its Drawn.it"),
+        (lambda self, x: x * next(Drawn.named), lambda: None, "the class attribute Drawn.named"),
+    ],
+    ids=["vars", "getattr", "containers", "partial", "method", "object", "class"],
+)
+def test_however_a_forward_can_draw_from_an_iterator_the_module_stays_a_call(forward, make, says):
+    def build():
+        Drawn.named = itertools.count()
+        return module_of(forward, it=make())
+
+    assert_stays_a_call(build, f"can draw from {says}, an iterator")
+
+
+def test_a_module_that_draws_from_the_iterator_of_one_inside_stays_a_call():
+    inner = functools.partial(module_of, lambda self, x: x)
+    build = lambda: module_of(lambda self, x: self.inner(x) * next(self.inner.it), inner=inner(it=itertools.count()))  # noqa: E731
+    assert_stays_a_call(build, "can draw from self.it, an iterator")
+
+
+def test_an_iterator_that_the_forward_makes_is_drawn_from_in_each_run():
+    def forward(self, x):
+        self.it = iter([2, 3])
+        return x * next(self.it)
+
+    model = module_of(lambda self, x: x * next(iter([2, 3])))
+    assert trace(nn.Sequential(model), (X,)).kept == {}
+    assert "assigns self.it for its next call" in trace(nn.Sequential(module_of(forward)), (X,)).kept["0"]
+
 
 def test_a_generator_that_a_forward_draws_from_is_refused_by_name():
     model = module_of(drawing, it=(n for n in (1, 2, 3)))
-    with pytest.raises(TraceError, match=r"draws from self\.it"):
+    with pytest.raises(TraceError, match=r"can draw from self\.it"):
         trace(model, (X,))
-    with pytest.raises(TraceError, match=r"draws from self\.it, a generator, which can't be copied"):
+    with pytest.raises(TraceError, match=r"can draw from self\.it, a generator, which can't be copied"):
         trace(nn.Sequential(model), (X,))
     assert [next(model.it) for _ in range(3)] == [1, 2, 3]
 
 
-NUMBERS = itertools.count()
+NUMBERS: Any = None
 
 
 def test_a_global_iterator_that_a_forward_draws_from_keeps_the_module_a_call():
@@ -553,7 +614,7 @@ def test_a_global_iterator_that_a_forward_draws_from_keeps_the_module_a_call():
         globals()["NUMBERS"] = itertools.count()
         return module_of(lambda self, x: x * next(NUMBERS))
 
-    assert_stays_a_call(build, "draws from the global NUMBERS", "an iterator")
+    assert_stays_a_call(build, "can draw from the global NUMBERS", "an iterator")
 
 
 def test_a_random_generator_of_a_modules_own_keeps_the_module_a_call():

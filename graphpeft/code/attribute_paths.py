@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-ABOUT = {
+METADATA_ATTRIBUTES = {
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
     "is_complex",
 }  # fmt: skip
-"""What code asks of a tensor without using its values."""
+"""Attributes and methods of a tensor that read no values."""
 
 ANY = "*"
 """In place of the name of an attribute: it may be any."""
@@ -126,7 +126,7 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
 
 
 def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    if node.attr in ABOUT or isinstance(parent, ast.Compare):
+    if node.attr in METADATA_ATTRIBUTES or isinstance(parent, ast.Compare):
         return True
     return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
 
@@ -148,7 +148,7 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
             names.append(value)
             is_called = kind == "LOAD_METHOD" or "NULL|self" in instruction.argrepr
         elif kind not in _BETWEEN:
-            if names and names[-1] not in ABOUT:
+            if names and names[-1] not in METADATA_ATTRIBUTES:
                 found += _as_paths(names, of_first, is_called)
             is_called = False
             loaded: Any = value[-1] if isinstance(value, tuple) and value else value

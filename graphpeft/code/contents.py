@@ -7,9 +7,9 @@ import copy
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -20,10 +20,6 @@ PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, Tensor, nn
 """Types of values in which nothing can be found that a forward changes in Python code."""
 
 _ABSENT = object()
-
-_BYTES = (bytearray, array.array)
-
-_NUMPYS_GENERATORS = ("RandomState", "Generator")
 
 
 def parts_of(container: Any) -> Iterable[Any]:
@@ -37,30 +33,64 @@ def _base_of(container: Any) -> Any:
     return next(base for base in (OrderedDict, *CONTAINERS, tuple) if issubclass(type(container), base))
 
 
-def changeable_parts(bindings: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields what can change in the values of names, or in containers there: the name, and the object."""
-    seen: set[int] = set()
-    waiting = list(bindings)
-    while waiting:
-        name, value = waiting.pop()
-        if type(value) in PLAIN or id(value) in seen:
-            continue
-        if issubclass(type(value), tuple):
-            waiting += [(name, part) for part in parts_of(value)]
-        elif issubclass(type(value), CONTAINERS):
-            seen.add(id(value))
-            yield name, value
-            waiting += [(name, part) for part in parts_of(value)]
-        elif has_content(value):
-            seen.add(id(value))
-            yield name, value
+class _Content(NamedTuple):
+    """The content of values of one kind, which are no containers.
+
+    Attributes:
+        copy: Returns a copy of a value's content.
+        put_back: Gives a value that content again.
+    """
+
+    copy: Callable[[Any], Any]
+    put_back: Callable[[Any, Any], Any]
+
+
+_BYTES = _Content(copy.copy, lambda value, content: operator.setitem(value, slice(None), content))
+_ARRAY = _Content(copy.copy, lambda value, content: operator.setitem(value, ..., content))
+_RANDOM = _Content(random.Random.getstate, random.Random.setstate)
+_VARIABLE = _Content(lambda value: value.get(None), ContextVar.set)
+_OF_NUMPY = _Content(lambda value: _bits(value).state, lambda value, content: setattr(_bits(value), "state", content))
+
+
+def _bits(generator: Any) -> Any:
+    return getattr(generator, "bit_generator", None) or generator._bit_generator
+
+
+def _content(cls: type) -> _Content | None:
+    """Returns how to copy the content of values of a class, if they have one and are no containers."""
+    if issubclass(cls, bytearray | array.array):
+        return _BYTES
+    if issubclass(cls, random.Random):
+        return _RANDOM
+    if issubclass(cls, ContextVar):
+        return _VARIABLE
+    if cls.__module__ == "numpy" and hasattr(cls, "tobytes") and hasattr(cls, "__setitem__"):
+        return _ARRAY
+    is_of_numpy = str(cls.__module__).startswith("numpy.random") and cls.__name__ in ("RandomState", "Generator")
+    return _OF_NUMPY if is_of_numpy else None
 
 
 def has_content(value: Any) -> bool:
     """Tells whether `value`, no container, has a content that can change."""
-    if issubclass(type(value), (random.Random, ContextVar, *_BYTES)):
-        return True
-    return _is_array(value) or _is_generator_of_numpy(value)
+    return _content(type(value)) is not None
+
+
+def changeable_parts(names: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yields what can change in the values of names, or in containers there: the name, and the object."""
+    seen: set[int] = set()
+    waiting = list(names)
+    while waiting:
+        name, value = waiting.pop()
+        kind = type(value)
+        if kind in PLAIN or id(value) in seen:
+            continue
+        if issubclass(kind, (*CONTAINERS, tuple)):
+            waiting += [(name, part) for part in parts_of(value)]
+        elif _content(kind) is None:
+            continue
+        if not issubclass(kind, tuple):
+            seen.add(id(value))
+            yield name, value
 
 
 def content_of(value: Any) -> Any:
@@ -68,17 +98,10 @@ def content_of(value: Any) -> Any:
     kind = type(value)
     if issubclass(kind, dict):
         return dict(dict.items(value))
-    if issubclass(kind, CONTAINERS):
-        return set(set.__iter__(value)) if issubclass(kind, set) else list(parts_of(value))
-    if issubclass(kind, _BYTES):
-        return copy.copy(value)
-    if issubclass(kind, random.Random):
-        return value.getstate()
-    if issubclass(kind, ContextVar):
-        return value.get(None)
-    if _is_generator_of_numpy(value):
-        return _bits(value).state
-    return value.copy()
+    if issubclass(kind, set):
+        return set(set.__iter__(value))
+    content = _content(kind)
+    return list(parts_of(value)) if content is None else content.copy(value)
 
 
 def is_unchanged(value: Any, content: Any) -> bool:
@@ -88,14 +111,12 @@ def is_unchanged(value: Any, content: Any) -> bool:
         return dict.__len__(value) == len(content) and all(
             dict.get(value, key, _ABSENT) is held for key, held in content.items()
         )
+    now = content_of(value)
     if issubclass(kind, set):
-        return set.__eq__(value, content)
+        return now == content
     if issubclass(kind, CONTAINERS):
-        now = list(parts_of(value))
         return len(now) == len(content) and all(map(operator.is_, now, content))
-    if issubclass(kind, ContextVar):
-        return value.get(None) is content
-    return as_comparable(value) == as_comparable(content)
+    return now is content or (not issubclass(kind, ContextVar) and comparable(now) == comparable(content))
 
 
 def put_back(value: Any, content: Any) -> None:
@@ -110,44 +131,23 @@ def put_back(value: Any, content: Any) -> None:
                 base.__setitem__(value, key, held)
     elif is_unchanged(value, content):
         return
-    elif issubclass(kind, set):
-        set.clear(value)
-        set.update(value, content)
-    elif issubclass(kind, list | deque):
+    elif issubclass(kind, CONTAINERS):
         base = _base_of(value)
         base.clear(value)
-        base.extend(value, content)
-    elif issubclass(kind, random.Random):
-        value.setstate(content)
-    elif issubclass(kind, ContextVar):
-        value.set(content)
-    elif _is_generator_of_numpy(value):
-        _bits(value).state = content
+        (base.update if base is set else base.extend)(value, content)
     else:
-        value[:] = content
+        cast(_Content, _content(kind)).put_back(value, content)
 
 
-def as_comparable(value: Any) -> Any:
-    """Returns what is equal if the content of a value is, which is no container.
+def comparable(value: Any) -> Any:
+    """Returns what is equal if the contents of two values, which are no containers, are equal.
 
     Args:
-        value: The value, or its content.
+        value: A value, or its content.
     """
-    if issubclass(type(value), ContextVar):
+    content = _content(type(value))
+    if content is _VARIABLE:
         return value.get(None)
-    if _is_array(value):
+    if content is _ARRAY:
         return repr((value.shape, value.tobytes()))
-    return repr(content_of(value) if has_content(value) else value)
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and hasattr(type(value), "__setitem__")
-
-
-def _is_generator_of_numpy(value: Any) -> bool:
-    cls = type(value)
-    return cls.__name__ in _NUMPYS_GENERATORS and str(cls.__module__).startswith("numpy.random")
-
-
-def _bits(generator: Any) -> Any:
-    return getattr(generator, "bit_generator", None) or generator._bit_generator
+    return repr(value if content is None else content.copy(value))

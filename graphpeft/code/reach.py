@@ -20,8 +20,8 @@ from torch import nn
 
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
-from graphpeft.code.holders import Cell, Global, Holder, OfClass, OfFunction, OfObject, OfSlots, attributes_of, slots_of
-from graphpeft.code.source import names_in
+from graphpeft.code.namespaces import Namespace, attributes_of, slots_of
+from graphpeft.code.source import names_in, values_around
 
 _OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
 """What runs tests: code with assertions leads there, since pytest has rewritten it."""
@@ -42,47 +42,46 @@ _NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
 
 
 class Reach:
-    """The holders that the forwards of a module and of those inside it can reach, with the modules that do.
+    """The namespaces that the forwards of a module and of those inside it can reach, with the modules that do.
 
     Args:
         root: The module with all of its submodules.
 
     Attributes:
-        has_iterators: Whether there are iterators among what can be reached.
+        names: The names in the code that can be reached.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._holders: dict[Hashable, Holder] = {}
+        self._namespaces: dict[Hashable, Namespace] = {}
         self._owners: dict[Hashable, list[nn.Module]] = {}
         self._inside = set(root.modules())
         # with what is at the start, or its identity could become that of something else
-        self._known: dict[int, tuple[Any, list[Holder]]] = {}
-        self.has_iterators = False
+        self._known: dict[int, tuple[Any, list[Namespace]]] = {}
         starts = {module: list(_starts(module)) for module in self._inside}
-        self._named = self._names_in_what_runs([value for values in starts.values() for value in values])
+        self.names = self._names_in_what_runs([value for values in starts.values() for value in values])
         for module in root.modules():
-            self._note(OfObject(module), module)
+            self._note(Namespace.of_object(module), module)
             for value in starts[module]:
-                for holder in self._beyond(value):
-                    self._note(holder, module)
+                for namespace in self._beyond(value):
+                    self._note(namespace, module)
 
     @property
-    def holders(self) -> Iterable[Holder]:
-        """The holders."""
-        return self._holders.values()
+    def namespaces(self) -> Iterable[Namespace]:
+        """The namespaces."""
+        return self._namespaces.values()
 
-    def owners(self, holder: Holder) -> list[nn.Module]:
-        """Returns the modules that can reach a holder; what a module has itself is its own alone."""
-        return self._owners[holder.key]
+    def owners(self, namespace: Namespace) -> list[nn.Module]:
+        """Returns the modules that can reach a namespace; what a module has itself is its own alone."""
+        return self._owners[namespace.key]
 
-    def _note(self, holder: Holder, module: nn.Module) -> None:
-        self._holders.setdefault(holder.key, holder)
-        owners = self._owners.setdefault(holder.key, [])
+    def _note(self, namespace: Namespace, module: nn.Module) -> None:
+        self._namespaces.setdefault(namespace.key, namespace)
+        owners = self._owners.setdefault(namespace.key, [])
         if not owners or owners[-1] is not module:
             owners.append(module)
 
-    def _beyond(self, start: Any) -> list[Holder]:
-        """Returns the holders that can be reached from a value."""
+    def _beyond(self, start: Any) -> list[Namespace]:
+        """Returns the namespaces that can be reached from a value."""
         if id(start) not in self._known:
             self._known[id(start)] = (start, list(self._found_from(start)))
         return self._known[id(start)][1]
@@ -108,7 +107,7 @@ class Reach:
                 waiting += [method for name in new for method in unnamed.pop(name, ())]
         return named
 
-    def _found_from(self, start: Any) -> Iterator[Holder]:
+    def _found_from(self, start: Any) -> Iterator[Namespace]:
         # many classes have the same bases
         for base in start.__bases__ if issubclass(type(start), type) and _is_of_a_user(start) else ():
             yield from self._beyond(base)
@@ -119,9 +118,8 @@ class Reach:
             if type(value) not in PLAIN and id(value) not in seen:
                 seen[id(value)] = value
                 if not issubclass(type(value), nn.Module) or value not in self._inside:
-                    self.has_iterators |= is_iterator(value)
-                    holders, further = opened(value, self._named)
-                    yield from holders
+                    namespaces, further = opened(value, self.names)
+                    yield from namespaces
                     waiting += further
 
 
@@ -160,18 +158,17 @@ def functions_held(module: nn.Module) -> Iterator[FunctionType]:
             waiting += opened(value)[1]
         elif not is_of_a_library(value.__module__):
             yield value
-            cells = (holder for holder in _opened_function(value)[0] if isinstance(holder, Cell))
-            waiting += [held for cell in cells for held in cell.bindings().values()]
+            waiting += values_around(value)
 
 
 _MAY_HOLD_FUNCTIONS = (FunctionType, MethodType, functools.partial, functools._lru_cache_wrapper, *_WITH_PARTS)
 
 
-_Opened = tuple[Iterable[Holder], Iterable[Any]]
+_Opened = tuple[Iterable[Namespace], Iterable[Any]]
 
 
 def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
-    """Returns the holders that a value is, and the values to which it leads, of a class's methods those so `named`."""
+    """Returns the namespaces of a value, and the values to which it leads, of a class's methods those so `named`."""
     # by its type: what is asked by isinstance, an object may answer by code of its own
     kind = type(value)
     if issubclass(kind, FunctionType):
@@ -194,9 +191,9 @@ def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
     attributes, slots = attributes_of(value), slots_of(kind)
     if attributes is None and not slots:
         return (), parts
-    holders: list[Holder] = [OfObject(value)] if attributes is not None else []
-    holders += [OfSlots(value)] if slots else []
-    return holders, (kind, *parts, *(held for holder in holders for held in holder.bindings().values()))
+    namespaces = [Namespace.of_object(value)] if attributes is not None else []
+    namespaces += [Namespace.of_slots(value)] if slots else []
+    return namespaces, (kind, *parts, *(held for namespace in namespaces for held in namespace.values().values()))
 
 
 def _opened_class(cls: type, named: Set[str]) -> _Opened:
@@ -204,7 +201,7 @@ def _opened_class(cls: type, named: Set[str]) -> _Opened:
         return (), ()
     methods = _methods(cls)
     members = [value for name, value in vars(cls).items() if name not in methods and name not in _OF_EACH_CLASS]
-    return (OfClass(cls),), (*members, *(methods[name] for name in methods.keys() & named), *cls.__bases__)
+    return (Namespace.of_class(cls),), (*members, *(methods[name] for name in methods.keys() & named), *cls.__bases__)
 
 
 def _methods(cls: type) -> dict[str, Any]:
@@ -224,38 +221,37 @@ _OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module_
 
 
 def _opened_function(function: FunctionType) -> _Opened:
-    namespace = function.__globals__
-    if is_of_a_library(namespace.get("__name__")):
+    if is_of_a_library(function.__globals__.get("__name__")):
         return (), tuple(function.__dict__.values())  # such as what a decorator wraps
-    holders: list[Holder] = [
-        Cell(cell, name, function)
-        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars, strict=True)
+    code, own = function.__code__, Namespace.of_function(function)
+    cells = [
+        Namespace.of_cell(cell, name, function)
+        for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True)
     ]
-    holders += _globals_named_by(function.__code__, namespace)
-    further = [value for holder in holders for value in holder.bindings().values()]
-    own = OfFunction(function)
-    made = names_in(function.__code__).made
-    changing = [holder for holder in holders if not isinstance(holder, Global) or _may_change(holder, made)]
-    return (*changing, own), (*further, *own.bindings().values())
+    named = list(_globals_named_by(code, function.__globals__))
+    further = [value for namespace in (*cells, *named, own) for value in namespace.values().values()]
+    made = names_in(code).made
+    return (*cells, *(each for each in named if _may_change(each, made)), own), further
 
 
-def _globals_named_by(code: CodeType, namespace: dict[str, Any]) -> Iterator[Global]:
+def _globals_named_by(code: CodeType, globals_there: dict[str, Any]) -> Iterator[Namespace]:
     names = names_in(code)
-    named = [name for name in namespace if name != "__builtins__"] if "globals" in names.read else names.read
+    named = [name for name in globals_there if name != "__builtins__"] if "globals" in names.read else names.read
     for name in named:
-        value: Any = namespace.get(name)
+        value: Any = globals_there.get(name)
         if issubclass(type(value), ModuleType):
             if not is_of_a_library(value.__name__):
-                yield from (Global(vars(value), inner) for inner in names.read if inner in vars(value))
-        elif name in namespace:
-            yield Global(namespace, name)
-    yield from (Global(namespace, name) for name in names.made if name not in namespace)
+                yield from (Namespace.of_global(vars(value), inner) for inner in names.read if inner in vars(value))
+        elif name in globals_there:
+            yield Namespace.of_global(globals_there, name)
+    yield from (Namespace.of_global(globals_there, name) for name in names.made if name not in globals_there)
 
 
-def _may_change(named: Global, made: frozenset[str]) -> bool:
+def _may_change(named: Namespace, made: frozenset[str]) -> bool:
     """Tells whether a global is anything but a function or a class that its code gives no other value."""
-    kind = type(named.namespace.get(named.name))
-    return named.name in made or not issubclass(kind, FunctionType | BuiltinFunctionType | type)
+    kinds = FunctionType | BuiltinFunctionType | type
+    values = named.values()
+    return not values or any(name in made or not issubclass(type(value), kinds) for name, value in values.items())
 
 
 def _is_of_a_user(cls: type) -> bool:

@@ -66,7 +66,7 @@ def uses_in_forward(cls: type) -> Uses:
 def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
     """Yields what functions name: globals, members of Python modules and of `cls`, and the variables around them."""
     for function in functions:
-        yield from _around(function)
+        yield from values_around(function)
         names = names_in(function.__code__).read
         for name in names:
             yield from _members(cls, name, names)
@@ -159,12 +159,12 @@ def _functions_behind(member: Any) -> Iterator[FunctionType]:
 
 def _closed_over(function: FunctionType) -> Iterator[FunctionType]:
     """Yields the functions in the variables around a function, such as what it decorates."""
-    for held in _around(function):
+    for held in values_around(function):
         yield from _functions_behind(held)
 
 
-def _around(function: FunctionType) -> Iterator[Any]:
-    """Yields what the variables around a function hold."""
+def values_around(function: FunctionType) -> Iterator[Any]:
+    """Yields the values of the variables around a function."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents
@@ -238,13 +238,13 @@ def names_in(code: CodeType) -> Names:
 
 _STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])
 
-_TELLS = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
-"""Names of functions whose arguments are for a person to read."""
+_LOGGING_NAMES = {"_assert", "print", "log", "debug", "info", "warning", "warning_once", "warn", "warn_once", "error"}
+"""Names of logging and warning functions."""
 
 
 @functools.cache
-def only_tells(code: CodeType, line: int) -> bool:
-    """Tells whether what `code` does at `line` of its file is no more than to tell a person something."""
+def is_logging_call(code: CodeType, line: int) -> bool:
+    """Tells whether `code` only logs or warns at `line` of its file."""
     try:
         lines, start = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
@@ -256,7 +256,7 @@ def only_tells(code: CodeType, line: int) -> bool:
     if not isinstance(innermost, ast.Expr) or not isinstance(innermost.value, ast.Call):
         return False
     function = innermost.value.func
-    return getattr(function, "attr", getattr(function, "id", None)) in _TELLS
+    return getattr(function, "attr", getattr(function, "id", None)) in _LOGGING_NAMES
 
 
 @functools.cache

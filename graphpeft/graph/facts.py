@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree, storage_key
-from graphpeft.code.attribute_paths import ABOUT
+from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.masks import ASKED_ABOUT, attention_mask
 from graphpeft.graph.template import VALUE
@@ -27,7 +27,7 @@ def above(node: fx.Node) -> set[fx.Node]:
         source = waiting.pop()
         if source not in found:
             found.add(source)
-            waiting += used_by(source)
+            waiting += value_inputs(source)
     return found
 
 
@@ -45,18 +45,18 @@ def above_with_writes(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def used_by(node: fx.Node) -> list[fx.Node]:
-    """Returns the inputs of `node` whose values it uses; of others it only asks something, such as their shape."""
-    if only_asks(node):
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """Returns the inputs of `node` whose values it uses, and not only their shape or other metadata."""
+    if reads_metadata_only(node):
         return []
     asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
     return [source for source in node.all_input_nodes if source not in asked]
 
 
-def only_asks(node: fx.Node) -> bool:
-    """Tells whether `node` asks something about a tensor without using its values."""
+def reads_metadata_only(node: fx.Node) -> bool:
+    """Tells whether `node` reads the shape or other metadata of a tensor, and none of its values."""
     about = node.args[1] if node.target is getattr else node.target
-    return about in ABOUT
+    return about in METADATA_ATTRIBUTES
 
 
 def _memory(node: fx.Node) -> set[int]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.facts import only_asks
+from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.graph.tags import TAG
@@ -48,7 +48,7 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
     if op.x not in matrices:
         with graph.inserting_before(y):
             matrices[op.x] = graph.call_function(as_rows, (op.x,))
-    for node in inside - {user for user in op.x.users if only_asks(user)}:
+    for node in inside - {user for user in op.x.users if reads_metadata_only(user)}:
         node.replace_input_with(op.x, matrices[op.x])
     with graph.inserting_after(last[0]):
         shaped = graph.call_function(in_shape_of, (last[0], op.x))
@@ -59,7 +59,7 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
 
 def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
     """Tells whether a node of a branch makes each row of its value from the same row of others, in any shape."""
-    if node.op == "get_attr" or only_asks(node) or isinstance(ops.read_op(node, root), ops.Linear):
+    if node.op == "get_attr" or reads_metadata_only(node) or isinstance(ops.read_op(node, root), ops.Linear):
         return True
     if node.target in (add_scaled, torch.add, operator.add):
         # a parameter could be added to positions that have one in its shape alone

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
-from graphpeft.graph.facts import only_asks, writes
+from graphpeft.graph.facts import reads_metadata_only, writes
 from graphpeft.graph.ops.reading import arguments_of
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.products import cast_again, product
@@ -100,7 +100,7 @@ def cast_from(node: fx.Node) -> fx.Node | None:
 
 def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
     """Tells whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
-    return all(user is reader or only_asks(user) for user in value.users)
+    return all(user is reader or reads_metadata_only(user) for user in value.users)
 
 
 def separates(node: fx.Node, root: nn.Module) -> bool:

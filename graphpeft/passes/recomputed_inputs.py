@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from graphpeft.graph.facts import only_asks
+from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product, products
@@ -113,7 +113,7 @@ def _steps(x: fx.Node, root: nn.Module) -> set[fx.Node]:
 
 def _follow(node: fx.Node, steps: set[fx.Node], root: nn.Module) -> bool:
     """Adds the steps that lead to a value, and tells whether they begin at what others keep."""
-    if _step(node, root) is None or not all(user in steps or only_asks(user) for user in node.users if steps):
+    if _step(node, root) is None or not all(user in steps or reads_metadata_only(user) for user in node.users if steps):
         return _is_kept(node, root)
     steps.add(node)
     if node.op == "call_module":
@@ -135,7 +135,7 @@ def _step(node: fx.Node, root: nn.Module) -> str | None:
 def _is_no_tensor(node: fx.Node) -> bool:
     """Tells whether a node gives a size, a dtype and the like."""
     sources = node.all_input_nodes if node.op == "call_function" else []
-    return only_asks(node) or (bool(sources) and all(map(_is_no_tensor, sources)))
+    return reads_metadata_only(node) or (bool(sources) and all(map(_is_no_tensor, sources)))
 
 
 def _is_kept(node: fx.Node, root: nn.Module) -> bool:

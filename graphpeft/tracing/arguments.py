@@ -11,10 +11,13 @@ import torch
 import torch.fx as fx
 
 from graphpeft._torch import pytree
-from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
+from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.template import SIMPLE
 from graphpeft.tracing.recorder import Recorder
+
+ExampleCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of the example call."""
 
 _EXTRA = None
 """The default of an extra argument, which comes after others with one."""
@@ -28,7 +31,7 @@ class Arguments:
         example: The arguments of the example call, or None to record without example values.
     """
 
-    def __init__(self, tracer: Recorder, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+    def __init__(self, tracer: Recorder, example: ExampleCall | None) -> None:
         self._tracer = tracer
         self._example = example
         self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
@@ -83,7 +86,7 @@ class Arguments:
         placeholder = self._tracer.create_proxy("placeholder", name, defaults, {})
         if example is inspect.Parameter.empty:
             return self._tracer.present(placeholder, f"the argument {name!r}")
-        if isinstance(example, bool) or is_compared_by_is(example) or may_be_compared(example, self._code):
+        if isinstance(example, bool) or is_identity_compared(example) or may_be_compared(example, self._code):
             # an absent argument must not become a proxy: `mask is None` would be answered wrongly
             self._tracer.decide(placeholder, example, f"the argument {name!r}")
             return example

@@ -1,8 +1,8 @@
 """Notes what a forward reads from its modules beside tensors.
 
-A number or a flag becomes a node that reads the attribute in each run, which `settings` may replace by a constant. A
-string, None and other plain values, which code compares by identity, stay what they are, with a check in the graph.
-Containers and objects are read once.
+A number or a flag becomes a node that reads the attribute in each run; `constant_attributes` may replace it by a
+constant. A string, None and other plain values, which code compares by identity, stay what they are, and the graph
+checks them. Containers and objects are read once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import OfObject
-from graphpeft.code.identity_questions import compares_objects, tests_truth_by_identity
+from graphpeft.code.identity_checks import compares_objects, uses_is_true
+from graphpeft.code.namespaces import attributes_of
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.paths import join
 from graphpeft.graph.settings import OF_CLASS, WATCH
 from graphpeft.graph.template import SIMPLE
+from graphpeft.tracing.iterators import draws_error, holds_iterator
 from graphpeft.tracing.recorder import Recorder
 
 MACHINERY = frozenset(dir(nn.Module()))
@@ -58,7 +59,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
 
     def note(module: nn.Module, name: str) -> Any:
         if name == "__dict__" and tracer.is_recording and module in paths:
-            _note_dictionary(tracer, paths[module])
+            _note_dictionary(tracer, module, paths[module])
         if name in MACHINERY or name.startswith(_NOT_THE_CODES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
                 if module is root:
@@ -102,23 +103,30 @@ def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any
     is_of_class = name in module.__dict__.get(OF_CLASS, ()) or _is_of_class(type(module), name, value)
     if is_plain(value) and (is_own or is_of_class):
         # what the forward itself has set is a value of this run
-        if (
-            is_own
-            and tracer.session.recording is not None
-            and not tracer.session.recording.before.has(OfObject(module), name, value)
-        ):
+        recording = tracer.session.recording
+        if is_own and recording is not None and not recording.before.has(module, name, value):
             return value
         if path not in tracer.session.lines_of_reads:
             tracer.session.lines_of_reads[path] = guards.deciding_line()
         return plain_or_proxy(tracer, module, path, value)
-    if is_own and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
-        tracer.session.read_once.setdefault(path, value)
+    if is_own and path not in tracer.session.read_once and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
+        _refuse_iterator(tracer, module, name, value)
+        tracer.session.read_once[path] = value
     return value
 
 
-def _note_dictionary(tracer: Recorder, path: str) -> None:
+def _refuse_iterator(tracer: Recorder, module: nn.Module, name: str, value: Any) -> None:
+    recording = tracer.session.recording
+    # from what the forward itself has set, it draws anew in each run
+    if holds_iterator(value) and recording is not None and recording.before.has(module, name, value):
+        raise tracer.failing(draws_error(f"self.{name}"))
+
+
+def _note_dictionary(tracer: Recorder, module: nn.Module, path: str) -> None:
     file = sys._getframe(2).f_code.co_filename
     if not guards.is_machinery(file) and not file.startswith(_PYTORCH):
+        for name, value in (attributes_of(module) or {}).items():
+            _refuse_iterator(tracer, module, name, value)
         tracer.session.read_once.setdefault(join(path, "__dict__"), {})
 
 
@@ -142,7 +150,7 @@ def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -
     proxy = tracer.attribute(path)
     if not isinstance(proxy, fx.Proxy):
         return proxy  # what is None or a string comes back from the tracer as it is
-    if type(value) not in _NUMBERS or tests_truth_by_identity(in_place.original_class(module)):
+    if type(value) not in _NUMBERS or uses_is_true(in_place.original_class(module)):
         tracer.decide(proxy, value)
         return value
     return proxy

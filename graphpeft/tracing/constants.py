@@ -1,4 +1,4 @@
-"""Names for objects that a graph reads which are no attributes of its module: its forward has made or found them."""
+"""Constants of a graph: objects that a forward has made or found, and that are no attributes of its modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Constants:
     """The constants of one tracer's graphs.
 
     Attributes:
-        values: They, by their names: attributes of the root of the graphs.
+        values: The constants by name, stored as attributes of the graph's root.
     """
 
     def __init__(self) -> None:

@@ -190,7 +190,8 @@ class Examples:
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
         """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
-        with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+        unchanged_by_it = unchanged(self._session.modules[path])
+        with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]), unchanged_by_it:
             module = copy.deepcopy(self._session.modules[path])
             for inner, copied in zip(self._session.modules[path].modules(), module.modules(), strict=True):
                 copied.training = self._session.mode_of(inner)

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from graphpeft.graph import guards
-from graphpeft.tracing.sameness import checks_all_of, computes_the_same
+from graphpeft.tracing.graph_equality import checks_all_of, equivalent
 
 
 def decides_on_gradients(graph: fx.Graph) -> bool:
@@ -23,7 +23,7 @@ def serving_both(graph: fx.Graph, other: fx.Graph) -> fx.Graph | None:
 
     It is the one that checks all else that any of them does.
     """
-    if not computes_the_same(graph, other, {}) or not computes_the_same(other, graph, {}):
+    if not equivalent(graph, other, {}) or not equivalent(other, graph, {}):
         return None
     for one, another in ((graph, other), (other, graph)):
         if checks_all_of(one, another, _is_about_gradients):

@@ -1,92 +1,82 @@
-"""Iterators that a forward can reach: a graph can't draw from them, and a trace must not.
+"""Iterators that a forward can draw from: a graph can't hold that, so a module whose code names one stays a call.
 
-An iterator doesn't tell how far it has come, and can't be set back. So for the time of a trace something stands in for
-each, which raises if the forward draws from it, and draws from a copy where code runs on example values.
+An iterator doesn't tell how far it has come, and can't be set back. So the code of such a module doesn't run in a
+recording, and draws from copies where it runs on example values.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType
 from typing import Any
 
-from graphpeft.code.contents import parts_of
+from torch import nn
+
+from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.code.reach import Reach, is_iterator
 from graphpeft.graph.errors import TraceError
-from graphpeft.tracing.recorder import Recorder
+
+_LOOKS_UP_ANY_NAME = frozenset(("__dict__", "__getattribute__", "attrgetter", "getattr", "getmembers", "vars"))
+"""Names of what reads attributes without naming them in code."""
 
 
-class StandIn:
-    """Stands in for an iterator.
+def drawing_modules(reach: Reach) -> dict[nn.Module, str]:
+    """Returns the modules whose code names an iterator outside of the model's modules, with what it is to the code.
 
-    Args:
-        tracer: The tracer.
-        name: What it is to the code that draws from it.
-        iterator: The iterator.
+    What code reads from the model's modules shows when it reads it.
     """
-
-    def __init__(self, tracer: Recorder, name: str, iterator: Any) -> None:
-        self._tracer, self._name, self._iterator = tracer, name, iterator
-        self._copy: Any = None
-
-    def __iter__(self) -> Any:
-        return iter(self._drawn_from())
-
-    def __next__(self) -> Any:
-        return next(self._drawn_from())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drawn_from(), name)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self._copied(memo)
-
-    def _drawn_from(self) -> Any:
-        if not self._tracer.is_of_this_thread:
-            return self._iterator
-        if self._tracer.is_recording:
-            message = f"a forward draws from {self._name}, an iterator, which a graph can't hold"
-            raise self._tracer.failing(TraceError(message))
-        if self._copy is None:
-            self._copy = self._copied({})
-        return self._copy
-
-    def _copied(self, memo: Any) -> Any:
-        try:
-            return copy.deepcopy(self._iterator, memo)
-        except TypeError as error:
-            kind = type(self._iterator).__name__
-            raise TraceError(f"a forward draws from {self._name}, a {kind}, which can't be copied") from error
+    found: dict[nn.Module, str] = {}
+    reads_any = not reach.names.isdisjoint(_LOOKS_UP_ANY_NAME)
+    for namespace in reach.namespaces:
+        if issubclass(type(namespace.of), nn.Module) and reach.owners(namespace) == [namespace.of]:
+            continue
+        are_named = reads_any or issubclass(type(namespace.of), FunctionType | CellType)
+        for name, value in namespace.values().items():
+            if (are_named or name in reach.names) and holds_iterator(value):
+                found |= {module: namespace.describe(name, module) for module in reach.owners(namespace)}
+    return found
 
 
-@contextlib.contextmanager
-def iterators_stand_in(tracer: Recorder, reach: Reach) -> Iterator[None]:
-    """Puts a stand-in in the place of each iterator that can be reached, and the iterator back at the end."""
-    with contextlib.ExitStack() as stack:
-        for holder in reach.holders:
-            for name, value in list(holder.bindings().items()):
-                stand_in_for = functools.partial(StandIn, tracer, holder.described(name, reach.owners(holder)[0]))
-                exchanged = _exchanged(value, stand_in_for, stack, set())
-                if exchanged is not value:
-                    holder.bind(name, exchanged)
-                    stack.callback(holder.bind, name, value)
-        yield
+def draws_error(name: str) -> TraceError:
+    """Returns the error for code that can draw from an iterator, which has this name for it."""
+    return TraceError(f"a forward can draw from {name}, an iterator, which a graph can't hold")
 
 
-def _exchanged(value: Any, stand_in_for: Callable[[Any], StandIn], stack: contextlib.ExitStack, seen: set[int]) -> Any:
-    """Returns a stand-in for an iterator, and containers with stand-ins for those in them."""
-    if is_iterator(value):
-        return stand_in_for(value)
-    if not issubclass(type(value), dict | list | tuple) or id(value) in seen:
-        return value
-    seen.add(id(value))
-    items = list(dict.items(value) if isinstance(value, dict) else enumerate(parts_of(value)))
-    changes = {key: new for key, part in items if (new := _exchanged(part, stand_in_for, stack, seen)) is not part}
-    if isinstance(value, tuple):
-        return tuple(changes.get(index, part) for index, part in items) if changes else value
-    for key, new in changes.items():
-        stack.callback(value.__setitem__, key, value[key])
-        value[key] = new
-    return value
+def exchange_for_copies(reach: Reach) -> None:
+    """Binds names of iterators, and of what holds some, to copies.
+
+    Raises:
+        TraceError: If one can't be copied, such as a generator.
+    """
+    for namespace in reach.namespaces:
+        for name, value in list(namespace.values().items()):
+            if not holds_iterator(value):
+                continue
+            try:
+                namespace.bind(name, copy.deepcopy(value))
+            except TypeError as error:
+                described = namespace.describe(name, reach.owners(namespace)[0])
+                message = f"a forward can draw from {described}, a {type(value).__name__}, which can't be copied"
+                raise TraceError(message) from error
+
+
+def holds_iterator(value: Any) -> bool:
+    """Tells whether a value is an iterator, or holds one in a container, a partial function or a bound method."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        held = waiting.pop()
+        # by its type: what is asked by isinstance, an object may answer by code of its own
+        kind = type(held)
+        if kind in PLAIN or id(held) in seen:
+            continue
+        if is_iterator(held):
+            return True
+        seen.add(id(held))
+        if issubclass(kind, (*CONTAINERS, tuple)):
+            waiting += parts_of(held)
+        elif issubclass(kind, functools.partial):
+            waiting += (held.func, held.args, held.keywords)
+        elif issubclass(kind, MethodType | BuiltinMethodType | MethodWrapperType):
+            waiting.append(held.__self__)
+    return False

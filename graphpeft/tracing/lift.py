@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.code.identity_questions import compares_objects
+from graphpeft.code.identity_checks import compares_objects
 from graphpeft.code.source import functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
@@ -25,10 +25,11 @@ from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, copy_graph, template_of
 from graphpeft.tracing.attributes import INTERNALS
+from graphpeft.tracing.constant_attributes import make_settings
 from graphpeft.tracing.globals_read import plain_globals
 from graphpeft.tracing.modes import in_each_mode
-from graphpeft.tracing.settings import settle
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
+from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
+from graphpeft.tracing.tracer import ValueTracer
 
 Facts = tuple[tuple[str, Any], ...]
 
@@ -103,14 +104,14 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
             "positional arguments or a dict of keyword arguments of the model"
         )
     recorded = in_each_mode(
-        module, lambda modes: tracer.trace_module(module, module.forward, *split_inputs(example_inputs), modes)
+        module, lambda modes: record_forward(tracer, module, module.forward, *split_inputs(example_inputs), modes)
     )
     if recorded.other_mode_error is not None:
         raise recorded.other_mode_error
     for name, value in tracer.session.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
     for graph in recorded.graphs:
-        add_check(graph, settle(graph, tracer.session.lines_of_reads))
+        add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
     if (
         tracer.session.specialised

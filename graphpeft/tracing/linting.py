@@ -1,4 +1,4 @@
-"""What must hold of each finished graph, lifted or flat, before anything is made of it."""
+"""Checks of each finished graph, lifted or flat, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.code.holders import attributes_of
+from graphpeft.code.namespaces import attributes_of
 from graphpeft.graph.errors import TraceError
 
 _WAY_OUT = (

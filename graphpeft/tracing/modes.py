@@ -14,7 +14,7 @@ from torch import fx, nn
 from graphpeft.graph import guards
 from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.graph.template import VALUE, Graphs
-from graphpeft.tracing.own_modes import modes_after, own_modes
+from graphpeft.tracing.mode_discovery import modes_after, own_modes
 
 
 class Recorded(NamedTuple):

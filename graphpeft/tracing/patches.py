@@ -23,7 +23,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphpeft._torch import (
-    DisableTorchFunction,
     autocast_options,
     compiler_options,
     current_function_mode,
@@ -39,21 +38,20 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import writes_by_method
 from graphpeft.graph.recomputing import checkpoints_bound_by
 from graphpeft.graph.template import VALUE
-from graphpeft.tracing import no_grad
-from graphpeft.tracing.attributes import noting_reads, plain_or_proxy
 from graphpeft.tracing.caches import uncached
-from graphpeft.tracing.class_questions import asks, cannot_ask
 from graphpeft.tracing.exchanges import Exchanges
 from graphpeft.tracing.gradient_regions import GradientRegions, record_gradient_regions
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.imports import imports_run
-from graphpeft.tracing.iterators import iterators_stand_in
+from graphpeft.tracing.iterators import drawing_modules
+from graphpeft.tracing.module_exchanges import exchange_of_modules
 from graphpeft.tracing.named_functions import exchange_named
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.recorder import Recorder
-from graphpeft.tracing.recording import Recording
 from graphpeft.tracing.scripted import Scripted
+from graphpeft.tracing.session import Recording
 from graphpeft.tracing.snapshot import Snapshot
+from graphpeft.tracing.type_checks import type_check_in, type_check_message
 from graphpeft.transaction import at_end_of
 
 _FACTORIES = (
@@ -86,8 +84,6 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
     """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
     with contextlib.ExitStack() as stack:
         reach = Reach(root)
-        if reach.has_iterators:
-            stack.enter_context(iterators_stand_in(tracer, reach))
         in_users_code = Exchanges(stack)
         exchange_named(root, in_users_code, functools.partial(_in_users_code, tracer))
         for module, name in masks.mask_functions_seen_by(root):
@@ -110,10 +106,7 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
             exchanges.attribute(torch, name, _decided_switch(tracer, regions, getattr(torch, name)))
         for module, name in itertools.product((torch, torch.random), _SEEDS):
             exchanges.attribute(module, name, _refused_seed(tracer, getattr(module, name)))
-        exchanges.attribute(nn.Module, "training", _training(tracer, root), create=True)
-        exchanges.attribute(nn.Module, "__getattribute__", noting_reads(tracer, root))
-        exchanges.attribute(nn.Module, "__setattr__", _noted_assignment(tracer, root))
-        exchanges.attribute(nn.Module, "_apply", _refused_conversion(tracer, root))
+        exchange_of_modules(tracer, root, exchanges)
         exchanges.attribute(builtins, "isinstance", _truthful_isinstance())
         exchanges.attribute(builtins, "callable", _truthful_callable())
         _record_autocast(tracer, exchanges)
@@ -136,7 +129,7 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
                 yield
 
         stack.enter_context(imports_run(outside, lambda: tracer.is_of_this_thread))
-        yield Recording(before, set_aside, outside)
+        yield Recording(before, drawing_modules(reach), set_aside, outside)
 
 
 @contextlib.contextmanager
@@ -219,7 +212,7 @@ def _recorded(
 def _in_users_code(tracer: Recorder, value: Any) -> Any:
     """Returns what the model's code finds in the place of a value that it names."""
     if not draws(value):
-        return _refusing_to_ask(tracer, uncached(value))
+        return _refusing_type_checks(tracer, uncached(value))
     recorded = _recorded(tracer, value, value)
 
     @functools.wraps(value)
@@ -308,57 +301,6 @@ def _truthful_callable() -> Callable[[Any], bool]:
     return callable
 
 
-def _training(tracer: Recorder, root: nn.Module) -> property:
-    paths = {module: path for path, module in root.named_modules()}
-
-    def get(module: nn.Module) -> Any:
-        path = paths.get(module)
-        if path is None or not tracer.is_of_this_thread:
-            return module.__dict__["training"]
-        value = tracer.session.mode_of(module)
-        if tracer.is_running:
-            return value
-        return plain_or_proxy(tracer, module, f"{path}.training" if path else "training", value)
-
-    def put(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    return property(get, put)
-
-
-def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
-    assign = nn.Module.__setattr__
-    modules = set(root.modules())
-
-    def note(module: nn.Module, name: str, value: Any) -> None:
-        if not tracer.is_running and module in modules:
-            if name in module._modules and module._modules[name] is value:
-                return
-            # `self.steps += 1` writes into the tensor that it assigns
-            if builtins.isinstance(value, fx.Proxy) and _is_written_attribute(tracer, module, name, value):
-                return
-            # the copy of a module whose call stays one would not be assigned to
-            owned = {**module._parameters, **module._modules, "training": True}
-            if (
-                tracer.session.keeps_whole(module)
-                or name in owned
-                or builtins.isinstance(value, nn.Parameter | nn.Module)
-            ):
-                message = f"{type(module).__name__}'s forward assigns self.{name}, which a graph can't hold"
-                raise tracer.failing(TraceError(message))
-            tracer.note_assignment(module, name)
-        assign(module, name, cast(Any, value))
-
-    return note
-
-
-def _is_written_attribute(tracer: Recorder, module: nn.Module, name: str, value: fx.Proxy) -> bool:
-    """Tells whether `value` is the tensor that a module has by this name, after writes into it."""
-    held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
-    path = tracer.session.name_of(held) if builtins.isinstance(held, torch.Tensor) else None
-    return path is not None and no_grad.is_written(value, path)
-
-
 def _refused_seed(tracer: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def refuse(*args: Any) -> Any:
@@ -366,24 +308,6 @@ def _refused_seed(tracer: Recorder, function: Callable[..., Any]) -> Callable[..
             return function(*args)
         message = f"{guards.deciding_line()} sets the state of random numbers, which a graph can't hold"
         raise tracer.failing(TraceError(message))
-
-    return refuse
-
-
-def _refused_conversion(tracer: Recorder, root: nn.Module) -> Callable[..., nn.Module]:
-    convert = nn.Module._apply
-    modules = set(root.modules())
-
-    def refuse(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
-        if tracer.is_running or module not in modules:
-            return convert(module, function, *args, **kwargs)
-        tensors = (*module.parameters(), *module.buffers())
-        with DisableTorchFunction():
-            is_converted = any(function(tensor) is not tensor for tensor in tensors)
-        if is_converted:
-            message = f"a {type(module).__name__} is converted in a forward, which a graph can't hold"
-            raise tracer.failing(TraceError(message))
-        return module
 
     return refuse
 
@@ -445,25 +369,25 @@ def _record_autocast(tracer: Recorder, exchanges: Exchanges) -> None:
     exchanges.attribute(torch.autocast, "__exit__", record_leave)
 
 
-def _refusing_to_ask(tracer: Recorder, function: Any) -> Any:
+def _refusing_type_checks(tracer: Recorder, function: Any) -> Any:
     """Returns a function of the user's that asks for the class of a value as one that refuses to in a recording."""
-    question = _question_of(function)
-    if question is None:
+    check = _type_check_of(function)
+    if check is None:
         return function
 
     @functools.wraps(function)
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if tracer.is_running:
             return function(*args, **kwargs)
-        raise tracer.failing(TraceError(cannot_ask(function.__qualname__, question)))
+        raise tracer.failing(TraceError(type_check_message(function.__qualname__, check)))
 
     return refuse
 
 
-def _question_of(function: Any) -> str | None:
+def _type_check_of(function: Any) -> str | None:
     is_of_a_user = type(function) is FunctionType and not is_of_a_library(function.__module__)
     # a forward that asks is refused before it is recorded, as what is found otherwise than by its name
-    return asks(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
+    return type_check_in(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
 
 
 def _record_scripted(tracer: Recorder, exchanges: Exchanges) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from graphpeft.code.identity_questions import tests_identity
-from graphpeft.code.source import only_tells
+from graphpeft.code.identity_checks import tests_identity
+from graphpeft.code.source import is_logging_call
 from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import IN_PLACE, InPlace
@@ -148,7 +148,7 @@ class ValueProxy(fx.Proxy):
         if self.tracer.is_recording and (is_unknown or isinstance(self.node.meta[VALUE], _WRITTEN_OUT)):
             asking = sys._getframe(2)
             is_logged = asking.f_globals.get("__name__") in ("logging", "warnings")
-            if not is_logged and not only_tells(asking.f_code, asking.f_lineno):
+            if not is_logged and not is_logging_call(asking.f_code, asking.f_lineno):
                 if is_unknown and not guards.is_machinery(asking.f_code.co_filename):
                     raise self.tracer.undecided()
                 return self.tracer.create_proxy("call_function", function, (self, *options), {})

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute
+from graphpeft.code.namespaces import Attribute
 from graphpeft.graph.paths import join
 from graphpeft.tracing.constants import Constants
-from graphpeft.tracing.recording import Recording
+from graphpeft.tracing.iterators import draws_error
+from graphpeft.tracing.snapshot import Snapshot
+
+
+class Recording(NamedTuple):
+    """A recording that goes on.
+
+    Attributes:
+        before: What all that the forward can reach was before it, and is put back to.
+        drawing: The modules whose code names an iterator, with what it is to the code.
+        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
+        outside: What code runs under that is no part of the trace: as it would without one.
+    """
+
+    before: Snapshot
+    drawing: Mapping[nn.Module, str]
+    set_aside: Callable[[], AbstractContextManager[None]]
+    outside: Callable[[], AbstractContextManager[None]]
+
+    def refuse_iterators(self, module: nn.Module) -> None:
+        """Raises TraceError if the code of `module` can draw from an iterator."""
+        if module in self.drawing:
+            raise draws_error(self.drawing[module])
+
+
+class RecordAgain(BaseException):
+    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
 
 
 class Session:
@@ -34,6 +61,8 @@ class Session:
         lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
         looked_up: The parameter that was looked up last in a module, with its path there.
         read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
+        stateful: The paths of modules that have to stay calls since they change what their next call sees, with why.
+        watches_draws: Whether each module that is inlined must not draw from Python's or NumPy's generator.
         has_hashed: Whether code has asked for the hash of a traced value, as caches do.
         specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
         recording: The recording that goes on, if one does.
@@ -56,6 +85,8 @@ class Session:
         self.lines_of_reads: dict[str, str] = {}
         self.looked_up: tuple[torch.Tensor, str] | None = None
         self.read_once: dict[str, Any] = {}
+        self.stateful: dict[str, str] = {}
+        self.watches_draws = False
         self.has_hashed = False
         self.specialised = False
         self.recording: Recording | None = None

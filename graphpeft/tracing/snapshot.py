@@ -1,4 +1,4 @@
-"""What a model and all that its forward can reach is at one time, to compare with, and to put back."""
+"""Snapshots of all state that a model's forward can reach, to compare with and to put back."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from graphpeft.code import contents
-from graphpeft.code.holders import Attribute, Holder
+from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.code.reach import Reach
+from graphpeft.tracing.iterators import exchange_for_copies
 
 _ABSENT = object()
 
-_Held = tuple[Holder, dict[str, Any], list[tuple[str, Any, Any]]]
-"""A holder, the values of its names, and what can change there: the name, the object, and its content."""
+_Held = tuple[Namespace, dict[str, Any], list[tuple[str, Any, Any]]]
+"""A namespace, the values of its names, and what can change there: the name, the object, and its content."""
 
 
 class Snapshot:
@@ -30,36 +31,36 @@ class Snapshot:
         self._before: list[_Held] = []
         self._held: set[int] | None = None
         self._values: dict[Hashable, dict[str, Any]] = {}
-        for holder in reach.holders:
-            values = dict(holder.bindings())
+        for namespace in reach.namespaces:
+            values = dict(namespace.values())
             changeable = contents.changeable_parts(values.items())
             kept = [(name, value, contents.content_of(value)) for name, value in changeable]
-            self._before.append((holder, values, kept))
-            self._values[holder.key] = values
+            self._before.append((namespace, values, kept))
+            self._values[namespace.key] = values
 
     def owners(self, attribute: Attribute) -> list[nn.Module]:
         """Returns the modules that have an attribute, or that can reach what has it."""
-        return self._reach.owners(attribute.holder)
+        return self._reach.owners(attribute.namespace)
 
     def changed(self, inside: nn.Module | None = None) -> list[Attribute]:
         """Returns the attributes, or those that can be reached from one module, that are another now, or changed."""
         found: dict[Attribute, None] = {}
-        for holder, values, kept in self._reached_from(inside):
-            now = holder.bindings()
+        for namespace, values, kept in self._reached_from(inside):
+            now = namespace.values()
             for name in {**values, **now}:
                 if values.get(name, _ABSENT) is not now.get(name, _ABSENT):
-                    found[Attribute(holder, name)] = None
+                    found[Attribute(namespace, name)] = None
             for name, value, content in kept:
                 if name == "_buffers":
                     keys = [key for key in {**content, **value} if _differs(value, content, key)]
-                    found |= dict.fromkeys(Attribute(holder, key) for key in keys)
+                    found |= dict.fromkeys(Attribute(namespace, key) for key in keys)
                 elif not contents.is_unchanged(value, content):
-                    found[Attribute(holder, name)] = None
+                    found[Attribute(namespace, name)] = None
         return list(found)
 
-    def has(self, holder: Holder, name: str, value: Any) -> bool:
-        """Tells whether a name had this very value."""
-        return self._values.get(holder.key, {}).get(name, _ABSENT) is value
+    def has(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Tells whether an attribute of a module had this very value."""
+        return self._values.get(id(module), {}).get(name, _ABSENT) is value
 
     def holds(self, value: Any) -> bool:
         """Tells whether `value` had a name, or was in a container that had one."""
@@ -76,8 +77,8 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Gives all names their values, and these their content again."""
-        for holder, values, kept in self._before:
-            _bind_again(holder, values)
+        for namespace, values, kept in self._before:
+            _bind_again(namespace, values)
             for _, value, content in kept:
                 contents.put_back(value, content)
 
@@ -90,9 +91,11 @@ class Snapshot:
 
 @contextlib.contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
-    """Gives all that the forward of a module can reach its values again at the end."""
-    before = Snapshot(Reach(root))
+    """Gives all that the forward of a module can reach its values again at the end; from iterators it draws copies."""
+    reach = Reach(root)
+    before = Snapshot(reach)
     try:
+        exchange_for_copies(reach)
         yield
     finally:
         before.put_back()
@@ -102,11 +105,11 @@ def _differs(left: dict[str, Any], right: dict[str, Any], key: str) -> bool:
     return left.get(key, _ABSENT) is not right.get(key, _ABSENT)
 
 
-def _bind_again(holder: Holder, values: dict[str, Any]) -> None:
+def _bind_again(namespace: Namespace, values: dict[str, Any]) -> None:
     """Puts back what differs, and no more: other threads may run the model meanwhile."""
-    now = dict(holder.bindings())
+    now = dict(namespace.values())
     for name in [name for name in now if name not in values]:
-        holder.unbind(name)
+        namespace.unbind(name)
     for name, value in values.items():
         if name not in now or now[name] is not value:
-            holder.bind(name, value)
+            namespace.bind(name, value)

@@ -18,17 +18,18 @@ from graphpeft._torch import call_with_hooks
 from graphpeft.graph import in_place
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import used_by
+from graphpeft.graph.facts import value_inputs
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.settings import Reads, Settings, Watch
 from graphpeft.graph.template import GraphForward, Graphs, Template, wear_template
 from graphpeft.graph.traced_model import Place, TracedModel, module_told
 from graphpeft.tracing.attributes import ABSENT, MACHINERY
+from graphpeft.tracing.constant_attributes import make_settings
 from graphpeft.tracing.globals_read import plain_globals
+from graphpeft.tracing.mode_discovery import own_modes
 from graphpeft.tracing.modes import Recorded, in_each_mode
-from graphpeft.tracing.own_modes import own_modes
-from graphpeft.tracing.settings import settle
-from graphpeft.tracing.tracer import ONE_TRACE_AT_A_TIME, ValueTracer
+from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
+from graphpeft.tracing.tracer import ValueTracer
 
 INLINED = "inlined"
 """What a module is to a graph that has its forward's nodes instead of a call."""
@@ -104,7 +105,7 @@ def _recorded(
     tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
     # as a call does, with the model's own hooks
     entry = functools.partial(call_with_hooks, model)
-    recorded = in_each_mode(model, lambda modes: tracer.trace_module(model, entry, args, kwargs, modes))
+    recorded = in_each_mode(model, lambda modes: record_forward(tracer, model, entry, args, kwargs, modes))
     read = _layers_read(model, recorded.graphs)
     if read <= inlined:
         return recorded, tracer
@@ -116,7 +117,7 @@ def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
     """Returns the layers that graphs call and whose tensors they use, too, such as those of a fused kernel."""
     nodes = [node for graph in graphs for node in graph.nodes]
     called = {model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}
-    used = (node for node in nodes if node.op == "get_attr" and any(node in used_by(user) for user in node.users))
+    used = (node for node in nodes if node.op == "get_attr" and any(node in value_inputs(user) for user in node.users))
     places = (str(node.target).rpartition(".") for node in used)
     owners = {model.get_submodule(path) for path, _, name in places if name != "training"}
     # an attention has a layer inside
@@ -131,7 +132,7 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.config = getattr(model, "config", None)
     root.input_embedding = _path_of(model, module_told(model, "get_input_embeddings"))
     root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
-    reads = [settle(graph, tracer.session.lines_of_reads) for graph in recorded.graphs]
+    reads = [make_settings(graph, tracer.session.lines_of_reads) for graph in recorded.graphs]
     _refuse_reserved_names(reads)
     # found once, since a model has hundreds of layers, each with a few of its tensors
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

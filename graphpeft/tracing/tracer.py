@@ -1,80 +1,56 @@
-"""Records a module's forward as a graph whose nodes carry the values that the example inputs give them.
+"""Records a forward once, as a graph whose nodes carry the values that the example inputs give them.
 
 After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
 code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
 tensor values, a write under ``no_grad`` into what may require grad, a forward that changes its module) keeps the module
-that does it as one call of the graph, and `ValueTracer.kept` says why.
+that does it as one call of the graph, and `Session.kept` says why.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import contextvars
 import operator
-import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any, cast
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute, OfObject
-from graphpeft.code.identity_questions import compares_objects, is_compared_by_is, may_be_compared
-from graphpeft.code.reach import is_iterator
+from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
+from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.graph import guards
 from graphpeft.graph.calls import CALLS, Call
 from graphpeft.graph.contexts import leave_autocast, leave_gradients
 from graphpeft.graph.drawing_functions import draws
-from graphpeft.graph.errors import OUT_OF_MEMORY, DrawsNumbersError, NeedsInputsError, TraceError
+from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.graph.facts import above, writes
-from graphpeft.graph.paths import join
 from graphpeft.graph.template import SIMPLE, VALUE
-from graphpeft.tracing import no_grad, patches
-from graphpeft.tracing.arguments import Arguments
+from graphpeft.tracing import no_grad
+from graphpeft.tracing.arguments import Arguments, ExampleCall
 from graphpeft.tracing.caches import forget_traced_values
-from graphpeft.tracing.class_questions import cannot_ask, question_in
+from graphpeft.tracing.decisions import TAKES_OUT, Decisions, may_lack, needs_inputs_error
 from graphpeft.tracing.examples import Examples
-from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
-from graphpeft.tracing.linting import holds_proxy, lint
+from graphpeft.tracing.node_arguments import plain_key, refuse_argument, refuse_object_with_traced_values, traced_fields
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.recorder import ErrorT
-from graphpeft.tracing.session import Session
-from graphpeft.tracing.settling import changing_modules
-
-ONE_TRACE_AT_A_TIME = threading.RLock()
-"""What a trace exchanges for its time, others must not exchange meanwhile."""
-
-if hasattr(os, "register_at_fork"):
-    # a copy of the process would have what is exchanged for good, without the thread that puts it back
-    os.register_at_fork(
-        before=ONE_TRACE_AT_A_TIME.acquire,
-        after_in_parent=ONE_TRACE_AT_A_TIME.release,
-        after_in_child=ONE_TRACE_AT_A_TIME.release,
-    )
+from graphpeft.tracing.session import RecordAgain, Session
+from graphpeft.tracing.type_checks import refuse_type_checks
 
 _GUARDS = (guards.expect, guards.expect_present)
 """Functions that check a decision."""
-
-_TAKES_OUT = (operator.getitem, getattr)
-"""Functions that take a part out of an object."""
 
 _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
 """Functions that are called for what they do; that they return None decides nothing."""
 
 
-class _RecordAgain(BaseException):
-    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
-
-
 class ValueTracer(fx.Tracer):
-    """Traces one module.
+    """Records the forward of one module, each time anew.
 
     Args:
         keeps_whole: Tells of a submodule whether its call stays one node of the graph.
@@ -91,15 +67,13 @@ class ValueTracer(fx.Tracer):
         self.session = Session(keeps_whole)
         self.examples = Examples(self.session)
         self._proxies: list[weakref.ref[fx.Proxy]] = []
-        self._watches_draws = False
         self._thread: int | None = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._changing: dict[str, str] = {}
+        self._call: ExampleCall | None = None
         self.begin()
 
     def begin(self) -> None:
         """Forgets what belongs to a recording."""
-        self._decided: set[tuple[Any, str, Call | None]] = set()
+        self._decisions = Decisions()
         self._calls: tuple[Call, ...] = ()
         self._attributes: dict[str, fx.Proxy] = {}
         self._copies: dict[str, fx.Proxy] = {}
@@ -113,121 +87,23 @@ class ValueTracer(fx.Tracer):
 
     # the trace
 
-    def trace_module(
-        self,
-        root: nn.Module,
-        entry: Callable[..., Any],
-        args: tuple[Any, ...] | None,
-        kwargs: dict[str, Any],
-        modes: Mapping[nn.Module, bool] | None = None,
-    ) -> fx.Graph:
-        """Records a call of `root`, leaving `root` as it is.
+    @contextlib.contextmanager
+    def tracing(self, entry: Callable[..., Any], call: ExampleCall | None) -> Iterator[None]:
+        """Makes ready to record calls of the session's root in this thread, with `Tracer.trace`.
 
         Args:
-            root: The module.
-            entry: What is called: its forward, or what runs its hooks as well.
-            args: Example positional arguments, or None to trace without example values.
-            kwargs: Example keyword arguments.
-            modes: Whether to record as if modules were in training; None takes each as it is.
-
-        Raises:
-            NeedsInputsError: Without `args`, if the forward decides on its inputs.
-            TraceError: If the forward itself can't be recorded.
+            entry: What is called: the root's forward, or what runs its hooks as well.
+            call: Example arguments, or None to trace without example values.
         """
-        _refuse_questions_of_class(root)
-        self.session.begin(root, modes or {})
-        self._call = (args, kwargs) if args is not None else None
-        self._entry = entry
+        self._call, self._entry = call, entry
         # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
-        self._may_be_absent = not type(root).__module__.startswith("torch.nn.modules")
-        kept = dict(self.session.kept)
-        with ONE_TRACE_AT_A_TIME:
-            self._thread = threading.get_ident()
-            try:
-                graph = self._recorded_until_known(root)
-                if decides_on_gradients(graph):
-                    graph = self._for_both_gradient_modes(root, graph)
-                lint(graph, self.session.constants.values)
-                return graph
-            except (TraceError, *OUT_OF_MEMORY):
-                self.session.kept = kept  # there is no graph that calls the others
-                raise
-            except Exception as error:
-                self.session.kept = kept
-                if self._call is None:
-                    raise self.undecided(error) from error
-                line = guards.failing_line(error)
-                message = f"{type(root).__name__}'s forward fails at {line} while it is traced"
-                raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
-            finally:
-                self._thread = None
-                self._forget_proxies()
-
-    def _recorded_until_known(self, root: nn.Module) -> fx.Graph:
-        # context variables are set back with the context
-        while (graph := contextvars.copy_context().run(self._recorded, root)) is None:
-            pass  # each time, more is known about the modules
-        return graph
-
-    def _for_both_gradient_modes(self, root: nn.Module, graph: fx.Graph) -> fx.Graph:
-        """Returns a graph for runs with gradients and without, if `root` computes the same; else `graph`."""
-        kept, not_kept = dict(self.session.kept), dict(self.session.not_kept)
-        self.session.gradients = not self.session.gradients
+        self._may_be_absent = not type(self.session.root).__module__.startswith("torch.nn.modules")
+        self._thread = threading.get_ident()
         try:
-            serving = serving_both(graph, self._recorded_until_known(root))
-        except OUT_OF_MEMORY:
-            raise
-        except Exception:
-            serving = None  # it goes on to raise in that mode
-        if serving is None:
-            self.session.kept, self.session.not_kept = kept, not_kept
-        return serving or graph
-
-    def _recorded(self, root: nn.Module) -> fx.Graph | None:
-        """Records `root` once; returns None if that showed that further modules have to stay calls."""
-        self.begin()
-        kept = dict(self.session.kept)
-        try:
-            with (
-                torch.enable_grad(),
-                patches.recording(self, root) as recording,
-                no_random_python_numbers(),
-            ):
-                self.session.recording = recording
-                graph = self.trace(root)
-                with self.examples.real_calls(makes_tensors=False):
-                    changed = recording.before.changed()
-                changing = self._changing_modules(root, graph, changed) if changed else {}
-        except _RecordAgain:
-            self.session.kept = kept
-            return None
-        except DrawsNumbersError:
-            if self._watches_draws:
-                raise
-            # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
-            self._watches_draws, self.session.kept = True, kept
-            return None
+            yield
         finally:
-            self.session.recording = None
-        self._changing |= changing
-        if not changing:
-            paths = {module: path for path, module in root.named_modules()}
-            for attribute in changed:
-                owner = recording.before.owners(attribute)[0]
-                is_own = attribute.holder.key == id(owner)
-                name = (
-                    join(paths[owner], attribute.name) if is_own else attribute.holder.described(attribute.name, owner)
-                )
-                self.session.not_kept[name] = None
-        return graph if not changing else None
-
-    def _changing_modules(self, root: nn.Module, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
-        def record_again() -> fx.Graph:
-            self.begin()
-            self.session.left = {}
-            return self.trace(root)
-
-        return changing_modules(self, record_again, root, graph, changed)
+            self._thread = None
+            self._forget_proxies()
 
     def _forget_proxies(self) -> None:
         """Forgets what stands for values, and lets caches forget it that others look into."""
@@ -243,7 +119,7 @@ class ValueTracer(fx.Tracer):
     def note_assignment(self, module: nn.Module, name: str) -> None:
         """Notes which module's code assigns an attribute."""
         path = self._calls[-1].path if self._calls else ""
-        self.session.assigners.setdefault(Attribute(OfObject(module), name), []).append(path)
+        self.session.assigners.setdefault(Attribute(Namespace.of_object(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -268,15 +144,6 @@ class ValueTracer(fx.Tracer):
         if self._may_be_absent:
             self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
         return proxy
-
-    def _may_lack(self, part: fx.Node) -> bool:
-        """Tells whether a part is one of an argument, or of what a module that stays a call returns."""
-        whole: Any = part.args[0]
-        while isinstance(whole, fx.Node) and whole.target in _TAKES_OUT:
-            whole = whole.args[0]
-        if not isinstance(whole, fx.Node) or isinstance(whole.meta.get(VALUE), torch.Tensor | torch.Size):
-            return False
-        return whole.op == "placeholder" or (whole.op == "call_module" and whole.target in self.session.kept)
 
     # what is recorded
 
@@ -314,7 +181,7 @@ class ValueTracer(fx.Tracer):
 
     def _refuse_to_go_on(self) -> None:
         """Raises if the code that has just returned has caught an error of what it recorded."""
-        if isinstance(self._failure, NeedsInputsError | _RecordAgain):
+        if isinstance(self._failure, NeedsInputsError | RecordAgain):
             raise self._failure
         if self._failure is not None:
             message = f"its code goes on after an error of {self._failing_line}, which a graph can't hold"
@@ -332,13 +199,12 @@ class ValueTracer(fx.Tracer):
         self._has_drawn |= draws(target)
         self._evaluate(proxy.node)
         if writes(target) and proxy.node.all_input_nodes:
-            written = proxy.node.all_input_nodes[0]
-            self._decided = {key for key in self._decided if key[0] is not written}
+            self._decisions.forget_about(proxy.node.all_input_nodes[0])
         value = proxy.node.meta.get(VALUE, proxy)
-        if target not in _EFFECTS and (is_compared_by_is(value) or _is_asked_about(value, kind, target)):
+        if target not in _EFFECTS and (is_identity_compared(value) or _is_asked_about(value, kind, target)):
             self.decide(proxy, value)
             return value
-        if target in _TAKES_OUT and self._may_lack(proxy.node):
+        if target in TAKES_OUT and may_lack(proxy.node, self.session.kept):
             self.present(proxy, f"what {guards.deciding_line()} takes out of an object")
         if not torch.is_grad_enabled():
             return no_grad.as_without_grad(proxy)
@@ -406,11 +272,11 @@ class ValueTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.session.keeps_whole(m):
             return self.create_proxy("call_module", path, args, kwargs)
-        if path in self._changing:
-            return self._kept(m, path, self._changing[path], args, kwargs)
+        if path in self.session.stateful:
+            return self._kept(m, path, self.session.stateful[path], args, kwargs)
         before, failure = next(iter(reversed(self.graph.nodes))), self._failure
         try:
-            with no_random_python_numbers() if self._watches_draws else contextlib.nullcontext():
+            with no_random_python_numbers() if self.session.watches_draws else contextlib.nullcontext():
                 return self._inlined(m, forward, args, kwargs)
         except OUT_OF_MEMORY:
             raise
@@ -419,8 +285,8 @@ class ValueTracer(fx.Tracer):
                 raise
             if self._changed_inside(m):
                 # who has changed it, the module itself or another one before, shows if its code isn't run
-                self._changing[path] = str(error)
-                raise self.failing(_RecordAgain()) from error
+                self.session.stateful[path] = str(error)
+                raise self.failing(RecordAgain()) from error
             self._forget_after(before)
             self._failure = failure
             return self._kept(m, path, str(error), args, kwargs)
@@ -434,7 +300,7 @@ class ValueTracer(fx.Tracer):
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Records one call of a submodule, whose code has changed nothing."""
         for attribute in self._changed_inside(m):
-            what = attribute.holder.described(attribute.name, m)
+            what = attribute.described(m)
             kind = type(m).__name__
             message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
             raise self.failing(TraceError(message))
@@ -443,7 +309,9 @@ class ValueTracer(fx.Tracer):
         return self.present(result, f"what {path!r} returns") if isinstance(result, fx.Proxy) else result
 
     def _inlined(self, m: nn.Module, call_m: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        _refuse_questions_of_class(m)
+        assert self.session.recording is not None
+        refuse_type_checks(m)
+        self.session.recording.refuse_iterators(m)
         path = self.path_of_module(m)
         call = Call.of(path, self.session.called[path], m.forward, args, kwargs)
         self.session.called[path] += 1
@@ -464,7 +332,7 @@ class ValueTracer(fx.Tracer):
             written, before = self._before_writes.pop()
             written.node = before
         self._objects = {key: proxy for key, proxy in self._objects.items() if proxy.node in alive}
-        self._decided = {key for key in self._decided if key[0] in alive}
+        self._decisions.keep_of(alive)
         # what isn't a proxy, such as None, is read and checked once more
         read = {name: value for name, value in self._attributes.items() if isinstance(value, fx.Proxy)}
         self._attributes = {name: proxy for name, proxy in read.items() if proxy.node in alive}
@@ -485,34 +353,21 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, nn.Module):
             return self.attribute(self.path_of_module(a)).node
         if is_dataclass(a) and not isinstance(a, type):
-            values = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
-            defaults = {field.name for field in fields(a) if field.default is None}
-            # a dataclass that holds nothing traced is an object of the user's, such as a config: keep its identity
-            if any(holds_proxy(value) for value in values.values()):
-                values = {name: v for name, v in values.items() if v is not None or name not in defaults}
-                return self.create_proxy("call_function", type(a), (), values).node
-            return self._constant(a)
+            # one that holds nothing traced is an object of the user's, such as a config: keep its identity
+            values = traced_fields(a)
+            return self.create_proxy("call_function", type(a), (), values).node if values else self._constant(a)
         if type(a).__module__ == "numpy" and isinstance(a, int | float):
             return float(a) if isinstance(a, float) else int(a)  # generated code doesn't know numpy's names
         if isinstance(a, dict) and type(a) is dict:
             # a proxy that is a key has been hashed, and so decided on
-            return super().create_arg({_plain_key(key): value for key, value in a.items()})
-        if isinstance(a, torch.Generator):
-            raise TraceError("it draws random numbers with a torch.Generator, which a graph can't hold")
-        if is_iterator(a):
-            raise TraceError(f"a {type(a).__name__} goes through the graph, which can't hold it; make a list of it")
+            return super().create_arg({plain_key(key): value for key, value in a.items()})
+        refuse_argument(a)
         if isinstance(a, dict):
-            if isinstance(a, collections.defaultdict):
-                raise TraceError("a defaultdict goes through the graph, which can't hold its function; use a dict")
             return self.create_proxy("call_function", type(a), (dict(a),), {}).node
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            if holds_proxy(a):
-                raise TraceError(
-                    f"a {type(a).__name__} that holds traced tensors goes through the graph, which can't hold it; if "
-                    "it is a cache, pass use_cache=False in example_inputs"
-                ) from None
+            refuse_object_with_traced_values(a)
             return self._constant(a)
 
     def _of_the_state(self, node: fx.Node) -> fx.Node:
@@ -570,44 +425,18 @@ class ValueTracer(fx.Tracer):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))
         # once in each call of a module, since an edit may give that call another value
-        call = self._calls[-1] if self._calls else None
-        if node.op == "call_function":
-            key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)), call)
-        else:
-            key = (node, repr(answer), call)
-        if key in self._decided:
+        if not self._decisions.note(node, answer, self._calls[-1] if self._calls else None):
             return False
-        self._decided.add(key)
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
         return True
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on a value that isn't known."""
-        if error is None:
-            decides = f"decides on its inputs at {guards.deciding_line()}"
-        else:
-            decides = f"can't run without any at {guards.failing_line(error)} ({error})"
-        message = (
-            f"{type(self.session.root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional "
-            "arguments or a dict of keyword arguments of the model"
-        )
-        return self.failing(NeedsInputsError(message))
-
-
-def _refuse_questions_of_class(module: nn.Module) -> None:
-    """Raises TraceError if the forward of `module` would see the class of a proxy."""
-    question = question_in(module)
-    if question is not None:
-        raise TraceError(cannot_ask(f"{type(module).__name__}'s forward", question))
+        return self.failing(needs_inputs_error(self.session.root, error))
 
 
 def _writes_itself(node: fx.Node) -> bool:
     return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
-
-
-def _plain_key(key: Any) -> Any:
-    value = key.node.meta.get(VALUE, key) if isinstance(key, fx.Proxy) else key
-    return key if isinstance(value, torch.Tensor) else value
 
 
 def _is_asked_about(value: Any, kind: str, target: Any) -> bool:

@@ -7,7 +7,7 @@ import operator
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.graph.facts import only_asks
+from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.ops import convolution, embedding, linear
 from graphpeft.graph.ops.convolution import Convolution
 from graphpeft.graph.ops.embedding import Embedding
@@ -89,6 +89,6 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> lis
             if transpose_of(user) is not None:
                 waiting.append(user)
             # an operation may have the weight as its input, too
-            elif inputs.get(user, weight) is weight and not only_asks(user):
+            elif inputs.get(user, weight) is weight and not reads_metadata_only(user):
                 found.append(getattr(user.target, "__name__", str(user.target)))
     return found

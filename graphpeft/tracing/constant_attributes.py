@@ -1,4 +1,4 @@
-"""The settings of a graph: attributes of modules that are its constants, checked by one node where a run begins.
+"""Decides which attributes of modules that a forward has read become constants of its graph: its settings.
 
 A number with which tensors are computed is read by a node of its own, so that the graph follows it. All other plain
 attributes, such as the number of an attention's heads, are settings.
@@ -30,7 +30,7 @@ _ARITHMETIC = frozenset((
 _GUARDS = (guards.expect, guards.expect_present)
 
 
-def settle(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
+def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
     """Makes constants of attributes on which a graph decides, and of those that are sizes, indices or flags.
 
     Args:

@@ -16,20 +16,21 @@ from graphpeft.code.attribute_paths import tree_of
 from graphpeft.code.reach import functions_held, is_of_a_library
 from graphpeft.code.source import functions_called, functions_in_forward, names_in
 from graphpeft.graph import in_place
+from graphpeft.graph.errors import TraceError
 
 
-def question_in(module: nn.Module) -> str | None:
+def unsupported_type_check(module: nn.Module) -> str | None:
     """Returns the code that asks for the class of a value: in a module's forward, or in what it holds and may call.
 
-    What a forward calls by name is left out: `asks` tells of it, and a trace sees whether it is called at all.
+    What a forward calls by name is left out: `type_check_in` tells of it, and a trace sees whether it is called at all.
     """
     held = functions_called(functions_held(module)).items()
-    in_held = (asks(function) for function, is_only_named in held if not is_only_named)
-    return question_of_class(in_place.original_class(module)) or next(filter(None, in_held), None)
+    in_held = (type_check_in(function) for function, is_only_named in held if not is_only_named)
+    return _type_check_in_class(in_place.original_class(module)) or next(filter(None, in_held), None)
 
 
 @functools.cache
-def question_of_class(cls: type) -> str | None:
+def _type_check_in_class(cls: type) -> str | None:
     """Returns the code in `cls`'s forward, or in what runs with it, that asks for the class of a value.
 
     Functions of libraries are left out: they do so for their messages.
@@ -37,38 +38,45 @@ def question_of_class(cls: type) -> str | None:
     own = {inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)}
     for function, is_only_named in functions_in_forward(cls).items():
         if not is_only_named and (function in own or not is_of_a_library(function.__module__)):
-            question = asks(function)
-            if question is not None:
-                return question
+            check = type_check_in(function)
+            if check is not None:
+                return check
     return None
 
 
-def cannot_ask(code: str, question: str) -> str:
-    """Returns what to tell about code that asks for the class of a value."""
-    return f"{code} asks for the class of a value by `{question}`, which a graph can't answer; ask by isinstance"
+def refuse_type_checks(module: nn.Module) -> None:
+    """Raises TraceError if the forward of `module` would see the class of a proxy."""
+    check = unsupported_type_check(module)
+    if check is not None:
+        raise TraceError(type_check_message(f"{type(module).__name__}'s forward", check))
 
 
-def asks(function: FunctionType) -> str | None:
+def type_check_message(code: str, check: str) -> str:
+    """Returns the error message for code that checks the class of a value."""
+    return f"{code} asks for the class of a value by `{check}`, which a graph can't answer; ask by isinstance"
+
+
+def type_check_in(function: FunctionType) -> str | None:
     """Returns the code of a function that asks for the class of a value, if there is some."""
-    return _question(function.__code__) if function.__module__ != nn.Module.__module__ else None
+    return _check(function.__code__) if function.__module__ != nn.Module.__module__ else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _question(code: CodeType) -> str | None:
+def _check(code: CodeType) -> str | None:
     may_match = any(opcode in code.co_code for opcode in _BYTES_OF_MATCHES)
-    if not may_match and _ASKS.isdisjoint(names_in(code).read):
+    if not may_match and _NAMES.isdisjoint(names_in(code).read):
         return None
     own = code.co_varnames[0] if code.co_argcount else None
     tree = tree_of(code)  # which takes its time
-    return next(_questions(tree) if tree is not None else _questions_in_bytecode(code, own), None)
+    return next(_checks(tree) if tree is not None else _checks_in_bytecode(code, own), None)
 
 
-_ASKS = {"type", "__class__"}
+_NAMES = {"type", "__class__"}
 _MATCHES = ("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE")
 _BYTES_OF_MATCHES = [bytes([dis.opmap[name]]) for name in _MATCHES]
 
 
-def _questions_in_bytecode(code: CodeType, own: str | None) -> Iterator[str]:
+def _checks_in_bytecode(code: CodeType, own: str | None) -> Iterator[str]:
     """Yields what code without source asks: of all but the first argument, `own`, it may be the class of a value."""
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
     if any(each.opname in _MATCHES for each in instructions):
@@ -80,28 +88,28 @@ def _questions_in_bytecode(code: CodeType, own: str | None) -> Iterator[str]:
             yield "….__class__"
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _questions_in_bytecode(inner, own if own in inner.co_freevars else None)
+            yield from _checks_in_bytecode(inner, own if own in inner.co_freevars else None)
 
 
-def _questions(tree: ast.AST) -> Iterator[str]:
+def _checks(tree: ast.AST) -> Iterator[str]:
     values = _names_of_values(tree)
     waiting = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Raise | ast.JoinedStr):
             continue  # it tells a person
-        asked = _asked_about(node)
-        if asked is not None and not values.isdisjoint(_names(asked)):
-            yield f"match {ast.unparse(asked)}" if isinstance(node, ast.Match) else ast.unparse(node)
-        # what is made of a class, as by type(x)(…), isn't a question
-        if isinstance(node, ast.Call) and _asked_about(node.func) is not None:
+        checked = _checked_value(node)
+        if checked is not None and not values.isdisjoint(_names(checked)):
+            yield f"match {ast.unparse(checked)}" if isinstance(node, ast.Match) else ast.unparse(node)
+        # what is made of a class, as by type(x)(…), isn't a check
+        if isinstance(node, ast.Call) and _checked_value(node.func) is not None:
             waiting += node.args
         else:
             waiting += ast.iter_child_nodes(node)
 
 
-def _asked_about(node: ast.AST) -> ast.expr | None:
-    """Returns that for whose class a node asks, if it does."""
+def _checked_value(node: ast.AST) -> ast.expr | None:
+    """Returns the expression for whose class a node asks, if it does."""
     if isinstance(node, ast.Match):
         patterns = [part for case in node.cases for part in ast.walk(case.pattern)]
         kinds = ast.MatchClass | ast.MatchMapping | ast.MatchSequence

@@ -12,22 +12,22 @@ from graphpeft.graph import guards
 from graphpeft.graph.facts import writes
 
 
-def computes_the_same(graph: fx.Graph, other: fx.Graph, stand_ins: Mapping[fx.Node, fx.Node]) -> bool:
-    """Tells whether `other` returns what `graph` does, and writes what it writes.
+def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, fx.Node]) -> bool:
+    """Tells whether `other` returns the same as `graph`, and writes the same.
 
     Writes into a value that only `graph` makes anew may lack in `other`, where that value is there already.
 
     Args:
         graph: A graph.
         other: Another one.
-        stand_ins: Nodes of `other` that stand for the values of nodes of `graph`.
+        equal_nodes: Nodes of `other`, with the nodes of `graph` whose values they have.
     """
     known: dict[fx.Node, Hashable] = {}
     numbers: dict[Hashable, int] = {}
     for node in graph.nodes:
         known[node] = _expression(node, known, numbers)
     for node in other.nodes:
-        known[node] = known[stand_ins[node]] if node in stand_ins else _expression(node, known, numbers)
+        known[node] = known[equal_nodes[node]] if node in equal_nodes else _expression(node, known, numbers)
     if known[graph.output_node()] != known[other.output_node()]:
         return False
     first, second = ([node for node in of.nodes if _is_effect(node)] for of in (graph, other))

@@ -1,4 +1,4 @@
-"""Which modules a graph can't hold, for what they leave for their next call.
+"""Side effects: which modules a graph can't hold, since they leave state for their next call.
 
 A graph holds no state beside tensors that it writes in place. So a forward that assigns ``self.pooled = …``, fills a
 dictionary or counts in a global becomes a graph only where that makes no difference:
@@ -13,21 +13,23 @@ values. Nor may such a value be left outside of the modules, where others look f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.holders import Attribute, OfObject
+from graphpeft._torch import pytree
+from graphpeft.code import contents
+from graphpeft.code.namespaces import Attribute
 from graphpeft.graph import guards
 from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.graph.facts import above, above_with_writes, is_trained, varies
 from graphpeft.graph.template import VALUE
-from graphpeft.tracing import left as left_values
+from graphpeft.tracing.graph_equality import equivalent
 from graphpeft.tracing.recorder import Recorder
-from graphpeft.tracing.sameness import computes_the_same
 
 
 class Repetition(NamedTuple):
@@ -46,7 +48,7 @@ class Repetition(NamedTuple):
     of_the_state: dict[fx.Node, fx.Node]
 
 
-def changing_modules(
+def stateful_modules(
     tracer: Recorder,
     record_again: Callable[[], fx.Graph],
     root: nn.Module,
@@ -66,7 +68,7 @@ def changing_modules(
         TraceError: If that is the root itself.
     """
     with tracer.examples.real_calls(makes_tensors=False):
-        left = {attribute: left_values.value_of(attribute) for attribute in changed}
+        left = {attribute: _value_of(attribute) for attribute in changed}
     assert tracer.session.recording is not None
     before = tracer.session.recording.before
     writers, called = tracer.session.assigners, tracer.session.called
@@ -74,11 +76,11 @@ def changing_modules(
     paths = {module: path for path, module in root.named_modules()}
     found: dict[str, str] = {}
     with tracer.examples.real_calls(makes_tensors=False):
-        unsettled = _unsettled(graph, left, again)
-    for attribute in unsettled:
+        unstable = _unstable(graph, left, again)
+    for attribute in unstable:
         does = "assigns" if attribute in writers else "changes"
         for module in _inlined(before.owners(attribute), paths, called):
-            what = f"{does} {attribute.holder.described(attribute.name, module)} for its next call"
+            what = f"{does} {attribute.described(module)} for its next call"
             reason = f"{type(module).__name__}'s forward {what}, which a graph can't hold{again.error}"
             path = _around(called, [paths[module], *writers.get(attribute, ())])
             if not path:
@@ -88,7 +90,7 @@ def changing_modules(
 
 
 def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
-    """Returns those of the modules that share some state whose code is in the graph; each of them must leave it."""
+    """Returns the modules among `owners` of some state whose code is in the graph: each of them must leave it."""
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
@@ -105,12 +107,12 @@ def _recorded_again(tracer: Recorder, record_again: Callable[[], fx.Graph], chan
     tracer.session.kept = kept
     with tracer.examples.real_calls(makes_tensors=False):
         attributes = dict.fromkeys([*changed, *tracer.session.recording.before.changed()])
-        values = {attribute: left_values.value_of(attribute) for attribute in attributes}
+        values = {attribute: _value_of(attribute) for attribute in attributes}
     return Repetition(graph, error, values, {stand_in: node for node, stand_in in (tracer.session.left or {}).items()})
 
 
-def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
-    """Returns the attributes without whose state a graph can't do."""
+def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
+    """Returns the attributes whose state a graph would need."""
     if again.graph is None:
         return list(left)
 
@@ -120,13 +122,13 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
     moved = [
         attribute
         for attribute, value in again.values.items()
-        if attribute not in left or not left_values.is_settled(left[attribute], value, comes_from_the_state)
+        if attribute not in left or not _is_stable(left[attribute], value, comes_from_the_state)
     ]
     moved += [attribute for attribute, value in left.items() if _is_outside(attribute) and _varies(value)]
     if moved or str(graph) == str(again.graph):
         return moved
     # the second graph reads what the first call has left: it must compute the same from it as the first one did
-    if not computes_the_same(graph, again.graph, again.of_the_state):
+    if not equivalent(graph, again.graph, again.of_the_state):
         return list(left)
     if _orders_the_state(again, comes_from_the_state):
         return list(left)
@@ -135,7 +137,7 @@ def _unsettled(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -
 
 def _is_outside(attribute: Attribute) -> bool:
     """Tells whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
-    return not (isinstance(attribute.holder, OfObject) and isinstance(attribute.holder.of, nn.Module))
+    return not isinstance(attribute.namespace.of, nn.Module)
 
 
 def _varies(value: Any) -> bool:
@@ -144,7 +146,7 @@ def _varies(value: Any) -> bool:
     It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
     which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
     """
-    nodes = [node for proxy in left_values.proxies_in(value) for node in above_with_writes(proxy.node)]
+    nodes = [node for proxy in _proxies_in(value) for node in above_with_writes(proxy.node)]
     is_cache = isinstance(value, dict)
     return any(varies(node) or (not is_cache and is_trained(node)) for node in nodes)
 
@@ -177,3 +179,70 @@ def _around(called: Collection[str], paths: list[str]) -> str:
     around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
     found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))
     return next(found, "")
+
+
+# the values that a recording leaves
+
+_ABSENT = object()
+
+
+def _value_of(attribute: Attribute) -> Any:
+    """Returns what an attribute holds now, with copies of its containers; something of its own if it isn't there."""
+    namespace, name = attribute
+    buffers = namespace.of._buffers if isinstance(namespace.of, nn.Module) else {}
+    held = buffers if name in buffers else namespace.values()
+    return _copied(held.get(name, _ABSENT))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in dict.items(value)}
+    if isinstance(value, tuple | list | deque):
+        return [type(value), *map(_copied, contents.parts_of(value))]
+    if contents.has_content(value):
+        return contents.comparable(value)
+    return set(value) if isinstance(value, set) else value
+
+
+def _is_stable(value: Any, later: Any, of_the_state: Callable[[fx.Node], bool]) -> bool:
+    """Tells whether a second call leaves in an attribute what the first one did.
+
+    Args:
+        value: What the first call left there, see `_value_of`.
+        later: What the second one did.
+        of_the_state: Tells of a node whether its value comes from what the first call left.
+    """
+    if value is later:
+        return True
+    if isinstance(value, fx.Proxy) and isinstance(later, fx.Proxy):
+        return _facts(value) == _facts(later) and not of_the_state(later.node)
+    if type(value) is not type(later):
+        return False
+    if isinstance(value, dict):
+        # keys may be traced numbers, whose comparison would be recorded
+        keys, other_keys = ([_facts(key) if isinstance(key, fx.Proxy) else key for key in of] for of in (value, later))
+        pairs = zip(value.values(), later.values(), strict=False)
+        return keys == other_keys and all(_is_stable(a, b, of_the_state) for a, b in pairs)
+    if isinstance(value, list):
+        pairs = zip(value, later, strict=False)
+        return len(value) == len(later) and all(_is_stable(a, b, of_the_state) for a, b in pairs)
+    return isinstance(value, _COMPARED) and value == later
+
+
+_COMPARED = (bool, int, float, complex, str, set, type, torch.dtype, torch.device)
+
+
+def _facts(proxy: fx.Proxy) -> Any:
+    def fact(leaf: Any) -> Any:
+        return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(fact, proxy.node.meta.get(VALUE))
+
+
+def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
+    """Yields the traced values in what `_value_of` returned."""
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _proxies_in(part)

@@ -1,0 +1,67 @@
+"""Decisions that code takes on values: what is one, and which of them a graph checks already."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Set
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from graphpeft.graph import guards
+from graphpeft.graph.calls import Call
+from graphpeft.graph.errors import NeedsInputsError
+from graphpeft.graph.template import VALUE
+
+TAKES_OUT = (operator.getitem, getattr)
+"""Functions that take a part out of an object."""
+
+
+class Decisions:
+    """The decisions that a graph checks so far."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[Any, str, Call | None]] = set()
+
+    def note(self, node: fx.Node, answer: Any, call: Call | None) -> bool:
+        """Notes that the value of `node` is decided to be `answer` in a call of a module; tells whether that is new."""
+        if node.op == "call_function":
+            # asked twice, the same question has two nodes
+            key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)), call)
+        else:
+            key = (node, repr(answer), call)
+        is_new = key not in self._known
+        self._known.add(key)
+        return is_new
+
+    def forget_about(self, node: fx.Node) -> None:
+        """Forgets what was decided on a value that is written into."""
+        self._known = {key for key in self._known if key[0] is not node}
+
+    def keep_of(self, nodes: Set[fx.Node]) -> None:
+        """Forgets what was decided on other nodes than these."""
+        self._known = {key for key in self._known if key[0] in nodes}
+
+
+def may_lack(part: fx.Node, kept: Container[str]) -> bool:
+    """Tells whether a part is one of an argument, or of what one of the modules `kept` as calls returns."""
+    whole: Any = part.args[0]
+    while isinstance(whole, fx.Node) and whole.target in TAKES_OUT:
+        whole = whole.args[0]
+    if not isinstance(whole, fx.Node) or isinstance(whole.meta.get(VALUE), torch.Tensor | torch.Size):
+        return False
+    return whole.op == "placeholder" or (whole.op == "call_module" and str(whole.target) in kept)
+
+
+def needs_inputs_error(root: nn.Module, error: Exception | None) -> NeedsInputsError:
+    """Returns the error for a decision on a value that isn't known, or for what fails without a value."""
+    if error is None:
+        decides = f"decides on its inputs at {guards.deciding_line()}"
+    else:
+        decides = f"can't run without any at {guards.failing_line(error)} ({error})"
+    return NeedsInputsError(
+        f"{type(root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or a dict of "
+        "keyword arguments of the model"
+    )

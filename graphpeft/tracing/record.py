@@ -1,0 +1,157 @@
+"""Records a forward as often as it takes, until there is a graph with which nothing is wrong.
+
+It is recorded again where that showed that a module inside has to stay a call, where it leaves state behind (see
+`side_effects`), and with gradients and without where its code asks for that.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from graphpeft.code.namespaces import Attribute
+from graphpeft.graph import guards
+from graphpeft.graph.errors import OUT_OF_MEMORY, DrawsNumbersError, TraceError
+from graphpeft.graph.paths import join
+from graphpeft.tracing import patches
+from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
+from graphpeft.tracing.linting import lint
+from graphpeft.tracing.random_numbers import no_random_python_numbers
+from graphpeft.tracing.session import RecordAgain
+from graphpeft.tracing.side_effects import stateful_modules
+from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.tracing.type_checks import refuse_type_checks
+
+ONE_TRACE_AT_A_TIME = threading.RLock()
+"""What a trace exchanges for its time, others must not exchange meanwhile."""
+
+if hasattr(os, "register_at_fork"):
+    # a copy of the process would have what is exchanged for good, without the thread that puts it back
+    os.register_at_fork(
+        before=ONE_TRACE_AT_A_TIME.acquire,
+        after_in_parent=ONE_TRACE_AT_A_TIME.release,
+        after_in_child=ONE_TRACE_AT_A_TIME.release,
+    )
+
+
+def record_forward(
+    tracer: ValueTracer,
+    root: nn.Module,
+    entry: Callable[..., Any],
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    modes: Mapping[nn.Module, bool] | None = None,
+) -> fx.Graph:
+    """Records a call of `root`, leaving `root` as it is.
+
+    Args:
+        tracer: What records it, and knows afterwards what the trace has found out.
+        root: The module.
+        entry: What is called: its forward, or what runs its hooks as well.
+        args: Example positional arguments, or None to trace without example values.
+        kwargs: Example keyword arguments.
+        modes: Whether to record as if modules were in training; None takes each as it is.
+
+    Returns:
+        The graph.
+
+    Raises:
+        NeedsInputsError: Without `args`, if the forward decides on its inputs.
+        TraceError: If the forward itself can't be recorded.
+    """
+    refuse_type_checks(root)
+    session = tracer.session
+    session.begin(root, modes or {})
+    kept = dict(session.kept)
+    with ONE_TRACE_AT_A_TIME, tracer.tracing(entry, (args, kwargs) if args is not None else None):
+        try:
+            graph = _recorded_until_known(tracer)
+            if decides_on_gradients(graph):
+                graph = _for_both_gradient_modes(tracer, graph)
+            lint(graph, session.constants.values)
+            return graph
+        except (TraceError, *OUT_OF_MEMORY):
+            session.kept = kept  # there is no graph that calls the others
+            raise
+        except Exception as error:
+            session.kept = kept
+            if args is None:
+                raise tracer.undecided(error) from error
+            line = guards.failing_line(error)
+            message = f"{type(root).__name__}'s forward fails at {line} while it is traced"
+            raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
+
+
+def _recorded_until_known(tracer: ValueTracer) -> fx.Graph:
+    # context variables are set back with the context
+    while (graph := contextvars.copy_context().run(_recorded, tracer)) is None:
+        pass  # each time, more is known about the modules
+    return graph
+
+
+def _for_both_gradient_modes(tracer: ValueTracer, graph: fx.Graph) -> fx.Graph:
+    """Returns a graph for runs with gradients and without, if the root computes the same; else `graph`."""
+    session = tracer.session
+    kept, not_kept = dict(session.kept), dict(session.not_kept)
+    session.gradients = not session.gradients
+    try:
+        serving = serving_both(graph, _recorded_until_known(tracer))
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        serving = None  # it goes on to raise in that mode
+    if serving is None:
+        session.kept, session.not_kept = kept, not_kept
+    return serving or graph
+
+
+def _recorded(tracer: ValueTracer) -> fx.Graph | None:
+    """Records the root once; returns None if that showed that further modules have to stay calls."""
+    session, root = tracer.session, tracer.session.root
+    tracer.begin()
+    kept = dict(session.kept)
+    try:
+        with torch.enable_grad(), patches.recording(tracer, root) as recording, no_random_python_numbers():
+            session.recording = recording
+            recording.refuse_iterators(root)
+            graph = tracer.trace(root)
+            with tracer.examples.real_calls(makes_tensors=False):
+                changed = recording.before.changed()
+            stateful = _stateful_modules(tracer, graph, changed) if changed else {}
+    except RecordAgain:
+        session.kept = kept
+        return None
+    except DrawsNumbersError:
+        if session.watches_draws:
+            raise
+        # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
+        session.watches_draws, session.kept = True, kept
+        return None
+    finally:
+        session.recording = None
+    session.stateful |= stateful
+    if stateful:
+        return None
+    paths = {module: path for path, module in root.named_modules()}
+    for attribute in changed:
+        owner = recording.before.owners(attribute)[0]
+        is_own = attribute.namespace.of is owner
+        name = join(paths[owner], attribute.name) if is_own else attribute.described(owner)
+        session.not_kept[name] = None
+    return graph
+
+
+def _stateful_modules(tracer: ValueTracer, graph: fx.Graph, changed: list[Attribute]) -> dict[str, str]:
+    def record_again() -> fx.Graph:
+        tracer.begin()
+        tracer.session.left = {}
+        return tracer.trace(tracer.session.root)
+
+    return stateful_modules(tracer, record_again, tracer.session.root, graph, changed)

@@ -2,7 +2,6 @@
 
 from graphpeft.adapters.checkpoint import CheckpointError
 from graphpeft.adapters.hotswap import hotswap_adapter
-from graphpeft.adapters.optimization import PassReport, optimize
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.auto import (
     AutoPeftModel,
@@ -41,6 +40,7 @@ from graphpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (

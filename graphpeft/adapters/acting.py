@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from graphpeft import passes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
@@ -34,8 +33,9 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
         forget_kept_forward(modules[region], region)
     _read_by_slots(modules, adapters, seats)
     seated = {slot: name for name, slot in seats.items()}
+    passes = adapters.passes
     worn = {
-        region: template and passes.optimized(template, modules[region], adapters.passes).template
+        region: template if template is None or passes is None else passes(template, modules[region])
         for region, template in templates.items()
     }
     for region, template in worn.items():

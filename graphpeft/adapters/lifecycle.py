@@ -13,16 +13,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from graphpeft import passes
 from graphpeft.adapters import own_state
 from graphpeft.adapters.acting import let_act, stand_in_readers
-from graphpeft.adapters.graphs import by_region, without_any, worn_in
+from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.graph import slots
-from graphpeft.graph.template import template_of, wear_template
+from graphpeft.graph.template import template_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
 from graphpeft.transaction import (
@@ -174,27 +173,6 @@ def _leave(model: nn.Module, state: Adapters, pause: object) -> None:
 
 def _modules_of(model: nn.Module) -> Modules:
     return dict(model.named_modules())
-
-
-def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> dict[str, passes.Optimized]:
-    """Lets the graphs of the adapters that act compute by other passes than before.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        names: The names of passes, in their order.
-
-    Returns:
-        What became of the graph of each region that has such adapters, by path.
-    """
-    regions = dict.fromkeys(
-        region for name in adapters.slots for region in by_region(adapters.by_name[name].sites, modules)
-    )
-    done = {region: passes.optimized(worn_in(adapters, region, modules), modules[region], names) for region in regions}
-    for region, optimized in done.items():
-        wear_template(modules[region], optimized.template)
-    set_attribute(adapters, "passes", names)
-    return done
 
 
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:

@@ -150,7 +150,7 @@ class Adapters:
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
-        passes: The names of the passes that change how the graphs compute.
+        passes: Returns the template that a region wears for its plain one; None where it wears that itself.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
         replication: How the model's layers were exchanged for an adapter.
@@ -171,7 +171,7 @@ class Adapters:
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
     replication: Replication | None = None
-    passes: tuple[str, ...] = ()
+    passes: Callable[[Template, nn.Module], Template] | None = None
 
     @property
     def acting(self) -> list[str]:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.adapters.optimization import optimize
 from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import Interface, Slot
@@ -28,6 +27,7 @@ from graphpeft.exporting.steps import shown
 from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.model import PeftModel
+from graphpeft.passes.optimization import optimize
 
 __all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
 

@@ -5,9 +5,10 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     decide = targets.compile_matcher(config)
     report.refused += [Refusal(path, why) for path, why in finder.scripted.items() if decide(path) is Match.YES]
-    for target in _targeted(finder.modules, config, owned, report):
+    for target in _targeted(finder.modules, config, decide, owned, report):
         weight = (target.owner, target.attribute)
         try:
             site = _site_of(target, finder, config)
@@ -142,10 +143,13 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _targeted(
-    modules: Mapping[str, nn.Module], config: object, owned: TensorPaths, report: Report
+    modules: Mapping[str, nn.Module],
+    config: object,
+    decide: Callable[[str], Match],
+    owned: TensorPaths,
+    report: Report,
 ) -> Iterator[_Target]:
-    """Yields what the config names."""
-    decide = targets.compile_matcher(config)
+    """Yields what the config names; `decide` says of a path whether it is a target."""
     names_parameters = bool(getattr(config, "target_parameters", None))
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
@@ -153,29 +157,37 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield from _weights_of(path, module, modules)
-        for name in _own_names(module, owned.names(path)):
-            tensor, weight = module._parameters[name], join(path, name)
-            if tensor is None:
+        of_adapters = owned.names(path)
+        for name in _own_names(module, of_adapters) if of_adapters else module._parameters:
+            tensor = module._parameters[name]
+            if tensor is None or (name == "weight" and not names_parameters):
                 continue
+            weight = join(path, name)
             if names_parameters and targets.match_parameter(config, weight):
                 yield _Target(weight, path, name, is_parameter=True)
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
                 yield _Target(weight, path, name)
 
 
-def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[_Target]:
-    """Yields the weights that a module's name stands for."""
-    weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
-    first = weights.of_layer[0]
-    weight = module._parameters.get(first)
+def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Target]:
+    """Returns the weights that a module's name stands for."""
+    weights = _weights_for(stands_for(module))
+    weight = module._parameters.get(weights.of_layer[0])
     is_layer = weight is not None and not is_quantised(weight)
+    if weights is _OWN_WEIGHT:
+        return [_Target(path, path, "weight" if is_layer else "")]
     names = weights.of_layer if is_layer else weights.of_parameters
-    if not names:
-        yield _Target(path, path, "")
-    for name in names:
-        owner, attribute = _split(join(path, name))
-        if owner in modules and modules[owner]._parameters.get(attribute) is not None:
-            yield _Target(path, owner, attribute, not is_layer, weights)
+    places = (_split(join(path, name)) for name in names)
+    return [
+        _Target(path, owner, attribute, not is_layer, weights)
+        for owner, attribute in places
+        if owner in modules and modules[owner]._parameters.get(attribute) is not None
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_for(cls: type) -> _Weights:
+    return next((found for of, found in _WEIGHTS.items() if issubclass(cls, of)), _OWN_WEIGHT)
 
 
 def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:

@@ -91,7 +91,7 @@ def compile_matcher(config: object) -> Callable[[str], Match]:
     is_targeted = _targeting(config)
 
     def matcher(name: str) -> Match:
-        if is_excluded(name):
+        if is_excluded is not None and is_excluded(name):
             return Match.EXCLUDED
         return Match.YES if is_targeted(name) else Match.NO
 
@@ -184,14 +184,14 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         The names of all `nn.Linear` and Transformers `Conv1D` modules but the output head, in the model's order. A
         module used in several places is listed under its first name.
     """
-    head = output_head(model, task_type)
+    head = _output_head(model, task_type)
     linear = linear_classes()
     return [
         name
         for name, module in model.named_modules()
         # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
         if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if name and name != head
+        if name and module is not head
     ]
 
 
@@ -208,6 +208,11 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     Returns:
         The name of the head, or None.
     """
+    head = _output_head(model, task_type)
+    return None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _output_head(model: nn.Module, task_type: str | None) -> nn.Module | None:
     modeling_utils = sys.modules.get("transformers.modeling_utils")
     # where it isn't loaded, no model can be one of its
     if modeling_utils is None or not issubclass(stands_for(model), modeling_utils.PreTrainedModel):
@@ -219,7 +224,7 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     if head is None and task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in _CLASSIFICATION_HEADS)
         head = next((candidate for candidate in heads if candidate is not None), None)
-    return next((name for name, module in model.named_modules() if module is head), None)
+    return head
 
 
 Defaults = Mapping[Any, tuple[str, ...] | str]
@@ -306,8 +311,9 @@ def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names for length in lengths))
 
 
-def _exclusion(config: object) -> Predicate:
-    by_name = _listed(getattr(config, "exclude_modules", None) or (), "exclude_modules")
+def _exclusion(config: object) -> Predicate | None:
+    entries = getattr(config, "exclude_modules", None)
+    by_name = _listed(entries, "exclude_modules") if entries else None
     # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
     saved = [
         Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
@@ -315,7 +321,7 @@ def _exclusion(config: object) -> Predicate:
     ]
     if not saved:
         return by_name
-    return lambda name: by_name(name) or any(pattern.match(name) for pattern in saved)
+    return lambda name: (by_name is not None and by_name(name)) or any(pattern.match(name) for pattern in saved)
 
 
 def _targeting(config: object) -> Predicate:
@@ -341,6 +347,8 @@ def _listed(entries: str | Collection[str], field: str) -> Predicate:
     if not entries:
         return _never
     exact = frozenset(entries)
+    if not any("." in entry for entry in exact):
+        return lambda name: name.rpartition(".")[2] in exact
     is_suffixed = _suffixed(exact)
     return lambda name: name in exact or is_suffixed(name)
 

@@ -87,8 +87,8 @@ def make_plan(
         AdaptError: If the config asks for something that isn't supported.
     """
     finder = SiteFinder(model, known, example_inputs)
-    if "" in finder.scripted:
-        raise AdaptError(finder.scripted[""])
+    if "" in finder.regions.scripted:
+        raise AdaptError(finder.regions.scripted[""])
     try:
         config.check()
         _refuse_too_many_names(config, finder.modules)

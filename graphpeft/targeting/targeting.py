@@ -17,10 +17,12 @@ from torch import nn
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.sites.finder import NoSiteError, SiteFinder
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.gradient_flow import hands_gradients_on, trains
 from graphpeft.sites.layer_kinds import declares_features
+from graphpeft.sites.leaves import leaf_site
 from graphpeft.sites.quantised import described, is_quantised
-from graphpeft.sites.site import LeafSite, Site
+from graphpeft.sites.site import LeafSite, NoSiteError, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
 from graphpeft.wording import shown
@@ -83,7 +85,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     decide = targets.compile_matcher(config)
-    report.refused += [Refusal(path, why) for path, why in finder.scripted.items() if decide(path) is Match.YES]
+    report.refused += [Refusal(path, why) for path, why in finder.regions.scripted.items() if decide(path) is Match.YES]
     for target in _targeted(finder.modules, config, decide, owned, report):
         weight = (target.owner, target.attribute)
         try:
@@ -118,7 +120,7 @@ def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSit
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
-    if not finder.trains(site):
+    if not trains(finder.regions, site):
         if not target.is_parameter and config.adapts_leaves:
             return _leaf(finder, target.name, config)
         raise NoSiteError(f"the function that its forward calls has no gradient for its {target.attribute}")
@@ -225,8 +227,8 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
-        site = finder.leaf(name)
-        if not config.inference_mode and not finder.hands_gradients_on(site):
+        site = leaf_site(finder.regions, name)
+        if not config.inference_mode and not hands_gradients_on(finder.regions, site):
             warnings.warn(
                 f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
                 "adapters there learn only by other ways",

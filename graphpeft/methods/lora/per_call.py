@@ -23,6 +23,7 @@ from graphpeft.methods.lora.factors import exact_patterns
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.config import PeftConfig, register
 from graphpeft.rules.report import Refusal, Report
+from graphpeft.sites.calls import calls_of
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 
@@ -44,7 +45,7 @@ class LoraPerCallConfig(LoraConfig):
                 reason = f"it is tied to {site.tied_to}, and each call has factors of its own"
                 report.refused.append(Refusal(site.label, reason, "leave ensure_weight_tying False"))
             try:
-                found += finder.calls_of(site)
+                found += calls_of(finder.regions, site)
             except TraceError as error:
                 report.refused.append(Refusal(site.label, f"its calls can't be told apart: {error}", _WAY_OUT))
         return found

@@ -77,9 +77,9 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
             worn = templates.get(region) or worn_in(adapters, region, modules)
             templates[region] = without(worn, adapters.slots[name])
     for name in coming:
+        method = adapters.by_name[name].config.method
         for region, sites in regions[name].items():
             worn = templates.get(region) or worn_in(adapters, region, modules)
-            method = adapters.by_name[name].config.method
             try:
                 templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
             except rewrite.NoChangeError as error:
@@ -157,7 +157,7 @@ def with_adapter(
         sites: The adapter's sites there.
     """
     edits = tuple(
-        (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites
+        [(adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites]
     )
 
     def edit(graphs: Graphs) -> None:

@@ -53,28 +53,31 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     """
     with with_originals(modules, adapters):
         made = new_tensors(plan, name, modules, values)
-    for path, attribute in made:
-        if _has(modules[path], attribute):
-            where = path or "the model"
-            raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
+    by_module = _by_module(made)
+    for path, tensors in by_module.items():
+        _refuse_taken(modules[path], path, tensors)
     for adapted in plan.sites:
         _refuse_taken_slots(modules[adapted.site.owner], adapted)
     undone_by(_disown, adapters, tuple(made))
-    for path, attribute in made:
-        adapters.owned.add(path, attribute)
-    for path, tensors in _by_module(made).items():
+    for path, tensors in by_module.items():
+        module = modules[path]
+        adapters.owned.add_all(path, tensors)
         # not isinstance, which is slow for parameters
         parameters = {name: tensor for name, tensor in tensors.items() if type(tensor) is nn.Parameter}
-        buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
-        set_items(modules[path]._parameters, parameters)
-        set_items(modules[path]._buffers, buffers)
-        own_state.add(modules[path], tensors)
+        set_items(module._parameters, parameters)
+        if len(parameters) < len(tensors):
+            set_items(module._buffers, {name: tensor for name, tensor in tensors.items() if name not in parameters})
+        own_state.add(module, tensors)
     for adapted in plan.sites:
+        held = modules[adapted.site.owner].__dict__
         for constant, value in adapted.constants.items():
-            set_item(modules[adapted.site.owner].__dict__, adapted.names[constant], value)
-    for region, template in plan.templates.items():
-        if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared):
-            set_item(adapters.lifted, region, without_any(template))
+            set_item(held, adapted.names[constant], value)
+    lifted = {
+        region: without_any(template)
+        for region, template in plan.templates.items()
+        if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared)
+    }
+    set_items(adapters.lifted, lifted)
     set_item(adapters.by_name, name, Adapter.of(plan))
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
@@ -86,6 +89,15 @@ def _by_module(places: Mapping[tuple[str, str], T]) -> dict[str, dict[str, T]]:
     for (path, attribute), value in places.items():
         found.setdefault(path, {})[attribute] = value
     return found
+
+
+def _refuse_taken(module: nn.Module, path: str, names: Iterable[str]) -> None:
+    own, parameters, buffers, inner = module.__dict__, module._parameters, module._buffers, module._modules
+    cls = type(module)
+    for name in names:
+        if name in own or name in parameters or name in buffers or name in inner or hasattr(cls, name):
+            where = path or "the model"
+            raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
 
 
 def _refuse_taken_slots(module: nn.Module, adapted: AdaptedSite) -> None:
@@ -104,11 +116,6 @@ def forget_mixing(adapters: Adapters) -> None:
     """Forgets how regions run on a mixed batch, since other modules or graphs may be there."""
     adapters.mixing.clear()
     adapters.signatures.clear()
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return any(name in names for names in held) or hasattr(type(module), name)
 
 
 def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:

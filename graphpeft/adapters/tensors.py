@@ -44,26 +44,27 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
-        site = adapted.site
+        site, names, dtype = adapted.site, adapted.names, adapted.dtype
         beside, attribute = site.beside
         device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
-        shared = {local: made[place] for local, place in adapted.shared.items()}
+        shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
         if values is None or adapted.replaced:
             drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
-            drawn = {local: values[site.owner, adapted.names[local]] for local in adapted.specs if local not in shared}
+            drawn = {local: values[site.owner, names[local]] for local in adapted.specs if local not in shared}
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
             if local in shared:
                 shared[local].copy_(tensor)
-            else:
-                made[site.owner, adapted.names[local]] = nn.Parameter(
-                    tensor.to(device, adapted.dtype), adapted.specs[local].is_trained
-                )
-        made |= {(site.owner, adapted.names[local]): tensor for local, tensor in shared.items()}
+                continue
+            if tensor.dtype != dtype or tensor.device != device:
+                tensor = tensor.to(device, dtype)
+            made[site.owner, names[local]] = nn.Parameter(tensor, adapted.specs[local].is_trained)
+        for local, tensor in shared.items():
+            made[site.owner, names[local]] = tensor
     return made
 
 
@@ -78,13 +79,13 @@ def _first_values(
 
     Those that are another site's have values already, which the rule may let be.
     """
-    own = {name: own_parameter(module, name) for name in adapted.replaced}
+    own = {name: own_parameter(module, name) for name in adapted.replaced} if adapted.replaced else {}
     if device.type == "meta":
         drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {
-        local: torch.empty(*spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
+        local: torch.empty(spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
         for local, spec in adapted.specs.items()
     }
     for other in adapted.site.redrawn:
@@ -92,7 +93,7 @@ def _first_values(
         discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
-    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
+    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()} if own else {}
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
@@ -167,10 +168,10 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
-    changed = _Flags()
-    for path, name in adapters.trained_before:
-        changed.note(modules[path]._parameters[name], False)
-    changed.set()
+    before = [modules[path]._parameters[name] for path, name in adapters.trained_before]
+    off = [parameter for parameter in before if parameter is not None and parameter.requires_grad]
+    undone_by(_give_flags, off, [])
+    _give_flags([], off)
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:

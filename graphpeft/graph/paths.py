@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def join(path: str, name: str) -> str:
     """Returns the path of what is called `name` in the module at `path`."""
@@ -22,6 +24,10 @@ class TensorPaths:
     def add(self, path: str, name: str) -> None:
         """Adds the tensor `name` of the module at `path`."""
         self._names.setdefault(path, set()).add(name)
+
+    def add_all(self, path: str, names: Iterable[str]) -> None:
+        """Adds tensors of the module at `path`."""
+        self._names.setdefault(path, set()).update(names)
 
     def discard(self, path: str, name: str) -> None:
         """Takes it out again, if it is there."""

@@ -24,12 +24,15 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     call = in_place.original_class(module).__call__
     if call is not nn.Module.__call__ and not calls_forward(call):
         raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
-    held = (module.__dict__, module._parameters, module._buffers, module._modules, _members(type(module)))
-    if not all(map(_INTERFACE.isdisjoint, held)):
-        taken = sorted(_INTERFACE.intersection(name for names in held for name in names))
-        raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
+    held = (vars(module), module._parameters, module._buffers, module._modules)
+    taken = [name for names in held if not names.keys().isdisjoint(_INTERFACE) for name in _INTERFACE & names.keys()]
+    taken += _taken_by(type(module))
+    if taken:
+        raise TraceError(
+            f"it has attributes of its own that a graph module needs: {', '.join(sorted(taken))}; rename them"
+        )
 
 
 @functools.cache
-def _members(cls: type) -> frozenset[str]:
-    return frozenset(dir(cls))
+def _taken_by(cls: type) -> frozenset[str]:
+    return _INTERFACE & frozenset(dir(cls))

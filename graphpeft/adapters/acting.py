@@ -32,6 +32,10 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     layers: dict[str, dict[str, in_place.Layer | None]] = {
         path: {"slots": layer} for path, layer in _slot_layers(modules, adapters, seats)
     }
+    if adapters.passes is not None:
+        # they read what is in slots
+        for path, of_module in layers.items():
+            in_place.exchange(modules[path], of_module)
     seated = {slot: name for name, slot in seats.items()}
     for region, template in templates.items():
         forget_kept_forward(modules[region], region)

@@ -43,8 +43,9 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
     sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
     owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
     read = {slot for module in owners.values() for slot in slots.slots_of(module)}
-    worn = {template_of(modules[path]) for path in {site.region for site in sites} & modules.keys()}
-    return read.union(*(template.slots for template in worn if template is not None)) - {*adapters.slots.values()}
+    regions = {type(modules[path]): modules[path] for path in {site.region for site in sites} & modules.keys()}
+    worn = [template for template in map(template_of, regions.values()) if template is not None]
+    return read.union(*(template.slots for template in worn)) - {*adapters.slots.values()}
 
 
 def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:

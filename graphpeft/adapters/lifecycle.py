@@ -75,7 +75,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     lifted = {
         region: without_any(template)
         for region, template in plan.templates.items()
-        if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared)
+        if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
     }
     set_items(adapters.lifted, lifted)
     set_item(adapters.by_name, name, Adapter.of(plan))

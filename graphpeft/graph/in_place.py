@@ -178,7 +178,7 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 def original_class(module: nn.Module) -> type:
     """Returns the class that `module` had before it was dressed."""
     cls = type(module)
-    return vars(cls).get("_graphpeft_original", cls)
+    return cls.__dict__.get("_graphpeft_original", cls)
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
@@ -188,7 +188,7 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
         RuntimeError: If somebody else has exchanged the class of a dressed module since.
     """
     cls = type(module)
-    own = vars(cls).get("_graphpeft_layers")
+    own = cls.__dict__.get("_graphpeft_layers")
     if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 
 def join(path: str, name: str) -> str:
     """Returns the path of what is called `name` in the module at `path`."""
@@ -13,6 +15,24 @@ def join(path: str, name: str) -> str:
 def within(path: str, outer: str) -> str:
     """Returns the path, seen from the module at `outer`, of what is at `path` inside it."""
     return path[len(outer) + 1 :] if outer else path
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns what ``model.named_modules()`` yields, which takes the longer the deeper modules lie."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[path] = module
+        inner = module._modules
+        if inner:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(inner.items()) if child is not None]
+    return found
 
 
 class TensorPaths:

@@ -69,7 +69,7 @@ class SiteFinder:
                 "module that computes with it in target_modules"
             )
         readers = self.readers.of(owner, attribute)
-        region = self._region(owner, attribute, readers)
+        region, uses = self._region(owner, attribute, readers)
         is_read = region in readers or (region in self.regions.graphs and region != owner)
         caller = self._caller_outside(region, owner) if is_read else None
         if caller is not None:
@@ -77,12 +77,10 @@ class SiteFinder:
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "
                 f"{caller or 'the model'}"
             )
-        uses = self.regions.uses(region, owner, attribute)
-        assert uses is not None
         return self._site(region, owner, attribute, weight, uses)
 
-    def _region(self, owner: str, attribute: str, readers: list[str]) -> str:
-        """Returns the path of the smallest module whose graph, which is in `templates`, uses a weight.
+    def _region(self, owner: str, attribute: str, readers: list[str]) -> tuple[str, WeightUses]:
+        """Returns the path of the smallest module whose graph uses a weight, and what the graph does with it.
 
         Args:
             owner: The path of the module that owns the weight.
@@ -94,43 +92,47 @@ class SiteFinder:
         """
         if len(readers) > 1:
             outermost = min(readers, key=len)
-            if all(not outermost or path == outermost or path.startswith(f"{outermost}.") for path in readers) and (
-                self._runs_on_weight(outermost, owner, attribute)
-            ):
-                return outermost
+            if all(not outermost or path == outermost or path.startswith(f"{outermost}.") for path in readers):
+                uses = self._uses_of_own_forward(outermost, owner, attribute)
+                if uses is not None:
+                    return outermost, uses
             names = ", ".join(path or "the model" for path in readers)
             raise NoSiteError(f"its {attribute} is read by several modules: {names}")
         reasons = []
         for region in readers or self._regions(owner):
             if self.regions.template(region) is None:
                 reasons.append(f"{region or 'the model'} can't become a graph: {self.regions.errors[region]}")
-            elif self.regions.uses(region, owner, attribute) is not None:
-                return region
+                continue
+            uses = self.regions.uses(region, owner, attribute)
+            if uses is not None:
+                return region, uses
         likeliest = readers[0] if readers else owner
-        if likeliest in self.regions.errors and self._runs_on_weight(likeliest, owner, attribute):
-            return likeliest
+        if likeliest in self.regions.errors:
+            uses = self._uses_of_own_forward(likeliest, owner, attribute)
+            if uses is not None:
+                return likeliest, uses
         raise NoSiteError("; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}")
 
-    def _runs_on_weight(self, region: str, owner: str, attribute: str) -> bool:
-        """Tells whether a module's own forward can be called on what has become of a weight; that is its graph then.
+    def _uses_of_own_forward(self, region: str, owner: str, attribute: str) -> WeightUses | None:
+        """Returns what the call of a module's own forward on changed weights does with one; that is its graph then.
 
-        So all see the change that read the weight inside, and the module need not be traced.
+        So all that read the weight inside see the change, and the module need not be traced. None if it can't be.
         """
         module = self.modules[region]
         if not self.regions.is_called(region):
-            return False
+            return None
         try:
             template = self.templates.get(region) or template_of(module)
             if template is None:
                 refuse_what_a_graph_cannot_replace(module)
                 template = call_on_weights(module)
         except TraceError:
-            return False
-        uses = weight_uses(template, module) if template.calls_own_forward else {}
-        if join(within(owner, region), attribute) not in uses:
-            return False
-        self.templates[region] = template
-        return True
+            return None
+        found = weight_uses(template, module) if template.calls_own_forward else {}
+        uses = found.get(join(within(owner, region), attribute))
+        if uses is not None:
+            self.templates[region] = template
+        return uses
 
     def _caller_outside(self, region: str, owner: str) -> str | None:
         """Returns a module around `owner`, other than the region that reads its weight, that calls it too."""
@@ -158,7 +160,8 @@ class SiteFinder:
         if uses.is_unused:
             raise NoSiteError(f"no output depends on what is computed with its {attribute}")
         module, around = self.modules[owner], self.modules[region]
-        kind = kind_of_layer(stands_for(module)) if attribute == "weight" else None
+        cls = stands_for(module)
+        kind = kind_of_layer(cls) if attribute == "weight" else None
         if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
         return Site(
@@ -170,7 +173,7 @@ class SiteFinder:
             shape=tuple(weight.shape),
             dtype=weight.dtype,
             layout=kind or uses.op,
-            transposed=_is_stored_transposed(module, weight, kind, uses),
+            transposed=_is_stored_transposed(module, cls, weight, kind, uses),
             is_layer=kind is not None,
             groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else number_in(around, uses.groups),
             shortens=uses.shortens,
@@ -221,9 +224,10 @@ class SiteFinder:
         )
 
 
-def _is_stored_transposed(module: nn.Module, weight: torch.Tensor, kind: type | None, uses: WeightUses) -> bool:
-    """Tells whether a weight is stored as (in, out)."""
-    cls = stands_for(module)
+def _is_stored_transposed(
+    module: nn.Module, cls: type, weight: torch.Tensor, kind: type | None, uses: WeightUses
+) -> bool:
+    """Tells whether a weight is stored as (in, out); `cls` is the class that its module stands for."""
     if kind is ops.Linear:
         return not issubclass(cls, nn.Linear)  # of the layers, only Conv1D does
     if kind is ops.Convolution:

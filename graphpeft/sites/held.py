@@ -11,7 +11,7 @@ from torch import nn
 
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import PLAIN, parts_of
+from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.code.reach import functions_held, opened
 from graphpeft.code.source import functions_called, names_in, read_by, uses_in_forward
 from graphpeft.graph import in_place
@@ -30,8 +30,16 @@ def held_by(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EACH_MODULE and type(value) not in _LEADING_NOWHERE
+        if name not in _OF_EACH_MODULE and not (type(value) in _LEADING_NOWHERE or _holds_plain_values(value))
     }
+
+
+def _holds_plain_values(value: Any) -> bool:
+    """Tells whether a value is a container from which nothing leads further."""
+    kind = type(value)
+    if kind is dict:
+        return _LEADING_NOWHERE.issuperset(map(type, value.values()))
+    return kind in (list, tuple, set, frozenset) and _LEADING_NOWHERE.issuperset(map(type, value))
 
 
 def is_of_pytorch(module: nn.Module) -> bool:
@@ -41,7 +49,9 @@ def is_of_pytorch(module: nn.Module) -> bool:
 
 def read_through(module: nn.Module, held: Mapping[str, Any]) -> set[str]:
     """Returns the names of attributes that a module may read by what it holds, and by hooks; `ANY` if it may be any."""
-    return _read_by_functions(module) | ({ANY} if _has_parameters(held.values()) else set())
+    may_run = has_hooks(module) or any(map(_may_lead_to_functions, held.values()))
+    names = _read_by_functions(module) if may_run else set[str]()
+    return names | {ANY} if _has_parameters(held.values()) else names
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -52,6 +62,10 @@ def has_hooks(module: nn.Module) -> bool:
 def _read_by_functions(module: nn.Module) -> set[str]:
     """Returns the names of attributes that the functions which a module holds read from whatever they are given."""
     return set().union(*map(read_by, functions_called(functions_held(module)))) - {ANY}
+
+
+def _may_lead_to_functions(value: Any) -> bool:
+    return callable(value) or issubclass(type(value), (*CONTAINERS, tuple))
 
 
 def _has_parameters(held: Iterable[Any]) -> bool:
@@ -124,19 +138,20 @@ def _reached_from(start: Any) -> Iterator[_Held]:
     while waiting:
         value, codes = waiting.pop()
         kind = type(value)  # isinstance asks an object of a user's for its __class__
-        if kind in _LEADING_NOWHERE:
-            continue
         if issubclass(kind, nn.Module | nn.Parameter):
             yield value, codes
         elif id(value) not in seen and not issubclass(kind, torch.Tensor | type):
             seen[id(value)] = value
-            codes |= frozenset(_codes_of(value))
-            waiting += [(part, codes) for part in opened(value)[1]]
+            codes |= {value.__code__} if kind is FunctionType else _codes_of(kind)
+            waiting += [
+                (part, codes)
+                for part in opened(value)[1]
+                if type(part) not in _LEADING_NOWHERE and not _holds_plain_values(part)
+            ]
 
 
-def _codes_of(value: Any) -> Iterable[CodeType]:
-    functions = [value, *vars(type(value)).values()]
-    return (function.__code__ for function in functions if type(function) is FunctionType)
+def _codes_of(cls: type) -> frozenset[CodeType]:
+    return frozenset(member.__code__ for member in vars(cls).values() if type(member) is FunctionType)
 
 
 def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:

@@ -38,7 +38,7 @@ class Readers:
         self._by_code = _read_by_code(outer, modules)
         self._may_read = _may_read(outer, held, modules)
         self._held = held_outside(modules, held)
-        self._suspects_around: dict[str, list[tuple[str, MayRead]]] = {}
+        self._around: dict[str, list[tuple[str, MayRead]]] = {}
 
     def of(self, owner: str, attribute: str) -> list[str]:
         """Returns the paths of modules around the owner of a tensor that read it without calling the owner.
@@ -63,14 +63,14 @@ class Readers:
         if not self._may_read or not owner:
             return []
         around = owner.rpartition(".")[0]
-        suspects = self._suspects_around.get(around)
+        suspects = self._around.get(around)
         if suspects is None:
-            suspects = self._suspects_around[around] = self._suspects(around)
+            suspects = self._around[around] = self._suspects(around)
         return [
             path
             for path, may in suspects
-            if (attribute in may.names or ANY in may.names or within(owner, path) in may.handed_on)
-            and self._graph_reads(path, within(owner, path), attribute)
+            if attribute in may.names or ANY in may.names or (may.handed_on and within(owner, path) in may.handed_on)
+            if self._graph_reads(path, within(owner, path), attribute)
         ]
 
     def _suspects(self, path: str) -> list[tuple[str, MayRead]]:
@@ -83,7 +83,8 @@ class Readers:
                 may = self._may_read.get(path)
                 if may is not None and in_place.original_class(self._regions.modules[path]) not in _ASK_ONLY:
                     # what is further out is handed on by the ones between
-                    found.append((path, may if path == nearest else MayRead(may.names - {ANY}, frozenset())))
+                    is_all = path == nearest or (ANY not in may.names and not may.handed_on)
+                    found.append((path, may if is_all else MayRead(may.names - {ANY}, frozenset())))
             if not path:
                 return found
             path = path.rpartition(".")[0]
@@ -226,7 +227,7 @@ def _may_read(
             of_all = tuple(map(id, held[path].values()))
             if of_all not in known:
                 known[of_all] = read_through(module, held[path])
-            names = names | known[of_all]
+            names = names | known[of_all] if known[of_all] else names
         handed_on = {
             read for read in uses.read if read.partition(".")[0] in module._modules and join(path, read) in modules
         }

@@ -12,7 +12,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.layers import given
-from graphpeft.graph.paths import join, within
+from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
@@ -37,12 +37,12 @@ class Regions:
     """
 
     def __init__(self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None) -> None:
-        modules = dict(model.named_modules())
+        modules = modules_by_path(model)
         self.scripted = _scripted(modules)
-        self.modules = {path: module for path, module in modules.items() if path not in self.scripted}
-        self.graphs = {
-            path for path, module in self.modules.items() if isinstance(module, fx.GraphModule) and runs_graph(module)
-        }
+        self.modules = {path: modules[path] for path in modules if path not in self.scripted}
+        # a model has many modules, and few classes
+        kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}
+        self.graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
         self.known = known
         self.example_inputs = example_inputs
         self.templates: dict[str, Template] = {}
@@ -122,9 +122,9 @@ class Regions:
 
 def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Returns the paths of scripted modules and of modules inside them, with the reason why they can't be adapted."""
-    roots = [path for path, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    kinds = {kind for kind in set(map(type, modules.values())) if issubclass(kind, torch.jit.ScriptModule)}
     found: dict[str, str] = {}
-    for root in roots:
+    for root in [path for path, module in modules.items() if type(module) in kinds] if kinds else ():
         reason = (
             f"{root or 'the model'} is a ScriptModule, which can't be changed any more; put the module that it was "
             "made from in its place, and adapt that"

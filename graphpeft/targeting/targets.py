@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting.endings import Endings
@@ -188,7 +189,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
     linear = linear_classes()
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules_by_path(model).items()
         # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
         if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
         if name and module is not head
@@ -364,8 +365,11 @@ def _suffixed(suffixes: frozenset[str]) -> Predicate:
     the cost does not grow with the number of suffixes, of which `all-linear` makes hundreds.
     """
     longest = max((suffix.count(".") + 1 for suffix in suffixes), default=0)
+    last = {suffix.rpartition(".")[2] for suffix in suffixes}
 
     def is_suffixed(name: str) -> bool:
+        if name.rpartition(".")[2] not in last:
+            return False
         dot = len(name)
         for _ in range(longest):
             dot = name.rfind(".", 0, dot)

@@ -44,6 +44,8 @@ def scaling_of(site: Site | LeafSite, config: Any) -> float:
 
 def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> T:
     """Returns a site's own value: one call's goes before that of all calls."""
+    if not patterns:
+        return default
     of_name = targets.pattern_value(patterns, site.name, default)
     return of_name if site.call is None else targets.pattern_value(patterns, site.label, of_name)
 

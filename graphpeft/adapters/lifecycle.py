@@ -51,7 +51,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters):
+    with with_originals(modules, adapters) if adapters.originals else contextlib.nullcontext():
         made = new_tensors(plan, name, modules, values)
     by_module = _by_module(made)
     for path, tensors in by_module.items():

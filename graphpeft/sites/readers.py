@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import methods_reading, uses_in_forward
+from graphpeft.code.source import Uses, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.paths import join, within
 from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch, read_through
@@ -152,8 +152,19 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
 @functools.lru_cache(maxsize=256)
 def _paths_of_two(cls: type) -> list[list[str]]:
     """Returns the paths of two names and more that a forward reads or calls, each as its names."""
-    uses = uses_in_forward(cls)
+    uses = _uses(cls)
     return [path.split(".") for path in (*uses.read, *uses.called) if "." in path]
+
+
+def _uses(cls: Any) -> Uses:
+    """Returns what a forward uses of its module; PyTorch's containers only call what is inside."""
+    if cls.forward in _ONLY_CALLING and cls.__call__ is nn.Module.__call__:
+        return _NOTHING
+    return uses_in_forward(cls)
+
+
+_ONLY_CALLING = (nn.Sequential.forward, nn.Module.forward)
+_NOTHING = Uses(set(), set(), set())
 
 
 def _tensor_at(module: nn.Module, path: list[str]) -> tuple[nn.Module, str]:
@@ -218,7 +229,7 @@ def _may_read(
     known: dict[tuple[int, ...], set[str]] = {}
     found = {}
     for path, module in outer.items():
-        uses = uses_in_forward(in_place.original_class(module))
+        uses = _uses(in_place.original_class(module))
         names = uses.read_elsewhere
         if has_hooks(module):
             names = names | read_through(module, held[path])

@@ -4,7 +4,10 @@ BIN := .venv/bin
 # Nothing here may depend on a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test newest floors check format bench coverage docs clean
+# Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
+TWO := -n 2 --dist worksteal
+
+.PHONY: help demo quick test newest floors check format bench coverage docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -12,9 +15,14 @@ help:  ## show this list
 demo: .venv/.installed  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
 
-test: export OMP_NUM_THREADS := 1
+quick test: export OMP_NUM_THREADS := 1
+
+# only files with quick tests are imported, since importing all takes a third of the time
+quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
+	$(BIN)/pytest $(TWO) -m "quick and not long and not compiled" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
+
 test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
-	$(BIN)/pytest -n 2 $(ARGS)
+	$(BIN)/pytest $(TWO) $(ARGS)
 
 newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
 	$(call test_in,.venv-newest,highest)
@@ -30,7 +38,7 @@ $(1)/bin/python -m pip install uv
 $(1)/bin/uv pip install --python $(1) --compile-bytecode --resolution $(2) \
 	-e '.[test]' $(if $(TORCH),'torch==$(TORCH).*')
 $(1)/bin/python -c "import sys, torch; print('Python', sys.version, 'torch', torch.__version__)"
-OMP_NUM_THREADS=1 $(1)/bin/pytest -n 2 $(ARGS)
+OMP_NUM_THREADS=1 $(1)/bin/pytest $(TWO) $(ARGS)
 endef
 
 check: .venv/.installed  ## check format, lint and types

@@ -80,12 +80,12 @@ def _page(rows: list[Row]) -> str:
 `make coverage` traces each model, and compares the graph with it: in evaluation, in training with the same seed, with
 another batch size, and with another length or resolution. It was run with {used}, on one thread.
 
-- *equal* is bit for bit; *guard* is an error that names the decision which was another; *model* is an error of the
-  model itself, which doesn't take such inputs.
-- *kept* are modules that stay calls in one of the modes, with the reason below the table.
-- *sites* are the linear layers that LoRA adapts, of those that there are.
-- *×* is the processor time of the trace beside that of `torch.export.export` in the same process, each on its
-  own. Where the code goes another way in training, the trace records two graphs, and the export one.
+- *equal*: equal bit for bit. *guard*: an error that names the branch which differs from the trace. *model*: an error of
+  the model itself, which doesn't accept such inputs.
+- *kept*: modules that stay calls in one of the modes; the reasons are below the table.
+- *sites*: the linear layers that LoRA adapts, out of all linear layers.
+- *×*: the processor time of the trace relative to that of `torch.export.export` in the same process, each measured by
+  itself. If the code differs in training, the trace records two graphs, and the export one.
 
 {"".join(sections)}"""
 

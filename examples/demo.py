@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graphpeft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 PROJECT = Path(__file__).resolve().parent.parent
-CONTEXT = 64  # characters that the language model sees
+CONTEXT = 48  # characters that the language model sees
+HELD_OUT = 512  # windows of a text that the language model is judged by
 
 
 class Task(NamedTuple):
@@ -147,10 +148,10 @@ def project_texts() -> tuple[str, str]:
 
 
 def next_characters(text: str, alphabet: str) -> Task:
-    """Windows of a text, and the character after each of theirs; the text's end is held out."""
+    """Windows of a text, and the character after each of theirs; some of the text's end are held out."""
     number = {character: index for index, character in enumerate(alphabet)}
     numbers = torch.tensor([number[character] for character in text])
-    held_out = len(numbers) // 8
+    held_out = min(len(numbers) // 8, HELD_OUT * (CONTEXT + 1))
     train = numbers[:-held_out].unfold(0, CONTEXT + 1, 1)
     test = numbers[-held_out:].unfold(0, CONTEXT + 1, CONTEXT + 1)
     return Task(train[:, :-1], test[:, :-1], train[:, 1:], test[:, 1:])
@@ -172,8 +173,8 @@ def cases() -> list[Case]:
                 target_modules=["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"],
                 modules_to_save=["head"],
             ),
-            base_training=Training(steps=400, learning_rate=3e-3),
-            adapter_training=Training(steps=300, learning_rate=5e-3),
+            base_training=Training(steps=200, learning_rate=3e-3),
+            adapter_training=Training(steps=150, learning_rate=5e-3),
         ),
         Case(
             "functional weights",
@@ -190,8 +191,8 @@ def cases() -> list[Case]:
             known=next_characters(english, alphabet),
             unseen=next_characters(python, alphabet),
             config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
-            base_training=Training(steps=300, learning_rate=5e-3),
-            adapter_training=Training(steps=200, learning_rate=1e-2),
+            base_training=Training(steps=280, learning_rate=5e-3),
+            adapter_training=Training(steps=180, learning_rate=1e-2),
         ),
     ]
 

@@ -32,7 +32,7 @@ SERVE = Path(__file__).with_name("serve.py")
 TURNED = {"upside_down": (2, 3), "mirrored": (3,)}
 """Each adapter's task: the dimensions of images that are turned round."""
 
-STEPS = 250
+STEPS = 200
 
 
 class Data(NamedTuple):
@@ -75,7 +75,7 @@ def train(model: nn.Module, data: Data, task: str) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=4e-3)
     model.train()
     for _ in tqdm(range(STEPS), desc=f"training for {task}", leave=False, disable=None):
-        rows = torch.randint(len(data.train_x), (128,))
+        rows = torch.randint(len(data.train_x), (64,))
         loss = F.cross_entropy(model(turned(data.train_x[rows], task)), data.train_y[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -86,7 +86,9 @@ def train(model: nn.Module, data: Data, task: str) -> None:
 def trained(data: Data) -> Any:
     """Returns a base that reads upright digits, with an adapter for each other task."""
     torch.manual_seed(0)
-    model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=3, num_heads=4)
+    # each row of a scan is one of its tokens
+    sizes: dict[str, Any] = {"img_size": 8, "patch_size": (1, 8), "embed_dim": 48, "depth": 3, "num_heads": 4}
+    model = VisionTransformer(in_chans=1, num_classes=10, **sizes)
     train(model, data, "upright")
     config = graphpeft.LoraConfig(r=4, lora_alpha=16, target_modules=["qkv", "attn.proj", "fc1", "fc2"])
     for task in TURNED:

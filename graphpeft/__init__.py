@@ -13,7 +13,9 @@ from graphpeft.auto import (
     AutoPeftModelForTokenClassification,
 )
 from graphpeft.exporting import ExportError, ExportReport, export, export_adapter
+from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
+from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.lora import (
@@ -33,19 +35,20 @@ from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
-from graphpeft.model import (
-    PeftModel,
-    explain,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from graphpeft.model.adapt import explain, get_peft_model
+from graphpeft.model.peft_model import PeftModel
+from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.passes.optimization import PassReport, optimize
-from graphpeft.rules.config import PeftConfig, PeftType, TaskType, register
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
     Combines,
+    FileForm,
+    InputRule,
     Mergeable,
     OperationRule,
     ParameterSpec,
@@ -53,7 +56,9 @@ from graphpeft.rules.rule import (
     Rule,
     RunsByRow,
 )
+from graphpeft.rules.trained import SiteParameters, TableRows, WholeModule
 from graphpeft.sites.feeding import feeding
+from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
 
@@ -68,13 +73,18 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
     "CPTConfig",
+    "CallSite",
     "CheckpointError",
     "Combines",
     "CordaConfig",
+    "DeltaRule",
     "EvaConfig",
     "ExportError",
     "ExportReport",
+    "FileForm",
     "GuardError",
+    "InputRule",
+    "LeafSite",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
@@ -95,10 +105,15 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "Site",
+    "SiteParameters",
+    "TableRows",
     "TargetedConfig",
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "WeightRule",
+    "WholeModule",
     "explain",
     "export",
     "export_adapter",
@@ -110,9 +125,11 @@ __all__ = [
     "hotswap_adapter",
     "initialize_lora_eva_weights",
     "names_in_slots",
+    "ops",
     "optimize",
     "preprocess_corda",
     "preprocess_loraga",
+    "recorded",
     "register",
     "set_peft_model_state_dict",
     "trace",

@@ -8,24 +8,35 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.model import PeftModel
-from graphpeft.rules.config import ConfigLike, PeftConfig, TaskType
+from graphpeft.model.peft_model import PeftModel
+from graphpeft.rules.config import ConfigLike, PeftConfig
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.wording import shown
 
 _LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
-"""From which a file may name a class, as in PEFT: importing what a file names runs code."""
+"""Libraries from which a file may name a class, as in PEFT: importing a library runs its code."""
 
 _HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 
 
 class AutoPeftModel:
-    """Loads the model that an adapter was trained on, and the adapter on it, where its config names the model's class.
+    """Loads an adapter together with its base model, by the class that the adapter's config names.
 
-    A model keeps its own class here, so what is returned is the base model, adapted.
+    A model keeps its own class, so the result is the adapted base model. For an adapter with a task, use the subclass
+    for that task.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes)).save_pretrained("base")
+        >>> model = LlamaForCausalLM.from_pretrained("base")
+        >>> get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
+        >>> type(AutoPeftModelForCausalLM.from_pretrained("adapter")).__name__
+        'LlamaForCausalLM'
     """
 
     auto_class: ClassVar[str | None] = None
-    """Transformers' class that loads the base; None for the one that the config names."""
+    """The name of Transformers' class that loads the base; None for the class that the config names."""
 
     task_type: ClassVar[TaskType | None] = None
 
@@ -48,15 +59,21 @@ class AutoPeftModel:
         Args:
             pretrained_model_name_or_path: The adapter: a folder, or a repository on the Hub.
             adapter_name: The adapter's name in the model.
-            is_trainable: Whether it is to be trained further.
-            config: Used in place of the file's config.
+            is_trainable: Whether the adapter is trained further; if False, the model is in evaluation mode.
+            config: A config that replaces the file's.
             revision: The adapter's revision on the Hub.
             import_allowlist: Libraries from which the config may name the base's class; None for PEFT's list.
-            kwargs: What the base's ``from_pretrained`` takes, such as `dtype`; options of the Hub go to both. Code from
-                the base's repository runs only with `trust_remote_code`, which is False unless it is given.
+            **kwargs: Arguments of the base's ``from_pretrained``, such as `dtype`; options of the Hub are used for the
+                adapter, too. Code from the base's repository runs only with ``trust_remote_code=True``.
+
+        Returns:
+            The adapted base model.
 
         Raises:
-            AdaptError: If the config names no base, or its task is that of another class.
+            AdaptError: If the config names no base model, its task is that of another class, or it names a class that
+                isn't in the allowed libraries or loads no model.
+            FileNotFoundError: If a file of the adapter is missing.
+            CheckpointError: If a file of the adapter is damaged, or doesn't fit the base.
         """
         hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         if revision is not None:
@@ -110,47 +127,77 @@ class AutoPeftModel:
 
 
 def _is_of_transformers(cls: type) -> bool:
-    """Tells whether a class loads models as Transformers' do, which ask a person if they aren't told what to trust."""
+    """Tells whether a class is one of Transformers', which ask interactively unless `trust_remote_code` is given."""
     return any(base.__module__.partition(".")[0] == "transformers" for base in cls.__mro__)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """That for models that write text."""
+    """Loads a model that generates text, with its adapter, by ``AutoModelForCausalLM``.
+
+    Example:
+        >>> AutoPeftModelForCausalLM.task_type
+        <TaskType.CAUSAL_LM: 'CAUSAL_LM'>
+    """
 
     auto_class = "AutoModelForCausalLM"
     task_type = TaskType.CAUSAL_LM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """That for models with an encoder and a decoder."""
+    """Loads a model with an encoder and a decoder, with its adapter, by ``AutoModelForSeq2SeqLM``.
+
+    Example:
+        >>> AutoPeftModelForSeq2SeqLM.task_type
+        <TaskType.SEQ_2_SEQ_LM: 'SEQ_2_SEQ_LM'>
+    """
 
     auto_class = "AutoModelForSeq2SeqLM"
     task_type = TaskType.SEQ_2_SEQ_LM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """That for models that classify texts."""
+    """Loads a model that classifies texts, with its adapter, by ``AutoModelForSequenceClassification``.
+
+    Example:
+        >>> AutoPeftModelForSequenceClassification.task_type
+        <TaskType.SEQ_CLS: 'SEQ_CLS'>
+    """
 
     auto_class = "AutoModelForSequenceClassification"
     task_type = TaskType.SEQ_CLS
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """That for models that classify tokens."""
+    """Loads a model that classifies tokens, with its adapter, by ``AutoModelForTokenClassification``.
+
+    Example:
+        >>> AutoPeftModelForTokenClassification.task_type
+        <TaskType.TOKEN_CLS: 'TOKEN_CLS'>
+    """
 
     auto_class = "AutoModelForTokenClassification"
     task_type = TaskType.TOKEN_CLS
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """That for models that find answers."""
+    """Loads a model that answers questions, with its adapter, by ``AutoModelForQuestionAnswering``.
+
+    Example:
+        >>> AutoPeftModelForQuestionAnswering.task_type
+        <TaskType.QUESTION_ANS: 'QUESTION_ANS'>
+    """
 
     auto_class = "AutoModelForQuestionAnswering"
     task_type = TaskType.QUESTION_ANS
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """That for models without a head."""
+    """Loads a model without a head, with its adapter, by ``AutoModel``.
+
+    Example:
+        >>> AutoPeftModelForFeatureExtraction.task_type
+        <TaskType.FEATURE_EXTRACTION: 'FEATURE_EXTRACTION'>
+    """
 
     auto_class = "AutoModel"
     task_type = TaskType.FEATURE_EXTRACTION

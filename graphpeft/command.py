@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from graphpeft.auto import class_for
-from graphpeft.exporting import FORMATS, WAYS, ExportError, export
+from graphpeft.exporting import CARRIERS, FORMATS, ExportError, export
 from graphpeft.rules.config import PeftConfig
 
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        arguments: What stands behind the command's name; those of the process if None.
+        arguments: The arguments behind the command's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error, of which one line is written to stderr.
+        The exit status: 0, or 1 after an error, which is written to stderr as one line.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("path", help="the file to write; for weights also a folder")
     command.add_argument("--format", default="pt2", choices=FORMATS, help="default: pt2")
-    command.add_argument("--adapters", default="merged", choices=WAYS, help="how adapters are carried; default: merged")
+    command.add_argument(
+        "--adapters", default="merged", choices=CARRIERS, help="how adapters are carried; default: merged"
+    )
     command.add_argument("--fixed", action="store_true", help="keep all sizes of the inputs as the example has them")
     command.add_argument("--unchecked", action="store_true", help="don't run and compare what was written")
     return parser
@@ -81,7 +83,7 @@ def _loaded(source: str) -> tuple[Any, Any]:
             f"a {type(model).__name__} has no dummy_inputs; write a function that returns the model and example "
             "inputs, and name it as package.module:function"
         )
-    # a cache isn't what an exported program can return
+    # an exported program can't return a cache
     caches = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     return model, {**example, **caches}
 

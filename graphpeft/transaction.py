@@ -1,8 +1,8 @@
-"""Changes of a model that are taken back if the call that makes them fails, whatever it fails with.
+"""Changes of a model that are undone if the call that makes them fails, by any error or interruption.
 
-A call that changes a model runs inside `transaction`. Each change in it goes through one of the functions here, which
-note how it is taken back before they make it; outside of a transaction they only make it. So what a call costs beside
-its changes is in proportion to these, and not to the model.
+A call that changes a model runs inside `transaction`. Each change goes through one of the functions here, which note
+how to undo it before they make it; outside of a transaction they only make it. So the overhead of a call is in
+proportion to its changes, not to the model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import nn
 
 
 class _Journal:
-    """How the changes of the present calls of one thread are taken back, the last one first.
+    """The undo log of a thread's transactions; the last entry is undone first.
 
     Attributes:
         undo: Functions with their arguments.
-        begin: Where the innermost transaction begins in it.
-        remembered: Where the content of a tensor or a dictionary is, by its id.
+        begin: The index in `undo` at which the innermost transaction begins.
+        remembered: The index in `undo` of the content of a tensor or a dictionary, by its id.
     """
 
     def __init__(self) -> None:
@@ -33,21 +33,21 @@ class _Journal:
         self.remembered: dict[int, int] = {}
 
     def knows(self, of: Any) -> bool:
-        """Tells whether the present transaction has the content of a tensor or a dictionary already."""
+        """Tells whether the innermost transaction has noted the content of a tensor or a dictionary already."""
         return self.remembered.get(id(of), -1) >= self.begin
 
     def restore_by(self, function: Callable[..., Any], of: Any, content: Any) -> None:
         """Notes the content of a tensor or a dictionary."""
         self.remembered[id(of)] = len(self.undo)
-        # this keeps it, too, so that nothing else gets its id meanwhile
+        # the entry keeps the object alive, so that no other one gets its id
         self.undo.append((function, (of, content)))
 
     @torch.no_grad()
     def roll_back(self, begin: int) -> None:
-        """Takes back all changes from `begin` on; it can be interrupted, and called again.
+        """Undoes all changes from the index `begin` on; after an interruption, it can be called again.
 
         Raises:
-            RuntimeError: If something couldn't be taken back, after all that could be was.
+            RuntimeError: If a change couldn't be undone; all others are.
         """
         failed: list[Exception] = []
         while len(self.undo) > begin:
@@ -69,28 +69,28 @@ def _none() -> None:
 
 
 class _Thread(threading.local):
-    # weak, so that a journal is over when the calls are that it belongs to, in whatever way they end
+    # weak, so that a journal ends with the calls that use it, in whatever way these end
     journal: Callable[[], _Journal | None] = staticmethod(_none)
 
 
 _THREAD = _Thread()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-"""What lets one thread at a time change a model."""
+"""A lock for each model: one thread at a time changes it."""
 
 os.register_at_fork(after_in_child=_LOCKS.clear)
 
 
 def _lock_of(model: nn.Module) -> Any:
-    # one that is there is made no second time, which compiled code can't follow
+    # without making a lock that isn't needed, which compiled code can't follow
     lock = _LOCKS.get(model)
     return _LOCKS.setdefault(model, threading.RLock()) if lock is None else lock
 
 
 @contextlib.contextmanager
 def transaction(model: nn.Module) -> Iterator[None]:
-    """Takes all changes of a context back if it ends with an error; another thread that changes `model` waits.
+    """Undoes all changes of a context if it ends with an error; another thread that changes `model` waits.
 
-    Transactions can be inside each other: the inner one takes back its own changes, and the outer one all.
+    Transactions can be nested: the inner one undoes its own changes, and the outer one undoes all.
     """
     with _lock_of(model):
         journal = _THREAD.journal()
@@ -105,7 +105,7 @@ def transaction(model: nn.Module) -> Iterator[None]:
             try:
                 journal.roll_back(begin)
             finally:
-                journal.roll_back(begin)  # the rest, for users who are impatient and interrupt this, too
+                journal.roll_back(begin)  # the rest, if the user interrupts the first call
             raise
         finally:
             journal.begin = outer
@@ -114,33 +114,33 @@ def transaction(model: nn.Module) -> Iterator[None]:
 
 
 def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: Any) -> None:
-    """Lets a stack call at its end what puts things back, and call it again if it is interrupted.
+    """Makes a stack call a function at its end, and again if the first call is interrupted.
 
     Args:
         stack: The stack.
-        function: It has to do no harm where it, or a part of it, has been done.
+        function: Restores something; it can be called again after all or a part of it was done.
         args: Its arguments.
     """
-    left = [function]
+    pending = [function]
 
     def call() -> None:
-        if left:
+        if pending:
             function(*args)
-            left.clear()
+            pending.clear()
 
     stack.callback(call)
     stack.callback(call)
 
 
 def undone_by(function: Callable[..., Any], *args: Any) -> None:
-    """Notes a call that takes back the change that follows; it does no harm if that isn't made."""
+    """Notes a call that undoes the change that follows; it must do no harm if that change isn't made."""
     journal = _THREAD.journal()
     if journal is not None:
         journal.undo.append((function, args))
 
 
 def set_attribute(of: Any, name: str, value: Any) -> None:
-    """Sets an attribute that there is already."""
+    """Sets an attribute that exists."""
     undone_by(setattr, of, name, getattr(of, name))
     setattr(of, name, value)
 
@@ -167,7 +167,7 @@ def delete_item(of: dict[Any, Any], key: Any) -> None:
         return
     journal = _THREAD.journal()
     if journal is not None and not journal.knows(of):
-        # all of it, since an item that comes back alone would come last
+        # all items, since one that is restored alone would come last
         journal.restore_by(_refill, of, dict(of))
     del of[key]
 
@@ -180,11 +180,11 @@ def _refill(of: dict[Any, Any], items: dict[Any, Any]) -> None:
 def remember(tensor: torch.Tensor, copied: torch.Tensor | None = None) -> None:
     """Notes the values of a tensor before they are overwritten.
 
-    The copy of a tensor on an accelerator lies in main memory, of which there is more.
+    The copy of a tensor on an accelerator is in main memory, which is larger.
 
     Args:
         tensor: The tensor.
-        copied: A copy that is there anyway.
+        copied: An existing copy of the values; None makes one.
     """
     journal = _THREAD.journal()
     if journal is not None and not journal.knows(tensor):
@@ -196,7 +196,7 @@ def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    # a tensor of another class may not be what it was after the way there and back
+    # a tensor of another class may change on the way to main memory and back
     is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
     is_elsewhere = is_plain and tensor.device.type not in ("cpu", "meta")
     return tensor.detach().cpu() if is_elsewhere else tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""How errors show what others have written, which may have any size."""
+"""Shows values in errors, cut to a bounded size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import reprlib
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """Returns a text for an error: its beginning and its end, if it is long."""
+    """Returns a string for an error; of a long one, its beginning and its end."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
 
 
@@ -20,4 +20,4 @@ class _Short(reprlib.Repr):
 
 
 shown = _Short().repr
-"""Returns a value as ``repr`` does, cut where it is long or deep."""
+"""Returns a value as ``repr`` does, cut if it is long or deeply nested."""

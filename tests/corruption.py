@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import file_names
 from graphpeft.adapters.state import adapters_of
-from graphpeft.rules.config import registered
+from graphpeft.rules.registry import registered
 from graphpeft.testing.laws import require_unchanged, snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -621,7 +621,7 @@ def _options() -> frozenset[str]:
 def _fault_of_load(saved: Saved, model: Any, folder: Path, damage: Damage) -> str | None:
     """Returns what is wrong with a model that has the adapter: its tensors must be the file's, and it must run."""
     adapter = adapters_of(model).by_name["default"]  # type: ignore[union-attr]
-    named = checkpoint.keys(adapter, "default", dict(model.named_modules()))
+    named = file_names.keys(adapter, "default", dict(model.named_modules()))
     state = graphpeft.get_peft_model_state_dict(model, save_embedding_layers=False)
     own = {key: value for key, value in state.items() if key in named}
     file = load_file(folder / WEIGHTS) if damage.use_safetensors else torch.load(folder / PICKLE, weights_only=True)

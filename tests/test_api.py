@@ -26,6 +26,8 @@ from graphpeft import (
     trace,
 )
 
+pytestmark = pytest.mark.quick("model", "files")
+
 
 def adapted(name: str = "default") -> Any:
     """Returns an adapted model whose adapter matters."""

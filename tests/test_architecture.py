@@ -15,6 +15,8 @@ from torch import fx, nn
 
 import graphpeft
 
+pytestmark = pytest.mark.quick("_torch")
+
 PACKAGE = Path(graphpeft.__file__).parent
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -110,6 +112,43 @@ def test_a_planted_import_is_seen(planted: str):
 def test_a_planted_circle_is_seen():
     planted = "if TYPE_CHECKING:\n    from graphpeft.tracing.tracer import ValueTracer\n"
     assert circles({**SOURCES, "tracing/proxy.py": SOURCES["tracing/proxy.py"] + planted})
+
+
+# options of methods
+
+CONFIG = re.compile(r"(^|\.)((active_)?peft_)?config$")
+OF_A_MODEL = re.compile(r"\bmodel\.config$")
+
+
+def options_by_name(source: str) -> list[str]:
+    """Returns where code reads or sets an option of an adapter's config by its name, which only some methods have.
+
+    The names of all of a config's fields, as in ``getattr(config, field.name)``, are those of no method.
+    """
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and len(node.args) > 1]
+    named = [call for call in calls if ast.unparse(call.func) in ("getattr", "hasattr", "setattr")]
+    texts = [(ast.unparse(call.args[0]), call) for call in named if not ast.unparse(call.args[1]).endswith(".name")]
+    return [ast.unparse(call) for text, call in texts if CONFIG.search(text) and not OF_A_MODEL.search(text)]
+
+
+def test_no_option_of_a_method_is_read_by_name_outside_of_methods():
+    found = {file: options_by_name(source) for file, source in SOURCES.items() if room_of(file) != "methods"}
+    assert {file: reads for file, reads in found.items() if reads} == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "getattr(config, 'bias', 'none')",
+        "getattr(plan.config, 'ensure_weight_tying', False)",
+        "hasattr(self.peft_config, 'target_parameters')",
+        "setattr(adapter.config, 'rank_pattern', {})",
+        "[getattr(config, option, None) for option in ('rank_pattern', 'alpha_pattern')]",
+    ],
+)
+def test_a_planted_option_is_seen(planted: str):
+    assert options_by_name(planted)
+    assert not options_by_name("getattr(model.config, 'vocab_size', None), getattr(config, field.name)")
 
 
 # private names of PyTorch

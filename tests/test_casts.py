@@ -13,6 +13,8 @@ from torch import nn
 from graphpeft import LoraConfig, get_peft_model, optimize
 from graphpeft.testing.memory import kept_bytes
 
+pytestmark = pytest.mark.quick("passes")
+
 TOKENS, FEATURES = 32, 64
 
 

@@ -24,8 +24,8 @@ from torch import nn
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.config import registered
 from graphpeft.rules.options import Probability, Size
+from graphpeft.rules.registry import registered
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
@@ -337,7 +337,7 @@ def test_many_patterns_that_take_long_each_are_refused_together() -> None:
 )
 def test_what_is_no_regular_expression_of_pythons_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="in target_modules"):
-        targets.match(LoraConfig(target_modules=pattern), "a")
+        targets.match(LoraConfig(target_modules=pattern).target_options, "a")
 
 
 PATTERNS = [

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, get_peft_model
 
+pytestmark = pytest.mark.quick("adapters")
+
 X = torch.arange(18.0).view(3, 6) / 10
 
 

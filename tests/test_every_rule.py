@@ -33,6 +33,8 @@ from graphpeft.graph.template import template_of
 from graphpeft.passes import PASSES
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("rules", "testing")
+
 
 def rules() -> dict[str, type]:
     """Returns the classes of rules, and of their parts, in ``graphpeft.methods``, by name."""

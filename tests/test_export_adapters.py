@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 
 import graphpeft
 from graphpeft import ExportError
+from graphpeft.exporting.carriers import CARRIERS
 from graphpeft.exporting.example import Example
-from graphpeft.exporting.ways import WAYS
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -366,6 +366,7 @@ def test_each_call_of_a_shared_weight_has_inputs_of_its_own(tmp_path):
     } <= named.keys()
 
 
+@pytest.mark.quick("exporting")
 def test_disabled_adapters_are_left_out(tmp_path):
     model = HAND_WRITTEN.adapted()
     model.disable_adapters()
@@ -378,12 +379,14 @@ def test_disabled_adapters_are_left_out(tmp_path):
         graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters="inputs")
 
 
+@pytest.mark.quick("exporting")
 def test_an_export_by_rows_is_checked_with_rows_of_different_adapters():
-    case = next(case for case in WAYS["rows"](HAND_WRITTEN.adapted()).cases if case.name == "a batch of adapters")
+    case = next(case for case in CARRIERS["rows"](HAND_WRITTEN.adapted()).cases if case.name == "a batch of adapters")
     given = case.given(Example.of((torch.randn(4, 4, 8),)))
     assert given["adapter_rows"].tolist() == [1, 0, 1, 0]
 
 
+@pytest.mark.quick("exporting")
 @pytest.mark.parametrize("way", ["inputs", "rows", "baked", "merged"])
 def test_an_export_leaves_which_parameters_are_trained(way, tmp_path):
     model = HAND_WRITTEN.adapted()

@@ -40,6 +40,7 @@ def test_a_function_gives_the_model_and_the_report_is_printed(here, capsys):
     assert {file.name for file in here.glob("m.*")} == {"m.pt2", "m.default.safetensors"}
 
 
+@pytest.mark.quick("command", "exporting")
 def test_sizes_can_be_fixed_and_checks_left_out(here, capsys):
     assert main(["export", "models_of_mine:made", "m.pt2", "--fixed", "--unchecked"]) == 0
     printed = capsys.readouterr().out
@@ -47,6 +48,7 @@ def test_sizes_can_be_fixed_and_checks_left_out(here, capsys):
     assert "not checked" in printed
 
 
+@pytest.mark.quick("command")
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -83,6 +85,7 @@ def test_an_adapter_whose_config_names_its_base_is_a_source(tmp_path, capsys):
     assert torch.allclose(found["logits"], LLAMA.output(model), atol=1e-4)
 
 
+@pytest.mark.quick("command")
 def test_help_says_what_a_source_is(capsys):
     with pytest.raises(SystemExit) as left:
         main(["export", "--help"])

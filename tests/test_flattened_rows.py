@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model, optimize
 
+pytestmark = pytest.mark.quick("passes")
+
 PASS = "flattened_rows"
 
 

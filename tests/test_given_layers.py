@@ -18,6 +18,8 @@ from graphpeft.graph.layers import given
 from graphpeft.graph.template import template_of
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("graph")
+
 
 class Kind(NamedTuple):
     """A kind of layer.

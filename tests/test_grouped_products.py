@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from graphpeft import LoraConfig, get_peft_model, optimize, trace
 from graphpeft.testing.memory import kept_bytes
 
+pytestmark = pytest.mark.quick("passes")
+
 PASS = "grouped_products"
 
 

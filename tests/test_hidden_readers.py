@@ -18,6 +18,8 @@ from torch import nn
 from graphpeft import AdaptError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("code", "sites")
+
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 

@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from graphpeft import LoraConfig, get_peft_model, optimize, trace
 from graphpeft.passes.inplace_addmm import add_product_
 
+pytestmark = pytest.mark.quick("passes")
+
 
 def test_the_product_of_a_branch_is_added_in_place():
     layer: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))

@@ -353,7 +353,7 @@ def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_t
         assert_whole_at_line(call, number, chance.choice(ERRORS))
 
 
-@pytest.mark.parametrize("file", ["adapters/present_rows.py", "graph/recomputing.py"])
+@pytest.mark.parametrize("file", ["graph/per_call.py", "graph/recomputing.py"])
 def test_no_call_has_the_rows_of_one_that_was_interrupted(file: str) -> None:
     call = next(call for call in CALLS if call.name == "mix")
     numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == file}
@@ -375,6 +375,7 @@ def test_a_call_that_runs_out_of_memory_has_done_all_or_nothing_at_each_operatio
         assert_whole(call, FailingAtOperation(number, torch.OutOfMemoryError("planted")))
 
 
+@pytest.mark.quick("transaction")
 def test_running_out_of_memory_at_the_third_layer_merges_none() -> None:
     model = graphpeft.get_peft_model(stack(), graphpeft.LoraConfig(r=2, lora_alpha=5, target_modules=r"\d"))
     model = filled(model)
@@ -394,6 +395,7 @@ def stack() -> nn.Module:
     return nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
 
 
+@pytest.mark.quick("transaction")
 def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> None:
     [call] = [call for call in CALLS if call.name == "merge"]
     number = len(expected(call)[2]) - 20  # when all has changed

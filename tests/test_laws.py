@@ -26,7 +26,7 @@ from graphpeft import (
     TraceError,
     trace,
 )
-from graphpeft.rules.config import registered
+from graphpeft.rules.registry import registered
 from graphpeft.testing import laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.strategies import (

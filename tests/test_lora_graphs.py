@@ -13,6 +13,8 @@ from graphpeft import LoraConfig, get_peft_model, trace
 from graphpeft.graph.tags import TAG
 from graphpeft.sites import dataflow
 
+pytestmark = pytest.mark.quick("sites", "methods")
+
 
 def body_of(module: Any) -> list[str]:
     """Returns the statements of a graph module's forward, without what frees values."""

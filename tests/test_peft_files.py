@@ -448,6 +448,7 @@ def test_a_config_of_four_keys_is_enough(tmp_path: Path) -> None:
     assert_same_outputs(graphpeft.PeftModel.from_pretrained(MLP.build(), tmp_path), theirs, MLP)
 
 
+@pytest.mark.quick("model")
 @pytest.mark.parametrize(
     "name",
     [
@@ -469,6 +470,7 @@ def test_a_model_card_names_any_base_and_nothing_else(name: str, tmp_path: Path)
     assert card.text.strip() == "A LORA adapter, saved by graphpeft in the format of Hugging Face PEFT."
 
 
+@pytest.mark.quick("model")
 def test_a_model_card_that_somebody_has_written_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     adapted(MLP).save_pretrained(tmp_path)

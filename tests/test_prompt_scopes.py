@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -113,17 +114,25 @@ ADAPTERS: dict[str, Any] = {
 }
 
 
+@functools.cache
+def with_all_adapters() -> tuple[Any, Any, str]:
+    """Returns a model, its trace with the same adapters and values, and the code of the trace without them."""
+    model, traced = (build(VIT) for build in FORMS.values())
+    code = traced.code
+    for name, config in ADAPTERS.items():
+        get_peft_model(model, config, name)
+        get_peft_model(traced, config, name)
+    traced.load_state_dict(model.state_dict(), strict=False)
+    return model, traced, code
+
+
 some_of_them = st.permutations(list(ADAPTERS)).flatmap(lambda order: st.integers(0, 4).map(lambda n: order[:n]))
 
 
 @given(orders=st.lists(some_of_them))
 def test_adapters_of_a_flat_graph_come_and_go_in_any_order(orders: list[list[str]]) -> None:
-    model, traced = (build(VIT) for build in FORMS.values())
-    inputs, code = VIT.inputs(), traced.code
-    for name, config in ADAPTERS.items():
-        get_peft_model(model, config, name)
-        get_peft_model(traced, config, name)
-    traced.load_state_dict(model.state_dict(), strict=False)
+    model, traced, code = copy.deepcopy(with_all_adapters())
+    inputs = VIT.inputs()
     for order in orders:
         model.set_adapter(order)
         traced.set_adapter(order)

@@ -22,6 +22,8 @@ from torch import nn
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 
+pytestmark = pytest.mark.quick("wording", "rules", "targeting")
+
 # the model stays as it was
 
 

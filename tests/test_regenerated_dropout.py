@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from blocks import body_of
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from graphpeft import LoraConfig, get_peft_model, optimize
 from graphpeft.passes.products import product
 from graphpeft.testing.memory import kept_bytes
+
+pytestmark = pytest.mark.quick("passes")
 
 TOKENS, FEATURES = 32, 64
 

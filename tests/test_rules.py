@@ -421,7 +421,9 @@ def test_a_function_that_nobody_would_call_is_refused_with_its_base(name, base, 
 
 
 def test_what_only_looks_like_a_rule_is_refused(monkeypatch):
-    with pytest.raises(AdaptError, match="Looks is no rule; let it inherit from OperationRule or BoundaryRule"):
+    with pytest.raises(
+        AdaptError, match="Looks is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
+    ):
         explain(build(), config_with(type("Looks", (), dict(vars(Scale)))(), monkeypatch))
 
 

@@ -258,13 +258,18 @@ ROWS = ["u", "__base__", "v", "w", "u"]
 
 def mixed_llama(library: Any, **options: Any) -> Any:
     """Returns a Llama with three adapters of different ranks, scales and targets."""
-    model = LLAMA.build() if not options else transformers.LlamaForCausalLM(llama_config(**options)).eval()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(llama_config(**options)).eval()
     adapters: list[dict[str, Any]] = [
         {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "up_proj"]},
         {"r": 4, "target_modules": ["v_proj"]},
     ]
     return with_adapters(library, model, *adapters)
+
+
+ONE_LAYER = {"num_hidden_layers": 1}
+"""Of a Llama that is compiled again and again: each of its layers takes seconds."""
 
 
 def text(rows: int = 5) -> dict[str, Any]:
@@ -547,7 +552,7 @@ def test_rows_of_a_task_are_those_of_the_context_around_after_one_inside_was_lef
 
 
 def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
-    model, plain = mixed_llama(graphpeft), mixed_llama(graphpeft)
+    model, plain = (mixed_llama(graphpeft, **ONE_LAYER) for _ in range(2))
     compiled = torch.compile(model, backend="eager")
     names = [["u"] * 5, ["v"] * 5, ROWS]
     with torch.no_grad():
@@ -570,7 +575,7 @@ def test_a_compiled_model_never_answers_a_task_with_rows_of_another():
 
 @pytest.mark.parametrize("is_compiled_before", [False, True])
 def test_a_whole_compiled_graph_refuses_rows_of_tasks(is_compiled_before: bool):
-    model = mixed_llama(graphpeft)
+    model = mixed_llama(graphpeft, **ONE_LAYER)
     whole = torch.compile(model, backend="eager", fullgraph=True)
     if is_compiled_before:
         with torch.no_grad():
@@ -620,7 +625,7 @@ def test_a_whole_compiled_graph_refuses_rows_of_tasks_as_long_as_one_has_any():
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_rows_of_a_batch_dont_go_on_with_adapters_that_were_merged_or_deleted(compiles: bool):
-    model = mixed_llama(graphpeft)
+    model = mixed_llama(graphpeft, **ONE_LAYER if compiles else {})
     called = torch.compile(model, backend="eager") if compiles else model
     with torch.no_grad(), model.mixed_batch(ROWS):
         before = called(**text()).logits
@@ -1130,6 +1135,7 @@ def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
 # with the base model that a config names
 
 
+@pytest.mark.quick("auto")
 def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
     base: Any = LLAMA.build()
     base.save_pretrained(tmp_path / "base")
@@ -1153,6 +1159,7 @@ def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
         graphpeft.AutoPeftModel()
 
 
+@pytest.mark.quick("auto")
 def test_code_of_a_bases_repository_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = tmp_path / "base"
     base.mkdir()

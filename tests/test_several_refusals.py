@@ -20,6 +20,8 @@ import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, get_peft_model
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("adapters", "rules")
+
 IDS = {"input_ids": torch.arange(3, 10)[None].repeat(2, 1), "use_cache": False}
 
 

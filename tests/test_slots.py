@@ -17,6 +17,8 @@ from graphpeft import AdaptError, LoraConfig, get_peft_model, names_in_slots, op
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
 
+pytestmark = pytest.mark.quick("graph", "adapters")
+
 NAMES = ["default", "a name", "été-2"]
 
 

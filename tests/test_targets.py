@@ -28,6 +28,7 @@ from transformers import (
 
 from graphpeft import trace
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.targeting.targets import (
     Match,
     all_linear_names,
@@ -41,12 +42,15 @@ from graphpeft.targeting.targets import (
     pattern_value,
 )
 
+pytestmark = pytest.mark.quick("targeting")
+
+OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 Q_PROJ = "model.layers.3.self_attn.q_proj"
 
 
-def config(**fields: Any) -> SimpleNamespace:
-    """A config with these fields alone; all others are missing, as they are in the configs of some methods."""
-    return SimpleNamespace(**fields)
+def config(**fields: Any) -> TargetOptions:
+    """What a config with these options names; all others are missing, as they are in the configs of some methods."""
+    return TargetOptions(**fields)
 
 
 # target_modules
@@ -374,7 +378,7 @@ def test_layers_are_told_apart_as_peft_does(case):
 
 def assert_answers_as_peft_does(lora_config: peft.LoraConfig, name: str) -> None:
     answer = tuners_utils.check_target_module_exists(lora_config, name)
-    found = match(lora_config, name)
+    found = match(TargetOptions(**{option: getattr(lora_config, option) for option in OF_MODULES}), name)
     assert bool(found) == bool(answer)
     assert (found is Match.EXCLUDED) == isinstance(answer, tuners_utils._ExcludedModule)
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from graphpeft import GuardError, TraceError, trace
 
+pytestmark = pytest.mark.quick("tracing")
+
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from graphpeft import GuardError, LoraConfig, get_peft_model, trace
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("tracing")
+
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 

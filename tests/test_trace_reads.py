@@ -15,6 +15,8 @@ from torch import nn
 from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("tracing")
+
 X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 FACTOR = 2.5
 

@@ -23,6 +23,8 @@ from torch import nn
 from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.tracing.linting import lint
 
+pytestmark = pytest.mark.quick("tracing")
+
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 LARGER = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 

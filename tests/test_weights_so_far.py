@@ -33,6 +33,8 @@ from graphpeft import (
 )
 from graphpeft.testing import laws
 
+pytestmark = pytest.mark.quick("rules")
+
 
 class BothWays(nn.Module):
     """A square matrix that is used as (out, in) and as (in, out)."""

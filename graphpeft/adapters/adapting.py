@@ -13,6 +13,7 @@ from graphpeft.adapters.plan import AdaptError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.tensors import freeze, set_trainable
+from graphpeft.adapters.training import has_penalty
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.config import PeftConfig
@@ -183,6 +184,8 @@ def carry_out(
     if activates:
         touched = [*state.active, name]
         lifecycle.activate(modules, state, [name])
+    if has_penalty(plan.config):
+        set_attribute(state, "has_penalties", True)
     if replication is not None:
         set_attribute(state, "replication", replication)
     if present is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from graphpeft.adapters.graphs import op_in
-from graphpeft.adapters.present_rows import present
-from graphpeft.adapters.rows import RowAdapters, Where, place_of
+from graphpeft.adapters.present_rows import RowParameters, present
+from graphpeft.adapters.rows import Where, place_of
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template
 from graphpeft.rules import rewrite
@@ -145,5 +145,5 @@ def _values_by_row(
         }
 
 
-def _rows_of(x: torch.Tensor) -> RowAdapters:
+def _rows_of(x: torch.Tensor) -> RowParameters:
     return present().of(x)

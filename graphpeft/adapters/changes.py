@@ -31,10 +31,12 @@ def delta(
         weight: The weight with the changes of adapters before this one; what the module reads if None.
         base: The weight without them; likewise.
     """
-    values = _values(Asked(adapted.rule.delta), adapted, modules)
+    asked = Asked(adapted.rule.delta)
+    values = _values(asked, adapted, modules)
     halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
     values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
-    change = _asked(adapted.rule.delta, values | _weights(adapted, modules, weight, base))
+    values |= _weights(adapted, modules, weight, base)
+    change = adapted.rule.change({name: values[name] for name in asked.among(values)})
     return change.to(halves.pop()) if halves else change
 
 
@@ -87,10 +89,10 @@ def changing_sites(modules: Modules, adapter: Adapter) -> list[Any]:
 
 def _is_tied(adapted: AdaptedSite, modules: Modules) -> bool:
     """Tells whether a site's weight is that of the site whose parameters it has."""
-    if not adapted.shared:
+    site: Any = adapted.site
+    if site.tied_to is None:
         return False
     # somebody may have untied them since
-    site: Any = adapted.site
     own, other = (own_parameter(modules[path], site.attribute) for path in (site.owner, site.tied_to))
     return memory_of(own) == memory_of(other)
 

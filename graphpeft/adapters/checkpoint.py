@@ -1,17 +1,11 @@
-"""Reads and writes adapters in PEFT's files: `adapter_config.json`, `adapter_model.safetensors` and a model card.
-
-A tensor's name in the file is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more
-for each of its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
-``.base_layer`` in them.
-"""
+"""Reads and writes adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from graphpeft.adapters.file_names import keys, keys_of_layers, meanings, names_of_second_paths
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
 from graphpeft.files.atomic_files import read_together, waiting
@@ -30,110 +25,9 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import listed
-from graphpeft.rules.rule import FileForm
-from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.rules.rule import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
-from graphpeft.targeting.patterns import Pattern
 from graphpeft.wording import shortened
-
-PREFIX = "base_model.model."
-
-
-# names
-
-
-def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
-    """Returns, for each name in the file, the module's path and the name of the tensor in the model."""
-    wrapped = _wrapped_parameters(adapter, modules)
-    prefix = adapter.config.file_prefix
-    found: dict[str, tuple[str, str]] = {}
-    for adapted in adapter.sites:
-        for local, spec in adapted.specs.items():
-            found[_key_at_site(adapted.site, spec.key, wrapped, prefix)] = (adapted.site.owner, adapted.names[local])
-    for owner, names in adapter.whole.items():
-        inside = ".base_layer" * len(wrapped.get(owner, ()))
-        for own in names:
-            if own not in modules[owner]._non_persistent_buffers_set:
-                key = _key(prefix, _file_path(owner, wrapped) + inside, own)
-                found[key] = (owner, stand_ins.stand_in(own, name))
-    for path, rows in adapter.rows.items():
-        if rows.leader == path:
-            key = _key(prefix, _file_path(path, wrapped), "token_adapter.trainable_tokens_delta")
-            found[key] = (path, stand_ins.rows(name))
-    return found
-
-
-def constant_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
-    """Returns, for each number that an adapter's rules read, the module's path and its name there.
-
-    Files don't have them, since they follow from the config. Their names are made as those of tensors are.
-    """
-    wrapped = _wrapped_parameters(adapter, modules)
-    return {
-        _key_at_site(adapted.site, local, wrapped, adapter.config.file_prefix): (
-            adapted.site.owner,
-            adapted.names[local],
-        )
-        for adapted in adapter.sites
-        for local in adapted.constants
-    }
-
-
-def _keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
-    wrapped = _wrapped_parameters(adapter, modules)
-    found: dict[str, tuple[str, str]] = {}
-    for path in paths:
-        inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
-        for own in ("weight", "bias"):
-            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
-                found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
-    return found
-
-
-def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
-    if isinstance(site, CallSite):
-        return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
-    # behind the name of the tensor, where no module of the model's can have the same
-    name = name if site.call is None else join(name, str(site.call))
-    if isinstance(site, LeafSite):
-        return _key(prefix, _file_path(site.owner, wrapped), name)
-    around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
-    path = _file_path(site.owner, wrapped) + ".base_layer" * around
-    return _key(prefix, path, name)
-
-
-def _key(prefix: str, path: str, name: str) -> str:
-    return prefix + join(path, name).removeprefix(".")
-
-
-def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
-    """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
-    wrapped: dict[str, set[tuple[bool, int, str]]] = {}
-    for adapted in adapter.weight_sites:
-        site = adapted.site
-        # a layer is wrapped as such before its parameters are
-        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
-        wrapped.setdefault(site.owner, set()).add(place)
-    for adapted in adapter.sites:
-        if isinstance(adapted.site, LeafSite):
-            wrapped.setdefault(adapted.site.owner, set()).add((False, -1, ""))
-    return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
-
-
-def _file_path(path: str, wrapped: Mapping[str, list[str]]) -> str:
-    """Returns a module's path with ``.base_layer`` behind each module around it that PEFT wraps."""
-    parts: list[str] = []
-    here: list[str] = []
-    for part in path.split(".") if path else ():
-        if here:
-            parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
-        here.append(part)
-        parts.append(part)
-    return ".".join(parts)
-
-
-# state dicts
 
 
 def state_dict_of(
@@ -157,10 +51,9 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    embeddings = embedding_layers.to_save(
-        modules, adapter.config, _base_name(modules[""], adapter), save_embedding_layers
-    )
-    named = keys(adapter, name, modules) | _keys_of_layers(adapter, modules, embeddings)
+    base = _base_name(modules[""], adapter)
+    embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
+    named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
         tensors = {
@@ -174,7 +67,9 @@ def state_dict_of(
     tensors |= {place: originals[place].detach() for place in places if place in originals}
     derived: dict[str, torch.Tensor] = {}
     for adapted in adapter.sites:
-        parameters = {local: tensors[adapted.site.owner, adapted.names[local]] for local in adapted.specs}
+        own = {local: (adapted.site.owner, adapted.names[local]) for local in adapted.specs}
+        places_of_site = own | dict(adapted.shared)
+        parameters = {local: tensors[place] for local, place in places_of_site.items() if place in tensors}
         derived |= adapter.config.derived_tensors(adapted.site, parameters)
     forms = _forms(adapter)
     packed = {place: forms[place].pack(tensor) if place in forms else tensor for place, tensor in tensors.items()}
@@ -200,22 +95,21 @@ def fitted(
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
     dtypes = {(path, stand_ins.stand_in(own, name)): tensor.dtype for path, own, tensor in _whole(adapter, modules)}
+    dtypes |= {place: spec.dtype for place, spec in _specs(adapter) if spec.dtype is not None}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
     own = {place: stand_ins.tensor_of(modules[place[0]], place[1]) for place in base.values()}
     shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
-    known = {*named, *_names_of_second_paths(named, modules, adapter.config.file_prefix)}
+    known = {*named, *names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
-    needless = [
-        shortened(key) for key in values if known.isdisjoint(_meanings(key)) and not adapter.config.ignores(key)
-    ]
+    needless = [shortened(key) for key in values if known.isdisjoint(meanings(key)) and not adapter.config.ignores(key)]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
         if key in values and tuple(values[key].shape) != shapes[place]
     ]
-    # an adapter's own tensors are of floating-point numbers, whatever its weights are
+    # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
     misshapen += [
         f"{key} of {values[key].dtype} where the model wants {dtype}"
@@ -258,7 +152,7 @@ _FLOATING_POINT = (
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
     """Returns names and places of the model's own tensors that a file may hold: in embeddings and adapted layers."""
     paths = [adapted.site.owner for adapted in adapter.weight_sites if adapted.site.is_layer]
-    return _keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
+    return keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
 
 
 def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Mapping[str, torch.Tensor]) -> Tensors:
@@ -278,74 +172,46 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for adapted in adapter.sites
         for local, place in adapted.shared.items()
     ]
-    if getattr(adapter.config, "ensure_weight_tying", False):
+    if adapter.config.keeps_tied:
         copies: dict[int, tuple[str, str]] = {}
         for path, own, tensor in _whole(adapter, modules):
             place = path, stand_ins.stand_in(own, name)
             tied.append((place, copies.setdefault(id(tensor), place)))
+    tied += [
+        ((path, stand_ins.rows(name)), (rows.leader, stand_ins.rows(name)))
+        for path, rows in adapter.rows.items()
+        if rows.key
+    ]
     for place, other in tied:
-        if not found[place].is_meta and not torch.equal(found[place], found[other]):
+        if place in found and not found[place].is_meta and not torch.equal(found[place], found[other]):
             raise CheckpointError(
-                f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are tied; load "
-                "it with ensure_weight_tying=False in its config"
+                f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are one tensor "
+                f"here; if they are those of tied weights, load it with {adapter.config.tying_option}=False in its "
+                "config"
             )
+
+
+def _specs(adapter: Adapter) -> Iterator[tuple[tuple[str, str], ParameterSpec]]:
+    """Yields the place in the model of each parameter at a site, and what its rule says of it."""
+    for adapted in adapter.sites:
+        for local, spec in adapted.specs.items():
+            yield (adapted.site.owner, adapted.names[local]), spec
 
 
 def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
     """Returns the forms in files of those parameters that have another one there, by their places in the model."""
-    return {
-        (adapted.site.owner, adapted.names[local]): spec.form
+    forms = {
+        (adapted.site.owner, adapted.names[local]): adapter.config.file_form(adapted.site, local, spec)
         for adapted in adapter.sites
         for local, spec in adapted.specs.items()
-        if spec.form is not None
     }
-
-
-def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Returns a file's tensors by other names, as PEFT's `key_mapping` says.
-
-    Args:
-        values: Tensors by their names in the file.
-        key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
-            one that is found is replaced.
-    """
-    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
-
-    def mapped(key: str) -> str:
-        own = key.removeprefix(PREFIX)
-        found = next((pattern for pattern in patterns if pattern.search(own)), None)
-        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
-
-    return {mapped(key): tensor for key, tensor in values.items()}
-
-
-def _meanings(key: str) -> set[str]:
-    """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
-    return {pattern.sub("", key) for pattern in _REDUNDANT}
-
-
-_REDUNDANT = (
-    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
-    re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
-)
-"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
-module with others inside, with the adapter's name."""
-
-
-def _names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
-    """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
-    first = {id(module): path for path, module in modules.items()}
-    for path, module in modules[""].named_modules(remove_duplicate=False):
-        owner = first[id(module)]
-        if path != owner:
-            keys_of_owner = [key for key, place in named.items() if place[0] == owner]
-            yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)
+    return {place: form for place, form in forms.items() if form is not None}
 
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
-    for adapted in adapter.sites:
-        for local, spec in adapted.specs.items():
-            yield (adapted.site.owner, adapted.names[local]), spec.form.shape if spec.form is not None else spec.shape
+    forms = _forms(adapter)
+    for place, spec in _specs(adapter):
+        yield place, forms[place].shape if place in forms else spec.shape
     for path, own, tensor in _whole(adapter, modules):
         yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
+from torch.fx.proxy import TraceError as ProxyError
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
@@ -168,7 +169,10 @@ def with_adapter(
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, kind, module, region)
-                    rewrite.insert(graph, op, rule, dict(attributes), slot, method)
+                    try:
+                        rewrite.insert(graph, op, rule, dict(attributes), slot, method)
+                    except (rewrite.RuleError, ProxyError) as error:
+                        raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
     return worn.derive(("with", slot, method, edits), edit, back=("without", slot))
 

@@ -32,24 +32,30 @@ def hotswap_adapter(
     example_inputs: ExampleInputs | None = None,
     **options: Any,
 ) -> None:
-    """Lets an adapter be a saved one instead; its name, and whether it is active and trained, stay.
+    """Replaces an adapter by a saved one, which takes over its name and whether it is active and trained.
 
-    If the saved one adapts the same weights by the same ranks, its values are copied over, and a compiled model isn't
-    compiled again (unless its scale differs). Otherwise the adapter is exchanged as a whole, which PEFT refuses for
-    other targets; a compiled model is compiled again in its next call. A forward in another thread may see the change
-    half done, see `PeftModel`.
+    If the saved one adapts the same weights with the same ranks, its values are copied, and a compiled model isn't
+    compiled again (unless the scale differs). Otherwise the whole adapter is replaced, which PEFT refuses for other
+    targets; a compiled model is compiled again at its next call. A forward that runs in another thread may see the
+    change half done, see `PeftModel`.
 
     Args:
         model: An adapted model, or what ``torch.compile`` made of it.
         model_name_or_path: A folder, or a repository on the Hub.
-        adapter_name: The adapter whose place the saved one takes.
-        torch_device: Accepted for PEFT's sake; tensors stay on the devices of their weights.
-        example_inputs: As for `get_peft_model`.
+        adapter_name: The adapter that is replaced.
+        torch_device: Accepted for compatibility with PEFT; tensors stay on the devices of their weights.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where adapting the
+            model by the saved config needs them.
         options: `use_safetensors`, and options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
         AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
         CheckpointError: If the file doesn't fit the model; likewise.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> hotswap_adapter(model, "adapter", "default")
     """
     model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
@@ -89,8 +95,9 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     def places(sites: Any) -> dict[Any, Any]:
         return {(a.site.owner, a.site.label): (a.rule, a.specs, a.names, a.dtype, a.constants.keys()) for a in sites}
 
-    if any(adapted.replaced for adapted in (*adapter.sites, *plan.sites)):
-        return False  # what is left of a weight is worked out anew
+    for adapted in (*adapter.sites, *plan.sites):
+        if adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
+            return False  # what is left of a weight, and what no file has, is worked out anew
     return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
 
 

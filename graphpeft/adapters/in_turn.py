@@ -12,7 +12,7 @@ from torch import nn
 
 from graphpeft._torch import pytree
 from graphpeft.adapters.graphs import names_of_others, with_adapter
-from graphpeft.adapters.present_rows import present, rows_present
+from graphpeft.adapters.present_rows import ROWS, present
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph import stand_ins
@@ -66,7 +66,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             own = Rows((), present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
-            with taken_along(functools.partial(rows_present, own)):
+            with taken_along(functools.partial(ROWS.during, own)):
                 owner = stand_ins.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)

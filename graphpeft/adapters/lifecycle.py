@@ -79,6 +79,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     }
     set_items(adapters.lifted, lifted)
     set_item(adapters.by_name, name, Adapter.of(plan))
+    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
 
@@ -195,6 +196,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
+    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     forget_mixing(adapters)
     for path, attribute in adapter.tensor_names(name):
         undone_by(adapters.owned.add, path, attribute)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import checkpoint, file_names
 from graphpeft.adapters.adapting import carry_out, modules_of, plan_for, refuse, replicate_layers
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.graph import in_place
@@ -63,7 +63,7 @@ def load(
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
     if key_mapping:
-        values = checkpoint.renamed(values, key_mapping)
+        values = file_names.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
     with transaction(model):
         replication = replicate_layers(model, loaded)

@@ -291,11 +291,11 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
         others = [place for place in holding if place != (path, own)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
-            keeps_tied = getattr(adapter.config, "ensure_weight_tying", True)
+            config = adapter.config
+            option = "" if config.keeps_tied or not config.tying_option else f", or set {config.tying_option}"
             raise AdaptError(
                 f"{join(path, own)} is tied to {', '.join(join(*other) for other in tied)}, which merging would change "
-                f"too; give one of them a parameter of its own before adapting"
-                f"{'' if keeps_tied else ', or set ensure_weight_tying'}"
+                f"too; give one of them a parameter of its own before adapting{option}"
             )
 
 

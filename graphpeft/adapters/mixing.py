@@ -25,7 +25,7 @@ from graphpeft.adapters.at_once import ITSELF, at_once, itself, regions_of_weigh
 from graphpeft.adapters.graphs import bare, names_of_others
 from graphpeft.adapters.in_turn import in_turn
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.present_rows import rows_if_any, rows_present
+from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
@@ -47,7 +47,7 @@ _MOST_MIXTURES = 64
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    rows = rows_if_any()
+    rows = ROWS.get()
     runner = rows.runners.get(id(module)) if rows is not None else None
     if rows is not None and runner is not None and not rows.are_off:
         return runner(module, *args, **kwargs)
@@ -96,7 +96,7 @@ def mixed(
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return taken_along(functools.partial(rows_present, Rows(wanted, runners, by_count, adapters)))
+    return taken_along(functools.partial(ROWS.during, Rows(wanted, runners, by_count, adapters)))
 
 
 def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:
@@ -149,6 +149,12 @@ def _signature(adapters: Adapters, name: str) -> int:
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
+    given = [read for adapted in adapter.sites for read in adapted.rule.call_inputs]
+    if given:
+        raise AdaptError(
+            f"adapter {name!r} reads {listed(list(dict.fromkeys(given)))} of a whole batch, so it can't be one of "
+            "several in a batch; activate it with set_adapter, for all rows"
+        )
     if any(isinstance(adapted.site, CallSite) for adapted in adapter.sites):
         raise AdaptError(
             f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "

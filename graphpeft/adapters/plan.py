@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import ReplacesWeight, lacking_base
+from graphpeft.rules.rule import ParameterSpec, ReplacesWeight, contradiction, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
@@ -32,7 +32,31 @@ from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained
 
 
 class AdaptError(ValueError):
-    """A config that can't be applied to the model, which stays as it was."""
+    """A config that can't be applied to the model, which stays as it was.
+
+    Example:
+        >>> try:
+        ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
+        ... except AdaptError as error:
+        ...     print(error)
+        target_modules: nothing in Sequential matches ['1']; the model has 0
+    """
+
+
+class Scoped(NamedTuple):
+    """A parameter that several sites share.
+
+    Attributes:
+        label: The site that has come first.
+        place: The path of its module, and the parameter's name there.
+        spec: What its rule says of it.
+        dtype: The dtype of that site's parameters.
+    """
+
+    label: str
+    place: tuple[str, str]
+    spec: ParameterSpec
+    dtype: torch.dtype
 
 
 @dataclass
@@ -46,8 +70,10 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         whole: The tensors that are trained whole: names by the path of their module.
+        infixes: What stands in files behind the paths of such modules, where something does.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
+        scopes: The parameters that several sites share, by their scopes.
     """
 
     modules: Mapping[str, nn.Module]
@@ -56,8 +82,10 @@ class Plan:
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
+    scopes: dict[str, Scoped] = field(default_factory=dict)
 
 
 def make_plan(
@@ -93,7 +121,7 @@ def make_plan(
         config.check()
         _refuse_too_many_names(config, finder.modules)
         resolved = config.resolved(model)
-        targets.compile_matcher(resolved)
+        targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
@@ -111,10 +139,14 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     sites = resolved.find_sites(finder, plan.report, owned)
     if where is not None and sites:
         sites = _narrow(plan, sites, where, owned)
+    try:
+        plan.config = plan.config.prepared(sites)
+    except ValueError as error:
+        raise AdaptError(str(error)) from error
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    plan.whole = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    plan.whole, plan.infixes = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
     _refuse_replaced_twice(plan)
     plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)
@@ -168,6 +200,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
     _refuse_no_rule(rule)
+    rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
@@ -179,8 +212,9 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         return
     specs, constants = rule.parameters(site, config), rule.constants(site, config)
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
+    _refuse_contradiction(specs, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
-    shared = _shared(site, specs, plan.report.adapter)
+    shared = _shared(site, specs, plan.report.adapter) | _in_scopes(plan, site, specs, names, dtype)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
@@ -211,7 +245,35 @@ def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
 
 
-def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> Mapping[str, tuple[str, str]]:
+def _refuse_contradiction(specs: Mapping[str, ParameterSpec], config: PeftConfig) -> None:
+    for name, spec in specs.items():
+        reason = contradiction(name, spec)
+        if reason is not None:
+            raise AdaptError(f"{config.method}: {reason}")
+
+
+def _in_scopes(
+    plan: Plan, site: Any, specs: Mapping[str, ParameterSpec], names: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, tuple[str, str]]:
+    """Returns the places of the parameters of a site that sites before it have, too, and notes those that are new."""
+    found = {}
+    for local, spec in specs.items():
+        if spec.scope is None:
+            continue
+        own = Scoped(site.label, (site.owner, names[local]), spec, dtype)
+        first = plan.scopes.setdefault(spec.scope, own)
+        if first.spec != spec or first.dtype != dtype:
+            raise AdaptError(
+                f"{plan.config.method}: {site.label} and {first.label} can't share {local}: it has the shape "
+                f"{tuple(spec.shape)} and {dtype} at the one, and {tuple(first.spec.shape)} and {first.dtype} at the "
+                "other; target them with an adapter each"
+            )
+        if first.place != own.place:
+            found[local] = first.place
+    return found
+
+
+def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> dict[str, tuple[str, str]]:
     """Returns the places of the parameters that a tied site has from the other one."""
     theirs = {name: spec.shared for name, spec in specs.items() if spec.shared is not None}
     if not theirs:

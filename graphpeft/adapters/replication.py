@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.rules.config import PeftConfig
 from graphpeft.transaction import set_attribute
 
 Pairs = Sequence[Sequence[int]]
@@ -47,12 +48,12 @@ class Replication:
         _exchange(self.holder, self.name, self.layers, self.config, self.options)
 
 
-def replicate(model: nn.Module, config: Any, before: Replication | None, is_adapted: bool) -> Replication | None:
+def replicate(model: nn.Module, config: PeftConfig, before: Replication | None, is_adapted: bool) -> Replication | None:
     """Exchanges the layers of `model` as `config` says.
 
     Args:
         model: The model.
-        config: A config, which may have `layer_replication`.
+        config: The config of a new adapter.
         before: What was exchanged for an adapter that is there already.
         is_adapted: Whether there is one.
 
@@ -62,7 +63,7 @@ def replicate(model: nn.Module, config: Any, before: Replication | None, is_adap
     Raises:
         AdaptError: If the model's layers can't be found, or there aren't so many; the model is as it was.
     """
-    wanted = getattr(config, "layer_replication", None)
+    wanted = config.replicated_layers
     if not wanted:
         return None
     pairs = tuple((int(start), int(end)) for start, end in wanted)
@@ -133,12 +134,12 @@ def _clone(layer: nn.Module, index: int) -> nn.Module:
     return cloned
 
 
-def _options(config: Any, indices: list[int], before: int) -> dict[str, Any]:
+def _options(model_config: Any, indices: list[int], before: int) -> dict[str, Any]:
     """Returns the options of a model's config that have to change with its layers."""
     options: dict[str, Any] = {}
-    if hasattr(config, "num_hidden_layers"):
+    if hasattr(model_config, "num_hidden_layers"):
         options["num_hidden_layers"] = len(indices)
-    types = getattr(config, "layer_types", None)
+    types = getattr(model_config, "layer_types", None)
     if isinstance(types, list) and len(types) == before:
         options["layer_types"] = [types[index] for index in indices]
     return options

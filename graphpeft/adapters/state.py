@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +39,7 @@ class Adapter:
         whole: The tensors for which it has stand-ins: names by the path of their module.
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
+        infixes: What stands in files behind the paths of modules that are trained whole, where something does.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
@@ -45,12 +48,13 @@ class Adapter:
     whole: dict[str, tuple[str, ...]]
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
+    infixes: dict[str, str] = field(default_factory=dict)
     overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows)
+        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows, plan.infixes)
 
     @property
     def changes_weights(self) -> bool:
@@ -150,9 +154,12 @@ class Adapters:
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
         owned: The paths of all tensors of adapters.
+        call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
+            them, too.
         passes: Returns the template that a region wears for its plain one; None where it wears that itself.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
+        has_penalties: Whether an adapter has come whose method adds something to the loss.
         replication: How the model's layers were exchanged for an adapter.
     """
 
@@ -170,8 +177,17 @@ class Adapters:
     owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
+    has_penalties: bool = False
     replication: Replication | None = None
     passes: Callable[[Template, nn.Module], Template] | None = None
+    call_inputs: Mapping[str, bool] = field(default_factory=dict)
+
+    def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:
+        """Returns what `call_inputs` are for the adapters that there are now."""
+        sites = itertools.chain.from_iterable(adapter.sites for adapter in self.by_name.values())
+        names = {name for adapted in sites for name in adapted.rule.call_inputs}
+        taken = inspect.signature(model.forward).parameters if names else {}
+        return {name: name in taken for name in names}
 
     @property
     def acting(self) -> list[str]:

@@ -15,6 +15,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.rule import ParameterSpec
 from graphpeft.transaction import remember, set_item, undone_by
 
 
@@ -44,25 +45,32 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
-        site, names, dtype = adapted.site, adapted.names, adapted.dtype
+        site, names = adapted.site, adapted.names
         beside, attribute = site.beside
         device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
-        if values is None or adapted.replaced:
+        specs = adapted.specs
+        if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
             drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
-            drawn = {local: values[site.owner, names[local]] for local in adapted.specs if local not in shared}
+            drawn = {
+                local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
+                for local, spec in specs.items()
+                if local not in shared
+            }
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
             if local in shared:
                 shared[local].copy_(tensor)
                 continue
+            spec = specs[local]
+            dtype = spec.dtype or adapted.dtype
             if tensor.dtype != dtype or tensor.device != device:
                 tensor = tensor.to(device, dtype)
-            made[site.owner, names[local]] = nn.Parameter(tensor, adapted.specs[local].is_trained)
+            made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained)
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor
     return made
@@ -81,23 +89,30 @@ def _first_values(
     """
     own = {name: own_parameter(module, name) for name in adapted.replaced} if adapted.replaced else {}
     if device.type == "meta":
-        drawn = {local: torch.empty(spec.shape, device=device) for local, spec in adapted.specs.items()}
+        drawn = {local: _empty(spec, device) for local, spec in adapted.specs.items()}
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
     # drawn on the CPU and in the default dtype wherever the weight is, as PEFT does: equal seeds, equal values
     drawn = {
-        local: torch.empty(spec.shape) if local not in shared else shared[local].to("cpu", torch.get_default_dtype())
+        local: _empty(spec) if local not in shared else shared[local].to("cpu", spec.dtype or torch.get_default_dtype())
         for local, spec in adapted.specs.items()
     }
     for other in adapted.site.redrawn:
         rule: Any = config.rule_for(other, adapted.dtype)
-        discarded = {local: torch.empty(*spec.shape) for local, spec in rule.parameters(other, config).items()}
+        discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
     replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()} if own else {}
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
-    return {local: tensor.to(adapted.site.dtype) for local, tensor in drawn.items()}, replacing
+    return {
+        local: tensor if adapted.specs[local].dtype is not None else tensor.to(adapted.site.dtype)
+        for local, tensor in drawn.items()
+    }, replacing
+
+
+def _empty(spec: ParameterSpec, device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
 
 
 def _device(weight: torch.Tensor | None) -> torch.device:
@@ -113,7 +128,7 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
         for own in names:
             place = path, stand_ins.stand_in(own, name)
             tensor = stand_ins.tensor_of(modules[path], own)
-            tied = of_tied.get(id(tensor)) if getattr(plan.config, "ensure_weight_tying", False) else None
+            tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
             made[place] = stand_ins.create(tensor) if tied is None else tied
             of_tied[id(tensor)] = made[place]
             if values is not None:
@@ -129,7 +144,11 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
             table = modules[path]._parameters["weight"]
             assert table is not None
             place = path, stand_ins.rows(name)
-            first = table.detach()[list(rows.indices)] if values is None else values[place].to(table.device)
+            if values is None:
+                first = table.detach()[list(rows.indices)]
+                plan.config.initialise_rows(first)
+            else:
+                first = values[place].to(table.device)
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]

@@ -1,4 +1,4 @@
-"""Ships an adapted model: in a file that runs without this library, checked in its own runtime."""
+"""Exports a model to files that run without this library, and checks them in their own runtime."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.exporting import adapter_inputs, copies, whole_or_nothing
+from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting import check as checks
-from graphpeft.exporting.adapter_inputs import Interface, Slot
+from graphpeft.exporting.adapter_inputs import AdapterInput, AdapterInputs
+from graphpeft.exporting.atomic_export import staged_beside
+from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
@@ -24,12 +26,11 @@ from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
-from graphpeft.exporting.ways import WAYS, Prepared
 from graphpeft.graph.errors import GuardError, TraceError
-from graphpeft.model import PeftModel
+from graphpeft.model.peft_model import PeftModel
 from graphpeft.passes.optimization import optimize
 
-__all__ = ["FORMATS", "WAYS", "ExportError", "ExportReport", "export", "export_adapter"]
+__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
 
 
 def export(
@@ -41,34 +42,47 @@ def export(
     dynamic: Dynamic = True,
     check: bool = True,
 ) -> ExportReport:
-    """Exports a model, adapted or not, in evaluation mode.
+    """Exports a model in evaluation mode to a file that runs without this library.
 
-    What is written is run in its own runtime and compared with the model, on the example and on other sizes. If it
-    differs, or anything else fails, nothing is left, and what was at `path` is as it was. So is the model in any case.
+    The file is run in its own runtime and compared with the model, on the example and on other sizes. If a result
+    differs or anything else fails, nothing is written, and files that were at `path` are unchanged. The model is
+    unchanged in any case.
 
     Args:
-        model: The model, which may be a traced one, or what ``torch.compile`` made of it.
+        model: A model with or without adapters; also a graph that `trace` returned, or the result of
+            ``torch.compile``.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-        path: The file. Weights can go into a folder, too, which has no suffix.
-        format: ``"pt2"`` for ``torch.export``, ``"aoti"`` for a package of AOTInductor, ``"onnx"``, or the weights as
-            ``"safetensors"`` or as a ``"state_dict"``.
-        adapters: ``"merged"`` into the weights; ``"baked"`` in as branches; as ``"inputs"``, where the tensors of any
-            adapter of the same shapes are an argument; or by ``"rows"``, where each row of the batch can have another.
-            For the last two, each adapter of the model is written into a file of its own beside `path`.
-        dynamic: Whether the sizes of the inputs can change; True for all that the model leaves open, and the report
-            says which these are. A ``dynamic_shapes`` of ``torch.export`` for exactly these.
-        check: Whether to run and compare what was written.
+        path: The file to write. For weights it can be a folder, a path without a suffix.
+        format: ``"pt2"``: a program of ``torch.export``. ``"aoti"``: a package of AOTInductor. ``"onnx"``: an ONNX
+            graph. ``"safetensors"`` and ``"state_dict"``: the weights alone.
+        adapters: ``"merged"``: added to the weights. ``"baked"``: branches in the graph. ``"inputs"``: the tensors of
+            one adapter are an argument, for any adapter of the same shapes. ``"rows"``: the tensors of several adapters
+            are an argument, and each row of the batch chooses one. For the last two, each adapter of the model is also
+            written into a file of its own beside `path`.
+        dynamic: True: all sizes of the inputs that the model doesn't fix can change; the report shows them. False: no
+            size can. Or an argument ``dynamic_shapes`` of ``torch.export``, for exactly these sizes.
+        check: Whether to run the file and compare.
+
+    Returns:
+        The files, the inputs, and the greatest differences from the model; it prints as tables.
 
     Raises:
-        ExportError: If the model can't be exported so, or what was written differs from it.
-        GuardError: If the model was traced with inputs for which it decides otherwise than for these.
+        ExportError: If the model can't be exported in this format and adapter mode, or the file's results differ.
+        GuardError: If the model is a graph that was traced with inputs for which it branches otherwise.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> report = export(model, (torch.randn(3, 4),), "model.pt2")
+        >>> program = torch.export.load("model.pt2").module()
+        >>> program(torch.randn(5, 4)).shape
+        torch.Size([5, 4])
     """
     form = _known(FORMATS, format, "format")
-    prepare = _known(WAYS, adapters, "adapters")
+    prepare = _known(CARRIERS, adapters, "adapters")
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
     model, given = getattr(model, "_orig_mod", model), Example.of(example_inputs)
-    with shown(3) as step, _generators_kept(model), whole_or_nothing.folder_for(target) as folder:
+    with shown(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
         _refuse_example(probe, given)
@@ -93,36 +107,46 @@ def export_adapter(
     exported: str | os.PathLike[str],
     path: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes an adapter for a model that was exported with adapters as inputs.
+    """Writes an adapter into a file for a model that was exported with adapters as inputs.
 
     Args:
-        model: The model that was exported, with or without adapters; it stays as it is. It may be compiled, too.
+        model: The model that was exported, with or without adapters, or the result of ``torch.compile``; it is
+            unchanged.
         adapter: The name of one of its adapters, or a folder with PEFT's files.
-        exported: The file that `export` has written.
-        path: The file to write; None for one beside `exported`, as `export` names those.
+        exported: The file that `export` wrote with ``adapters="inputs"`` or ``"rows"``.
+        path: The file to write; None for one beside `exported`, named as `export` names those.
 
     Returns:
-        The file: an `.onnx_adapter` for ``onnxruntime.LoraAdapter``, or safetensors with the names of the inputs.
+        The path of the file: an `.onnx_adapter` for ``onnxruntime.LoraAdapter``, or safetensors with the names of the
+        inputs.
 
     Raises:
-        ExportError: If `exported` takes no adapters, or this one doesn't fit its inputs; nothing was written.
-        CheckpointError: If the folder's files don't fit the model.
+        ExportError: If `exported` takes no adapters, or this adapter doesn't fit its inputs; nothing is written then.
+        CheckpointError: If the folder's files don't fit the model; nothing is written then.
+
+    Example:
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, "first")
+        >>> report = export(model, (torch.randn(3, 4),), "model.pt2", adapters="inputs")
+        >>> model.add_adapter("second", config)
+        >>> export_adapter(model, "second", "model.pt2").name
+        'model.second.safetensors'
     """
     file, model = Path(exported), getattr(model, "_orig_mod", model)
-    format, way, wanted = _read_about(file)
+    format, adapter_mode, wanted = _read_about(file)
     with _generators_kept(model):
         copied, name = _with_adapter(model, adapter)
-    values = adapter_inputs.fitted(adapter_inputs.carried(copied, name), wanted, name, file.name)
-    if way == "rows":
+    values = adapter_inputs.fitted(adapter_inputs.inputs_of(copied, name), wanted, name, file.name)
+    if adapter_mode == "rows":
         values = {key: value.unsqueeze(0) for key, value in values.items()}
     target = Path(path) if path is not None else _adapter_file(FORMATS[format], file, name)
-    with whole_or_nothing.folder_for(target) as folder:
+    with staged_beside(target) as folder:
         FORMATS[format].write_adapter(values, folder / target.name)
     return target
 
 
 def _generators_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Lets the random numbers behind a context be those that would have come without it."""
+    """Restores the states of PyTorch's random generators at the context's end."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     return torch.random.fork_rng(devices=list(devices))
 
@@ -160,24 +184,28 @@ def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
 
 
 def _about(format: str, prepared: Prepared) -> str:
-    """Returns what an exported file says of itself, for `export_adapter`."""
-    about: dict[str, Any] = {"format": format, "adapters": prepared.way}
+    """Returns the text that an exported file keeps for `export_adapter`: its format, adapter mode and inputs."""
+    about: dict[str, Any] = {"format": format, "adapters": prepared.adapter_mode}
     if prepared.interface is not None:
-        slots, method, computations = prepared.interface
-        inputs = {key: (slot.shape, str(slot.dtype).removeprefix("torch.")) for key, slot in slots.items()}
-        about |= {"inputs": inputs, "method": method, "computations": computations}
+        inputs, method, computations = prepared.interface
+        values = {key: one.value for key, one in inputs.items()}
+        shapes = {key: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in values.items()}
+        about |= {"inputs": shapes, "method": method, "computations": computations}
     return json.dumps(about)
 
 
-def _read_about(file: Path) -> tuple[str, str, Interface]:
-    """Returns a file's format and way, and what an adapter has to be for it."""
+def _read_about(file: Path) -> tuple[str, str, AdapterInputs]:
+    """Returns a file's format, adapter mode, and inputs for an adapter."""
     if not file.exists():
         raise ExportError(f"there is no {file}; export the model there with adapters='inputs' or 'rows' first")
     for name, form in FORMATS.items():
         about = json.loads(form.about(file) or "{}") if file.suffix in form.suffixes else {}
         if about.get("format") == name and "inputs" in about:
-            slots = {key: Slot(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in about["inputs"].items()}
-            return name, about["adapters"], Interface(slots, about["method"], about["computations"])
+            inputs = {
+                key: AdapterInput(torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+                for key, (shape, dtype) in about["inputs"].items()
+            }
+            return name, about["adapters"], AdapterInputs(inputs, about["method"], about["computations"])
     raise ExportError(
         f"{file} takes no adapters: it wasn't written by export with adapters='inputs' or 'rows' as a graph"
     )
@@ -206,7 +234,7 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
     """Returns a copy of a model with an adapter, and the adapter's name there."""
     own = getattr(model, "peft_config", {})
     if isinstance(adapter, str) and adapter in own:
-        return _plain(copies.sharing_weights(model)), adapter
+        return _without_passes(copies.sharing_weights(model)), adapter
     folder = Path(adapter)
     if not folder.is_dir():
         raise ExportError(
@@ -219,10 +247,10 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
         copied.load_adapter(folder, name)
     else:
         PeftModel.from_pretrained(copied, folder, name)
-    return _plain(copied), name
+    return _without_passes(copied), name
 
 
-def _plain(copied: Any) -> Any:
-    """Returns an adapted copy without passes, which would show in what an adapter computes."""
+def _without_passes(copied: Any) -> Any:
+    """Removes optimisation passes from an adapted copy, since they would change the digests of computations."""
     optimize(copied, [])
     return copied

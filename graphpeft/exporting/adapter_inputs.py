@@ -1,8 +1,7 @@
 """An adapter's tensors as arguments of the model: ``model(x, adapters={"base_model.model.….lora_A.weight": A, …})``.
 
-Their names are those in PEFT's files. A number that the adapter's rules read, such as the scale, is one too, a tensor
-without dimensions: its name is the rule's behind the name of the module. So one graph serves all adapters of the same
-shapes.
+The names are those in PEFT's files. The numbers that the adapter's rules read, such as the scale, are inputs too, as
+tensors without dimensions, named by the module's name and the rule's. So one graph serves all adapters of equal shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from graphpeft._torch import printed_target
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import file_names
 from graphpeft.adapters.graphs import slots_for, templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
@@ -35,51 +34,72 @@ Place = tuple[str, str]
 
 
 class AdapterInput(NamedTuple):
-    """One tensor of an adapter.
+    """A tensor of an adapter that is an input of an exported model.
 
     Attributes:
-        value: The tensor.
-        places: Where the model reads it.
-        is_number: Whether it is a number there.
+        value: The tensor; of a number, such as the scale, without dimensions. Where only the shape and the dtype are
+            known, it is on the meta device.
+        places: The attributes from which the model reads it, the first one and those that are tied to it.
+        is_number: Whether the attributes are numbers.
     """
 
     value: Tensor
-    places: tuple[Place, ...]
+    places: tuple[Place, ...] = ()
     is_number: bool = False
 
 
-def inputs_of(model: Any, name: str) -> dict[str, AdapterInput]:
-    """Returns the tensors and numbers of an adapter by their names as inputs, sorted by these.
+class AdapterInputs(NamedTuple):
+    """An adapter as inputs of an exported model; also the inputs that an exported file takes, which the file keeps.
+
+    Attributes:
+        inputs: The tensors and numbers by their names as inputs, sorted by name.
+        method: The `peft_type` of the adapter's method.
+        computations: A digest of what is computed with them, see `computations_of`.
+    """
+
+    inputs: Mapping[str, AdapterInput]
+    method: str
+    computations: Mapping[str, str]
+
+
+def inputs_of(model: Any, name: str) -> AdapterInputs:
+    """Returns an adapter of a model as inputs.
 
     Raises:
-        ExportError: If there is something else that belongs to the adapter, and so would to any other.
+        ExportError: If the adapter has changed weights of the model, as inputs can't.
     """
     adapter: Adapter = model._peft_adapters.by_name[name]
     modules = dict(model.named_modules())
-    _refuse(adapter, name)
+    _refuse_changed_weights(adapter, name)
     places: dict[int, list[Place]] = {}
     for place in adapter.tensor_names(name):
         places.setdefault(id(_tensor(modules, place)), []).append(place)
     found = {}
-    for key, place in checkpoint.keys(adapter, name, modules).items():
+    for key, place in file_names.keys(adapter, name, modules).items():
         tensor = _tensor(modules, place)
         first, *_ = places[id(tensor)]
-        if place == first:  # what is tied has one input, and a name in files for each place
+        if place == first:  # tied tensors are one input, though files have a name for each place
             found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
     devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
-    for key, (path, attribute) in checkpoint.constant_keys(adapter, modules).items():
+    for key, (path, attribute) in file_names.constant_keys(adapter, modules).items():
         number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
         found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
-    # AOTInductor's loader goes by the order in a dictionary, so there has to be one that anybody can make
-    return dict(sorted(found.items()))
+    # AOTInductor's loader goes by the order in a dictionary, so it has to be one that every caller can make
+    return AdapterInputs(dict(sorted(found.items())), adapter.config.method, computations_of(model, name))
 
 
-def _refuse(adapter: Adapter, name: str) -> None:
+def _refuse_changed_weights(adapter: Adapter, name: str) -> None:
     if adapter.replaced:
         raise ExportError(
             f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which another adapter wouldn't "
             "have taken. Save it by save_pretrained with path_initial_model_for_weight_conversion, load that, and "
             "export it; or use adapters='baked'"
+        )
+    unsaved = [local for adapted in adapter.sites for local, spec in adapted.specs.items() if not spec.is_saved]
+    if unsaved:
+        raise ExportError(
+            f"adapter {name!r} has {list(dict.fromkeys(unsaved))}, which no file has, so no other adapter could be "
+            "given in its place; use adapters='baked' or 'merged'"
         )
     if adapter.overwritten:
         changed = [join(*place) for place in adapter.overwritten]
@@ -96,94 +116,39 @@ def _tensor(modules: Modules, place: Place) -> Tensor:
     return held
 
 
-class Carried(NamedTuple):
-    """An adapter as inputs.
-
-    Attributes:
-        inputs: Its tensors and numbers by their names as inputs.
-        method: The `peft_type` of its method.
-        computations: What is computed with them, see `computations_of`.
-    """
-
-    inputs: Mapping[str, AdapterInput]
-    method: str
-    computations: Mapping[str, str]
-
-
-def carried(model: Any, name: str) -> Carried:
-    """Returns an adapter of a model as inputs.
-
-    Raises:
-        ExportError: As `inputs_of` does.
-    """
-    method = model._peft_adapters.by_name[name].config.method
-    return Carried(inputs_of(model, name), method, computations_of(model, name))
-
-
-class Slot(NamedTuple):
-    """What an exported model takes as one input.
-
-    Attributes:
-        shape: The shape.
-        dtype: The dtype.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Interface(NamedTuple):
-    """What an adapter has to be for an exported model.
-
-    Attributes:
-        slots: What the model takes, by the names of its inputs.
-        method: The `peft_type` of its method.
-        computations: What the model computes with them, see `computations_of`.
-    """
-
-    slots: Mapping[str, Slot]
-    method: str
-    computations: Mapping[str, str]
-
-    @classmethod
-    def of(cls, adapter: Carried) -> Interface:
-        """Returns that of a model that is exported with this adapter."""
-        slots = {key: Slot(tuple(one.value.shape), one.value.dtype) for key, one in adapter.inputs.items()}
-        return cls(slots, adapter.method, adapter.computations)
-
-
-def fitted(found: Carried, wanted: Interface, adapter: str, exported: str) -> dict[str, Tensor]:
-    """Returns the values of an adapter for the inputs of an exported model, in their dtypes.
+def fitted(found: AdapterInputs, wanted: AdapterInputs, adapter: str, exported: str) -> dict[str, Tensor]:
+    """Returns the values of an adapter for the inputs of an exported model, in the model's dtypes.
 
     Args:
-        found: The adapter; a number of it that isn't wanted is left out.
-        wanted: What the exported model takes.
-        adapter: What the adapter is called, for a person to read.
-        exported: What has the inputs, likewise.
+        found: The adapter; its numbers that the model doesn't take are left out.
+        wanted: The inputs that the exported model takes.
+        adapter: The adapter's name, for errors.
+        exported: The exported model's name, for errors.
 
     Raises:
-        ExportError: If it is of another method or computes something else, or a tensor is missing, unexpected or has
-            another shape; the first of each kind are named.
+        ExportError: If the adapter is of another method or computes something else, or a tensor is missing, unexpected
+            or has another shape; the first ones of each kind are named.
     """
     if found.method != wanted.method:
         raise ExportError(
             f"adapter {adapter!r} is of the method {found.method}, and the inputs of {exported} {wanted.method}"
         )
-    _refuse_other_tensors(found.inputs, wanted.slots, adapter, exported)
+    _refuse_other_tensors(found.inputs, wanted.inputs, adapter, exported)
     _refuse_other_computations(found.computations, wanted.computations, adapter, exported)
-    return {key: found.inputs[key].value.to(slot.dtype) for key, slot in wanted.slots.items()}
+    return {key: found.inputs[key].value.to(one.value.dtype) for key, one in wanted.inputs.items()}
 
 
 def _refuse_other_tensors(
-    found: Mapping[str, AdapterInput], wanted: Mapping[str, Slot], adapter: str, exported: str
+    found: Mapping[str, AdapterInput], wanted: Mapping[str, AdapterInput], adapter: str, exported: str
 ) -> None:
     shapes = {key: tuple(one.value.shape) for key, one in found.items() if key in wanted or not one.is_number}
-    lacking = [key for key in wanted if key not in shapes]
-    needless = [key for key in shapes if key not in wanted]
+    expected = {key: tuple(one.value.shape) for key, one in wanted.items()}
+    lacking = [key for key in expected if key not in shapes]
+    needless = [key for key in shapes if key not in expected]
     misshapen = [
-        f"{key} of the shape {shape} in place of {wanted[key].shape}"
+        f"{key} of the shape {shape} in place of {expected[key]}"
         for key, shape in shapes.items()
-        if key in wanted and shape != wanted[key].shape
+        if key in expected and shape != expected[key]
     ]
     problems = [f"lacks {listed(lacking)}"] if lacking else []
     problems += [f"has {listed(needless)} too much"] if needless else []
@@ -207,14 +172,14 @@ def _refuse_other_computations(
         )
 
 
-# what is computed with them
+# computations
 
 
 def computations_of(model: Any, name: str) -> dict[str, str]:
-    """Returns what an adapter computes beside its tensors and numbers, by the path of each module that it changes.
+    """Returns a digest of an adapter's computation for each module that it changes, by the module's path.
 
-    Two adapters whose tensors have equal shapes can be exchanged in a graph only if these are equal, too: of parts of a
-    weight and of rows of a table, the graph has the places, and of some methods the options.
+    Two adapters can be exchanged in one graph only if these are equal, too. Equal shapes of tensors aren't enough: the
+    graph fixes the adapted parts of a weight, the rows of a table, and options of some methods.
     """
     adapters: Adapters = model._peft_adapters
     adapter, modules = adapters.by_name[name], dict(model.named_modules())
@@ -233,7 +198,7 @@ def computations_of(model: Any, name: str) -> dict[str, str]:
 
 
 def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
-    """Returns a digest of an adapter's nodes in evaluation, as far as a value of the model is made of them."""
+    """Returns a digest of an adapter's nodes in evaluation, those on which a value of the model depends."""
     graphs = template.copied_graphs()
     _with_tensors(graphs)
     known: dict[fx.Node, str] = {}
@@ -243,9 +208,9 @@ def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
             arguments = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = _digest(f"{node.op} {target} {arguments}")
         else:
-            # the model's own are the same anyway, but for which argument it is that something is added to
+            # the model's own nodes are equal anyway; of its arguments, the name tells which one an adapter changes
             known[node] = f"{node.op} {node.target if node.op == 'placeholder' else ''}"
-    results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].over is not None]
+    results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].place]
     return _digest(" ".join(results))
 
 
@@ -257,11 +222,11 @@ def _digest(text: str) -> str:
 # numbers as tensors
 
 
-def let_numbers_be_tensors(model: Any, name: str) -> None:
-    """Lets the graphs of an adapter that acts compute with tensors where they have its numbers.
+def take_numbers_as_tensors(model: Any, name: str) -> None:
+    """Changes the graphs of an active adapter such that its numbers can be tensors.
 
-    Dropout is left out, as the model is in evaluation mode, and with it the number that it reads. So is what is
-    computed in training alone.
+    The model is in evaluation mode, so dropout and all that is computed in training alone are removed; their numbers
+    must be Python's.
     """
     modules = dict(model.named_modules())
     for region in _regions(model._peft_adapters.by_name[name], modules):
@@ -286,7 +251,7 @@ def _is_training(condition: Any) -> bool:
 
 
 def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[str]:
-    """Returns the inputs whose numbers no graph of an adapter reads."""
+    """Returns the names of the numbers among `inputs` that no graph of an adapter reads."""
     adapter: Adapter = model._peft_adapters.by_name[name]
     modules = dict(model.named_modules())
     read: set[Place] = set()
@@ -319,7 +284,7 @@ def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]
 
 @contextlib.contextmanager
 def given(modules: Modules, inputs: Mapping[str, AdapterInput], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lets a model read these tensors in a context."""
+    """Puts tensors, by their names as inputs, at the places from which a model reads them, within a context."""
     numbers = {
         place: modules[place[0]].__dict__[place[1]]
         for one in inputs.values()

@@ -1,8 +1,7 @@
-"""Runs what was exported, in its own runtime, and compares it with the model: on the example and on other sizes."""
+"""Runs an exported file in its own runtime and compares it with the model, on the example and on other sizes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,23 +11,25 @@ from torch import Tensor
 
 from graphpeft._torch import pytree
 from graphpeft.adapters.plan import HALVES
-from graphpeft.exporting.calls import plain
+from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
-from graphpeft.exporting.ways import Case
+from graphpeft.exporting.root import in_plain_containers
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2
+"""For models with weights in float16 or bfloat16."""
 
 
 class Checked(NamedTuple):
-    """A run that was compared.
+    """A run of an exported file that was compared with the model.
 
     Attributes:
-        case: What was computed, for a person to read.
+        case: The name of the `Case`; empty for the model without adapters as inputs.
         shapes: The shapes of the model's own inputs.
-        difference: The greatest one of any element, by the greatest value if that is above 1 and no integer.
+        difference: The greatest absolute difference of any element. Floating-point results whose greatest absolute
+            value is above 1 are divided by it.
     """
 
     case: str
@@ -37,10 +38,10 @@ class Checked(NamedTuple):
 
 
 def checked(form: Format, export: Export, path: Any, example: Example) -> list[Checked]:
-    """Compares what is at `path` with the model.
+    """Compares the files at `path` with the model.
 
     Raises:
-        ExportError: If it can't be run, or differs.
+        ExportError: If they can't be run, or a result differs by more than the tolerance.
     """
     run = _loaded(form, export, path)
     tolerance = _tolerance(export.source)
@@ -67,7 +68,7 @@ def _loaded(form: Format, export: Export, path: Any) -> Runner:
 
 
 def _examples(form: Format, export: Export, example: Example) -> Iterator[Example]:
-    """Yields the example, in other sizes, and as it is again if a call has changed what the next one gives."""
+    """Yields the example, the example in other sizes, and the example again if calls have changed a buffer."""
     before = {name: buffer.clone() for name, buffer in export.source.named_buffers()}
     yield example
     yield from _others(form, export, example)
@@ -77,24 +78,24 @@ def _examples(form: Format, export: Export, example: Example) -> Iterator[Exampl
 
 
 def _others(form: Format, export: Export, example: Example) -> Iterator[Example]:
-    """Yields the example in other sizes, those that both the model and its program take."""
+    """Yields the example in other sizes that both the model and its program accept."""
     if not form.has_graph:
         return
     for choices in export.program.other_shapes(example.shapes):
         others = [example.sized(shapes) for shapes in dict.fromkeys(choices) if shapes != example.shapes]
-        taken = (sized for sized in others if all(_is_possible(case, export, sized) for case in export.prepared.cases))
-        yield from itertools.islice(taken, 1)
+        accepted = (one for one in others if all(_is_accepted(case, export, one) for case in export.prepared.cases))
+        yield from itertools.islice(accepted, 1)
 
 
 def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, tolerance: float) -> None:
-    """Raises ExportError if a file computes something else where the model decides by its sizes, without a word.
+    """Raises ExportError if a file silently returns wrong results for sizes at which the model branches otherwise.
 
-    PyTorch's program refuses such sizes, but what other runtimes are given has lost these checks.
+    PyTorch's program refuses such sizes, but files for other runtimes have lost its checks.
     """
     case = export.prepared.cases[0]
     for shapes in export.program.extreme_shapes(example.shapes):
         sized = example.sized(shapes)
-        if can_call(export.runnable, case.full(sized)) or not can_call(_by_probe(case, export), sized):
+        if can_call(export.runnable, case.full(sized)) or not can_call(_expected_by_probe(case, export), sized):
             continue
         if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
             raise ExportError(
@@ -108,7 +109,7 @@ def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, t
 def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> bool:
     try:
         found = run(case, example)
-    except Exception:  # each runtime has errors of its own; one is what is wanted here
+    except Exception:  # of any class, since each runtime has its own; an error is right here
         return False
     try:
         return not _differences(found, expected, "") <= tolerance
@@ -116,16 +117,12 @@ def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any,
         return True
 
 
-def _is_possible(case: Case, export: Export, example: Example) -> bool:
-    return can_call(_by_probe(case, export), example) and can_call(export.runnable, case.full(example))
+def _is_accepted(case: Case, export: Export, example: Example) -> bool:
+    return can_call(_expected_by_probe(case, export), example) and can_call(export.runnable, case.full(example))
 
 
-def _by_probe(case: Case, export: Export) -> Callable[..., Any]:
-    return functools.partial(_computed, case, export.probe)
-
-
-def _computed(case: Case, source: Any, *args: Any, **kwargs: Any) -> Any:
-    return case.expected(source, Example(args, kwargs))
+def _expected_by_probe(case: Case, export: Export) -> Callable[..., Any]:
+    return lambda *args, **kwargs: case.expected(export.probe, Example(args, kwargs))
 
 
 def _compared(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> float:
@@ -152,7 +149,7 @@ def _differences(found: Any, expected: Any, where: str) -> float:
     """Returns the greatest difference of two results.
 
     Raises:
-        ExportError: If they have other tensors, or other values that are no tensors.
+        ExportError: If their tensors have other shapes, or they have other values that aren't tensors.
     """
     (ours, our_others), (theirs, their_others) = _leaves(found), _leaves(expected)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
@@ -166,8 +163,8 @@ def _differences(found: Any, expected: Any, where: str) -> float:
 
 
 def _leaves(value: Any) -> tuple[list[Tensor], list[Any]]:
-    """Returns the tensors of a result, and what else is in it."""
-    leaves = [leaf for leaf in pytree.tree_leaves(plain(value)) if leaf is not None]
+    """Returns the tensors of a result, and its other values."""
+    leaves = [leaf for leaf in pytree.tree_leaves(in_plain_containers(value)) if leaf is not None]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return tensors, [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
 

@@ -1,4 +1,4 @@
-"""Copies of a model to export from, so that whatever is done to them, the model itself stays as it is."""
+"""Copies of a model to export from: changes of a copy leave the model itself unchanged."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from graphpeft.exporting.errors import ExportError
 
 
 def sharing_weights(model: nn.Module) -> Any:
-    """Returns a copy in evaluation mode whose parameters lie in the same memory; nothing may be written into them."""
-    # other objects in the same memory, since a copy's flags are its own; those of classes of their own have no flags
+    """Returns a copy in evaluation mode that shares the parameters' memory, into which nothing may be written."""
+    # new objects in the same memory, since a copy has flags of its own; parameters of other classes have none
     shared = {id(p): _same_memory(p) for p in model.parameters() if type(p) is nn.Parameter}
     others = {id(p): p for p in model.parameters() if type(p) is not nn.Parameter}
     return _copied(model, shared | others)
@@ -25,7 +25,7 @@ def with_own_weights(model: nn.Module) -> Any:
 
 
 def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
-    """Takes the tensors of adapters off a copy, whose graphs go on reading them if they do."""
+    """Removes the tensors of adapters from a copy; its graphs must not read them, or be given others."""
     modules = dict(copied.named_modules())
     for name in adapters:
         for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):

@@ -1,12 +1,20 @@
-"""What can go wrong in an export."""
+"""The error of exports."""
 
 from __future__ import annotations
 
 
 class ExportError(ValueError):
-    """A model that can't be exported, or not so; no file was written or changed, and the model is as it was."""
+    """A model can't be exported in this format and adapter mode; no file was written, and the model is unchanged.
+
+    Example:
+        >>> try:
+        ...     export(nn.Linear(2, 2), (torch.randn(1, 2),), "model.bin", "onnx")
+        ... except ExportError as error:
+        ...     print(error)
+        model.bin is to end with .onnx for format='onnx'
+    """
 
 
 def in_short(error: BaseException) -> str:
-    """Returns the class of an error and the first line of what it says; PyTorch's and onnxruntime's say pages."""
+    """Returns the class of an error and the first line of its message; PyTorch's and onnxruntime's have pages."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -1,8 +1,8 @@
-"""The example inputs of an export: by name, in other sizes, and wide enough that a trace doesn't take a size for fixed.
+"""The example inputs of an export: their names, and the same inputs in other sizes.
 
-PyTorch's exporter takes a dimension of size 1 for one that always is. So such dimensions are widened for the trace, all
-of them or the first of each tensor, unless they can't have another size. Other sizes of an example repeat what is
-in it along a dimension, so that ids, masks and positions stay valid.
+PyTorch's exporter fixes dimensions of size 1. So such dimensions are widened for the trace, all of them or the first of
+each tensor, unless the model accepts no other size. Inputs of other sizes repeat the example's values along a
+dimension, so that ids, masks and positions stay valid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 class Example(NamedTuple):
-    """What a model is called with.
+    """The inputs of one call of a model.
 
     Attributes:
         args: Positional arguments.
@@ -34,10 +34,10 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, example_inputs: Any) -> Example:
-        """Returns that of a tuple of positional or a dict of keyword arguments.
+        """Returns the example for a tuple of positional or a dict of keyword arguments.
 
         Raises:
-            ExportError: If they are something else, or without a tensor.
+            ExportError: If the inputs are something else, or have no tensor.
         """
         if isinstance(example_inputs, Mapping):
             example = cls((), dict(example_inputs))
@@ -54,31 +54,31 @@ class Example(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors in it, in the order in which an exported program has them."""
+        """The tensors, in the order of an exported program's inputs."""
         return [leaf for leaf in pytree.tree_leaves(tuple(self)) if isinstance(leaf, Tensor)]
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """The shapes of its tensors."""
+        """The shapes of the tensors."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
 
     @property
     def batch(self) -> int:
-        """The first size of its first tensor; 1 if that is a number."""
+        """The first size of the first tensor; 1 if that has no dimensions."""
         return next(iter(self.tensors[0].shape), 1)
 
     def with_(self, **more: Any) -> Example:
-        """Returns it with more keyword arguments."""
+        """Returns the example with further keyword arguments."""
         return Example(self.args, {**self.kwargs, **more})
 
     def sized(self, shapes: Sequence[Shape]) -> Example:
-        """Returns it with tensors of other shapes, in which what is there is repeated or cut off."""
+        """Returns the example with tensors of other shapes, whose values are repeated or cut off."""
         wanted = iter(shapes)
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _sized(tensor, next(wanted)), tuple(self))
         return Example(args, kwargs)
 
     def call(self, function: Callable[..., Any]) -> Any:
-        """Calls a function with copies of it, into which the function may write, without gradients."""
+        """Calls a function with copies of the inputs, into which the function may write, without gradients."""
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, tuple(self))
             return function(*args, **kwargs)
@@ -94,12 +94,12 @@ def _sized(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def names(function: Callable[..., Any], example: Example, keyed: Collection[str] = ()) -> list[str]:
-    """Returns the names of an example's tensors: those of arguments, with keys and places inside of them behind.
+    """Returns a name for each tensor of an example: the argument's, followed by keys and indices inside the argument.
 
     Args:
-        function: What is called with the example.
+        function: The function that is called with the example.
         example: The example.
-        keyed: The names of arguments that are dictionaries whose keys stand for themselves.
+        keyed: The names of arguments that are dictionaries, whose keys alone are the names of their tensors.
     """
     bound = inspect.signature(function).bind(*example.args, **example.kwargs)
     positional = [name for name in bound.arguments if bound.signature.parameters[name].kind in _POSITIONAL]
@@ -120,7 +120,7 @@ def _key(entry: Any) -> Any:
 
 
 def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
-    """Yields an example without dimensions of size 1, as far as `model` can be called with it, and at last as it is."""
+    """Yields the example with dimensions of size 1 widened, where the model accepts that, and at last unchanged."""
     everywhere = tuple(tuple(max(size, 2) for size in shape) for shape in example.shapes)
     in_front = tuple((*(max(size, 2) for size in shape[:1]), *shape[1:]) for shape in example.shapes)
     for shapes in dict.fromkeys((everywhere, in_front)):
@@ -130,7 +130,7 @@ def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
 
 
 def can_call(model: Callable[..., Any], example: Example) -> bool:
-    """Tells whether a model can be called with an example; what fails is an error of the model's code."""
+    """Tells whether a model can be called with an example, without an error of the model's code."""
     try:
         example.call(model)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, GuardError):

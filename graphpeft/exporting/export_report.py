@@ -1,4 +1,4 @@
-"""What an export wrote, for a person to read."""
+"""The report of an export."""
 
 from __future__ import annotations
 
@@ -11,20 +11,33 @@ from graphpeft.rules.report import table
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote, what of it can change from call to call, and how it was checked.
+    """The files of an export, its inputs, and its differences from the model; it prints as tables.
 
     Attributes:
-        format: The format.
-        way: The way in which it carries adapters.
+        format: The format, such as ``"pt2"``.
+        adapter_mode: How adapters are carried, such as ``"merged"``.
         path: The file, or the folder.
-        files: All files with their numbers of bytes.
-        adapter_files: The file of each adapter, where adapters are inputs.
-        inputs: The shape of each of the model's inputs, with the symbols of sizes that can change.
-        checked: How far it differs from the model.
+        files: The size of each file, in bytes.
+        adapter_files: The file of each adapter by the adapter's name, where adapters are inputs.
+        inputs: The shape of each of the model's inputs by its name, with symbols for sizes that can change.
+        checked: The runs that were compared with the model; empty if `export` was called with ``check=False``.
+
+    Example:
+        >>> report = export(nn.Linear(2, 3), (torch.randn(4, 2),), "model.safetensors", "safetensors")
+        >>> print(report)
+        safetensors, adapters merged: .../model.safetensors
+        <BLANKLINE>
+        file               bytes
+        ─────────────────  ─────
+        model.safetensors  ...
+        <BLANKLINE>
+        checked    shapes  difference
+        ─────────  ──────  ──────────
+        the model  (4, 2)  0.0e+00
     """
 
     format: str
-    way: str
+    adapter_mode: str
     path: Path
     files: dict[Path, int]
     adapter_files: dict[str, Path]
@@ -32,7 +45,7 @@ class ExportReport:
     checked: tuple[Checked, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.format}, adapters {self.way}: {self.path}", ""]
+        lines = [f"{self.format}, adapters {self.adapter_mode}: {self.path}", ""]
         sizes = [(str(self._relative(path)), f"{size:,}") for path, size in self.files.items()]
         lines += table(("file", "bytes"), sizes)
         if self.inputs:

@@ -1,9 +1,11 @@
-"""From a plain module to an ``ExportedProgram``: which sizes of its inputs can change, and which can't."""
+"""From a prepared model to an ``ExportedProgram``, with the sizes of its inputs that can change."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,22 +15,21 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
 from graphpeft._torch import pytree
+from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
-from graphpeft.exporting.quiet import quiet
-from graphpeft.exporting.ways import Prepared
 from graphpeft.graph.errors import GuardError, TraceError
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
-"""True for all sizes that the model leaves open, False for none, or a spec of ``torch.export``."""
+"""True: all sizes that the model doesn't fix can change. False: none can. Or ``dynamic_shapes`` of ``torch.export``."""
 
 
 class Input(NamedTuple):
     """A tensor that an exported model takes.
 
     Attributes:
-        name: Its name.
-        shape: Its shape, with symbols for sizes that can change.
+        name: The name.
+        shape: The shape, with symbols for sizes that can change.
     """
 
     name: str
@@ -48,16 +49,16 @@ class Program(NamedTuple):
 
     Attributes:
         exported: PyTorch's program.
-        inputs: What it takes: the model's own inputs, and then those of adapters.
+        inputs: The program's inputs: first the model's own, then those of adapters.
     """
 
     exported: ExportedProgram
     inputs: tuple[Input, ...]
 
     def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
-        """Returns other shapes than `shapes` that the model's own inputs may have: larger ones, and small ones.
+        """Returns other shapes than `shapes` for the model's own inputs: choices of larger ones, and of smaller ones.
 
-        Each is a list, of which the later ones are for programs that don't take the earlier.
+        The later shapes of a list are for programs that don't accept the earlier ones.
         """
         own = [one.shape for one in self.inputs[: len(shapes)]]
         sizes = dict(_solved(own, shapes))
@@ -71,7 +72,7 @@ class Program(NamedTuple):
         ]
 
     def extreme_shapes(self, shapes: Sequence[Shape]) -> list[tuple[Shape, ...]]:
-        """Returns shapes in which one size alone is another: 1, more than all others, or beyond what it may be."""
+        """Returns shapes in which one size alone differs: 1, above all other sizes, or above its limit."""
         own = [one.shape for one in self.inputs[: len(shapes)]]
         sizes = dict(_solved(own, shapes))
         found = []
@@ -82,21 +83,21 @@ class Program(NamedTuple):
         return [one for one in dict.fromkeys(found) if one != tuple(shapes)]
 
     def _limited(self, symbol: Any, size: int) -> int:
-        """Returns a size in the range that the program allows."""
+        """Returns the size nearest to `size` that the program allows."""
         limits = self.exported.range_constraints.get(symbol)
         if limits is None:
             return size
-        # that PyTorch takes 0 and 1 for sizes of their own doesn't mean that a program can't run with them
+        # PyTorch specialises on 0 and 1, but a program whose least size is 2 can still run with 1
         least = 1 if limits.lower <= 2 else int(limits.lower)
         return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
 
 
 _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
-"""Other sizes than that of the example; a model may want an even one, or allow no larger one."""
+"""Sizes beside the example's; a model may need an even one, or allow no larger one."""
 
 
 _FAR = 8
-"""How many times the example's size a limit may be to be tried out; a model may need all memory for one beyond."""
+"""Limits of sizes are tried up to this multiple of the example's size, since larger inputs may need all memory."""
 
 
 def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
@@ -104,33 +105,47 @@ def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
 
 
 def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
-    """Yields each symbol with its value where inputs have these shapes, as far as a size depends on it alone."""
-    import sympy  # here, since importing it takes longer than all of this library
+    """Yields the value of each symbol for inputs of these shapes, if some size depends on that symbol alone."""
+    import sympy  # here, since importing it takes longer than importing this library
 
     for shape, known in zip(symbolic, shapes, strict=True):
         for size, number in zip(shape, known, strict=True):
             symbols = _symbols_of((size,))
             if len(symbols) == 1:
                 [symbol] = symbols
-                # a symbol is taken to be positive, and so an equation for 0 to have no solution
+                # sympy assumes symbols to be positive, so it finds no solution for a size of 0
                 solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
                 yield from ((symbol, int(solution)) for solution in solutions[:1])
 
 
 def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
-    """Returns a shape with other values of symbols; sizes that depend on others remain."""
+    """Returns a shape with these values of symbols; sizes that depend on other symbols stay as in `shape`."""
     return tuple(
         int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
         for size, number in zip(symbolic, shape, strict=True)
     )
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides, within a context, the warnings on deprecations in PyTorch's own code; other warnings are shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        yield
+
+
 def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
-    """Exports a module for a call with `example`.
+    """Exports a prepared model by PyTorch's exporter.
+
+    Args:
+        prepared: The model.
+        example: The inputs to trace it with.
+        dynamic: The sizes of the example that can change.
 
     Raises:
-        GuardError: If the model has decided otherwise when it was traced than it would on this example.
-        ExportError: If PyTorch can't export it, or not with these sizes open.
+        GuardError: If the model is a graph that was traced with inputs for which it branches otherwise.
+        ExportError: If PyTorch can't export the model, or not with these sizes.
     """
     full = prepared.cases[0].full(example)
     prepared.root.name_arguments(full.kwargs)
@@ -153,12 +168,12 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
 
 
 def _size(size: Any) -> Any:
-    """Returns a size, as a number if the model has fixed it."""
+    """Returns a size as a number if it can't change."""
     return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
 
 
 def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic) -> Any:
-    """Returns the ``dynamic_shapes`` of PyTorch's exporter."""
+    """Returns the argument ``dynamic_shapes`` of PyTorch's exporter."""
     signature = inspect.signature(prepared.root.forward)
     arguments = signature.bind(*full.args, **full.kwargs).arguments
     more = full.kwargs.keys() - example.kwargs.keys()

@@ -1,4 +1,4 @@
-"""Shows how far an export has come, where somebody watches: its steps can take minutes."""
+"""Shows the progress of an export in a terminal, since its steps can take minutes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def shown(count: int) -> Iterator[Callable[[str], None]]:
-    """Gives a function that shows the name of the next of `count` steps; without a terminal it shows nothing."""
+    """Gives a function that shows the name of the next of `count` steps; it shows nothing without a terminal."""
     with tqdm(total=count, disable=None, leave=False, bar_format="{desc} ({n_fmt}/{total_fmt}, {elapsed})") as bar:
 
         def step(name: str) -> None:

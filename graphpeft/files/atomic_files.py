@@ -1,8 +1,8 @@
-"""Files that take their places whole and together, whatever happens to who writes them.
+"""Writes files that replace older ones together or not at all.
 
-They are written into a folder of their own beside their places, reach the disk, and are moved one by one. An error on
-the way is undone. What ends the process between two moves leaves the files that weren't moved in that folder, where
-`waiting` finds them. A place that is a symbolic link is replaced itself; what it points to stays as it is.
+They are written into a staging folder, reach the disk, and are moved to their places one by one. If an error occurs,
+the moves are undone. If the process is killed between two moves, the remaining files stay in the staging folder, where
+`waiting` finds them. A place that is a symbolic link is replaced itself; its target is unchanged.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ T = TypeVar("T")
 _PREFIX = ".graphpeft-"
 
 _ABANDONED = 24 * 60 * 60
-"""After how many seconds a folder is somebody's who was cut off."""
+"""The age in seconds from which a staging folder is taken for a killed writer's."""
 
 
 class Staging:
-    """A folder for new files, which `put` moves to their places; what was not put goes when the context ends.
+    """A staging folder for new files, which `put` moves to their places. It is removed at the context's end.
 
     Args:
-        place: The folder that the files are for; it may be lacking, and is made with the first one.
+        place: The folder for the files; if it doesn't exist, it is made with the first file.
 
     Attributes:
-        folder: Where to write them, under the names and in the folders that they will have in `place`.
+        folder: The staging folder; files have the same relative paths in it as they will have in `place`.
     """
 
     def __init__(self, place: Path) -> None:
@@ -47,7 +47,7 @@ class Staging:
         try:
             self._own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=ground))
         except OSError as error:
-            raise type(error)(error.errno, error.strerror, str(ground)) from None  # and not a name that nobody knows
+            raise type(error)(error.errno, error.strerror, str(ground)) from None  # not the staging folder's name
         self.folder, self._old = self._own / "new", self._own / "old"
         self.folder.mkdir()
         self._old.mkdir()
@@ -59,13 +59,13 @@ class Staging:
         shutil.rmtree(self._own, ignore_errors=True)
 
     def put(self) -> list[Path]:
-        """Moves all files to their places, the last name first, and returns these.
+        """Moves all files to their places, in descending order of their names, and returns the places.
 
-        So tensors come before the file that says what they mean. Files of the same names are replaced, and all others
-        stay.
+        So tensors (`adapter_model`) are moved before their config (`adapter_config`). Files of the same names are
+        replaced; other files stay.
 
         Raises:
-            OSError: If one can't be moved; all that was there is there again.
+            OSError: If a file can't be moved; the replaced files are restored then.
         """
         files = sorted((file for file in self.folder.rglob("*") if file.is_file()), reverse=True)
         for file in files:
@@ -73,7 +73,7 @@ class Staging:
         targets = [self._place / file.relative_to(self.folder) for file in files]
         self._exchange(files, targets)
         for folder in dict.fromkeys(target.parent for target in targets):
-            with contextlib.suppress(OSError):  # some systems don't tell when a folder has reached the disk
+            with contextlib.suppress(OSError):  # some systems can't sync a folder
                 _sync(folder)
         _remove_abandoned(self._own.parent)
         return targets
@@ -102,7 +102,7 @@ class Staging:
 
 
 class _Move(NamedTuple):
-    """One file on its way: where it was written, its place, and where that which was there is kept."""
+    """The move of one file: its staged path, its place, and the path at which a replaced file is kept."""
 
     file: Path
     target: Path
@@ -118,26 +118,26 @@ class _Move(NamedTuple):
 
 
 def waiting(place: Path, name: str) -> list[Path]:
-    """Returns the files of this name that are on their way into the folder, or were when their writer was ended."""
+    """Returns the staged files of this name for a folder, of writers that are at work or were killed."""
     return sorted(place.glob(f"{_PREFIX}*/new/{name}"))
 
 
 def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]) -> T:
-    """Reads files that may be replaced meanwhile, by a function that opens them one after the other, or one twice.
+    """Reads several files in the versions that existed at one time, though others may replace them meanwhile.
 
     Args:
         paths: The files.
-        read: The function; it is called again if one of them was replaced since it began.
+        read: Opens and reads them, each any number of times. It is called again if one was replaced since it began.
 
     Returns:
-        What it returns for files that lay there all at one time.
+        The result of `read`.
 
     Raises:
-        OSError: If a file can't be opened, or they are replaced as often as the function is called.
+        OSError: If a file can't be opened, or files were replaced during every call of `read`.
     """
     for _ in range(_READS):
         with contextlib.ExitStack() as stack:
-            # as long as it is open, no other file can be the same for the system
+            # while a file is open, the system gives no other file its identity
             opened = [stack.enter_context(open(path, "rb")) for path in paths]
             try:
                 found = read()
@@ -152,7 +152,7 @@ def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]
 
 
 _READS = 1000
-"""How often files are read that are other ones afterwards."""
+"""The greatest number of calls, if files are replaced during each."""
 
 
 def _are_there(opened: Sequence[BinaryIO], paths: Sequence[str | os.PathLike[str]]) -> bool:
@@ -162,7 +162,7 @@ def _are_there(opened: Sequence[BinaryIO], paths: Sequence[str | os.PathLike[str
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Lets a file have a second name, or a copy where the file system has no such names."""
+    """Makes a hard link to a file, or a copy if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -178,7 +178,7 @@ def _make_folder(folder: Path, made: list[Path]) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Lets others who put files there wait, on systems and disks that can."""
+    """Locks a folder against other writers within a context, on systems and disks that can."""
     if fcntl is None:
         yield
         return
@@ -188,14 +188,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        # a process that was forked meanwhile has the handle, too
+        # a process that was forked meanwhile holds the handle, too
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file or a folder has reached the disk."""
+    """Waits until a file or a folder has reached the disk."""
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
 """Reads JSON and tensors from files that anybody may have written.
 
-What such a file can hold is checked once, here: whoever reads one gets plain values of bounded depth, or dense tensors
-by name, or an error that names the file.
+The content of such files is checked here, once. A reader gets plain values of bounded depth, or dense tensors by name,
+or an error that names the file.
 """
 
 from __future__ import annotations
@@ -20,17 +20,28 @@ from graphpeft.files.atomic_files import read_together
 from graphpeft.wording import shortened
 
 _MOST_BYTES = 8 * 2**20
-"""Of JSON."""
+"""The greatest size of a JSON file."""
 
 _MOST_PARTS = 100_000
-"""Entries of a config: one that names 30,000 layers thrice has fewer."""
+"""The greatest number of entries in a config; one that names 30,000 layers three times has fewer."""
 
 _DEEPEST = 16
-"""How deep lists and objects of JSON may nest; those of configs nest three deep."""
+"""The greatest depth of nested lists and objects in JSON; those of configs have a depth of three."""
 
 
 class CheckpointError(ValueError):
-    """An adapter's file that can't be read, or doesn't fit the model; the model is as it was."""
+    """A file of an adapter can't be read, or doesn't fit the model; the model is unchanged.
+
+    Example:
+        >>> from pathlib import Path
+        >>> Path("adapter_config.json").write_text("{")
+        1
+        >>> try:
+        ...     PeftConfig.from_pretrained(".")
+        ... except CheckpointError as error:
+        ...     print(error)
+        adapter_config.json isn't JSON: ...
+    """
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unreadable(path: str | os.PathLike[str] | None, error: OSError) -> CheckpointError:
-    """Returns the error for a file that the system doesn't give."""
+    """Returns the error for a file that the system can't open or read."""
     return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
@@ -82,7 +93,7 @@ def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _excess(value: Any) -> str | None:
-    """Returns what a value of JSON has too much of for an option, or None."""
+    """Returns the limit that a value of JSON exceeds, as a part of an error, or None."""
     level, count = [value], 0
     for _ in range(_DEEPEST):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
@@ -96,11 +107,11 @@ def _excess(value: Any) -> str | None:
 
 
 class Safetensors(NamedTuple):
-    """What a safetensors file holds.
+    """The content of a safetensors file.
 
     Attributes:
         tensors: The tensors by name, on the CPU.
-        metadata: Texts by name.
+        metadata: Strings by name.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -122,7 +133,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
     except OSError as error:
         raise unreadable(path, error) from error
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        # dtypes that PyTorch hasn't, or not as a whole, are errors of other kinds
+        # dtypes that PyTorch lacks, or supports in part, raise errors of other classes
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file: {shortened(str(error))}. Copy it anew, or save the adapter "
             "again."
@@ -136,7 +147,7 @@ def _opened(path: str | os.PathLike[str]) -> Safetensors:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a file that ``torch.save`` has written, by name, onto the CPU; no code of it is run.
+    """Reads the tensors of a file that ``torch.save`` wrote, by name, onto the CPU, without running code of the file.
 
     Args:
         path: The file.
@@ -146,12 +157,12 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     try:
         with warnings.catch_warnings():
-            # PyTorch's, about how it loads tensors of some kinds itself
+            # PyTorch warns of its own way to load some tensors
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise unreadable(path, error) from error
-    # of a damaged pickle, the functions that it names get any arguments, and raise whatever they do
+    # a damaged pickle calls functions with any arguments, which may raise any error
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged, or a pickle of more than tensors: {shortened(str(error))}. Copy it anew, or have PEFT "
@@ -177,7 +188,7 @@ def _checked(found: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor
 
 
 def _kind_of_other(value: Any) -> str | None:
-    """Returns what a value is, if it isn't a dense tensor."""
+    """Describes a value that isn't a dense tensor; None for a dense tensor."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(value).__name__}"
     if value.layout is not torch.strided:

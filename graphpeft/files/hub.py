@@ -14,10 +14,16 @@ HUB_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "rev
 
 
 def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
-    """Returns the path of a file of an adapter, from a folder or downloaded from the Hub.
+    """Returns the path of an adapter's file, in a folder or downloaded from the Hub.
+
+    Args:
+        path_or_repo: The folder, or the repository.
+        filename: The name of the file.
+        **hub_options: Options of the download, from `HUB_OPTIONS`.
 
     Raises:
-        FileNotFoundError: If neither has it.
+        FileNotFoundError: If neither has the file.
+        TypeError: If there is an unknown option.
     """
     unknown = sorted(hub_options.keys() - HUB_OPTIONS)
     if unknown:

@@ -7,11 +7,34 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
 class TraceError(RuntimeError):
-    """A forward that can't be recorded truthfully; the message says where, why and what to do."""
+    """A forward that can't be recorded truthfully; the message says where, why and what to do.
+
+    Example:
+        >>> import random
+        >>> class Noisy(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * random.random()
+        >>> try:
+        ...     trace(Noisy())
+        ... except TraceError as error:
+        ...     print("Noisy can't be traced")
+        Noisy can't be traced
+    """
 
 
 class NeedsInputsError(TraceError):
-    """A forward that decides on its inputs, traced without any."""
+    """A forward that decides on its inputs, traced without any.
+
+    Example:
+        >>> class Batched(nn.Module):
+        ...     def forward(self, x):
+        ...         return x if x.ndim == 2 else x.unsqueeze(0)
+        >>> try:
+        ...     trace(Batched())
+        ... except NeedsInputsError as error:
+        ...     print("pass example_inputs")
+        pass example_inputs
+    """
 
 
 class DrawsNumbersError(TraceError):
@@ -19,4 +42,16 @@ class DrawsNumbersError(TraceError):
 
 
 class GuardError(RuntimeError):
-    """A traced graph was called with inputs for which the model would have decided otherwise."""
+    """A traced graph was called with inputs for which the model would have decided otherwise.
+
+    Example:
+        >>> class Batched(nn.Module):
+        ...     def forward(self, x):
+        ...         return x if x.ndim == 2 else x.unsqueeze(0)
+        >>> graph = trace(Batched(), (torch.randn(2, 3),))
+        >>> try:
+        ...     graph(torch.randn(3))
+        ... except GuardError as error:
+        ...     print("another branch than in the trace")
+        another branch than in the trace
+    """

@@ -10,7 +10,21 @@ import torch.fx as fx
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes calls of `function` with proxies one node of their graph."""
+    """Makes calls of a function with proxies one node of their graph.
+
+    Args:
+        function: The function; its arguments are positional.
+
+    Returns:
+        The function, which runs as before where no argument is a proxy.
+
+    Example:
+        >>> @recorded
+        ... def doubled(x):
+        ...     return 2 * x
+        >>> doubled(3)
+        6
+    """
 
     @functools.wraps(function)
     def record(*args: Any) -> Any:

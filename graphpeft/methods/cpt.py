@@ -25,8 +25,9 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
 from graphpeft.methods.prompts.prompting import Encoder, InFront, PromptRule
-from graphpeft.rules.config import PeftType, TaskType, register
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
@@ -50,6 +51,11 @@ class CPTConfig(PromptLearningConfig):
         opt_projection_epsilon: ε for inputs.
         opt_projection_format_epsilon: ε for templates.
         tokenizer_name_or_path: Read and written as PEFT does, which doesn't use it.
+
+    Example:
+        >>> config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 2])
+        >>> config.num_virtual_tokens
+        2
     """
 
     peft_type: ClassVar[PeftType] = PeftType.CPT

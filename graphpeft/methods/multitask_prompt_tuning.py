@@ -21,8 +21,9 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompt_tuning import TokenTable
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.prompting import EMBEDDINGS_KEY, Encoder
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Index, Size
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import listed
 from graphpeft.rules.rule import ParameterSpec
 
@@ -35,8 +36,8 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     """The options of multitask prompt tuning; the names, defaults and meanings are PEFT's.
 
     Attributes:
-        prompt_tuning_init: ``"RANDOM"`` or ``"TEXT"``, as for prompt tuning; or from a trained file: the average of its
-            tasks, one of them, or its shared tokens alone.
+        prompt_tuning_init: ``"RANDOM"`` or ``"TEXT"``, as in `PromptTuningConfig`; or from a trained file: the average
+            of its tasks, one of them, or its shared tokens alone.
         prompt_tuning_init_text: The text.
         prompt_tuning_init_state_dict_path: The trained file.
         prompt_tuning_init_task: Which of its tasks.
@@ -44,6 +45,11 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
         tokenizer_kwargs: Options of ``AutoTokenizer.from_pretrained``.
         num_ranks: The rank of a task's matrix.
         num_tasks: The number of tasks.
+
+    Example:
+        >>> config = MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=8, num_tasks=3)
+        >>> config.num_ranks
+        1
     """
 
     peft_type: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING

@@ -36,8 +36,9 @@ from graphpeft.methods.prompts.prompting import (
     the_given,
     under_one_name,
 )
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Size
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
@@ -53,6 +54,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         init_weights: ``"zero"`` begins with keys and values of zero; None draws them.
         encoder_hidden_size: The width of the perceptron; `token_dim` if None.
         prefix_projection: Whether a perceptron computes the prefix.
+
+    Example:
+        >>> config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, prefix_projection=True)
     """
 
     peft_type: ClassVar[PeftType] = PeftType.PREFIX_TUNING

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
 from graphpeft.methods.prompts.prompting import Encoder
-from graphpeft.rules.config import PeftType, register
 from graphpeft.rules.options import Probability, Size, Steps
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.rule import ParameterSpec
 
 _MLP_LAYERS = 2
@@ -38,6 +39,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: The width of the network; `token_dim` if None.
         encoder_num_layers: The layers of the LSTM.
         encoder_dropout: The dropout between them.
+
+    Example:
+        >>> config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16)
     """
 
     peft_type: ClassVar[PeftType] = PeftType.P_TUNING

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, Table
 from graphpeft.methods.prompts.prompting import Encoder
-from graphpeft.rules.config import PeftType, register
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.rule import ParameterSpec
 
 
@@ -31,6 +32,9 @@ class PromptTuningConfig(PromptLearningConfig):
         prompt_tuning_init_text: That text; it is repeated, or cut, to the number of virtual tokens.
         tokenizer_name_or_path: The tokenizer for it.
         tokenizer_kwargs: Options of ``AutoTokenizer.from_pretrained``.
+
+    Example:
+        >>> config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
     """
 
     peft_type: ClassVar[PeftType] = PeftType.PROMPT_TUNING

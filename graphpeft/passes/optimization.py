@@ -18,11 +18,16 @@ from graphpeft.transaction import set_attribute, transaction
 
 @dataclass(frozen=True)
 class PassReport:
-    """What passes changed in a model's graphs, and what they left, by the names of the passes.
+    """The sites that passes changed in a model's graphs, and those that they left, by the names of the passes.
 
     Attributes:
         changed: The sites that a pass changed.
-        left: The sites that it looked at and left as they are, each with the reason.
+        left: The sites that a pass considered and left unchanged, each with the reason.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> optimize(model, ["inplace_addmm"]).changed
+        {'inplace_addmm': ('0',)}
     """
 
     changed: Mapping[str, tuple[str, ...]]
@@ -49,23 +54,30 @@ _LOOKS_FOR = {each.name: each.looks_for for each in PASSES}
 
 
 def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassReport:
-    """Applies passes to the graphs of an adapted model, which then computes faster, or keeps less for the backward.
+    """Applies optimisation passes to an adapted model's graphs, for speed or for less memory in the backward.
 
-    The passes hold for all adapters of the model, those that act now and those that come to act, until they are given
-    anew; ``optimize(model, [])`` lets the graphs compute as they were written, bit for bit. They are applied in their
-    own order, whichever is given. Regions in which no adapter acts run their own code, as they do without passes.
+    The passes apply to all adapters of the model, also to later ones, until the next call. ``optimize(model, [])``
+    removes them, bit for bit. Passes have an order of their own, whichever is given. Modules without an active adapter
+    run their own code, as they do without passes.
 
     Args:
         model: An adapted model, or an adapted graph module.
-        passes: Their names, see the documentation's page on passes; all if None.
+        passes: The names of passes, see the documentation's page on passes; all if None.
 
     Returns:
-        What they changed in the graphs of the adapters that act now, and what they left, and why.
+        The sites of active adapters that each pass changed, and those that it left, with the reasons.
 
     Raises:
         AdaptError: If the model has no adapters.
         ValueError: If there is no pass of a name; the model is as it was.
         TypeError: If a text is given in place of names; likewise.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> optimize(model, ["inplace_addmm"])
+        pass           changed  left
+        ─────────────  ───────  ────
+        inplace_addmm  1        0
     """
     names = in_order([each.name for each in PASSES] if passes is None else passes)
     state = known_adapters(model)

@@ -55,8 +55,10 @@ class ArgumentError(TypeError):
     """A function of a rule asks for something of which nothing is known."""
 
 
-_AT_OPERATION = ("x", "y", "operation", "training", "weight", "base", "bias")
-_AT_LEAF = ("x", "y", "operation", "training")
+_INPUT = ("x", "operation", "training")
+_AT_LEAF = ("y", *_INPUT)
+_AT_OPERATION = (*_AT_LEAF, "weight", "base", "bias")
+_CHANGES = ("change", "bias_change")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,14 +75,24 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     if issubclass(site, CallSite):
         functions = {"enter": ("inputs", "training"), "leave": ("inputs", "training", "output", "entered")}
     elif op is not ops.Weight:
-        functions = {"rewrite": _AT_LEAF if issubclass(site, LeafSite) else _AT_OPERATION}
+        is_leaf = issubclass(site, LeafSite)
+        changes = _CHANGES if isinstance(rule, Mergeable) and not is_leaf else ()
+        functions = {"rewrite": (*(_AT_LEAF if is_leaf else _AT_OPERATION), *changes), "enter": _INPUT}
     if isinstance(rule, Mergeable) and not issubclass(site, LeafSite):
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
+    functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}
     for name, given in functions.items():
+        if not hasattr(rule, name):
+            continue
         try:
             Asked(getattr(rule, name)).among((*given, *own))
         except ArgumentError as error:
             return f"{name} of {type(rule).__name__} {error}"
     return None
+
+
+def _of_call(rule: Rule, function: str) -> tuple[str, ...]:
+    # a weight that is merged belongs to no call
+    return rule.call_inputs if function in ("rewrite", "enter", "leave") else ()

@@ -1,4 +1,4 @@
-"""The configs of all methods: PEFT's keys, PEFT's JSON in and out, and the registry by `peft_type`.
+"""The configs of all methods: PEFT's keys, PEFT's JSON in and out.
 
 A config class is its method: it says which rule adapts a site, and the rest of the library asks no more than that.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import enum
-import functools
 import hashlib
 import json
 import os
@@ -17,7 +15,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -27,79 +25,19 @@ from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.options import check_options
+from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
+from graphpeft.rules.registry import nearest, options, registered
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.wording import shown
 
 if TYPE_CHECKING:
     from graphpeft.rules.adapted_site import AdaptedSite
     from graphpeft.rules.combination import Combination, Part
     from graphpeft.rules.report import Report
-    from graphpeft.rules.rule import Rule
+    from graphpeft.rules.rule import FileForm, ParameterSpec, Rule
+    from graphpeft.rules.trained import Biases, SiteParameters, TableRows, WholeModule
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
-
-PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose files are written; PEFT records its own version in a config."""
-
-
-class PeftType(str, enum.Enum):
-    """The methods of PEFT 0.21.2, by the names in its files; `registered` tells which of them there are here."""
-
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    BEFT = "BEFT"
-    BOFT = "BOFT"
-    C3A = "C3A"
-    CARTRIDGE = "CARTRIDGE"
-    CPT = "CPT"
-    DEFT = "DEFT"
-    DELORA = "DELORA"
-    FOURIERFT = "FOURIERFT"
-    FROD = "FROD"
-    GLORA = "GLORA"
-    GRALORA = "GRALORA"
-    HIRA = "HIRA"
-    HRA = "HRA"
-    IA3 = "IA3"
-    LILY = "LILY"
-    LN_TUNING = "LN_TUNING"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    LORA = "LORA"
-    MISS = "MISS"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    OFT = "OFT"
-    OSF = "OSF"
-    PEANUT = "PEANUT"
-    POLY = "POLY"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    PSOFT = "PSOFT"
-    PVERA = "PVERA"
-    P_TUNING = "P_TUNING"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    SHADOW = "SHADOW"
-    SHIRA = "SHIRA"
-    SUPERTUNING = "SUPERTUNING"
-    TINYLORA = "TINYLORA"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    UNILORA = "UNILORA"
-    VBLORA = "VBLORA"
-    VERA = "VERA"
-    WAVEFT = "WAVEFT"
-    XLORA = "XLORA"
-
-
-class TaskType(str, enum.Enum):
-    """What an adapted model is for, as in PEFT."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 OWN = {"is_of_peft": False}
@@ -114,65 +52,6 @@ class ConfigLike(Protocol):
         ...
 
 
-_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""The heads that PEFT trains beside the adapter, by task (`PeftModelFor…` in its ``peft_model.py``)."""
-
-TASK_HEADS = frozenset(name for names in _HEADS.values() for name in names)
-
-ConfigT = TypeVar("ConfigT", bound="type[PeftConfig]")
-_REGISTRY: dict[str, type[PeftConfig]] = {}
-
-
-def register(config_class: ConfigT) -> ConfigT:
-    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords.
-
-    Args:
-        config_class: A dataclass. Its `peft_type` is one of PEFT's, or a name of your own, which PEFT can't read.
-
-    Raises:
-        TypeError: If it isn't a dataclass, or has no such name.
-        ValueError: If another class has the name.
-    """
-    name = getattr(config_class, "peft_type", None)
-    if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):
-        raise TypeError(f"{config_class.__name__} must be a dataclass whose peft_type is the name of its method")
-    there = _REGISTRY.get(name)
-    # a cell of a notebook that is run again, or a reloaded module, defines the same class once more
-    if there is not None and _full_name(there) != _full_name(config_class):
-        raise ValueError(f"{name} is the method of {_full_name(there)} already; choose another peft_type")
-    _REGISTRY[name] = config_class
-    initialise = config_class.__init__
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
-
-    @functools.wraps(initialise)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{config_class.__name__} has no option {name!r}{_nearest(name, known)}")
-        initialise(self, *args, **kwargs)
-
-    config_class.__init__ = checked  # type: ignore[method-assign]
-    return config_class
-
-
-def registered() -> dict[str, type[PeftConfig]]:
-    """Returns the config class of every method, by its `peft_type`."""
-    return dict(_REGISTRY)
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 @dataclass(kw_only=True)
 class PeftConfig:
     """What the configs of all methods hold; the names and meanings are PEFT's.
@@ -185,6 +64,11 @@ class PeftConfig:
         auto_mapping: The base model's class and library, where there is no `task_type`.
         peft_version: The version of PEFT whose format the files have.
         modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
+
+    Example:
+        >>> LoraConfig(r=4).save_pretrained("adapter")
+        >>> type(PeftConfig.from_pretrained("adapter")).__name__
+        'LoraConfig'
     """
 
     # a PeftType or a name of one's own; a union couldn't be narrowed in the classes of methods
@@ -197,6 +81,12 @@ class PeftConfig:
         {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
     )
     """Options that don't change what an adapter's tensors mean, and so may be edited in its file."""
+
+    lacks: ClassVar[frozenset[str]] = frozenset()
+    """Options of its base classes that the method doesn't have, as in PEFT: they can't be set, and files lack them."""
+
+    tying_option: ClassVar[str] = ""
+    """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
 
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
@@ -230,6 +120,56 @@ class PeftConfig:
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for values set since that can't be."""
         check_options(self)
+        for field in dataclasses.fields(self):
+            if field.name in self.lacks and getattr(self, field.name) != field.default:
+                raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {field.default!r}")
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules and parameters, and those with patterns for their names."""
+        return TargetOptions(modules_to_save=self.modules_to_save)
+
+    @property
+    def trained_biases(self) -> Biases:
+        """Which of the model's biases are trained."""
+        return "none"
+
+    @property
+    def keeps_tied(self) -> bool:
+        """Whether weights that are tied in the model stay so: copies of them are one tensor, and rows are the same."""
+        return False
+
+    @property
+    def replicated_layers(self) -> Sequence[Sequence[int]] | None:
+        """The ranges of a Transformers model's layers that it runs in turn in place of its own; None for its own."""
+        return None
+
+    def find_whole(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, WholeModule]:
+        """Returns the modules that the method trains whole beside those of `modules_to_save`, by path.
+
+        Args:
+            modules: The model's modules by path.
+            report: Gets what is excluded or refused, or that nothing matched.
+        """
+        return {}
+
+    def find_rows(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, TableRows]:
+        """Returns the rows of weights that are trained as they are, by the path of the weight's module.
+
+        A module that is tied to an embedding follows it, unless other rows are named for it.
+
+        Args:
+            modules: The model's modules by path.
+            report: Gets what is excluded or refused, or that nothing matched.
+        """
+        return {}
+
+    def initialise_rows(self, rows: torch.Tensor) -> None:
+        """Gives new rows their first values, in place.
+
+        Args:
+            rows: Those of the table, of shape (rows, features), in its dtype.
+        """
 
     def find_sites(
         self, finder: SiteFinder, report: Report, owned: TensorPaths
@@ -255,20 +195,84 @@ class PeftConfig:
         """
         raise ValueError(f"a {type(self).__name__} can't name some of its sites; leave where out")
 
+    def prepared(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config with all that depends on its sites together, such as the size of a tensor that they share.
+
+        It is asked once for each plan, before any rule. What it adds is best an attribute that is no field: files don't
+        have it, since it follows from the config and the model.
+
+        Args:
+            sites: All sites of the config in the model, in the order in which first values are drawn.
+
+        Raises:
+            ValueError: If there is none for these sites.
+        """
+        return self
+
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
-        """Returns the rule that adapts `site` with parameters of `dtype`."""
+        """Returns the rule that adapts a site.
+
+        Args:
+            site: The site.
+            dtype: The dtype of the adapter's parameters there.
+        """
         raise NotImplementedError
 
+    def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
+        """Returns what a model's call adds to the loss that it returns, a number with gradients, or None.
+
+        Args:
+            sites: What the adapter has at each of its sites.
+        """
+        return None
+
+    def after_step(self, step: int, sites: Sequence[SiteParameters]) -> None:
+        """Changes the adapter after a step of training, when `update_and_allocate` is called: its tensors, in place.
+
+        What it keeps from step to step are attributes of the config, each set anew. They are taken back with the
+        tensors if the call fails.
+
+        Args:
+            step: The number of the step, as the caller counts.
+            sites: What the adapter has at each of its sites, with gradients.
+
+        Raises:
+            ValueError: If it can't be done now.
+        """
+
+    def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
+        """Returns how a parameter is written now, where that is otherwise than the model has it.
+
+        Args:
+            site: The site.
+            name: The rule's name of the parameter.
+            spec: The parameter as the rule has declared it.
+        """
+        return spec.form
+
     def for_file(self, sites: Sequence[Any]) -> PeftConfig:
-        """Returns the config of an adapter with these sites as PEFT reads it."""
+        """Returns the config of an adapter as PEFT reads it.
+
+        Args:
+            sites: The sites of the adapter, each with its rule.
+        """
         return copy.deepcopy(self)
 
     def fitted_to(self, keys: Collection[str]) -> PeftConfig:
-        """Returns the config with which a file with tensors of these names is loaded."""
+        """Returns the config with which a file is loaded.
+
+        Args:
+            keys: The names of the file's tensors.
+        """
         return self
 
     def derived_tensors(self, site: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns what a file holds beside a site's parameters, computed from them, by name."""
+        """Returns further tensors of a file, computed from a site's parameters, by their names in the file.
+
+        Args:
+            site: The site.
+            parameters: Its parameters, by the rule's names.
+        """
         return {}
 
     def converted(
@@ -289,7 +293,11 @@ class PeftConfig:
         )
 
     def ignores(self, key: str) -> bool:
-        """Tells whether a file may hold a tensor of this name that the adapter doesn't need."""
+        """Tells whether a file may hold a tensor that the adapter doesn't need.
+
+        Args:
+            key: The tensor's name in the file.
+        """
         return False
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> PeftConfig:
@@ -320,9 +328,15 @@ class PeftConfig:
         raise NotImplementedError
 
     def resolved(self, model: nn.Module) -> PeftConfig:
-        """Returns the config with everything filled in that depends on the model; `self` stays as it is."""
+        """Returns the config with everything filled in that depends on the model; `self` is unchanged.
+
+        Args:
+            model: The model that is adapted.
+        """
         config = copy.deepcopy(self)
-        trained = () if self.task_type is None else _HEADS.get(self.task_type, ())
+        if self.task_type is None or "modules_to_save" in self.lacks:
+            return config
+        trained = HEADS.get(self.task_type, ())
         heads = [name for name in trained if name not in (config.modules_to_save or ())]
         if heads:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
@@ -334,7 +348,7 @@ class PeftConfig:
         """Returns the keys of PEFT's JSON with plain values."""
         fields = {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
+            for field in options(self)
             if field.metadata != OWN or getattr(self, field.name) != field.default
         }
         return {key: _plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
@@ -346,20 +360,23 @@ class PeftConfig:
         Args:
             values: The content of an `adapter_config.json`. Unknown keys are dropped with a warning.
 
+        Returns:
+            The config.
+
         Raises:
             ValueError: If the method isn't known, or isn't that of `cls`.
         """
         values = dict(values)
         named = values.pop("peft_type", None)
-        config_class = next((c for t, c in _REGISTRY.items() if named == t), None)
+        config_class = next((c for t, c in registered().items() if named == t), None)
         if config_class is None:
-            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(_plain, _REGISTRY))}")
+            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(_plain, registered()))}")
         if not issubclass(config_class, cls):
             raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
-        known = [field.name for field in dataclasses.fields(config_class)]
+        known = [field.name for field in options(config_class)]
         for name in [name for name in values if name not in known]:
             warnings.warn(
-                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{_nearest(name, known)}", stacklevel=3
+                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{nearest(name, known)}", stacklevel=3
             )
             del values[name]
         return config_class(**values)
@@ -367,6 +384,13 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
         """Reads `adapter_config.json` from a folder, or from a repository on the Hub.
+
+        Args:
+            path_or_repo: The folder, or the repository.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
+
+        Returns:
+            The config; its class is the method.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -378,8 +402,14 @@ class PeftConfig:
     def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:
         """Reads a file that holds a config.
 
+        Args:
+            path: The file.
+
+        Returns:
+            The config; its class is the method.
+
         Raises:
-            CheckpointError: As for `from_pretrained`.
+            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
         """
         values = read_json(path)
         try:
@@ -388,7 +418,11 @@ class PeftConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json`, which takes the place of one that is there as a whole."""
+        """Writes `adapter_config.json`; an existing file is replaced as a whole.
+
+        Args:
+            save_directory: The folder.
+        """
         with Staging(Path(save_directory)) as staging:
             (staging.folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
             staging.put()
@@ -406,7 +440,7 @@ class PeftConfig:
 
         Options with their default values are left out, so that it stays the same when there are more of them.
         """
-        default = {field.name: _default(field) for field in dataclasses.fields(self)}
+        default = {field.name: _default(field) for field in options(self)}
         values = {
             name: value
             for name, value in self.to_dict().items()
@@ -415,24 +449,25 @@ class PeftConfig:
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def as_config(config: ConfigLike) -> PeftConfig:
-    """Returns `config` as one of this library's; a config object of PEFT's is read by its keys.
+def as_config(given: ConfigLike) -> PeftConfig:
+    """Returns a config as one of this library's; a config object of PEFT's is read by its keys.
 
     Raises:
         TypeError: If it is no config.
         ValueError: If its method, or what PEFT's config says of the run, isn't supported.
     """
-    if isinstance(config, PeftConfig):
-        return config
-    if not (hasattr(config, "to_dict") and hasattr(config, "peft_type")):
-        raise TypeError(f"config is a {type(config).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    if isinstance(given, PeftConfig):
+        return given
+    if not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
+        raise TypeError(f"config is a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)")
     # PEFT keeps it beside its keys, and leaves it out of what it writes
-    if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
+    runtime = getattr(given, "runtime_config", None)
+    if runtime is not None and runtime.ephemeral_gpu_offload:
         raise ValueError(
             "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave runtime_config out"
         )
-    values = config.to_dict()
-    known = {field.name for c in _REGISTRY.values() for field in dataclasses.fields(c)} | {"peft_type"}
+    values = given.to_dict()
+    known = {field.name for c in registered().values() for field in options(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
 
 

@@ -14,7 +14,7 @@ class Refusal(NamedTuple):
 
     name: str
     reason: str
-    way_out: str = "leave targets out with exclude_modules, or narrow target_modules"
+    way_out: str = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
 
 @dataclass
@@ -29,6 +29,11 @@ class Report:
         refused: The targets that can't be adapted; adapting the model raises them.
         nothing_matched: Why the config names nothing in the model, if so.
         excluded: The names that `exclude_modules` or `modules_to_save` kept out.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+        >>> [adapted.parameter_count for adapted in report.adapted], report.refused
+        ([32], [])
     """
 
     method: str

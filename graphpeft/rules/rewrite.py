@@ -10,17 +10,43 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from graphpeft.graph.call_inputs import CallInput, call_input
 from graphpeft.graph.calls import CALLS, calls_of
-from graphpeft.graph.ops import Operation, Weight
+from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
-from graphpeft.graph.tags import TAG, Tag, top, values_over
+from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
 from graphpeft.rules.arguments import Asked
-from graphpeft.rules.rule import BoundaryRule, Mergeable, changes_bias
+from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule, changes_bias
 
 Op = Operation | Boundary
+Operand = Computation | Leaf
+"""What has an input."""
+
+
+class RuleTracer(GraphAppendingTracer):
+    """Appends what a rule's code computes with proxies to a graph."""
+
+    def create_arg(self, a: Any) -> Any:
+        """Returns an argument of a node.
+
+        Raises:
+            RuleError: If it is a tensor that no name in the graph leads to.
+        """
+        if isinstance(a, torch.Tensor):
+            raise RuleError(
+                f"it computes with a tensor of shape {tuple(a.shape)} of its own, which a graph can't hold; make it "
+                "from an argument, as x.new_ones(3) does, or in a function that is `recorded`, or declare it as a "
+                "parameter that isn't trained"
+            )
+        return super().create_arg(a)
+
+
+class RuleError(Exception):
+    """The code of a rule can't be put into a graph."""
 
 
 class NoChangeError(Exception):
@@ -47,100 +73,171 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
             else the site lets it read, by name.
         slot: The adapter's slot.
         method: The `peft_type` of its method.
+
+    Raises:
+        NoChangeError: If the rule asks for the weight so far, and an adapter that acts before changes more than that.
     """
     before = set(graph.nodes)
-    if isinstance(op, Leaf):
-        replaced = _around_leaf(graph, op, rule, attributes)
-    elif isinstance(op, Boundary):
-        replaced = _at_boundary(graph, op, rule, attributes)
-    else:
-        replaced = _behind(graph, op, rule, attributes)
+    entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
     calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
+    place = max((tag.place for tag in changes_at(graph, op.name)), default=0) + 1
     for node in [node for node in graph.nodes if node not in before]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
             continue
         tag = Tag(slot, method, op.name)
-        if node in replaced:
-            over = replaced[node].name
-            tag = dataclasses.replace(tag, over=over, rule=rule, attributes=tuple(attributes.items()))
+        if node in replaced or node in entered:
+            of_node = {"rule": rule, "attributes": tuple(attributes.items()), "place": place}
+            over, enters_for = (nodes[node].name if node in nodes else None for nodes in (replaced, entered))
+            tag = dataclasses.replace(tag, over=over, enters_for=enters_for, **of_node)
         node.meta[TAG] = tag
         node.meta[CALLS] = calls
 
 
-def _behind(graph: fx.Graph, op: Operation, rule: Any, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
-    """Emits the operation's new value, and returns for it the node in whose place it is."""
-    current = top(graph, op.node)
+Sources = Mapping[str, str | CallInput]
+"""What a rule reads at a site, by name: paths, in the module that owns the graph, and arguments of the call."""
+
+Replaced = dict[fx.Node, fx.Node]
+"""New nodes, with those in whose place they are."""
+
+
+def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Sources) -> tuple[Replaced, Replaced]:
+    """Emits a rule's nodes, and returns those that an operation is given, and those in the place of a value."""
+    if isinstance(op, Boundary) and not isinstance(op, Leaf):
+        return {}, _at_boundary(graph, op, rule, attributes)
+    if isinstance(op, Weight):
+        return {}, _over_weight(graph, op, rule, attributes)
+    x = own_input(graph, op.name, op.x)
+    entered, replaced = {}, {}
+    if isinstance(rule, InputRule):
+        entered = _before(graph, op, rule, x, attributes)
+        x = next(iter(entered))
+    if isinstance(rule, OperationRule):
+        if isinstance(op, Leaf):
+            replaced = _around_leaf(graph, op, rule, x, attributes)
+        else:
+            replaced = _behind(graph, op, rule, x, attributes)
+    return entered, replaced
+
+
+def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attributes: Sources) -> Replaced:
+    """Emits what an operation, and the adapters that act before, are given in the place of its input."""
+    inside = op.inside if isinstance(op, Leaf) else {op.node}
+    users = [user for user in x.users if user in inside or (TAG in user.meta and user.meta[TAG].site == op.name)]
+    first = next(node for node in graph.nodes if node in users)
+    with graph.inserting_before(first):
+        new = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op}).node
+    for user in users:
+        user.replace_input_with(x, new)
+        tag = user.meta.get(TAG)
+        if tag is not None and tag.enters_for == x.name:
+            user.meta[TAG] = dataclasses.replace(tag, enters_for=new.name)
+    return {new: x}
+
+
+def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) -> Replaced:
+    """Emits the new value of a weight, and returns for it the node in whose place it is."""
+    current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
-        if isinstance(op, Weight):
-            result = _changed(graph, rule, current, op.node, attributes)
-        else:
-            operands = _operands_so_far(graph, op, Asked(rule.rewrite))
-            emitted = [node for node in graph.nodes if node not in before]
-            nodes = {"x": op.x, "y": current, **operands}
-            result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op})
-            for node in [node for node in reversed(emitted) if not node.users]:
-                graph.erase_node(node)
+        change = _change(graph, rule, {"weight": current, "base": op.node}, attributes)
+        result = _sum(current, change)
+    _replace(current, result, before.__contains__)
+    return {result: current}
+
+
+def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
+    """Emits the operation's new value, and returns for it the node in whose place it is."""
+    current = top(graph, op.node, op.name)
+    before = set(graph.nodes)
+    with graph.inserting_before(current.next):
+        operands = _operands(graph, op, rule, attributes)
+        emitted = [node for node in graph.nodes if node not in before]
+        none = {name: None for name in _CHANGES if name in Asked(rule.rewrite).names and name not in operands}
+        nodes = {"x": x, "y": current, **operands}
+        result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
+        for node in [node for node in reversed(emitted) if not node.users]:
+            graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
 
 
-def _changed(graph: fx.Graph, rule: Any, weight: fx.Node, base: fx.Node, attributes: Mapping[str, str]) -> fx.Proxy:
-    """Emits a weight with the change that `rule` makes of it, from what it was before, and from the module's own."""
-    change = _call(rule.delta, graph, {"weight": weight, "base": base}, attributes, {})
-    before = fx.Proxy(weight, change.tracer)
-    return before + change.to(before.dtype)
+_CHANGES = ("change", "bias_change")
 
 
-def _operands_so_far(graph: fx.Graph, op: Operation, asked: Asked) -> dict[str, fx.Node]:
-    """Emits the operands of an operation for which a rule's function asks, as the adapters before it have made them.
+def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
+    """Emits the change of a weight that `rule` makes, from what it was before, and from the module's own."""
+    return rule.change(_given(rule.delta, graph, weights, attributes, {}))
+
+
+def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
+    before: Any = fx.Proxy(weight, change.tracer)
+    return (before + change.to(before.dtype)).node
+
+
+def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) -> dict[str, fx.Node]:
+    """Emits those operands of an operation, and changes of them, for which a rule asks.
 
     Raises:
-        NoChangeError: If what one of these does is no change of the weight, and that is asked for.
+        NoChangeError: As `insert` does.
     """
-    assert not isinstance(op, Weight)
-    earlier = [node.meta[TAG] for node in values_over(graph, op.node)]
-    of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asked.may_be("bias") else []
+    asked = [Asked(rule.rewrite)]
+    if "change" in asked[0].names:
+        asked.append(Asked(rule.delta))
+    if "bias_change" in asked[0].names and changes_bias(rule):
+        asked.append(Asked(rule.bias_delta))
+    found = _operands_so_far(graph, op, asked)
+    if "change" in asked[0].names:
+        found["change"] = _change(graph, rule, found, attributes).node
+    if "bias_change" in asked[0].names and changes_bias(rule):
+        change = _bias_change(graph, rule, found, attributes)
+        if change is not None:
+            found["bias_change"] = change.node
+    return found
+
+
+def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> dict[str, fx.Node]:
+    """Emits the operands of an operation for which functions ask, as the adapters before have made them."""
+    earlier = changes_at(graph, op.name)
+    asks_for_bias = any(each.may_be("bias") for each in asked)
+    of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
     asks_for_weight = any(
         each.may_be("weight") or each.may_be("base")
-        for each in (asked, *(Asked(tag.rule.bias_delta) for tag in of_bias))
+        for each in (*asked, *(Asked(tag.rule.bias_delta) for tag in of_bias))
     )
     found: dict[str, fx.Node] = {}
     if asks_for_weight:
         found["weight"] = found["base"] = graph.create_node("get_attr", op.weight)
-    if asked.may_be("bias") and op.bias is not None:
+    if asks_for_bias and op.bias is not None:
         found["bias"] = graph.create_node("get_attr", op.bias)
     for tag in earlier:
+        attributes = dict(tag.attributes)
         # the change of the bias is one beside the weight of before
-        bias = _changed_bias(graph, tag, found) if tag in of_bias else None
+        change = _bias_change(graph, tag.rule, found, attributes) if tag in of_bias else None
         if asks_for_weight and not isinstance(tag.rule, Mergeable):
             raise NoChangeError(op.weight, tag.slot)
         if asks_for_weight:
-            found["weight"] = _changed(graph, tag.rule, found["weight"], found["base"], dict(tag.attributes)).node
-        if bias is not None:
-            found["bias"] = bias.node
+            found["weight"] = _sum(found["weight"], _change(graph, tag.rule, found, attributes))
+        if change is not None:
+            found["bias"] = _sum(found["bias"], change) if "bias" in found else change.node
     return found
 
 
-def _changed_bias(graph: fx.Graph, tag: Tag, operands: Mapping[str, fx.Node]) -> Any:
-    """Emits the bias with the change that an adapter makes of it; None where there is neither."""
-    asked = Asked(tag.rule.bias_delta)
-    if "bias" in asked.needed and "bias" not in operands:
+def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
+    """Emits the change of a bias that `rule` makes; None where there is none."""
+    if "bias" in Asked(rule.bias_delta).needed and "bias" not in operands:
         return None  # there is none that could be scaled, or the like
-    change = _call(tag.rule.bias_delta, graph, operands, {"bias": None, **dict(tag.attributes)}, {})
-    if change is None or "bias" not in operands:
-        return change
-    return fx.Proxy(operands["bias"], change.tracer) + change
+    return _call(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {})
 
 
-def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, attributes: Mapping[str, str]) -> dict[fx.Node, fx.Node]:
+def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
     """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
-    outside = {user for user in op.output.users if user not in op.inside}
-    with graph.inserting_before(op.output.next):
-        result = _call(rule.rewrite, graph, {"x": op.x, "y": op.output}, attributes, {"operation": op})
-    _replace(op.output, result.node, outside.__contains__)
-    return {result.node: op.output}
+    current = top(graph, op.output, op.name)
+    outside = {user for user in current.users if user not in op.inside}
+    with graph.inserting_before(current.next):
+        result = _call(rule.rewrite, graph, {"x": x, "y": current}, attributes, {"operation": op})
+    _replace(current, result.node, outside.__contains__)
+    return {result.node: current}
 
 
 def replace(
@@ -166,11 +263,9 @@ def replace(
     _replace(op.node, result.node, users.__contains__)
 
 
-def _at_boundary(
-    graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Mapping[str, str]
-) -> dict[fx.Node, fx.Node]:
+def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Sources) -> Replaced:
     """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
-    tracer = GraphAppendingTracer(graph)
+    tracer = RuleTracer(graph)
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}
     with graph.inserting_before(next(node for node in graph.nodes if node in op.inside)):
@@ -208,13 +303,15 @@ def remove(graph: fx.Graph, slot: int) -> None:
         if node.op == "placeholder" and node.users:
             # another adapter asks for this argument, too
             node.meta[TAG] = next(user.meta[TAG] for user in node.users if TAG in user.meta)
-            node.meta[TAG] = dataclasses.replace(node.meta[TAG], over=None)
+            node.meta[TAG] = dataclasses.replace(node.meta[TAG], over=None, enters_for=None)
             continue
-        if tag.over is not None:
-            node.replace_all_uses_with(nodes[tag.over])
-            for other in graph.nodes:
-                if TAG in other.meta and other.meta[TAG].over == node.name:
-                    other.meta[TAG] = dataclasses.replace(other.meta[TAG], over=tag.over)
+        for field in ("over", "enters_for"):
+            before = getattr(tag, field)
+            if before is not None:
+                node.replace_all_uses_with(nodes[before])
+                for other in graph.nodes:
+                    if TAG in other.meta and getattr(other.meta[TAG], field) == node.name:
+                        other.meta[TAG] = dataclasses.replace(other.meta[TAG], **{field: before})
         graph.erase_node(node)
 
 
@@ -232,19 +329,31 @@ def _call(
     function: Callable[..., Any],
     graph: fx.Graph,
     nodes: Mapping[str, fx.Node],
-    paths: Mapping[str, str | None],
+    paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> Any:
-    """Calls a rule's function with what it asks for by the names of its arguments.
+    """Calls a rule's function with what it asks for by the names of its arguments, see `_given`."""
+    return function(**_given(function, graph, nodes, paths, values))
+
+
+def _given(
+    function: Callable[..., Any],
+    graph: fx.Graph,
+    nodes: Mapping[str, fx.Node],
+    paths: Mapping[str, str | CallInput | None],
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what a rule's function asks for by the names of its arguments.
 
     Args:
         function: The function. One that takes ``**others`` gets all that there is.
         graph: Where its nodes go.
         nodes: Nodes that it can ask for, as proxies.
-        paths: Attributes of the module that owns the graph, likewise; None for one that isn't there.
+        paths: Attributes of the module that owns the graph, and arguments of the call, likewise; None for what isn't
+            there.
         values: Other values.
     """
-    tracer = GraphAppendingTracer(graph)
+    tracer = RuleTracer(graph)
     paths = {"training": "training", **paths}
 
     def value_of(name: str) -> Any:
@@ -253,7 +362,9 @@ def _call(
         if name in nodes:
             return fx.Proxy(nodes[name], tracer)
         path = paths[name]
+        if isinstance(path, CallInput):
+            return fx.Proxy(graph.call_function(call_input, (path.name,)), tracer)
         return fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
 
     asked = Asked(function).among((*values, *nodes, *paths))
-    return function(**{name: value_of(name) for name in asked})
+    return {name: value_of(name) for name in asked}

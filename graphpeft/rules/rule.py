@@ -1,7 +1,9 @@
 """How a method adapts one kind of site: the base classes of rules.
 
-A rule is an `OperationRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only weights as such are
-its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`, `RunsByRow`, `Combines`.
+A rule is an `OperationRule`, an `InputRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only
+weights as such are its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`,
+`RunsByRow`, `Combines`. A rule whose change is written in PEFT's layout of weights is a `WeightRule`, and one that is
+no more than that a `DeltaRule`, see `rules/delta_rule.py`.
 
 The functions that compute name what they are given: each argument is one of the names that stand at the function, or a
 parameter or a constant of the rule. One that a rule doesn't declare for every config has a default, as in
@@ -13,7 +15,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +28,11 @@ class FileForm(NamedTuple):
         shape: Its shape there.
         pack: Returns what is written, from the parameter.
         unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
+
+    Example:
+        >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
+        >>> halves.unpack(halves.pack(torch.ones(2)))
+        tensor([1., 1.])
     """
 
     shape: tuple[int, ...]
@@ -42,6 +49,16 @@ class ParameterSpec(NamedTuple):
         is_trained: Whether it is trained, where the adapter is.
         form: Its form in files, if that is another one.
         shared: At a site that is tied to another one: which of that one's parameters it is.
+        scope: The name of a tensor that sites of one adapter share: those whose specs have the same scope hold one.
+            `initialise` is given its values of before at each of these sites but the first.
+        written_once: Whether a file has it once for all its sites, as ``base_model.<key>``, and not with each of them.
+        is_saved: Whether it is in files; otherwise `initialise` makes it again, where a file is loaded, too.
+        dtype: Its dtype, if that isn't the one of the adapter; whole numbers aren't trained, and ``.half()`` leaves
+            them as they are.
+
+    Example:
+        >>> ParameterSpec((8, 64), "lora_A.weight").is_trained
+        True
     """
 
     shape: tuple[int, ...]
@@ -49,6 +66,23 @@ class ParameterSpec(NamedTuple):
     is_trained: bool = True
     form: FileForm | None = None
     shared: str | None = None
+    scope: str | None = None
+    written_once: bool = False
+    is_saved: bool = True
+    dtype: torch.dtype | None = None
+
+
+def contradiction(name: str, spec: ParameterSpec) -> str | None:
+    """Returns what in a spec contradicts something else in it, or None."""
+    if spec.written_once and spec.scope is None:
+        return f"{name} is written once, and has no scope, by which its sites would be known"
+    if spec.written_once and not spec.is_saved:
+        return f"{name} is written once, and isn't saved"
+    if spec.is_trained and not spec.is_saved:
+        return f"{name} is trained, and isn't saved"
+    if spec.is_trained and spec.dtype is not None and not spec.dtype.is_floating_point:
+        return f"{name} is trained, and has whole numbers ({spec.dtype})"
+    return None
 
 
 class Rule(ABC):
@@ -56,19 +90,63 @@ class Rule(ABC):
 
     Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
     scales) isn't theirs but comes from the site and the config.
+
+    Example:
+        >>> class Shift(Mergeable):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec((1,), "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> isinstance(Shift(), Rule)
+        True
     """
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Returns the reason why a site can't be adapted, or None."""
+        """Returns the reason why a site can't be adapted, or None.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         return None
+
+    call_inputs: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the model is given in each call beside those of its forward, as ``model(x, task_ids=…)``.
+
+    ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which
+    its graph has as arguments.
+    """
+
+    def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
+        """Returns the rule with what its functions have to know of a site.
+
+        Args:
+            site: The site.
+            dtype: The dtype of the rule's parameters there.
+        """
+        return self
 
     @abstractmethod
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the parameters that the rule creates at a site, by name."""
+        """Returns the parameters that the rule creates at a site, by name.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         ...
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the numbers that its functions read, by name; they live on the weight's module."""
+        """Returns the numbers that its functions read, by name; they live on the weight's module.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         return {}
 
     @abstractmethod
@@ -90,12 +168,30 @@ class Rule(ABC):
         ...
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None."""
+        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None.
+
+        Args:
+            site: The site.
+        """
         return f"{type(self).__name__} isn't Mergeable: it has no change of a weight"
 
 
 class OperationRule(Rule):
-    """Adapts operations that use a weight, and calls of modules whose inside is their own affair."""
+    """Adapts operations that use a weight, and calls of modules whose inside is their own affair.
+
+    Example:
+        >>> class Scale(OperationRule):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def rewrite(self, y, scale):
+        ...         return y * scale
+        >>> Scale().rewrite(torch.ones(2), scale=3)
+        tensor([3., 3.])
+    """
 
     @abstractmethod
     def rewrite(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +200,36 @@ class OperationRule(Rule):
         Its arguments can be ``x`` and ``y``, the operation's input and its value so far; ``operation``, which has
         ``apply(x, weight)``, the same operation with other operands; ``training``; and of an operation that has a
         weight, ``weight`` and ``bias`` as adapters that act before have made them (None without a bias), and ``base``,
-        the weight without them.
+        the weight without them. A rule that is `Mergeable` can ask for ``change`` and ``bias_change``: what its
+        ``delta`` and its ``bias_delta`` return there (None without a change of the bias).
+        """
+        ...
+
+
+class InputRule(Rule):
+    """Changes what an operation is given, so that the operation itself is computed once.
+
+    Example:
+        >>> class ScaledInput(InputRule):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def enter(self, x, scale):
+        ...         return x * scale
+        >>> ScaledInput().enter(torch.ones(2), scale=3)
+        tensor([3., 3.])
+    """
+
+    @abstractmethod
+    def enter(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the new input of the operation; it is run on proxies.
+
+        Its arguments can be ``x``, ``operation`` and ``training``, as in ``rewrite``. The operation and the adapters
+        that act before are given what it returns. If ``delta`` makes W F of a weight W, ``enter`` returns F x: so W is
+        the weight with the changes before, as in ``delta``.
         """
         ...
 
@@ -113,15 +238,36 @@ class Mergeable(Rule):
     """A rule that changes a weight, so that its change can be added to the weight.
 
     It is the rule of weights as such, too, whatever a model does with them: there, `delta` is run on proxies.
+
+    Example:
+        >>> class Scale(Mergeable):
+        ...     def parameters(self, site, config):
+        ...         return {"scale": ParameterSpec((1,), "scale")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["scale"].fill_(1)
+        ...
+        ...     def delta(self, weight, scale):
+        ...         return weight * (scale - 1)
+        >>> Scale().delta(torch.ones(2), scale=3)
+        tensor([2., 2.])
     """
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what ``rewrite`` does at a site is no change of the weight and the bias, or None."""
+        """Returns the reason why what the rule does at a site is no change of the weight and the bias, or None."""
         return None
+
+    def change(self, given: Mapping[str, Any]) -> Any:
+        """Returns what `delta` returns, in the shape in which the weight is stored.
+
+        Args:
+            given: What `delta` asks for, by name: tensors and numbers, or proxies.
+        """
+        return self.delta(**given)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the weight's change, in the shape in which it is stored: what ``rewrite`` adds outside of training.
+        """Returns the weight's change, in the shape in which it is stored: what the rule does outside of training.
 
         Its arguments can be ``weight``, which other adapters may have changed before, and ``base``, the weight without
         them. Name them only if the change depends on them: of two such adapters at one weight, one isn't merged without
@@ -147,16 +293,36 @@ class ReplacesWeight(ABC):
     """A rule that may have another weight read in place of the module's own while the adapter acts.
 
     That is frozen, and isn't saved: ``initialise`` computes it, where a file is loaded, too.
+
+    Example:
+        >>> class Rounding(ReplacesWeight):
+        ...     def replaces(self, site, config):
+        ...         return config.init_lora_weights == "loftq"
+        >>> Rounding().replaces(None, LoraConfig())
+        False
     """
 
     @abstractmethod
     def replaces(self, site: Any, config: Any) -> bool:
-        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable."""
+        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable.
+
+        Args:
+            site: The site.
+            config: The config.
+        """
         ...
 
 
 class RunsByRow(ABC):
-    """A rule that can give each row of a batch its own adapter in one graph."""
+    """A rule that can give each row of a batch its own adapter in one graph.
+
+    Example:
+        >>> class ScaleByRow(RunsByRow):
+        ...     def by_row(self, y, scale):
+        ...         return y * scale
+        >>> ScaleByRow().by_row(torch.ones(2, 3), scale=torch.tensor([[1.0], [2.0]])).sum(1)
+        tensor([3., 6.])
+    """
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -164,7 +330,11 @@ class RunsByRow(ABC):
         return {}
 
     def joined(self, rules: Sequence[Any]) -> Any:
-        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
+        """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none.
+
+        Args:
+            rules: The rules of the adapters at a site, of which this is one.
+        """
         return self if all(rule == self for rule in rules) else None
 
     @abstractmethod
@@ -178,7 +348,15 @@ class RunsByRow(ABC):
 
 
 class Combines(ABC):
-    """A rule whose change is a product of two factors, of which several can be combined into one."""
+    """A rule whose change is a product of two factors, of which several can be combined into one.
+
+    Example:
+        >>> class Product(Combines):
+        ...     def as_product(self, delta):
+        ...         return delta.flatten(1)
+        >>> Product().as_product(torch.ones(2, 3, 3)).shape
+        torch.Size([2, 9])
+    """
 
     @property
     def rank_axes(self) -> tuple[int, int]:
@@ -187,12 +365,30 @@ class Combines(ABC):
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix that the product of the factors is."""
+        """Returns a change of the weight as the matrix that the product of the factors is.
+
+        Args:
+            delta: The change, in the shape in which the weight is stored.
+        """
         ...
 
 
 class BoundaryRule(Rule):
-    """Adapts what a module is given and what it returns."""
+    """Adapts what a module is given and what it returns.
+
+    Example:
+        >>> class Doubled(BoundaryRule):
+        ...     def parameters(self, site, config):
+        ...         return {}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         return None
+        ...
+        ...     def leave(self, output):
+        ...         return 2 * output
+        >>> Doubled().leave(torch.ones(1))
+        tensor([2.])
+    """
 
     @property
     def more_inputs(self) -> tuple[str, ...]:
@@ -214,12 +410,15 @@ class BoundaryRule(Rule):
         return kwargs["output"]
 
 
-_BASES = {
-    "delta": Mergeable,
-    "bias_delta": Mergeable,
-    "replaces": ReplacesWeight,
-    "by_row": RunsByRow,
-    "as_product": Combines,
+_BASES: dict[str, tuple[type, ...]] = {
+    "rewrite": (OperationRule,),
+    "enter": (InputRule, BoundaryRule),
+    "leave": (BoundaryRule,),
+    "delta": (Mergeable,),
+    "bias_delta": (Mergeable,),
+    "replaces": (ReplacesWeight,),
+    "by_row": (RunsByRow,),
+    "as_product": (Combines,),
 }
 """The bases of the functions that a rule has without need, which nobody would call without them."""
 
@@ -228,8 +427,8 @@ _BASES = {
 def lacking_base(rule: type) -> str | None:
     """Returns why a class of rules is none, or has a function that nobody would call; None otherwise."""
     if not issubclass(rule, Rule):
-        return f"{rule.__name__} is no rule; let it inherit from OperationRule or BoundaryRule"
-    for name, base in _BASES.items():
-        if hasattr(rule, name) and not issubclass(rule, base):
-            return f"{rule.__name__} has {name} and isn't {base.__name__}; let it inherit from that"
+        return f"{rule.__name__} is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
+    for name, bases in _BASES.items():
+        if hasattr(rule, name) and not issubclass(rule, bases):
+            return f"{rule.__name__} has {name} and isn't {bases[0].__name__}; let it inherit from that"
     return None

@@ -27,6 +27,17 @@ def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> l
     Raises:
         ValueError: If there is no attention, or one is a layer that has its projections inside, as
             ``nn.MultiheadAttention`` does.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        ...
+        ...     def forward(self, x):
+        ...         return nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+        >>> feeding(trace(nn.Sequential(Attention()), (torch.randn(2, 5, 8),)), "query")
+        ['0.q']
     """
     template = template_of(traced)
     if template is None:

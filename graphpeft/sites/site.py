@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from graphpeft.graph.ops import Convolution
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.paths import join
+from graphpeft.sites.weight_layout import WeightLayout
 
 Runs = tuple[tuple[int, int], ...]
 """Rows as runs of neighbours: the first of each run, and the one behind its last."""
@@ -59,6 +61,12 @@ class Site(NamedTuple):
         bias: The path of the parameter that all operations add, or None if there is no such one.
         call: Which of the weight's operations it is, if not all of them.
         tied_to: The path of the embedding that has the same weight, and whose adapter's tensors are used here, too.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> site = report.adapted[0].site
+        >>> isinstance(site, Site), site.name, tuple(site.shape)
+        (True, '0', (16, 8))
     """
 
     region: str
@@ -80,7 +88,7 @@ class Site(NamedTuple):
     call: OneCall | None = None
     tied_to: str | None = None
 
-    way_out = "leave targets out with exclude_modules, or narrow target_modules"
+    way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
     @property
     def unmergeable(self) -> str | None:
@@ -98,6 +106,18 @@ class Site(NamedTuple):
     def out_features(self) -> int | None:
         """How many features the operation gives; None where the weight's shape doesn't tell."""
         return self.layout.features(self.shape, self.transposed, self.groups)[1]  # type: ignore[attr-defined]
+
+    @property
+    def weight_layout(self) -> WeightLayout:
+        """How the weight is stored, beside PEFT's layout."""
+        if not self.transposed:
+            return WeightLayout()
+        return WeightLayout((0, 1), self.groups) if self.layout is Convolution else WeightLayout((-2, -1))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The weight's shape in PEFT's layout: (out, in), or (out, in / groups, *kernel) of a convolution."""
+        return self.weight_layout.turned_shape(self.shape)
 
     @property
     def beside(self) -> tuple[str, str]:
@@ -153,6 +173,11 @@ class LeafSite(NamedTuple):
             parameters, of the model's, or the default.
         quantised: What its weight is, if that holds codes of numbers.
         call: Which of the module's calls it is, if not all of them.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> isinstance(report.adapted[0].site, LeafSite)  # its weight is known
+        False
     """
 
     region: str
@@ -221,6 +246,11 @@ class CallSite(NamedTuple):
         reads: What else a rule may read, by its name for it: paths, seen from the module.
         file_path: What the names of its tensors begin with in files.
         positions: How many positions of tokens the module has a table for; None without a table.
+
+    Example:
+        >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
+        >>> isinstance(report.adapted[0].site, CallSite)  # a weight is adapted, not a module's boundary
+        False
     """
 
     region: str

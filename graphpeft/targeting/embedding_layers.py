@@ -32,7 +32,9 @@ def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 
-def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, base: str | None, setting: bool | str) -> list[str]:
+def to_save(
+    modules: Mapping[str, nn.Module], config: PeftConfig, base: str | None, setting: bool | str, has_rows: bool
+) -> list[str]:
     """Returns the paths of the embeddings whose own tensors are saved beside an adapter.
 
     Args:
@@ -41,6 +43,7 @@ def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, base: str | No
         base: The name of the base model, or where it lies.
         setting: `save_embedding_layers`: True, False, or ``"auto"``: where the config targets an embedding by name, or
             the vocabulary isn't that of the base model.
+        has_rows: Whether the adapter has rows of weights, which files hold alone.
 
     Raises:
         ValueError: If `setting` is True and the model doesn't tell its embeddings, or if it is something else.
@@ -55,19 +58,18 @@ def to_save(modules: Mapping[str, nn.Module], config: PeftConfig, base: str | No
         )
     targeted = _are_targeted(config, modules) if layers else False
     if setting == "auto" and layers:
-        by_rows = getattr(config, "trainable_token_indices", None) is not None
-        setting = (targeted and not by_rows) or _is_resized(modules[""], base)
+        setting = (targeted and not has_rows) or _is_resized(modules[""], base)
     if setting is not True:
         return []
-    decide = targets.compile_matcher(config)
+    decide = targets.compile_matcher(config.target_options)
     return [path for path in layers if not targeted or decide(path) is Match.YES]
 
 
-def _are_targeted(config: Any, modules: Mapping[str, nn.Module]) -> bool:
-    wanted = getattr(config, "target_modules", None)
+def _are_targeted(config: PeftConfig, modules: Mapping[str, nn.Module]) -> bool:
+    wanted = config.target_options.target_modules
     if not isinstance(wanted, str):
         return any(name in _NAMES for name in wanted or ())
-    decide = targets.compile_matcher(config)
+    decide = targets.compile_matcher(config.target_options)
     return any(path.rpartition(".")[2] in _NAMES and decide(path) is Match.YES for path in modules)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,9 +13,11 @@ from torch import nn
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
-from graphpeft.targeting.targeting import targeted_sites, targets
+from graphpeft.targeting import targets
+from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,11 @@ class TargetedConfig(PeftConfig):
         exclude_modules: As `target_modules`, for what is left out.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: The name before that index.
+
+    Example:
+        >>> config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1])
+        >>> isinstance(config, TargetedConfig)
+        True
     """
 
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
@@ -58,11 +65,23 @@ class TargetedConfig(PeftConfig):
         self._check_targets()
 
     def _check_targets(self) -> None:
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+        of_layers = {"layers_to_transform": self.layers_to_transform, "layers_pattern": self.layers_pattern}
+        for name, value in of_layers.items():
+            if isinstance(self.target_modules, str) and value is not None:
                 raise ValueError(f"{name} has no effect where target_modules is a string; write it into the pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules and parameters, and those with patterns for their names."""
+        return TargetOptions(
+            self.target_modules,
+            self.exclude_modules,
+            self.modules_to_save,
+            self.layers_to_transform,
+            self.layers_pattern,
+        )
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
@@ -71,18 +90,34 @@ class TargetedConfig(PeftConfig):
         if targets.is_all_linear(config.target_modules):
             config.target_modules = set(targets.all_linear_names(model, config.task_type))
         elif config.target_modules is None:
-            is_optional = bool(getattr(config, "target_parameters", None))
-            config.target_modules = self._default_targets(model, is_optional)
+            config.target_modules = self.targets_by_default(model)
         return config
 
-    def _default_targets(self, model: nn.Module, is_optional: bool) -> set[str] | str:
+    def targets_by_default(self, model: nn.Module) -> set[str] | str:
+        """Returns the `target_modules` of a model for which the config names none.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: If there are none for this model, and no parameters are named instead.
+        """
         try:
             default = targets.default_target_modules(model, self.default_targets)
         except ValueError:
-            if is_optional:
+            if self.target_options.target_parameters:
                 return set()
             raise
         return default if isinstance(default, str) else set(default)
+
+    def targeted_modules(self, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
+        """Returns the paths of the modules that the config names, whatever they are.
+
+        Args:
+            modules: The model's modules by path.
+            report: Gets what is excluded, or that nothing matched.
+        """
+        return targeted_modules(self, modules, report)
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
         """Returns the sites that the config names."""
@@ -91,18 +126,6 @@ class TargetedConfig(PeftConfig):
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
         """Returns the config that names these sites alone."""
         config = copy.copy(self)
-        wanted = [site.name for site in sites]
-        by_parameter = getattr(self, "target_parameters", None)
-        if by_parameter is not None:
-            config.target_parameters = None  # type: ignore[attr-defined]
-            # a layer's weight that was named as a parameter has no other name
-            kept = [site.name for site in sites if not site.is_layer and targets.match_parameter(self, site.name)]
-            if kept:
-                config.target_parameters = kept  # type: ignore[attr-defined]
-                wanted = [name for name in wanted if name not in kept]
-                also = sorted(other for other in names if targets.match_parameter(config, other) and other not in kept)
-                if also:
-                    raise ValueError(f"target_parameters can't name {kept} without {also}; name them in target_modules")
-        config.target_modules = targets.exactly(wanted, names)
+        config.target_modules = targets.exactly([site.name for site in sites], names)
         config.layers_to_transform = config.layers_pattern = None
         return config

@@ -16,7 +16,9 @@ from torch import nn
 
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.gradient_flow import hands_gradients_on, trains
 from graphpeft.sites.layer_kinds import declares_features
@@ -72,6 +74,23 @@ class _Target(NamedTuple):
     stands_with: _Weights = _OWN_WEIGHT
 
 
+def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
+    """Returns the paths of the modules that `config` targets, whatever they are, for methods that train them whole.
+
+    Args:
+        config: The config, resolved for the model.
+        modules: The model's modules by path.
+        report: Gets what is excluded, or that nothing matched.
+    """
+    decide = targets.compile_matcher(config.target_options)
+    found = {path: decide(path) for path in modules if path}
+    report.excluded += [path for path, answer in found.items() if answer is Match.EXCLUDED]
+    named = [path for path, answer in found.items() if answer is Match.YES]
+    if not named:
+        _report_nothing(modules, config.target_options, report, TensorPaths())
+    return named
+
+
 def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
     """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
 
@@ -84,9 +103,9 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     found: list[Site | LeafSite] = []
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
-    decide = targets.compile_matcher(config)
+    decide = targets.compile_matcher(config.target_options)
     report.refused += [Refusal(path, why) for path, why in finder.regions.scripted.items() if decide(path) is Match.YES]
-    for target in _targeted(finder.modules, config, decide, owned, report):
+    for target in _targeted(finder.modules, config.target_options, decide, owned, report):
         weight = (target.owner, target.attribute)
         try:
             site = _site_of(target, finder, config)
@@ -105,9 +124,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     # a graph may read a tensor by one of its names alone, as that of an exported program does
     report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
     if not found and not report.refused:
-        report.nothing_matched = _nothing_matched(finder.modules, config, report, owned)
-        option = "target_modules" if config.target_modules else "target_parameters"
-        report.refused.append(Refusal(option, report.nothing_matched))
+        _report_nothing(finder.modules, config.target_options, report, owned)
     return _as_peft_sorts(found, finder.modules)
 
 
@@ -146,13 +163,12 @@ def _split(path: str) -> tuple[str, str]:
 
 def _targeted(
     modules: Mapping[str, nn.Module],
-    config: object,
+    options: TargetOptions,
     decide: Callable[[str], Match],
     owned: TensorPaths,
     report: Report,
 ) -> Iterator[_Target]:
     """Yields what the config names; `decide` says of a path whether it is a target."""
-    names_parameters = bool(getattr(config, "target_parameters", None))
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
         if found is Match.EXCLUDED:
@@ -162,10 +178,10 @@ def _targeted(
         of_adapters = owned.names(path)
         for name in _own_names(module, of_adapters) if of_adapters else module._parameters:
             tensor = module._parameters[name]
-            if tensor is None or (name == "weight" and not names_parameters):
+            if tensor is None or (name == "weight" and not options.target_parameters):
                 continue
             weight = join(path, name)
-            if names_parameters and targets.match_parameter(config, weight):
+            if options.target_parameters and targets.match_parameter(options, weight):
                 yield _Target(weight, path, name, is_parameter=True)
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
                 yield _Target(weight, path, name)
@@ -249,22 +265,33 @@ def _is_of_pytorch(module: nn.Module) -> bool:
     return stands_for(module).__module__.startswith("torch.nn.")
 
 
-def _nothing_matched(modules: Mapping[str, nn.Module], config: Any, report: Report, owned: TensorPaths) -> str:
+def _report_nothing(
+    modules: Mapping[str, nn.Module], options: TargetOptions, report: Report, owned: TensorPaths
+) -> None:
+    """Reports that a config names nothing in a model."""
+    option = "target_modules" if options.target_modules else "target_parameters"
+    report.nothing_matched = f"{option}: {_nothing_matched(modules, options, report, owned)}"
+    report.refused.append(Refusal(option, report.nothing_matched))
+
+
+def _nothing_matched(
+    modules: Mapping[str, nn.Module], options: TargetOptions, report: Report, owned: TensorPaths
+) -> str:
     model = modules[""]
-    wanted = config.target_modules or getattr(config, "target_parameters", None) or ()
+    wanted = options.target_modules or options.target_parameters or ()
     names = [path for path in modules if path]
     names += [path for path in _targets_by_path(modules) if path not in owned]
     near = targets.near_misses(wanted, names)
     because = f"; excluded were {listed(report.excluded)}" if report.excluded else ""
-    for option in ("layers_to_transform", "layers_pattern"):
-        if getattr(config, option, None) is not None:
-            because += f"; {option} is {getattr(config, option)!r}"
+    if options.layers_to_transform is not None:
+        because += f"; layers_to_transform is {options.layers_to_transform!r}"
+    if options.layers_pattern is not None:
+        because += f"; layers_pattern is {options.layers_pattern!r}"
     hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {listed(names, most=10)}"
     if not report.excluded:
         hint = _spelling(wanted, names) or hint
     named = shown(wanted) if isinstance(wanted, str) else f"[{listed([shown(name) for name in sorted(wanted)])}]"
-    option = "target_modules" if config.target_modules else "target_parameters"
-    return f"{option}: nothing in {type(model).__name__} matches {named}{because}{hint}"
+    return f"nothing in {type(model).__name__} matches {named}{because}{hint}"
 
 
 def _spelling(wanted: Any, names: list[str]) -> str | None:
@@ -278,7 +305,7 @@ def _spelling(wanted: Any, names: list[str]) -> str | None:
     return "; 'all-linear' is written without a list" if any(map(targets.is_all_linear, wanted)) else None
 
 
-def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
+def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
     """Returns what `config` names in vain, with near misses, one text for each option.
 
     An entry of a list is right if a name ends in it, whether or not that becomes a target; a pattern for ranks or α is
@@ -291,16 +318,14 @@ def unmatched_entries(config: object, modules: Mapping[str, nn.Module], report: 
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
     wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
-    found: list[str] = []
+    options, found = config.target_options, []
     # the names are read again where they are needed: mostly the first few tell that all entries are right
-    for option, names in (
-        ("target_modules", lambda: itertools.chain(modules, _targets_by_path(modules))),
-        ("exclude_modules", lambda: itertools.chain(modules, _targets_by_path(modules))),
-        ("target_parameters", lambda: _parameters(modules)),
-        ("rank_pattern", lambda: wanted),
-        ("alpha_pattern", lambda: wanted),
+    for option, entries, names in (
+        ("target_modules", options.target_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
+        ("exclude_modules", options.exclude_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
+        ("target_parameters", options.target_parameters, lambda: _parameters(modules)),
+        *((option, patterns, lambda: wanted) for option, patterns in options.patterns.items()),
     ):
-        entries = getattr(config, option, None)
         # one regular expression either matches or doesn't
         if not entries or isinstance(entries, str):
             continue

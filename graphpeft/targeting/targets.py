@@ -30,6 +30,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import TracedModel, stands_for
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting.endings import Endings
 from graphpeft.targeting.patterns import Pattern
@@ -55,15 +56,14 @@ class Match(enum.Enum):
         return self is Match.YES
 
 
-def match(config: object, name: str) -> Match:
-    """Says whether `config` targets the module called `name`.
+def match(options: TargetOptions, name: str) -> Match:
+    """Says whether a config targets the module called `name`.
 
-    Fields that the config lacks count as unset. `all-linear` must have been replaced by `all_linear_names` before: here
-    it is a regular expression like any other string.
+    `all-linear` must have been replaced by `all_linear_names` before: here it is a regular expression like any other
+    string.
 
     Args:
-        config: A config, or any object with some of PEFT's fields `target_modules`, `exclude_modules`,
-            `modules_to_save`, `layers_to_transform`, `layers_pattern`.
+        options: The config's options for names.
         name: The dotted path of a module.
 
     Returns:
@@ -71,25 +71,25 @@ def match(config: object, name: str) -> Match:
         or `NO`.
 
     Raises:
-        ValueError: A string in the config is not a regular expression.
+        ValueError: A string among the options is not a regular expression.
     """
-    return compile_matcher(config)(name)
+    return compile_matcher(options)(name)
 
 
-def compile_matcher(config: object) -> Callable[[str], Match]:
+def compile_matcher(options: TargetOptions) -> Callable[[str], Match]:
     """Prepares `match` for many names.
 
     Args:
-        config: As for `match`. Changes made to it afterwards are not seen.
+        options: As for `match`.
 
     Returns:
         A function from a name to its `Match`.
 
     Raises:
-        ValueError: A string in the config is not a regular expression.
+        ValueError: A string among the options is not a regular expression.
     """
-    is_excluded = _exclusion(config)
-    is_targeted = _targeting(config)
+    is_excluded = _exclusion(options)
+    is_targeted = _targeting(options)
 
     def matcher(name: str) -> Match:
         if is_excluded is not None and is_excluded(name):
@@ -116,20 +116,19 @@ def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
     return chosen
 
 
-def match_parameter(config: object, path: str) -> bool:
+def match_parameter(options: TargetOptions, path: str) -> bool:
     """Says whether `target_parameters` names the parameter at `path`.
 
     As in PEFT, `exclude_modules`, `modules_to_save` and `layers_to_transform` have no say over parameters.
 
     Args:
-        config: A config, or any object that may have a field `target_parameters`.
+        options: The config's options for names.
         path: The dotted path of a parameter, such as `model.layers.0.experts.gate_up_proj`.
 
     Returns:
         Whether an entry is the whole path or its end, cut at a dot.
     """
-    targets = getattr(config, "target_parameters", None) or ()
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+    return any(path == target or path.endswith(f".{target}") for target in options.target_parameters or ())
 
 
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
@@ -245,8 +244,8 @@ def default_target_modules(model: nn.Module, defaults: Defaults) -> tuple[str, .
     Raises:
         ValueError: The model has no `model_type`, or none with a default. The message offers names to choose from.
     """
-    config = getattr(model, "config", None)
-    model_type = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    about = getattr(model, "config", None)
+    model_type = about.get("model_type") if isinstance(about, Mapping) else getattr(about, "model_type", None)
     if model_type in defaults:
         return defaults[model_type]
     what = f"model_type {model_type!r}" if model_type else f"class {type(model).__name__}"
@@ -312,31 +311,27 @@ def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names for length in lengths))
 
 
-def _exclusion(config: object) -> Predicate | None:
-    entries = getattr(config, "exclude_modules", None)
-    by_name = _listed(entries, "exclude_modules") if entries else None
+def _exclusion(options: TargetOptions) -> Predicate | None:
+    by_name = _listed(options.exclude_modules, "exclude_modules") if options.exclude_modules else None
     # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
-    saved = [
-        Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save")
-        for entry in getattr(config, "modules_to_save", None) or ()
-    ]
+    saved = [Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save") for entry in options.modules_to_save or ()]
     if not saved:
         return by_name
     return lambda name: (by_name is not None and by_name(name)) or any(pattern.match(name) for pattern in saved)
 
 
-def _targeting(config: object) -> Predicate:
-    targets = getattr(config, "target_modules", None)
+def _targeting(options: TargetOptions) -> Predicate:
+    targets = options.target_modules
     if targets is None:
         return _never
-    wanted = _wanted_layers(getattr(config, "layers_to_transform", None))
+    wanted = _wanted_layers(options.layers_to_transform)
     # With a regular expression, layers are chosen in the expression itself.
     if wanted is None or isinstance(targets, str):
         return _listed(targets, "target_modules")
 
     exact = frozenset(targets)
     is_suffixed = _suffixed(exact)
-    layer_of = _layer_index(getattr(config, "layers_pattern", None))
+    layer_of = _layer_index(options.layers_pattern)
     return lambda name: name in exact or (is_suffixed(name) and layer_of(name) in wanted)
 
 

@@ -1,4 +1,4 @@
-"""What a config trains beside its adapter: tensors of `modules_to_save` and biases whole, and rows of embeddings."""
+"""What a config trains beside its adapter: modules and biases whole, and rows of tables."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import stands_for
-from graphpeft.rules.config import TASK_HEADS, PeftConfig
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.peft_names import TASK_HEADS
 from graphpeft.rules.report import Refusal, Report
+from graphpeft.rules.trained import TableRows, WholeModule
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.embedding_layers import embedding_layers
 
-_WAY_OUT = "name other modules in modules_to_save, or none"
 _MOST_HINTS = 5  # an error names so many
-_ROWS_WAY_OUT = "change trainable_token_indices, or leave it None"
 
 
 class TrainedRows(NamedTuple):
@@ -28,10 +28,25 @@ class TrainedRows(NamedTuple):
     Attributes:
         indices: Which.
         leader: The path of the module that has them; of those whose weight is one tensor, the others follow it.
+        key: Their name in files, behind the path of a module that has them there; "" if this one has none.
     """
 
     indices: tuple[int, ...]
     leader: str
+    key: str
+
+
+class TrainedWhole(NamedTuple):
+    """The tensors that a config trains whole.
+
+    Attributes:
+        names: Their names, by the path of their module.
+        infixes: What stands in files behind the paths of modules, where something does: between a module and all that
+            is inside.
+    """
+
+    names: dict[str, tuple[str, ...]]
+    infixes: dict[str, str]
 
 
 def trained_whole(
@@ -40,8 +55,8 @@ def trained_whole(
     sites: Sequence[Site | LeafSite],
     report: Report,
     owned: TensorPaths,
-) -> dict[str, tuple[str, ...]]:
-    """Returns the names of the tensors that `config` trains whole, by the path of their module.
+) -> TrainedWhole:
+    """Returns the tensors that `config` trains whole.
 
     Args:
         config: The config, resolved for the model.
@@ -50,28 +65,43 @@ def trained_whole(
         report: Gets what is named and can't be trained whole.
         owned: The paths of tensors that belong to adapters.
     """
+    named = _named_modules(config, modules, report)
     whole: dict[str, tuple[str, ...]] = {}
+    adapted = {site.owner for site in sites if site.is_layer}
+    for path, (_, option) in named.items():
+        way_out = f"name other modules in {option}"
+        if path in adapted:
+            reason = f"{option} trains it whole, and an adapter of the layer itself can't act beside that"
+            report.refused.append(Refusal(path, reason, way_out))
+        for inner, module in modules[path].named_modules(prefix=path):
+            own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
+            reason = stand_ins.refusal(module) or _quantised(module)
+            if reason is not None:
+                report.refused.append(Refusal(inner, reason, way_out))
+            elif own:
+                whole[inner] = own
+    biases = _biases(modules, config, sites, owned)
+    whole |= {path: names for path, names in biases.items() if path not in whole}
+    return TrainedWhole(whole, {path: module.infix for path, module in named.items() if module.infix})
+
+
+def _named_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> dict[str, WholeModule]:
+    """Returns the modules that a config trains whole, none of which is inside another one."""
     saved = _saved_modules(modules, config)
     for name in config.modules_to_save or ():
         # the heads that a task brings along are named for every model, whichever it has
         if name not in TASK_HEADS and not any(path.endswith(name) for path in saved):
             near = targets.near_misses([name], modules) if len(report.refused) < _MOST_HINTS else []
             hint = f"; near misses: {', '.join(near)}" if near else ""
-            report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", _WAY_OUT))
-    adapted = {site.owner for site in sites if site.is_layer}
-    for path in saved:
-        if path in adapted:
-            reason = "modules_to_save trains it whole, and an adapter of the layer itself can't act beside that"
-            report.refused.append(Refusal(path, reason, _WAY_OUT))
-        for inner, module in modules[path].named_modules(prefix=path):
-            own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
-            reason = stand_ins.refusal(module) or _quantised(module)
-            if reason is not None:
-                report.refused.append(Refusal(inner, reason, _WAY_OUT))
-            elif own:
-                whole[inner] = own
-    biases = _biases(modules, config, sites, owned)
-    return whole | {path: names for path, names in biases.items() if path not in whole}
+            way_out = "name other modules in modules_to_save"
+            report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", way_out))
+    named = {**config.find_whole(modules, report), **dict.fromkeys(saved, WholeModule("", "modules_to_save"))}
+    for path, module in named.items():
+        around = next((path[:end] for end, letter in enumerate(path) if letter == "." and path[:end] in named), None)
+        if around is not None:
+            way_out = f"name other modules in {module.option}"
+            report.refused.append(Refusal(path, f"it is inside of {around}, which is trained whole", way_out))
+    return named
 
 
 def _quantised(module: nn.Module) -> str | None:
@@ -97,10 +127,9 @@ def _biases(
     modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: TensorPaths
 ) -> dict[str, tuple[str, ...]]:
     """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
-    bias = getattr(config, "bias", "none")
-    if bias == "none":
+    if config.trained_biases == "none":
         return {}
-    if bias == "all":
+    if config.trained_biases == "all":
         found = {
             path: tuple(
                 name
@@ -121,7 +150,7 @@ def trained_rows(
     whole: Mapping[str, tuple[str, ...]],
     report: Report,
 ) -> dict[str, TrainedRows]:
-    """Returns the rows that `trainable_token_indices` names, by the path of their module.
+    """Returns the rows that `config` trains, by the path of their module.
 
     A module that is tied to an embedding follows it, unless other rows are named for it.
 
@@ -132,36 +161,56 @@ def trained_rows(
         whole: The tensors that it trains whole.
         report: Gets what is named and can't be trained so.
     """
-    named = getattr(config, "trainable_token_indices", None)
+    found: dict[str, TableRows] = {}
+    for path, rows in config.find_rows(modules, report).items():
+        reason = _rows_refusal(path, modules[path], rows.indices, sites, whole)
+        if reason is not None:
+            report.refused.append(Refusal(path, reason, f"change {rows.option}"))
+        else:
+            found[path] = rows
+    return _with_tied(found, modules, config, sites, whole, report)
+
+
+def named_rows(
+    named: Mapping[str, Sequence[int]] | Sequence[int] | None,
+    option: str,
+    modules: Mapping[str, nn.Module],
+    report: Report,
+) -> dict[str, TableRows]:
+    """Returns the rows that an option names, by the path of their module.
+
+    Args:
+        named: The option's value: indices of rows of the input embedding, or such indices by the names of modules.
+        option: Its name.
+        modules: The model's modules by path.
+        report: Gets names that no module has.
+    """
     if named is None:
         return {}
     if not isinstance(named, Mapping):
         named = {next(iter(embedding_layers(modules)), "embed_tokens"): named}
-    found: dict[str, TrainedRows] = {}
+    found: dict[str, TableRows] = {}
     for name, indices in named.items():
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
         if not paths:
             near = targets.near_misses([name], modules)
             hint = f"; near misses: {', '.join(near)}" if near else ""
-            report.refused.append(Refusal(name, f"trainable_token_indices names no module{hint}", _ROWS_WAY_OUT))
-        for path in paths:
-            reason = _rows_refusal(path, modules[path], indices, sites, whole)
-            if reason is not None:
-                report.refused.append(Refusal(path, reason, _ROWS_WAY_OUT))
-            else:
-                found[path] = TrainedRows(tuple(indices), path)
-    return _with_tied(found, modules, getattr(config, "ensure_weight_tying", False), sites, whole, report)
+            report.refused.append(
+                Refusal(name, f"{option} names no module{hint}", f"change {option}, or leave it None")
+            )
+        found |= dict.fromkeys(paths, TableRows(tuple(indices), option=option))
+    return found
 
 
 def _with_tied(
-    rows: dict[str, TrainedRows],
+    rows: Mapping[str, TableRows],
     modules: Mapping[str, nn.Module],
-    ensure: bool,
+    config: PeftConfig,
     sites: Sequence[Site | LeafSite],
     whole: Mapping[str, tuple[str, ...]],
     report: Report,
 ) -> dict[str, TrainedRows]:
-    found = dict(rows)
+    found = {path: TrainedRows(own.indices, path, own.key) for path, own in rows.items()}
     for path, own in rows.items():
         if not issubclass(stands_for(modules[path]), nn.Embedding):
             continue
@@ -170,15 +219,17 @@ def _with_tied(
             if other == path or module._parameters.get("weight") is not weight:
                 continue
             if other in rows and rows[other].indices != own.indices:
-                if ensure:
-                    reason = f"it is tied to {path}, and other rows are named for it, which ensure_weight_tying forbids"
-                    report.refused.append(Refusal(other, reason, _ROWS_WAY_OUT))
+                if config.keeps_tied:
+                    reason = (
+                        f"it is tied to {path}, and other rows are named for it, which {config.tying_option} forbids"
+                    )
+                    report.refused.append(Refusal(other, reason, f"change {own.option}"))
                 continue
             reason = _rows_refusal(other, module, own.indices, sites, whole)
             if reason is not None:
-                report.refused.append(Refusal(other, f"it is tied to {path}, and {reason}", _ROWS_WAY_OUT))
+                report.refused.append(Refusal(other, f"it is tied to {path}, and {reason}", f"change {own.option}"))
             else:
-                found[other] = own
+                found[other] = TrainedRows(own.indices, path, own.key if own.written_for_tied else "")
     return found
 
 

@@ -17,7 +17,7 @@ from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
-from graphpeft.model import get_peft_model
+from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import listed

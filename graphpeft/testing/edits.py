@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.model import PeftModel, get_peft_model
+from graphpeft.model.adapt import get_peft_model
+from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.config import PeftConfig
 from graphpeft.testing import laws
 from graphpeft.testing.blame import Build, LawError

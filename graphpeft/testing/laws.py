@@ -26,7 +26,9 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.paths import join
-from graphpeft.model import PeftModel, explain, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.model.adapt import explain, get_peft_model
+from graphpeft.model.peft_model import PeftModel
+from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.blame import Build, LawError, blames_a_site, describe, first_difference
 from graphpeft.tracing.trace import trace

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
-from graphpeft.rules.config import registered
+from graphpeft.rules.registry import registered
 
 DIM = 8
 
@@ -194,6 +194,8 @@ class Model(nn.Module):
         return {"alone": lambda: y, "dict": lambda: {"y": y, "h": h}, "tuple": lambda: (y, h)}[self.output]()
 
 
+# cached, since hypothesis looks through each new strategy, and examples would make one each
+@functools.cache
 def bodies() -> st.SearchStrategy[Callable[[], nn.Module]]:
     """Returns a strategy for functions that build a module from (batch, tokens, DIM) to the same shape."""
     leaves = st.one_of(
@@ -228,11 +230,13 @@ class Case:
         return repr(self.build())
 
 
+@functools.cache
 def mixing_cases() -> st.SearchStrategy[Case]:
     """Returns a strategy for models, as `cases` does, whose body lets all tokens see each other."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Reshaped(), build())))
 
 
+@functools.cache
 def tied_cases() -> st.SearchStrategy[Case]:
     """Returns a strategy for models, as `cases` does, two of whose modules have one weight."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Tied(), build())))
@@ -323,6 +327,7 @@ def prompt_encoder_configs(draw: Any, model: nn.Module, identity: bool) -> Promp
     )
 
 
+@functools.cache
 def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
         {

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.model import get_peft_model
+from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
 from graphpeft.rules.report import table
 from graphpeft.testing import laws

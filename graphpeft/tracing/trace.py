@@ -53,6 +53,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
     Raises:
         NeedsInputsError: If the model decides on its inputs and none were given.
         TraceError: If the model's own forward can't be recorded truthfully; with `strict`, if that of any module can't.
+
+    Example:
+        >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))))
+        >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+        ['0', '1.0', '1.1']
     """
     _refuse_own_call(model)
     args, kwargs = split_inputs(example_inputs)

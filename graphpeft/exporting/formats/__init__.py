@@ -1,4 +1,4 @@
-"""The formats that a model is exported to: each writes files, and runs them, in a file of its own."""
+"""The formats of exports: each writes files and runs them, in a module of its own."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from graphpeft._torch import aot_inductor
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
-from graphpeft.exporting.quiet import quiet
+from graphpeft.exporting.program import quiet
 
 _ABOUT = "graphpeft"
 
 
 class Aoti:
-    """A program, compiled for the device that the model is on."""
+    """A program that is compiled for the model's device."""
 
     suffixes = (".pt2",)
     has_graph = True

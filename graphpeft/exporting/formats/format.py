@@ -1,4 +1,4 @@
-"""What a format is: it writes what was prepared for an export, and runs what it has written."""
+"""The protocol of formats, and what they are given to write."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from graphpeft.exporting.carriers import Case, Prepared
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example, can_call, wider
 from graphpeft.exporting.program import Dynamic, Program, exported
-from graphpeft.exporting.ways import Case, Prepared
 
 Runner = Callable[[Case, Example], Any]
-"""Computes one case of an export on an example, from the files."""
+"""Runs one case on an example, from the exported files alone."""
 
 
 class Export:
-    """What is written.
+    """What a format writes: a prepared model, and its program.
 
     Args:
         source: The adapted model, a copy in evaluation mode.
-        probe: Another copy, to find out what it can be called with: a call may change what the next one gives.
-        prepared: The plain module that is made of it.
-        example: What it is called with.
-        dynamic: Which of the example's sizes can change.
+        probe: Another copy, for calls that find out which inputs the model accepts: a call may change its buffers.
+        prepared: The model, prepared for an adapter mode.
+        example: The example inputs.
+        dynamic: The sizes of the example that can change.
     """
 
     def __init__(self, source: Any, probe: Any, prepared: Prepared, example: Example, dynamic: Dynamic) -> None:
@@ -35,11 +35,11 @@ class Export:
 
     @functools.cached_property
     def program(self) -> Program:
-        """The module as PyTorch's program."""
+        """The prepared model as PyTorch's program."""
         if self.dynamic is not False:
             *widened, _ = wider(self.probe, self.example)
             for one in widened:
-                # a size of 1 that means something, such as that of a mask for all heads, can't be any other
+                # a size of 1 can have a meaning, as in a mask for all heads, and then can't be another one
                 with contextlib.suppress(ExportError):
                     program = exported(self.prepared, one, self.dynamic)
                     if can_call(program.exported.module(), self.prepared.cases[0].full(self.example)):
@@ -48,31 +48,31 @@ class Export:
 
     @functools.cached_property
     def runnable(self) -> Callable[..., Any]:
-        """The program, which checks its inputs when it is called."""
+        """The program as a function, which checks its inputs."""
         return self.program.exported.module()
 
 
 class Format(Protocol):
-    """A format of files."""
+    """A format of exported files."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What the name of its file may end with."""
+        """The suffixes that a file of the format can have; ``""`` stands for a folder."""
         ...
 
     @property
     def has_graph(self) -> bool:
-        """Whether it holds a computation, and not only weights."""
+        """Whether a file holds a computation, not only weights."""
         ...
 
     @property
     def checks_inputs(self) -> bool:
-        """Whether a file refuses inputs for which the model decides otherwise than it did when it was exported."""
+        """Whether a file refuses inputs for which the model would branch otherwise than when it was exported."""
         ...
 
     @property
     def adapter_suffix(self) -> str:
-        """What the names of adapters' files end with, for an export that takes adapters as inputs."""
+        """The suffix of adapters' own files, where adapters are inputs."""
         ...
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -80,22 +80,22 @@ class Format(Protocol):
 
         Args:
             export: The export.
-            path: The file, or the folder, in a folder of its own, where other files may go beside it.
-            about: A text to keep in the file, which `about` returns.
+            path: The file or folder to write, in an empty folder; further files can be written beside it.
+            about: A text that the file keeps, and that the method `about` returns.
 
         Raises:
-            ExportError: If the format can't hold it, or what writes it isn't installed.
+            ExportError: If the format can't hold the model, or a needed library isn't installed.
         """
         ...
 
     def runner(self, export: Export, path: Path) -> Runner:
-        """Returns what computes with the files alone."""
+        """Loads the files and returns the function that runs them."""
         ...
 
     def about(self, path: Path) -> str | None:
-        """Returns the text that was kept in a file; None if there is none."""
+        """Returns the text that `write` has kept in a file, or None."""
         ...
 
     def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Writes the tensors of an adapter, by their names as inputs, for whoever runs the export."""
+        """Writes the tensors of an adapter, by their names as inputs, into a file of its own."""
         ...

@@ -1,8 +1,8 @@
 """ONNX, which onnxruntime and others run.
 
-The inputs have the names of the model's arguments, and those of adapters their names in PEFT's files. The latter are
-initialisers, too, with the values of the active adapter, so that a caller can leave them out, or have onnxruntime give
-others from an `.onnx_adapter`.
+The model's inputs have the names of its arguments; an adapter's inputs have the names in PEFT's files. An adapter's
+inputs are also initialisers, with the values of the active adapter: a caller can leave them out, or let onnxruntime
+read others from an `.onnx_adapter`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import TensorArgument
 
 from graphpeft._torch import pytree
+from graphpeft.exporting.atomic_export import named_by_content
+from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.program import Program
-from graphpeft.exporting.ways import Case
-from graphpeft.exporting.whole_or_nothing import named_by_content
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import template_of
@@ -36,7 +36,7 @@ from graphpeft.graph.traced_model import stands_for
 _ABOUT = "graphpeft"
 
 _FATAL_ALONE = 4
-"""onnxruntime's level of logging at which it prints no errors, which are exceptions too, and no warnings."""
+"""onnxruntime's logging level for fatal errors; other errors are exceptions."""
 
 
 class Onnx:
@@ -48,7 +48,7 @@ class Onnx:
     adapter_suffix = ".onnx_adapter"
 
     def write(self, export: Export, path: Path, about: str) -> None:
-        """Translates the program, and gives its inputs and outputs their names."""
+        """Translates the program and names its inputs and outputs."""
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _library(package)
         program = export.program
@@ -81,7 +81,7 @@ class Onnx:
         return next((prop.value for prop in model.metadata_props if prop.key == _ABOUT), None)
 
     def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Writes what ``onnxruntime.LoraAdapter`` loads."""
+        """Writes a file for ``onnxruntime.LoraAdapter``."""
         runtime = _library("onnxruntime")
         adapter = runtime.AdapterFormat()
         adapter.set_adapter_version(1)
@@ -92,7 +92,7 @@ class Onnx:
 
 
 def _name_data_by_content(path: Path) -> None:
-    """Names the file in which a large graph's weights are by what it holds, so that no other graph reads it."""
+    """Renames the file of a large graph's weights by a digest of its content, so that no other graph reads it."""
     data = path.with_name(f"{path.name}.data")
     if not data.exists():
         return
@@ -127,12 +127,12 @@ def _session(path: Path) -> Any:
 
 
 def _with_dimensions(tensor: Tensor) -> Tensor:
-    # onnxruntime's files of adapters can't hold tensors without
+    # onnxruntime's adapter files can't hold tensors without dimensions
     return tensor.detach().reshape(tensor.shape or (1,))
 
 
 def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
-    """Gives values of a graph other names, and other ones to those that have these."""
+    """Renames values of a graph; other values that have these names get new ones."""
     inside = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for value in inside:
         if value.name in names and value not in values:
@@ -142,7 +142,7 @@ def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
 
 
 def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
-    """Lets an input have a value unless it is given one; a tensor without dimensions is given with one."""
+    """Gives an input a default value; an input without dimensions gets one dimension."""
     ir = importlib.import_module("onnx_ir")
     if not default.ndim:
         if any(user.op_type not in _ELEMENTWISE for user, _ in value.uses()):
@@ -153,7 +153,7 @@ def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
 
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
-"""Operators for which a number is the same with a dimension and without, as long as the other operand has some."""
+"""Operators for which a tensor of shape (1,) acts as a number, if the other operand has dimensions."""
 
 
 def _squeeze(graph: Any, value: Any) -> None:
@@ -168,7 +168,7 @@ def _squeeze(graph: Any, value: Any) -> None:
 
 
 def _output_names(program: Program) -> list[str]:
-    """Returns the keys, or the places, of the tensors in what the model returns."""
+    """Returns a name for each tensor of the model's result: its keys and indices there."""
     spec = program.exported.call_spec.out_spec
     assert spec is not None
     specs = program.exported.graph_signature.output_specs
@@ -183,11 +183,11 @@ def _output_names(program: Program) -> list[str]:
             f"the model returns what is no tensor: {', '.join(others)}. ONNX has tensors alone: let the model return "
             "a tensor there, or nothing, or export with format='pt2'"
         )
-    plain = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
+    dotted = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
     taken = {one.name for one in program.inputs}
     return [
         f"output.{name}" if name[0].isdigit() or name in taken else name
-        for name, one in zip(plain, returned, strict=True)
+        for name, one in zip(dotted, returned, strict=True)
         if isinstance(one.arg, TensorArgument)
     ]
 
@@ -206,7 +206,7 @@ def _translated(export: Export) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what the exporter prints and warns of on its way."""
+    """Hides the exporter's prints, log messages and warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -236,14 +236,14 @@ def _refusal(error: BaseException, export: Export) -> str:
 
 
 def _modules_with(operator: str, export: Export) -> list[str]:
-    """Returns the modules that call an operator, or one that is decomposed into it."""
+    """Returns the modules that call an operator, or one that decomposes into it."""
     own = operator.rpartition(".")[2]
     nodes = [node for node in export.program.exported.graph.nodes if node.op == "call_function"]
     exact = [node for node in nodes if str(node.target).startswith(operator)]
     alike = [node for node in nodes if own in str(node.target)]
     modules = dict(export.prepared.model.named_modules())
     paths = dict.fromkeys(path for node in exact or alike if (path := _path_in_program(node)) in modules)
-    # PyTorch's exporter goes through modules that are graphs as if they were the code around them
+    # PyTorch's exporter attributes the nodes of a graph module to the module around it
     paths |= dict.fromkeys(_paths_in_graphs(own, modules))
     inside = [path for path in paths if path] or [""]
     return [f"{path or 'the model'} ({stands_for(modules[path]).__name__})" for path in inside]

@@ -1,8 +1,8 @@
 """Weights alone: the base's, by its own names, and adapters in PEFT's files.
 
-Merged weights are one file, which timm, torchvision and ``load_state_dict`` take. A path without a suffix is a folder,
-which a Transformers model's ``from_pretrained`` takes. Weights hold no computation, so the other ways give a folder
-with the base and, in `adapters`, a folder for each adapter: those load with PEFT.
+Merged weights are one file, for timm, torchvision and ``load_state_dict``. A path without a suffix is a folder, for
+``from_pretrained`` of a Transformers model. Weights hold no computation, so the other adapter modes write a folder with
+the base and, in `adapters`, a folder for each adapter, which PEFT loads.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from graphpeft.adapters import checkpoint
 from graphpeft.exporting import copies
+from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
-from graphpeft.exporting.ways import Case
-from graphpeft.model import PeftModel
+from graphpeft.model.peft_model import PeftModel
 
 _ADAPTERS = "adapters"
 
@@ -33,11 +33,11 @@ class Weights:
     """A file of tensors.
 
     Attributes:
-        suffixes: What its name may end with; "" is a folder with a file of the name `within`.
-        within: That name.
+        suffixes: The suffixes that a file can have; ``""`` stands for a folder with the file `within`.
+        within: The name of the file in a folder.
         save: Writes tensors.
-        load: Reads them.
-        tied: Whether a tensor that has several names is written under each.
+        load: Reads tensors.
+        tied: Whether a tensor with several names is written under each of them.
     """
 
     suffixes: tuple[str, ...]
@@ -51,14 +51,14 @@ class Weights:
     adapter_suffix = ""
 
     def write(self, export: Export, path: Path, about: str) -> None:
-        """Writes the weights, and beside them in a folder the model's config and its adapters."""
-        if export.prepared.way == "merged":
+        """Writes the weights; into a folder also the model's config and the adapters."""
+        if export.prepared.adapter_mode == "merged":
             self._write_base(export.prepared.model, path)
             return
         if path.suffix:
             raise ExportError(
-                f"{path.name} names one file, and with adapters={export.prepared.way!r} the base and the adapters are "
-                "files of their own; let the path be a folder"
+                f"{path.name} names one file, and with adapters={export.prepared.adapter_mode!r} the base and the "
+                "adapters are files of their own; let the path be a folder"
             )
         self._write_base(copies.with_own_weights(export.source).unload(), path)
         for name in self._adapters(export):
@@ -72,30 +72,30 @@ class Weights:
             return
         path.mkdir()
         self.save(tensors, path / self.within)
-        config: Any = getattr(base, "config", None)
+        of_model: Any = getattr(base, "config", None)
         # what a Transformers model is built from again
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(path)
+        if hasattr(of_model, "save_pretrained"):
+            of_model.save_pretrained(path)
 
     def _tensors(self, base: nn.Module) -> dict[str, Tensor]:
         state = base.state_dict()
         if self.tied:
             return state
-        # under the first of its names, as Transformers has it, which ties the others again
+        # under the first name, as Transformers does, which ties the others when it loads
         first = {id(parameter): name for name, parameter in base.named_parameters()}
         named = dict(base.named_parameters(remove_duplicate=False))
         return {name: t for name, t in state.items() if name not in named or first[id(named[name])] == name}
 
     def _adapters(self, export: Export) -> list[str]:
         state = export.source._peft_adapters
-        if export.prepared.way != "baked":
+        if export.prepared.adapter_mode != "baked":
             return list(state.by_name)
-        # what is merged acts, too, whether it is active or not
+        # a merged adapter acts even if it isn't active
         return list(dict.fromkeys((*state.read, *state.merged)))
 
     def runner(self, export: Export, path: Path) -> Runner:
-        """Loads the weights into a copy of the base whose own are gone, and the adapters onto it."""
-        if export.prepared.way == "merged":
+        """Loads the weights into a copy of the base with zeros for weights, and the adapters onto it."""
+        if export.prepared.adapter_mode == "merged":
             merged = self._filled(export.prepared.model, path)
             return lambda _, example: example.call(merged)
         model = self._filled(copies.with_own_weights(export.source).unload(), path)
@@ -103,7 +103,7 @@ class Weights:
         for name in names:
             folder = path / _ADAPTERS / name
             PeftModel.from_pretrained(model, folder, name, example_inputs=_example_inputs(export.example))
-        if export.prepared.way == "baked" and names:
+        if export.prepared.adapter_mode == "baked" and names:
             model.set_adapter(names, inference_mode=True)
 
         def run(case: Case, example: Example) -> Any:
@@ -121,11 +121,11 @@ class Weights:
         return copied
 
     def about(self, path: Path) -> str | None:
-        """Returns nothing: there are no inputs for adapters."""
+        """Returns None, since there are no inputs for adapters."""
         return None
 
     def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Isn't asked: adapters are in PEFT's files."""
+        """Raises ExportError, since adapters are in PEFT's files."""
         raise ExportError("weights have no inputs for adapters; save an adapter with save_pretrained")
 
 

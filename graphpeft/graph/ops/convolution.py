@@ -97,6 +97,11 @@ class Convolution:
         """Returns a convolution of its groups with a kernel of one position."""
         return _POINTWISE[self.function](x, weight, bias, groups=in_graph(self.groups, x))
 
+    def beside_outputs(self, bias: Any) -> Any:
+        """Returns a bias in the shape in which it is added to ``y``."""
+        positions = _PLAIN.index(_POINTWISE[self.function]) + 1
+        return bias.reshape(-1, *(1,) * positions)
+
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
         """Returns how many features go in and come out."""

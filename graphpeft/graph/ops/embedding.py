@@ -57,6 +57,10 @@ class Embedding:
         own = {name: in_graph(value, x) for name, value in self.options.items()}
         return F.embedding(x, weight, **own | options)
 
+    def beside_outputs(self, bias: Any) -> Any:
+        """Returns a bias in the shape in which it is added to ``y``."""
+        return bias
+
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
         """Returns how many entries the table has, and how many features come out."""

@@ -57,6 +57,10 @@ class Linear:
         """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
         return applied_if(condition, otherwise, "matmul" if self.transposed else "linear", x, weight, {})
 
+    def beside_outputs(self, bias: Any) -> Any:
+        """Returns a bias in the shape in which it is added to ``y``."""
+        return bias
+
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
         """Returns how many features go in and come out."""

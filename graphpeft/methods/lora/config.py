@@ -35,14 +35,19 @@ from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
-from graphpeft.rules.config import OWN, PeftConfig, PeftType, register
+from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Index, Kind, Number, Size, Within
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import Rule
+from graphpeft.rules.target_options import TargetOptions
+from graphpeft.rules.trained import Biases, TableRows
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
+from graphpeft.targeting.trained_whole import named_rows
 from graphpeft.wording import shown
 
 Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]
@@ -86,11 +91,20 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: Whether what is tied to an embedding stays so: where one of them is named in
             `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for what
             is tied are refused.
+        use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, kasa_config: Refused, not supported yet.
+        monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
+
+    Example:
+        >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], rank_pattern={"0": 2})
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        >>> model[0].lora_A_default.shape
+        torch.Size([2, 8])
     """
 
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     adapts_leaves: ClassVar[bool] = True
+    tying_option: ClassVar[str] = "ensure_weight_tying"
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
         "lora_dropout",
@@ -166,6 +180,46 @@ class LoraConfig(TargetedConfig):
             )
         if self.use_dora and self.init_lora_weights == "mica":
             raise ValueError("init_lora_weights='mica' isn't for DoRA, as in PEFT: leave use_dora out")
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules and parameters, and those with patterns for their names."""
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return super().target_options._replace(target_parameters=self.target_parameters, patterns=patterns)
+
+    @property
+    def trained_biases(self) -> Biases:
+        """Which of the model's biases are trained."""
+        return "adapted" if self.bias == "lora_only" else self.bias
+
+    @property
+    def keeps_tied(self) -> bool:
+        """Whether weights that are tied in the model stay so."""
+        return self.ensure_weight_tying
+
+    @property
+    def replicated_layers(self) -> list[tuple[int, int]] | None:
+        """The ranges of a Transformers model's layers that it runs in turn in place of its own."""
+        return self.layer_replication
+
+    def find_rows(self, modules: Mapping[str, nn.Module], report: Report) -> dict[str, TableRows]:
+        """Returns the rows that `trainable_token_indices` names."""
+        return named_rows(self.trainable_token_indices, "trainable_token_indices", modules, report)
+
+    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
+        """Returns the config that names these sites alone: each in `target_modules`, or as a parameter."""
+        if self.target_parameters is None:
+            return super().naming(sites, names)
+        # a layer's weight that was named as a parameter has no other name
+        kept = [s for s in sites if not s.is_layer and targets.match_parameter(self.target_options, s.name)]
+        config = super().naming([site for site in sites if site not in kept], names)
+        assert isinstance(config, LoraConfig)
+        paths = [site.name for site in kept]
+        config.target_parameters = paths or None
+        also = sorted(o for o in names if targets.match_parameter(config.target_options, o) and o not in paths)
+        if also:
+            raise ValueError(f"target_parameters can't name {paths} without {also}; name them in target_modules")
+        return config
 
     @property
     def starts_as_identity(self) -> bool:

@@ -46,6 +46,9 @@ class CordaConfig:
         verbose: Whether to show a progress bar.
         use_float16_for_covariance: Whether the inputs keep their dtype where they are multiplied.
         prune_temporary_fields: Read and written as PEFT does; no module gets any fields here.
+
+    Example:
+        >>> config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
     """
 
     cache_file: str | None = None
@@ -88,6 +91,12 @@ def preprocess_corda(
     Raises:
         AdaptError: If no linear layer is targeted, or one of them isn't run.
         ValueError: If `run_model` is needed and not given, or the inputs aren't finite.
+
+    Example:
+        >>> model, sample = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda")
+        >>> preprocess_corda(model, config, lambda: model(sample))
+        >>> model = get_peft_model(model, config)
     """
     options: CordaConfig = lora_config.corda_config or CordaConfig()
     layers = targeted_layers(model, lora_config)

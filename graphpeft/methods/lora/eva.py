@@ -54,6 +54,9 @@ class EvaConfig:
         label_mask_value: The label of such tokens.
         whiten: Whether A is divided by the roots of the singular values.
         adjust_scaling_factors: Whether α grows with a layer's rank.
+
+    Example:
+        >>> config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.5))
     """
 
     rho: Annotated[float, Within("at least 1 and finite", 1, 2**20)] = 2.0
@@ -247,6 +250,20 @@ def get_eva_state_dict(
     Raises:
         AdaptError: If the batches are too small, or a layer isn't run.
         ValueError: If there is no config, there are no batches, or the inputs of several processes are to be gathered.
+
+    Example:
+        >>> model, batches = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8) for _ in range(4)]
+        >>> directions = get_eva_state_dict(
+        ...     model,
+        ...     batches,
+        ...     LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva"),
+        ...     forward_fn=lambda model, batch: model(batch),
+        ...     prepare_model_inputs_fn=None,
+        ...     prepare_layer_inputs_fn=None,
+        ...     show_progress_bar=False,
+        ... )
+        >>> {path: tuple(rows.shape) for path, rows in directions.items()}
+        {'0': (2, 8)}
     """
     if gather_distributed_inputs and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
@@ -397,22 +414,35 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Gives an adapter with ``init_lora_weights="eva"`` its ranks and its A; the arguments are `get_eva_state_dict`'s.
+    """Gives an adapter with ``init_lora_weights="eva"`` its ranks and its A.
 
     Args:
         model: An adapted model.
         dataloader: Batches; not needed with `eva_state_dict`.
-        eva_state_dict: What `get_eva_state_dict` has returned.
-        forward_fn: As there.
-        prepare_model_inputs_fn: As there.
-        prepare_layer_inputs_fn: As there.
-        adapter_name: The adapter. It has to be the only active one.
-        gather_distributed_inputs: As there.
-        show_progress_bar: As there.
+        eva_state_dict: The result of `get_eva_state_dict`; None measures it.
+        forward_fn: Calls the model with a batch.
+        prepare_model_inputs_fn: Makes the input of `prepare_layer_inputs_fn` from a batch and the config.
+        prepare_layer_inputs_fn: Makes rows, (number, features), from a layer's inputs, the result of
+            `prepare_model_inputs_fn` and the layer's path; or such functions by path. None takes all rows.
+        adapter_name: The adapter, which must be the only active one.
+        gather_distributed_inputs: Must be False where several processes train: each measures its own inputs.
+        show_progress_bar: Whether to show the number of layers whose directions agree.
 
     Raises:
-        AdaptError: As there; the adapter is as it was.
+        AdaptError: If the batches are too small, or a layer isn't run; the adapter is unchanged then.
         ValueError: If the model or the adapter isn't of this kind, or neither batches nor directions are given.
+
+    Example:
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva")
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> initialize_lora_eva_weights(
+        ...     model,
+        ...     [torch.randn(32, 8) for _ in range(4)],
+        ...     forward_fn=lambda model, batch: model(batch),
+        ...     prepare_model_inputs_fn=None,
+        ...     prepare_layer_inputs_fn=None,
+        ...     show_progress_bar=False,
+        ... )
     """
     state = adapters_of(model)
     if state is None or adapter_name not in state.by_name:

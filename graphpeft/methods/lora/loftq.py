@@ -37,6 +37,9 @@ class LoftQConfig:
 
     Raises:
         ValueError: For other bits, and for other numbers of times than 1 to 100.
+
+    Example:
+        >>> config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=8))
     """
 
     loftq_bits: int = 4

@@ -43,6 +43,9 @@ class LoraGAConfig:
         scale: ``"stable"`` multiplies B by (rows of the weight)^¼ / √γ, ``"weight_svd"`` gives it the weight's largest
             singular value, ``"gd_scale"`` divides A and B by the scale of the branch, ``"unit"`` does nothing.
         stable_gamma: γ.
+
+    Example:
+        >>> config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(direction="ArBr"))
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
@@ -69,6 +72,12 @@ def preprocess_loraga(
 
     Raises:
         AdaptError: If no linear layer is targeted, or one of them gets no gradient.
+
+    Example:
+        >>> model, sample = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga")
+        >>> preprocess_loraga(model, config, lambda: model(sample).square().mean().backward())
+        >>> model = get_peft_model(model, config)
     """
     layers = targeted_layers(model, lora_config)
     names = {path: f"{path}._peft_loraga_grad" for path in layers}

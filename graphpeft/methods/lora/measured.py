@@ -25,7 +25,7 @@ def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     Raises:
         AdaptError: If there are none.
     """
-    decide = targets.compile_matcher(config.resolved(model))
+    decide = targets.compile_matcher(config.resolved(model).target_options)
     layers = {
         path: module
         for path, module in model.named_modules()

@@ -21,7 +21,8 @@ from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.factors import exact_patterns
 from graphpeft.rules.combination import Combination
-from graphpeft.rules.config import PeftConfig, register
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.calls import calls_of
 from graphpeft.sites.finder import SiteFinder
@@ -33,7 +34,15 @@ _WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), co
 @register
 @dataclass(kw_only=True)
 class LoraPerCallConfig(LoraConfig):
-    """LoRA's options, for an adapter at each call; ``query.call_2`` in a pattern is the second call of ``query``."""
+    """LoRA's options, for an adapter at each call; ``query.call_2`` in a pattern is the second call of ``query``.
+
+    Example:
+        >>> layer = nn.Linear(4, 4)
+        >>> graph = trace(nn.Sequential(layer, nn.ReLU(), layer))
+        >>> model = get_peft_model(graph, LoraPerCallConfig(r=2, target_modules=["0"]))
+        >>> [adapted.site.label for adapted in model.adapter_report().adapted]
+        ['0.call_1', '0.call_2']
+    """
 
     peft_type: ClassVar[Any] = "GRAPHPEFT_LORA_PER_CALL"
 

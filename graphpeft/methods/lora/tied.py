@@ -111,14 +111,14 @@ def names_with_tied(config: Any, model: nn.Module) -> None:
 
 
 def _name_targets(config: Any, groups: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    decide = targets.compile_matcher(config)
+    decide = targets.compile_matcher(config.target_options)
     named = (group for group in groups if any(decide(path) for path in group))
     lacking = [path for group in named for path in group if decide(path) is Match.NO]
     if lacking and isinstance(config.target_modules, str):
         config.target_modules = "|".join([f"(?:{config.target_modules})", *map(re.escape, lacking)])
     elif lacking:
         config.target_modules = {*config.target_modules, *lacking}
-        decide_now = targets.compile_matcher(config)
+        decide_now = targets.compile_matcher(config.target_options)
         others = [name for name in names if decide_now(name) and not decide(name) and name not in lacking]
         _refuse_others(others, lacking, "give target_modules as a regular expression")
 

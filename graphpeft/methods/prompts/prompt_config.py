@@ -25,8 +25,9 @@ from graphpeft.methods.prompts.prompting import (
     other_cache_names,
 )
 from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
-from graphpeft.rules.config import OWN, PeftConfig, TaskType
+from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ParameterSpec, Rule
 from graphpeft.sites.finder import SiteFinder
@@ -143,7 +144,11 @@ class PromptLearningConfig(PeftConfig):
         return PromptRule(self.encoder_in_use(), self.in_front(site))
 
     def in_front(self, site: CallSite) -> InFront:
-        """Returns where the virtual tokens go in a Transformers model."""
+        """Returns where the virtual tokens go in a Transformers model.
+
+        Args:
+            site: The boundary of a forward that gets the virtual tokens.
+        """
         assert self.num_virtual_tokens is not None
         labels = (prompting.LABELS,) if site.role == prompting.LABELS_TOKENS else ()
         follows = () if self.labels_include_prompt else (*labels, *prompting.POSITIONS)

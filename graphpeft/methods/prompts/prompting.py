@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
-from graphpeft.rules.config import TaskType
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import BoundaryRule, ParameterSpec
 from graphpeft.sites.calls import boundary

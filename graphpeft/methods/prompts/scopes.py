@@ -21,6 +21,7 @@ from graphpeft._torch import pytree
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
@@ -85,7 +86,7 @@ def scope_sites(
         report: Gets what can't take virtual tokens.
         dtype: The dtype of the virtual tokens.
     """
-    named = type("Scope", (), {"target_modules": scope})
+    named = TargetOptions(target_modules=scope)
     paths = [path for path in finder.modules if path and targets.match(named, path)]
     if not paths:
         near = targets.near_misses(scope, [path for path in finder.modules if path])

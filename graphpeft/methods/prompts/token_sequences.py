@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ from graphpeft.graph.traced_model import stands_for
 from graphpeft.methods.prompts.scopes import InScope
 from graphpeft.rules import rewrite
 from graphpeft.rules.report import listed
+from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.examples import faked
@@ -44,6 +45,12 @@ class TokenSequence(NamedTuple):
             that need tokens of their own (deep prompts).
         token_dim: The size of a token.
         length: The number of tokens that the example inputs give.
+
+    Example:
+        >>> found = TokenSequence("blocks", token_dim=64, length=101)
+        >>> config = PromptTuningConfig(
+        ...     num_virtual_tokens=4, prompt_scope=found.prompt_scope, token_dim=found.token_dim
+        ... )
     """
 
     prompt_scope: str
@@ -58,8 +65,17 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
         model: Any model that can be traced, or a traced one. It stays as it is.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
 
+    Returns:
+        The place, with the size and the number of tokens there.
+
     Raises:
         TraceError: If the model can't be traced, has no attention, or no module takes virtual tokens there.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit").eval()
+        >>> find_token_sequence(model, (torch.randn(1, 3, 160, 160),))
+        TokenSequence(prompt_scope='blocks', token_dim=64, length=101)
     """
     worn = template_of(model)
     traced = model if worn is not None and not worn.calls_own_forward else trace(model, example_inputs)
@@ -231,13 +247,17 @@ def _pattern(paths: list[str], root: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class _OneToken:
+class _OneToken(BoundaryRule):
     """The rule that puts one virtual token of zeros into a scope."""
-
-    more_inputs: ClassVar[tuple[str, ...]] = ()
 
     scope: InScope
     dim: int
+
+    def parameters(self, site: Any, config: Any) -> dict[str, Any]:
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        return None
 
     def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return self.scope.enter(inputs[self.scope.sequence].new_zeros(1, self.dim), inputs, None, None)

@@ -1,35 +1,37 @@
-"""Adapters as arguments with a row for each adapter, and a row of the batch has the one that `adapter_rows` says.
+"""The rows of a batch in a model whose adapters are arguments: `adapter_rows` says which adapter each row has.
 
-Each tensor of an adapter has one dimension more in front, the adapters, and so has each number. The graphs are those
-of a mixed batch (`mixing.py`), which read what is stacked row by row.
+Each tensor of an adapter has a further first dimension, the adapters, and so has each number. The graphs are those for
+mixed batches (`adapters/mixing.py`), which read a parameter or a number for each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft.adapters.rows import Runner
+from graphpeft.adapters.present_rows import RowParameters
 
 
 class GivenRows:
-    """The rows of a call in which modules have the tensors of all adapters in the place of those of one.
+    """The rows of a call in which the attributes of one adapter hold the tensors of several, stacked.
+
+    It is `PresentRows` for the call, and `RowParameters` for each tensor in it.
 
     Args:
-        name: That one.
+        name: The adapter whose attributes these are.
         rows: The number of the adapter of each row, int64 of the shape (batch,).
     """
 
-    runners: Mapping[int, Runner] = {}
+    runners: Mapping[int, Callable[..., Any]] = {}
     are_off = False
 
     def __init__(self, name: str, rows: Tensor) -> None:
         self._name, self._rows = name, rows
 
-    def of(self, tensor: Tensor) -> GivenRows:
-        """Returns the adapters of the rows of `tensor`.
+    def of(self, tensor: Tensor) -> RowParameters:
+        """Returns the adapters' parameters for the rows of `tensor`.
 
         Raises:
             ValueError: If it has another number of rows.
@@ -46,6 +48,6 @@ class GivenRows:
         return getattr(owner, f"{stem}_{self._name}").index_select(0, self._rows)
 
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
-        """Returns the numbers `stem` of `owner`, one for each row; a number for all that isn't an input."""
+        """Returns the numbers `stem` of `owner`, one for each row; one number for all rows if it isn't an input."""
         number = getattr(owner, f"{stem}_{self._name}")
         return number.index_select(0, self._rows) if isinstance(number, Tensor) else number

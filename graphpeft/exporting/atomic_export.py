@@ -1,4 +1,8 @@
-"""An export's files appear at their places whole and together, or not at all."""
+"""The files of an export take their places together or not at all, by `files/atomic_files.py`.
+
+A large ONNX graph has its weights in a part file, whose name has a digest of its content: a graph never reads the
+weights of another export.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,20 @@ from graphpeft.files.atomic_files import Staging
 
 
 @contextlib.contextmanager
-def folder_for(target: Path) -> Iterator[Path]:
-    """Gives an empty folder, and puts what is in it beside `target` at the end, unless something fails.
+def staged_beside(target: Path) -> Iterator[Path]:
+    """Gives an empty folder, whose files are moved beside `target` at the context's end.
 
-    Files of the same names make way, and so do parts of them that are files of their own; all others stay. What was
-    there before is there again after an error.
+    They replace files of the same names, and the part files of an earlier export to `target` are removed; others stay.
+    If the context fails, nothing has changed.
 
     Raises:
-        ExportError: If nothing can be written there.
+        ExportError: If the files can't be written there.
     """
-    with _told(target):
+    with _os_errors_as_export_errors(target):
         staging = Staging(target.parent)
     with staging:
         yield staging.folder
-        with _told(target):
+        with _os_errors_as_export_errors(target):
             placed = staging.put()
         for part in target.parent.glob("*.data"):
             if part not in placed and _is_part(part.name, target.name):
@@ -35,14 +39,14 @@ def folder_for(target: Path) -> Iterator[Path]:
 
 
 def named_by_content(part: Path, whole: Path) -> Path:
-    """Names a file by what it holds, so that who reads it finds this one and no other.
+    """Renames a part file by a digest of its content.
 
     Args:
-        part: The file.
-        whole: The file that reads it, beside it.
+        part: The part file.
+        whole: The file beside it that reads it.
 
     Returns:
-        The file under its new name.
+        The part file under its new name.
     """
     digest = hashlib.blake2b(digest_size=8)
     with part.open("rb") as file:
@@ -56,7 +60,7 @@ def _is_part(name: str, whole: str) -> bool:
 
 
 @contextlib.contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _os_errors_as_export_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

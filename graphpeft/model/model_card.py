@@ -1,8 +1,9 @@
-"""The model card: what the Hub, and a person, read of an adapter in its folder's `README.md`."""
+"""The model card of an adapter, `README.md` in its folder, which the Hub shows."""
 
 from __future__ import annotations
 
-from graphpeft.rules.config import PeftConfig, PeftType
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.peft_names import PeftType
 
 
 def model_card(config: PeftConfig) -> str:

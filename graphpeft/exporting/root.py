@@ -1,4 +1,4 @@
-"""What is exported: one plain module that calls a model, with more arguments, and with plain containers as results."""
+"""The module that is exported: it calls a model, takes further arguments, and returns plain containers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from graphpeft.exporting.errors import ExportError
 
 
 class Root(nn.Module):
-    """A module that has a model's tensors and modules by the same names, and calls it.
+    """A module around a model, with the model's tensors and submodules under the same names.
 
-    PyTorch's exporter goes through the graph of an ``fx.GraphModule`` node by node, whatever its forward does besides;
-    and what is added to a call here isn't the model's.
+    PyTorch's exporter sees this module in place of the model, since it would interpret an ``fx.GraphModule`` node by
+    node, without its hooks, and since the further arguments aren't the model's.
 
     Args:
         model: The model.
-        names: The names of keyword arguments that its forward doesn't have.
-        around: Makes the context of a call from these.
+        names: Keyword arguments that a call takes beside those of the model's forward.
+        around: Makes the context of a call from these arguments.
 
     Raises:
-        ExportError: If its forward has an argument of one of these names.
+        ExportError: If the model's forward has an argument of one of these names.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class Root(nn.Module):
                 f"the forward of the {type(model).__name__} has an argument {taken[0]!r} itself, which is the name of "
                 "what an export takes beside the model's own; rename that, or use adapters='baked'"
             )
-        # the very dictionaries, so that the exporter's tensors, which it puts into them, are those that the model reads
+        # the model's very dictionaries: the exporter puts its tensors into them, and the model must read these
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = model.__dict__[kind]
         self.training = model.training
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            more = {name: kwargs.pop(name) for name in names}
-            with around(**more):
-                return plain(model(*args, **kwargs))
+            further = {name: kwargs.pop(name) for name in names}
+            with around(**further):
+                return in_plain_containers(model(*args, **kwargs))
 
         forward.__dict__["__signature__"] = _with(inspect.signature(model.forward), names)
         self.__dict__["forward"] = forward
 
     def name_arguments(self, names: Iterable[str]) -> None:
-        """Lets the signature name these keyword arguments in place of taking any, as PyTorch's exporter wants it."""
+        """Makes the forward's signature name these keyword arguments in place of ``**kwargs``, as the exporter asks."""
         signature = inspect.signature(self.forward)
         unnamed = tuple(name for name in names if name not in signature.parameters)
         fixed = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
@@ -68,13 +68,14 @@ def _with(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signa
     return signature.replace(parameters=[*fixed, *added, *taken])
 
 
-def plain(value: Any) -> Any:
-    """Returns what a model returns, with dictionaries and tuples in place of a library's own kinds of these.
+def in_plain_containers(value: Any) -> Any:
+    """Returns a model's result with dictionaries and tuples in place of a library's own classes.
 
-    So whoever loads the model needs nothing of that library.
+    So the exported file can be loaded without that library.
     """
     if isinstance(value, Mapping):
-        return {key: plain(inside) for key, inside in value.items()}
+        return {key: in_plain_containers(inside) for key, inside in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(map(plain, value)) if type(value) in (tuple, list) else tuple(map(plain, value))
+        kind = type(value) if type(value) in (tuple, list) else tuple
+        return kind(map(in_plain_containers, value))
     return value

@@ -1,0 +1,170 @@
+"""The names of adapters' tensors in PEFT's files.
+
+A tensor's name is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more for each of
+its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
+``.base_layer`` in them. What is one for the whole adapter is called ``base_model.<name>``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+
+import torch
+
+from graphpeft.adapters.state import Adapter, Modules
+from graphpeft.graph import stand_ins
+from graphpeft.graph.paths import join
+from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting.patterns import Pattern
+
+PREFIX = "base_model.model."
+
+ONCE = "base_model."
+"""What the names of tensors begin with that a file has once for the whole adapter."""
+
+
+def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each name in the file, the module's path and the name of the tensor in the model."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    prefix = adapter.config.file_prefix
+    found: dict[str, tuple[str, str]] = {}
+    for adapted in adapter.sites:
+        for local, spec in adapted.specs.items():
+            if spec.written_once:
+                found[ONCE + spec.key] = adapted.shared.get(local, (adapted.site.owner, adapted.names[local]))
+            elif spec.is_saved:
+                key = _key_at_site(adapted.site, spec.key, wrapped, prefix)
+                found[key] = (adapted.site.owner, adapted.names[local])
+    for owner, names in adapter.whole.items():
+        path = _file_path(owner, wrapped, adapter.infixes) + ".base_layer" * len(wrapped.get(owner, ()))
+        for own in names:
+            if own not in modules[owner]._non_persistent_buffers_set:
+                key = _key(prefix, path, own)
+                found[key] = (owner, stand_ins.stand_in(own, name))
+    for path, rows in adapter.rows.items():
+        if rows.key:
+            key = _key(prefix, _file_path(path, wrapped), rows.key)
+            found[key] = (path, stand_ins.rows(name))
+    return found
+
+
+def constant_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Returns, for each number that an adapter's rules read, the module's path and its name there.
+
+    Files don't have them, since they follow from the config. Their names are made as those of tensors are.
+    """
+    wrapped = _wrapped_parameters(adapter, modules)
+    return {
+        _key_at_site(adapted.site, local, wrapped, adapter.config.file_prefix): (
+            adapted.site.owner,
+            adapted.names[local],
+        )
+        for adapted in adapter.sites
+        for local in adapted.constants
+    }
+
+
+def keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Returns, for each name that the own tensors of these layers have in the file, the layer's path and their name."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
+        for own in ("weight", "bias"):
+            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
+                found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
+    return found
+
+
+def _key_at_site(site: Site | LeafSite | CallSite, name: str, wrapped: Mapping[str, list[str]], prefix: str) -> str:
+    if isinstance(site, CallSite):
+        return join(site.file_path, name)  # PEFT has prompts beside the model, not inside
+    # behind the name of the tensor, where no module of the model's can have the same
+    name = name if site.call is None else join(name, str(site.call))
+    if isinstance(site, LeafSite):
+        return _key(prefix, _file_path(site.owner, wrapped), name)
+    around = len(wrapped[site.owner]) - 1 - wrapped[site.owner].index(site.attribute)
+    path = _file_path(site.owner, wrapped) + ".base_layer" * around
+    return _key(prefix, path, name)
+
+
+def _key(prefix: str, path: str, name: str) -> str:
+    return prefix + join(path, name).removeprefix(".")
+
+
+def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[str]]:
+    """Returns the weights for which PEFT wraps their module, the innermost first, by the module's path."""
+    wrapped: dict[str, set[tuple[bool, int, str]]] = {}
+    for adapted in adapter.weight_sites:
+        site = adapted.site
+        # a layer is wrapped as such before its parameters are
+        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        wrapped.setdefault(site.owner, set()).add(place)
+    for adapted in adapter.sites:
+        if isinstance(adapted.site, LeafSite):
+            wrapped.setdefault(adapted.site.owner, set()).add((False, -1, ""))
+    return {owner: [name for *_, name in sorted(places)] for owner, places in wrapped.items()}
+
+
+def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns a module's path in files: with ``.base_layer`` behind each module around it that PEFT wraps.
+
+    Args:
+        path: The path.
+        wrapped: As `_wrapped_parameters` returns it.
+        infixes: What stands behind the paths of modules, and of those around it.
+    """
+    parts: list[str] = []
+    here: list[str] = []
+    for part in path.split(".") if path else ():
+        if here:
+            parts += ["base_layer"] * len(wrapped.get(".".join(here), ()))
+        here.append(part)
+        parts.append(part)
+        if ".".join(here) in infixes:
+            # PEFT leaves the adapter's name in the names of what is inside, and reads it only under the same name
+            parts += [infixes[".".join(here)], *([] if len(here) == path.count(".") + 1 else ["default"])]
+    return ".".join(parts)
+
+
+def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors by other names, as PEFT's `key_mapping` says.
+
+    Args:
+        values: Tensors by their names in the file.
+        key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
+            one that is found is replaced.
+    """
+    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
+
+    def mapped(key: str) -> str:
+        own = key.removeprefix(PREFIX)
+        found = next((pattern for pattern in patterns if pattern.search(own)), None)
+        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
+
+    return {mapped(key): tensor for key, tensor in values.items()}
+
+
+def meanings(key: str) -> set[str]:
+    """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
+    return {pattern.sub("", key) for pattern in _REDUNDANT}
+
+
+_REDUNDANT = (
+    re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
+    re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
+)
+"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
+module with others inside, with the adapter's name."""
+
+
+def names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
+    """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
+    first = {id(module): path for path, module in modules.items()}
+    for path, module in modules[""].named_modules(remove_duplicate=False):
+        owner = first[id(module)]
+        if path != owner:
+            keys_of_owner = [key for key, place in named.items() if place[0] == owner]
+            yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)

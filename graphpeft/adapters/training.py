@@ -1,0 +1,81 @@
+"""Methods that change while they are trained: what they add to the loss, and what they do after a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.trained import SiteParameters
+from graphpeft.transaction import remember, undone_by
+
+
+def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
+    """Lets the adapters that are trained do what their method does after a step, inside a transaction.
+
+    Raises:
+        AdaptError: If none has a method that does something then, or one lacks gradients for it.
+    """
+    changing = [adapter for adapter in _trained(state) if type(adapter.config).after_step is not PeftConfig.after_step]
+    if not changing:
+        raise AdaptError(
+            f"no adapter that is trained now changes after a step of training, of {sorted(state.by_name)}; leave "
+            "update_and_allocate out, or make an adapter that does so active"
+        )
+    for adapter in changing:
+        sites = _parameters(modules, adapter)
+        for _, parameters in sites:
+            for tensor in parameters.values():
+                remember(tensor)
+        # attributes that are set anew go when it fails, too
+        undone_by(_put_back, adapter.config, dict(vars(adapter.config)))
+        with torch.no_grad():
+            try:
+                adapter.config.after_step(step, sites)
+            except ValueError as error:
+                raise AdaptError(str(error)) from error
+
+
+def with_penalty(modules: Modules, state: Adapters, output: Any) -> Any:
+    """Returns what a model returned, with the penalties of the adapters that are trained added to its loss.
+
+    Args:
+        modules: The model's modules by path.
+        state: The model's adapters.
+        output: The output; one without a `loss` stays as it is, as in PEFT.
+    """
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor) and not state.are_off:
+        for adapter in _trained(state):
+            penalty = adapter.config.penalty(_parameters(modules, adapter))
+            loss = loss if penalty is None else loss + penalty
+        output.loss = loss
+    return output
+
+
+def has_penalty(config: PeftConfig) -> bool:
+    """Tells whether a config's method adds something to the loss."""
+    return type(config).penalty is not PeftConfig.penalty
+
+
+def _trained(state: Adapters) -> list[Adapter]:
+    active = [state.by_name[name] for name in state.active]
+    return [adapter for adapter in active if not adapter.config.inference_mode]
+
+
+def _parameters(modules: Modules, adapter: Adapter) -> list[SiteParameters]:
+    return [
+        SiteParameters(
+            adapted.site,
+            {local: getattr(modules[adapted.site.owner], adapted.names[local]) for local in adapted.specs},
+        )
+        for adapted in adapter.sites
+    ]
+
+
+def _put_back(config: PeftConfig, attributes: dict[str, Any]) -> None:
+    vars(config).clear()
+    vars(config).update(attributes)

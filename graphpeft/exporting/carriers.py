@@ -1,0 +1,214 @@
+"""How an export carries adapters: each adapter mode has a function that makes the module to export of a model.
+
+merged   adapters are added to the weights
+baked    adapters are branches, whose tensors are weights
+inputs   one adapter is an argument: any adapter of the same shapes, with the one graph
+rows     several adapters are an argument, and another one says which of them each row of the batch has
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.adapters import mixing
+from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.present_rows import ROWS
+from graphpeft.adapters.state import Adapters, adapters_of
+from graphpeft.exporting import adapter_inputs, copies
+from graphpeft.exporting.adapter_inputs import AdapterInputs
+from graphpeft.exporting.errors import ExportError
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.given_rows import GivenRows
+from graphpeft.exporting.root import Root
+from graphpeft.passes.optimization import optimize
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One use of an exported model, with what it must return: without adapters, with one, or with several by rows.
+
+    A check runs every case in the exported file and in the adapted model, and compares the results.
+
+    Attributes:
+        name: The name in reports and errors.
+        given: Returns the arguments that the exported model takes beside the model's own, for an example.
+        expected: Returns what the adapted model, a copy in evaluation mode, returns for an example.
+    """
+
+    name: str
+    given: Callable[[Example], dict[str, Any]]
+    expected: Callable[[Any, Example], Any]
+
+    def full(self, example: Example) -> Example:
+        """Returns the example with all arguments of the exported model."""
+        return example.with_(**self.given(example))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be exported.
+
+    Attributes:
+        adapter_mode: How it carries adapters: a name in `CARRIERS`.
+        model: The copied model, in evaluation mode, changed for the mode.
+        root: The module that is exported; it calls `model`.
+        cases: How the export is used; it is traced with the first one.
+        adapters: The tensors for each adapter's own file, by the adapter's name and their names as inputs.
+        interface: The inputs for an adapter; None where adapters aren't inputs.
+        defaults: The tensors that the inputs have unless a caller gives others.
+    """
+
+    adapter_mode: str
+    model: Any
+    root: Root
+    cases: tuple[Case, ...]
+    adapters: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    interface: AdapterInputs | None = None
+    defaults: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+_CALL = Case("", lambda _: {}, lambda model, example: example.call(model))
+"""A call of the model without further arguments."""
+
+
+def merged(model: nn.Module) -> Prepared:
+    """Returns the base model with the active adapters in its weights."""
+    state = adapters_of(model)
+    if state is None:
+        base = copies.sharing_weights(model)
+        return Prepared("merged", base, Root(base), (_CALL,))
+    copied = copies.with_own_weights(model)
+    unmerged = [] if state.are_off else [name for name in state.active if name not in state.merged]
+    try:
+        base = copied.merge_and_unload(adapter_names=unmerged)
+    except AdaptError as error:
+        raise ExportError(f"{error}. Or export it with adapters='baked', which keeps the branch") from error
+    return Prepared("merged", base, Root(base), (_CALL,))
+
+
+def baked(model: nn.Module) -> Prepared:
+    """Returns the model with the active adapters as branches, without all others."""
+    state = _adapters(model, "baked")
+    copied = copies.sharing_weights(model)
+    optimize(copied, [])
+    copies.take_tensors_off(copied, state.by_name.keys() - {*state.read})
+    return Prepared("baked", copied, Root(copied), (_CALL,))
+
+
+def inputs(model: nn.Module) -> Prepared:
+    """Returns the model with a further argument `adapters`: the tensors of one adapter by their names."""
+    copied, name, interface, values = _with_inputs(model, "inputs")
+    modules = dict(copied.named_modules())
+    copies.take_tensors_off(copied, copied._peft_adapters.by_name)
+    root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, interface.inputs, adapters))
+    cases = tuple(_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name))
+    return Prepared("inputs", copied, root, cases, values, interface, values[name])
+
+
+def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
+    def expected(model: Any, example: Example) -> Any:
+        model.set_adapter(name, inference_mode=True)
+        return example.call(model)
+
+    return Case(f"adapter {name!r}", lambda _: {"adapters": dict(values)}, expected)
+
+
+def rows(model: nn.Module) -> Prepared:
+    """Returns the model with further arguments: `adapters`, several adapters, and `adapter_rows`, one for each row."""
+    copied, name, interface, values = _with_inputs(model, "rows")
+    modules = dict(copied.named_modules())
+    try:
+        mixing.run_at_once(modules, copied._peft_adapters, name)
+    except AdaptError as error:
+        raise ExportError(
+            f"{error}. Export it with adapters='inputs' and call it for the rows of each adapter"
+        ) from error
+    copies.take_tensors_off(copied, copied._peft_adapters.by_name)
+
+    @contextlib.contextmanager
+    def around(adapters: Mapping[str, Tensor], adapter_rows: Tensor) -> Iterator[None]:
+        with (
+            adapter_inputs.given(modules, interface.inputs, adapters),
+            ROWS.during(GivenRows(name, adapter_rows)),
+        ):
+            yield
+
+    root = Root(copied, ("adapters", "adapter_rows"), around)
+    names = list(values)
+    stacks_of_one = {other: {key: value.unsqueeze(0) for key, value in values[other].items()} for other in names}
+    stacked = {key: torch.cat([stacks_of_one[other][key] for other in names]) for key in interface.inputs}
+    return Prepared("rows", copied, root, (_by_rows(names, stacked),), stacks_of_one, interface, stacked)
+
+
+def _by_rows(names: list[str], stacked: Mapping[str, Tensor]) -> Case:
+    # a trace fixes the number of adapters if there is one; zeros are the base as a second one
+    chosen_from = names if len(names) > 1 else [*names, BASE]
+    zeros = len(chosen_from) - len(names)
+    several = {key: torch.cat([value, *[torch.zeros_like(value)] * zeros]) for key, value in stacked.items()}
+
+    def given(example: Example) -> dict[str, Any]:
+        rows = torch.arange(example.batch - 1, -1, -1, device=example.tensors[0].device) % len(chosen_from)
+        return {"adapters": several, "adapter_rows": rows}
+
+    def expected(model: Any, example: Example) -> Any:
+        chosen = [chosen_from[row] for row in given(example)["adapter_rows"].tolist()]
+        return example.with_(adapter_names=chosen).call(model)
+
+    return Case("a batch of adapters", given, expected)
+
+
+CARRIERS: Mapping[str, Callable[[nn.Module], Prepared]] = {
+    "merged": merged,
+    "baked": baked,
+    "inputs": inputs,
+    "rows": rows,
+}
+"""The functions by adapter mode. Each leaves its model unchanged, and raises ExportError for what it can't carry."""
+
+
+def _adapters(model: nn.Module, adapter_mode: str) -> Adapters:
+    state = adapters_of(model)
+    if state is None:
+        raise ExportError(
+            f"the {type(model).__name__} has no adapters, and adapters={adapter_mode!r} is for those; adapt it with "
+            "get_peft_model, or export it as it is with adapters='merged'"
+        )
+    return state
+
+
+def _with_inputs(model: nn.Module, adapter_mode: str) -> tuple[Any, str, AdapterInputs, dict[str, dict[str, Tensor]]]:
+    """Prepares a copy of a model for adapters as inputs.
+
+    Returns:
+        The copy, the name of its active adapter, that adapter's inputs, and the values of all adapters for these by the
+        adapters' names.
+
+    Raises:
+        ExportError: If not exactly one adapter acts, or the adapters don't have equal inputs.
+    """
+    state = _adapters(model, adapter_mode)
+    if state.merged:
+        raise ExportError("adapters are merged into the weights; call unmerge_adapter() before you export them apart")
+    if len(state.acting) != 1:
+        raise ExportError(
+            f"adapters={adapter_mode!r} is for one adapter at a time, and {state.acting or 'none'} act; activate one "
+            "with set_adapter, or combine several by add_weighted_adapter"
+        )
+    [name] = state.acting
+    copied = copies.sharing_weights(model)
+    optimize(copied, [])
+    # all of them before the graphs are changed
+    found = {other: adapter_inputs.inputs_of(copied, other) for other in (name, *state.by_name)}
+    adapter_inputs.take_numbers_as_tensors(copied, name)
+    unread = set(adapter_inputs.unread(copied, name, found[name].inputs))
+    interface = found[name]._replace(inputs={k: one for k, one in found[name].inputs.items() if k not in unread})
+    of_name = f"a graph for adapter {name!r}"
+    values = {other: adapter_inputs.fitted(one, interface, other, of_name) for other, one in found.items()}
+    return copied, name, interface, values

@@ -1,0 +1,139 @@
+"""The functions that adapt a model, or tell what adapting it would do."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from torch import nn
+
+from graphpeft.adapters.adapting import (
+    Where,
+    add_new,
+    plan_for,
+    replicate_layers,
+    warn_of_adapted_and_trained_whole,
+    warn_of_unmatched,
+)
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.peft_model import methods_for
+from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
+from graphpeft.rules.report import Report
+from graphpeft.transaction import transaction
+
+
+def explain(
+    model: nn.Module,
+    config: ConfigLike,
+    adapter_name: str = "default",
+    *,
+    example_inputs: ExampleInputs | None = None,
+    where: Where | None = None,
+) -> Report:
+    """Tells what `get_peft_model` would do to a model, which it leaves unchanged.
+
+    Args:
+        model: Any PyTorch module, or a graph that `trace` returned.
+        config: A config of this library or of PEFT; its class is the method.
+        adapter_name: The name that the adapter would have.
+        example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be called.
+            It is needed where the forward of a module that uses a weight functionally branches on its inputs.
+        where: A predicate that narrows down the sites which the config names, such as
+            ``lambda site: site.out_features == 64``.
+
+    Returns:
+        The sites that would be adapted, those that would be refused with the reasons, and the number of parameters.
+
+    Raises:
+        AdaptError: If the config asks for something that isn't supported, or the adapter can't have this name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        >>> explain(model, LoraConfig(r=2, target_modules=["0"]))
+        LORA adapter 'default': 1 sites, 48 parameters
+        <BLANKLINE>
+        site  op      size    graph of  parameters
+        ────  ──────  ──────  ────────  ──────────
+        0     Linear  8 → 16  0         48
+    """
+    ours = as_config(config)
+    with transaction(model):
+        replication = replicate_layers(model, ours)
+        plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
+        warn_of_unmatched(ours, plan)
+        warn_of_adapted_and_trained_whole(plan)
+        if replication is not None:
+            replication.undo()
+    return plan.report
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: ConfigLike,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,  # noqa: ARG001
+    *,
+    example_inputs: ExampleInputs | None = None,
+    where: Where | None = None,
+) -> Any:
+    """Adapts a model in place, and gives it the methods of `PeftModel`.
+
+    The model stays the same object of the same class. A model that has adapters already gets another one, which becomes
+    the active one.
+
+    Args:
+        model: Any PyTorch module, or a graph that `trace` returned.
+        peft_config: A config of this library or of PEFT; its class is the method.
+        adapter_name: The adapter's name.
+        mixed: Must be False; a model takes adapters of any methods without it.
+        autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
+        revision: The base model's revision on the Hub, which the adapter's config records.
+        low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+        example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be called.
+            It is needed where the forward of a module that uses a weight functionally branches on its inputs.
+        where: A predicate that narrows down the sites which the config names, such as
+            ``lambda site: site.out_features == 64``. It isn't saved; the saved config names the sites that it chose.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        AdaptError: If nothing in the model matches the config, a target can't be adapted, or the adapter can't have
+            this name. The model is unchanged then.
+        ValueError: If `mixed` is True.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])) is model
+        True
+        >>> model.print_trainable_parameters()
+        trainable params: 88 || all params: 300 || trainable%: 29.3333
+    """
+    if mixed:
+        raise ValueError("mixed=True isn't needed: a model takes adapters of any methods here; leave mixed False")
+    config = as_config(peft_config)
+    if revision is not None:
+        config = _with_revision(config, revision)
+    add_new(
+        model,
+        config,
+        adapter_name,
+        example_inputs,
+        autocast_adapter_dtype,
+        where,
+        activates=True,
+        methods=methods_for(model),
+    )
+    return model
+
+
+def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
+    if config.revision not in (None, revision):
+        warnings.warn(f"the config's revision {config.revision!r} is replaced by {revision!r}", stacklevel=3)
+    changed = copy.copy(config)
+    changed.revision = revision
+    return changed

@@ -1,0 +1,95 @@
+"""The methods of an adapted model that tell of its adapters and parameters, and change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graphpeft.adapters.adapting import known_adapter
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapters
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.report import Report
+
+
+class AdapterInfo(nn.Module):
+    """The part of `PeftModel` that tells of the adapters and counts parameters."""
+
+    # Transformers asks for it: gradient checkpointing of a frozen model needs inputs that require grad
+    _hf_peft_config_loaded = True
+
+    _peft_adapters: Adapters
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of each adapter, by the adapter's name, in the order in which they were added."""
+        return {name: adapter.config for name, adapter in self._peft_adapters.by_name.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters; while adapters are disabled, these don't act."""
+        return list(self._peft_adapters.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the first active adapter.
+
+        Raises:
+            AdaptError: If no adapter is active.
+        """
+        if not self.active_adapters:
+            raise AdaptError(f"no adapter is active; name one of {sorted(self.peft_config)}, or call set_adapter first")
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first active adapter.
+
+        Raises:
+            AdaptError: If no adapter is active.
+        """
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that `merge_adapter` has added to the weights."""
+        return list(self._peft_adapters.merged)
+
+    def get_base_model(self) -> Any:
+        """Returns the model itself, since an adapted model is the base model with adapters.
+
+        Returns:
+            This model.
+        """
+        return self
+
+    def adapter_report(self, adapter_name: str | None = None) -> Report:
+        """Returns what an adapter adapted.
+
+        Args:
+            adapter_name: The adapter; the first active one if None.
+
+        Returns:
+            The adapter's sites, operations and parameters, as a table that prints.
+
+        Raises:
+            AdaptError: If the model has no adapter of this name, or none is active.
+        """
+        return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Counts the model's parameters, in numbers (not tensors).
+
+        Returns:
+            How many are trainable, and how many there are, those of adapters among them.
+        """
+        parameters = list(self.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the counts of `get_nb_trainable_parameters`, and the share of the first in per cent, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201

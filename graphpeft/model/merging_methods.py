@@ -1,0 +1,133 @@
+"""The methods of an adapted model that add adapters to the weights, and that take adapters off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from graphpeft.adapters import lifecycle, merging
+from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.state import STATE
+from graphpeft.adapters.tensors import thaw
+from graphpeft.graph import in_place
+from graphpeft.graph.template import names_in_slots
+from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.rules.report import listed
+from graphpeft.transaction import delete_item, transaction
+
+
+class MergingMethods(AdapterInfo):
+    """The part of `PeftModel` that merges adapters and unloads them."""
+
+    def unload(self) -> Any:
+        """Takes all adapters off.
+
+        A forward that runs in another thread may see the change half done, see `PeftModel`.
+
+        Returns:
+            This model, exactly as it was before its first adapter.
+        """
+        state, modules = self._peft_adapters, modules_of(self)
+        with transaction(self):
+            merging.unmerge(modules, state)
+            for name in list(state.by_name):
+                lifecycle.remove(modules, state, name)
+            for region in state.mixable & modules.keys():
+                in_place.take_off(modules[region], "rows")
+            for region in state.lifted.keys() & modules.keys():
+                if not names_in_slots(modules[region]):  # of adapters of a model inside or around
+                    in_place.take_off(modules[region], "graph")
+            delete_item(self.__dict__, STATE)
+            in_place.take_off(self, "methods")
+            thaw(modules, state)
+            if state.replication is not None:
+                state.replication.undo()
+        return self
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> Any:
+        """Adds adapters to the weights and takes all adapters off.
+
+        A copy of each changed weight is kept until the call ends, in main memory if the weight is on an accelerator. A
+        forward that runs in another thread may see the change half done, see `PeftModel`.
+
+        Args:
+            progressbar: Accepted for compatibility with PEFT; merging is one addition for each weight.
+            safe_merge: Whether to refuse changes with infinities or NaNs.
+            adapter_names: The adapters to merge; the active ones if None.
+
+        Returns:
+            This model, without adapters.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, an adapter can't be merged (for example since its weight
+                is tied to another one), two adapters fully train the same tensor, or a change isn't finite. Nothing is
+                merged then.
+            TypeError: If `adapter_names` is one string; nothing is merged.
+        """
+        state, modules = self._peft_adapters, modules_of(self)
+        names = _to_merge(self, adapter_names)
+        if safe_merge:
+            merging.refuse_infinite(modules, state, names)
+        with transaction(self):
+            merging.merge(modules, state, [*state.merged, *names])
+            return self.unload()
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters to the weights until `unmerge_adapter`, which restores the weights bit for bit.
+
+        A merged adapter has no nodes in the graphs, so the forward is the base's. A copy of each changed weight is kept
+        meanwhile. Adapters that are active and not merged go on acting. A forward that runs in another thread may see
+        the change half done, see `PeftModel`.
+
+        Args:
+            adapter_names: The adapters to merge; the active ones if None. Adapters that are merged already are left
+                out, with a warning.
+            safe_merge: Whether to refuse changes with infinities or NaNs.
+
+        Raises:
+            AdaptError: If adapters are disabled, the model has no adapter of a name, an adapter can't be merged (for
+                example since its weight is tied to another one), two adapters fully train the same tensor, or a change
+                isn't finite. Nothing is merged then.
+            TypeError: If `adapter_names` is one string; nothing is merged.
+        """
+        state, modules = self._peft_adapters, modules_of(self)
+        names = _to_merge(self, adapter_names)
+        if safe_merge:
+            merging.refuse_infinite(modules, state, names)
+        with transaction(self):
+            merging.merge_in_place(modules, state, names)
+
+    def unmerge_adapter(self) -> None:
+        """Takes all merged adapters out of the weights; the active ones act by nodes again.
+
+        Without a merged adapter it only warns. A forward that runs in another thread may see the change half done, see
+        `PeftModel`.
+        """
+        if not self._peft_adapters.merged:
+            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+        with transaction(self):
+            merging.unmerge(modules_of(self), self._peft_adapters)
+
+
+def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
+    """Returns the adapters to merge; it warns of those that are merged already, as PEFT does, and leaves them out.
+
+    Raises:
+        AdaptError: If the model has no adapter of a name.
+        TypeError: If `names` is one string in place of a list.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, [{names!r}]")
+    wanted = list(dict.fromkeys(model.active_adapters if names is None else names))
+    for name in wanted:
+        known_adapter(model, name)
+    merged = model._peft_adapters.merged
+    unmerged = [name for name in wanted if name not in merged]
+    if wanted and not unmerged:
+        warnings.warn(f"{listed(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
+    elif unmerged and merged:
+        warnings.warn(f"{listed(merged)} are merged already; {listed(unmerged)} are merged beside them", stacklevel=3)
+    return unmerged

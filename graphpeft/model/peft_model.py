@@ -1,0 +1,383 @@
+"""`PeftModel`: the methods that an adapted model has beside its own.
+
+The model's class gains them, and everything else is as it was: names, hooks, methods, and ``isinstance``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft._torch import IncompatibleKeys
+from graphpeft.adapters import combining, mixing, training
+from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
+from graphpeft.adapters.loading import load
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph import call_inputs, in_place
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.merging_methods import MergingMethods
+from graphpeft.model.saving_methods import SavingMethods
+from graphpeft.model.switching_methods import SwitchingMethods
+from graphpeft.rules.combination import Combination
+from graphpeft.rules.config import ConfigLike, as_config
+from graphpeft.transaction import transaction, undone_by
+
+
+class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
+    """The methods that an adapted model has beside its own, with PEFT's names and meanings.
+
+    An adapted model is an instance of its own class and of this one; this class itself isn't called.
+
+    A method that changes the model does all of it or nothing: if it fails or is interrupted, the model is unchanged.
+    Such calls wait for each other. A forward doesn't wait: while a change runs in another thread, some layers are as
+    before it and others as after it. The argument `adapter_names` of a call chooses adapters without a change.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "first")
+        >>> isinstance(model, PeftModel), isinstance(model, nn.Sequential)
+        (True, True)
+        >>> model.add_adapter("second", LoraConfig(target_modules=["0"]))
+        >>> model.active_adapters, list(model.peft_config)
+        (['first'], ['first', 'second'])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            "PeftModel isn't called, since a model keeps its own class here: call get_peft_model(model, config), or "
+            "PeftModel.from_pretrained(model, folder) for a saved adapter"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: ConfigLike | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,  # noqa: ARG003
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: str | torch.device | None = None,  # noqa: ARG003
+        ignore_mismatched_sizes: bool = False,
+        example_inputs: ExampleInputs | None = None,
+        use_safetensors: bool = True,
+        **hub_options: Any,
+    ) -> Any:
+        """Adapts a model in place with a saved adapter, from files of PEFT or of this library.
+
+        Args:
+            model: The base model, or one that has adapters already.
+            model_id: A folder, or a repository on the Hub.
+            adapter_name: The adapter's name in the model.
+            is_trainable: Whether the adapter is trained further; if False, the model is set to evaluation mode.
+            config: A config that replaces the file's.
+            autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
+            ephemeral_gpu_offload: Must be False.
+            low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+            key_mapping: Regular expressions with replacements for the names of the file's tensors, without the prefix
+                ``base_model.model.``; the first that matches a name is applied. None takes those that a Transformers
+                model has for its own checkpoints.
+            torch_device: Accepted for compatibility with PEFT; each tensor goes to the device of the adapted weight.
+            ignore_mismatched_sizes: Must be False.
+            example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be
+                called. It is needed where the forward of a module that uses a weight functionally branches on its
+                inputs.
+            use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
+
+        Returns:
+            `model` itself.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            CheckpointError: If a file doesn't fit the model, or is damaged; the model is unchanged then.
+            AdaptError: If a target can't be adapted, or the adapter can't have this name; the model is unchanged then.
+            ValueError: If an option is True that must be False.
+        """
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        with transaction(model):
+            load(
+                model,
+                model_id,
+                adapter_name,
+                is_trainable,
+                config,
+                activates=True,
+                methods=methods_for(model),
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                example_inputs=example_inputs,
+                use_safetensors=use_safetensors,
+                **hub_options,
+            )
+            if not is_trainable:
+                for module in model.modules():
+                    undone_by(setattr, module, "training", module.training)
+                model.eval()
+        return model
+
+    # calls
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Calls the model.
+
+        Args:
+            *args: Positional arguments of the model's forward.
+            adapter_names: The adapter of each row of the batch, active or not: its name, or ``"__base__"`` for the base
+                model.
+            **kwargs: Keyword arguments of the model's forward, and those that an adapter reads in each call.
+
+        Returns:
+            What the model's forward returns.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, or the adapters can't be mixed in a batch.
+            ValueError: If the number of names isn't the number of rows.
+        """
+        if not isinstance(self, PeftModel):
+            # a compiler or a caller has kept this method, and the adapters were taken off since
+            names = {} if adapter_names is None else {"adapter_names": adapter_names}
+            return self(*args, **kwargs, **names)
+        read = self._peft_adapters.call_inputs
+        if adapter_names is None:
+            if not (read and kwargs):
+                output = super().__call__(*args, **kwargs)
+            else:
+                with call_inputs.given(read, kwargs):
+                    output = super().__call__(*args, **call_inputs.left(read, kwargs))
+            state = self._peft_adapters
+            return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
+        if getattr(self, "_is_replica", False):
+            raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
+        with self.mixed_batch(adapter_names):
+            # no adapter that reads arguments of the call can be one of several
+            return super().__call__(*args, **call_inputs.left(read, kwargs))
+
+    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Gives all calls within a context an adapter for each row, as ``model(…, adapter_names=…)`` does for one.
+
+        Args:
+            adapter_names: The adapter of each row of the batch, active or not: its name, or ``"__base__"`` for the base
+                model.
+
+        Returns:
+            The context.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, or the adapters can't be mixed in a batch.
+            ValueError: If `adapter_names` is empty. A call within the context raises it if the number of names isn't
+                the number of rows.
+            TypeError: If `adapter_names` is one string.
+        """
+        return mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names)
+
+    # training
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
+
+        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
+
+        Args:
+            global_step: The number of the step.
+
+        Raises:
+            AdaptError: If the method of no such adapter changes then; the model is as it was.
+        """
+        with transaction(self):
+            training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
+
+    # further adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: ConfigLike,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        example_inputs: ExampleInputs | None = None,
+        where: Where | None = None,
+    ) -> None:
+        """Adds a new adapter, which isn't active until `set_adapter` names it.
+
+        Args:
+            adapter_name: The new adapter's name.
+            peft_config: A config of this library or of PEFT; its class is the method.
+            low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+            autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
+            example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be
+                called; needed where `get_peft_model` needs it.
+            where: A predicate that narrows down the sites which the config names, as in `get_peft_model`.
+
+        Raises:
+            AdaptError: If nothing in the model matches the config, a target can't be adapted, or the adapter can't have
+                this name. The model is unchanged then.
+        """
+        config = as_config(peft_config)
+        add_new(
+            self,
+            config,
+            adapter_name,
+            example_inputs,
+            autocast_adapter_dtype,
+            where,
+            activates=False,
+            methods=methods_for(self),
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Adds a saved adapter, which isn't active until `set_adapter` names it.
+
+        The modules keep their modes, training or evaluation.
+
+        Args:
+            model_id: A folder, or a repository on the Hub.
+            adapter_name: The adapter's name in the model.
+            is_trainable: Whether the adapter can be trained further.
+            torch_device: Accepted for compatibility with PEFT; each tensor goes to the device of the adapted weight.
+            autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
+            ephemeral_gpu_offload: Must be False.
+            low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+            key_mapping: Regular expressions with replacements for the names of the file's tensors, as in
+                `from_pretrained`; None replaces nothing.
+            **options: `config`, `example_inputs`, `ignore_mismatched_sizes` and `use_safetensors`, as in
+                `from_pretrained`, and options of ``huggingface_hub.hf_hub_download``.
+
+        Returns:
+            The result of ``load_state_dict``: empty lists of missing and of unexpected keys.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            CheckpointError: If a file doesn't fit the model, or is damaged; the model is unchanged then.
+            AdaptError: If a target can't be adapted, or the adapter can't have this name; the model is unchanged then.
+            ValueError: If an option is True that must be False.
+        """
+        load(
+            self,
+            model_id,
+            adapter_name,
+            is_trainable,
+            activates=False,
+            methods=methods_for(self),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            key_mapping=key_mapping,
+            **options,
+        )
+        return IncompatibleKeys([], [])
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter that combines others; it isn't active until `set_adapter` names it.
+
+        Args:
+            adapters: The names of the adapters to combine.
+            weights: One weight for each of them; weights may be negative.
+            adapter_name: The new adapter's name.
+            combination_type: One of PEFT's kinds. ``"cat"`` is exactly the weighted sum, its rank the sum of the ranks;
+                ``"svd"`` is the nearest adapter of rank `svd_rank` to that sum; ``"linear"`` is a rough approximation
+                of the same rank. PEFT's documentation describes the others.
+            svd_rank: For kinds with ``svd``: the rank of the new adapter; None takes the highest rank of the others.
+            svd_clamp: For kinds with ``svd``: the quantile, in [0, 1], at which the factors are clamped; None doesn't
+                clamp.
+            svd_full_matrices: For kinds with ``svd``: whether all singular vectors are computed.
+            svd_driver: For kinds with ``svd``: the cuSOLVER method, see ``torch.linalg.svd``.
+            density: For kinds with ``ties``, ``dare`` and ``magnitude_prune``: the share of elements, in [0, 1], that
+                is kept.
+            majority_sign_method: For kinds with ``ties``: ``"total"`` or ``"frequency"``.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, the new name is taken, there aren't as many weights as
+                adapters, or the adapters can't be combined. The model is unchanged then.
+        """
+        state, modules = self._peft_adapters, modules_of(self)
+        combining.check_names(state, adapters, weights)
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        config = combining.combined_config(state, adapters, how)
+        plan = plan_for(self, config, adapter_name, None, autocast_adapter_dtype=True)
+        refuse(plan)
+        by_name = dict(zip(adapters, weights, strict=True))
+        values = combining.combined_values(modules, state, by_name, plan, how)
+        with transaction(self):
+            carry_out(self, adapter_name, plan, values, activates=False, methods=methods_for(self))
+
+
+class GeneratingPeftModel(PeftModel):
+    """The methods of an adapted model that generates text."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generates tokens with the model's own ``generate``.
+
+        Args:
+            *args: Positional arguments of the model's ``generate``.
+            adapter_names: The adapter of each row of the batch, active or not: its name, or ``"__base__"`` for the base
+                model.
+            **kwargs: Keyword arguments of the model's ``generate``.
+
+        Returns:
+            What the model's ``generate`` returns.
+        """
+        base: Any = super()
+        read = self._peft_adapters.call_inputs
+        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [
+            kwargs.get(name, getattr(settings, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        ]
+        if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
+            raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
+        own = call_inputs.left(read, kwargs)
+        if adapter_names is None:
+            with call_inputs.given(read, kwargs):
+                return base.generate(*args, **own)
+        with mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats)):
+            return base.generate(*args, **own)
+
+
+def methods_for(model: nn.Module) -> in_place.Layer:
+    """Returns the layer that gives a model the methods of an adapted one."""
+    return _methods_layer(hasattr(model, "generate"))
+
+
+def _methods_layer(generates: bool = False) -> in_place.Layer:
+    return _GENERATING_METHODS if generates else _METHODS
+
+
+_CALL = {"__call__": PeftModel.__call__}
+_METHODS = in_place.Layer("methods", (PeftModel,), _CALL, (_methods_layer, ()))
+_GENERATING_METHODS = in_place.Layer("methods", (GeneratingPeftModel,), _CALL, (_methods_layer, (True,)))

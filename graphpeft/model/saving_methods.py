@@ -1,0 +1,144 @@
+"""The methods of an adapted model that write adapters into files and load state dicts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graphpeft.adapters import checkpoint, file_names, merging, trainer
+from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.files.atomic_files import Staging
+from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.model.model_card import model_card
+from graphpeft.model.state_dicts import set_peft_model_state_dict
+
+
+class SavingMethods(AdapterInfo):
+    """The part of `PeftModel` that saves adapters and loads state dicts."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        *,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes the adapters, without the base model, in PEFT's files.
+
+        The adapter `default` goes into the folder itself, any other into a subfolder of its name. Files are replaced as
+        a whole, after all are written. A file that is a symbolic link is replaced itself; its target stays unchanged.
+
+        Args:
+            save_directory: The folder; it is made if it doesn't exist.
+            safe_serialization: Must be True, since only safetensors files are written.
+            selected_adapters: The names of the adapters to write; all if None.
+            save_embedding_layers: Whether the tables of a Transformers model's embeddings are saved too: True, False,
+                or ``"auto"``, which saves them if the config's `target_modules` names one, or if the vocabulary isn't
+                that of the base model.
+            is_main_process: Whether this process writes; if False, the call does nothing.
+            path_initial_model_for_weight_conversion: The folder into which the adapter was saved before training, for
+                an adapter that has taken a part of the weights, as PiSSA's does. The adapter is then written as plain
+                LoRA of twice the rank, which acts on the original weights.
+            state_dict: The model's state dict where it was gathered elsewhere, as distributed training does; None reads
+                the tensors from the model.
+
+        Raises:
+            AdaptError: If the model has no adapter of a selected name; nothing is written then.
+            CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, or
+                `state_dict` lacks a tensor; nothing is written then.
+            ValueError: If `safe_serialization` is False, `save_embedding_layers` is True for a model that doesn't tell
+                its embeddings, or an adapter can't be converted; nothing is written then.
+            OSError: If a file can't be written; the files that were there are unchanged then.
+        """
+        if not safe_serialization:
+            raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
+        if not is_main_process:
+            return
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        selected = {name: known_adapter(self, name) for name in names}
+        for name, adapter in selected.items():
+            refuse_missing(modules_of(self), adapter, name)
+
+        def folder_of(name: str) -> Path:
+            return Path(save_directory) if name == "default" else Path(save_directory, name)
+
+        with contextlib.ExitStack() as stack:
+            staged = {
+                folder: stack.enter_context(Staging(folder))
+                for folder in dict.fromkeys((Path(save_directory), *map(folder_of, names)))
+            }
+            for name, adapter in selected.items():
+                folder = staged[folder_of(name)].folder
+                first = path_initial_model_for_weight_conversion
+                originals = self._peft_adapters.originals
+                checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
+                if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
+                    trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, staged[Path(save_directory)].folder)
+            if names and not (card := Path(save_directory, "README.md")).exists():
+                text = model_card(self.peft_config[names[0]])
+                (staged[Path(save_directory)].folder / card.name).write_text(text, encoding="utf-8")
+            for staging in staged.values():
+                staging.put()
+        if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
+            warnings.warn(
+                f"a Trainer resumes the first active adapter alone, {self.active_adapter!r}; load the others from the "
+                "checkpoint with load_adapter",
+                stacklevel=2,
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads the state dict of the whole model, or of an adapter's file into the first active adapter.
+
+        Args:
+            state_dict: The tensors. If a name is one of the active adapter's names in PEFT's files, it is an adapter's
+                state dict, which must be complete; otherwise it is the model's own.
+            strict: For the model's own state dict: whether missing and unexpected names are an error.
+            assign: For the model's own state dict: whether the model takes the tensors themselves, not their values.
+
+        Returns:
+            The missing and the unexpected names, as ``nn.Module.load_state_dict`` returns them.
+
+        Raises:
+            CheckpointError: If an adapter's tensors don't fit; nothing is loaded then.
+            AdaptError: If the state dict has other values for weights into which adapters are merged; nothing is loaded
+                then.
+            RuntimeError: If the model's own state dict doesn't fit, as ``nn.Module.load_state_dict`` raises it.
+        """
+        for name in self.active_adapters[:1]:
+            # names in files are never those of the model's own state dict
+            if not file_names.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
+                return set_peft_model_state_dict(self, state_dict, name)
+        merging.refuse_lost(modules_of(self), self._peft_adapters, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
+    ) -> Any:
+        """Saves the adapters and uploads them to a repository on the Hugging Face Hub.
+
+        Args:
+            repo_id: The repository, as ``owner/name``; it is made if it doesn't exist.
+            private: Whether a new repository is private; None takes the owner's default.
+            token: An access token of the Hub; None takes the one that is stored on this machine.
+            **options: Options of ``huggingface_hub.HfApi.upload_folder``, such as `commit_message`.
+
+        Returns:
+            What ``upload_folder`` returns: information on the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)

@@ -1,0 +1,96 @@
+"""The tensors of an adapter by their names in PEFT's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graphpeft._torch import IncompatibleKeys
+from graphpeft.adapters import checkpoint
+from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.tensors import overwrite
+from graphpeft.transaction import transaction
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an adapter by their names in PEFT's files.
+
+    Args:
+        model: An adapted model.
+        state_dict: The model's state dict where it was gathered elsewhere, as distributed training does; None reads the
+            tensors from the model.
+        adapter_name: The name of the adapter.
+        unwrap_compiled: Whether `model` may be the result of ``torch.compile``.
+        save_embedding_layers: Whether the tables of a Transformers model's embeddings are included: True, False, or
+            ``"auto"``, which includes them if the config's `target_modules` names one, or if the vocabulary isn't that
+            of the base model.
+
+    Returns:
+        The tensors, detached.
+
+    Raises:
+        AdaptError: If the model has no adapter of this name.
+        CheckpointError: If `state_dict` lacks some of the tensors.
+        ValueError: If `save_embedding_layers` is True and the model doesn't tell its embeddings.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+        {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (4, 2)}
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    adapter = known_adapter(model, adapter_name)
+    originals = model._peft_adapters.originals
+    return checkpoint.state_dict_of(
+        modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
+    )
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+) -> Any:
+    """Overwrites the tensors of an adapter.
+
+    Args:
+        model: An adapted model.
+        peft_model_state_dict: All tensors of the adapter by their names in PEFT's files, as
+            `get_peft_model_state_dict` returns them.
+        adapter_name: The name of the adapter.
+
+    Returns:
+        The result of ``load_state_dict``: empty lists of missing and of unexpected keys.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
+        AdaptError: If the model has no adapter of this name, or it is merged; nothing is overwritten then.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> values = get_peft_model_state_dict(model)
+        >>> set_peft_model_state_dict(model, {name: torch.ones_like(value) for name, value in values.items()})
+        <All keys matched successfully>
+        >>> bool((model[0].lora_B_default == 1).all())
+        True
+    """
+    modules = modules_of(model)
+    adapter = known_adapter(model, adapter_name)
+    if adapter_name in model._peft_adapters.merged:
+        raise AdaptError(
+            f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "
+            "unmerge_adapter() before you load them"
+        )
+    originals = model._peft_adapters.originals
+    values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
+    with transaction(model):
+        overwrite(modules, adapter, adapter_name, values)
+    return IncompatibleKeys([], [])

@@ -1,0 +1,100 @@
+"""The methods of an adapted model that choose which adapters act: active, deleted, disabled."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.tensors import set_trainable
+from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.transaction import set_attribute, transaction
+
+
+class SwitchingMethods(AdapterInfo):
+    """The part of `PeftModel` that activates, deletes and disables adapters."""
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes exactly these adapters active, and trainable.
+
+        A forward that runs in another thread may see the change half done, see `PeftModel`.
+
+        Args:
+            adapter_name: The name of one adapter, or a list of names.
+            inference_mode: Whether the adapters are for inference, so that none of their tensors is trainable.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, two of them fully train the same tensor, or one that was
+                loaded for inference can't be trained. The model is unchanged then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        configs = [known_adapter(self, name).config for name in names]
+        for name in names if not inference_mode else ():
+            lifecycle.refuse_untrainable(known_adapter(self, name), name)
+        modules, before = modules_of(self), self.active_adapters
+        with transaction(self):
+            lifecycle.activate(modules, self._peft_adapters, names)
+            for config in configs:
+                set_attribute(config, "inference_mode", inference_mode)
+            set_trainable(modules, self._peft_adapters, [*before, *names])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter with its tensors.
+
+        Other active adapters stay active. If the deleted adapter was the only active one, the first of the remaining
+        adapters becomes active, with a warning, as in PEFT. A forward that runs in another thread may see the change
+        half done, see `PeftModel`.
+
+        Args:
+            adapter_name: The name of the adapter.
+
+        Raises:
+            AdaptError: If the model has no such adapter, or it is merged; the model is unchanged then.
+        """
+        known_adapter(self, adapter_name)
+        modules, state = modules_of(self), self._peft_adapters
+        if adapter_name in state.merged:
+            raise AdaptError(
+                f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
+            )
+        others = [name for name in state.by_name if name != adapter_name]
+        with transaction(self):
+            if state.active == [adapter_name] and others:
+                warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
+                lifecycle.activate(modules, state, others[:1])
+            lifecycle.remove(modules, state, adapter_name)
+            set_trainable(modules, state, state.active)
+
+    def disable_adapters(self) -> None:
+        """Disables all adapters until `enable_adapters`, as Transformers' method of this name does.
+
+        Merged adapters are unmerged first. A forward that runs in another thread may see the change half done, see
+        `PeftModel`.
+        """
+        with transaction(self):
+            lifecycle.disable(modules_of(self), self._peft_adapters, True)
+
+    def enable_adapters(self) -> None:
+        """Ends `disable_adapters`: the active adapters act again; within `disable_adapter`, from the context's end on.
+
+        A forward that runs in another thread may see the change half done, see `PeftModel`.
+        """
+        with transaction(self):
+            lifecycle.disable(modules_of(self), self._peft_adapters, False)
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[Any]:
+        """Disables all adapters within a context, in all threads and tasks.
+
+        Contexts can overlap and end in any order; adapters act again after the last one. Merged adapters are unmerged
+        first. Adapters that are activated, added or deleted within the context act, or don't, after it. Merging is
+        refused within it, and `disable_adapters` there holds beyond its end. A forward that runs in another thread may
+        see the change half done, see `PeftModel`.
+
+        Returns:
+            The context.
+        """
+        return lifecycle.Paused(self)

@@ -1,0 +1,149 @@
+"""Rules that change a weight, written for PEFT's layout of weights: (out, in), or (out, in / groups, *kernel).
+
+A `DeltaRule` is no more than its `delta`: y + operation(dropout(x), ΔW) + Δb. It adapts linear operations,
+convolutions, stacks of matrices, and weights whose use has no name, however they are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from graphpeft.graph import ops
+from graphpeft.graph.recorded import recorded
+from graphpeft.rules.rule import Mergeable, OperationRule
+from graphpeft.sites.site import LeafSite, Site
+from graphpeft.sites.weight_layout import WeightLayout
+
+
+@dataclass(frozen=True)
+class WeightRule(Mergeable):
+    """A rule whose `delta` gives a change in PEFT's layout; `site.matrix_shape` is its shape.
+
+    The weights that `delta` asks for are in this layout, too, and in the dtype of the rule's parameters, which is
+    single precision beside a base in half precision.
+
+    Attributes:
+        layout: How the site's weight is stored; `at_site` sets it.
+        casts: Whether the dtype of the parameters differs from that of the weight; likewise.
+        adapts: The layouts of weights that the rule adapts.
+
+    Example:
+        >>> class Shift(WeightRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+
+    layout: WeightLayout = dataclasses.field(default=WeightLayout(), kw_only=True, repr=False)
+    casts: bool = dataclasses.field(default=False, kw_only=True, repr=False)
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+
+    def at_site(self, site: Any, dtype: torch.dtype) -> WeightRule:
+        """Returns the rule for the layout of a site's weight."""
+        if not isinstance(site, Site):
+            return self
+        return dataclasses.replace(self, layout=site.weight_layout, casts=dtype != site.dtype)
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses sites without a weight, weights of other layouts, and embeddings that shorten their rows."""
+        if isinstance(site, LeafSite):
+            return f"{config.method} changes weights, and it is {site.kind}"
+        if site.layout not in self.adapts:
+            return f"{config.method} isn't for the weight of a {site.layout.__name__}"
+        if site.shortens:
+            return f"its max_norm shortens the rows that it reads, which {config.method} doesn't know"
+        return None
+
+    def change(self, given: Mapping[str, Any]) -> Any:
+        """Returns what `delta` returns, as the weight is stored."""
+        own = [value for name, value in given.items() if name not in _WEIGHTS]
+        seen = {name: self._seen(value, own) if name in _WEIGHTS else value for name, value in given.items()}
+        return self.layout.turned(self.delta(**seen))
+
+    def _seen(self, weight: Any, own: list[Any]) -> Any:
+        """Returns a weight in PEFT's layout, and in the dtype of the rule's parameters."""
+        # on a CPU, merging computes in single precision, whatever the graph does
+        is_cast = self.casts or isinstance(weight, torch.Tensor)
+        return self.layout.turned(in_dtype_of(weight, *own) if is_cast else weight)
+
+
+_WEIGHTS = ("weight", "base")
+
+
+@recorded
+def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Returns a weight in the dtype of the first tensor of floating-point numbers among others."""
+    found = (other.dtype for other in others if isinstance(other, torch.Tensor) and other.is_floating_point())
+    return weight.to(next(found, weight.dtype))
+
+
+@dataclass(frozen=True)
+class DeltaRule(WeightRule, OperationRule):
+    """A rule whose `delta` is all that it does: an author writes `parameters`, `initialise` and `delta`.
+
+    Example:
+        >>> class Shift(DeltaRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses what a `WeightRule` does, and dropout where there is no input."""
+        reason = super().check(site, config)
+        if reason is None and site.op in (ops.Weight, ops.Embedding) and self._drops(config):
+            reason = (
+                f"dropout drops elements of an operation's input, and the use of its {site.attribute} has none of "
+                "numbers that is known; set it to 0"
+            )
+        return reason
+
+    def _drops(self, config: Any) -> bool:
+        # an adapter for inference drops nothing anyway
+        return self.dropout_of(config) > 0 and not config.inference_mode
+
+    def dropout_of(self, config: Any) -> float:
+        """Returns the probability with which elements of the branch's input are dropped in training.
+
+        Args:
+            config: The config.
+        """
+        return 0.0
+
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns the probability of dropout, as `dropout`, if there is one."""
+        return {"dropout": self.dropout_of(config)} if self._drops(config) else {}
+
+    def rewrite(
+        self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
+    ) -> Any:
+        """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
+        # the indices of an embedding are no numbers to compute with
+        h = x.to(change.dtype) if self.casts and not isinstance(operation, ops.Embedding) else x
+        if dropout is not None:
+            h = F.dropout(h, dropout, training)
+        result = y + operation.apply(h, change)
+        if bias_change is not None:
+            result = result + operation.beside_outputs(bias_change)
+        return result.to(y.dtype) if self.casts else result

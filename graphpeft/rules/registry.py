@@ -1,0 +1,79 @@
+"""The config classes of all methods, by `peft_type`, and the options that each has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from typing import Any, TypeVar
+
+ConfigT = TypeVar("ConfigT", bound=type[Any])
+_REGISTRY: dict[str, type[Any]] = {}
+
+
+def register(config_class: ConfigT) -> ConfigT:
+    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords.
+
+    Args:
+        config_class: A dataclass. Its `peft_type` is one of PEFT's, or a name of your own, which PEFT can't read.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: If it isn't a dataclass, has no such name, or lacks an option that its base classes don't have.
+        ValueError: If another class has the name.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @register
+        ... @dataclass(kw_only=True)
+        ... class ShiftConfig(TargetedConfig):
+        ...     peft_type = "SHIFT"
+        ...     amount: float = 1.0
+        >>> ShiftConfig(target_modules=["0"], amount=2.0).method
+        'SHIFT'
+    """
+    name = getattr(config_class, "peft_type", None)
+    if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):
+        raise TypeError(f"{config_class.__name__} must be a dataclass whose peft_type is the name of its method")
+    unknown = sorted(config_class.lacks - {field.name for field in dataclasses.fields(config_class)})
+    if unknown:
+        raise TypeError(f"{config_class.__name__}.lacks names {unknown[0]!r}, which no base class of it has")
+    there = _REGISTRY.get(name)
+    # a cell of a notebook that is run again, or a reloaded module, defines the same class once more
+    if there is not None and _full_name(there) != _full_name(config_class):
+        raise ValueError(f"{name} is the method of {_full_name(there)} already; choose another peft_type")
+    _REGISTRY[name] = config_class
+    initialise = config_class.__init__
+    known = [field.name for field in options(config_class) if field.init]
+
+    @functools.wraps(initialise)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{config_class.__name__} has no option {name!r}{nearest(name, known)}")
+        initialise(self, *args, **kwargs)
+
+    config_class.__init__ = checked
+    return config_class
+
+
+def registered() -> dict[str, type[Any]]:
+    """Returns the config class of every method, by its `peft_type`."""
+    return dict(_REGISTRY)
+
+
+def options(config: Any) -> list[dataclasses.Field[Any]]:
+    """Returns the options of a config or of a class of configs: its fields without those that the method lacks."""
+    return [field for field in dataclasses.fields(config) if field.name not in config.lacks]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns a hint for an error: the option with the most similar name, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,584 @@
+"""Methods as an author writes them: PEFT's numbers and files, alone and on top of each other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import written_methods
+from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
+
+import graphpeft
+from graphpeft import (
+    AdaptError,
+    DeltaRule,
+    InputRule,
+    LoraConfig,
+    OperationRule,
+    ParameterSpec,
+    PeftModel,
+    TargetedConfig,
+    get_peft_model,
+    trace,
+)
+from graphpeft.graph.template import template_of
+from graphpeft.rules import registry
+from graphpeft.testing import verify
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begins}")
+    for begins in ("fan_in_fan_out is set to False", "Specified to not (save|load) vera_A", "Sparse invariant checks")
+]
+"""PEFT's own warnings, of what is meant here."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> Iterator[None]:
+    """Registers the methods for these tests alone."""
+    before = registry.registered()
+    for method in written_methods.METHODS:
+        graphpeft.register(method)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+
+
+class Method(NamedTuple):
+    """A method with options, here and in PEFT."""
+
+    name: str
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+    options: dict[str, Any]
+    cases: tuple[Case, ...]
+
+    def config(self, make: Callable[..., Any], **more: Any) -> Any:
+        return make(**{"target_modules": ["0"], **self.options, **more})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MATRICES = (LINEAR, WITHOUT_BIAS, TRANSPOSED)
+METHODS = (
+    Method("ia3", IA3Config, peft.IA3Config, {"feedforward_modules": []}, MATRICES),
+    Method("ia3-feedforward", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, MATRICES),
+    Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
+    Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
+    Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),
+    Method("vera", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.1}, MATRICES),
+    Method("vera-unsaved", VeraConfig, peft.VeraConfig, {"r": 3, "save_projection": False}, MATRICES),
+    Method("shira", ShiraConfig, peft.ShiraConfig, {"r": 2, "random_seed": 5}, MATRICES[:2]),
+)
+PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in METHODS for case in method.cases]
+
+
+def moved(model: Any, seed: int = 3) -> Any:
+    """Moves all that is trained, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_peft_reads_the_file_and_gives_the_same(method: Method, case: Case, tmp_path: Path) -> None:
+    model = moved(get_peft_model(case.build(), method.config(method.ours)))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(*case.inputs()), model(*case.inputs()))
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_a_file_of_pefts_gives_pefts_outputs_active_and_merged(method: Method, case: Case, tmp_path: Path) -> None:
+    theirs = moved(peft.get_peft_model(case.build(), method.config(method.theirs)))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(case.build(), tmp_path).eval()
+    expected = theirs(*case.inputs())
+    torch.testing.assert_close(model(*case.inputs()), expected)
+    torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), expected)
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_equal_seeds_give_pefts_values_under_pefts_names(method: Method, case: Case, tmp_path: Path) -> None:
+    for library, make, folder in ((peft, method.theirs, "theirs"), (graphpeft, method.ours, "ours")):
+        torch.manual_seed(7)
+        model: Any = library.get_peft_model(case.build(), method.config(make))  # type: ignore[attr-defined]
+        model.save_pretrained(str(tmp_path / folder))
+    theirs, ours = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize(("method", "case"), PAIRS)
+def test_every_law_holds(method: Method, case: Case) -> None:
+    verification = verify(case.build(), method.config(method.ours), case.inputs(), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+def _lora(**options: Any) -> Method:
+    return Method("dora" if options else "lora", LoraConfig, peft.LoraConfig, {"r": 2, **options}, MATRICES)
+
+
+TOGETHER = [*METHODS, _lora(), _lora(use_dora=True)]
+
+
+def both(case: Case, first: Method, second: Method, dtype: torch.dtype = torch.float32) -> Any:
+    model: Any = get_peft_model(case.build().to(dtype), first.config(first.ours))
+    model.add_adapter("second", second.config(second.ours))
+    model.set_adapter(["default", "second"])
+    return moved(model)
+
+
+@pytest.mark.parametrize("case", [LINEAR, WITHOUT_BIAS, TRANSPOSED], ids=str)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
+def test_two_active_adapters_are_what_they_are_merged(first: Method, second: Method, case: Case) -> None:
+    model = both(case, first, second)
+    active = model(*case.inputs())
+    model.merge_adapter()
+    torch.testing.assert_close(model(*case.inputs()), active, atol=4e-6, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(*case.inputs()), active)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(METHODS, METHODS)), ids=str)
+def test_in_half_precision_they_are_merged_within_its_rounding(first: Method, second: Method) -> None:
+    model = both(LINEAR, first, second, torch.bfloat16)
+    x = LINEAR.inputs()[0].to(torch.bfloat16)
+    active = model(x)
+    assert active.dtype == torch.bfloat16
+    merged = model.merge_and_unload()(x)
+    # a weight, and a result, are each rounded to 8 bits
+    torch.testing.assert_close(merged, active, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
+def test_either_of_two_can_go_and_come_back(first: Method, second: Method) -> None:
+    model = both(LINEAR, first, second)
+    active = model(*LINEAR.inputs())
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter([name])
+        alone[name] = model(*LINEAR.inputs())
+    with model.disable_adapter():
+        torch.testing.assert_close(model(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()), atol=0, rtol=0)
+    model.set_adapter(["default", "second"])
+    assert torch.equal(model(*LINEAR.inputs()), active)
+    model.delete_adapter("default")
+    assert torch.equal(model(*LINEAR.inputs()), alone["second"])
+    assert torch.equal(model.unload()(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()))
+
+
+def test_two_reflections_act_as_pefts_do(tmp_path: Path) -> None:
+    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.HRAConfig(r=2, target_modules=["0"]))
+    theirs.add_adapter("second", peft.HRAConfig(r=4, target_modules=["0"]))
+    theirs.base_model.set_adapter(["default", "second"])
+    moved(theirs).save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
+    model.load_adapter(tmp_path / "second", "second")
+    model.set_adapter(["default", "second"])
+    torch.testing.assert_close(model(*LINEAR.inputs()), theirs(*LINEAR.inputs()))
+
+
+# what an operation is given
+
+
+class Shared(nn.Module):
+    """Three projections of one input, one of which is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) * self.k(x) + self.v(x) + self.v(x.tanh()) + x
+
+
+def test_an_input_is_changed_for_the_named_operations_alone() -> None:
+    torch.manual_seed(0)
+    base, x = Shared().eval(), torch.randn(3, 6)
+    flat = trace(copy.deepcopy(base), (x,))
+    config = IA3Config(target_modules=["q", "v"], feedforward_modules=["q", "v"])
+    expected, q, v = copy.deepcopy(base), torch.rand(6), torch.rand(6)
+    for model in (base, flat):
+        adapted: Any = get_peft_model(model, config)
+        with torch.no_grad():
+            adapted.get_submodule("q").factors_default.copy_(q[None])
+            adapted.get_submodule("v").factors_default.copy_(v[None])
+        got = adapted(x)
+        want = expected.q(x * q) * expected.k(x) + expected.v(x * v) + expected.v(x.tanh() * v) + x
+        torch.testing.assert_close(got, want)
+
+
+def test_an_operation_whose_input_changes_is_computed_once() -> None:
+    model = get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=["0"]))
+    template = template_of(model.get_submodule("0"))
+    assert template is not None
+    (graph,) = template.graphs
+    assert [node.name for node in graph.nodes] == [
+        *("input_1", "weight", "bias", "factors_slot0", "flatten", "mul", "getattr_1", "to", "linear", "output")
+    ]
+
+
+# constants
+
+
+@dataclass(frozen=True)
+class OwnTensor(DeltaRule):
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"w": ParameterSpec(site.matrix_shape, key="w")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["w"].zero_()
+
+    def delta(self, w: Any) -> Any:
+        return w @ torch.eye(6)
+
+
+@dataclass(kw_only=True)
+class OwnTensorConfig(TargetedConfig):
+    peft_type = "OWN_TENSOR"
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return OwnTensor()
+
+
+def test_a_tensor_of_the_rules_own_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(AdaptError, match=r"OwnTensor of .*computes with a tensor of shape \(6, 6\) of its own"):
+        get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("case", [CONV_1D, CONV_2D, CONV_3D, POINTWISE], ids=str)
+def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case: Case) -> None:
+    plain: Any = case.build().get_submodule("0")
+    positions = plain.weight.ndim - 2
+    cls: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[positions - 1]
+    for groups in (1, 2):
+        torch.manual_seed(0)
+        base = nn.Sequential(cls(4, 6, 3, stride=2, groups=groups))
+        x = torch.randn(2, 4, *(5,) * positions)
+        model = moved(get_peft_model(base, LoHaConfig(r=2, alpha=3, target_modules=["0"])))
+        active = model(x)
+        assert model.get_submodule("0").w1_a_default.shape == (6, 2)
+        torch.testing.assert_close(model.merge_and_unload()(x), active, atol=1e-5, rtol=1e-5)
+
+
+# parameters that are more than a site's own
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+
+
+VERA = {"r": 3, "target_modules": ["0", "2"], "d_initial": 0.5}
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_one_tensor_serves_all_sites_and_is_written_once_or_not_at_all(saves: bool, tmp_path: Path) -> None:
+    model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=saves)))
+    first, second = model.get_submodule("0"), model.get_submodule("2")
+    assert first.A_default is second.A_default
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 2 * (6 + 3)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {key for key in keys if "lambda" not in key} == (
+        {"base_model.vera_A", "base_model.vera_B"} if saves else set()
+    )
+    theirs = peft.PeftModel.from_pretrained(two_layers(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(X), model(X))
+    loaded: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
+    assert torch.equal(loaded(X), model(X))
+    assert loaded.get_submodule("0").A_default is loaded.get_submodule("2").A_default
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_another_adapter_takes_the_place_of_one_with_shared_tensors(saves: bool, tmp_path: Path) -> None:
+    models = [
+        moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=saves, projection_prng_key=key)), key)
+        for key in (1, 2)
+    ]
+    expected = models[1](X)
+    models[1].save_pretrained(tmp_path)
+    graphpeft.hotswap_adapter(models[0], tmp_path, "default")
+    assert torch.equal(models[0](X), expected)
+
+
+def test_copies_share_among_themselves_alone() -> None:
+    model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA)))
+    copied = copy.deepcopy(model)
+    first, second = copied.get_submodule("0"), copied.get_submodule("2")
+    assert first.A_default is second.A_default
+    assert first.A_default is not model.get_submodule("0").A_default
+    halved = copied.to(torch.float64)
+    assert halved.get_submodule("0").A_default is halved.get_submodule("2").A_default
+
+
+def test_sites_of_other_shapes_cannot_share() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    with pytest.raises(AdaptError, match=r"VERA: 1 and 0 can't share B: .*\(4, 3\).*\(6, 3\)"):
+        get_peft_model(model, VeraConfig(r=3, target_modules=["0", "1"]))
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_an_export_with_adapters_as_inputs_needs_all_of_them_in_files(tmp_path: Path) -> None:
+    model = moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=False)))
+    with pytest.raises(graphpeft.ExportError, match=r"has \['A', 'B'\], which no file has"):
+        graphpeft.export(model, (X,), tmp_path / "model.pt2", adapters="inputs")
+
+
+def test_whole_numbers_stay_whole_whatever_the_model_becomes(tmp_path: Path) -> None:
+    model: Any = moved(get_peft_model(two_layers(), ShiraConfig(r=1, target_modules=["0"])))
+    expected = model(X)
+    model.to(torch.float64).to(torch.float32)
+    assert model.get_submodule("0").places_default.dtype == torch.int32
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved["base_model.model.0.shira_indices"].dtype == torch.int32
+    assert torch.equal(PeftModel.from_pretrained(two_layers(), tmp_path)(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (ParameterSpec((6, 6), "w", written_once=True), "w is written once, and has no scope"),
+        (ParameterSpec((6, 6), "w", is_saved=False), "w is trained, and isn't saved"),
+        (ParameterSpec((6, 6), "w", dtype=torch.int8), r"w is trained, and has whole numbers \(torch.int8\)"),
+    ],
+)
+def test_a_parameter_that_contradicts_itself_is_refused(spec: ParameterSpec, reason: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(OwnTensor, "parameters", lambda self, site, config: {"w": spec})
+    with pytest.raises(AdaptError, match=f"OWN_TENSOR: {reason}"):
+        get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+# weights whose use has no name
+
+
+@dataclass(frozen=True)
+class LowRank(DeltaRule):
+    """B A for each matrix of a weight, with a change of the bias beside it."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        *stack, rows, columns = site.matrix_shape
+        shapes = {"A": (*stack, config.r, columns), "B": (*stack, rows, config.r)}
+        return {name: ParameterSpec(shape, key=name) for name, shape in shapes.items()}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        for parameter in parameters.values():
+            parameter.normal_()
+
+    def dropout_of(self, config: Any) -> float:
+        return config.dropout
+
+    def delta(self, A: Any, B: Any) -> Any:
+        return B @ A
+
+
+@dataclass(kw_only=True)
+class LowRankConfig(TargetedConfig):
+    peft_type = "LOW_RANK"
+
+    r: int = 2
+    dropout: float = 0.0
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return LowRank()
+
+
+class Experts(nn.Module):
+    """Two experts, whose matrices are stored as (in, out) or as (out, in)."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.stack = nn.Parameter(torch.randn(2, 6, 4) if is_transposed else torch.randn(2, 4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(2, -1, -1), self.stack if self.is_transposed else self.stack.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_a_delta_serves_stacks_of_matrices(is_transposed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base, x = Experts(is_transposed).to(dtype), torch.randn(5, 6).to(dtype)
+    model: Any = get_peft_model(nn.Sequential(copy.deepcopy(base)), LowRankConfig(target_modules=["0.stack"]))
+    adapted = model.get_submodule("0")
+    A, B = adapted.stack_A_default, adapted.stack_B_default
+    assert (A.shape, B.shape, A.dtype) == ((2, 2, 6), (2, 4, 2), torch.float32)
+    change = (B @ A).to(dtype)
+    with torch.no_grad():
+        base.stack += change.mT if is_transposed else change
+    assert torch.equal(model(x), base(x))
+    assert torch.equal(model.merge_and_unload()(x), base(x))
+
+
+def test_dropout_needs_an_input() -> None:
+    config = LowRankConfig(target_modules=["0.stack"], dropout=0.5)
+    with pytest.raises(AdaptError, match=r"dropout drops elements of an operation's input.*set it to 0"):
+        get_peft_model(nn.Sequential(Experts(True)), config)
+
+
+def test_dropout_takes_elements_of_the_input_in_training_alone() -> None:
+    model = get_peft_model(LINEAR.build(), LowRankConfig(target_modules=["0"], dropout=0.5))
+    (x,), own, layer = LINEAR.inputs(), LINEAR.build().get_submodule("0"), model.get_submodule("0")
+    change: Any = (layer.B_default @ layer.A_default).T
+    torch.testing.assert_close(model.eval()(x), torch.tanh(own(x) + x @ change))
+    model.train()
+    torch.manual_seed(3)
+    got = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(got, torch.tanh(own(x) + nn.functional.dropout(x, 0.5) @ change))
+
+
+@pytest.mark.parametrize("case", [LINEAR, CONV_1D, CONV_2D, CONV_3D], ids=str)
+def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithBias(written_methods.Hadamard):
+        def parameters(self, site: Any, config: Any) -> Any:
+            return {**super().parameters(site, config), "c": ParameterSpec((site.out_features,), key="c")}
+
+        def bias_delta(self, c: Any) -> Any:
+            return c
+
+    monkeypatch.setattr(LoHaConfig, "rule_for", lambda self, site, dtype: WithBias(site.matrix_shape))
+    model: Any = get_peft_model(case.build(), LoHaConfig(r=2, alpha=3, target_modules=["0"]))
+    with torch.no_grad():
+        model.get_submodule("0").c_default.normal_()
+    active = moved(model)(*case.inputs())
+    torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), active, atol=1e-5, rtol=1e-5)
+
+
+# the same, by other ways
+
+
+def three_adapters() -> Any:
+    """Two layers with LoRA, factors on top of it, and rotations on top of these."""
+    model: Any = get_peft_model(two_layers(), LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"]))
+    model.add_adapter("factors", IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]))
+    model.add_adapter("turned", OFTConfig(oft_block_size=3, target_modules=["0"]))
+    model.set_adapter(["default", "factors", "turned"])
+    return moved(model)
+
+
+def test_passes_let_them_compute_the_same() -> None:
+    model = three_adapters()
+    expected = model(X)
+    graphpeft.optimize(model)
+    torch.testing.assert_close(model(X), expected)
+    model.train()(X).sum().backward()
+    got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    plain = three_adapters().train()
+    plain(X).sum().backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad)
+
+
+def test_compiled_they_compute_the_same() -> None:
+    model = three_adapters()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.parametrize("adapters", ["merged", "baked"])
+def test_exported_they_compute_the_same(adapters: str, tmp_path: Path) -> None:
+    model = three_adapters()
+    graphpeft.export(model, (X,), tmp_path / "model.pt2", adapters=adapters)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(X), model(X), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_have_their_own() -> None:
+    model = three_adapters()
+    names = ["factors", "turned", "__base__", "default"]
+    expected = two_layers()(X)
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+            expected[row] = model(X)[row]
+    torch.testing.assert_close(model(X, adapter_names=names), expected)
+
+
+@dataclass(frozen=True)
+class Both(InputRule, OperationRule):
+    """Scales what goes in and what comes out."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {
+            "inner": ParameterSpec((site.in_features,), "inner"),
+            "outer": ParameterSpec((site.out_features,), "outer"),
+        }
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        for parameter in parameters.values():
+            parameter.uniform_(1, 2)
+
+    def enter(self, x: Any, inner: Any) -> Any:
+        return x * inner
+
+    def rewrite(self, x: Any, y: Any, outer: Any) -> Any:
+        return y * outer + x.sum(-1, keepdim=True)
+
+
+@dataclass(kw_only=True)
+class BothConfig(TargetedConfig):
+    peft_type = "BOTH"
+    adapts_leaves = True
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Both()
+
+
+class Codes(nn.Module):
+    """A layer whose weight is quantised, so that its call is the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 4
+        self.codes = nn.Buffer(torch.randint(-9, 9, (4, 6), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype))
+
+
+@pytest.mark.parametrize("make", [Codes, lambda: nn.Linear(6, 4)], ids=["call", "layer"])
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[], nn.Module], is_traced: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Tanh(), make())
+    plain = copy.deepcopy(base)
+    model: Any = get_peft_model(trace(base, (X,)) if is_traced else base, BothConfig(target_modules=["1"]))
+    model.add_adapter("second", BothConfig(target_modules=["1"]))
+    model.set_adapter(["default", "second"])
+    layer = model.get_submodule("1")
+    x = torch.tanh(X)
+    # the second is the nearest to what the layer is given, and to what it returns
+    given = x * layer.inner_second
+    twice = given * layer.inner_default
+    first = plain[1](twice) * layer.outer_default + twice.sum(-1, keepdim=True)
+    expected = first * layer.outer_second + given.sum(-1, keepdim=True)
+    torch.testing.assert_close(model(X), expected)
+    model.delete_adapter("second")
+    torch.testing.assert_close(
+        model(X),
+        plain[1](x * layer.inner_default) * layer.outer_default + (x * layer.inner_default).sum(-1, keepdim=True),
+    )
+    assert torch.equal(model.unload()(X), plain(X))

@@ -31,7 +31,7 @@ from graphpeft import (
 )
 from graphpeft.graph.template import template_of
 from graphpeft.passes import PASSES
-from graphpeft.testing import laws
+from graphpeft.testing import assert_two_adapters_act_together, laws
 
 pytestmark = pytest.mark.quick("rules", "testing")
 
@@ -176,13 +176,14 @@ LAWS = (
     laws.assert_traced_is_adapted_alike,
     laws.assert_dry_runs_change_nothing,
     laws.assert_copies_stay_adapted,
+    assert_two_adapters_act_together,
 )
 
 
 def speaks_of(law: Any, case: Case) -> bool:
     """Tells whether a law speaks of a case."""
     if law is laws.assert_fresh_adapter_changes_no_output:
-        return case.config.starts_as_identity
+        return bool(case.config.starts_as_identity)
     # a prompt in front of a Transformers model isn't for its graph
     return law is not laws.assert_traced_is_adapted_alike or isinstance(case.inputs, tuple)
 

@@ -9,13 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from models import GPT2, LLAMA, Example
 from programs import ProgramCase, program_cases
 from torch import nn
 
 from graphpeft import (
+    AdaptError,
     CPTConfig,
     LoraPerCallConfig,
     MultitaskPromptTuningConfig,
@@ -27,7 +28,7 @@ from graphpeft import (
     trace,
 )
 from graphpeft.rules.registry import registered
-from graphpeft.testing import laws
+from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.strategies import (
     DIM,
@@ -39,6 +40,7 @@ from graphpeft.testing.strategies import (
     Model,
     adaptations,
     cases,
+    in_dtype,
     tied_cases,
 )
 
@@ -75,8 +77,10 @@ def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, 
         laws.assert_saved_is_loaded,
         laws.assert_dry_runs_change_nothing,
         laws.assert_copies_stay_adapted,
+        assert_two_adapters_act_together,
     ):
         law(example.build, config, inputs)
+        law(lambda: example.build().bfloat16(), config, inputs)
 
 
 X = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0))
@@ -193,6 +197,60 @@ def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph
     config = data.draw(METHODS[method].configs(build(spellings[0]), identity=False))
     first, *others = [functools.partial(build, spelling) for spelling in spellings]
     laws.assert_spellings_are_adapted_alike(first, others, config, (X,))
+
+
+@every_method
+@given(data=st.data())
+def test_two_adapters_act_together(method, data):
+    case, config = data.draw(adaptations(method))
+    other = data.draw(METHODS[method].configs(case.build(), identity=False))
+    try:
+        assert_two_adapters_act_together(case.build, config, case.inputs, other)
+    except AdaptError as error:
+        event("refused")
+        if "only one of them can be active" not in str(error):
+            raise
+
+
+# in half precision
+
+LAWS = (
+    laws.assert_fresh_adapter_changes_no_output,
+    laws.assert_only_the_adapter_is_trained,
+    laws.assert_adapted_is_base_with_delta,
+    laws.assert_saved_is_loaded,
+    laws.assert_traced_is_adapted_alike,
+    laws.assert_dry_runs_change_nothing,
+    laws.assert_copies_stay_adapted,
+    assert_two_adapters_act_together,
+)
+some = settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@every_method
+@given(data=st.data())
+@some
+def test_every_law_holds_in_bfloat16(method, law, data):
+    is_first = law is laws.assert_fresh_adapter_changes_no_output
+    if is_first and not METHODS[method].is_identity:
+        pytest.skip("its fresh adapters change outputs")
+    drawn, config = data.draw(adaptations(method, identity=is_first))
+    case = in_dtype(drawn, torch.bfloat16)
+    try:
+        law(case.build, config, case.inputs)
+    except AdaptError as error:
+        event("refused")
+        if law is not assert_two_adapters_act_together or "only one of them can be active" not in str(error):
+            raise
+
+
+@given(case=cases())
+@some
+def test_a_traced_model_is_the_model_in_bfloat16(case: Case):
+    half = in_dtype(case, torch.bfloat16)
+    laws.assert_traced_is_the_model(half.build, half.inputs, *half.others)
 
 
 def test_numbers_that_are_not_finite_are_equal_to_themselves():

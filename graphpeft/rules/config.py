@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -113,8 +113,12 @@ class PeftConfig:
         return _plain(self.peft_type)
 
     @property
-    def starts_as_identity(self) -> bool:
-        """Whether a fresh adapter of this config changes no output; what a method claims here, the laws check."""
+    def starts_as_identity(self) -> bool | Literal["within rounding"]:
+        """Whether a fresh adapter of this config changes no output; what a method claims here, the laws check.
+
+        True is for bit for bit, and in half precision within rounding. ``"within rounding"`` is for a product of
+        factors that is the identity where numbers are exact, such as that of two equal reflections.
+        """
         return False
 
     def check(self) -> None:

@@ -85,6 +85,19 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{field.name}{place} must be {wanted}, not {shown(number)}")
 
 
+def sizes_of(options: Any) -> dict[str, int]:
+    """Returns the options that are sizes and have a value, by name.
+
+    Args:
+        options: An instance of a dataclass.
+    """
+    hints = _type_hints(type(options))
+    names = [field.name for field in dataclasses.fields(options)]
+    sized = [name for name in names if hints[name] == Size or Size in typing.get_args(hints[name])]
+    values = {name: getattr(options, name) for name in sized}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
 @functools.cache  # a class's annotations are text, and reading them is slow
 def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)

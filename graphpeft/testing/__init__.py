@@ -1,10 +1,10 @@
 """What property-tests adapters and rewrites: the laws, and strategies for models with inputs, configs and edits.
 
-The laws and `verify` need nothing beside graphpeft. What generates (`strategies`, `edits`, `profiles`)
-needs hypothesis, and comes with ``pip install 'graphpeft[testing]'``; import it from its file.
+The laws, `verify` and `verify_rewrite` need nothing beside graphpeft. What generates (`strategies`, `edits`,
+`profiles`) needs hypothesis, and comes with ``pip install 'graphpeft[testing]'``; import it from its file.
 """
 
-from graphpeft.testing.blame import LawError
+from graphpeft.testing.comparing import LawError
 from graphpeft.testing.laws import (
     assert_adapted_is_base_with_delta,
     assert_copies_stay_adapted,
@@ -17,7 +17,17 @@ from graphpeft.testing.laws import (
     assert_traced_is_the_model,
     assert_traced_trains_as_the_model,
 )
-from graphpeft.testing.verify import Verdict, Verification, verify
+from graphpeft.testing.rewrites import (
+    assert_rewrite_is_undone,
+    assert_rewrite_leaves_the_original,
+    assert_rewritten_computes_the_same,
+    assert_rewritten_has_the_same_gradients,
+    assert_rewritten_is_compiled,
+    verify_rewrite,
+)
+from graphpeft.testing.two_adapters import assert_two_adapters_act_together
+from graphpeft.testing.verdicts import Verdict, Verification
+from graphpeft.testing.verify import verify
 
 __all__ = [
     "LawError",
@@ -28,10 +38,17 @@ __all__ = [
     "assert_dry_runs_change_nothing",
     "assert_fresh_adapter_changes_no_output",
     "assert_only_the_adapter_is_trained",
+    "assert_rewrite_is_undone",
+    "assert_rewrite_leaves_the_original",
+    "assert_rewritten_computes_the_same",
+    "assert_rewritten_has_the_same_gradients",
+    "assert_rewritten_is_compiled",
     "assert_saved_is_loaded",
     "assert_spellings_are_adapted_alike",
     "assert_traced_is_adapted_alike",
     "assert_traced_is_the_model",
     "assert_traced_trains_as_the_model",
+    "assert_two_adapters_act_together",
     "verify",
+    "verify_rewrite",
 ]

@@ -1,17 +1,13 @@
-"""Which site, or which nodes, break a law: what its error tells beside what it found."""
+"""Which site breaks a law of adapters, and its nodes: what the error tells beside what it found."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
-from graphpeft._torch import pytree
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
@@ -21,17 +17,13 @@ from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import listed
+from graphpeft.testing.comparing import LawError
+from graphpeft.testing.lines import lines_of
 
 Build = Callable[[], nn.Module]
 
 _NO_LAWS_MATTER = (AdaptError, GuardError, TraceError)
 """What says by itself that a model or a config can't be taken, and why."""
-
-_MOST_LINES = 12
-
-
-class LawError(AssertionError):
-    """A law that doesn't hold."""
 
 
 def blames_a_site(law: Callable[..., None]) -> Callable[..., None]:
@@ -69,6 +61,8 @@ def _blame(build: Build, config: PeftConfig, inputs: ExampleInputs, breaks: Call
         return "the model can't be adapted at all"
     report = model.adapter_report()
     names = [adapted.site.name for adapted in report.adapted]
+    if not names:
+        return f"the adapter has no site; it trains {listed(report.trained_whole)}"
     while len(names) > 1:
         halves = [names[: len(names) // 2], names[len(names) // 2 :]]
         guilty = (half for half in halves if _breaks_at(build, config, inputs, half, breaks))
@@ -91,58 +85,6 @@ def _breaks_at(
     return breaks(model.peft_config["default"])
 
 
-def first_difference(model: nn.Module, traced: nn.Module, run: Callable[[nn.Module], Any]) -> str:
-    """Returns the nodes of a traced model between the last layer whose value is the model's and the first where not.
-
-    Args:
-        model: The model.
-        traced: Its trace, of modules of its own.
-        run: Runs either.
-    """
-    template = template_of(traced)
-    assert template is not None
-    index = template.index(traced)
-    graph, source = template.graphs[index], template.codes[index].src.splitlines()
-    layers = [node for node in graph.nodes if node.op == "call_module"]
-    paths = {str(node.target) for node in layers}
-    found, expected = (_values_of_layers(each, paths, run) for each in (traced, model))
-    equal = list(itertools.takewhile(_are_equal, zip(found, expected, strict=False)))
-    nodes = list(graph.nodes)
-    first = nodes.index(layers[len(equal) - 1]) + 1 if equal else 0
-    behind = nodes.index(layers[len(equal)]) + 1 if len(equal) < len(layers) else len(nodes)
-    lines = [line for node in nodes[first:behind] if (line := _of_node(node.name, source))]
-    more = [f"… and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-    shown = "\n".join(f"    {line}" for line in lines[:_MOST_LINES] + more)
-    return f"the first difference is in the trace's nodes\n{shown}"
-
-
-def _values_of_layers(
-    model: nn.Module, paths: Collection[str], run: Callable[[nn.Module], Any]
-) -> list[tuple[str, Any]]:
-    """Returns what the modules at `paths` return in a run, in the order of their calls."""
-    values: list[tuple[str, Any]] = []
-    hooks = [
-        model.get_submodule(path).register_forward_hook(
-            lambda _, __, value, path=path: values.append((path, pytree.tree_map_only(Tensor, Tensor.clone, value)))
-        )
-        for path in paths
-    ]
-    try:
-        run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return values
-
-
-def _are_equal(pair: tuple[tuple[str, Any], tuple[str, Any]]) -> bool:
-    (path, value), (other_path, other) = pair
-    (left, tree), (right, other_tree) = pytree.tree_flatten(value), pytree.tree_flatten(other)
-    return (path, tree) == (other_path, other_tree) and all(
-        torch.equal(a, b) if isinstance(b, Tensor) else a == b for a, b in zip(left, right, strict=True)
-    )
-
-
 def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:
     """Returns a site with its rule, and the lines of the graph that are the operation and the rule's nodes there.
 
@@ -153,31 +95,23 @@ def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:
     """
     site = adapted.site
     head = f"at the site {site.name} ({site.op.__name__}, {site.size}), by {adapted.rule!r} of {method}"
-    lines = _lines(adapted, model.get_submodule(site.region))
-    more = [f"… and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-    shown = "\n".join(f"    {line}" for line in lines[:_MOST_LINES] + more)
+    shown = _nodes_shown(adapted, model.get_submodule(site.region))
     return f"{head}\nin the graph of {site.region or 'the model'}:\n{shown}"
 
 
-def _lines(adapted: AdaptedSite, region: nn.Module) -> list[str]:
+def _nodes_shown(adapted: AdaptedSite, region: nn.Module) -> str:
     template = template_of(region)
     if template is None or not template.slots:
-        return ["its nodes aren't there: the adapter isn't active"]
+        return "    its nodes aren't there: the adapter isn't active"
     index = template.index(region)
+    graph = template.graphs[index]
     operations = set(adapted.site.nodes[index])
     own = {name for slot in template.slots for name in adapted.in_slot(slot).values()}
-    source = template.codes[index].src.splitlines()
-    tags = [node.meta[TAG] for node in template.graphs[index].nodes if TAG in node.meta]
+    tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
     operations |= {tag.over for tag in tags if tag.site in operations and tag.over is not None}
-    lines = []
-    for node in template.graphs[index].nodes:
-        is_of_rule = TAG in node.meta and node.meta[TAG].site in operations
+
+    def is_of_rule(node: fx.Node) -> bool:
         is_parameter = node.op == "get_attr" and str(node.target).rpartition(".")[2] in own
-        if node.name in operations or (is_of_rule and not is_parameter):
-            lines += [_of_node(node.name, source)]
-    return [line for line in lines if line]
+        return TAG in node.meta and node.meta[TAG].site in operations and not is_parameter
 
-
-def _of_node(name: str, source: Sequence[str]) -> str:
-    line = next((line.strip() for line in source if re.match(rf"\s*{re.escape(name)} = ", line)), "")
-    return line.partition(";  ")[0]  # what follows only forgets values
+    return lines_of([node for node in graph.nodes if node.name in operations or is_of_rule(node)], graph)

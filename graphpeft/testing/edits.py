@@ -17,7 +17,8 @@ from graphpeft.model.adapt import get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.config import PeftConfig
 from graphpeft.testing import laws
-from graphpeft.testing.blame import Build, LawError
+from graphpeft.testing.blame import Build
+from graphpeft.testing.comparing import LawError
 
 KINDS = ("add", "choose", "choose all", "disable", "enable", "delete", "copy")
 """What an edit can do."""

@@ -7,44 +7,51 @@ keyword arguments. The numbers are those of the list in ``docs/architecture.md``
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import itertools
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from graphpeft._torch import pytree
 from graphpeft.adapters import changes
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
-from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig
-from graphpeft.testing.blame import Build, LawError, blames_a_site, describe, first_difference
+from graphpeft.testing.blame import Build, blames_a_site, describe
+from graphpeft.testing.comparing import ROUNDING, LawError, require_close, require_equal
+from graphpeft.testing.failing import RuleError, with_failing_rules
+from graphpeft.testing.first_difference import first_difference
+from graphpeft.testing.runs import differentiable, left_by, loss_of, perturbed, random_state, run
+from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot
+from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
-
-# the laws
-
 
 BOTH_MODES = (False, True)
 """Evaluation and training."""
+
+Tracer = Callable[[nn.Module, ExampleInputs], Any]
+"""What traces a model, as `graphpeft.trace` does."""
 
 
 @blames_a_site
 def assert_fresh_adapter_changes_no_output(
     build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None = None
 ) -> None:
-    """Law 1: an adapter that starts as the identity changes no output, bit for bit, with gradients or without.
+    """Law 1: an adapter that starts as the identity changes no output, with gradients or without.
+
+    So it is bit for bit, unless the config says that it starts as the identity within rounding, or the model has half
+    precision, where DoRA rounds as PEFT does.
 
     PyTorch chooses by what requires gradients how it computes some layers, as `nn.MultiheadAttention` on its fast path.
     So the base has frozen weights, as an adapted model has. Where gradients are recorded, and an adapter changes a
@@ -56,26 +63,45 @@ def assert_fresh_adapter_changes_no_output(
         inputs: Inputs of the model.
         modes: Whether to look at evaluation (False), training (True) or both. None leaves out training if the adapter
             draws random numbers there: it gives others to the rest of the model, and has none of these laws.
+
+    Raises:
+        LawError: If an output is another one.
     """
-    for mode in modes_to_compare(build, config, inputs) if modes is None else modes:
+    for mode in BOTH_MODES if modes is None else modes:
+        base = build().train(mode)
+        is_half = any(tensor.dtype in ROUNDING for tensor in base.parameters())
+        tolerance = 1e-5 if is_half or config.starts_as_identity == "within rounding" else 0.0
+        adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
+        sites = [one.site for one in adapted._peft_adapters.by_name["default"].weight_sites]
+        changed = [site.weight for site in sites if site.op is ops.Weight]
         for records in (False, True):
-            base = build().train(mode).requires_grad_(False)
-            adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
-            sites = [one.site for one in adapted._peft_adapters.by_name["default"].weight_sites]
-            changed = [site.weight for site in sites if site.op is ops.Weight]
+            base.requires_grad_(False)
             for path in changed if records else ():
                 base.get_parameter(path).requires_grad_()
             with torch.set_grad_enabled(records):
-                found, expected = run(adapted, inputs), run(base, inputs)
+                found, drawn = run(adapted, inputs), random_state()
+                expected = run(base, inputs)
+            if modes is None and mode and drawn != random_state():
+                return
             when = f"with training={mode}, {'gradients' if records else 'no gradients'}"
-            require_equal(found, expected, f"{when}, a fresh adapter changes the output")
+            require_close(found, expected, tolerance, f"{when}, a fresh adapter changes the output")
 
 
 @blames_a_site
 def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step."""
-    frozen = {path for path, _ in build().named_parameters()}
-    adapted = perturbed(get_peft_model(build().train(), config, example_inputs=inputs))
+    """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+
+    Raises:
+        LawError: With the parameter of which that isn't so.
+    """
+    model = build().train()
+    frozen = {path for path, _ in model.named_parameters()}
+    adapted = perturbed(get_peft_model(model, config, example_inputs=inputs))
     frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names("default")}
     loss_of(run(adapted, inputs)).backward()
     for path, parameter in adapted.named_parameters():
@@ -98,40 +124,51 @@ def assert_adapted_is_base_with_delta(
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
     An adapter that can't be merged must refuse that, and of it the latter holds; if some of its sites have deltas, the
-    whole law holds for an adapter of these alone. `modes` as for law 1.
+    whole law holds for an adapter of these alone.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+        modes: As for law 1.
+        tolerance: By how much outputs may differ, as for `require_close`.
+
+    Raises:
+        LawError: If an output is another one, or `unload` leaves something.
     """
-    for narrowed in (config, *_of_what_can_be_merged(build, config, inputs)):
-        _adapted_is_base_with_delta(build, narrowed, inputs, modes, tolerance)
-
-
-def _of_what_can_be_merged(build: Build, config: PeftConfig, inputs: ExampleInputs) -> list[PeftConfig]:
-    """Returns a config that names the sites alone which can be merged, if these are some and not all."""
-    sites = get_peft_model(build(), config, example_inputs=inputs)._peft_adapters.by_name["default"].sites
-    merged = {adapted.site.name for adapted in sites if adapted.unmergeable is None}
-    if not 0 < len(merged) < len(sites):
-        return []
-    narrowed = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name in merged)
-    return [narrowed.peft_config["default"]]
+    chosen = BOTH_MODES if modes is None else modes
+    adapter, *_ = [
+        _adapted_is_base_with_delta(build, config, inputs, mode, modes is None, tolerance) for mode in chosen
+    ]
+    narrowed = of_sites_that_merge(adapter, build, inputs)
+    if narrowed is not None:
+        for mode in chosen:
+            _adapted_is_base_with_delta(build, narrowed, inputs, mode, modes is None, tolerance)
 
 
 def _adapted_is_base_with_delta(
-    build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None, tolerance: float
-) -> None:
-    for mode in modes_to_compare(build, config, inputs) if modes is None else modes:
-        base, untouched = (build().train(mode).requires_grad_(False) for _ in range(2))
-        adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
-        expected = run(adapted, inputs)
-        adapter = adapted._peft_adapters.by_name["default"]
-        if adapter.changes_weights:
-            # first, since it refuses a weight that is tied to another, which a delta added by hand would change too
-            merged = copy.deepcopy(adapted).merge_and_unload()
-            _add_deltas(base, adapter, dict(adapted.named_modules()))
-            require_close(run(base, inputs), expected, tolerance, f"training={mode}: adapted isn't base with deltas")
-            require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
-        else:
-            _require_no_merge(adapted)
-        require_restored(adapted.unload(), build().train(mode))
-        require_equal(run(adapted.requires_grad_(False), inputs), run(untouched, inputs), "unload leaves other outputs")
+    build: Build, config: PeftConfig, inputs: ExampleInputs, mode: bool, may_draw: bool, tolerance: float
+) -> Adapter:
+    """Checks the third law in one mode, and returns the adapter."""
+    untouched = build().train(mode)
+    adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
+    adapter = adapted._peft_adapters.by_name["default"]
+    expected, drawn = run(adapted, inputs), random_state()
+    if may_draw and mode:
+        run(untouched, inputs)
+        if drawn != random_state():
+            return adapter
+    if adapter.changes_weights:
+        # first, since it refuses a weight that is tied to another, which a delta added by hand would change too
+        merged = copy.deepcopy(adapted).merge_and_unload()
+        base = build().train(mode)
+        _add_deltas(base, adapter, dict(adapted.named_modules()))
+        require_close(run(base, inputs), expected, tolerance, f"training={mode}: adapted isn't base with deltas")
+        require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
+    else:
+        _require_no_merge(adapted)
+    require_unloaded(adapted.unload(), untouched, inputs)
+    return adapter
 
 
 def _require_no_merge(adapted: Any) -> None:
@@ -144,22 +181,11 @@ def _require_no_merge(adapted: Any) -> None:
         raise LawError("an adapter that says why it can't be merged is merged")
 
 
-def modes_to_compare(build: Build, config: PeftConfig, inputs: ExampleInputs) -> tuple[bool, ...]:
-    """Returns the modes in which the adapter draws no random numbers: evaluation, and training."""
-    left = []
-    for model in (build().train(), get_peft_model(build().train(), config, example_inputs=inputs)):
-        run(model, inputs)
-        left.append(torch.get_rng_state())
-        left += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    half = len(left) // 2
-    return BOTH_MODES if all(map(torch.equal, left[:half], left[half:])) else BOTH_MODES[:1]
-
-
 @torch.no_grad()
 def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
-    for path, names in adapter.stand_ins.items():
-        for name in names:
-            getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
+    read_instead = [(path, name) for path, names in adapter.stand_ins.items() for name in names]
+    for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
+        getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
     for adapted in changes.changing_sites(modules, adapter):
         base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
         change = changes.bias_delta(adapted, modules)
@@ -169,7 +195,16 @@ def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
 
 @blames_a_site
 def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 4: what is saved and loaded again gives the same outputs and the same tensors."""
+    """Law 4: what is saved and loaded again gives the same outputs and the same tensors.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+
+    Raises:
+        LawError: If a tensor or an output is another one.
+    """
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder)
@@ -177,15 +212,29 @@ def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInpu
         loaded = PeftModel.from_pretrained(build(), folder, example_inputs=inputs)
     require_equal(dict(trained_on.named_parameters()), dict(adapted.named_parameters()), "loaded parameters differ")
     require_close(_file_of(trained_on), _file_of(adapted), 1e-6, "what is saved again differs")
-    require_close(run(trained_on, inputs), run(adapted, inputs), 1e-6, "what is loaded for training differs from saved")
-    require_close(run(loaded, inputs), run(adapted, inputs), 1e-6, "loaded differs from saved")
+    expected = run(adapted, inputs)
+    require_close(run(trained_on, inputs), expected, 1e-6, "what is loaded for training differs from saved")
+    require_close(run(loaded, inputs), expected, 1e-6, "loaded differs from saved")
 
 
 @blames_a_site
-def assert_traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs."""
+def assert_traced_is_adapted_alike(
+    build: Build, config: PeftConfig, inputs: ExampleInputs, tracer: Tracer = trace
+) -> None:
+    """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+        tracer: Traces a model, given its inputs.
+
+    Raises:
+        LawError: If a tensor or an output is another one.
+        TraceError: If the model can't be traced.
+    """
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
-    traced = get_peft_model(trace(build().eval(), inputs), config)
+    traced = get_peft_model(tracer(build().eval(), inputs), config)
     set_peft_model_state_dict(traced, _file_of(model))
     require_equal(_file_of(traced), _file_of(model), "the traced model's file differs")
     for mode in BOTH_MODES:
@@ -196,7 +245,17 @@ def assert_traced_is_adapted_alike(build: Build, config: PeftConfig, inputs: Exa
 def assert_spellings_are_adapted_alike(
     build: Build, others: Sequence[Build], config: PeftConfig, inputs: ExampleInputs
 ) -> None:
-    """Law 5: models that spell one computation in several ways have the same sites, files and outputs."""
+    """Law 5: models that spell one computation in several ways have the same sites, files and outputs.
+
+    Args:
+        build: Builds one of the models.
+        others: Build the others, with equal tensors.
+        config: The adapter's config.
+        inputs: Inputs of the models.
+
+    Raises:
+        LawError: If a site, a tensor or an output is another one.
+    """
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     sites = [(site.site.name, site.site.shape) for site in model.adapter_report().adapted]
     for build_other in others:
@@ -216,51 +275,78 @@ def assert_spellings_are_adapted_alike(
 
 @blames_a_site
 def assert_dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 6: `explain` and a failed adaptation change nothing."""
+    """Law 6: `explain` and a failed adaptation change nothing.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+
+    Raises:
+        LawError: With what has changed.
+    """
     model = build()
     before = snapshot(model)
-    explain(model, config, example_inputs=inputs)
+    report = explain(model, config, example_inputs=inputs)
     require_unchanged(model, before, "explain")
+    if not report.adapted:
+        return  # no rule that could fail
     try:
-        get_peft_model(model, _with_failing_rules(config), example_inputs=inputs)
-    except _RuleError:
+        get_peft_model(model, with_failing_rules(config), example_inputs=inputs)
+    except RuleError:
         require_unchanged(model, before, "a failed adaptation")
     else:
         raise LawError("an adaptation whose rule fails didn't fail")
 
 
 def assert_traced_is_the_model(
-    build: Build, inputs: ExampleInputs, *others: ExampleInputs, may_refuse: bool = False
+    build: Build,
+    inputs: ExampleInputs,
+    *others: ExampleInputs,
+    may_refuse: bool = False,
+    modes: Sequence[bool] = BOTH_MODES,
+    tracer: Tracer = trace,
 ) -> None:
     """Law 7: tracing changes nothing, and the graph equals the model in both modes and on other inputs.
+
+    The model and its graph run several times without being built anew, so that each run finds what the last one left.
 
     Args:
         build: Builds the model.
         inputs: The example inputs.
         others: Other inputs.
         may_refuse: Whether the model decides on its inputs, so that a guard may refuse others.
+        modes: Whether to trace in evaluation (False), in training (True) or in each of them.
+        tracer: Traces a model, given its inputs.
+
+    Raises:
+        LawError: If something has changed, or an output is another one, with the nodes that compute it.
+        TraceError: If the model can't be traced.
+        GuardError: If the graph refuses the example inputs, or others without `may_refuse`.
     """
-    for training in (False, True):
+    for training in modes:
         model = build().train(training)
         before = snapshot(model)
-        traced = trace(model, inputs)
+        traced = tracer(model, inputs)
         require_unchanged(model, before, "tracing")
-        for given in (inputs, *others):
-            for mode in (training, not training):
-                expected = run(build().train(mode), given)
-                try:
-                    found = run(copy.deepcopy(traced).train(mode), given)
-                except GuardError:
-                    if may_refuse and given is not inputs:
-                        continue
-                    raise
-                law = f"traced with training={training}, run with training={mode}"
-                try:
-                    require_equal(found, expected, law)
-                except LawError as error:
-                    models = build().train(mode), copy.deepcopy(traced).train(mode)
-                    where = first_difference(*models, functools.partial(run, inputs=given))
-                    raise LawError(f"{error}\n{where}") from error
+        original = build()
+        for given, mode in itertools.product((inputs, *others), (training, not training)):
+            expected = run(original.train(mode), given)
+            try:
+                found = run(traced.train(mode), given)
+            except GuardError:
+                if may_refuse and given is not inputs:
+                    # the run that was refused may have written into buffers
+                    original, traced = build(), tracer(build().train(training), inputs)
+                    continue
+                raise
+            law = f"traced with training={training}, run with training={mode}"
+            try:
+                require_equal(found, expected, law)
+            except LawError as error:
+                models = build().train(mode), tracer(build().train(training), inputs).train(mode)
+                where = first_difference(*models, given)
+                raise LawError(f"{error}\n{where}") from error
 
 
 def assert_traced_trains_as_the_model(
@@ -270,6 +356,7 @@ def assert_traced_trains_as_the_model(
     may_refuse: bool = False,
     modes: Sequence[bool] = BOTH_MODES,
     strict: bool = False,
+    tracer: Callable[..., Any] = trace,
 ) -> None:
     """Law 7, for all that a run leaves: outputs, gradients, and what was written into buffers and into inputs.
 
@@ -282,11 +369,17 @@ def assert_traced_trains_as_the_model(
         may_refuse: Whether the model decides on its inputs or its mode, so that a guard may refuse others.
         modes: Whether to trace in evaluation (False), in training (True) or in each of them.
         strict: Whether all modules must become nodes.
+        tracer: Traces a model, given its inputs and `strict`.
+
+    Raises:
+        LawError: If something is another one.
+        TraceError: If the model can't be traced.
+        GuardError: If the graph refuses the example inputs, or others without `may_refuse`.
     """
     for training in modes:
         original, model = (build().train(training) for _ in range(2))
         before = snapshot(model)
-        traced = trace(model, differentiable(inputs)[1], strict=strict)
+        traced = tracer(model, differentiable(inputs)[1], strict=strict)
         require_unchanged(model, before, "tracing")
         for given, mode in itertools.product((inputs, *others), (training, not training)):
             expected = left_by(original.train(mode), original, given)
@@ -303,244 +396,50 @@ def assert_traced_trains_as_the_model(
 
 @blames_a_site
 def assert_copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted."""
+    """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted.
+
+    Args:
+        build: Builds the model.
+        config: The adapter's config.
+        inputs: Inputs of the model.
+
+    Raises:
+        LawError: If a copy has other outputs, or can't be unloaded.
+    """
+    untouched = build().eval()
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     expected = run(adapted, inputs)
+    for name, copied in _copies(adapted):
+        require_equal(run(copied, inputs), expected, f"a copy by {name} differs")
+        require_restored(copied.unload(), untouched)
+    other = get_peft_model(build().eval(), config, example_inputs=inputs)
+    other.load_state_dict(adapted.state_dict())
+    require_equal(run(other, inputs), expected, "a copy by state_dict differs")
+    require_restored(other.unload(), untouched)
+
+
+def _copies(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "deepcopy", copy.deepcopy(adapted)
+    yield "pickle", pickle.loads(pickle.dumps(adapted))
     buffer = io.BytesIO()
     torch.save(adapted, buffer)
     buffer.seek(0)
-    other = get_peft_model(build().eval(), config, example_inputs=inputs)
-    other.load_state_dict(adapted.state_dict())
-    copies = {
-        "deepcopy": copy.deepcopy(adapted),
-        "pickle": pickle.loads(pickle.dumps(adapted)),
-        "torch.save": torch.load(buffer, weights_only=False),
-        "state_dict": other,
-        ".to() and back": copy.deepcopy(adapted).double().float(),
-    }
-    for name, copied in copies.items():
-        require_equal(run(copied, inputs), expected, f"a copy by {name} differs")
-        require_restored(copied.unload(), build().eval())
+    yield "torch.save", torch.load(buffer, weights_only=False)
+    yield ".to() and back", _to_and_back(copy.deepcopy(adapted))
 
 
-# what they are made of
+def _to_and_back(adapted: nn.Module) -> nn.Module:
+    """Converts a model to double precision and back, tensors in half precision by way of single precision."""
+    tensors = [*adapted.named_parameters(), *adapted.named_buffers()]
+    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    adapted.double()
+    if torch.float64 not in dtypes.values():
+        adapted.float()
+    for name, tensor in (*adapted.named_parameters(), *adapted.named_buffers()):
+        if tensor.dtype != dtypes.get(name, tensor.dtype):
+            tensor.data = tensor.data.to(dtypes[name])
+    return adapted
 
 
 def _file_of(adapted: nn.Module) -> dict[str, torch.Tensor]:
     return dict(sorted(get_peft_model_state_dict(adapted).items()))
-
-
-def run(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """Returns the outputs of `model` with the random numbers of seed 0."""
-    args, kwargs = split_inputs(inputs)
-    torch.manual_seed(0)
-    return model(*(args or ()), **kwargs)
-
-
-def left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
-    """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
-    leaves, given = differentiable(inputs)
-    outputs = run(model, given)
-    parameters = dict(owner.named_parameters())
-    buffers = {**dict(owner.named_buffers()), **dict(model.named_buffers())}
-    left = {
-        "the outputs": outputs,
-        "what of them requires grad": pytree.tree_map_only(torch.Tensor, lambda output: output.requires_grad, outputs),
-        "the inputs afterwards": given,
-        "the buffers": buffers,
-    }
-    # before the backward pass, which may fail where something was written in place
-    left = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), left)
-    inputs_by_number = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
-    return left | {"the gradients": _gradients(outputs, inputs_by_number | parameters)}
-
-
-def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    loss = loss_of(outputs)
-    if not loss.requires_grad:
-        return None
-    try:
-        found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        return "values were overwritten that they need"
-    return dict(zip(tensors, found, strict=True))
-
-
-def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
-    """Returns new tensors that require grad, and `inputs` computed from them, into which a model can write."""
-    leaves: list[torch.Tensor] = []
-
-    def fresh(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor.clone()
-        leaves.append(tensor.detach().clone().requires_grad_())
-        return leaves[-1].clone()
-
-    return leaves, pytree.tree_map_only(torch.Tensor, fresh, inputs)
-
-
-def perturbed(adapted: Any) -> Any:
-    """Gives all trainable tensors values that matter, and returns the model."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapted
-
-
-def loss_of(outputs: Any) -> torch.Tensor:
-    """Returns a number that depends on every output."""
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    return sum((leaf.square().sum() for leaf in leaves), torch.zeros(()))
-
-
-def require_equal(found: Any, expected: Any, law: str) -> None:
-    """Raises unless all tensors of both are equal, bit for bit."""
-    require_close(found, expected, 0.0, law)
-
-
-def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None:
-    """Raises unless all tensors of both differ by `tolerance`, relative to their size, at the most."""
-    left, left_tree = pytree.tree_flatten(found)
-    right, right_tree = pytree.tree_flatten_with_path(expected)
-    if left_tree != right_tree:
-        raise LawError(f"{law}: the outputs are {left_tree}, not {right_tree}")
-    parts = [part for leaf in left for part in _parts(leaf)]
-    expected_parts = [(path, part) for path, leaf in right for part in _parts(leaf)]
-    for a, (path, b) in zip(parts, expected_parts, strict=True):
-        where = f"{law}, at {pytree.keystr(path)}" if path else law
-        if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
-            raise LawError(f"{where}: {_kind(a)}, not {_kind(b)}")
-        if isinstance(b, torch.Tensor):
-            if a.dtype != b.dtype or a.shape != b.shape:
-                raise LawError(f"{where}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
-            difference, scale = _difference(a, b) if b.numel() else (0.0, 1.0)
-            if not difference <= tolerance * scale:
-                raise LawError(f"{where}: by {difference:.3g}")
-        elif a != b:
-            raise LawError(f"{where}: {a!r}, not {b!r}")
-
-
-def _kind(value: Any) -> str:
-    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-
-
-def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Returns by how much two tensors differ, and how large the second is."""
-    dtype = torch.complex128 if b.is_complex() else torch.float64
-    a, b = a.detach().to(dtype), b.detach().to(dtype)
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0, a - b).abs().max().item(), max(1.0, b.abs().nan_to_num().max().item())
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Returns all that an operation could change in `model`: classes, attributes, hooks, tensors and their flags."""
-    return {path: _state(module) for path, module in model.named_modules(remove_duplicate=False)}
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    named = [*module._parameters.items(), *module._buffers.items()]
-    others = {name: value for name, value in module.__dict__.items() if name not in ("_parameters", "_buffers")}
-    named += [(pytree.keystr(path), value) for path, value in pytree.tree_leaves_with_path(others)]
-    tensors = {
-        name: (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None)
-        for name, tensor in named
-        if isinstance(tensor, torch.Tensor)
-    }
-    attributes = {name: (id(value), _content(value)) for name, value in module.__dict__.items()}
-    return {"class": type(module), "attributes": attributes, "tensors": tensors}
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: id(part) for key, part in value.items()}
-    return [id(part) for part in value] if isinstance(value, list | tuple | set) else None
-
-
-def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) -> None:
-    """Raises unless `model` is what it was when `before` was taken by `snapshot`."""
-    after = snapshot(model)
-    if after.keys() != before.keys():
-        raise LawError(f"{operation} changes the modules: {sorted(after.keys() ^ before.keys())}")
-    for path, state in before.items():
-        for kind in ("class", "attributes"):
-            if after[path][kind] != state[kind]:
-                raise LawError(f"{operation} changes the {kind} of {path or 'the model'}")
-        for name, (identity, flag, values, grad) in state["tensors"].items():
-            new_identity, new_flag, new_values, new_grad = after[path]["tensors"][name]
-            if (
-                (identity, flag) != (new_identity, new_flag)
-                or grad is not new_grad
-                or not _are_equal(values, new_values)
-            ):
-                raise LawError(f"{operation} changes the tensor {path}.{name}")
-
-
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tells whether two tensors have equal elements; those that are no numbers are equal to each other."""
-    pairs = zip(_parts(one), _parts(other), strict=True)
-    return all(torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
-
-
-def _parts(value: Any) -> list[Any]:
-    """Returns the tensors that one holds whose class consists of others, as a quantised one does; else it alone."""
-    if not hasattr(value, "__tensor_flatten__"):
-        return [value]
-    names, _ = value.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(value, name))]
-
-
-def require_restored(model: nn.Module, untouched: nn.Module) -> None:
-    """Raises unless `model` has the classes, the keys and the flags of `untouched`."""
-    if model.state_dict().keys() != untouched.state_dict().keys():
-        raise LawError(f"unload leaves other keys: {sorted(model.state_dict().keys() ^ untouched.state_dict().keys())}")
-    for (path, module), original in zip(model.named_modules(), untouched.modules(), strict=True):
-        if _class_of(module) != _class_of(original):
-            raise LawError(f"unload leaves {path or 'the model'} a {type(module)}")
-        if module.__dict__.keys() != original.__dict__.keys():
-            raise LawError(f"unload leaves attributes: {sorted(module.__dict__.keys() ^ original.__dict__.keys())}")
-    for (path, parameter), original in zip(model.named_parameters(), untouched.parameters(), strict=True):
-        if parameter.requires_grad != original.requires_grad:
-            raise LawError(f"unload leaves requires_grad={parameter.requires_grad} on {path}")
-
-
-def _class_of(module: nn.Module) -> Any:
-    """Returns a module's class; each graph has one of its own, so for these what that inherits from."""
-    cls = type(module)
-    return cls.__mro__[1:] if issubclass(cls, fx.GraphModule) else cls
-
-
-class _RuleError(Exception):
-    """What the rules raise with which the sixth law fails an adaptation."""
-
-
-def _fail(*_: Any, **__: Any) -> Any:
-    raise _RuleError
-
-
-@functools.cache
-def _failing_class(cls: type) -> type:
-    """Returns a class of rules that fail as late as they can: when their nodes are inserted."""
-    return type(cls.__name__, (cls,), {name: _fail for name in ("rewrite", "delta", "enter") if hasattr(cls, name)})
-
-
-def _failing_rule(rule: Any) -> Any:
-    failing = copy.copy(rule)
-    object.__setattr__(failing, "__class__", _failing_class(type(rule)))  # rules are frozen
-    return failing
-
-
-def _with_failing_rules(config: PeftConfig) -> PeftConfig:
-    of_its_class = type(config).rule_for
-
-    # on the class, since the config is copied before it is asked for rules
-    class Failing(type(config)):
-        def rule_for(self, site: Any, dtype: Any) -> Any:
-            return _failing_rule(of_its_class(self, site, dtype))
-
-    failing = copy.deepcopy(config)
-    failing.__class__ = Failing
-    return failing

@@ -48,7 +48,7 @@ SPELLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "w.mT.mT": lambda x, w: x @ w.mT.mT,
     "einsum": lambda x, w: torch.einsum("bti,oi->bto", x, w),
     "einsum transposed": lambda x, w: torch.einsum("...i,io->...o", x, w),
-    "addmm": lambda x, w: torch.addmm(torch.zeros(DIM), x.reshape(-1, DIM), w).view(*x.shape[:-1], DIM),
+    "addmm": lambda x, w: torch.addmm(torch.zeros(DIM, dtype=w.dtype), x.reshape(-1, DIM), w).view(*x.shape[:-1], DIM),
     "aten": lambda x, w: torch.ops.aten.linear.default(x, w),
 }
 
@@ -230,6 +230,12 @@ class Case:
         return repr(self.build())
 
 
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """Returns a case whose model and inputs have another dtype."""
+    inputs, *others = (tuple(tensor.to(dtype) for tensor in given) for given in (case.inputs, *case.others))
+    return Case(lambda: case.build().to(dtype), inputs, tuple(others))
+
+
 @functools.cache
 def mixing_cases() -> st.SearchStrategy[Case]:
     """Returns a strategy for models, as `cases` does, whose body lets all tokens see each other."""
@@ -370,7 +376,7 @@ def method_of(peft_type: str) -> Method:
         return METHODS[peft_type]
     config_class = registered()[peft_type]
     configs = functools.partial(plain_configs, config_class)
-    return Method(configs, cases, is_identity=config_class().starts_as_identity, merges=False)
+    return Method(configs, cases, is_identity=bool(config_class().starts_as_identity), merges=False)
 
 
 @st.composite

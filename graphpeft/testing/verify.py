@@ -3,91 +3,22 @@
 from __future__ import annotations
 
 import copy
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
-from tqdm import tqdm
 
-from graphpeft.adapters.plan import AdaptError
-from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.errors import TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import get_peft_model
-from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
-from graphpeft.rules.report import table
+from graphpeft.rules.config import ConfigLike, as_config
 from graphpeft.testing import laws
-from graphpeft.testing.blame import Build, LawError
-
-Outcome = Literal["holds", "fails", "doesn't apply"]
-
-
-class Verdict(NamedTuple):
-    """What became of one law.
-
-    Attributes:
-        law: The law.
-        outcome: ``"holds"``, ``"fails"`` or ``"doesn't apply"``.
-        why: Why it doesn't hold or apply; or what of it could not be looked at.
-        seconds: How long that took.
-    """
-
-    law: str
-    outcome: Outcome
-    why: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What became of all laws; it prints as a table.
-
-    Attributes:
-        subject: The model and the method.
-        verdicts: What became of each.
-    """
-
-    subject: str
-    verdicts: tuple[Verdict, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether no law fails."""
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[Verdict, ...]:
-        """The laws that fail."""
-        return tuple(verdict for verdict in self.verdicts if verdict.outcome == "fails")
-
-    def __str__(self) -> str:
-        rows = [
-            (law, outcome, f"{seconds:.1f}", why.partition("\n")[0]) for law, outcome, why, seconds in self.verdicts
-        ]
-        lines = [self.subject, "", *table(("law", "outcome", "seconds", "why"), rows)]
-        for failure in self.failures:
-            lines += ["", f"{failure.law}:", failure.why]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-class _Law(NamedTuple):
-    """A law, and when it speaks of an adapter.
-
-    Attributes:
-        text: The law in a few words.
-        check: Raises unless it holds.
-        silent: Returns the reason why it doesn't speak of an adapter, or "".
-        partly: Returns the reason why only a part of it does, or "".
-    """
-
-    text: str
-    check: Callable[[Build, PeftConfig, ExampleInputs], None]
-    silent: Callable[[Any], str] = lambda _: ""
-    partly: Callable[[Any], str] = lambda _: ""
+from graphpeft.testing.two_adapters import assert_two_adapters_act_together
+from graphpeft.testing.verdicts import Law, Verification, verified
+from graphpeft.tracing.trace import trace
 
 
 def verify(
@@ -101,7 +32,7 @@ def verify(
     """Runs all laws on copies of `model`, which stays as it is, and prints what became of each.
 
     Args:
-        model: Any module that can be copied, without adapters.
+        model: Any module that can be copied, without adapters. It is traced once, in the mode in which it is.
         config: The config.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         others: Other inputs, of other sizes, which a trace of the model must serve too, or refuse.
@@ -113,6 +44,11 @@ def verify(
 
     Raises:
         AdaptError: If the model can't be adapted with this config.
+
+    >>> from graphpeft import LoraConfig
+    >>> config = LoraConfig(r=2, target_modules=["0"])
+    >>> verify(nn.Sequential(nn.Linear(4, 4)), config, (torch.ones(2, 4),), progress=False, quiet=True).holds
+    True
     """
     ours = as_config(config)
 
@@ -120,41 +56,38 @@ def verify(
         return copy.deepcopy(model)
 
     adapted = get_peft_model(build(), ours, example_inputs=example_inputs)
-    verdicts = []
-    with tqdm(_laws(others), disable=not progress, leave=False) as bar:
-        for law in bar:
-            bar.set_description(law.text)
-            verdicts.append(_verdict(law, build, ours, example_inputs, adapted))
-    found = Verification(f"{type(model).__name__} with {ours.method}", tuple(verdicts))
-    if not quiet:
-        print(found)  # noqa: T201
-    return found
+    tracer, of_adapter = _OneTrace(), (build, ours, example_inputs)
 
+    def checked(law: Callable[..., None], **options: Any) -> Callable[[], None]:
+        return functools.partial(law, *of_adapter, **options)
 
-def _verdict(law: _Law, build: Build, config: PeftConfig, inputs: ExampleInputs, adapted: Any) -> Verdict:
-    silent = law.silent(adapted)
-    if silent:
-        return Verdict(law.text, "doesn't apply", silent, 0.0)
-    start = time.perf_counter()
-    outcome, why = _outcome(law, build, config, inputs, adapted)
-    return Verdict(law.text, outcome, why, time.perf_counter() - start)
+    def traced_is_the_model() -> None:
+        laws.assert_traced_is_the_model(
+            build, example_inputs, *others, may_refuse=True, modes=(model.training,), tracer=tracer
+        )
 
-
-def _outcome(law: _Law, build: Build, config: PeftConfig, inputs: ExampleInputs, adapted: Any) -> tuple[Outcome, str]:
-    try:
-        with warnings.catch_warnings():
-            # what the model or the config is warned of has been said when it was adapted before
-            warnings.simplefilter("ignore")
-            law.check(build, config, inputs)
-    except TraceError as error:
-        return "doesn't apply", f"the model can't be traced: {error}"
-    except GuardError as error:
-        return "doesn't apply", f"a trace of the model refuses the call: {error}"
-    except AdaptError as error:
-        return "doesn't apply", f"it is refused: {error}"
-    except LawError as error:
-        return "fails", str(error)
-    return "holds", law.partly(adapted)
+    no_merge = _no_merge(adapted)
+    found = (
+        # first, since it looks at the model while that is traced
+        Law("7 a traced model is the model", traced_is_the_model),
+        Law(
+            "1 a fresh adapter changes no output",
+            checked(laws.assert_fresh_adapter_changes_no_output),
+            silent=_not_an_identity(adapted),
+        ),
+        Law("2 exactly the adapter is trained", checked(laws.assert_only_the_adapter_is_trained)),
+        Law(
+            "3 merged is adapted, unload restores",
+            checked(laws.assert_adapted_is_base_with_delta),
+            partly=no_merge,
+        ),
+        Law("4 saved and loaded is the same", checked(laws.assert_saved_is_loaded)),
+        Law("5 a traced model is adapted alike", checked(laws.assert_traced_is_adapted_alike, tracer=tracer)),
+        Law("6 dry runs and failures change nothing", checked(laws.assert_dry_runs_change_nothing)),
+        Law("8 copies stay adapted", checked(laws.assert_copies_stay_adapted)),
+        Law("9 two adapters act together", checked(assert_two_adapters_act_together), partly=no_merge),
+    )
+    return verified(f"{type(model).__name__} with {ours.method}", found, progress, quiet)
 
 
 def _not_an_identity(adapted: Any) -> str:
@@ -168,19 +101,30 @@ def _no_merge(adapted: Any) -> str:
     return "; ".join(f"{name} can't be merged: {reason}" for reason, name in reversed(reasons.items()))
 
 
-def _laws(others: tuple[ExampleInputs, ...]) -> tuple[_Law, ...]:
-    """Returns all laws, in their order, for a model that has these other inputs."""
+class _OneTrace:
+    """Traces a model once for all laws: the first one gets that trace, others copies of it as it was, or its error."""
 
-    def traced_is_the_model(build: Build, _: PeftConfig, inputs: ExampleInputs) -> None:
-        laws.assert_traced_is_the_model(build, inputs, *others, may_refuse=True)
+    def __init__(self) -> None:
+        self._error: TraceError | None = None
+        self._traced: Any = None
+        self._values: dict[str, torch.Tensor] = {}
 
-    return (
-        _Law("1 a fresh adapter changes no output", laws.assert_fresh_adapter_changes_no_output, _not_an_identity),
-        _Law("2 exactly the adapter is trained", laws.assert_only_the_adapter_is_trained),
-        _Law("3 merged is adapted, unload restores", laws.assert_adapted_is_base_with_delta, partly=_no_merge),
-        _Law("4 saved and loaded is the same", laws.assert_saved_is_loaded),
-        _Law("5 a traced model is adapted alike", laws.assert_traced_is_adapted_alike),
-        _Law("6 dry runs and failures change nothing", laws.assert_dry_runs_change_nothing),
-        _Law("7 a traced model is the model", traced_is_the_model),
-        _Law("8 copies stay adapted", laws.assert_copies_stay_adapted),
-    )
+    def __call__(self, model: nn.Module, inputs: ExampleInputs) -> Any:
+        if self._error is not None:
+            raise self._error
+        if self._traced is not None:
+            copied = copy.deepcopy(self._traced)
+            for name, tensor in _tensors(copied):
+                tensor.data.copy_(self._values[name])
+            return copied
+        try:
+            self._traced = trace(model, inputs)
+        except TraceError as error:
+            self._error = error
+            raise
+        self._values = {name: tensor.detach().clone() for name, tensor in _tensors(self._traced)}
+        return self._traced
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())

@@ -298,6 +298,10 @@ def cache_sites(finder: SiteFinder, report: Report) -> list[CallSite]:
         report: Gets the reason why there is none.
     """
     model: Any = finder.modules[""]
+    if not hasattr(model, "get_input_embeddings"):
+        reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"
+        report.refused.append(Refusal("the model", reason, "adapt the Transformers model itself"))
+        return []
     candidates = [model.get_decoder()] if _is_pair(model) else [model, *model.children()]
     role = GENERATOR if generates_by_mask(model) else DECODER
     for module in candidates:

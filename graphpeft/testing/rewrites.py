@@ -1,0 +1,303 @@
+"""What holds for a rewrite of a graph that changes how it computes and not what, as checks that raise.
+
+A rewrite is any pass over a model: of `torch.fx`, of an exporter, or of one's own. It takes a module and returns
+another one, or a `PassResult`, or edits the module itself and returns None.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.testing.blame import Build
+from graphpeft.testing.comparing import LawError, have_equal_elements, require_close, require_equal
+from graphpeft.testing.first_difference import first_difference, graph_of
+from graphpeft.testing.runs import differentiable, loss_of, run
+from graphpeft.testing.snapshots import require_unchanged, snapshot
+from graphpeft.testing.verdicts import Law, Verification, verified
+
+Rewrite = Callable[[Any], Any]
+"""Takes a module; returns the rewritten one, or what has it as `graph_module`, or None if it edits what it is given."""
+
+
+def verify_rewrite(
+    model: nn.Module,
+    rewrite: Rewrite,
+    example_inputs: ExampleInputs,
+    *others: ExampleInputs,
+    undo: Rewrite | None = None,
+    tolerance: float = 0.0,
+    modes: Sequence[bool] = (False, True),
+    progress: bool = True,
+    quiet: bool = False,
+) -> Verification:
+    """Checks on copies of `model`, which stays as it is, that a rewrite changes nothing, and prints what became of it.
+
+    Args:
+        model: Any module that can be copied, such as what `torch.fx.symbolic_trace` or `graphpeft.trace` returns.
+        rewrite: The rewrite.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model.
+        others: Other inputs, such as other batch sizes, for which the rewritten model must compute the same, too.
+        undo: Takes the rewrite back: takes what it has returned, and returns the model of before, or edits it in place.
+        tolerance: By how much values may differ, relative to the largest; 0 for bit for bit.
+        modes: The modes in which it holds: evaluation (False), training (True) or both.
+        progress: Whether to show a progress bar.
+        quiet: Whether not to print the table.
+
+    Returns:
+        The table, whose `holds` says whether no law fails.
+
+    Raises:
+        Exception: What the rewrite raises.
+
+    >>> traced = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    >>> def cleaned(module):
+    ...     module.graph.eliminate_dead_code()
+    ...     module.recompile()
+    >>> verify_rewrite(traced, cleaned, (torch.ones(2, 4),), progress=False, quiet=True).holds
+    True
+    """
+
+    def build() -> nn.Module:
+        return copy.deepcopy(model)
+
+    def undone() -> None:
+        assert undo is not None
+        assert_rewrite_is_undone(build, rewrite, undo, example_inputs)
+
+    itself = _rewritten(rewrite, probe := build()) is probe
+    inputs = (example_inputs, *others)
+    found = (
+        Law(
+            "1 the rewritten model computes the same",
+            lambda: assert_rewritten_computes_the_same(build, rewrite, *inputs, tolerance=tolerance, modes=modes),
+        ),
+        Law(
+            "2 its gradients are the same",
+            lambda: assert_rewritten_has_the_same_gradients(build, rewrite, *inputs, tolerance=tolerance, modes=modes),
+        ),
+        Law("3 its code is that of its graph", lambda: assert_rewritten_is_compiled(build, rewrite)),
+        Law(
+            "4 the original stays as it is",
+            lambda: assert_rewrite_leaves_the_original(build, rewrite),
+            silent="the rewrite edits the model itself" if itself else "",
+        ),
+        Law("5 undone is as before", undone, silent="no undo is given" if undo is None else ""),
+    )
+    name = getattr(rewrite, "__name__", type(rewrite).__name__)
+    return verified(f"{type(model).__name__} with {name}", found, progress, quiet)
+
+
+def assert_rewritten_computes_the_same(
+    build: Build,
+    rewrite: Rewrite,
+    *inputs: ExampleInputs,
+    tolerance: float = 0.0,
+    modes: Sequence[bool] = (False, True),
+) -> None:
+    """Raises unless the rewritten model has the outputs of the model, in each mode and for all inputs.
+
+    It is rewritten in each of the modes, and run in each of them.
+
+    Args:
+        build: Builds the model, equal at each call.
+        rewrite: The rewrite.
+        inputs: Inputs of the model, of several sizes.
+        tolerance: By how much values may differ, as for `require_close`.
+        modes: Evaluation (False), training (True) or both.
+
+    Raises:
+        LawError: If an output is another one, with the first node whose value is.
+    """
+
+    def check(model: nn.Module, rewritten: nn.Module, given: ExampleInputs, law: str) -> None:
+        found = _of_rewritten(lambda: run(rewritten, given), law)
+        require_close(found, run(model, given), tolerance, f"{law}, it computes something else")
+
+    _in_all_ways(build, rewrite, inputs, tolerance, modes, check)
+
+
+def assert_rewritten_has_the_same_gradients(
+    build: Build,
+    rewrite: Rewrite,
+    *inputs: ExampleInputs,
+    tolerance: float = 0.0,
+    modes: Sequence[bool] = (False, True),
+) -> None:
+    """Raises unless the rewritten model gives the same gradients to its inputs, and to the parameters that it kept.
+
+    These are the parameters that both have under one name, with equal values.
+
+    Args:
+        build: Builds the model, equal at each call.
+        rewrite: The rewrite.
+        inputs: Inputs of the model, of several sizes.
+        tolerance: By how much gradients may differ, as for `require_close`.
+        modes: Evaluation (False), training (True) or both.
+
+    Raises:
+        LawError: If a gradient is another one.
+    """
+
+    def check(model: nn.Module, rewritten: nn.Module, given: ExampleInputs, law: str) -> None:
+        others = dict(rewritten.named_parameters())
+        kept = [
+            name
+            for name, tensor in model.named_parameters()
+            if tensor.requires_grad and name in others and _is_same(tensor, others[name])
+        ]
+        found = _of_rewritten(lambda: _gradients(rewritten, kept, given), law)
+        require_close(found, _gradients(model, kept, given), tolerance, f"{law}, it has other gradients")
+
+    _in_all_ways(build, rewrite, inputs, tolerance, modes, check)
+
+
+def assert_rewritten_is_compiled(build: Build, rewrite: Rewrite) -> None:
+    """Raises unless the rewritten model's graph is well-formed, and its code is that of this graph.
+
+    Args:
+        build: Builds the model.
+        rewrite: The rewrite.
+
+    Raises:
+        LawError: With what is wrong with the graph, or that `recompile` is missing.
+    """
+    rewritten = _rewritten(rewrite, build())
+    if not isinstance(rewritten, fx.GraphModule):
+        return
+    try:
+        rewritten.graph.lint()
+    except Exception as error:
+        raise LawError(f"the rewritten graph is malformed: {error}") from error
+    if rewritten.code != rewritten.graph.python_code("self").src:
+        raise LawError("the rewritten model runs code of an earlier graph; call recompile() after the last edit")
+
+
+def assert_rewrite_leaves_the_original(build: Build, rewrite: Rewrite) -> None:
+    """Raises unless a rewrite leaves the model that it is given as it was: its graph, tensors, classes and attributes.
+
+    Args:
+        build: Builds the model.
+        rewrite: The rewrite, which returns another model.
+
+    Raises:
+        LawError: With what it has changed.
+    """
+    model = build()
+    before, source = snapshot(model), _source(model)
+    if _rewritten(rewrite, model) is model:
+        raise LawError("the rewrite edits the model itself")
+    if _source(model) != source:
+        raise LawError(f"the rewrite changes the graph of the original:\n{_changed_lines(source, _source(model))}")
+    require_unchanged(model, before, "the rewrite")
+
+
+def assert_rewrite_is_undone(build: Build, rewrite: Rewrite, undo: Rewrite, inputs: ExampleInputs) -> None:
+    """Raises unless a rewrite that is taken back leaves the model of before: its graph's code, tensors and outputs.
+
+    Where both edit the model in place, its tensors have to be the same objects.
+
+    Args:
+        build: Builds the model, equal at each call.
+        rewrite: The rewrite.
+        undo: Takes it back.
+        inputs: Inputs of the model.
+
+    Raises:
+        LawError: With what is left.
+    """
+    model, untouched = build(), build()
+    tensors = model.state_dict(keep_vars=True)
+    restored = _rewritten(undo, _rewritten(rewrite, model))
+    if _source(restored) != _source(untouched):
+        raise LawError(f"undone, the code is another one:\n{_changed_lines(_source(untouched), _source(restored))}")
+    expected, found = (each.state_dict(keep_vars=True) for each in (untouched, restored))
+    if expected.keys() != found.keys():
+        raise LawError(f"undone, there are other tensors: {sorted(expected.keys() ^ found.keys())}")
+    for name, tensor in expected.items():
+        require_equal(found[name], tensor, f"undone, {name} differs")
+        if found[name].requires_grad != tensor.requires_grad:
+            raise LawError(f"undone, requires_grad of {name} is {found[name].requires_grad}")
+        if restored is model and found[name] is not tensors[name]:
+            raise LawError(f"undone, {name} is another object, which an optimizer wouldn't know")
+    require_equal(run(restored, inputs), run(untouched, inputs), "undone, it computes something else")
+
+
+Check = Callable[[nn.Module, nn.Module, ExampleInputs, str], None]
+"""Compares a model with the rewritten one on inputs; what it raises begins with the given words."""
+
+
+def _in_all_ways(
+    build: Build,
+    rewrite: Rewrite,
+    inputs: Sequence[ExampleInputs],
+    tolerance: float,
+    modes: Sequence[bool],
+    check: Check,
+) -> None:
+    """Checks a rewrite in each mode, run in each mode, on all inputs; what fails is told with the first other node."""
+    for training, mode in itertools.product(modes, modes):
+        model = _in_mode(build(), training)
+        rewritten = _in_mode(_rewritten(rewrite, _in_mode(build(), training)), mode)
+        _in_mode(model, mode)
+        for number, given in enumerate(inputs):
+            law = f"rewritten with training={training}, run with training={mode}, on inputs {number}"
+            try:
+                check(model, rewritten, given, law)
+            except LawError as error:
+                fresh = _in_mode(_rewritten(rewrite, _in_mode(build(), training)), mode)
+                where = first_difference(_in_mode(build(), mode), fresh, given, tolerance)
+                raise LawError(f"{error}\n{where}") from error
+
+
+def _rewritten(rewrite: Rewrite, model: nn.Module) -> nn.Module:
+    result = rewrite(model)
+    if result is None:
+        return model
+    return getattr(result, "graph_module", result)
+
+
+def _in_mode(model: nn.Module, training: bool) -> nn.Module:
+    # an exported module has one mode, and refuses to be asked for another
+    return model if model.training == training else model.train(training)
+
+
+def _of_rewritten(compute: Callable[[], Any], law: str) -> Any:
+    try:
+        return compute()
+    except Exception as error:
+        raise LawError(f"{law}, it fails: {type(error).__name__}: {error}") from error
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and have_equal_elements(one, other)
+
+
+def _gradients(model: nn.Module, names: Sequence[str], inputs: ExampleInputs) -> dict[str, torch.Tensor | None]:
+    leaves, given = differentiable(inputs)
+    tensors = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
+    tensors |= {name: model.get_parameter(name) for name in names}
+    loss = loss_of(run(model, given))
+    if not loss.requires_grad or not tensors:
+        return {}
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True), strict=True))
+
+
+def _source(model: nn.Module) -> str:
+    """Returns the code of a model's graph, and nothing for one that has none."""
+    graph = graph_of(model)
+    return "" if graph is None else graph.python_code("self").src
+
+
+def _changed_lines(before: str, after: str) -> str:
+    old, new = before.splitlines(), after.splitlines()
+    return "\n".join(
+        [f"    - {line.strip()}" for line in old if line not in new]
+        + [f"    + {line.strip()}" for line in new if line not in old]
+    )

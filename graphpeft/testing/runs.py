@@ -1,0 +1,118 @@
+"""Runs models for laws, with equal random numbers, and collects what a run leaves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft._torch import pytree
+from graphpeft.graph.inputs import ExampleInputs, split_inputs
+
+
+def run(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Returns the outputs of `model` with the random numbers of seed 0.
+
+    Args:
+        model: The model.
+        inputs: A tuple of positional or a dict of keyword arguments. Objects among them, such as a cache, are copied,
+            so that the next run finds them as they were.
+
+    >>> run(nn.Identity(), (torch.ones(2),))
+    tensor([1., 1.])
+    """
+    if any(map(_is_object, pytree.tree_leaves(inputs))):
+        inputs = pytree.tree_map(lambda value: copy.deepcopy(value) if _is_object(value) else value, inputs)
+    args, kwargs = split_inputs(inputs)
+    seed_generators()
+    return model(*(args or ()), **kwargs)
+
+
+def seed_generators() -> None:
+    """Sets PyTorch's generators to seed 0."""
+    # torch.manual_seed notes the stack of each call for a CUDA that isn't there yet, which takes longer than a forward
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
+
+
+def _is_object(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, torch.Tensor | nn.Module)
+
+
+def random_state() -> bytes:
+    """Returns the states of PyTorch's generators, which are equal after equal draws."""
+    on_accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return b"".join(state.numpy().tobytes() for state in (torch.get_rng_state(), *on_accelerators))
+
+
+def left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
+    leaves, given = differentiable(inputs)
+    outputs = run(model, given)
+    parameters = dict(owner.named_parameters())
+    buffers = {**dict(owner.named_buffers()), **dict(model.named_buffers())}
+    left = {
+        "the outputs": outputs,
+        "what of them requires grad": pytree.tree_map_only(torch.Tensor, lambda output: output.requires_grad, outputs),
+        "the inputs afterwards": given,
+        "the buffers": buffers,
+    }
+    # before the backward pass, which may fail where something was written in place
+    left = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), left)
+    inputs_by_number = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
+    return left | {"the gradients": _gradients(outputs, inputs_by_number | parameters)}
+
+
+def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    loss = loss_of(outputs)
+    if not loss.requires_grad:
+        return None
+    try:
+        found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        return "values were overwritten that they need"
+    return dict(zip(tensors, found, strict=True))
+
+
+def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
+    """Returns new tensors that require grad, and `inputs` computed from them, into which a model can write."""
+    leaves: list[torch.Tensor] = []
+
+    def fresh(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()
+
+    return leaves, pytree.tree_map_only(torch.Tensor, fresh, inputs)
+
+
+def perturbed(adapted: Any, seed: int = 1) -> Any:
+    """Gives all trainable tensors values that matter, and returns the model.
+
+    Args:
+        adapted: The model, changed in place.
+        seed: Of the random numbers that are added, whose deviation is 0.1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def loss_of(outputs: Any) -> torch.Tensor:
+    """Returns a number that depends on every output.
+
+    >>> loss_of({"y": torch.ones(3, requires_grad=True)}).item()
+    3.0
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return sum((leaf.square().sum() for leaf in leaves), torch.zeros(()))

@@ -1,0 +1,95 @@
+"""The law of two adapters that act together: they are what they are when merged, and leave what was there before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapter
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.adapt import get_peft_model
+from graphpeft.rules.config import PeftConfig
+from graphpeft.testing.blame import Build, blames_a_site
+from graphpeft.testing.comparing import require_close, require_equal
+from graphpeft.testing.runs import perturbed, run
+from graphpeft.testing.snapshots import require_unloaded
+from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
+
+
+@blames_a_site
+def assert_two_adapters_act_together(
+    build: Build,
+    config: PeftConfig,
+    inputs: ExampleInputs,
+    other: PeftConfig | None = None,
+    tolerance: float = 1e-4,
+) -> None:
+    """Law 9: two adapters that act together are what they are when merged; without them, all is as before.
+
+    So it is in either order, in evaluation: one that acts behind another acts on what that has made of a weight.
+    Deactivated or deleted, the second one leaves the first as it was, bit for bit.
+
+    Args:
+        build: Builds the model.
+        config: The first adapter's config.
+        inputs: Inputs of the model.
+        other: The second one's; None for one of the same method with other sizes, where the model takes them.
+        tolerance: By how much outputs may differ, as for `require_close`.
+
+    Raises:
+        LawError: If an output is another one, or `unload` leaves something.
+        AdaptError: If the two can't act together, or can't be merged, as two that train a tensor whole; what holds for
+            them beside that was found to hold.
+    """
+    second = other or with_other_sizes(config, build().eval(), inputs)
+    adapters = _require_together(build, config, second, inputs, tolerance)
+    # where one site can't be merged, nothing is; so once more with those alone that can
+    narrowed = [of_sites_that_merge(adapter, build, inputs) for adapter in adapters]
+    if any(narrowed):
+        _require_together(build, narrowed[0] or config, narrowed[1] or second, inputs, tolerance)
+
+
+def _require_together(
+    build: Build, config: PeftConfig, other: PeftConfig, inputs: ExampleInputs, tolerance: float
+) -> Sequence[Adapter]:
+    model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    alone = run(model, inputs)
+    model.add_adapter("second", other, example_inputs=inputs)
+    require_equal(run(model, inputs), alone, "a second adapter that doesn't act changes the output")
+    model.set_adapter("second")
+    second_alone = run(perturbed(model, seed=2), inputs)
+    adapters = list(model._peft_adapters.by_name.values())
+    refusals = []
+    for order in (("default", "second"), ("second", "default")):
+        try:
+            model.set_adapter(order)
+            _require_merged_alike(model, order, inputs, tolerance)
+        except AdaptError as error:
+            refusals.append(error)
+    for name, expected in (("second", second_alone), ("default", alone)):
+        model.set_adapter(name)
+        require_equal(run(model, inputs), expected, f"{name!r} differs after both have acted")
+    model.delete_adapter("second")
+    require_equal(run(model, inputs), alone, "deleting the second adapter changes the first")
+    require_unloaded(model.unload(), build().eval(), inputs)
+    for refusal in refusals:
+        raise refusal
+    return adapters
+
+
+def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInputs, tolerance: float) -> None:
+    together = run(model, inputs)
+    if not all(model._peft_adapters.by_name[name].changes_weights for name in order):
+        return
+    first, last = order
+    merged = run(copy.deepcopy(model).merge_and_unload(), inputs)
+    require_close(merged, together, tolerance, f"{last!r} behind {first!r}: merged differs from active")
+    try:
+        model.merge_adapter()
+    except AdaptError:
+        return  # an adapter that has taken a part of the weight is merged for good alone
+    require_close(run(model, inputs), together, tolerance, f"{last!r} behind {first!r}: merged in place differs")
+    model.unmerge_adapter()
+    require_equal(run(model, inputs), together, f"{last!r} behind {first!r}: unmerged differs from before")

@@ -1,0 +1,123 @@
+"""What became of laws, as a table."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from tqdm import tqdm
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.rules.report import table
+from graphpeft.testing.comparing import LawError
+
+Outcome = Literal["holds", "fails", "doesn't apply"]
+
+
+class Verdict(NamedTuple):
+    """What became of one law.
+
+    Attributes:
+        law: The law.
+        outcome: ``"holds"``, ``"fails"`` or ``"doesn't apply"``.
+        why: Why it doesn't hold or apply; or what of it could not be looked at.
+        seconds: How long that took.
+    """
+
+    law: str
+    outcome: Outcome
+    why: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What became of all laws; it prints as a table.
+
+    Attributes:
+        subject: The model and the method, or the rewrite.
+        verdicts: What became of each.
+    """
+
+    subject: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no law fails."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Verdict, ...]:
+        """The laws that fail."""
+        return tuple(verdict for verdict in self.verdicts if verdict.outcome == "fails")
+
+    def __str__(self) -> str:
+        rows = [
+            (law, outcome, f"{seconds:.1f}", why.partition("\n")[0]) for law, outcome, why, seconds in self.verdicts
+        ]
+        lines = [self.subject, "", *table(("law", "outcome", "seconds", "why"), rows)]
+        for failure in self.failures:
+            lines += ["", f"{failure.law}:", failure.why]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class Law(NamedTuple):
+    """A law of one subject.
+
+    Attributes:
+        text: The law in a few words, after its number.
+        check: Raises unless it holds.
+        silent: The reason why it doesn't speak of the subject, or "".
+        partly: The reason why only a part of it does, or "".
+    """
+
+    text: str
+    check: Callable[[], None]
+    silent: str = ""
+    partly: str = ""
+
+
+def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> Verification:
+    """Checks laws one after the other, and prints what became of them, in the order of their numbers.
+
+    Args:
+        subject: What they are about.
+        laws: The laws.
+        progress: Whether to show a progress bar.
+        quiet: Whether not to print the table.
+    """
+    verdicts = []
+    with tqdm(laws, disable=not progress, leave=False) as bar:
+        for law in bar:
+            bar.set_description(law.text)
+            start = time.perf_counter()
+            outcome, why = ("doesn't apply", law.silent) if law.silent else _outcome(law)
+            verdicts.append(Verdict(law.text, outcome, why, time.perf_counter() - start))
+    found = Verification(subject, tuple(sorted(verdicts)))
+    if not quiet:
+        print(found)  # noqa: T201
+    return found
+
+
+def _outcome(law: Law) -> tuple[Outcome, str]:
+    try:
+        with warnings.catch_warnings():
+            # what the model or the config is warned of has been said when it was adapted before
+            warnings.simplefilter("ignore")
+            law.check()
+    except TraceError as error:
+        return "doesn't apply", f"the model can't be traced: {error}"
+    except GuardError as error:
+        return "doesn't apply", f"a trace of the model refuses the call: {error}"
+    except AdaptError as error:
+        return "doesn't apply", f"it is refused: {error}"
+    except LawError as error:
+        return "fails", str(error)
+    return "holds", law.partly

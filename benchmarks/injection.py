@@ -1,61 +1,78 @@
-"""get_peft_model on models of many small linear modules, so that little but the library's own work is measured."""
+"""get_peft_model on models of small linear modules, so that little but the library's own work is measured.
+
+A nest of linear modules has nothing else; a Llama has modules whose code is read, and a config that they all hold.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from statistics import median
 
 import torch
-from models import LIBRARIES, TARGETS, adapt, nest
+from models import LIBRARIES, TARGETS, adapt, llama, nest
 from timing import Ratio, Row, Samples, Target, measure, once
+from torch import nn
 
 LAYERS = (25, 100, 400)
+LLAMA_LAYERS = 12
 
 
 def injection_time(rounds: int) -> list[Row]:
-    """Times both libraries on all sizes, per target; every measurement adapts a new model."""
-    _check()
+    """Times both libraries on all models, per target; every measurement adapts a new model."""
+    models: dict[str, tuple[Callable[[], nn.Module], int]] = {
+        f"{_targets(layers)} targets": (functools.partial(nest, layers), _targets(layers)) for layers in LAYERS
+    }
+    models[_LLAMA] = (functools.partial(llama, 64, LLAMA_LAYERS), _targets(LLAMA_LAYERS))
+    for make, targets in models.values():
+        _check(make, targets)
     candidates = {
-        _name(library, layers): once(
-            functools.partial(nest, layers), functools.partial(adapt, library=library), parts=_targets(layers)
-        )
+        _name(library, what): once(make, functools.partial(_adapt, what, library), parts=targets)
         for library in LIBRARIES
-        for layers in LAYERS
+        for what, (make, targets) in models.items()
     }
     samples = measure("get_peft_model", candidates, rounds)
     growth = [_growth("PEFT", samples, None), _growth("graphpeft", samples, Target.at_most(1.2))]
-    return [_row(layers, samples) for layers in LAYERS] + growth
+    return [_row(what, samples) for what in models] + growth
 
 
-def _row(layers: int, samples: Samples) -> Row:
-    peft, ours = samples[_name("PEFT", layers)], samples[_name("graphpeft", layers)]
-    what = f"get_peft_model, {_targets(layers)} targets, per target"
-    return Row(what, None, median(peft), median(ours), "PEFT", Ratio.of(ours, peft), Target.at_most(0.05))
+_LLAMA = f"a Llama of {LLAMA_LAYERS} layers, all-linear"
+
+
+def _adapt(what: str, library: str, model: nn.Module) -> object:
+    return adapt(model, library, targets="all-linear" if what == _LLAMA else TARGETS)
+
+
+def _row(what: str, samples: Samples) -> Row:
+    peft, ours = samples[_name("PEFT", what)], samples[_name("graphpeft", what)]
+    target = Target.at_most(0.07)
+    return Row(
+        f"get_peft_model, {what}, per target", None, median(peft), median(ours), "PEFT", Ratio.of(ours, peft), target
+    )
 
 
 def _growth(library: str, samples: Samples, target: Target | None) -> Row:
-    few, many = LAYERS[0], LAYERS[-1]
-    what = f"{library}'s time per target at {_targets(many)} to that at {_targets(few)}"
+    few, many = (f"{_targets(layers)} targets" for layers in (LAYERS[0], LAYERS[-1]))
     ratio = Ratio.of(samples[_name(library, many)], samples[_name(library, few)])
-    return Row(what, None, None, None, "itself", ratio, target)
+    return Row(f"{library}'s time per target at {many} to that at {few}", None, None, None, "itself", ratio, target)
 
 
-def _name(library: str, layers: int) -> str:
-    return f"{library} {layers}"
+def _name(library: str, what: str) -> str:
+    return f"{library} {what}"
 
 
 def _targets(layers: int) -> int:
     return layers * len(TARGETS)
 
 
-def _check() -> None:
+def _check(make: Callable[[], nn.Module], targets: int) -> None:
     """Makes sure that both libraries create the same tensors, with the same first values."""
     states = {}
     for library, package in LIBRARIES.items():
-        model = nest(LAYERS[0])
+        model = make()
         torch.manual_seed(0)
         states[library] = package.get_peft_model_state_dict(adapt(model, library))
     peft, ours = states["PEFT"], states["graphpeft"]
-    assert len(peft) == 2 * _targets(LAYERS[0])
+    assert len(peft) == 2 * targets
     assert peft.keys() == ours.keys()
     assert all(torch.equal(peft[key], ours[key]) for key in peft)

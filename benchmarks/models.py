@@ -43,10 +43,12 @@ def llama(hidden: int, layers: int) -> nn.Module:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def adapt(model: nn.Module, library: str, dropout: float = 0.0, task: str | None = None) -> Any:
+def adapt(
+    model: nn.Module, library: str, dropout: float = 0.0, task: str | None = None, targets: list[str] | str = TARGETS
+) -> Any:
     """Adapts `model` with LoRA on every linear module of its layers."""
     package: Any = LIBRARIES[library]
-    config = package.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, task_type=task)
+    config = package.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type=task)
     return package.get_peft_model(model, config)
 
 

@@ -2,7 +2,6 @@
 
 from graphpeft.adapters.checkpoint import CheckpointError
 from graphpeft.adapters.hotswap import hotswap_adapter
-from graphpeft.adapters.optimization import PassReport, optimize
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.auto import (
     AutoPeftModel,
@@ -39,6 +38,7 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.peft_names import PeftType, TaskType

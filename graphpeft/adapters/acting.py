@@ -5,18 +5,17 @@ A region without any runs its own class's code again, so a disabled adapter cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from graphpeft import passes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, slots, stand_ins
 from graphpeft.graph.paths import join
-from graphpeft.graph.template import wear_template
+from graphpeft.graph.template import Template, refuse_other_options
 from graphpeft.transaction import delete_item, set_attribute
 
 
@@ -30,20 +29,21 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)
     templates = templates_with(adapters, seats, modules)
-    for region in templates:
-        forget_kept_forward(modules[region], region)
-    _read_by_slots(modules, adapters, seats)
-    seated = {slot: name for name, slot in seats.items()}
-    worn = {
-        region: template and passes.optimized(template, modules[region], adapters.passes).template
-        for region, template in templates.items()
+    layers: dict[str, dict[str, in_place.Layer | None]] = {
+        path: {"slots": layer} for path, layer in _slot_layers(modules, adapters, seats)
     }
-    for region, template in worn.items():
-        if template is None:
-            in_place.take_off(modules[region], "graph")
-        else:
-            wear_template(modules[region], template, names_of_others(modules[region], adapters) | seated)
-    keep_padded(modules, worn)
+    if adapters.passes is not None:
+        # they read what is in slots
+        for path, of_module in layers.items():
+            in_place.exchange(modules[path], of_module)
+    seated = {slot: name for name, slot in seats.items()}
+    for region, template in templates.items():
+        forget_kept_forward(modules[region], region)
+        graph = None if template is None else _graph_layer(modules[region], adapters, template, seated)
+        layers.setdefault(region, {})["graph"] = graph
+    for path, of_module in layers.items():
+        in_place.exchange(modules[path], of_module)
+    keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
     paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}
@@ -74,8 +74,20 @@ def forget_kept_forward(module: nn.Module, path: str) -> None:
         )
 
 
-def _read_by_slots(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:
-    """Lets the modules of weights have what adapters have there under the names of their slots, too."""
+def _graph_layer(
+    module: nn.Module, adapters: Adapters, template: Template, seated: Mapping[int, str]
+) -> in_place.Layer:
+    """Returns what gives a region the graph of its template, after the passes of the model."""
+    if adapters.passes is not None:
+        template = adapters.passes(template, module)
+    refuse_other_options(module, template)
+    return template.layer_for({**names_of_others(module, adapters), **seated})
+
+
+def _slot_layers(
+    modules: Modules, adapters: Adapters, seats: Mapping[str, int]
+) -> Iterator[tuple[str, in_place.Layer | None]]:
+    """Yields what lets modules of weights have what adapters have there under the names of slots, by path."""
     names: dict[str, dict[str, str]] = {}
     before = {*adapters.slots.values()}
     leaving = {name for name, slot in adapters.slots.items() if seats.get(name) != slot}
@@ -84,12 +96,12 @@ def _read_by_slots(modules: Modules, adapters: Adapters, seats: Mapping[str, int
             of_owner = names.setdefault(adapted.site.owner, {})
             if name in seats:
                 in_slot = adapted.in_slot(seats[name])
-                of_owner |= {in_slot[local]: own for local, own in adapted.names.items()}
-    for path in names.keys() & modules.keys():
-        others = slots.slots_of(modules[path]) - before
-        there = slots.read_in(modules[path]) if others else {}
-        kept = {alias: own for alias, own in there.items() if slots.slot_of(alias) in others}
-        slots.read(modules[path], kept | names[path])
+                of_owner.update({in_slot[local]: own for local, own in adapted.names.items()})
+    for path, own in names.items():
+        if path in modules:
+            there = slots.read_in(modules[path])
+            kept = {alias: of_other for alias, of_other in there.items() if slots.slot_of(alias) not in before}
+            yield path, slots.layer_for(kept | own)
 
 
 def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

@@ -44,8 +44,9 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
     sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
     owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
     read = {slot for module in owners.values() for slot in slots.slots_of(module)}
-    worn = {template_of(modules[path]) for path in {site.region for site in sites} & modules.keys()}
-    return read.union(*(template.slots for template in worn if template is not None)) - {*adapters.slots.values()}
+    regions = {type(modules[path]): modules[path] for path in {site.region for site in sites} & modules.keys()}
+    worn = [template for template in map(template_of, regions.values()) if template is not None]
+    return read.union(*(template.slots for template in worn)) - {*adapters.slots.values()}
 
 
 def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:
@@ -78,9 +79,9 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
             worn = templates.get(region) or worn_in(adapters, region, modules)
             templates[region] = without(worn, adapters.slots[name])
     for name in coming:
+        method = adapters.by_name[name].config.method
         for region, sites in regions[name].items():
             worn = templates.get(region) or worn_in(adapters, region, modules)
-            method = adapters.by_name[name].config.method
             try:
                 templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
             except rewrite.NoChangeError as error:
@@ -158,7 +159,7 @@ def with_adapter(
         sites: The adapter's sites there.
     """
     edits = tuple(
-        (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites
+        [(adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites]
     )
 
     def edit(graphs: Graphs) -> None:

@@ -13,16 +13,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from graphpeft import passes
 from graphpeft.adapters import own_state
 from graphpeft.adapters.acting import let_act, stand_in_readers
-from graphpeft.adapters.graphs import by_region, without_any, worn_in
+from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.graph import slots
-from graphpeft.graph.template import template_of, wear_template
+from graphpeft.graph.template import template_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
 from graphpeft.transaction import (
@@ -52,30 +51,33 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters):
+    with with_originals(modules, adapters) if adapters.originals else contextlib.nullcontext():
         made = new_tensors(plan, name, modules, values)
-    for path, attribute in made:
-        if _has(modules[path], attribute):
-            where = path or "the model"
-            raise AdaptError(f"{where} has an attribute {attribute!r} already; choose another adapter name")
+    by_module = _by_module(made)
+    for path, tensors in by_module.items():
+        _refuse_taken(modules[path], path, tensors)
     for adapted in plan.sites:
         _refuse_taken_slots(modules[adapted.site.owner], adapted)
     undone_by(_disown, adapters, tuple(made))
-    for path, attribute in made:
-        adapters.owned.add(path, attribute)
-    for path, tensors in _by_module(made).items():
+    for path, tensors in by_module.items():
+        module = modules[path]
+        adapters.owned.add_all(path, tensors)
         # not isinstance, which is slow for parameters
         parameters = {name: tensor for name, tensor in tensors.items() if type(tensor) is nn.Parameter}
-        buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
-        set_items(modules[path]._parameters, parameters)
-        set_items(modules[path]._buffers, buffers)
-        own_state.add(modules[path], tensors)
+        set_items(module._parameters, parameters)
+        if len(parameters) < len(tensors):
+            set_items(module._buffers, {name: tensor for name, tensor in tensors.items() if name not in parameters})
+        own_state.add(module, tensors)
     for adapted in plan.sites:
+        held = modules[adapted.site.owner].__dict__
         for constant, value in adapted.constants.items():
-            set_item(modules[adapted.site.owner].__dict__, adapted.names[constant], value)
-    for region, template in plan.templates.items():
-        if region not in adapters.lifted and (template_of(modules[region]) is None or template.shared):
-            set_item(adapters.lifted, region, without_any(template))
+            set_item(held, adapted.names[constant], value)
+    lifted = {
+        region: without_any(template)
+        for region, template in plan.templates.items()
+        if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
+    }
+    set_items(adapters.lifted, lifted)
     set_item(adapters.by_name, name, Adapter.of(plan))
     set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     own = {place: value for place, value in (values or {}).items() if place not in made}
@@ -88,6 +90,15 @@ def _by_module(places: Mapping[tuple[str, str], T]) -> dict[str, dict[str, T]]:
     for (path, attribute), value in places.items():
         found.setdefault(path, {})[attribute] = value
     return found
+
+
+def _refuse_taken(module: nn.Module, path: str, names: Iterable[str]) -> None:
+    own, parameters, buffers, inner = module.__dict__, module._parameters, module._buffers, module._modules
+    cls = type(module)
+    for name in names:
+        if name in own or name in parameters or name in buffers or name in inner or hasattr(cls, name):
+            where = path or "the model"
+            raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
 
 
 def _refuse_taken_slots(module: nn.Module, adapted: AdaptedSite) -> None:
@@ -106,11 +117,6 @@ def forget_mixing(adapters: Adapters) -> None:
     """Forgets how regions run on a mixed batch, since other modules or graphs may be there."""
     adapters.mixing.clear()
     adapters.signatures.clear()
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return any(name in names for names in held) or hasattr(type(module), name)
 
 
 def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -175,27 +181,6 @@ def _leave(model: nn.Module, state: Adapters, pause: object) -> None:
 
 def _modules_of(model: nn.Module) -> Modules:
     return dict(model.named_modules())
-
-
-def optimize(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> dict[str, passes.Optimized]:
-    """Lets the graphs of the adapters that act compute by other passes than before.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        names: The names of passes, in their order.
-
-    Returns:
-        What became of the graph of each region that has such adapters, by path.
-    """
-    regions = dict.fromkeys(
-        region for name in adapters.slots for region in by_region(adapters.by_name[name].sites, modules)
-    )
-    done = {region: passes.optimized(worn_in(adapters, region, modules), modules[region], names) for region in regions}
-    for region, optimized in done.items():
-        wear_template(modules[region], optimized.template)
-    set_attribute(adapters, "passes", names)
-    return done
 
 
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:

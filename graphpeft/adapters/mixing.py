@@ -34,9 +34,9 @@ from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
-from graphpeft.sites.finder import NoSiteError, SiteFinder
+from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.readers import caller_of_other_methods
-from graphpeft.sites.site import CallSite
+from graphpeft.sites.site import CallSite, NoSiteError
 from graphpeft.transaction import transaction
 
 _MOST_MIXTURES = 64
@@ -221,7 +221,7 @@ def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> st
         return "it has no weight"
     try:
         region = finder.find(path, "weight").region
-        readers = [region, *(reader for name in sorted(names) for reader in finder.readers(path, name))]
+        readers = [region, *(reader for name in sorted(names) for reader in finder.readers.of(path, name))]
     except NoSiteError as error:
         return str(error)
     for reader in readers:

@@ -115,8 +115,8 @@ def make_plan(
         AdaptError: If the config asks for something that isn't supported.
     """
     finder = SiteFinder(model, known, example_inputs)
-    if "" in finder.scripted:
-        raise AdaptError(finder.scripted[""])
+    if "" in finder.regions.scripted:
+        raise AdaptError(finder.regions.scripted[""])
     try:
         config.check()
         _refuse_too_many_names(config, finder.modules)
@@ -157,12 +157,12 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
 
 def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if an option has more names than a model of this size can give a meaning."""
-    most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
     for option in dataclasses.fields(config):
         entries = getattr(config, option.name)
-        if not isinstance(entries, Collection) or isinstance(entries, str) or len(entries) <= most:
+        if not isinstance(entries, Collection) or isinstance(entries, str) or len(entries) <= _NAMES_BESIDE:
             continue
-        if isinstance(next(iter(entries)), str):
+        most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
+        if len(entries) > most and isinstance(next(iter(entries)), str):
             raise ValueError(f"{option.name} has {len(entries)} names; for a model of this size, {most} at most")
 
 
@@ -233,7 +233,8 @@ def _refuse_no_rule(rule: Any) -> None:
 
 def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config: PeftConfig) -> None:
     """Raises AdaptError if a function of a rule asks for something of which nothing is known, as by a slip."""
-    reason = unknown_argument(rule, type(site), site.op, (*own, *(name for name, _ in site.reads)))
+    read = tuple([name for name, _ in site.reads])
+    reason = unknown_argument(rule, type(site), site.op, own + read)
     if reason is not None:
         raise AdaptError(f"{config.method}: {reason}; name a parameter or a constant of the rule, or give a default")
 

@@ -156,7 +156,7 @@ class Adapters:
         owned: The paths of all tensors of adapters.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
             them, too.
-        passes: The names of the passes that change how the graphs compute.
+        passes: Returns the template that a region wears for its plain one; None where it wears that itself.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
         has_penalties: Whether an adapter has come whose method adds something to the loss.
@@ -179,7 +179,7 @@ class Adapters:
     pauses: frozenset[object] = frozenset()
     has_penalties: bool = False
     replication: Replication | None = None
-    passes: tuple[str, ...] = ()
+    passes: Callable[[Template, nn.Module], Template] | None = None
     call_inputs: Mapping[str, bool] = field(default_factory=dict)
 
     def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:

@@ -45,18 +45,19 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
-        site = adapted.site
+        site, names = adapted.site, adapted.names
         beside, attribute = site.beside
         device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
-        shared = {local: made[place] for local, place in adapted.shared.items()}
-        if values is None or adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
+        shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
+        specs = adapted.specs
+        if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
             drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
             drawn = {
-                local: values[site.owner, adapted.names[local]] if spec.is_saved else drawn[local]
-                for local, spec in adapted.specs.items()
+                local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
+                for local, spec in specs.items()
                 if local not in shared
             }
         for own, tensor in replacing.items():
@@ -64,12 +65,14 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         for local, tensor in drawn.items():
             if local in shared:
                 shared[local].copy_(tensor)
-            else:
-                spec = adapted.specs[local]
-                made[site.owner, adapted.names[local]] = nn.Parameter(
-                    tensor.to(device, spec.dtype or adapted.dtype), spec.is_trained
-                )
-        made |= {(site.owner, adapted.names[local]): tensor for local, tensor in shared.items()}
+                continue
+            spec = specs[local]
+            dtype = spec.dtype or adapted.dtype
+            if tensor.dtype != dtype or tensor.device != device:
+                tensor = tensor.to(device, dtype)
+            made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained)
+        for local, tensor in shared.items():
+            made[site.owner, names[local]] = tensor
     return made
 
 
@@ -84,7 +87,7 @@ def _first_values(
 
     Those that are another site's have values already, which the rule may let be.
     """
-    own = {name: own_parameter(module, name) for name in adapted.replaced}
+    own = {name: own_parameter(module, name) for name in adapted.replaced} if adapted.replaced else {}
     if device.type == "meta":
         drawn = {local: _empty(spec, device) for local, spec in adapted.specs.items()}
         return drawn, {name: torch.empty_like(tensor) for name, tensor in own.items()}
@@ -98,7 +101,7 @@ def _first_values(
         discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
-    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()}
+    replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()} if own else {}
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn, replacing
     # through the weight's dtype, in which PEFT has them for a moment
@@ -184,10 +187,10 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
-    changed = _Flags()
-    for path, name in adapters.trained_before:
-        changed.note(modules[path]._parameters[name], False)
-    changed.set()
+    before = [modules[path]._parameters[name] for path, name in adapters.trained_before]
+    off = [parameter for parameter in before if parameter is not None and parameter.requires_grad]
+    undone_by(_give_flags, off, [])
+    _give_flags([], off)
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.adapters.optimization import optimize
 from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import AdapterInput, AdapterInputs
@@ -29,6 +28,7 @@ from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.model.peft_model import PeftModel
+from graphpeft.passes.optimization import optimize
 
 __all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
 

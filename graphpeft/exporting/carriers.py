@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from graphpeft.adapters import mixing
 from graphpeft.adapters.adapter_names import BASE
-from graphpeft.adapters.optimization import optimize
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapters, adapters_of
@@ -28,6 +27,7 @@ from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.given_rows import GivenRows
 from graphpeft.exporting.root import Root
+from graphpeft.passes.optimization import optimize
 
 
 @dataclasses.dataclass(frozen=True)

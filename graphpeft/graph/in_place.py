@@ -178,7 +178,7 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 def original_class(module: nn.Module) -> type:
     """Returns the class that `module` had before it was dressed."""
     cls = type(module)
-    return vars(cls).get("_graphpeft_original", cls)
+    return cls.__dict__.get("_graphpeft_original", cls)
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
@@ -188,7 +188,7 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
         RuntimeError: If somebody else has exchanged the class of a dressed module since.
     """
     cls = type(module)
-    own = vars(cls).get("_graphpeft_layers")
+    own = cls.__dict__.get("_graphpeft_layers")
     if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
@@ -199,18 +199,23 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
 
 def put_on(module: nn.Module, layer: Layer) -> None:
     """Dresses `module` in `layer`, in place of the one of that kind that it wears."""
-    worn = layers_of(module)
-    if worn:
-        layers = tuple(sorted((*(other for other in worn if other.kind != layer.kind), layer), key=_place))
-    else:
-        layers = (layer,)
-    _set_class(module, dressed_class(original_class(module), layers))
+    exchange(module, {layer.kind: layer})
 
 
 def take_off(module: nn.Module, kind: str) -> None:
     """Undresses `module` of its layer of `kind`; without layers it has its original class again."""
-    worn = tuple(layer for layer in layers_of(module) if layer.kind != kind)
-    _set_class(module, dressed_class(original_class(module), worn) if worn else original_class(module))
+    exchange(module, {kind: None})
+
+
+def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
+    """Dresses `module` in layers, by their kinds, or undresses it of the kinds for which there is None, all at once."""
+    worn = {layer.kind: layer for layer in layers_of(module)}
+    wanted = {**worn, **layers} if worn else layers
+    ordered = tuple([layer for kind in KINDS if (layer := wanted.get(kind)) is not None])
+    original = original_class(module)
+    cls = dressed_class(original, ordered) if ordered else original
+    if cls is not type(module):
+        _set_class(module, cls)
 
 
 def _set_class(module: nn.Module, cls: type) -> None:
@@ -239,7 +244,3 @@ def without(module: nn.Module, kind: str) -> Iterator[None]:
 
 
 _TOUCHED = "_graphpeft_touched"
-
-
-def _place(layer: Layer) -> int:
-    return KINDS.index(layer.kind)

@@ -12,7 +12,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ def given(module: nn.Module) -> Template | None:
     Raises:
         TraceError: If the layer would not run the forward of a graph.
     """
-    cls: Any = in_place.original_class(module)
-    graph_of = _GRAPHS.get(cls.forward) or _of_transformers(cls.forward)
-    if graph_of is None or not _is_unpatched(cls.forward) or module._parameters.get("weight") is None:
+    graph_of = _given_for(cast(Any, in_place.original_class(module)).forward)
+    if graph_of is None or module._parameters.get("weight") is None:
         return None
     refuse_what_a_graph_cannot_replace(module)
     template = graph_of(module)
@@ -44,6 +43,11 @@ def given(module: nn.Module) -> Template | None:
 
 
 @functools.lru_cache(maxsize=256)
+def _given_for(forward: Any) -> Callable[[Any], Template | None] | None:
+    graph_of = _GRAPHS.get(forward) or _of_transformers(forward)
+    return graph_of if graph_of is not None and _is_unpatched(forward) else None
+
+
 def _is_unpatched(forward: Any) -> bool:
     """Tells whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
     code = getattr(forward, "__code__", None)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
+
 
 def join(path: str, name: str) -> str:
     """Returns the path of what is called `name` in the module at `path`."""
@@ -13,6 +17,24 @@ def within(path: str, outer: str) -> str:
     return path[len(outer) + 1 :] if outer else path
 
 
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns what ``model.named_modules()`` yields, which takes the longer the deeper modules lie."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[path] = module
+        inner = module._modules
+        if inner:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(inner.items()) if child is not None]
+    return found
+
+
 class TensorPaths:
     """A set of paths of tensors, which knows at once those of one module."""
 
@@ -22,6 +44,10 @@ class TensorPaths:
     def add(self, path: str, name: str) -> None:
         """Adds the tensor `name` of the module at `path`."""
         self._names.setdefault(path, set()).add(name)
+
+    def add_all(self, path: str, names: Iterable[str]) -> None:
+        """Adds tensors of the module at `path`."""
+        self._names.setdefault(path, set()).update(names)
 
     def discard(self, path: str, name: str) -> None:
         """Takes it out again, if it is there."""

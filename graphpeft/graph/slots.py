@@ -58,17 +58,13 @@ def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
 # on modules
 
 
-def read(module: nn.Module, names: Mapping[str, str]) -> None:
-    """Lets a module have attributes under the names of slots.
+def layer_for(names: Mapping[str, str]) -> in_place.Layer | None:
+    """Returns what lets a module have attributes under the names of slots.
 
     Args:
-        module: The module.
-        names: The names of the attributes, by those that graphs have.
+        names: The names of the attributes, by those that graphs have; without any, no layer is needed.
     """
-    if names:
-        in_place.put_on(module, _layer(tuple(names.items())))
-    elif read_in(module):
-        in_place.take_off(module, "slots")
+    return _layer(tuple(names.items())) if names else None
 
 
 def read_in(module: nn.Module) -> Mapping[str, str]:
@@ -88,10 +84,15 @@ def slot_of(name: str) -> int:
 
 def names_like_slots(module: nn.Module) -> list[tuple[str, str]]:
     """Returns the attributes of a module's own whose names are like those in slots, with their stems."""
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    own = [name for names in held for name in names if "_slot" in name]
-    found = [(name, _IN_SLOT.fullmatch(name)) for name in (*own, *_of_class(in_place.original_class(module)))]
-    return [(name, match["stem"]) for name, match in found if match is not None]
+    own = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
+    return _like_slots(in_place.original_class(module), own)
+
+
+# equal modules have equal names
+@functools.lru_cache(maxsize=256)
+def _like_slots(cls: type, own: tuple[str, ...]) -> list[tuple[str, str]]:
+    found = map(_IN_SLOT.fullmatch, (*own, *_of_class(cls)))
+    return [(match[0], match["stem"]) for match in found if match is not None]
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ Each is a plain function on a graph. They recognise operations by what these com
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
@@ -20,7 +21,7 @@ from graphpeft.passes.recomputed_inputs import recomputed_inputs
 from graphpeft.passes.regenerated_dropout import regenerated_dropout
 from graphpeft.passes.shared_casts import shared_casts
 
-__all__ = ["PASSES", "Optimized", "Outcome", "Pass", "in_order", "optimized"]
+__all__ = ["PASSES", "Optimized", "Outcome", "Pass", "Passes", "in_order", "optimized"]
 
 PASSES: tuple[Pass, ...] = (
     # first, since all others keep the shapes that they find
@@ -98,3 +99,18 @@ def optimized(plain: Template, module: nn.Module, names: tuple[str, ...]) -> Opt
     said = template.meta[_OUTCOMES]
     is_changed = any(outcome.reason is None for found in said.values() for outcome in found)
     return Optimized(template if is_changed else plain, said)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of an adapted model, which are applied whenever its adapters change.
+
+    Attributes:
+        names: Their names, in their order.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, plain: Template, module: nn.Module) -> Template:
+        """Returns the template that `module` wears in place of `plain`."""
+        return optimized(plain, module, self.names).template

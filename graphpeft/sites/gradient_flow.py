@@ -12,8 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from graphpeft.graph import in_place
+from graphpeft.graph import in_place, ops
 from graphpeft.graph.errors import OUT_OF_MEMORY
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.sites.layer_kinds import declared_features, declares_features
+from graphpeft.sites.quantised import way_of_computing
+from graphpeft.sites.regions import Regions
+from graphpeft.sites.site import LeafSite, Site
 
 
 class Flow(NamedTuple):
@@ -58,3 +63,21 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
     except Exception:
         return ALL  # what a user's code raises for such inputs can be anything
     return Flow(given.grad is not None, own is not None and own.grad is not None)
+
+
+def trains(regions: Regions, site: Site) -> bool:
+    """Tells whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
+    if site.op is not ops.Weight or site.region != site.owner:
+        return True
+    module = regions.modules[site.owner]
+    return not declares_features(module) or flow_of(module, declared_features(module)[0], site.dtype).to_weight
+
+
+def hands_gradients_on(regions: Regions, site: LeafSite) -> bool:
+    """Tells whether the call of a layer has a gradient for what it is given; one layer of each kind is asked."""
+    module = regions.modules[site.owner]
+    weight = module._parameters.get("weight")
+    kind = (stands_for(module), None if weight is None else way_of_computing(weight))
+    if kind not in regions.flows:
+        regions.flows[kind] = flow_of(module, site.in_features, site.dtype)
+    return regions.flows[kind].to_input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -28,6 +29,7 @@ def declared_features(module: nn.Module) -> list[Any]:
     return [plain_attribute(module, name, None) for name in ("in_features", "out_features")]
 
 
+@functools.lru_cache(maxsize=256)
 def kind_of_layer(cls: type) -> type | None:
     """Returns the kind of operation that a layer is, or None for other modules."""
     kinds = {ops.Linear: linear_classes(), ops.Convolution: convolution.LAYERS, ops.Embedding: embedding.LAYERS}

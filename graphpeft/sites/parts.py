@@ -18,10 +18,10 @@ from torch.fx.node import map_arg
 
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import above
-from graphpeft.graph.template import VALUE
-
-Runs = tuple[tuple[int, int], ...]
-"""Rows as runs of neighbours: the first of each run, and the one behind its last."""
+from graphpeft.graph.template import VALUE, template_of
+from graphpeft.sites.regions import Regions
+from graphpeft.sites.site import Runs, Site
+from graphpeft.tracing.lift import lift
 
 NAMES = ("q", "k", "v")
 
@@ -30,6 +30,28 @@ _VIEWS = frozenset((
     "getitem", "squeeze", "unsqueeze", "flatten", "unflatten", "contiguous", "clone", "select", "narrow", "t",
 ))  # fmt: skip
 """Functions and methods that move features about and change none."""
+
+
+def parts_of(regions: Regions, site: Site) -> dict[str, Runs]:
+    """Returns the rows of q, k and v in a fused projection, by name.
+
+    Raises:
+        TraceError: If the graph around it doesn't tell.
+    """
+    features = site.shape[1] if site.transposed else site.shape[0]
+    if site.region != site.owner:
+        graph = regions.templates[site.region].graphs[0]
+        output = next(node for node in graph.nodes if node.name == site.nodes[0][0])
+        return parts_found(graph, output, features)
+    path, inside = regions.around(site.owner)
+    if path is None:
+        raise TraceError("no module is around it")
+    inputs = regions.inputs_of(path)
+    graph = (template_of(regions.modules[path]) or lift(regions.modules[path], inputs)).graphs[0]
+    output = next((node for node in graph.nodes if node.op == "call_module" and node.target == inside), None)
+    if output is None:
+        raise TraceError(f"{path or 'the model'} doesn't call it by itself")
+    return parts_found(graph, output, features)
 
 
 def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Runs]:

@@ -1,41 +1,175 @@
-"""Which modules read weights of others without calling these, as far as their source tells."""
+"""Which modules read weights of others without calling these: by their code, by what they hold, by their graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType, FunctionType
+import functools
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import PLAIN, parts_of
-from graphpeft.code.reach import functions_held, opened
-from graphpeft.code.source import functions_called, methods_reading, names_in, read_by, uses_in_forward
-from graphpeft.graph import in_place
-from graphpeft.graph.paths import join
-from graphpeft.graph.template import runs_graph
+from graphpeft.code.source import Uses, methods_reading, uses_in_forward
+from graphpeft.graph import in_place, ops
+from graphpeft.graph.paths import join, within
+from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch, read_through
+from graphpeft.sites.regions import Regions
+from graphpeft.sites.site import NoSiteError
+
+_ASK_ONLY = (nn.TransformerEncoder,)
+"""Classes whose forward names weights of modules inside, and uses no values of them: only where they are, and so on."""
 
 
-def readers_around(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
-    """Returns, by owner and name, the tensors that modules around their owner read, with the paths of these modules."""
-    found: dict[tuple[str, str], list[str]] = {}
-    paths = {id(module): path for path, module in modules.items()}
-    for path, module in modules.items():
-        if runs_graph(module) or not module._modules or _is_off(module):
-            continue  # a graph tells by itself
-        uses = uses_in_forward(in_place.original_class(module))
-        for owner, name in dict.fromkeys(_tensor_at(module, used) for used in (*uses.read, *uses.called)):
-            # a module in several places is known by its first one
+class Readers:
+    """The readers of weights in one model.
+
+    Args:
+        regions: The model's modules and their graphs.
+    """
+
+    def __init__(self, regions: Regions) -> None:
+        self._regions = regions
+        modules = regions.modules
+        # a graph tells by itself
+        code = {path: module for path, module in modules.items() if path not in regions.graphs}
+        held = {path: held_by(module) for path, module in code.items() if module._modules or not is_of_pytorch(module)}
+        outer = {path: module for path, module in code.items() if module._modules and not _is_off(module)}
+        self._by_code = _read_by_code(outer, modules)
+        self._may_read = _may_read(outer, held, modules)
+        self._held = held_outside(modules, held)
+        self._around: dict[str, list[tuple[str, MayRead]]] = {}
+
+    def of(self, owner: str, attribute: str) -> list[str]:
+        """Returns the paths of modules around the owner of a tensor that read it without calling the owner.
+
+        Args:
+            owner: The path of the module that owns the tensor.
+            attribute: The tensor's name in it.
+
+        Raises:
+            NoSiteError: If that can't be known, or a module elsewhere may read it.
+        """
+        return (
+            self._by_code.get((owner, attribute)) or self._hidden(owner, attribute) or self._outside(owner, attribute)
+        )
+
+    def _hidden(self, owner: str, attribute: str) -> list[str]:
+        """Returns the modules around `owner` whose graphs read the weight where their code doesn't tell.
+
+        Raises:
+            NoSiteError: If that can't be known.
+        """
+        if not self._may_read or not owner:
+            return []
+        around = owner.rpartition(".")[0]
+        suspects = self._around.get(around)
+        if suspects is None:
+            suspects = self._around[around] = self._suspects(around)
+        return [
+            path
+            for path, may in suspects
+            if attribute in may.names or ANY in may.names or (may.handed_on and within(owner, path) in may.handed_on)
+            if self._graph_reads(path, within(owner, path), attribute)
+        ]
+
+    def _suspects(self, path: str) -> list[tuple[str, MayRead]]:
+        """Returns what the modules at and around `path` may read of modules inside them, the innermost first."""
+        found = []
+        nearest: str | None = None
+        while True:
+            if self._regions.is_called(path):
+                nearest = path if nearest is None else nearest
+                may = self._may_read.get(path)
+                if may is not None and in_place.original_class(self._regions.modules[path]) not in _ASK_ONLY:
+                    # what is further out is handed on by the ones between
+                    is_all = path == nearest or (ANY not in may.names and not may.handed_on)
+                    found.append((path, may if is_all else MayRead(may.names - {ANY}, frozenset())))
+            if not path:
+                return found
+            path = path.rpartition(".")[0]
+
+    def _graph_reads(self, path: str, inside: str, attribute: str) -> bool:
+        """Tells whether a module's graph reads a weight inside it; its code need not tell."""
+        template = self._regions.template(path)
+        if template is not None:
+            return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
+        cls = in_place.original_class(self._regions.modules[path])
+        if inside in uses_in_forward(cls).called:
+            return False
+        raise NoSiteError(
+            f"{cls.__name__}.forward may read its {attribute} without calling it, which only the graph of "
+            f"{cls.__name__} can tell: {self._regions.errors[path]}"
+        )
+
+    def _outside(self, owner: str, attribute: str) -> list[str]:
+        """Returns a module around `owner` whose graph reads the weight by what it holds without registering it.
+
+        Raises:
+            NoSiteError: If a module elsewhere does, since only the graph of the whole model has both.
+        """
+        for path, name in self._held.get((owner, attribute), ()):
+            if path and not owner.startswith(f"{path}."):
+                raise NoSiteError(
+                    f"{path} may read its {attribute} by what it holds in self.{name}, where no adapter of its module "
+                    "acts; adapt a graph of the whole model, graphpeft.trace(model, example_inputs)"
+                )
+            template = self._regions.template(path)
+            if template is None:
+                raise NoSiteError(
+                    f"{path or 'the model'} may read its {attribute} by what it holds in self.{name}, which only its "
+                    f"graph can tell: {self._regions.errors[path]}"
+                )
+            weight = join(within(owner, path), attribute)
+            if any(ops.reads(graph, weight) for graph in template.graphs):
+                return [path]
+        return []
+
+
+# by their code
+
+
+def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
+    """Returns, by owner and name, the tensors that modules around their owner read, with the paths of these modules.
+
+    Args:
+        outer: Modules with others inside, by path.
+        modules: All modules, by path.
+    """
+    readers: dict[tuple[nn.Module, str], list[str]] = {}
+    for path, module in outer.items():
+        paths = _paths_of_two(in_place.original_class(module))
+        for owner, name in dict.fromkeys(_tensor_at(module, used) for used in paths):
             if owner is not module and (name in owner._parameters or name in owner._buffers):
-                found.setdefault((paths[id(owner)], name), []).append(path)
-    return found
+                readers.setdefault((owner, name), []).append(path)
+    if not readers:
+        return {}
+    # a module in several places is known by its first one
+    places = {module: path for path, module in modules.items()}
+    return {(places[owner], name): found for (owner, name), found in readers.items()}
 
 
-def _tensor_at(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+@functools.lru_cache(maxsize=256)
+def _paths_of_two(cls: type) -> list[list[str]]:
+    """Returns the paths of two names and more that a forward reads or calls, each as its names."""
+    uses = _uses(cls)
+    return [path.split(".") for path in (*uses.read, *uses.called) if "." in path]
+
+
+def _uses(cls: Any) -> Uses:
+    """Returns what a forward uses of its module; PyTorch's containers only call what is inside."""
+    if cls.forward in _ONLY_CALLING and cls.__call__ is nn.Module.__call__:
+        return _NOTHING
+    return uses_in_forward(cls)
+
+
+_ONLY_CALLING = (nn.Sequential.forward, nn.Module.forward)
+_NOTHING = Uses(set(), set(), set())
+
+
+def _tensor_at(module: nn.Module, path: list[str]) -> tuple[nn.Module, str]:
     """Returns the module to which a path leads, and the next name in it; behind that may be more, as in `weight.T`."""
-    for name in path.split("."):
+    for name in path:
         inner = module._modules.get(name)
         if inner is None:
             return module, name
@@ -78,137 +212,41 @@ class MayRead(NamedTuple):
         handed_on: The paths of modules inside that it hands on.
     """
 
-    names: set[str]
-    handed_on: set[str]
+    names: Set[str]
+    handed_on: Set[str]
 
 
-def may_read(modules: Mapping[str, nn.Module]) -> dict[str, MayRead]:
-    """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it."""
+def _may_read(
+    outer: Mapping[str, nn.Module], held: Mapping[str, Mapping[str, Any]], modules: Mapping[str, nn.Module]
+) -> dict[str, MayRead]:
+    """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it.
+
+    Args:
+        outer: Modules with others inside, by path.
+        held: What they hold beside modules, parameters and plain values, by path.
+        modules: All modules, by path.
+    """
+    known: dict[tuple[int, ...], set[str]] = {}
     found = {}
-    for path, module in modules.items():
-        if runs_graph(module) or not module._modules or _is_off(module):
-            continue
-        uses = uses_in_forward(in_place.original_class(module))
-        names = uses.read_elsewhere | ({ANY} if holds_parameters(module) else set())
-        names |= _read_by_held(module)
-        handed_on = {read for read in uses.read if join(path, read) in modules}
+    for path, module in outer.items():
+        uses = _uses(in_place.original_class(module))
+        names = uses.read_elsewhere
+        if has_hooks(module):
+            names = names | read_through(module, held[path])
+        elif held[path]:
+            # many modules hold one config
+            of_all = tuple(map(id, held[path].values()))
+            if of_all not in known:
+                known[of_all] = read_through(module, held[path])
+            names = names | known[of_all] if known[of_all] else names
+        handed_on = {
+            read for read in uses.read if read.partition(".")[0] in module._modules and join(path, read) in modules
+        }
         if names or handed_on:
             found[path] = MayRead(names, handed_on)
     return found
 
 
-def _read_by_held(module: nn.Module) -> set[str]:
-    """Returns the names of attributes that the functions read, from whatever they are given, which a module holds."""
-    return set().union(*map(read_by, functions_called(functions_held(module)))) - {ANY}
-
-
-def holds_parameters(module: nn.Module) -> bool:
-    """Tells whether a module holds parameters in lists and the like, or closures, by which it may read others'."""
-    waiting = [value for name, value in module.__dict__.items() if name not in _TABLES]
-    while waiting:
-        value = waiting.pop()
-        if issubclass(type(value), dict | list | tuple):
-            waiting += parts_of(value)
-        elif issubclass(type(value), nn.Parameter) or (type(value) is FunctionType and value.__closure__):
-            return True
-    return False
-
-
-_TABLES = frozenset(vars(nn.Module()))
-"""What every module has: its parameters, its submodules, its hooks."""
-
-
 def _is_off(module: nn.Module) -> bool:
     """Tells whether the code of a module that reads weights without calling their modules is switched off."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()
-
-
-class Holding(NamedTuple):
-    """What holds a module or a parameter otherwise than by registering it.
-
-    Attributes:
-        path: The path of the module that holds it.
-        name: The attribute in which it does, whether by itself, in a container, an object or a function.
-    """
-
-    path: str
-    name: str
-
-
-def held_outside(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[Holding]]:
-    """Returns, by owner and name, what holds weights that its code may read where no path of modules leads to them."""
-    known: dict[int, tuple[Any, list[_Held]]] = {}
-    holdings = [(path, module, held) for path, module in modules.items() for held in _held(module, known)]
-    if not holdings:
-        return {}  # as in nearly all models
-    places = {
-        id(weight): (path, name)
-        for path, module in modules.items()
-        for name, weight in module._parameters.items()
-        if weight is not None
-    }
-    found: dict[tuple[str, str], list[Holding]] = {}
-    for path, module, (name, held, codes) in holdings:
-        for weight in held.parameters() if isinstance(held, nn.Module) else (held,):
-            place = places.get(id(weight))
-            if place is not None and place[0] != path and _reads(module, name, held, codes, place[1]):
-                found.setdefault(place, []).append(Holding(path, name))
-    return found
-
-
-_LEADING_NOWHERE = PLAIN - {nn.Parameter}
-"""Types of values that hold no module and no parameter."""
-
-_Held = tuple[Any, frozenset[CodeType]]
-"""A module or a parameter, with the code that leads to it."""
-
-
-def _held(
-    module: nn.Module, known: dict[int, tuple[Any, list[_Held]]]
-) -> Iterator[tuple[str, Any, frozenset[CodeType]]]:
-    """Yields the modules and parameters that one holds without registering them: its attribute, what, by which code.
-
-    Args:
-        module: The module.
-        known: What values lead to, by their ids, since many modules hold one config; filled in.
-    """
-    if runs_graph(module) or type(module).__module__.startswith("torch.nn.modules."):
-        return
-    for name, value in module.__dict__.items():
-        if name in _TABLES or type(value) in _LEADING_NOWHERE:
-            continue
-        if id(value) not in known:
-            known[id(value)] = value, list(_reached_from(value))
-        yield from ((name, held, codes) for held, codes in known[id(value)][1])
-
-
-def _reached_from(start: Any) -> Iterator[_Held]:
-    waiting: list[_Held] = [(start, frozenset())]
-    seen: dict[int, Any] = {}
-    while waiting:
-        value, codes = waiting.pop()
-        kind = type(value)  # isinstance asks an object of a user's for its __class__
-        if kind in _LEADING_NOWHERE:
-            continue
-        if issubclass(kind, nn.Module | nn.Parameter):
-            yield value, codes
-        elif id(value) not in seen and not issubclass(kind, torch.Tensor | type):
-            seen[id(value)] = value
-            codes |= frozenset(_codes_of(value))
-            waiting += [(part, codes) for part in opened(value)[1]]
-
-
-def _codes_of(value: Any) -> Iterable[CodeType]:
-    functions = [value, *vars(type(value)).values()]
-    return (function.__code__ for function in functions if type(function) is FunctionType)
-
-
-def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:
-    """Tells whether the code of a module, or that by which it holds another, may read its parameter `attribute`."""
-    if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
-        return True
-    uses = uses_in_forward(in_place.original_class(module))
-    elsewhere = uses.read_elsewhere | _read_by_held(module)
-    if not elsewhere.isdisjoint((attribute, ANY)):
-        return True
-    return any(path.startswith(f"{name}.") and path.endswith(f".{attribute}") for path in uses.read)

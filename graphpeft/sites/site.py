@@ -14,8 +14,14 @@ import torch
 from graphpeft.graph.ops import Convolution
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.paths import join
-from graphpeft.sites.parts import Runs
 from graphpeft.sites.weight_layout import WeightLayout
+
+Runs = tuple[tuple[int, int], ...]
+"""Rows as runs of neighbours: the first of each run, and the one behind its last."""
+
+
+class NoSiteError(Exception):
+    """Why a weight, or a module, is no site."""
 
 
 class OneCall(NamedTuple):

@@ -5,9 +5,10 @@ What is named and can't be adapted goes into the report, with the reason; nothin
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,12 @@ from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report, listed
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.sites.finder import NoSiteError, SiteFinder
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.gradient_flow import hands_gradients_on, trains
 from graphpeft.sites.layer_kinds import declares_features
+from graphpeft.sites.leaves import leaf_site
 from graphpeft.sites.quantised import described, is_quantised
-from graphpeft.sites.site import LeafSite, Site
+from graphpeft.sites.site import LeafSite, NoSiteError, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
 from graphpeft.wording import shown
@@ -101,8 +104,8 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     decide = targets.compile_matcher(config.target_options)
-    report.refused += [Refusal(path, why) for path, why in finder.scripted.items() if decide(path) is Match.YES]
-    for target in _targeted(finder.modules, config.target_options, owned, report):
+    report.refused += [Refusal(path, why) for path, why in finder.regions.scripted.items() if decide(path) is Match.YES]
+    for target in _targeted(finder.modules, config.target_options, decide, owned, report):
         weight = (target.owner, target.attribute)
         try:
             site = _site_of(target, finder, config)
@@ -134,7 +137,7 @@ def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSit
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
-    if not finder.trains(site):
+    if not trains(finder.regions, site):
         if not target.is_parameter and config.adapts_leaves:
             return _leaf(finder, target.name, config)
         raise NoSiteError(f"the function that its forward calls has no gradient for its {target.attribute}")
@@ -159,39 +162,50 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _targeted(
-    modules: Mapping[str, nn.Module], options: TargetOptions, owned: TensorPaths, report: Report
+    modules: Mapping[str, nn.Module],
+    options: TargetOptions,
+    decide: Callable[[str], Match],
+    owned: TensorPaths,
+    report: Report,
 ) -> Iterator[_Target]:
-    """Yields what the config names."""
-    decide = targets.compile_matcher(options)
+    """Yields what the config names; `decide` says of a path whether it is a target."""
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
             yield from _weights_of(path, module, modules)
-        for name in _own_names(module, owned.names(path)):
-            tensor, weight = module._parameters[name], join(path, name)
-            if tensor is None:
+        of_adapters = owned.names(path)
+        for name in _own_names(module, of_adapters) if of_adapters else module._parameters:
+            tensor = module._parameters[name]
+            if tensor is None or (name == "weight" and not options.target_parameters):
                 continue
+            weight = join(path, name)
             if options.target_parameters and targets.match_parameter(options, weight):
                 yield _Target(weight, path, name, is_parameter=True)
             elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
                 yield _Target(weight, path, name)
 
 
-def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[_Target]:
-    """Yields the weights that a module's name stands for."""
-    weights = next((found for cls, found in _WEIGHTS.items() if issubclass(stands_for(module), cls)), _OWN_WEIGHT)
-    first = weights.of_layer[0]
-    weight = module._parameters.get(first)
+def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Target]:
+    """Returns the weights that a module's name stands for."""
+    weights = _weights_for(stands_for(module))
+    weight = module._parameters.get(weights.of_layer[0])
     is_layer = weight is not None and not is_quantised(weight)
+    if weights is _OWN_WEIGHT:
+        return [_Target(path, path, "weight" if is_layer else "")]
     names = weights.of_layer if is_layer else weights.of_parameters
-    if not names:
-        yield _Target(path, path, "")
-    for name in names:
-        owner, attribute = _split(join(path, name))
-        if owner in modules and modules[owner]._parameters.get(attribute) is not None:
-            yield _Target(path, owner, attribute, not is_layer, weights)
+    places = (_split(join(path, name)) for name in names)
+    return [
+        _Target(path, owner, attribute, not is_layer, weights)
+        for owner, attribute in places
+        if owner in modules and modules[owner]._parameters.get(attribute) is not None
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _weights_for(cls: type) -> _Weights:
+    return next((found for of, found in _WEIGHTS.items() if issubclass(cls, of)), _OWN_WEIGHT)
 
 
 def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
@@ -229,8 +243,8 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
-        site = finder.leaf(name)
-        if not config.inference_mode and not finder.hands_gradients_on(site):
+        site = leaf_site(finder.regions, name)
+        if not config.inference_mode and not hands_gradients_on(finder.regions, site):
             warnings.warn(
                 f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
                 "adapters there learn only by other ways",

@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.layer_kinds import linear_classes
@@ -91,7 +92,7 @@ def compile_matcher(options: TargetOptions) -> Callable[[str], Match]:
     is_targeted = _targeting(options)
 
     def matcher(name: str) -> Match:
-        if is_excluded(name):
+        if is_excluded is not None and is_excluded(name):
             return Match.EXCLUDED
         return Match.YES if is_targeted(name) else Match.NO
 
@@ -183,14 +184,14 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         The names of all `nn.Linear` and Transformers `Conv1D` modules but the output head, in the model's order. A
         module used in several places is listed under its first name.
     """
-    head = output_head(model, task_type)
+    head = _output_head(model, task_type)
     linear = linear_classes()
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules_by_path(model).items()
         # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
         if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if name and name != head
+        if name and module is not head
     ]
 
 
@@ -207,6 +208,11 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     Returns:
         The name of the head, or None.
     """
+    head = _output_head(model, task_type)
+    return None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _output_head(model: nn.Module, task_type: str | None) -> nn.Module | None:
     modeling_utils = sys.modules.get("transformers.modeling_utils")
     # where it isn't loaded, no model can be one of its
     if modeling_utils is None or not issubclass(stands_for(model), modeling_utils.PreTrainedModel):
@@ -218,7 +224,7 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
     if head is None and task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in _CLASSIFICATION_HEADS)
         head = next((candidate for candidate in heads if candidate is not None), None)
-    return next((name for name, module in model.named_modules() if module is head), None)
+    return head
 
 
 Defaults = Mapping[Any, tuple[str, ...] | str]
@@ -305,13 +311,13 @@ def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names for length in lengths))
 
 
-def _exclusion(options: TargetOptions) -> Predicate:
-    by_name = _listed(options.exclude_modules or (), "exclude_modules")
+def _exclusion(options: TargetOptions) -> Predicate | None:
+    by_name = _listed(options.exclude_modules, "exclude_modules") if options.exclude_modules else None
     # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
     saved = [Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save") for entry in options.modules_to_save or ()]
     if not saved:
         return by_name
-    return lambda name: by_name(name) or any(pattern.match(name) for pattern in saved)
+    return lambda name: (by_name is not None and by_name(name)) or any(pattern.match(name) for pattern in saved)
 
 
 def _targeting(options: TargetOptions) -> Predicate:
@@ -337,6 +343,8 @@ def _listed(entries: str | Collection[str], field: str) -> Predicate:
     if not entries:
         return _never
     exact = frozenset(entries)
+    if not any("." in entry for entry in exact):
+        return lambda name: name.rpartition(".")[2] in exact
     is_suffixed = _suffixed(exact)
     return lambda name: name in exact or is_suffixed(name)
 
@@ -352,8 +360,11 @@ def _suffixed(suffixes: frozenset[str]) -> Predicate:
     the cost does not grow with the number of suffixes, of which `all-linear` makes hundreds.
     """
     longest = max((suffix.count(".") + 1 for suffix in suffixes), default=0)
+    last = {suffix.rpartition(".")[2] for suffix in suffixes}
 
     def is_suffixed(name: str) -> bool:
+        if name.rpartition(".")[2] not in last:
+            return False
         dot = len(name)
         for _ in range(longest):
             dot = name.rfind(".", 0, dot)

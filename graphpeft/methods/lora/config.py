@@ -313,7 +313,7 @@ class LoraConfig(TargetedConfig):
         sites = super().find_sites(finder, report, owned)
         if self.ensure_weight_tying:
             sites = with_tied(sites, self, finder, report)
-        return with_parts(sites, self.target_parts or {}, finder, report)
+        return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""

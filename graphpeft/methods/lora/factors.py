@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 
 from graphpeft.graph import ops
 from graphpeft.rules.rule import ParameterSpec
@@ -43,6 +44,8 @@ def scaling_of(site: Site | LeafSite, config: Any) -> float:
 
 def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> T:
     """Returns a site's own value: one call's goes before that of all calls."""
+    if not patterns:
+        return default
     of_name = targets.pattern_value(patterns, site.name, default)
     return of_name if site.call is None else targets.pattern_value(patterns, site.label, of_name)
 
@@ -149,18 +152,19 @@ def draw_as_layers(parameters: Mapping[str, Tensor]) -> None:
     draw_as_layer(A)
     draw_as_layer(B)
     if "lora_bias" in parameters:
-        bound = _bound(B)
+        bound = _bound(B.shape)
         parameters["lora_bias"].uniform_(-bound, bound)
 
 
 def draw_as_layer(weight: Tensor) -> None:
     """Fills a weight as ``nn.Linear`` and ``nn.Conv2d`` do: uniform within ±1/√(inputs), Kaiming's bound for a = √5."""
-    bound = _bound(weight)
+    bound = _bound(weight.shape)
     weight.uniform_(-bound, bound)
 
 
-def _bound(weight: Tensor) -> float:
-    return 1 / math.sqrt(weight.shape[1:].numel())
+@functools.lru_cache(maxsize=256)
+def _bound(shape: Size) -> float:
+    return 1 / math.sqrt(shape[1:].numel())
 
 
 def refused_dropout(site: Site, config: Any) -> str | None:

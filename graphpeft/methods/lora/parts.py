@@ -29,8 +29,7 @@ from graphpeft.methods.lora.factors import (
 )
 from graphpeft.methods.lora.linear import matrix_delta
 from graphpeft.rules.rule import FileForm, Mergeable, OperationRule, ParameterSpec
-from graphpeft.sites.parts import Runs
-from graphpeft.sites.site import Site
+from graphpeft.sites.site import Runs, Site
 
 
 @dataclass(frozen=True)

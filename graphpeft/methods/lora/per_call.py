@@ -24,6 +24,7 @@ from graphpeft.rules.combination import Combination
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
+from graphpeft.sites.calls import calls_of
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 
@@ -53,7 +54,7 @@ class LoraPerCallConfig(LoraConfig):
                 reason = f"it is tied to {site.tied_to}, and each call has factors of its own"
                 report.refused.append(Refusal(site.label, reason, "leave ensure_weight_tying False"))
             try:
-                found += finder.calls_of(site)
+                found += calls_of(finder.regions, site)
             except TraceError as error:
                 report.refused.append(Refusal(site.label, f"its calls can't be told apart: {error}", _WAY_OUT))
         return found

@@ -9,8 +9,8 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import TraceError
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.sites.finder import SiteFinder
-from graphpeft.sites.parts import Runs
-from graphpeft.sites.site import LeafSite, Site
+from graphpeft.sites.parts import parts_of
+from graphpeft.sites.site import LeafSite, Runs, Site
 from graphpeft.targeting import targets
 
 
@@ -66,7 +66,7 @@ def _parts(site: Site, wanted: list[Any], finder: SiteFinder) -> tuple[Runs, ...
         raise TraceError("its weight is used as such, and not in a linear operation whose result is parted")
     if site.op not in (ops.Linear, ops.Weight):
         raise TraceError(f"its weight is used in a {site.op.__name__.lower()}, not a linear operation")
-    known = finder.parts_of(site) if named else {}
+    known = parts_of(finder.regions, site) if named else {}
     unknown = [name for name in named if name not in known]
     if unknown:
         raise TraceError(f"there is no part {unknown[0]!r}, but {', '.join(known)}")

@@ -25,6 +25,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import BoundaryRule, ParameterSpec
+from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 
@@ -324,7 +325,7 @@ def _is_pair(model: Any) -> bool:
 def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSite | None:
     owner = _path_of(module, finder.modules)
     try:
-        region, nodes, arguments = finder.boundary(owner)[:3]
+        region, nodes, arguments = boundary(finder.regions, owner)[:3]
     except TraceError as error:
         way_out = "give its forward arguments with names and plain defaults"
         report.refused.append(Refusal(owner or "the model", str(error), way_out))

@@ -22,6 +22,7 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.rules.report import Refusal, Report, listed
 from graphpeft.rules.target_options import TargetOptions
+from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets
@@ -105,11 +106,11 @@ def scope_sites(
 
 
 def _scope_site(path: str, finder: SiteFinder, dtype: torch.dtype) -> tuple[CallSite, list[int]]:
-    crossing = finder.boundary(path)
+    crossing = boundary(finder.regions, path)
     if not crossing.arguments:
         raise TraceError("its forward takes no arguments")
     sequence = crossing.arguments[0]
-    inputs = crossing.values or finder.inputs_of(path)
+    inputs = crossing.values or finder.regions.inputs_of(path)
     size = [] if inputs is None else [_token_size(inputs, sequence)]
     beside = next(((owner, name) for owner, name in _tensors(path, finder.modules)), None)
     if beside is None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from graphpeft import passes as _passes
-from graphpeft.adapters import lifecycle
-from graphpeft.adapters.adapting import known_adapters
-from graphpeft.adapters.state import Adapters
-from graphpeft.passes import PASSES
+from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.adapters.graphs import by_region, worn_in
+from graphpeft.adapters.state import Adapters, Modules
+from graphpeft.graph.template import wear_template
+from graphpeft.passes import PASSES, Optimized, Passes, in_order, optimized
 from graphpeft.rules.report import listed, table
-from graphpeft.transaction import transaction
+from graphpeft.transaction import set_attribute, transaction
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,26 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
         ─────────────  ───────  ────
         inplace_addmm  1        0
     """
-    names = _passes.in_order([each.name for each in PASSES] if passes is None else passes)
+    names = in_order([each.name for each in PASSES] if passes is None else passes)
     state = known_adapters(model)
     with transaction(model):
-        return _report(state, names, lifecycle.optimize(dict(model.named_modules()), state, names))
+        return _report(state, names, _applied(modules_of(model), state, names))
 
 
-def _report(state: Adapters, names: Sequence[str], done: Mapping[str, _passes.Optimized]) -> PassReport:
+def _applied(modules: Modules, state: Adapters, names: tuple[str, ...]) -> dict[str, Optimized]:
+    """Applies passes to the graphs of the adapters that act; returns what became of each, by the path of its region."""
+    sites = [adapted for name in state.acting for adapted in state.by_name[name].sites]
+    done = {
+        region: optimized(worn_in(state, region, modules), modules[region], names)
+        for region in by_region(sites, modules)
+    }
+    for region, found in done.items():
+        wear_template(modules[region], found.template)
+    set_attribute(state, "passes", Passes(names) if names else None)
+    return done
+
+
+def _report(state: Adapters, names: Sequence[str], done: Mapping[str, Optimized]) -> PassReport:
     """Returns what passes have done, by the paths of the regions."""
     labels = {
         (adapted.site.region, node): adapted.site.label
@@ -97,8 +110,8 @@ def _report(state: Adapters, names: Sequence[str], done: Mapping[str, _passes.Op
     outcomes = {
         name: [
             (labels.get((region, outcome.site), outcome.site), outcome.reason)
-            for region, optimized in done.items()
-            for outcome in optimized.outcomes[name]
+            for region, found in done.items()
+            for outcome in found.outcomes[name]
         ]
         for name in names
     }

@@ -1,0 +1,101 @@
+"""The calls of modules: where the boundary of a forward is in a graph, and which call is which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from graphpeft.graph import ops
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
+from graphpeft.graph.own_forward import call_through
+from graphpeft.graph.paths import within
+from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
+from graphpeft.graph.template import VALUE, Graphs, runs_graph, template_of
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.sites.regions import Regions
+from graphpeft.sites.site import LeafSite, OneCall, Site
+from graphpeft.tracing.lift import lift
+
+
+class Crossing(NamedTuple):
+    """Where the boundary of one module's forward is.
+
+    Attributes:
+        region: The path of the module whose graph has it.
+        nodes: The names of the boundaries, for each graph that the region has.
+        arguments: The names of the forward's arguments.
+        values: Examples of those of them that the graph has, by name, as far as it knows them.
+        returned: An example of what the forward returns, if the graph knows one.
+    """
+
+    region: str
+    nodes: tuple[tuple[str, ...], ...]
+    arguments: tuple[str, ...]
+    values: Mapping[str, Any]
+    returned: Any
+
+
+def boundary(regions: Regions, path: str) -> Crossing:
+    """Returns where the boundary of the forward of the module at `path` is; the module need not be traced.
+
+    Raises:
+        TraceError: If there can't be such a graph, or the module is never called.
+    """
+    module = regions.modules[path]
+    if not regions.is_called(path):
+        return _boundary_inside(regions, path)
+    template = regions.templates.get(path) or template_of(module) or regions.known.get(path)
+    if template is None:
+        refuse_what_a_graph_cannot_replace(module)
+        template = lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
+    regions.templates[path] = template
+    return _crossing(path, template.graphs, ((NAME,),) * len(template.graphs))
+
+
+def _boundary_inside(regions: Regions, path: str) -> Crossing:
+    """Returns the boundaries of the calls of a module that were inlined into a flat graph."""
+    graphs = [region for region in regions.graphs if not region or path.startswith(f"{region}.")]
+    around = max(graphs, key=len, default=None)
+    template = regions.template(around) if around is not None else None
+    if around is None or template is None:
+        raise TraceError(f"a {type(regions.modules[path]).__name__} is never called")
+    names = tuple(boundaries_inside(graph, within(path, around)) for graph in template.graphs)
+    if not all(names):
+        raise TraceError(f"a {stands_for(regions.modules[path]).__name__} isn't called in the graph")
+    return _crossing(around, template.graphs, names)
+
+
+def calls_of(regions: Regions, site: Site | LeafSite) -> list[Site | LeafSite]:
+    """Returns a site for each operation, or call, that `site` has; a single one stays as it is.
+
+    Raises:
+        TraceError: If the graph of the model doesn't tell them apart.
+    """
+    if site.region and runs_graph(regions.modules[""]):
+        raise TraceError(f"{site.region} stays a call in the graph, which has no place for what differs inside")
+    if site.region:
+        raise TraceError("only a flat graph of the whole model tells the calls of a module apart")
+    if site.op is ops.Weight:
+        raise TraceError("its weight is used as such, and not in operations that could be told apart")
+    counts = {len(nodes) for nodes in site.nodes}
+    if len(counts) > 1:
+        raise TraceError("in training it is called another number of times than in evaluation")
+    (count,) = counts
+    if count == 1:
+        return [site]
+    each = zip(*site.nodes, strict=True)
+    return [
+        site._replace(nodes=tuple((node,) for node in nodes), call=OneCall(number, count))
+        for number, nodes in enumerate(each, start=1)
+    ]
+
+
+def _crossing(region: str, graphs: Graphs, names: tuple[tuple[str, ...], ...]) -> Crossing:
+    found = [boundary_of(graph, name) for graph, of_graph in zip(graphs, names, strict=True) for name in of_graph]
+    if found[0].arguments and found[0].arguments[0] not in found[0].inputs:
+        raise TraceError(f"its first argument, {found[0].arguments[0]}, isn't one value of the graph")
+    values = {name: node.meta[VALUE] for name, node in found[0].inputs.items() if VALUE in node.meta}
+    return Crossing(region, names, found[0].arguments, values, found[0].output.meta.get(VALUE))

@@ -1,0 +1,87 @@
+"""Sites of modules whose inside is their own affair: their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.traced_model import stands_for
+from graphpeft.sites import example_runs
+from graphpeft.sites.calls import Crossing, boundary
+from graphpeft.sites.layer_kinds import declared_features, declares_features
+from graphpeft.sites.quantised import described, is_quantised
+from graphpeft.sites.regions import Regions
+from graphpeft.sites.site import LeafSite, NoSiteError
+
+
+def leaf_site(regions: Regions, path: str) -> LeafSite:
+    """Returns the site of the calls of the module at `path`.
+
+    Its features are those that it declares as `in_features` and `out_features`. If it declares none and has no
+    layers inside, which one could name instead, they are those of the example inputs.
+
+    Raises:
+        NoSiteError: If there is none.
+    """
+    module = regions.modules[path]
+    name = stands_for(module).__name__
+    try:
+        crossing = boundary(regions, path)
+    except TraceError as error:
+        raise NoSiteError(f"the call of a {name} can't be adapted: {error}") from error
+    if not crossing.arguments:
+        raise NoSiteError(f"the forward of a {name} takes no arguments")
+    features = declared_features(module) if declares_features(module) else _features(regions, path, crossing)
+    beside, dtype, quantised = _tensor_beside(regions, path)
+    return LeafSite(
+        region=crossing.region,
+        nodes=crossing.nodes,
+        owner=path,
+        in_features=features[0],
+        out_features=features[1],
+        beside=beside,
+        dtype=dtype,
+        quantised=quantised,
+    )
+
+
+def _tensor_beside(regions: Regions, path: str) -> tuple[tuple[str, str], torch.dtype, str | None]:
+    """Returns beside which tensor those of an adapter go, their dtype, and what a quantised weight is."""
+    weight = regions.modules[path]._parameters.get("weight")
+    if weight is not None and is_quantised(weight):
+        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        return (path, "weight"), dtype, described(weight)
+    tensors = ((*names, tensor) for *names, tensor in _tensors(regions, path) if tensor.is_floating_point())
+    owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
+    return (owner, name), tensor.dtype, None
+
+
+def _features(regions: Regions, path: str, crossing: Crossing) -> list[int]:
+    """Returns how many features examples show that a module reads and gives."""
+    name = stands_for(regions.modules[path]).__name__
+    first = crossing.arguments[0]
+    seen = (crossing.values.get(first), crossing.returned)
+    if not all(isinstance(value, torch.Tensor) for value in seen) and regions.example_inputs is not None:
+        try:
+            inputs, returned = example_runs.call_of(regions.modules[""], regions.modules[path], regions.example_inputs)
+        except TraceError as error:
+            raise NoSiteError(str(error)) from error
+        seen = (inputs.get(first) if isinstance(inputs, dict) else inputs[0], returned)
+    elif regions.example_inputs is None and seen == (None, None):
+        raise NoSiteError(f"a {name} declares no in_features and out_features; pass example_inputs, which show them")
+    for what, value in zip(("is given", "returns"), seen, strict=True):
+        if not isinstance(value, torch.Tensor) or not value.ndim or not value.is_floating_point():
+            found = value.dtype if isinstance(value, torch.Tensor) and value.ndim else type(value).__name__
+            raise NoSiteError(f"a {name} {what} a {found}, where an adapter needs a tensor with features")
+    return [value.shape[-1] for value in seen]  # type: ignore[union-attr]
+
+
+def _tensors(regions: Regions, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yields parameters with their owner's path and their name, those inside the module at `path` first."""
+    inside = [other for other in regions.modules if other == path or other.startswith(f"{path}.")]
+    for owner in (*inside, *regions.modules):
+        for name, tensor in regions.modules[owner]._parameters.items():
+            if tensor is not None:
+                yield owner, name, tensor

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.quick("rules", "testing")
 
 
 def rules() -> dict[str, type]:
-    """Returns the classes of rules, and of their parts, in ``graphpeft.methods``, by name."""
+    """Returns the classes of rules, and of their parts, without bases, in ``graphpeft.methods``, by name."""
     found = {}
     for info in pkgutil.walk_packages(graphpeft.methods.__path__, "graphpeft.methods."):
         if info.name.startswith("graphpeft.methods.prompts"):
@@ -51,7 +51,8 @@ def rules() -> dict[str, type]:
 
 
 def _is_rule(value: type) -> bool:
-    return hasattr(value, "enter") or (hasattr(value, "initialise") and hasattr(value, "parameters"))
+    is_one = hasattr(value, "enter") or (hasattr(value, "initialise") and hasattr(value, "parameters"))
+    return is_one and not inspect.isabstract(value)
 
 
 class Weights(nn.Module):
@@ -143,7 +144,7 @@ CASES = {
         TEXT,
     ),
 }
-CASES["ContextInFront"] = CASES["Context"]
+CASES["PrependedContext"] = CASES["Context"]
 
 each_rule = pytest.mark.parametrize("name", CASES)
 

@@ -145,6 +145,16 @@ def eva() -> Any:
     return graphpeft.get_peft_model(layers(), config)
 
 
+@copied
+def eva_among_others() -> Any:
+    """Returns it in training, with another adapter behind it, and with a layer that is trained whole beside it."""
+    own = {"modules_to_save": ["norm"], "init_lora_weights": "eva"}
+    config = graphpeft.LoraConfig(r=1, lora_alpha=3, target_modules=["up", "down"], **own)
+    model = graphpeft.get_peft_model(trained(), config)
+    model.add_adapter("two", copy.deepcopy(TWO))
+    return filled(model)
+
+
 @functools.cache
 def folder(which: str) -> str:
     """Returns a folder with a saved adapter, kept until the end."""
@@ -255,6 +265,7 @@ CALLS = (
     Call("swap for another", several, swap("other")),
     Call("overwrite", several, state_dict, **WRITES),
     Call("measure", eva, measure),
+    Call("measure among others", eva_among_others, measure),
     Call("mix", several, lambda model: model(torch.zeros(2, 3, dtype=torch.int64), adapter_names=["one", "dora"])),
     Call("trace", layers, lambda model: graphpeft.trace(model) and None),
     Call("explain", layers, lambda model: graphpeft.explain(model, TWO) and None),
@@ -360,6 +371,16 @@ def test_no_call_has_the_rows_of_one_that_was_interrupted(file: str) -> None:
     assert numbers
     for number in numbers.values():
         assert_whole_at_line(call, number, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("file", ["adapters/hotswap.py", "methods/lora/init/calibration.py"])
+def test_an_adapter_that_is_adapted_anew_is_the_old_one_or_the_new_one(file: str, error: type[BaseException]) -> None:
+    call = next(call for call in CALLS if call.name == "measure among others")
+    numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == file}
+    assert numbers
+    for number in numbers.values():
+        assert_whole_at_line(call, number, error)
 
 
 @pytest.mark.parametrize("call", [call for call in CALLS if call.writes], ids=lambda call: call.name)

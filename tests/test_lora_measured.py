@@ -319,6 +319,28 @@ def test_of_layers_with_equal_inputs_eva_gives_the_first_the_larger_rank(rank: i
     assert {name: len(rows) for name, rows in found.items()} == {"one": rank + 1, "other": rank}
 
 
+def test_eva_leaves_what_else_there_is_as_it_was() -> None:
+    config_of_eva = config(TWO_LAYERS, init_lora_weights="eva", r=2, modules_to_save=["2"], bias="all")
+    model: Any = graphpeft.get_peft_model(TWO_LAYERS.build(), config_of_eva)
+    model.add_adapter("another", config(TWO_LAYERS, r=3))
+    perturb(model)  # some training
+    others = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" not in name}
+    ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
+    initialize_lora_eva_weights(model, batches(TWO_LAYERS), show_progress_bar=False, **ways)
+
+    assert list(model.peft_config) == ["default", "another"]
+    state = model.state_dict()
+    assert {name for name, tensor in others.items() if not torch.equal(state[name], tensor)} == set()
+
+
+def test_an_option_that_eva_lacks_is_refused_with_directions_at_hand() -> None:
+    model = graphpeft.get_peft_model(LINEAR.build(), config(LINEAR, init_lora_weights="eva", r=2))
+    directions = {"0": torch.eye(2, 6)}
+    with pytest.raises(TypeError, match="forward_function"):
+        initialize_lora_eva_weights(model, None, directions, forward_function=None)
+    initialize_lora_eva_weights(model, None, directions, lambda model, batch: model(**batch), None, None, "default")
+
+
 def test_what_eva_cannot_do_is_refused_with_its_reason() -> None:
     plain = graphpeft.get_peft_model(LINEAR.build(), config(LINEAR))
     ways: dict[str, Any] = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))

@@ -620,7 +620,7 @@ def test_a_prompt_is_nodes_at_the_boundary() -> None:
     }
     calls = [node.target.__name__ for node in tagged if node.op == "call_function"]
     # a model that hands on its cache by another argument, as some of Transformers do, has nodes for that, too
-    assert [name for name in calls if name not in ("the_given", "absent")] == [
+    assert [name for name in calls if name not in ("first_not_none", "absent")] == [
         *("embeddings_of", "prepended", "lengthened_for", "checked_positions", "lengthened_at_first"),
     ]
     assert "the model" in str(model.adapter_report())

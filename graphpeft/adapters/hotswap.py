@@ -84,11 +84,11 @@ def hotswap_adapter(
             f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
         )
     saved.refuse_two_saves(model_name_or_path)
-    with transaction(model):
-        if _have_same_places(adapter, plan):
+    if _have_same_places(adapter, plan):
+        with transaction(model):
             _copy(modules, adapter, plan, fitted)
-        else:
-            _exchange(modules, state, adapter_name, plan, fitted)
+    else:
+        exchange(model, adapter_name, plan, fitted)
 
 
 def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
@@ -118,13 +118,29 @@ def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> No
     set_attribute(adapter, "config", plan.config)
 
 
-def _exchange(modules: Modules, state: Adapters, name: str, plan: Plan, values: Tensors) -> None:
-    """Takes the adapter off and puts the other one on, in its place among the others."""
+def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = None) -> Adapters:
+    """Exchanges an adapter for that of a plan, which is active and trained as the old one was; all or nothing.
+
+    Args:
+        model: An adapted model.
+        name: The name of both adapters.
+        plan: The plan of the new one.
+        values: The values of its tensors; without them the method's first values are drawn.
+
+    Returns:
+        The model's adapters, in the same order.
+
+    Raises:
+        AdaptError: If the new one can't be added; the old one is as it was.
+    """
+    modules, state = plan.modules, known_adapters(model)
     order, active = list(state.by_name), list(state.active)
-    # so that nodes come in their order; first of all, since it unmerges others with a warning, which may be an error
-    lifecycle.activate(modules, state, [])
-    lifecycle.remove(modules, state, name)
-    lifecycle.add(modules, state, name, plan, values)
-    lifecycle.activate(modules, state, active)
-    set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
-    set_trainable(modules, state, active if name in active else [name])
+    with transaction(model):
+        # so that nodes come in their order; first, since it unmerges others with a warning, which may be an error
+        lifecycle.activate(modules, state, [])
+        lifecycle.remove(modules, state, name)
+        lifecycle.add(modules, state, name, plan, values)
+        lifecycle.activate(modules, state, active)
+        set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
+        set_trainable(modules, state, active if name in active else [name])
+    return state

@@ -5,7 +5,7 @@
 Types are by token, for groups of four numbers: 1 and 3 modulo 4 are templates, 2 an input, 0 (of 4, 8, …) a label. The
 loss is taken over labels, of the context and of the input, earlier ones weighing less by a factor for each step. The
 model gets one more argument, `input_type_mask`, (batch, tokens). Source: Blau et al., "Context-aware Prompt Tuning",
-arXiv 2410.17222; the numbers are those of PEFT's ``tuners/cpt/model.py`` and ``peft_model.py``.
+arXiv 2410.17222; the same numbers as PEFT's ``tuners/cpt/model.py`` and ``peft_model.py``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
-from graphpeft.methods.prompts.prompt_config import ENCODER_PREFIX, PromptLearningConfig, Table
-from graphpeft.methods.prompts.prompting import Encoder, InFront, PromptRule
+from graphpeft.methods.prompts.encoders import ENCODER_PREFIX, Encoder, Table
+from graphpeft.methods.prompts.placements import Placement, Prepended, PromptRule
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
@@ -42,15 +43,20 @@ _SMALLEST = 1e-10
 class CPTConfig(PromptLearningConfig):
     """The options of context-aware prompt tuning; the names, defaults and meanings are PEFT's.
 
+    Source: Blau et al., "Context-aware Prompt Tuning", arXiv 2410.17222.
+
     Attributes:
         cpt_token_ids: The tokens of the context.
         cpt_mask: Read and written as PEFT does, which doesn't use it.
-        cpt_tokens_type_mask: Their types.
+        cpt_tokens_type_mask: The types of these tokens: 1 and 3 modulo 4 are templates, 2 is an input, 0 a label.
         opt_weighted_loss_type: ``"decay"`` weighs earlier labels less, ``"none"`` doesn't.
         opt_loss_decay_factor: The factor for each step.
         opt_projection_epsilon: ε for inputs.
         opt_projection_format_epsilon: ε for templates.
         tokenizer_name_or_path: Read and written as PEFT does, which doesn't use it.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options of different lengths.
 
     Example:
         >>> config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 2])
@@ -107,7 +113,7 @@ class CPTConfig(PromptLearningConfig):
         return super().find_sites(finder, report, owned)
 
     def encoder(self) -> Encoder:
-        """Returns what moves the tokens of the context."""
+        """Returns the encoder that moves the tokens of the context."""
         return Context(
             tuple(self.cpt_tokens_type_mask or ()),
             self.opt_projection_epsilon or 0.0,
@@ -119,40 +125,40 @@ class CPTConfig(PromptLearningConfig):
         decay = self.opt_loss_decay_factor if self.opt_weighted_loss_type == "decay" else 1.0
         ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())
         # the context has labels of its own
-        in_front = dataclasses.replace(self.in_front(site), follows=())
-        return PromptRule(self.encoder_in_use(), ContextInFront(in_front, ids, types, decay or 0.0))
+        prepended = dataclasses.replace(self.prepended(site), follows=())
+        return PromptRule(self.encoder_in_use(), PrependedContext(prepended, ids, types, decay or 0.0))
 
 
 @dataclass(frozen=True)
-class ContextInFront:
-    """In front of what the model reads, with labels of their own, and with a loss over both.
+class PrependedContext(Placement):
+    """In front of the input, with labels of their own, and with a loss over the labels of both.
 
     Attributes:
-        in_front: Where the tokens go.
+        prepended: Where the tokens go.
         ids: The tokens of the context.
         types: Their types.
         decay: By which factor each step back weighs less.
     """
 
-    in_front: InFront
+    prepended: Prepended
     ids: tuple[int, ...]
     types: tuple[int, ...]
     decay: float
 
     @property
     def asks(self) -> tuple[str, ...]:
-        """The types of the input's tokens, and what else the place in front needs."""
-        return ("input_type_mask", *self.in_front.asks)
+        """The types of the input's tokens, and the arguments for the place in front."""
+        return ("input_type_mask", *self.prepended.asks)
 
     def check(self, site: CallSite) -> str | None:
-        """Returns why the module can't take a prompt, or None."""
+        """Returns the reason why the module can't take a prompt, or None."""
         if "labels" not in site.arguments:
             return "its forward takes no labels, over which a context is trained"
-        return self.in_front.check(site)
+        return self.prepended.check(site)
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Puts the context in front, with its labels."""
-        changed = self.in_front.enter(prompt, inputs, word_embeddings, config)
+        changed = self.prepended.enter(prompt, inputs, word_embeddings, config)
         changed["labels"] = labels_with_context(inputs["labels"], inputs["input_type_mask"], self.ids, self.types)
         return changed
 
@@ -162,7 +168,7 @@ class ContextInFront:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Encoder):
     """The tokens of a context with their change.
 
     Attributes:
@@ -170,8 +176,6 @@ class Context:
         epsilon: ε for inputs.
         format_epsilon: ε for templates.
     """
-
-    asks: ClassVar[tuple[str, ...]] = ()
 
     types: tuple[int, ...]
     epsilon: float
@@ -186,7 +190,7 @@ class Context:
         }
 
     @torch.no_grad()
-    def initialise(self, parameters: Mapping[str, Tensor], config: CPTConfig, embedding: nn.Module) -> None:
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
         """Takes the embeddings of the context's tokens, and no change."""
         weight: Any = embedding.weight
         parameters["prompt_embedding"].copy_(embedding(torch.tensor(config.cpt_token_ids, device=weight.device)))
@@ -213,7 +217,7 @@ def bounded(delta: Tensor, types: tuple[int, ...], epsilons: tuple[float, float]
         if training:
             delta.copy_(shortened)
     moves = delta.new_tensor([kind % 4 != 0 for kind in types])[:, None]
-    # the values are the shortened ones, and the gradients those of the rows that move
+    # the values are shortened, and only the rows that move get gradients
     return shortened + moves * (delta - delta.detach())
 
 
@@ -245,9 +249,9 @@ def with_loss(
 
     Args:
         output: The output, with `logits` of shape (batch, tokens, vocabulary).
-        labels: The labels with those of the context, (batch, tokens), or None.
+        labels: The labels of the context and of the input, (batch, tokens), or None.
         input_types: The types of the input's tokens, or None.
-        types: Those of the context's.
+        types: The types of the context's tokens.
         decay: The factor for each step back.
     """
     if labels is None:

@@ -3,7 +3,7 @@
     tokens = E ∘ (U[task] V[task])                E (tokens, dim), U (tasks, tokens, ranks), V (tasks, ranks, dim)
 
 The model gets one more argument, `task_ids`, of shape (batch,). Source: Wang et al., "Multitask Prompt Tuning Enables
-Parameter-Efficient Transfer Learning", arXiv 2303.02861; the numbers are those of PEFT's
+Parameter-Efficient Transfer Learning", arXiv 2303.02861; the same numbers as PEFT's
 ``tuners/multitask_prompt_tuning/model.py``.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompt_tuning import TokenTable
+from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, Encoder
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
-from graphpeft.methods.prompts.prompting import EMBEDDINGS_KEY, Encoder
 from graphpeft.rules.options import Index, Size
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -35,16 +35,22 @@ _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED
 class MultitaskPromptTuningConfig(PromptLearningConfig):
     """The options of multitask prompt tuning; the names, defaults and meanings are PEFT's.
 
+    Source: Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", arXiv 2303.02861.
+
     Attributes:
         prompt_tuning_init: ``"RANDOM"`` or ``"TEXT"``, as in `PromptTuningConfig`; or from a trained file: the average
-            of its tasks, one of them, or its shared tokens alone.
+            of its tasks (``"AVERAGE_SOURCE_TASKS"``), one of them (``"EXACT_SOURCE_TASK"``), or its shared
+            tokens alone (``"ONLY_SOURCE_SHARED"``).
         prompt_tuning_init_text: The text.
         prompt_tuning_init_state_dict_path: The trained file.
-        prompt_tuning_init_task: Which of its tasks.
+        prompt_tuning_init_task: The index of its task.
         tokenizer_name_or_path: The tokenizer for the text.
         tokenizer_kwargs: Options of ``AutoTokenizer.from_pretrained``.
         num_ranks: The rank of a task's matrix.
         num_tasks: The number of tasks.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that are lacking.
 
     Example:
         >>> config = MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=8, num_tasks=3)
@@ -97,12 +103,12 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
         return False
 
     def encoder(self) -> Encoder:
-        """Returns what computes the virtual tokens of a task."""
+        """Returns the encoder of a task's virtual tokens."""
         return TaskTokens()
 
 
 @dataclass(frozen=True)
-class TaskTokens:
+class TaskTokens(Encoder):
     """Virtual tokens that are scaled for each task."""
 
     asks: ClassVar[tuple[str, ...]] = ("task_ids",)
@@ -121,7 +127,7 @@ class TaskTokens:
     def initialise(
         self, parameters: Mapping[str, Tensor], config: MultitaskPromptTuningConfig, embedding: nn.Module
     ) -> None:
-        """Draws them in the order in which PEFT does, and puts in what comes from a trained file."""
+        """Draws them in the order in which PEFT does, and copies values of a trained file."""
         begins = "TEXT" if config.prompt_tuning_init == "TEXT" else "RANDOM"
         TokenTable(begins).initialise(parameters, config, embedding)
         for name in ("prefix_task_cols", "prefix_task_rows"):
@@ -143,14 +149,28 @@ class TaskTokens:
 
 @recorded
 def of_tasks(table: Tensor, cols: Tensor, rows: Tensor, task_ids: Tensor | None) -> Tensor:
-    """Returns the virtual tokens of tasks, (batch, tokens, dim)."""
+    """Returns the virtual tokens of tasks, (batch, tokens, dim).
+
+    Args:
+        table: The shared tokens, (tokens, dim).
+        cols: U, (tasks, tokens, ranks).
+        rows: V, (tasks, ranks, dim).
+        task_ids: The task of each row of the batch, (batch,).
+
+    Raises:
+        ValueError: If there are no `task_ids`.
+    """
     if task_ids is None:
         raise ValueError("pass task_ids, the number of each row's task, to a model with a multitask prompt")
     return table * (cols.index_select(0, task_ids) @ rows.index_select(0, task_ids))
 
 
 def _of_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
-    """Returns the first values that a trained file gives."""
+    """Returns the first values from a trained file.
+
+    Raises:
+        CheckpointError: If the file lacks some.
+    """
     path = config.prompt_tuning_init_state_dict_path or ""
     saved = read_safetensors(path).tensors if path.endswith(".safetensors") else read_pickle(path)
     tasks = () if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ("prefix_task_cols", "prefix_task_rows")

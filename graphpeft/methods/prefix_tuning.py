@@ -1,10 +1,10 @@
-"""Prefix tuning: learned keys and values in front of those of every layer's attention.
+"""Prefix tuning: learned keys and values in front of the keys and values of every layer's attention.
 
     cache[layer] = (P[2 · layer], P[2 · layer + 1])            P of shape (2 · layers, heads, tokens, head size)
 
-They go in as what the cache holds before the first token. With `prefix_projection` a perceptron computes P from a
+They are the content of the cache before the first token. With `prefix_projection` a perceptron computes P from a
 smaller table. Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190;
-the numbers are those of PEFT's ``tuners/prefix_tuning/model.py`` and ``peft_model.py``.
+the same numbers as PEFT's ``tuners/prefix_tuning/model.py`` and ``peft_model.py``.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.paths import TensorPaths
-from graphpeft.methods.prompts import prompting
-from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.methods.prompts.prompting import (
+from graphpeft.graph.recorded import recorded
+from graphpeft.methods.prompts.caches import (
     CACHES,
-    EMBEDDINGS_KEY,
-    GENERATOR,
-    Encoder,
-    PromptRule,
     cache_of,
-    checked_positions,
+    first_not_none,
     has_tokens,
-    lengthened_for,
-    no_room,
     other_cache_names,
-    recorded,
-    shifted,
-    the_given,
     under_one_name,
 )
+from graphpeft.methods.prompts.encoders import Encoder, NetworkEncoder, Table, linear_by
+from graphpeft.methods.prompts.placements import (
+    Placement,
+    PromptRule,
+    checked_positions,
+    exceeds_positions,
+    lengthened_for,
+    shifted,
+)
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, sizes_in, text_config_of
+from graphpeft.methods.prompts.transformers_sites import GENERATOR, cache_sites
 from graphpeft.rules.options import Size
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import ParameterSpec, Rule
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 
@@ -50,10 +51,15 @@ from graphpeft.sites.site import CallSite
 class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning's options; the names, defaults and meanings are PEFT's.
 
+    Source: Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190.
+
     Attributes:
         init_weights: ``"zero"`` begins with keys and values of zero; None draws them.
         encoder_hidden_size: The width of the perceptron; `token_dim` if None.
         prefix_projection: Whether a perceptron computes the prefix.
+
+    Raises:
+        ValueError: For a value that an option can't have.
 
     Example:
         >>> config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, prefix_projection=True)
@@ -88,7 +94,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         return self.prefix_projection
 
     def encoder(self) -> Encoder:
-        """Returns what computes the prefix in training."""
+        """Returns the encoder of the prefix in training."""
         return Projection() if self.prefix_projection else PrefixTable()
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
@@ -97,10 +103,10 @@ class PrefixTuningConfig(PromptLearningConfig):
             reason = "prefix tuning works through the cache, which gradient checkpointing switches off"
             report.refused.append(Refusal("the model", reason, "call gradient_checkpointing_disable() on the model"))
             return []
-        return prompting.cache_sites(finder, report) if self._fits_cache(finder.modules[""], report) else []
+        return cache_sites(finder, report) if self._fits_cache(finder.modules[""], report) else []
 
     def _fits_cache(self, model: nn.Module, report: Report) -> bool:
-        """Tells whether the prefix can be keys and values of the model, and reports if it can't."""
+        """Returns whether the prefix can be keys and values of the model, and reports if it can't."""
         known = _sizes_of_cache(model)
         reasons = [
             f"{name} is {getattr(self, name)}, and the model has {' or '.join(map(str, sizes))}"
@@ -124,31 +130,36 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 @dataclass(frozen=True)
-class InCache:
-    """Into an empty cache, as what it holds before the first token.
+class InCache(Placement):
+    """Into an empty cache, before the first token.
 
     Attributes:
         tokens: The number of virtual tokens.
         layers: The number of layers.
         heads: The number of heads that have keys.
-        asks: The other name of the cache.
+        cache_names: The other name of the cache.
         counts: Whether positions that aren't given are counted by the attention mask, as `generate` counts them.
     """
 
     tokens: int
     layers: int
     heads: int
-    asks: tuple[str, ...]
+    cache_names: tuple[str, ...]
     counts: bool
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The other name of the cache."""
+        return self.cache_names
+
     def check(self, site: CallSite) -> str | None:
-        """Returns why the module can't take a prefix, or None."""
-        return no_room(self.tokens, site.positions)
+        """Returns the reason why the module can't take a prefix, or None."""
+        return exceeds_positions(self.tokens, site.positions)
 
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
         """Fills the cache, and lengthens the mask and moves the positions accordingly."""
         changed, cache = {}, cache_of(inputs)
-        tokens = the_given(inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        tokens = first_not_none(inputs.get("input_ids"), inputs.get("inputs_embeds"))
         # before the cache is filled
         if "attention_mask" in inputs:
             changed["attention_mask"] = lengthened_for(inputs["attention_mask"], self.tokens, tokens, cache)
@@ -167,48 +178,46 @@ class InCache:
 
 
 @dataclass(frozen=True)
-class PrefixTable:
+class PrefixTable(Table):
     """Keys and values that are parameters themselves."""
 
-    asks: ClassVar[tuple[str, ...]] = ()
+    def shape(self, config: Any) -> tuple[int, int]:
+        """Returns the shape of the table: (tokens, 2 · layers · heads · head size)."""
+        return config.num_virtual_tokens, _width(config)
 
-    def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the table of keys and values."""
-        return {"prompt_embeddings": ParameterSpec((config.num_virtual_tokens or 0, _width(config)), EMBEDDINGS_KEY)}
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, embedding: nn.Module) -> None:
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
         """Draws the table as ``nn.Embedding`` does, or makes it zero."""
-        nn.init.normal_(parameters["prompt_embeddings"])
+        super().initialise(parameters, config, embedding)
         if config.init_weights == "zero":
             nn.init.zeros_(parameters["prompt_embeddings"])
 
-    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
-        """Returns the table."""
-        return parameters["prompt_embeddings"]
-
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(NetworkEncoder):
     """Keys and values that a perceptron with one hidden layer computes."""
 
-    asks: ClassVar[tuple[str, ...]] = ()
+    def network(self, config: Any) -> nn.Module:
+        """Returns the learned tokens and the perceptron."""
+        dim, hidden = config.token_dim, config.encoder_hidden_size
+        embedding = nn.Embedding(config.num_virtual_tokens, dim)
+        layers = (nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, _width(config)))
+        return nn.ModuleDict({"embedding": embedding, "transform": nn.Sequential(*layers)})
 
-    def parameters(self, config: PrefixTuningConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the learned tokens and the perceptron's weights."""
-        return network_parameters(_modules(config, "meta"))
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: PrefixTuningConfig, embedding: nn.Module) -> None:
-        """Draws them in the order in which PEFT does."""
-        network = _modules(config, "cpu")
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
+        """Draws them; the last layer begins with zeros where the config says so."""
+        super().initialise(parameters, config, embedding)
         if config.init_weights == "zero":
-            for parameter in network.get_submodule("transform.2").parameters():
-                nn.init.zeros_(parameter)
-        fill_from(parameters, network)
+            nn.init.zeros_(parameters["prompt_transform_2_weight"])
+            nn.init.zeros_(parameters["prompt_transform_2_bias"])
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the keys and values, (tokens, 2 · layers · heads · head size)."""
         hidden = torch.tanh(linear_by("transform_0", parameters["prompt_embedding_weight"], parameters))
         return linear_by("transform_2", hidden, parameters)
+
+
+def _width(config: Any) -> int:
+    return 2 * config.num_layers * config.token_dim
 
 
 @recorded
@@ -246,7 +255,7 @@ def filled(
         cache: A cache of Transformers; None makes one.
         prefix: Keys and values, (tokens, 2 · layers · heads · head size).
         tokens: The ids or the embeddings of the input, (batch, length, …).
-        sizes: The number of layers, and that of heads that have keys.
+        sizes: The number of layers, and the number of heads that have keys.
         word_embeddings: The model's word embedding, whose dtype the cache gets.
         config: The model's config.
     """
@@ -262,7 +271,7 @@ def filled(
     elif cache is None:
         cache = DynamicCache(config=config)
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    # PEFT lays out four rows a layer there, of which the decoder's own attention reads the first two
+    # PEFT lays out four rows a layer there, and the decoder's own attention reads the first two
     step = 4 if config.is_encoder_decoder else 2
     for layer in range(layers):
         row = step * layer % (2 * layers)
@@ -280,8 +289,7 @@ def without_cache(output: Any, cache: Any, use_cache: bool | None) -> Any:
 
 def _key_sizes(model: nn.Module) -> dict[str, int]:
     """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config_of(model)
     heads = getattr(config, "num_key_value_heads", None)
     if heads is None:
         return {}
@@ -291,8 +299,7 @@ def _key_sizes(model: nn.Module) -> dict[str, int]:
 
 def _sizes_of_cache(model: nn.Module) -> dict[str, list[int]]:
     """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config_of(model)
     # a model in which all heads share one key says so, in one way or another
     shares = hasattr(config, "num_kv_heads") or getattr(config, "multi_query", False)
     heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
@@ -302,22 +309,4 @@ def _sizes_of_cache(model: nn.Module) -> dict[str, list[int]]:
         "num_attention_heads": () if shares else heads,
         "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_decoder_layers"),
     }
-    found = {name: [getattr(config, option, None) for option in options] for name, options in asked.items()}
-    return {name: sorted({size for size in sizes if isinstance(size, int)}) for name, sizes in found.items()}
-
-
-def _width(config: PrefixTuningConfig) -> int:
-    assert config.num_layers is not None
-    assert config.token_dim is not None
-    return 2 * config.num_layers * config.token_dim
-
-
-def _modules(config: PrefixTuningConfig, device: str) -> nn.ModuleDict:
-    dim, hidden, tokens = config.token_dim, config.encoder_hidden_size, config.num_virtual_tokens
-    assert dim is not None
-    assert hidden is not None
-    assert tokens is not None
-    with torch.device(device):
-        embedding = nn.Embedding(tokens, dim)
-        layers = (nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, _width(config)))
-    return nn.ModuleDict({"embedding": embedding, "transform": nn.Sequential(*layers)})
+    return {name: sorted(set(sizes)) for name, sizes in sizes_in(config, asked).items()}

@@ -3,7 +3,7 @@
     tokens = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃              e of shape (tokens, dim)       MLP
     tokens = W₂ relu(W₁ lstm(e) + b₁) + b₂                      lstm in both directions        LSTM
 
-Source: Liu et al., "GPT Understands, Too", arXiv 2103.10385; the numbers are those of PEFT's
+Source: Liu et al., "GPT Understands, Too", arXiv 2103.10385; the same numbers as PEFT's
 ``tuners/p_tuning/model.py``.
 """
 
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, fill_from, linear_by, network_parameters
-from graphpeft.methods.prompts.prompting import Encoder
+from graphpeft.methods.prompts.encoders import Encoder, NetworkEncoder, linear_by
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.options import Probability, Size, Steps
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.rule import ParameterSpec
 
 _MLP_LAYERS = 2
 
@@ -34,11 +33,16 @@ _MLP_LAYERS = 2
 class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning's options; the names, defaults and meanings are PEFT's.
 
+    Source: Liu et al., "GPT Understands, Too", arXiv 2103.10385.
+
     Attributes:
         encoder_reparameterization_type: ``"MLP"`` or ``"LSTM"``.
         encoder_hidden_size: The width of the network; `token_dim` if None.
         encoder_num_layers: The layers of the LSTM.
-        encoder_dropout: The dropout between them.
+        encoder_dropout: The probability of dropping an element between them.
+
+    Raises:
+        ValueError: For a value that an option can't have.
 
     Example:
         >>> config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16)
@@ -77,18 +81,15 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(NetworkEncoder):
     """Computes virtual tokens by a perceptron with two hidden layers."""
 
-    asks: ClassVar[tuple[str, ...]] = ()
-
-    def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the learned tokens and the perceptron's weights."""
-        return network_parameters(_mlp_modules(config, "meta"))
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
-        """Draws them in the order in which PEFT does."""
-        fill_from(parameters, _mlp_modules(config, "cpu"))
+    def network(self, config: Any) -> nn.Module:
+        """Returns the learned tokens and the perceptron."""
+        dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+        embedding = nn.Embedding(config.total_tokens, dim)
+        layers = (nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        return nn.ModuleDict({"embedding": embedding, "mlp_head": nn.Sequential(*layers)})
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
@@ -97,7 +98,7 @@ class MLP:
 
 
 @dataclass(frozen=True)
-class LSTM:
+class LSTM(NetworkEncoder):
     """Computes virtual tokens by an LSTM in both directions and a perceptron with one hidden layer.
 
     Attributes:
@@ -105,18 +106,17 @@ class LSTM:
         dropout: The probability of dropping an element between them.
     """
 
-    asks: ClassVar[tuple[str, ...]] = ()
-
     layers: int
     dropout: float
 
-    def parameters(self, config: PromptEncoderConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the learned tokens and the weights of both networks."""
-        return network_parameters(_lstm_modules(config, "meta"))
-
-    def initialise(self, parameters: Mapping[str, Tensor], config: PromptEncoderConfig, embedding: nn.Module) -> None:
-        """Draws them in the order in which PEFT does."""
-        fill_from(parameters, _lstm_modules(config, "cpu"))
+    def network(self, config: Any) -> nn.Module:
+        """Returns the learned tokens, the LSTM and the perceptron."""
+        dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
+        embedding = nn.Embedding(config.total_tokens, dim)
+        options: dict[str, Any] = {"dropout": self.dropout, "bidirectional": True, "batch_first": True}
+        recurrent = nn.LSTM(dim, hidden, self.layers, **options)
+        layers = (nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
+        return nn.ModuleDict({"embedding": embedding, "lstm_head": recurrent, "mlp_head": nn.Sequential(*layers)})
 
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
         """Returns the virtual tokens."""
@@ -139,25 +139,3 @@ def lstm(tokens: Tensor, weights: list[Tensor], layers: int, dropout: float, tra
     hidden = weights[1].shape[1]
     state = tokens.new_zeros(2 * layers, 1, hidden)
     return torch.lstm(tokens[None], (state, state), weights, True, layers, dropout, training, True, True)[0][0]
-
-
-def _mlp_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
-    dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
-    assert dim is not None
-    assert hidden is not None
-    with torch.device(device):
-        embedding = nn.Embedding(config.total_tokens, dim)
-        layers = (nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-    return nn.ModuleDict({"embedding": embedding, "mlp_head": nn.Sequential(*layers)})
-
-
-def _lstm_modules(config: PromptEncoderConfig, device: str) -> nn.ModuleDict:
-    dim, hidden = config.token_dim, config.encoder_hidden_size or config.token_dim
-    assert dim is not None
-    assert hidden is not None
-    options: dict[str, Any] = {"dropout": config.encoder_dropout, "bidirectional": True, "batch_first": True}
-    with torch.device(device):
-        embedding = nn.Embedding(config.total_tokens, dim)
-        recurrent = nn.LSTM(dim, hidden, config.encoder_num_layers, **options)
-        layers = (nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
-    return nn.ModuleDict({"embedding": embedding, "lstm_head": recurrent, "mlp_head": nn.Sequential(*layers)})

@@ -1,7 +1,7 @@
 """Prompt tuning: virtual tokens in front of the input, learned as they are.
 
-Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691; the numbers are
-those of PEFT's ``tuners/prompt_tuning/model.py``.
+Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691; the same
+numbers as PEFT's ``tuners/prompt_tuning/model.py``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, Table
-from graphpeft.methods.prompts.prompting import Encoder
+from graphpeft.methods.prompts.encoders import Encoder, Table
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.rule import ParameterSpec
 
 
 @register
@@ -26,12 +25,17 @@ from graphpeft.rules.rule import ParameterSpec
 class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning's options; the names, defaults and meanings are PEFT's.
 
+    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
+
     Attributes:
         prompt_tuning_init: ``"RANDOM"``: as ``nn.Embedding``. ``"SAMPLE_VOCAB"``: the embeddings of tokens drawn from
-            the vocabulary. ``"TEXT"``: those of a text.
-        prompt_tuning_init_text: That text; it is repeated, or cut, to the number of virtual tokens.
+            the vocabulary. ``"TEXT"``: the embeddings of a text.
+        prompt_tuning_init_text: That text; its tokens are repeated, or cut, to the number of virtual tokens.
         tokenizer_name_or_path: The tokenizer for it.
         tokenizer_kwargs: Options of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that are lacking or have no effect.
 
     Example:
         >>> config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
@@ -67,33 +71,23 @@ class PromptTuningConfig(PromptLearningConfig):
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenTable(Table):
     """Virtual tokens that can begin as the embeddings of real ones.
 
     Attributes:
-        begins: How: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` or ``"TEXT"``.
+        begins: ``"RANDOM"``, ``"SAMPLE_VOCAB"`` or ``"TEXT"``, as in the config.
     """
-
-    asks: ClassVar[tuple[str, ...]] = ()
 
     begins: str = "RANDOM"
 
-    def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the table."""
-        return Table().parameters(config)
-
     def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
         """Draws the table, and puts real tokens into it."""
-        Table().initialise(parameters, config, embedding)
+        super().initialise(parameters, config, embedding)
         if self.begins != "RANDOM":
             ids = _first_tokens(config, embedding)
             weight: Any = embedding.weight
             with torch.no_grad():
                 parameters["prompt_embeddings"].copy_(embedding(ids.to(weight.device)))
-
-    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
-        """Returns the table."""
-        return Table().encode(parameters, training)
 
 
 def _first_tokens(config: Any, embedding: Any) -> Tensor:

@@ -1,17 +1,18 @@
-"""LoRA: adds a low-rank product to what a weight does.
+"""LoRA: adds a low-rank product to a weight.
 
     y = x Wᵀ + b + (α / r) · dropout(x) Aᵀ Bᵀ        A of shape (r, in), B of shape (out, r)
 
 with α/√r instead of α/r for rank-stabilised LoRA. Each kind of operation has a file with its rule. Sources: Hu et al.,
 "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; Kalajdzievski, "A Rank Stabilization Scaling
-Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the numbers are those of PEFT's ``tuners/lora/layer.py``.
+Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the same numbers as PEFT's ``tuners/lora/layer.py``.
 """
 
 from graphpeft.methods.lora.config import LoraConfig
-from graphpeft.methods.lora.corda import CordaConfig, preprocess_corda
-from graphpeft.methods.lora.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
-from graphpeft.methods.lora.loftq import LoftQConfig
-from graphpeft.methods.lora.lora_ga import LoraGAConfig, preprocess_loraga
+from graphpeft.methods.lora.init.corda import CordaConfig, preprocess_corda
+from graphpeft.methods.lora.init.eva import get_eva_state_dict, initialize_lora_eva_weights
+from graphpeft.methods.lora.init.eva_directions import EvaConfig
+from graphpeft.methods.lora.init.from_weight import LoftQConfig
+from graphpeft.methods.lora.init.lora_ga import LoraGAConfig, preprocess_loraga
 from graphpeft.methods.lora.per_call import LoraPerCallConfig
 
 __all__ = [

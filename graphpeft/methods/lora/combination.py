@@ -7,7 +7,7 @@
 The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
 `magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
 ends in `_svd`. Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario"
-(DARE), arXiv 2311.03099; the numbers are those of PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
+(DARE), arXiv 2311.03099; the same numbers as PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     """Returns the config of the combined adapter.
 
     Args:
-        configs: Those of the adapters.
+        configs: The configs of the adapters.
         sites: The sites of all of them together.
         how: How they are combined.
 
@@ -110,7 +110,7 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
 
     Args:
         target: The site with the new rule.
-        parts: What the adapters that adapt the site have there.
+        parts: The tensors and constants of each adapter that adapts the site.
         how: How they are combined.
         count: The number of adapters altogether.
 
@@ -201,7 +201,7 @@ def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
 
 
 def _arithmetic(kind: str, tensors: list[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    """Returns the weighted sum of tensors, with what `kind` leaves out of it."""
+    """Returns the weighted sum of tensors, without the elements that `kind` leaves out."""
     if kind.startswith("dare") or kind in ("ties", "magnitude_prune"):
         prune = _randomly_pruned if kind.startswith("dare") else _pruned
         assert how.density is not None
@@ -216,7 +216,7 @@ def _arithmetic(kind: str, tensors: list[Tensor], weights: Tensor, how: Combinat
 
 
 def _pruned(tensor: Tensor, density: float) -> Tensor:
-    """Keeps the largest elements."""
+    """Keeps the largest elements, the share `density` of all."""
     kept = torch.topk(tensor.abs().reshape(-1), int(density * tensor.numel())).indices
     mask = torch.zeros_like(tensor).reshape(-1)
     mask[kept] = 1
@@ -224,12 +224,12 @@ def _pruned(tensor: Tensor, density: float) -> Tensor:
 
 
 def _randomly_pruned(tensor: Tensor, density: float) -> Tensor:
-    """Keeps each element by chance, and scales up what is kept."""
+    """Keeps each element with the probability `density`, and divides the kept ones by it."""
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
 def _agrees_with_majority(stacked: Tensor, method: str) -> Tensor:
-    """Tells for each element whether it has the sign that most, by sum or by number, have at its place."""
+    """Returns for each element whether it has the majority's sign at its place, by sum or by number."""
     signs = stacked.sign()
     balance = stacked.sum(0) if method == "total" else signs.sum(0)
     return signs == torch.where(balance >= 0, 1, -1)

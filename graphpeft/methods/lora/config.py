@@ -18,20 +18,18 @@ from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
-from graphpeft.methods.lora.corda import CordaConfig
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
-from graphpeft.methods.lora.eva import EvaConfig
 from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
-from graphpeft.methods.lora.initialisation import initialisation_of, takes_product
-from graphpeft.methods.lora.leaf import LoraLeaf
-from graphpeft.methods.lora.linear import LoraLinear
-from graphpeft.methods.lora.loftq import LoftQConfig
-from graphpeft.methods.lora.lora_ga import LoraGAConfig
+from graphpeft.methods.lora.init.corda import CordaConfig
+from graphpeft.methods.lora.init.eva_directions import EvaConfig
+from graphpeft.methods.lora.init.from_weight import LoftQConfig
+from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
+from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
+from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts
-from graphpeft.methods.lora.target_parts import wanted_parts, with_parts
+from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts, wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -56,43 +54,49 @@ Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p
 @register
 @dataclass(kw_only=True)
 class LoraConfig(TargetedConfig):
-    """LoRA's options beside those that name targets; the names, defaults and meanings are PEFT's.
+    """LoRA's options beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
     Attributes:
-        r: The rank.
+        r: The rank of the factors A, (r, in), and B, (out, r).
         target_parameters: Paths (or their ends) of weights that are plain parameters.
-        lora_alpha: α.
+        lora_alpha: α; the scale of the branch is α/r.
         lora_dropout: The probability of dropping an element of the branch's input.
         fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
-        bias: Which biases are trained: ``"none"``, ``"all"``, or ``"lora_only"``, those of the adapted layers.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"lora_only"``, the adapted layers'.
         use_rslora: Whether the scale is α/√r.
         init_lora_weights: True: A uniform as in ``nn.Linear``, B zero. ``"gaussian"``: A normal with deviation 1/r.
             False: both as in ``nn.Linear``, so that the adapter changes the outputs from the start. ``"pissa"``,
-            ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is taken from it.
+            ``"pissa_niter_16"`` (in so many steps), ``"olora"``: a part of the weight, which is subtracted from it.
             ``"mica"``: B the weight's minor directions, which aren't trained. ``"orthogonal"``: random, with B A = 0.
-            ``"corda"``, ``"lora_ga"``: as `preprocess_corda` and `preprocess_loraga` have measured. ``"eva"``: as
-            `initialize_lora_eva_weights` measures afterwards. ``"loftq"``: what rounding the weight leaves out; the
+            ``"corda"``, ``"lora_ga"``: from the statistics of `preprocess_corda` and `preprocess_loraga`. ``"eva"``:
+            random, until `initialize_lora_eva_weights` is called. ``"loftq"``: the error of rounding the weight; the
             rounded weight is read instead.
         corda_config: A `CordaConfig`, or its values as a dict.
         eva_config: An `EvaConfig`, or its values as a dict.
         lora_ga_config: A `LoraGAConfig`, or its values as a dict.
         loftq_config: A `LoftQConfig`, or its values as a dict; without any, an empty one.
-        use_dora: Whether a vector of its own learns the lengths of the weight's rows.
+        use_dora: Whether a vector is trained that gives the lengths of the weight's rows (DoRA).
         lora_bias: Whether B has a bias, which is trained.
-        rank_pattern: Other ranks, by regular expression for the end of the path.
-        alpha_pattern: Other α, likewise.
-        target_parts: Not of PEFT's: the parts of fused projections that are adapted alone, by their names as in a list
-            of `target_modules`: names among ``"q"``, ``"k"`` and ``"v"``, which the graph around a projection tells
+        rank_pattern: Other ranks, by regular expressions for the end of a path; the first that matches counts.
+        alpha_pattern: Other α, by the same kind of patterns.
+        target_parts: The parts of fused projections that are adapted alone, by the projections' names as in a list of
+            `target_modules`: names among ``"q"``, ``"k"`` and ``"v"``, which the graph around a projection tells
             apart, or rows as pairs of the first one and the one behind the last. Each part has factors of the rank `r`.
+            It isn't an option of PEFT's.
         trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
-            embeddings. What is tied to an embedding follows.
+            embeddings. Layers that are tied to an embedding follow.
         layer_replication: Ranges of a Transformers model's layers that it runs in turn instead of its own, each with
             an adapter of its own and the same weights.
-        ensure_weight_tying: Whether what is tied to an embedding stays so: where one of them is named in
-            `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for what
-            is tied are refused.
+        ensure_weight_tying: Whether layers that are tied to an embedding stay so: where one of them is named in
+            `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for tied
+            layers are refused.
         use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, kasa_config: Refused, not supported yet.
         monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that contradict each other.
 
     Example:
         >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], rank_pattern={"0": 2})
@@ -262,7 +266,7 @@ class LoraConfig(TargetedConfig):
                 "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
                 "or alpha_pattern no α keeps the scale; leave it None"
             )
-        if not takes_product(self):
+        if not traits_of(self).subtracts_product:
             raise ValueError(
                 f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
                 f"init_lora_weights={self.init_lora_weights!r} takes none; leave it None"
@@ -317,29 +321,30 @@ class LoraConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
+        drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.op is Leaf:
-            return LoraLeaf(self.lora_dropout > 0)
+            return LoraLeaf(drops=drops)
         if site.parts:
             flipped = site.is_layer and site.transposed
             rows = site.shape[1] if flipped else site.shape[0]
-            return LoraParts(site.parts, rows, flipped, self.lora_dropout > 0, site.dtype != dtype)
+            return LoraParts(parts=site.parts, rows=rows, flipped=flipped, drops=drops, casts=casts)
         if site.tied_to is not None and site.layout is not ops.Embedding:
-            return LoraTied(self.lora_dropout > 0, site.dtype != dtype)
-        lora = self._lora_for(site, dtype)
+            return LoraTied(drops=drops, casts=casts)
+        lora = self._lora_for(site, drops, casts)
         return with_magnitudes(lora, site) if self.use_dora else lora
 
-    def _lora_for(self, site: Site, dtype: torch.dtype) -> Lora:
+    def _lora_for(self, site: Site, drops: bool, casts: bool) -> Lora:
         """Returns the rule without magnitudes."""
-        drops, casts = self.lora_dropout > 0, site.dtype != dtype
+        flipped, has_bias = site.is_layer and site.transposed, self.lora_bias
         if site.layout is ops.Convolution:
-            return LoraConvolution(site.transposed, drops, casts, self.lora_bias)
+            return LoraConvolution(transposed=site.transposed, drops=drops, casts=casts, has_bias=has_bias)
         if site.layout is ops.Embedding:
-            return LoraEmbedding(casts) if site.is_layer else LoraTable(casts)
+            return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
-            return LoraExperts(site.shape[0], site.transposed)
+            return LoraExperts(experts=site.shape[0], transposed=site.transposed)
         if site.op is ops.Weight:
-            return LoraMatrix(site.is_layer and site.transposed)
-        return LoraLinear(site.is_layer and site.transposed, drops, casts, self.lora_bias)
+            return LoraMatrix(flipped=flipped)
+        return LoraLinear(flipped=flipped, drops=drops, casts=casts, has_bias=has_bias)
 
 
 _NESTED: dict[str, tuple[str, type]] = {
@@ -352,7 +357,7 @@ _NESTED: dict[str, tuple[str, type]] = {
 
 
 def _nested(value: Any, config_class: type, name: str) -> Any:
-    """Returns options within options as what they are here, whether they come as a dict or as PEFT's class for them."""
+    """Returns nested options as an instance of `config_class`, from a dict or from PEFT's class for them."""
     if not value or isinstance(value, config_class):
         return value
     values = value
@@ -382,4 +387,4 @@ _UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
-"""Options of PEFT's of which only the default is supported."""
+"""Options of PEFT's that are supported with their default alone."""

@@ -7,7 +7,7 @@ m, the magnitudes, start as n; n gets no gradient. Where the branch has dropout,
 from what dropout has left of x. In single precision a fresh adapter is the identity, bit for bit: m and n come from the
 same values by the same operation, so that m/n is one. On weights of half precision m is rounded as in PEFT, whose
 values it has, and m/n is one within that rounding. Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation",
-arXiv 2402.09353; the numbers are those of PEFT's ``tuners/lora/dora.py`` and ``variants.py``. PEFT has no DoRA for
+arXiv 2402.09353; the same numbers as PEFT's ``tuners/lora/dora.py`` and ``variants.py``. PEFT has no DoRA for
 parameters that aren't a layer's, nor for transposed convolutions.
 """
 
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.methods.lora.convolution import LoraConvolution
-from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import scaling_of
-from graphpeft.methods.lora.initialisation import replaces_weight
-from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
+from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.rules.rule import Mergeable, OperationRule, ParameterSpec, ReplacesWeight
 from graphpeft.sites.site import Site
 
-Lora = LoraLinear | LoraConvolution | LoraEmbedding | LoraTable | LoraMatrix | LoraExperts
+Lora = LoraMatrix | LoraConvolution | LoraExperts
+"""The rules that DoRA extends; rules of linear operations and embeddings are each a `LoraMatrix`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
     positions: int = 0
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses what LoRA refuses, and groups, across which its change goes."""
+        """Refuses the same as LoRA, and groups, across which its change goes."""
         reason = self.direction.check(site, config)
         return reason or (self.unmergeable(site) if site.groups != 1 else None)
 
@@ -63,12 +63,12 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         return {**self.direction.parameters(site, config), "lora_magnitude": magnitude}
 
     def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns those of LoRA."""
+        """Returns the constants of LoRA."""
         return self.direction.constants(site, config)
 
     def replaces(self, site: Site, config: Any) -> bool:
-        """Tells whether A and B start with a part of the weight, which is then taken from it."""
-        return replaces_weight(config)
+        """Returns whether the initialisation replaces the weight."""
+        return traits_of(config).replaces_weight
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
@@ -101,11 +101,11 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         training: Any,
     ) -> Any:
         """Scales the operation's value without its bias, and adds the scaled branch."""
-        assert not isinstance(self.direction, LoraMatrix | LoraExperts)  # which have no operation
+        assert isinstance(self.direction, LoraBranch)  # others have no operation
         casts, drops = self.direction.casts, self.direction.drops
         h = self.direction.input_of(x, lora_A, lora_dropout, training)
         if operation.transposed != self.is_product:
-            # its outputs are what the lengths are over
+            # the lengths are over its outputs
             change = self.delta(weight, base, lora_A, lora_B, lora_magnitude, lora_scaling)
             result = y + operation.apply(h, change)
             return result.to(y.dtype) if casts else result
@@ -119,11 +119,11 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         return result.to(y.dtype) if casts else result
 
     def unmergeable(self, site: Site) -> str | None:
-        """Refuses what LoRA refuses."""
+        """Refuses the same as LoRA."""
         return self.direction.unmergeable(site)
 
     def delta(self, weight: Any, base: Any, lora_A: Any, lora_B: Any, lora_magnitude: Any, lora_scaling: Any) -> Any:
-        """Returns W' − W; what other adapters have added to W before is scaled with it."""
+        """Returns W' − W; changes of W by adapters before are scaled with it."""
         ratio = self._ratio(base, lora_A, lora_B, lora_magnitude, lora_scaling)
         return ratio * (weight + self.direction.delta(lora_A, lora_B, lora_scaling)) - weight
 
@@ -138,7 +138,12 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
 
 
 def with_magnitudes(direction: Lora, site: Site) -> Dora:
-    """Returns the rule of DoRA for a site, around that of LoRA."""
+    """Returns the rule of DoRA for a site.
+
+    Args:
+        direction: The rule of LoRA for the same site.
+        site: The site.
+    """
     dimensions = range(len(site.shape))
     if site.layout is ops.Embedding:
         return Dora(direction, lengthwise=(0,), is_product=False)

@@ -1,6 +1,6 @@
-"""LoRA of a weight itself, whatever is done with it.
+"""LoRA of a weight itself, whatever the model does with it.
 
-    W' = W + s · B A                     W of shape (m, n)
+    W' = W + s · B A                     W of shape (m, n), A (r, n), B (m, r)
     W'_e = W_e + s · B_e A_e             W of shape (experts, out, in), or (experts, in, out) where it is transposed
 
 The latter is PEFT's `target_parameters` for experts, whose factors lie in two matrices: A of shape (experts · r, in)
@@ -10,6 +10,7 @@ is no input that dropout could drop elements of.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,51 +18,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora import initialisation
-from graphpeft.methods.lora.factors import constants_of, draw, rank_of, refused_bias, refused_dropout, refused_inside
-from graphpeft.methods.lora.linear import matrix_delta, matrix_factors
+from graphpeft.methods.lora.factors import rank_of
+from graphpeft.methods.lora.init import initialisation
+from graphpeft.methods.lora.init.initialisation import traits_of
+from graphpeft.methods.lora.rule import LoraRule, variant_refusal
 from graphpeft.rules.rule import Combines, Mergeable, ParameterSpec, ReplacesWeight
 from graphpeft.sites.site import Site
 
 
-@dataclass(frozen=True)
-class LoraMatrix(Mergeable, ReplacesWeight, Combines):
+@dataclass(frozen=True, kw_only=True)
+class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
     """The change of a matrix.
 
     Attributes:
-        flipped: Whether A and B are those of the weight's transpose, as in a layer that stores it as (in, out).
+        flipped: Whether A and B are factors of the weight's transpose. A layer that stores its weight as (in, out) has
+            them, so that A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain parameter they don't
+            depend on how it is used, as in PEFT's `target_parameters`.
     """
 
     flipped: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses what is no matrix, dropout, a bias of B, and what an initialisation refuses."""
+        """Refuses other shapes, variants for layers, and the same as the initialisation."""
         if len(site.shape) != 2:
             return f"its {site.attribute} is no matrix, as LoRA's change is, but has the shape {site.shape}"
-        reason = refused_inside(site, config) or refused_dropout(site, config) or refused_bias(site, config)
-        return reason or initialisation.refused(site, config, self.flipped)
+        inside = variant_refusal(config, "one of several weights of a module") if site.named is not None else None
+        return inside or super().check(site, config) or initialisation.refusal(site, config, self.flipped)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
         rows, columns = reversed(site.shape) if self.flipped else site.shape
-        return matrix_factors(rank_of(site, config), rows, columns, initialisation.b_is_trained(config))
-
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the scale."""
-        return constants_of(site, config)
+        return matrix_factors(rank_of(site, config), rows, columns, traits_of(config).trains_b)
 
     def replaces(self, site: Site, config: Any) -> bool:
-        """Tells whether A and B start with a part of the weight, which is then taken from it."""
-        return initialisation.replaces_weight(config)
+        """Returns whether the initialisation replaces the weight."""
+        return traits_of(config).replaces_weight
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
     ) -> Mapping[str, Tensor] | None:
-        """Gives A and B the values that PEFT gives them."""
+        """Gives A and B the values that PEFT gives them, and returns the residual of the weight, if there is one."""
         return initialisation.initialise(parameters, site, config, module, self.flipped)
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A, transposed where A and B are those of the transpose."""
+        """Returns s B A, or its transpose where A and B are factors of the weight's transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
 
     def as_product(self, delta: Any) -> Any:
@@ -69,13 +69,13 @@ class LoraMatrix(Mergeable, ReplacesWeight, Combines):
         return delta.mT if self.flipped else delta
 
 
-@dataclass(frozen=True)
-class LoraExperts(Mergeable):
+@dataclass(frozen=True, kw_only=True)
+class LoraExperts(LoraRule, Mergeable):
     """The change of a stack of matrices, one for each expert.
 
     Attributes:
-        experts: How many there are.
-        transposed: Whether each is stored as (in, out).
+        experts: The number of experts.
+        transposed: Whether each matrix is stored as (in, out).
     """
 
     experts: int
@@ -83,26 +83,32 @@ class LoraExperts(Mergeable):
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses dropout, a bias of B, and initialisations of a single matrix."""
-        reason = refused_dropout(site, config) or refused_bias(site, config)
-        return reason or initialisation.refused_unless_random(config, "a stack of matrices")
+        return super().check(site, config) or initialisation.refusal_unless_random(config, "a stack of matrices")
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns A and B."""
+        """Returns A and B of all experts."""
         sides = site.shape[1:]
         rows, columns = reversed(sides) if self.transposed else sides
         return matrix_factors(rank_of(site, config) * self.experts, rows, columns)
 
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the scale."""
-        return constants_of(site, config)
-
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws A and B as PEFT does."""
-        draw(parameters, config.init_lora_weights, rank_of(site, config))
-
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B_e A_e of each expert."""
+        """Returns s B_e A_e of each expert, in the shape of the weight."""
         A = lora_A.reshape(self.experts, -1, lora_A.shape[-1])
         B = lora_B.reshape(lora_B.shape[0], -1, self.experts)
         equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
         return torch.einsum(equation, B, A) * lora_scaling
+
+
+@functools.lru_cache(maxsize=1024)
+def matrix_factors(rank: int, rows: int, columns: int, trains_b: bool = True) -> Mapping[str, ParameterSpec]:
+    """Returns A, (rank, columns), and B, (rows, rank), for a weight of shape (rows, columns)."""
+    return {
+        "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
+        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight", is_trained=trains_b),
+    }
+
+
+def matrix_delta(flipped: bool, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    """Returns s B A, or its transpose if `flipped`."""
+    delta = lora_B @ lora_A * lora_scaling
+    return delta.mT if flipped else delta

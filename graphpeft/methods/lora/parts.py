@@ -1,17 +1,18 @@
 """LoRA of parts of a fused projection, such as q and v of a ``qkv`` layer, with factors of their own.
 
-    y_p = x W_pᵀ + b_p + s · dropout(x) A_pᵀ B_pᵀ           for each part p, the rows of W that it has
+    y'_p = y_p + s · dropout(x) A_pᵀ B_pᵀ           for each part p, some rows of the weight;  y_p = x W_pᵀ + b_p
 
-The other rows stay as they are. In files, and in stock LoRA, this is one adapter of the rank n · r for n parts: the A's
-stacked, and a B that is zero where a part's rows meet another part's rank; α is n times as large (√n times with
-rank-stabilised scaling), so that the scale is the same.
+The other rows stay as they are. A config names parts by their names, which the graph tells, or by their rows. In files,
+and in stock LoRA, all n parts are one adapter of the rank n · r: the A's stacked, and a B that is zero where a part's
+rows meet another part's rank; α is n times as large (√n times with rank-stabilised scaling), so that the scale is the
+same.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,42 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.scaled_sum import add_scaled
-from graphpeft.methods.lora.factors import (
-    constants_of,
-    draw_as_layer,
-    rank_of,
-    refused_dropout,
-    refused_unless_plain,
-)
-from graphpeft.methods.lora.linear import matrix_delta
-from graphpeft.rules.rule import FileForm, Mergeable, OperationRule, ParameterSpec
-from graphpeft.sites.site import Runs, Site
+from graphpeft.graph import ops
+from graphpeft.graph.errors import TraceError
+from graphpeft.methods.lora.factors import draw_as_layer, rank_of
+from graphpeft.methods.lora.matrix import matrix_delta
+from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal, variant_refusal
+from graphpeft.rules.report import Refusal, Report
+from graphpeft.rules.rule import FileForm, Mergeable, ParameterSpec
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.parts import parts_of
+from graphpeft.sites.site import LeafSite, Runs, Site
+from graphpeft.targeting import targets
 
 
-@dataclass(frozen=True)
-class LoraParts(OperationRule, Mergeable):
+@dataclass(frozen=True, kw_only=True)
+class LoraParts(LoraBranch, Mergeable):
     """The branch of some rows of a linear operation.
 
     A is (n · r, in), the parts' own below one another; B is (rows of all parts, r), likewise.
 
     Attributes:
         parts: The rows of each part.
-        rows: How many the weight has.
+        rows: The number of rows of the weight.
         flipped: Whether the weight is stored as (in, out).
-        drops: Whether the branch has dropout.
-        casts: Whether the dtype of A and B differs from the weight's.
     """
 
     parts: tuple[Runs, ...]
     rows: int
     flipped: bool
-    drops: bool
-    casts: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses rows that the weight doesn't have, rows in several parts, and what is for whole layers."""
-        reason = refused_unless_plain(config, "a part of one") or refused_dropout(site, config)
+        """Refuses rows that the weight doesn't have, rows in several parts, and variants for whole layers."""
+        reason = variant_refusal(config, "a part of one") or dropout_refusal(site, config)
         if reason is not None:
             return reason
         if len(site.shape) != 2:
@@ -81,12 +78,8 @@ class LoraParts(OperationRule, Mergeable):
             "lora_B": ParameterSpec((own_rows, rank), key="lora_B.weight", form=form),
         }
 
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the scale, and the probability of dropout if there is one."""
-        return constants_of(site, config, self.drops)
-
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws each part's factors as those of a layer of its own."""
+        """Draws each part's factors like those of a layer of its own."""
         rank = rank_of(site, config)
         for A, B in zip(parameters["lora_A"].split(rank), _of_parts(self.parts, parameters["lora_B"]), strict=True):
             draw_as_layer(A)
@@ -96,24 +89,9 @@ class LoraParts(OperationRule, Mergeable):
             elif config.init_lora_weights is False:
                 draw_as_layer(B)
 
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        lora_A: Any,
-        lora_B: Any,
-        *,
-        lora_scaling: Any,
-        lora_dropout: Any = None,
-        training: Any,
-    ) -> Any:
-        """Adds the branch to the operation's value."""
-        h = x.to(lora_A.dtype) if self.casts else x
-        if self.drops:
-            h = F.dropout(h, lora_dropout, training)
-        product = F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
-        result = add_scaled(y, product, lora_scaling)
-        return result.to(y.dtype) if self.casts else result
+    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
+        """Returns h Aᵀ Bᵀ, zero beside the parts."""
+        return F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A of all parts, transposed where the weight is stored so."""
@@ -151,7 +129,7 @@ def _of_parts(parts: tuple[Runs, ...], compact: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class _Dense:
-    """B as files have it."""
+    """Makes B as files have it, (rows, n · r)."""
 
     parts: tuple[Runs, ...]
     rows: int
@@ -162,7 +140,7 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Compact:
-    """B as the model has it, from a file's.
+    """Makes B as the model has it, (rows of all parts, r), of a file's.
 
     Raises:
         ValueError: If the file's isn't zero beside the parts' own blocks.
@@ -184,15 +162,77 @@ class _Compact:
 
 
 def as_stock(parts: int, rank: int, alpha: float, rslora: bool) -> tuple[int, float]:
-    """Returns the rank and α with which stock LoRA has the same adapter as so many parts of a rank and an α each."""
+    """Returns the rank and the α of stock LoRA for so many parts of a rank and an α each."""
     return parts * rank, _times(parts, rslora) * alpha
 
 
 def of_parts(parts: int, rank: int, alpha: float, rslora: bool) -> tuple[int, float]:
-    """Returns what `as_stock` was given for so many parts."""
+    """Returns the rank and the α of each of so many parts: the inverse of `as_stock`."""
     # without the last digit, in which a product with √n, divided by it, may be another number
     return rank // parts, float(f"{alpha / _times(parts, rslora):.15g}")
 
 
 def _times(parts: int, rslora: bool) -> float:
     return math.sqrt(parts) if rslora else parts
+
+
+# parts that a config names
+
+
+def with_parts(
+    sites: Sequence[Site | LeafSite], wanted: Mapping[str, list[Any]], finder: SiteFinder, report: Report
+) -> list[Site | LeafSite]:
+    """Returns the sites with the parts of fused projections that a config names.
+
+    Args:
+        sites: The sites.
+        wanted: Parts by the name of a projection, as in a list of `target_modules`: their names, or pairs of rows.
+        finder: Finds parts in the graphs of the model.
+        report: Gets the refusals.
+    """
+    found: list[Site | LeafSite] = []
+    used: set[str] = set()
+    for site in sites:
+        key = _key_for(site.name, wanted)
+        if key is None:
+            found.append(site)
+            continue
+        used.add(key)
+        if isinstance(site, LeafSite):
+            report.refused.append(Refusal(site.name, "it has no weight whose rows could be told apart"))
+            continue
+        try:
+            found.append(site._replace(parts=_parts(site, wanted[key], finder)))
+        except TraceError as error:
+            way_out = f"name its rows, as in target_parts={{{key!r}: [[0, 64], [128, 192]]}}"
+            report.refused.append(
+                Refusal(site.name, f"which of its rows are which part can't be told: {error}", way_out)
+            )
+    for key in wanted.keys() - used:
+        near = targets.near_misses([key], [site.name for site in sites])
+        hint = f"; near misses: {', '.join(near)}" if near else ""
+        report.refused.append(Refusal(key, f"target_parts names no target{hint}", "name a target, or leave it out"))
+    return found
+
+
+def wanted_parts(name: str, wanted: Mapping[str, list[Any]]) -> list[Any] | None:
+    """Returns the parts that a config names of the projection of this name, or None if it names none."""
+    key = _key_for(name, wanted)
+    return None if key is None else wanted[key]
+
+
+def _key_for(name: str, wanted: Mapping[str, list[Any]]) -> str | None:
+    return next((key for key in wanted if name == key or name.endswith(f".{key}")), None)
+
+
+def _parts(site: Site, wanted: list[Any], finder: SiteFinder) -> tuple[Runs, ...]:
+    named = [part for part in wanted if isinstance(part, str)]
+    if site.op is ops.Weight and named:
+        raise TraceError("its weight is used as such, and not in a linear operation whose result is parted")
+    if site.op not in (ops.Linear, ops.Weight):
+        raise TraceError(f"its weight is used in a {site.op.__name__.lower()}, not a linear operation")
+    known = parts_of(finder.regions, site) if named else {}
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise TraceError(f"there is no part {unknown[0]!r}, but {', '.join(known)}")
+    return tuple(known[part] if isinstance(part, str) else ((int(part[0]), int(part[1])),) for part in wanted)

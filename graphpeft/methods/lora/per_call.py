@@ -34,7 +34,9 @@ _WAY_OUT = "adapt a trace of it, get_peft_model(trace(model, example_inputs), co
 @register
 @dataclass(kw_only=True)
 class LoraPerCallConfig(LoraConfig):
-    """LoRA's options, for an adapter at each call; ``query.call_2`` in a pattern is the second call of ``query``.
+    """The options of `LoraConfig`, for an adapter at each call of a shared module.
+
+    In `rank_pattern` and `alpha_pattern`, ``query.call_2`` is the second call of ``query``.
 
     Example:
         >>> layer = nn.Linear(4, 4)
@@ -60,7 +62,11 @@ class LoraPerCallConfig(LoraConfig):
         return found
 
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
-        """Returns the config that names these sites alone, of which there must be all calls of a weight, or none."""
+        """Returns the config that names these sites alone: all calls of a weight, or none.
+
+        Raises:
+            ValueError: If there are some calls of a weight.
+        """
         kept = Counter((site.owner, site.attribute) for site in sites)
         for site in sites:
             if site.call is not None and kept[site.owner, site.attribute] < site.call.of:
@@ -68,15 +74,19 @@ class LoraPerCallConfig(LoraConfig):
         return super().naming(sites, names)
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
-        """Returns the config with what each call got; the rest is as it is, since it isn't for PEFT."""
+        """Returns the config with the rank and the α of each call; the rest isn't made PEFT's, which can't read it."""
         config = copy.deepcopy(self)
         config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         return config
 
     def fitted_to(self, keys: Collection[str]) -> LoraConfig:
-        """Returns the config as it is: what parts of projections have is in the file as their own."""
+        """Returns the config as it is: the file has the parts' own ranks and α."""
         return self
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
-        """Refuses to combine adapters of calls."""
+        """Refuses to combine adapters of calls.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError("adapters of calls can't be combined yet; leave them out")

@@ -3,7 +3,7 @@
     y = x Wᵀ + b + s · dropout(x) B A        W of shape (entries, features), A (r, entries), B (features, r)
 
 The change of the table is then one and the same in both, and both train it. In files each has factors of its own, as in
-PEFT: those of a linear layer are Bᵀ and Aᵀ. Source: PEFT's ``LoraModel._add_targets_to_tie`` and ``LoraLayer``'s
+PEFT: a linear layer's are Bᵀ and Aᵀ. Source: PEFT's ``LoraModel._add_targets_to_tie`` and ``LoraLayer``'s
 `tied_adapter`.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.paths import join
-from graphpeft.graph.scaled_sum import add_scaled
-from graphpeft.methods.lora.factors import constants_of, draw, draw_as_layers, input_of, rank_of
-from graphpeft.methods.lora.initialisation import RANDOM
+from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of
+from graphpeft.methods.lora.init.initialisation import RANDOM
+from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import FileForm, Mergeable, OperationRule, ParameterSpec
+from graphpeft.rules.rule import FileForm, Mergeable, ParameterSpec
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
@@ -34,20 +34,12 @@ from graphpeft.targeting.tied import tied_layers
 _WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
 
 
-@dataclass(frozen=True)
-class LoraTied(OperationRule, Mergeable):
-    """The branch of a linear layer with the factors of the embedding to which it is tied.
-
-    Attributes:
-        drops: Whether the branch has dropout.
-        casts: Whether the dtype of A and B differs from the weight's.
-    """
-
-    drops: bool
-    casts: bool
+@dataclass(frozen=True, kw_only=True)
+class LoraTied(LoraBranch, Mergeable):
+    """The branch of a linear layer with the factors of the embedding to which it is tied."""
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses what is no linear layer."""
+        """Refuses other operations than linear layers."""
         if site.op is ops.Linear and not site.transposed:
             return None
         return f"it is tied to {site.tied_to}, and isn't a linear layer that has the table as its weight"
@@ -65,25 +57,17 @@ class LoraTied(OperationRule, Mergeable):
             ),
         }
 
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the scale, and the probability of dropout if there is one."""
-        return constants_of(site, config, self.drops)
-
     def initialise(self, parameters: Mapping[str, Tensor], site: Site, config: Any, module: nn.Module) -> None:
-        """Gives the factors the values that PEFT gives them last: those of a linear layer, if any are asked for."""
+        """Gives the factors the values that PEFT gives them last: a linear layer's, unless A and B are to be random."""
         of_layer = {name: tensor.mT for name, tensor in parameters.items()}
         if config.init_lora_weights is False:
             draw_as_layers({name: tensor.clone() for name, tensor in of_layer.items()})
         else:
             draw(of_layer, config.init_lora_weights, rank_of(site, config))
 
-    def rewrite(
-        self, x: Any, y: Any, lora_A: Any, lora_B: Any, *, lora_scaling: Any, lora_dropout: Any = None, training: Any
-    ) -> Any:
-        """Adds the branch to the operation's value."""
-        h = input_of(x, lora_A, lora_dropout, training, self.drops, self.casts)
-        result = add_scaled(y, h @ lora_A @ lora_B, lora_scaling)
-        return result.to(y.dtype) if self.casts else result
+    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
+        """Returns h A B."""
+        return h @ lora_A @ lora_B
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s (B A)ᵀ, B and A being the embedding's."""
@@ -99,10 +83,10 @@ def _transpose(tensor: Tensor) -> Tensor:
 
 
 def names_with_tied(config: Any, model: nn.Module) -> None:
-    """Lets a config name all layers that are tied to one which it names, in `target_modules` and `modules_to_save`.
+    """Adds to `target_modules` and `modules_to_save` of a config all layers that are tied to one in them.
 
     Raises:
-        ValueError: If their names would mean others, too.
+        ValueError: If the added names would match other layers, too.
     """
     modules = dict(model.named_modules())
     groups = [(embedding, *others) for embedding, others in tied_layers(modules).items()]
@@ -135,7 +119,7 @@ def _name_saved(config: Any, groups: Sequence[Sequence[str]], paths: Iterable[st
 
 
 def _is_saved(path: str, saved: tuple[str, ...]) -> bool:
-    """Tells whether a module is one of `modules_to_save` or inside of one."""
+    """Returns whether a module is one of `modules_to_save` or inside of one."""
     around = itertools.accumulate(path.split("."), join)
     return bool(saved) and any(outer.endswith(saved) for outer in around)
 
@@ -151,13 +135,13 @@ def _refuse_others(others: Sequence[str], wanted: Sequence[str], way_out: str) -
 def with_tied(
     sites: Sequence[Site | LeafSite], config: Any, finder: SiteFinder, report: Report
 ) -> list[Site | LeafSite]:
-    """Returns sites with those of tied layers marked and put last, as PEFT has them.
+    """Returns sites with tied layers marked and put last, as PEFT has them.
 
     Args:
         sites: The sites.
-        config: The config, which names all layers of a group or none, but for what it excludes.
+        config: The config, which names all layers of a group or none, but for excluded ones.
         finder: Finds sites in the model.
-        report: Gets what is refused.
+        report: Gets the refusals.
     """
     by_owner = {site.owner: site for site in sites if isinstance(site, Site) and site.is_layer}
     tied: dict[str, Site] = {}

@@ -1,1 +1,1 @@
-"""Virtual tokens in front of what a model reads."""
+"""Virtual tokens in front of a model's input."""

@@ -1,4 +1,4 @@
-"""What the configs of all prompt methods hold: the sizes of the model that PEFT writes down, and where prompts go."""
+"""The base class of the configs of prompt methods: the sizes of the model, and the modules that get a prompt."""
 
 from __future__ import annotations
 
@@ -9,51 +9,46 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import module_told
-from graphpeft.methods.prompts import prompting
-from graphpeft.methods.prompts.prompting import (
-    EMBEDDINGS_KEY,
-    Encoder,
-    InEncoding,
-    InFront,
-    Nothing,
-    PromptRule,
-    other_cache_names,
-)
+from graphpeft.methods.prompts import transformers_sites
+from graphpeft.methods.prompts.caches import other_cache_names
+from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, NoPrompt, Table
+from graphpeft.methods.prompts.placements import LABELS, POSITIONS, InEncoding, Prepended, PromptRule
 from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
 from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import ParameterSpec, Rule
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets
 
-ENCODER_PREFIX = "prompt_encoder."
-"""What the names of a prompt encoder's own tensors begin with in files; PEFT doesn't save them, and ignores them."""
-
 
 @dataclass(kw_only=True)
 class PromptLearningConfig(PeftConfig):
-    """The options of all prompt methods; the names and meanings are PEFT's. What is None is read from the model.
+    """The options of all prompt methods; the names and meanings are PEFT's. A size of None is read from the model.
 
     Attributes:
         num_virtual_tokens: The number of virtual tokens.
-        token_dim: The size of an embedding.
-        num_transformer_submodules: How many parts of the model have tokens of their own, as PEFT counts them.
+        token_dim: The number of values of an embedding.
+        num_transformer_submodules: The number of the model's parts with tokens of their own, 1 or 2, as PEFT counts.
         num_attention_heads: The number of attention heads.
-        num_layers: The number of layers.
+        num_layers: The number of layers, which have keys and values of their own.
         prompt_scope: The modules, in any model, whose token sequence gets the virtual tokens: names that match as
             `target_modules` do. None for a Transformers model, which gets them where PEFT puts them. It isn't an option
             of PEFT's.
-        prompt_position: Whether they stand ``"before"`` or ``"after"`` the tokens of a scope.
+        prompt_position: Whether they stand ``"before"`` or ``"after"`` the tokens of a scope. It isn't an option of
+            PEFT's.
         labels_include_prompt: Whether labels of tokens, and positions of answers, count the virtual tokens already, as
-            PEFT takes those of TOKEN_CLS and QUESTION_ANS. By default they are those of the input, and are moved.
+            in PEFT's TOKEN_CLS and QUESTION_ANS. By default they are for the input alone, and are moved. It isn't
+            an option of PEFT's.
+
+    Raises:
+        ValueError: For a value that an option can't have.
     """
 
     file_prefix: ClassVar[str] = "base_model."
@@ -82,7 +77,7 @@ class PromptLearningConfig(PeftConfig):
             raise ValueError("num_virtual_tokens is None; say how many virtual tokens there are to be")
 
     def encoder(self) -> Encoder:
-        """Returns what computes the virtual tokens in training."""
+        """Returns the encoder of the virtual tokens in training."""
         raise NotImplementedError
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
@@ -97,10 +92,10 @@ class PromptLearningConfig(PeftConfig):
             return []
         if not self._fits_embedding(embedding, report):
             return []
-        return prompting.transformers_sites(finder, report, self.task_type)
+        return transformers_sites.transformers_sites(finder, report, self.task_type)
 
     def _fits_embedding(self, embedding: nn.Module, report: Report) -> bool:
-        """Tells whether virtual tokens are as long as embeddings of tokens, and reports if they aren't."""
+        """Returns whether virtual tokens are as long as embeddings of tokens, and reports if they aren't."""
         size = getattr(getattr(embedding, "weight", None), "shape", (self.token_dim,))[-1]
         if self.token_dim is not None and size != self.token_dim:
             reason = f"token_dim is {self.token_dim}, and the embedding of a token has {size} values"
@@ -139,35 +134,35 @@ class PromptLearningConfig(PeftConfig):
             encoder = self.encoder_in_use()
             scope = InScope(self.num_virtual_tokens, self.prompt_position, site.arguments[0])
             return PromptRule(encoder, scope)
-        if site.role == prompting.DECODER:
-            return PromptRule(Nothing(), InEncoding(self.num_virtual_tokens))
-        return PromptRule(self.encoder_in_use(), self.in_front(site))
+        if site.role == transformers_sites.DECODER:
+            return PromptRule(NoPrompt(), InEncoding(self.num_virtual_tokens))
+        return PromptRule(self.encoder_in_use(), self.prepended(site))
 
-    def in_front(self, site: CallSite) -> InFront:
+    def prepended(self, site: CallSite) -> Prepended:
         """Returns where the virtual tokens go in a Transformers model.
 
         Args:
             site: The boundary of a forward that gets the virtual tokens.
         """
         assert self.num_virtual_tokens is not None
-        labels = (prompting.LABELS,) if site.role == prompting.LABELS_TOKENS else ()
-        follows = () if self.labels_include_prompt else (*labels, *prompting.POSITIONS)
-        return InFront(self.num_virtual_tokens, follows, site.positions, other_cache_names(site.arguments))
+        labels = (LABELS,) if site.role == transformers_sites.LABELS_TOKENS else ()
+        follows = () if self.labels_include_prompt else (*labels, *POSITIONS)
+        return Prepended(self.num_virtual_tokens, follows, site.positions, other_cache_names(site.arguments))
 
     @property
     def holds_table(self) -> bool:
-        """Whether the adapter has the virtual tokens themselves, and not what computes them, as PEFT's files do."""
+        """Whether the adapter has the virtual tokens themselves, as PEFT's files do, and not their encoder."""
         return self.inference_mode or self._encoder_is_lost
 
     def encoder_in_use(self) -> Encoder:
-        """Returns what computes the virtual tokens now."""
+        """Returns the encoder in use: that of training, or the table that it has computed."""
         return Table() if self.holds_table else self.encoder()
 
     def resolved(self, model: nn.Module) -> PromptLearningConfig:
         """Returns the config with the sizes of the model filled in as PEFT fills them in."""
         config = super().resolved(model)
         assert isinstance(config, PromptLearningConfig)
-        for name, sizes in _sizes(model).items():
+        for name, sizes in sizes_in(text_config_of(model), _SIZES).items():
             if getattr(config, name) is None:
                 setattr(config, name, next(iter(sizes), None))
         if config.prompt_scope is not None:
@@ -209,71 +204,33 @@ class PromptLearningConfig(PeftConfig):
             return {join(site.file_path, EMBEDDINGS_KEY): self.encoder().encode(parameters, False).detach()}
 
     def ignores(self, key: str) -> bool:
-        """Tells whether `key` belongs to the form of the prompt, computed or computing, that isn't in use."""
+        """Returns whether a key of a file belongs to the form of the prompt, table or encoder, that isn't in use."""
         return _is_of_encoder(key) if self.holds_table else key.split(".")[-1] == EMBEDDINGS_KEY
-
-
-@dataclass(frozen=True)
-class Table:
-    """Virtual tokens that are parameters themselves."""
-
-    asks: ClassVar[tuple[str, ...]] = ()
-
-    def parameters(self, config: PromptLearningConfig) -> Mapping[str, ParameterSpec]:
-        """Returns the table of tokens."""
-        assert config.token_dim is not None
-        return {"prompt_embeddings": ParameterSpec((config.total_tokens, config.token_dim), EMBEDDINGS_KEY)}
-
-    def initialise(
-        self, parameters: Mapping[str, torch.Tensor], config: PromptLearningConfig, embedding: nn.Module
-    ) -> None:
-        """Draws the table as ``nn.Embedding`` does."""
-        nn.init.normal_(parameters["prompt_embeddings"])
-
-    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
-        """Returns the table."""
-        return parameters["prompt_embeddings"]
 
 
 def _is_of_encoder(key: str) -> bool:
     return key.startswith(ENCODER_PREFIX) or f".{ENCODER_PREFIX}" in key
 
 
-def _sizes(model: nn.Module) -> dict[str, list[int]]:
-    """Returns the candidates for the sizes in the config of a model, in the order in which PEFT asks for them."""
+def text_config_of(model: nn.Module) -> Any:
+    """Returns the part of a Transformers model's config that is about its text; None without a config."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    asked = {
-        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-        "token_dim": ("hidden_size", "n_embd", "d_model"),
-        "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
-    }
-    values = {name: [getattr(config, option, None) for option in options] for name, options in asked.items()}
-    return {name: [value for value in of_name if value is not None] for name, of_name in values.items()}
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-# networks that compute virtual tokens
+def sizes_in(config: Any, options: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """Returns the sizes in a model's config, by the names of this library's options.
+
+    Args:
+        config: The model's config.
+        options: The names of options there, in the order in which PEFT looks for them, by the names here.
+    """
+    found = {name: [getattr(config, option, None) for option in others] for name, others in options.items()}
+    return {name: [size for size in sizes if isinstance(size, int)] for name, sizes in found.items()}
 
 
-def network_parameters(network: nn.Module) -> dict[str, ParameterSpec]:
-    """Returns the weights of a network as parameters of an adapter, which files name as PEFT's encoder does."""
-    return {
-        _local(name): ParameterSpec(tuple(parameter.shape), ENCODER_PREFIX + name)
-        for name, parameter in network.named_parameters()
-    }
-
-
-@torch.no_grad()
-def fill_from(parameters: Mapping[str, torch.Tensor], network: nn.Module) -> None:
-    """Gives parameters the values of a network's weights."""
-    for name, value in network.named_parameters():
-        parameters[_local(name)].copy_(value)
-
-
-def linear_by(name: str, x: Any, parameters: Mapping[str, Any]) -> Any:
-    """Returns what the network's layer `name`, its dots as underscores, makes of `x`."""
-    return F.linear(x, parameters[f"prompt_{name}_weight"], parameters[f"prompt_{name}_bias"])
-
-
-def _local(name: str) -> str:
-    return f"prompt_{name.replace('.', '_')}"
+_SIZES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}

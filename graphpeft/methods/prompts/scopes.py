@@ -1,4 +1,4 @@
-"""Puts virtual tokens into one module of any model: into its token sequence, and out of what it returns.
+"""Puts virtual tokens into one module of any model: into its token sequence, and out of its output.
 
     y = module([prompt; x])[:, tokens:]                 x of shape (batch, length, dim)
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graphpeft._torch import pytree
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
+from graphpeft.methods.prompts.placements import Placement
 from graphpeft.rules.report import Refusal, Report, listed
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary
@@ -32,11 +33,11 @@ SCOPE = "scope"
 
 
 @dataclass(frozen=True)
-class InScope:
-    """Into a module's token sequence, and out of what it returns.
+class InScope(Placement):
+    """Into a module's token sequence, and out of its output.
 
     Attributes:
-        tokens: How many there are.
+        tokens: The number of virtual tokens.
         position: Whether they stand ``"before"`` or ``"after"`` the module's own tokens.
         sequence: The name of the argument that is the sequence.
     """
@@ -45,17 +46,8 @@ class InScope:
     position: str
     sequence: str
 
-    @property
-    def asks(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def check(self, site: CallSite) -> str | None:
-        """Which modules take virtual tokens is known when they are found."""
-        return None
-
     def enter(self, prompt: Any, inputs: Mapping[str, Any], word_embeddings: Any, config: Any) -> dict[str, Any]:
-        """Puts the virtual tokens into the sequence, and lengthens the masks that go along."""
+        """Puts the virtual tokens into the sequence, and lengthens its masks."""
         sequence = inputs[self.sequence]
         masks = {
             name: mask_with_tokens(mask, name, sequence, self.tokens, self.position)
@@ -83,7 +75,7 @@ def scope_sites(
         scope: Names of modules, matched as `target_modules` are.
         position: Whether virtual tokens stand ``"before"`` or ``"after"`` the tokens.
         finder: Finds sites in the model.
-        report: Gets what can't take virtual tokens.
+        report: Gets the modules that can't take virtual tokens.
         dtype: The dtype of the virtual tokens.
     """
     named = TargetOptions(target_modules=scope)
@@ -165,7 +157,7 @@ CAUSAL = "is_causal"
 """The argument, or attribute, by which attentions are told that no token sees those after it."""
 
 _OF_OTHERS = ("memory_", "encoder_", "cross_")
-"""What the names of masks of other sequences begin with."""
+"""The prefixes of the names of masks of other sequences."""
 
 
 @recorded
@@ -228,13 +220,13 @@ def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: i
 
     Args:
         mask: None, or a mask by token, (batch, length), or by pairs of tokens, (…, length, length).
-        name: The argument's name, which tells what the values mean if it is one of PyTorch's.
+        name: The argument's name; PyTorch's names tell the meaning of the values.
         sequence: The sequence without virtual tokens.
         tokens: The number of virtual tokens.
         position: Where they stand.
 
     Raises:
-        ValueError: If the mask has another shape, or what its values mean isn't known.
+        ValueError: If the mask has another shape, or the meaning of its values isn't known.
     """
     if not isinstance(mask, Tensor):
         return mask
@@ -266,10 +258,10 @@ def _visible(mask: Tensor, name: str, is_by_pair: bool) -> int:
 
 @recorded
 def taken_out(output: Any, sequence: Tensor, tokens: int, position: str, *others: Any) -> Any:
-    """Takes the virtual tokens out of what a module returned: a sequence, or a container that begins with one.
+    """Takes the virtual tokens out of a module's output: a sequence, or a container that begins with one.
 
-    What else in the container is a sequence of as many tokens loses them too, unless it is one of the `others` that the
-    module was given.
+    Other sequences of as many tokens in the container lose them, too, but for those among `others`, the module's other
+    arguments.
     """
     leaves, structure = pytree.tree_flatten(output)
     batch, length = sequence.shape[:2]

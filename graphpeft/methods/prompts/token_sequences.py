@@ -1,8 +1,8 @@
-"""Finds where a model has its token sequence, which a prompt can extend: what every attention's query comes from.
+"""Finds the token sequence of a model, which a prompt can extend: the source of every attention's query.
 
 In the dataflow graph these are the values that dominate all queries: no way leads from the inputs to an attention but
 through them. A module that is given such a value, contains the attentions, and returns a sequence of the same shape is
-the place. What is found has been tried on a copy of the graph.
+the place. Each place has been tried on a copy of the graph.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class TokenSequence(NamedTuple):
     """A place for virtual tokens.
 
     Attributes:
-        prompt_scope: The modules whose sequence they extend, as a config takes it: one module, or a pattern for all
-            that need tokens of their own (deep prompts).
-        token_dim: The size of a token.
-        length: The number of tokens that the example inputs give.
+        prompt_scope: The modules whose sequence they extend, as an option of a config: one module, or a pattern for all
+            modules that need tokens of their own (deep prompts).
+        token_dim: The number of values of a token.
+        length: The number of tokens for the example inputs.
 
     Example:
         >>> found = TokenSequence("blocks", token_dim=64, length=101)
@@ -62,11 +62,11 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     """Proposes where a prompt goes in any model, by its dataflow.
 
     Args:
-        model: Any model that can be traced, or a traced one. It stays as it is.
+        model: Any model that can be traced, or a traced one. It isn't changed.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
 
     Returns:
-        The place, with the size and the number of tokens there.
+        The place, whose `prompt_scope` and `token_dim` are options of a `PromptTuningConfig`.
 
     Raises:
         TraceError: If the model can't be traced, has no attention, or no module takes virtual tokens there.
@@ -108,7 +108,7 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
 
 
 class _Ran(NamedTuple):
-    """A graph with what its nodes have computed from example inputs, as fake tensors.
+    """A graph with the values of its nodes for example inputs, as fake tensors.
 
     Attributes:
         root: The module that owns the graph.
@@ -183,7 +183,7 @@ def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
 def _dominating(ran: _Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, set[str]]:
     """Returns for each attention the names of the nodes that are on each way of tensors from the inputs to its query.
 
-    An attention to whose query no way leads, such as that of a pooling which is a parameter, is left out.
+    An attention whose query doesn't depend on the inputs is left out, such as a pooling by a parameter.
     """
     flow = as_digraph(ran.graph)
     # a parameter that is read, or a shape that is asked for, brings no tokens
@@ -210,8 +210,8 @@ def _has_tensors(value: Any) -> bool:
 def _candidates(ran: _Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[list[Call]]:
     """Yields calls that could take virtual tokens.
 
-    First single ones around most of the attentions, which are given what dominates all; the innermost of those around
-    equally many first. Then, together, the outermost ones that are around each.
+    First single calls around most of the attentions, whose argument dominates all queries; of calls around equally
+    many, the innermost first. Then all outermost calls around attentions together.
 
     Args:
         ran: The graph.
@@ -229,7 +229,7 @@ def _candidates(ran: _Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[l
 
 
 def _keeps_sequence(ran: _Ran, call: Call) -> bool:
-    """Tells whether a call is given a token sequence, and returns one of the same shape."""
+    """Returns whether a call maps a token sequence to one of the same shape."""
     given, returned = ran.given(call), ran.returned(call)
     return _is_sequence(given) and _is_sequence(returned) and given.shape == returned.shape
 

@@ -1,36 +1,37 @@
-"""LoRA-GA: first values that let the first step go where that of the whole weight W would.
+"""LoRA-GA: the first step of A and B goes in the direction in which a step of the whole weight W would.
 
     G = U S Vᵀ, the gradient of W:     A = rows of Vᵀ,  B = other columns of U, times S and a factor,
                                        W becomes W − s B A
 
-Which of the 2r first go into A and which into B is the `direction`, the factor is the `scale`. Source: Wang et al.,
-"LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000; the numbers are those of PEFT's
-``tuners/lora/loraga.py`` and ``layer.py``. PEFT loads an adapter onto the whole W where no gradients were measured, as
-if B A had never been taken from it; here that is an error.
+The option `direction` chooses the vectors of A and of B from the first 2r, the option `scale` the factor. Source: Wang
+et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000; the same numbers as PEFT's
+``tuners/lora/loraga.py`` and ``layer.py``. Without gradients, PEFT loads an adapter onto the whole W, as if B A had
+never been subtracted; here that is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.methods.lora.beginning import Beginning, First, taken_from
-from graphpeft.methods.lora.measured import (
-    Measurements,
-    cached,
+from graphpeft.methods.lora.init.base import InitContext, InitialFactors, Initialisation
+from graphpeft.methods.lora.init.calibration import (
+    CALL_FIRST,
+    from_file_or,
     in_mode,
     is_stored_transposed,
-    read_cache,
     targeted_layers,
-    write_cache,
 )
 from graphpeft.rules.options import Size, check_options
+from graphpeft.transaction import at_end_of
 
 
 @dataclass
@@ -38,11 +39,14 @@ class LoraGAConfig:
     """The options of LoRA-GA; the names, defaults and meanings are PEFT's.
 
     Attributes:
-        direction: Which singular vectors go into A and B: ``"ArB2r"``, the first r and the next r; ``"A2rBr"``, the
-            other way round; ``"ArBr"``, every second one; ``"random"``, the same r at random.
+        direction: The singular vectors of A and B: ``"ArB2r"``, the first r and the next r; ``"A2rBr"``, the other way
+            round; ``"ArBr"``, every second one; ``"random"``, the same r at random.
         scale: ``"stable"`` multiplies B by (rows of the weight)^¼ / √γ, ``"weight_svd"`` gives it the weight's largest
             singular value, ``"gd_scale"`` divides A and B by the scale of the branch, ``"unit"`` does nothing.
         stable_gamma: γ.
+
+    Raises:
+        ValueError: For a value that an option can't have.
 
     Example:
         >>> config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(direction="ArBr"))
@@ -56,19 +60,20 @@ class LoraGAConfig:
         check_options(self)
 
 
-_GRADIENTS: Measurements = Measurements()
+_GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+"""The gradients of weights, as they are stored, by the layer itself."""
 
 
 def preprocess_loraga(
     model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | None = None
 ) -> None:
-    """Measures what a config with ``init_lora_weights="lora_ga"`` needs; `get_peft_model` with it comes next.
+    """Collects the gradients for a config with ``init_lora_weights="lora_ga"``; call `get_peft_model` with it next.
 
     Args:
-        model: The model, which stays as it is.
-        lora_config: The config.
+        model: The model, which isn't changed.
+        lora_config: The `LoraConfig`.
         train_step: Runs the model forwards and backwards on a sample, without a step of an optimizer.
-        cache_file: Where the gradients are kept for another run.
+        cache_file: The file that keeps the gradients for another run.
 
     Raises:
         AdaptError: If no linear layer is targeted, or one of them gets no gradient.
@@ -80,20 +85,16 @@ def preprocess_loraga(
         >>> model = get_peft_model(model, config)
     """
     layers = targeted_layers(model, lora_config)
-    names = {path: f"{path}._peft_loraga_grad" for path in layers}
-    cache = read_cache(cache_file)
-    if cache is not None:
-        gradients = {path: cached(cache, names[path], cache_file, layer) for path, layer in layers.items()}
-    else:
-        gradients = _mean_gradients(model, layers, train_step)
-        write_cache(cache_file, {names[path]: gradient for path, gradient in gradients.items()})
+    compute = functools.partial(_mean_gradients, model, layers, train_step)
+    found = from_file_or(compute, cache_file, layers, ["{}._peft_loraga_grad"])
     for path, layer in layers.items():
-        _GRADIENTS[layer] = gradients[path]
+        [_GRADIENTS[layer]] = found[path]
 
 
 def _mean_gradients(
     model: nn.Module, layers: Mapping[str, nn.Module], train_step: Callable[[], None]
-) -> dict[str, Tensor]:
+) -> dict[str, tuple[Tensor]]:
+    """Returns the gradient of each layer's weight, as it is stored, divided by the number of the layer's calls."""
     counts = dict.fromkeys(layers, 0)
 
     def counting(path: str) -> Callable[..., None]:
@@ -103,7 +104,7 @@ def _mean_gradients(
         return lambda _, __, output: output.register_hook(count) and None
 
     weights = {path: layer.get_parameter("weight") for path, layer in layers.items()}
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for path, layer in layers.items():
             stack.enter_context(layer.register_forward_hook(counting(path)))
         with in_mode(model, training=True), _only_trained(model, list(weights.values())), torch.enable_grad():
@@ -112,78 +113,76 @@ def _mean_gradients(
     lacking = [path for path in layers if path not in found]
     if lacking:
         raise AdaptError(f"train_step gives {lacking[0]} no gradient, of which lora_ga takes its start; leave it out")
-    return {path: gradient / max(1, counts[path]) for path, gradient in found.items()}
+    return {path: (gradient / max(1, counts[path]),) for path, gradient in found.items()}
 
 
-@contextmanager
-def _only_trained(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Lets these weights alone require grad for a while, and begin without one."""
+@contextlib.contextmanager
+def _only_trained(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Lets these weights alone require grad for the time of a context, at whose beginning they have no gradient."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _set_gradients, before)
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
         yield
-    finally:
-        for parameter, flag, gradient in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+
+
+def _set_gradients(states: Sequence[tuple[nn.Parameter, bool, Tensor | None]]) -> None:
+    for parameter, flag, gradient in states:
+        parameter.requires_grad_(flag)
+        parameter.grad = gradient
 
 
 @dataclass(frozen=True)
-class LoraGa:
-    """The singular vectors of the gradient that `preprocess_loraga` has measured."""
+class LoraGa(Initialisation):
+    """The singular vectors of the gradient that `preprocess_loraga` has collected."""
 
-    replaces_weight = takes_product = True
-    b_is_trained = True
-    is_measured = True
+    replaces_weight = subtracts_product = needs_calibration = True
 
-    def refused(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
-        """Refuses a rank of which the gradient hasn't twice as many, and a scale of nothing."""
+    def refusal(self, shape: tuple[int, int], rank: int, scaling: float) -> str | None:
+        """Refuses a rank above half of the gradient's, and a scale of nothing."""
         if scaling <= 0:
             return "lora_ga divides by the scale; make lora_alpha positive"
         if 2 * rank <= min(shape):
             return None
         return f"lora_ga needs 2r directions; its rank is {min(shape)} at most, and r is {rank}: choose a smaller one"
 
-    def first(self, given: Beginning) -> First:
+    def first(self, context: InitContext) -> InitialFactors:
         """Returns singular vectors of the gradient.
 
         Raises:
-            AdaptError: If it wasn't measured.
+            AdaptError: If it wasn't collected.
         """
-        gradient: Tensor | None = _GRADIENTS.get(given.module)
+        gradient = _GRADIENTS.get(context.module)
         if gradient is None:
-            raise AdaptError(
-                "init_lora_weights='lora_ga' needs what preprocess_loraga(model, config, train_step) measures on this "
-                "very model; call it first. An adapter is loaded without that if it was saved with "
-                "path_initial_model_for_weight_conversion"
-            )
-        options: LoraGAConfig = given.config.lora_ga_config or LoraGAConfig()
+            needed = "init_lora_weights='lora_ga' needs what preprocess_loraga(model, config, train_step) measures"
+            raise AdaptError(f"{needed} {CALL_FIRST}")
+        options: LoraGAConfig = context.config.lora_ga_config or LoraGAConfig()
         gradient = gradient.to(torch.float32)
-        gradient = gradient.T if is_stored_transposed(given.module) else gradient
-        rank = given.rank
+        gradient = gradient.T if is_stored_transposed(context.module) else gradient
+        rank = context.rank
         U, S, V = torch.svd_lowrank(gradient, q=min(4 * rank, *gradient.shape), niter=4)
         of_A, of_B = _chosen(options.direction, rank)
         A, B = V.T[of_A], U[:, of_B] @ torch.diag(S[of_B])
-        stored = given.module.get_parameter("weight")
+        stored = context.module.get_parameter("weight")
         if options.scale == "stable":
             # by the rows of the weight as it is stored, as in PEFT
             B = B * (stored.shape[0] ** 0.25 / options.stable_gamma**0.5)
         elif options.scale == "weight_svd":
-            _, of_weight, _ = torch.svd_lowrank(given.weight, q=rank, niter=4)
+            _, of_weight, _ = torch.svd_lowrank(context.weight, q=rank, niter=4)
             largest = S[of_B][0]
             B = B * (of_weight[0] / largest) if largest > 0 else B
         elif options.scale == "gd_scale":
-            A, B = A / given.scaling, B / given.scaling
-        # in the precision that the branch has, so that what is taken is what it gives
-        return taken_from(given, A.to(stored.dtype).float(), B.to(stored.dtype).float())
+            A, B = A / context.scaling, B / context.scaling
+        # in the branch's precision, so that its product is what was subtracted
+        return context.subtracting(A.to(stored.dtype).float(), B.to(stored.dtype).float())
 
 
 def _chosen(direction: str, rank: int) -> tuple[Any, Any]:
-    """Returns which of the 2r singular vectors go into A and into B."""
+    """Returns the indices of A's and of B's vectors among the first 2r."""
     if direction == "random":
         chosen = torch.randperm(2 * rank)[:rank]
         return chosen, chosen

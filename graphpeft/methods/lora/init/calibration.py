@@ -1,0 +1,92 @@
+"""Statistics of a model's linear layers, which are collected before the model is adapted, or read from a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.sites.layer_kinds import linear_classes
+from graphpeft.targeting import targets
+from graphpeft.transaction import at_end_of
+
+CALL_FIRST = (
+    "on this very model; call it first. An adapter is loaded without that if it was saved with "
+    "path_initial_model_for_weight_conversion"
+)
+"""The end of the error where there are no statistics of a layer."""
+
+
+def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Returns the linear layers that a config targets, by path.
+
+    Raises:
+        AdaptError: If there are none.
+    """
+    decide = targets.compile_matcher(config.resolved(model).target_options)
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if path and isinstance(module, linear_classes()) and decide(path) is targets.Match.YES
+    }
+    if not layers:
+        raise AdaptError(f"target_modules names no linear layer of the {type(model).__name__}")
+    return layers
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts all modules into training or evaluation mode for the time of a context."""
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _set_modes, {module: module.training for module in model.modules()})
+        model.train(training)
+        yield
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def is_stored_transposed(layer: nn.Module) -> bool:
+    """Returns whether a linear layer stores its weight as (in, out)."""
+    return not isinstance(layer, nn.Linear)
+
+
+def from_file_or(
+    compute: Callable[[], Mapping[str, tuple[Tensor, ...]]],
+    file: str | None,
+    layers: Mapping[str, nn.Module],
+    keys: Sequence[str],
+) -> Mapping[str, tuple[Tensor, ...]]:
+    """Returns the statistics of layers, by path: from a file, or computed, and then written into it.
+
+    Args:
+        compute: Computes them.
+        file: The file, if any.
+        layers: The layers by path.
+        keys: The keys of a layer's tensors in the file, with ``{}`` for the path.
+
+    Raises:
+        AdaptError: If the file lacks some.
+    """
+    if file is not None and Path(file).exists() and Path(file).stat().st_size > 0:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        lacking = [key.format(path) for path in layers for key in keys if key.format(path) not in saved]
+        if lacking:
+            raise AdaptError(f"{file} lacks {lacking[0]}: it is of another model or config; give another file")
+        devices = {path: layer.get_parameter("weight").device for path, layer in layers.items()}
+        return {path: tuple(saved[key.format(path)].to(device) for key in keys) for path, device in devices.items()}
+    found = compute()
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        pairs = [zip(keys, tensors, strict=True) for tensors in found.values()]
+        torch.save(
+            {key.format(path): tensor for path, of in zip(found, pairs, strict=True) for key, tensor in of}, file
+        )
+    return found

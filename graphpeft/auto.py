@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.model.peft_model import PeftModel
-from graphpeft.rules.config import ConfigLike, PeftConfig
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.given_config import ConfigLike
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.wording import shown
 

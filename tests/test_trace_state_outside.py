@@ -594,7 +594,8 @@ def test_an_iterator_that_the_forward_makes_is_drawn_from_in_each_run():
 
     model = module_of(lambda self, x: x * next(iter([2, 3])))
     assert trace(nn.Sequential(model), (X,)).kept == {}
-    assert "assigns self.it for its next call" in trace(nn.Sequential(module_of(forward)), (X,)).kept["0"]
+    kept: Any = trace(nn.Sequential(module_of(forward)), (X,)).kept
+    assert "assigns self.it for its next call" in kept["0"]
 
 
 def test_a_generator_that_a_forward_draws_from_is_refused_by_name():

@@ -14,7 +14,7 @@ from graphpeft.adapters.adapting import carry_out, modules_of, plan_for, refuse,
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.rules.config import ConfigLike, as_config
+from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import listed
 from graphpeft.transaction import transaction
 

@@ -18,7 +18,8 @@ from graphpeft.adapters.adapting import (
 )
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.peft_model import methods_for
-from graphpeft.rules.config import ConfigLike, PeftConfig, as_config
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
 from graphpeft.transaction import transaction
 

@@ -24,7 +24,7 @@ from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.rules.combination import Combination
-from graphpeft.rules.config import ConfigLike, as_config
+from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import transaction, undone_by
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from graphpeft.files.hub import CONFIG_NAME, adapter_file
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
+from graphpeft.rules.plain_values import default_of, plain
 from graphpeft.rules.registry import nearest, options, registered
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.wording import shown
@@ -42,14 +42,6 @@ if TYPE_CHECKING:
 
 OWN = {"is_of_peft": False}
 """The metadata of an option that PEFT doesn't have: files hold it only where it is set."""
-
-
-class ConfigLike(Protocol):
-    """A config of this library or of PEFT."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns its keys with plain values."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -110,7 +102,7 @@ class PeftConfig:
     @property
     def method(self) -> str:
         """The method's name: its `peft_type`."""
-        return _plain(self.peft_type)
+        return plain(self.peft_type)
 
     @property
     def starts_as_identity(self) -> bool | Literal["within rounding"]:
@@ -355,7 +347,7 @@ class PeftConfig:
             for field in options(self)
             if field.metadata != OWN or getattr(self, field.name) != field.default
         }
-        return {key: _plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
+        return {key: plain(value) for key, value in (fields | {"peft_type": self.peft_type}).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
@@ -374,7 +366,7 @@ class PeftConfig:
         named = values.pop("peft_type", None)
         config_class = next((c for t, c in registered().items() if named == t), None)
         if config_class is None:
-            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(_plain, registered()))}")
+            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(plain, registered()))}")
         if not issubclass(config_class, cls):
             raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
         known = [field.name for field in options(config_class)]
@@ -444,50 +436,10 @@ class PeftConfig:
 
         Options with their default values are left out, so that it stays the same when there are more of them.
         """
-        default = {field.name: _default(field) for field in options(self)}
+        default = {field.name: default_of(field) for field in options(self)}
         values = {
             name: value
             for name, value in self.to_dict().items()
             if name not in self.not_of_tensors and (name not in default or value != default[name])
         }
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def as_config(given: ConfigLike) -> PeftConfig:
-    """Returns a config as one of this library's; a config object of PEFT's is read by its keys.
-
-    Raises:
-        TypeError: If it is no config.
-        ValueError: If its method, or what PEFT's config says of the run, isn't supported.
-    """
-    if isinstance(given, PeftConfig):
-        return given
-    if not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
-        raise TypeError(f"config is a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)")
-    # PEFT keeps it beside its keys, and leaves it out of what it writes
-    runtime = getattr(given, "runtime_config", None)
-    if runtime is not None and runtime.ephemeral_gpu_offload:
-        raise ValueError(
-            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave runtime_config out"
-        )
-    values = given.to_dict()
-    known = {field.name for c in registered().values() for field in options(c)} | {"peft_type"}
-    return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return _plain(field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return value

@@ -14,7 +14,7 @@ from torch import nn
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import get_peft_model
-from graphpeft.rules.config import ConfigLike, as_config
+from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.testing import laws
 from graphpeft.testing.two_adapters import assert_two_adapters_act_together
 from graphpeft.testing.verdicts import Law, Verification, verified

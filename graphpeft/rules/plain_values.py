@@ -1,0 +1,28 @@
+"""Values of options as JSON has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Returns the default of an option as a plain value."""
+    return plain(field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON has it: of an enum its value, of a set a sorted list, of a dataclass a dict."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return value

@@ -28,6 +28,7 @@ from graphpeft import (
     ParameterSpec,
     PeftModel,
     TargetedConfig,
+    WeightRule,
     get_peft_model,
     trace,
 )
@@ -582,3 +583,120 @@ def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[],
         plain[1](x * layer.inner_default) * layer.outer_default + (x * layer.inner_default).sum(-1, keepdim=True),
     )
     assert torch.equal(model.unload()(X), plain(X))
+
+
+# slips of authors
+
+
+@dataclass(frozen=True)
+class OnlyChange(WeightRule):
+    parameters, initialise = OwnTensor.parameters, OwnTensor.initialise
+
+    def delta(self, w: Any) -> Any:
+        return w
+
+
+@dataclass(frozen=True)
+class Curved(OnlyChange, OperationRule):
+    """Has a change of the weight, and does something else."""
+
+    def rewrite(self, y: Any, w: Any) -> Any:
+        return y * torch.exp(w[0])
+
+    def unmergeable(self, site: Any) -> str:
+        return "it isn't linear"
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (
+            OnlyChange(),
+            "OnlyChange would do nothing at a Linear, where a rule is an OperationRule or InputRule; .* DeltaRule",
+        ),
+    ],
+)
+def test_a_rule_that_would_do_nothing_is_refused(rule: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: rule)
+    with pytest.raises(AdaptError, match=reason):
+        get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("specs", "reason"),
+    [
+        ({"y": ParameterSpec((6, 6), "w")}, "y is what rules are given by this name"),
+        (
+            {"w": ParameterSpec((6, 6), "w"), "v": ParameterSpec((6, 6), "w")},
+            "w is the name of two parameters in files",
+        ),
+    ],
+)
+def test_names_with_two_meanings_are_refused(specs: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensor, "parameters", lambda self, site, config: specs)
+    with pytest.raises(AdaptError, match=reason):
+        get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_again(tmp_path: Path) -> None:
+    config = LoHaConfig(r=2, target_modules=["0"])
+    assert "scaling" in written_methods.Hadamard((6, 6)).constants(None, config)
+    options = {"r": 3, "target_modules": ["0", "2"], "vera_dropout": 0.5}
+    get_peft_model(two_layers(), VeraConfig(**options)).save_pretrained(tmp_path)
+    model: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
+    model.set_adapter("default")
+    assert model.get_submodule("0").dropout_default == 0.5
+
+
+def test_what_is_no_change_of_the_weight_cannot_act_before_what_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Curved())
+    model: Any = get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+    model.add_adapter("second", HRAConfig(r=2, target_modules=["0"]))
+    before = model(X)
+    with pytest.raises(AdaptError, match="what 'default' does there is none"):
+        model.set_adapter(["default", "second"])
+    assert torch.equal(model(X), before)
+
+
+def test_an_input_that_is_also_something_else_is_refused() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(x, x, self.w)
+
+    with pytest.raises(AdaptError, match="is more than the input of addmm"):
+        get_peft_model(nn.Sequential(Residual()), IA3Config(target_modules=["0.w"], feedforward_modules=["0.w"]))
+
+
+def test_unsaved_values_of_several_sites_are_those_that_a_fresh_adapter_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbered(self: Any, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["A"].fill_(1 if site.name == "0" else 2)
+        parameters["B"].fill_(1)
+        parameters["b"].fill_(1)
+        parameters["d"].fill_(1)
+
+    monkeypatch.setattr(written_methods.Projections, "initialise", numbered)
+    base = two_layers().to(torch.bfloat16)
+    model = get_peft_model(copy.deepcopy(base), VeraConfig(**VERA, save_projection=False), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(loaded.get_submodule("0").A_default, model.get_submodule("0").A_default)
+
+
+def test_two_tensors_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = written_methods.Projections.parameters
+
+    def by_shape(self: Any, site: Any, config: Any) -> Any:
+        specs = own(self, site, config)
+        return {
+            name: spec._replace(scope=f"{name}{spec.shape}") if spec.scope else spec for name, spec in specs.items()
+        }
+
+    monkeypatch.setattr(written_methods.Projections, "parameters", by_shape)
+    with pytest.raises(AdaptError, match="would write vera_B once each"):
+        get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), VeraConfig(r=3, target_modules=["0", "1"]))

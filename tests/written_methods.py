@@ -72,7 +72,7 @@ class IA3Config(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     starts_as_identity: ClassVar[bool] = True
 
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphpeft.adapters.plan import HALVES
+from graphpeft.adapters.plan import HALVES, AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.stand_ins import own_parameter
@@ -114,7 +114,11 @@ def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, st
 
 def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
     assert isinstance(adapted.site, Site)
-    assert adapted.site.bias is not None
+    if adapted.site.bias is None:
+        raise AdaptError(
+            f"{adapted.site.label} has no bias, into which the change of one could be merged; give the layer a bias "
+            "before you adapt it, or leave the adapter active"
+        )
     path, _, name = adapted.site.bias.rpartition(".")
     return path, name
 

@@ -182,12 +182,13 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for path, rows in adapter.rows.items()
         if rows.key
     ]
+    option = adapter.config.tying_option
+    tied_way_out = f"; if they are those of tied weights, load it with {option}=False in its config" if option else ""
     for place, other in tied:
         if place in found and not found[place].is_meta and not torch.equal(found[place], found[other]):
             raise CheckpointError(
                 f"the adapter's file has other values for {join(*place)} than for {join(*other)}, which are one tensor "
-                f"here; if they are those of tied weights, load it with {adapter.config.tying_option}=False in its "
-                "config"
+                f"here{tied_way_out}"
             )
 
 

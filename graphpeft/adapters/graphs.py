@@ -19,6 +19,7 @@ from graphpeft.graph.template import Graphs, Template, names_in_slots, template_
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import listed
+from graphpeft.rules.rule import Mergeable, changes_bias
 
 
 def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, int]:
@@ -159,22 +160,32 @@ def with_adapter(
         sites: The adapter's sites there.
     """
     edits = tuple(
-        [(adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot)) for adapted in sites]
+        [
+            (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot), _is_change(adapted))
+            for adapted in sites
+        ]
     )
 
     def edit(graphs: Graphs) -> None:
         for index, graph in enumerate(graphs):
             named = {node.name: node for node in graph.nodes}
-            for kind, nodes, rule, attributes in edits:
+            for kind, nodes, rule, attributes, is_change in edits:
                 for node in nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, kind, module, region)
                     try:
-                        rewrite.insert(graph, op, rule, dict(attributes), slot, method)
+                        rewrite.insert(graph, op, rule, dict(attributes), slot, method, is_change)
                     except (rewrite.RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
     return worn.derive(("with", slot, method, edits), edit, back=("without", slot))
+
+
+def _is_change(adapted: AdaptedSite) -> bool:
+    """Tells whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
+    rule = adapted.rule
+    # a bias without a place to be merged into is no matter of the weight
+    return isinstance(rule, Mergeable) and (changes_bias(rule) or rule.unmergeable(adapted.site) is None)
 
 
 def op_in(

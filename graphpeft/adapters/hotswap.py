@@ -98,7 +98,8 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     for adapted in (*adapter.sites, *plan.sites):
         if adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
             return False  # what is left of a weight, and what no file has, is worked out anew
-    return places(adapter.sites) == places(plan.sites) and (adapter.whole, adapter.rows) == (plan.whole, plan.rows)
+    others = (adapter.whole, adapter.rows, adapter.infixes) == (plan.whole, plan.rows, plan.infixes)
+    return others and places(adapter.sites) == places(plan.sites)
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.contradictions import contradiction, unfit_bases
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import ParameterSpec, ReplacesWeight, contradiction, lacking_base
+from graphpeft.rules.rule import ParameterSpec, ReplacesWeight, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
@@ -199,7 +200,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     config = plan.config
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
-    _refuse_no_rule(rule)
+    _refuse_no_rule(rule, site)
     rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
     if reason is None and site.op is ops.Weight:
@@ -210,18 +211,20 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     if reason is not None:
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
-    specs, constants = rule.parameters(site, config), rule.constants(site, config)
+    specs, constants = rule.parameters(site, config), rule.all_constants(site, config)
+    reason = contradiction(specs, constants)
+    if reason is not None:
+        raise AdaptError(f"{config.method}: {reason}")
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
-    _refuse_contradiction(specs, config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
     shared = _shared(site, specs, plan.report.adapter) | _in_scopes(plan, site, specs, names, dtype)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
 
-def _refuse_no_rule(rule: Any) -> None:
-    """Raises AdaptError for what is no rule, or isn't a value: graphs are shared between sites with equal rules."""
-    reason = lacking_base(type(rule))
+def _refuse_no_rule(rule: Any, site: Any) -> None:
+    """Raises AdaptError for what is no rule for a site, or isn't a value, since graphs are shared by equal rules."""
+    reason = lacking_base(type(rule)) or unfit_bases(type(rule), type(site), site.op)
     if reason is not None:
         raise AdaptError(reason)
     try:
@@ -245,13 +248,6 @@ def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
 
 
-def _refuse_contradiction(specs: Mapping[str, ParameterSpec], config: PeftConfig) -> None:
-    for name, spec in specs.items():
-        reason = contradiction(name, spec)
-        if reason is not None:
-            raise AdaptError(f"{config.method}: {reason}")
-
-
 def _in_scopes(
     plan: Plan, site: Any, specs: Mapping[str, ParameterSpec], names: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, tuple[str, str]]:
@@ -262,11 +258,18 @@ def _in_scopes(
             continue
         own = Scoped(site.label, (site.owner, names[local]), spec, dtype)
         first = plan.scopes.setdefault(spec.scope, own)
-        if first.spec != spec or first.dtype != dtype:
+        if (first.spec.shape, first.spec.key, first.dtype) != (spec.shape, spec.key, dtype):
             raise AdaptError(
-                f"{plan.config.method}: {site.label} and {first.label} can't share {local}: it has the shape "
-                f"{tuple(spec.shape)} and {dtype} at the one, and {tuple(first.spec.shape)} and {first.dtype} at the "
-                "other; target them with an adapter each"
+                f"{plan.config.method}: {site.label} and {first.label} can't share {local}: it is {spec.key} of shape "
+                f"{tuple(spec.shape)} and {dtype} at the one, and {first.spec.key} of shape {tuple(first.spec.shape)} "
+                f"and {first.dtype} at the other; target them with an adapter each"
+            )
+        scopes = plan.scopes.items()
+        others = [of.label for scope, of in scopes if of.spec.key == spec.key and scope != spec.scope]
+        if spec.written_once and others:
+            raise AdaptError(
+                f"{plan.config.method}: {site.label} and {others[0]} would write {spec.key} once each: give what isn't "
+                "shared by all another key"
             )
         if first.place != own.place:
             found[local] = first.place

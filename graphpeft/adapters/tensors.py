@@ -58,7 +58,7 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             drawn = {
                 local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
                 for local, spec in specs.items()
-                if local not in shared
+                if local not in shared or not spec.is_saved
             }
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
@@ -97,7 +97,7 @@ def _first_values(
         for local, spec in adapted.specs.items()
     }
     for other in adapted.site.redrawn:
-        rule: Any = config.rule_for(other, adapted.dtype)
+        rule: Any = config.rule_for(other, adapted.dtype).at_site(other, adapted.dtype)
         discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}

@@ -25,6 +25,11 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
             f"no adapter that is trained now changes after a step of training, of {sorted(state.by_name)}; leave "
             "update_and_allocate out, or make an adapter that does so active"
         )
+    merged = [name for name in state.merged if state.by_name[name] in changing]
+    if merged:
+        raise AdaptError(f"{merged} are merged into the weights; call unmerge_adapter() before a step changes them")
+    if state.are_off:
+        raise AdaptError("the adapters are disabled; enable them before a step of training changes them")
     for adapter in changing:
         sites = _parameters(modules, adapter)
         for _, parameters in sites:

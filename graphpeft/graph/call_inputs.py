@@ -32,7 +32,9 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
         kwargs: The keyword arguments of the call.
     """
     own = {name: value for name, value in kwargs.items() if name in read}
-    return taken_along(functools.partial(CALL_INPUTS.during, own)) if own else contextlib.nullcontext()
+    # an adapted model may be a part of another one
+    present = {**(CALL_INPUTS.get() or {}), **own}
+    return taken_along(functools.partial(CALL_INPUTS.during, present)) if own else contextlib.nullcontext()
 
 
 def left(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> dict[str, Any]:

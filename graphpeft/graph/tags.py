@@ -23,6 +23,7 @@ class Tag:
         enters_for: On a node that the operation is given in the place of its input, the name of that one; else None.
         rule: On such nodes, the rule that has made them.
         attributes: On such nodes, the attributes that the rule reads, by its names for them.
+        is_change: On such nodes, whether what the rule does is a change of the operation's weight.
         place: On such nodes, the adapter's place in the order in which adapters change the operation, from 1.
     """
 
@@ -34,6 +35,7 @@ class Tag:
     rule: Any = None
     attributes: tuple[tuple[str, str], ...] = ()
     place: int = 0
+    is_change: bool = True
 
 
 def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:

@@ -18,7 +18,7 @@ class Asked:
     """The arguments of a rule's function.
 
     Args:
-        function: The function. One that takes ``**others``, or ``*others``, gets all that there is.
+        function: The function. One that takes ``**others`` gets all that there is.
 
     Attributes:
         names: Their names.
@@ -30,7 +30,7 @@ class Asked:
         parameters = inspect.signature(function).parameters
         self.names = [name for name, parameter in parameters.items() if parameter.kind not in _VARIABLE]
         self.needed = [name for name in self.names if parameters[name].default is inspect.Parameter.empty]
-        self.takes_more = len(self.names) < len(parameters)
+        self.takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
     def may_be(self, name: str) -> bool:
         """Tells whether it gets what has this name, if there is something."""

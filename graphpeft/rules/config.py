@@ -117,8 +117,8 @@ class PeftConfig:
         """Raises ValueError for options that this library doesn't support, and for values set since that can't be."""
         check_options(self)
         for field in dataclasses.fields(self):
-            if field.name in self.lacks and getattr(self, field.name) != field.default:
-                raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {field.default!r}")
+            if field.name in self.lacks and plain(getattr(self, field.name)) != default_of(field):
+                raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {default_of(field)!r}")
 
     @property
     def target_options(self) -> TargetOptions:

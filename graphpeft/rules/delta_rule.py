@@ -34,7 +34,7 @@ class WeightRule(Mergeable):
         adapts: The layouts of weights that the rule adapts.
 
     Example:
-        >>> class Shift(WeightRule):
+        >>> class Shift(DeltaRule):
         ...     def parameters(self, site, config):
         ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
         ...
@@ -112,16 +112,13 @@ class DeltaRule(WeightRule, OperationRule):
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses what a `WeightRule` does, and dropout where there is no input."""
         reason = super().check(site, config)
-        if reason is None and site.op in (ops.Weight, ops.Embedding) and self._drops(config):
+        # an adapter for inference drops nothing anyway
+        if reason is None and not _has_input(site) and self.dropout_of(config) and not config.inference_mode:
             reason = (
                 f"dropout drops elements of an operation's input, and the use of its {site.attribute} has none of "
                 "numbers that is known; set it to 0"
             )
         return reason
-
-    def _drops(self, config: Any) -> bool:
-        # an adapter for inference drops nothing anyway
-        return self.dropout_of(config) > 0 and not config.inference_mode
 
     def dropout_of(self, config: Any) -> float:
         """Returns the probability with which elements of the branch's input are dropped in training.
@@ -131,9 +128,10 @@ class DeltaRule(WeightRule, OperationRule):
         """
         return 0.0
 
-    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the probability of dropout, as `dropout`, if there is one."""
-        return {"dropout": self.dropout_of(config)} if self._drops(config) else {}
+    def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns the rule's constants, and as `dropout` the probability of dropout, if there is one."""
+        dropout = self.dropout_of(config) if _has_input(site) else 0.0
+        return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
     def rewrite(
         self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
@@ -147,3 +145,7 @@ class DeltaRule(WeightRule, OperationRule):
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change)
         return result.to(y.dtype) if self.casts else result
+
+
+def _has_input(site: Any) -> bool:
+    return site.op not in (ops.Weight, ops.Embedding)

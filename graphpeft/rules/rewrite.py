@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from graphpeft.graph.call_inputs import CallInput, call_input
@@ -20,7 +21,7 @@ from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
 from graphpeft.rules.arguments import Asked
-from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule, changes_bias
+from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
 Op = Operation | Boundary
 Operand = Computation | Leaf
@@ -62,7 +63,15 @@ class NoChangeError(Exception):
         self.weight, self.slot = weight, slot
 
 
-def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], slot: int, method: str) -> None:
+def insert(
+    graph: fx.Graph,
+    op: Op,
+    rule: Any,
+    attributes: Mapping[str, str],
+    slot: int,
+    method: str,
+    is_change: bool = True,
+) -> None:
     """Puts the nodes of `rule` at `op`, on top of those of other adapters.
 
     Args:
@@ -73,6 +82,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
             else the site lets it read, by name.
         slot: The adapter's slot.
         method: The `peft_type` of its method.
+        is_change: Whether what the rule does there is a change of the weight.
 
     Raises:
         NoChangeError: If the rule asks for the weight so far, and an adapter that acts before changes more than that.
@@ -87,7 +97,7 @@ def insert(graph: fx.Graph, op: Op, rule: Any, attributes: Mapping[str, str], sl
             continue
         tag = Tag(slot, method, op.name)
         if node in replaced or node in entered:
-            of_node = {"rule": rule, "attributes": tuple(attributes.items()), "place": place}
+            of_node = {"rule": rule, "attributes": tuple(attributes.items()), "place": place, "is_change": is_change}
             over, enters_for = (nodes[node].name if node in nodes else None for nodes in (replaced, entered))
             tag = dataclasses.replace(tag, over=over, enters_for=enters_for, **of_node)
         node.meta[TAG] = tag
@@ -124,6 +134,8 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
     """Emits what an operation, and the adapters that act before, are given in the place of its input."""
     inside = op.inside if isinstance(op, Leaf) else {op.node}
     users = [user for user in x.users if user in inside or (TAG in user.meta and user.meta[TAG].site == op.name)]
+    if not isinstance(op, Leaf) and _times_read(op.node, x) > 1:
+        raise RuleError(f"{x.name} is more than the input of {op.name}, so it can't be changed as that alone")
     first = next(node for node in graph.nodes if node in users)
     with graph.inserting_before(first):
         new = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op}).node
@@ -133,6 +145,13 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
         if tag is not None and tag.enters_for == x.name:
             user.meta[TAG] = dataclasses.replace(tag, enters_for=new.name)
     return {new: x}
+
+
+def _times_read(node: fx.Node, x: fx.Node) -> int:
+    """Returns how often a node has another one among its arguments."""
+    read: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), read.append)
+    return read.count(x)
 
 
 def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) -> Replaced:
@@ -214,7 +233,7 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
         attributes = dict(tag.attributes)
         # the change of the bias is one beside the weight of before
         change = _bias_change(graph, tag.rule, found, attributes) if tag in of_bias else None
-        if asks_for_weight and not isinstance(tag.rule, Mergeable):
+        if asks_for_weight and not tag.is_change:
             raise NoChangeError(op.weight, tag.slot)
         if asks_for_weight:
             found["weight"] = _sum(found["weight"], _change(graph, tag.rule, found, attributes))

@@ -72,19 +72,6 @@ class ParameterSpec(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-def contradiction(name: str, spec: ParameterSpec) -> str | None:
-    """Returns what in a spec contradicts something else in it, or None."""
-    if spec.written_once and spec.scope is None:
-        return f"{name} is written once, and has no scope, by which its sites would be known"
-    if spec.written_once and not spec.is_saved:
-        return f"{name} is written once, and isn't saved"
-    if spec.is_trained and not spec.is_saved:
-        return f"{name} is trained, and isn't saved"
-    if spec.is_trained and spec.dtype is not None and not spec.dtype.is_floating_point:
-        return f"{name} is trained, and has whole numbers ({spec.dtype})"
-    return None
-
-
 class Rule(ABC):
     """How one method adapts one kind of site.
 
@@ -118,7 +105,7 @@ class Rule(ABC):
     """Arguments that the model is given in each call beside those of its forward, as ``model(x, task_ids=…)``.
 
     ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which
-    its graph has as arguments.
+    its graph has as arguments. The model's forward is given them, too, if they are among its named arguments.
     """
 
     def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
@@ -148,6 +135,10 @@ class Rule(ABC):
             config: The config.
         """
         return {}
+
+    def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns these numbers, and those that a base class of the rule reads."""
+        return self.constants(site, config)
 
     @abstractmethod
     def initialise(

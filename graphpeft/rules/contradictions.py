@@ -1,0 +1,60 @@
+"""What in a rule contradicts itself, or the kind of its site: an author's mistakes, which no model could show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+from graphpeft.graph import ops
+from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule, ParameterSpec
+from graphpeft.sites.site import CallSite
+
+
+@functools.lru_cache(maxsize=1024)
+def unfit_bases(rule: type, site: type, op: type) -> str | None:
+    """Returns why a rule would do nothing at a site, or None.
+
+    Args:
+        rule: The class of the rule.
+        site: The class of the site.
+        op: The kind of the site's operations.
+    """
+    if issubclass(site, CallSite):
+        needed: tuple[type, ...] = (BoundaryRule,)
+    elif op is ops.Weight:
+        needed = (Mergeable,)
+    else:
+        needed = (OperationRule, InputRule)
+    if issubclass(rule, needed):
+        return None
+    names = " or ".join(base.__name__ for base in needed)
+    hint = "; a rule that is no more than a change of a weight is a DeltaRule" if issubclass(rule, Mergeable) else ""
+    return f"{rule.__name__} would do nothing at a {op.__name__}, where a rule is an {names}{hint}"
+
+
+def contradiction(specs: Mapping[str, ParameterSpec], constants: Iterable[str]) -> str | None:
+    """Returns what in a rule's parameters and constants contradicts something else, or None."""
+    named = [name for name in (*specs, *constants) if name in _GIVEN]
+    if named:
+        return f"{named[0]} is what rules are given by this name; call the rule's own otherwise"
+    keys = [spec.key for spec in specs.values() if spec.is_saved]
+    if len(set(keys)) < len(keys):
+        return f"{max(keys, key=keys.count)} is the name of two parameters in files"
+    return next((reason for name, spec in specs.items() if (reason := _in_spec(name, spec)) is not None), None)
+
+
+_GIVEN = frozenset(
+    "x y operation training weight base bias change bias_change inputs output entered".split()  # noqa: SIM905
+)
+
+
+def _in_spec(name: str, spec: ParameterSpec) -> str | None:
+    if spec.written_once and spec.scope is None:
+        return f"{name} is written once, and has no scope, by which its sites would be known"
+    if spec.written_once and not spec.is_saved:
+        return f"{name} is written once, and isn't saved"
+    if spec.is_trained and not spec.is_saved:
+        return f"{name} is trained, and isn't saved"
+    if spec.is_trained and spec.dtype is not None and not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        return f"{name} is trained, and has whole numbers ({spec.dtype})"
+    return None

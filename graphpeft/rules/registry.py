@@ -29,10 +29,10 @@ def register(config_class: ConfigT) -> ConfigT:
         >>> @register
         ... @dataclass(kw_only=True)
         ... class ShiftConfig(TargetedConfig):
-        ...     peft_type = "SHIFT"
+        ...     peft_type = "EXAMPLE_SHIFT"
         ...     amount: float = 1.0
         >>> ShiftConfig(target_modules=["0"], amount=2.0).method
-        'SHIFT'
+        'EXAMPLE_SHIFT'
     """
     name = getattr(config_class, "peft_type", None)
     if not isinstance(name, str) or not name or "__dataclass_fields__" not in vars(config_class):

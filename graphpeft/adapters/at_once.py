@@ -16,7 +16,7 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.arguments import Asked
+from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.report import listed
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.parts import is_view
@@ -78,7 +78,7 @@ def _joined(sites: Sequence[AdaptedSite]) -> Any:
     rule = first.joined([adapted.rule for adapted in sites])
     if rule is None:
         return None
-    asked = Asked(rule.by_row)
+    asked = asked_by(rule.by_row)
     return rule if all(asked.may_be(name) for adapted in sites for name in adapted.specs) else None
 
 

@@ -12,7 +12,7 @@ from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.arguments import Asked
+from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember
@@ -31,7 +31,7 @@ def delta(
         weight: The weight with the changes of adapters before this one; what the module reads if None.
         base: The weight without them; likewise.
     """
-    asked = Asked(adapted.rule.delta)
+    asked = asked_by(adapted.rule.delta)
     values = _values(asked, adapted, modules)
     halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
     values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
@@ -58,9 +58,9 @@ def bias_delta(
     if not changes_bias(adapted.rule):
         return None
     function, bias = adapted.rule.bias_delta, _bias(adapted, modules)
-    if bias is None and "bias" in Asked(function).needed:
+    if bias is None and "bias" in asked_by(function).needed:
         return None
-    values = _values(Asked(function), adapted, modules) | _weights(adapted, modules, weight, base)
+    values = _values(asked_by(function), adapted, modules) | _weights(adapted, modules, weight, base)
     return _asked(function, {**values, "bias": bias})
 
 
@@ -72,7 +72,7 @@ def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, A
 
 def _asked(function: Any, values: Mapping[str, Any]) -> Any:
     """Calls a rule's function with what it asks for by the names of its arguments."""
-    return function(**{name: values[name] for name in Asked(function).among(values)})
+    return function(**{name: values[name] for name in asked_by(function).among(values)})
 
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:

@@ -19,6 +19,7 @@ class Asked:
 
     Args:
         function: The function. One that takes ``**others`` gets all that there is.
+        is_bound: Whether its first argument is the rule.
 
     Attributes:
         names: Their names.
@@ -26,8 +27,8 @@ class Asked:
         takes_more: Whether it takes others.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        parameters = inspect.signature(function).parameters
+    def __init__(self, function: Callable[..., Any], is_bound: bool = False) -> None:
+        parameters = dict(list(inspect.signature(function).parameters.items())[is_bound:])
         self.names = [name for name, parameter in parameters.items() if parameter.kind not in _VARIABLE]
         self.needed = [name for name in self.names if parameters[name].default is inspect.Parameter.empty]
         self.takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
@@ -49,6 +50,15 @@ class Asked:
         return [name for name in self.names if name in there] + [
             name for name in there if self.takes_more and name not in self.names
         ]
+
+
+def asked_by(function: Callable[..., Any]) -> Asked:
+    """Returns the arguments of a rule's function, which are found once for all rules of a class."""
+    own = getattr(function, "__func__", None)
+    return _asked(function, False) if own is None else _asked(own, True)
+
+
+_asked = functools.lru_cache(maxsize=1024)(Asked)
 
 
 class ArgumentError(TypeError):
@@ -87,7 +97,7 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         if not hasattr(rule, name):
             continue
         try:
-            Asked(getattr(rule, name)).among((*given, *own))
+            asked_by(getattr(rule, name)).among((*given, *own))
         except ArgumentError as error:
             return f"{name} of {type(rule).__name__} {error}"
     return None

@@ -20,7 +20,7 @@ from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
-from graphpeft.rules.arguments import Asked
+from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
 Op = Operation | Boundary
@@ -172,7 +172,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
     with graph.inserting_before(current.next):
         operands = _operands(graph, op, rule, attributes)
         emitted = [node for node in graph.nodes if node not in before]
-        none = {name: None for name in _CHANGES if name in Asked(rule.rewrite).names and name not in operands}
+        none = {name: None for name in _CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
         result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
         for node in [node for node in reversed(emitted) if not node.users]:
@@ -200,11 +200,11 @@ def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) 
     Raises:
         NoChangeError: As `insert` does.
     """
-    asked = [Asked(rule.rewrite)]
+    asked = [asked_by(rule.rewrite)]
     if "change" in asked[0].names:
-        asked.append(Asked(rule.delta))
+        asked.append(asked_by(rule.delta))
     if "bias_change" in asked[0].names and changes_bias(rule):
-        asked.append(Asked(rule.bias_delta))
+        asked.append(asked_by(rule.bias_delta))
     found = _operands_so_far(graph, op, asked)
     if "change" in asked[0].names:
         found["change"] = _change(graph, rule, found, attributes).node
@@ -222,7 +222,7 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
     asks_for_weight = any(
         each.may_be("weight") or each.may_be("base")
-        for each in (*asked, *(Asked(tag.rule.bias_delta) for tag in of_bias))
+        for each in (*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias))
     )
     found: dict[str, fx.Node] = {}
     if asks_for_weight:
@@ -244,7 +244,7 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
 
 def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
     """Emits the change of a bias that `rule` makes; None where there is none."""
-    if "bias" in Asked(rule.bias_delta).needed and "bias" not in operands:
+    if "bias" in asked_by(rule.bias_delta).needed and "bias" not in operands:
         return None  # there is none that could be scaled, or the like
     return _call(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {})
 
@@ -385,5 +385,5 @@ def _given(
             return fx.Proxy(graph.call_function(call_input, (path.name,)), tracer)
         return fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
 
-    asked = Asked(function).among((*values, *nodes, *paths))
+    asked = asked_by(function).among((*values, *nodes, *paths))
     return {name: value_of(name) for name in asked}

@@ -58,6 +58,13 @@ def failing_at_line(number: int, error: type[BaseException], then: int = 0) -> I
         yield lines
 
 
+_LEAVING = {
+    ("LOAD_CONST", "LOAD_CONST", "LOAD_CONST", "CALL"),
+    ("LOAD_CONST", "DUP_TOP", "DUP_TOP", "CALL_FUNCTION"),  # Python 3.10's
+}
+"""The instructions by which a ``with`` leaves its context."""
+
+
 @functools.cache
 def _uninterrupted(code: types.CodeType) -> frozenset[int]:
     """Returns the offsets at which lines begin where Python doesn't look whether it is interrupted.
@@ -68,11 +75,11 @@ def _uninterrupted(code: types.CodeType) -> frozenset[int]:
     found = {each.offset for each in instructions if each.opname == "NOP"}
     for number, each in enumerate(instructions):
         following = instructions[number : number + 4]
-        is_leaving = [one.opname for one in following] == ["LOAD_CONST"] * 3 + ["CALL"]
-        if is_leaving and all(one.argval is None for one in following[:3]):
+        is_leaving = tuple(one.opname for one in following) in _LEAVING
+        if is_leaving and all(one.argval is None for one in following[:3] if one.opname == "LOAD_CONST"):
             found.add(each.offset)
             before = number
-            while before and instructions[before - 1].opname == "SWAP":
+            while before and instructions[before - 1].opname in ("SWAP", "ROT_TWO"):
                 before -= 1
                 found.add(instructions[before].offset)
     return frozenset(found)

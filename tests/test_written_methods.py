@@ -16,6 +16,7 @@ import written_methods
 from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
@@ -27,6 +28,7 @@ from graphpeft import (
     OperationRule,
     ParameterSpec,
     PeftModel,
+    RunsByRow,
     TargetedConfig,
     WeightRule,
     get_peft_model,
@@ -700,3 +702,148 @@ def test_two_tensors_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(written_methods.Projections, "parameters", by_shape)
     with pytest.raises(AdaptError, match="would write vera_B once each"):
         get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), VeraConfig(r=3, target_modules=["0", "1"]))
+
+
+# found from outside
+
+
+@dataclass(frozen=True)
+class Times(OperationRule, RunsByRow):
+    """A factor of what comes out, with rows of its own."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"t": ParameterSpec((site.out_features,), "t")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["t"].fill_(2)
+
+    def rewrite(self, y: Any, t: Any) -> Any:
+        return y * t
+
+    def by_row(self, y: Any, t: Any) -> Any:
+        return y * t
+
+    def unmergeable(self, site: Any) -> str:
+        return "it multiplies what comes out"
+
+
+def test_rows_without_an_adapter_have_the_base_whatever_zeros_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Times())
+    model: Any = get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]), "a")
+    model.add_adapter("b", OwnTensorConfig(target_modules=["0", "2"]))
+    got = model(X, adapter_names=["a", "__base__", "b", "a"])
+    with model.disable_adapter():
+        torch.testing.assert_close(got[1], model(X)[1])
+    for row, name in ((0, "a"), (2, "b")):
+        model.set_adapter(name)
+        torch.testing.assert_close(got[row], model(X)[row])
+
+
+def test_weights_of_a_change_of_the_bias_are_in_pefts_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Sums(LowRank):
+        def bias_delta(self, weight: Any, A: Any) -> Any:
+            return weight.sum(1) * A.sum()
+
+    monkeypatch.setattr(LowRankConfig, "rule_for", lambda self, site, dtype: Sums())
+    torch.manual_seed(0)
+    base = nn.Sequential(Conv1D(6, 6))
+    own = copy.deepcopy(base)
+    model: Any = moved(get_peft_model(base, LowRankConfig(target_modules=["0"])))
+    layer = model.get_submodule("0")
+    A, B, weight = layer.A_default, layer.B_default, own.get_parameter("0.weight")
+    expected = own(X) + X @ (B @ A).T + weight.T.sum(1) * A.sum()
+    torch.testing.assert_close(model(X), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected, atol=1e-4, rtol=1e-4)
+
+
+class Using(nn.Module):
+    """A weight and a bias, used in some way."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.use: Any = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+F = nn.functional
+BIASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "computed": lambda own, x: F.linear(x, own.w, 2 * own.b),
+    "of one of two": lambda own, x: F.linear(x, own.w, own.b) + F.linear(x, own.w),
+    "read elsewhere": lambda own, x: F.linear(x, own.w, own.b) + own.b,
+    "the input": lambda own, x: torch.addmm(x, x, own.w),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_whose_change_has_no_place_is_not_merged(name: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Using(BIASES[name]))
+    model: Any = moved(get_peft_model(base, IA3Config(target_modules=["0.w"])))
+    before = model(X[:, :6])
+    with pytest.raises(AdaptError, match=r"adds what is computed|add other biases each|is read elsewhere, too"):
+        model.merge_adapter()
+    assert torch.equal(model(X[:, :6]), before)
+    lora: Any = moved(get_peft_model(nn.Sequential(Using(BIASES[name])), LoraConfig(r=2, target_modules=["0.w"])))
+    active = lora(X)
+    torch.testing.assert_close(lora.merge_and_unload()(X), active, atol=1e-5, rtol=1e-5)
+
+
+BOTH_WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "product": lambda own, x: x @ own.w + x @ own.w.T,
+    "chain": lambda own, x: F.linear(F.linear(x, own.w), own.w.T),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_a_weight_that_is_read_both_ways_is_for_rules_that_know_both(name: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Using(BOTH_WAYS[name]))
+    with pytest.raises(AdaptError, match=r"as \(out, in\) and as \(in, out\), and OutputFactors knows one of them"):
+        get_peft_model(base, IA3Config(target_modules=["0.w"]))
+    for config in (LowRankConfig(target_modules=["0.w"]), LoraConfig(r=2, target_modules=["0.w"])):
+        model: Any = moved(get_peft_model(copy.deepcopy(base), config))
+        active = model(X)
+        torch.testing.assert_close(model.merge_and_unload()(X), active, atol=1e-4, rtol=1e-4)
+
+
+def test_a_diagonal_is_no_product_with_a_matrix() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(Using(lambda own, x: torch.einsum("ij,jj->ij", x, own.w)))
+    model: Any = moved(get_peft_model(base, LoraConfig(r=2, target_modules=["0.w"])))
+    active = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), active)
+
+
+@pytest.mark.parametrize("wrong", ["other shape", "another name"])
+def test_what_initialise_exchanges_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialise(self: Any, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["w" if wrong == "other shape" else "v"] = torch.zeros(1)
+
+    monkeypatch.setattr(OwnTensor, "initialise", initialise)
+    monkeypatch.setattr(OwnTensor, "delta", lambda self, w: w)
+    model = two_layers()
+    with pytest.raises(AdaptError, match=r"initialise makes . of shape \(1,\)"):
+        get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+    assert set(model.state_dict()) == set(two_layers().state_dict())
+
+
+def test_a_change_of_another_shape_is_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensor, "delta", lambda self, w: w[0])
+    model: Any = get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+    with pytest.raises(AdaptError, match=r"delta gives a change of shape \(6,\), and the weight has \(6, 6\)"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("value", [None, 3.0])
+def test_a_rule_that_returns_no_value_is_named(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Without(Times):
+        def rewrite(self, y: Any) -> Any:
+            return value
+
+    monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Without())
+    with pytest.raises(AdaptError, match=f"Without of .* rewrite returns a {type(value).__name__}"):
+        get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))

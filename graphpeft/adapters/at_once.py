@@ -73,7 +73,11 @@ def _rearranges(plain: Template, module: nn.Module, region: str, sites: list[tup
 
 def _joined(sites: Sequence[AdaptedSite]) -> Any:
     first = sites[0].rule
-    if not isinstance(first, RunsByRow) or any(place_of(adapted) != place_of(sites[0]) for adapted in sites):
+    if (
+        not isinstance(first, RunsByRow)
+        or not first.zeros_change_nothing
+        or any(place_of(adapted) != place_of(sites[0]) for adapted in sites)
+    ):
         return None
     rule = first.joined([adapted.rule for adapted in sites])
     if rule is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ def delta(
     values = {local: value.float() if _is_half_on_cpu(value) else value for local, value in values.items()}
     values |= _weights(adapted, modules, weight, base)
     change = adapted.rule.change({name: values[name] for name in asked.among(values)})
+    if change.shape != values["weight"].shape:
+        raise AdaptError(
+            f"{type(adapted.rule).__name__} at {adapted.site.label}: delta gives a change of shape "
+            f"{tuple(change.shape)}, and the weight has {tuple(values['weight'].shape)}"
+        )
     return change.to(halves.pop()) if halves else change
 
 
@@ -60,19 +65,15 @@ def bias_delta(
     function, bias = adapted.rule.bias_delta, _bias(adapted, modules)
     if bias is None and "bias" in asked_by(function).needed:
         return None
-    values = _values(asked_by(function), adapted, modules) | _weights(adapted, modules, weight, base)
-    return _asked(function, {**values, "bias": bias})
+    asked = asked_by(function)
+    values = {**_values(asked, adapted, modules), **_weights(adapted, modules, weight, base), "bias": bias}
+    return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
 
 
 def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
     """Returns the parameters and constants at a site for which a rule's function asks by the names of its arguments."""
     owner = modules[adapted.site.owner]
     return {local: getattr(owner, name) for local, name in adapted.names.items() if asked.may_be(local)}
-
-
-def _asked(function: Any, values: Mapping[str, Any]) -> Any:
-    """Calls a rule's function with what it asks for by the names of its arguments."""
-    return function(**{name: values[name] for name in asked_by(function).among(values)})
 
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:

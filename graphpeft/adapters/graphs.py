@@ -88,8 +88,8 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
             except rewrite.NoChangeError as error:
                 before = next((other for other, slot in seats.items() if slot == error.slot), "another model's")
                 raise AdaptError(
-                    f"{name!r} can't act on {region or 'the model'}: its {error.weight} is to be scaled with the "
-                    f"changes so far, and what {before!r} does there is none; let {before!r} act behind"
+                    f"{name!r} can't act on {region or 'the model'}: it reads {error.weight} with the changes so "
+                    f"far, and what {before!r} does there is none; let {before!r} act behind"
                 ) from error
     # a graph that its owner has edited is not thrown away for being without adapters
     return {

@@ -203,6 +203,10 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     _refuse_no_rule(rule, site)
     rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
+    if reason is None and isinstance(site, Site) and site.both_ways and not rule.adapts_both_ways:
+        reason = (
+            f"its operations read it both as (out, in) and as (in, out), and {type(rule).__name__} knows one of them"
+        )
     if reason is None and site.op is ops.Weight:
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}

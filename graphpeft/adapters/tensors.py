@@ -101,6 +101,7 @@ def _first_values(
         discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
         rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
+    _refuse_misshapen(adapted, drawn)
     replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()} if own else {}
     if adapted.site.dtype == torch.get_default_dtype():
         return drawn, replacing
@@ -109,6 +110,17 @@ def _first_values(
         local: tensor if adapted.specs[local].dtype is not None else tensor.to(adapted.site.dtype)
         for local, tensor in drawn.items()
     }, replacing
+
+
+def _refuse_misshapen(adapted: AdaptedSite, drawn: Mapping[str, torch.Tensor]) -> None:
+    """Raises AdaptError if a rule's `initialise` has exchanged a tensor for one of another shape, or added one."""
+    for local, tensor in drawn.items():
+        wanted = adapted.specs[local].shape if local in adapted.specs else None
+        if tensor.shape != wanted:
+            raise AdaptError(
+                f"{type(adapted.rule).__name__} at {adapted.site.label}: initialise makes {local} of shape "
+                f"{tuple(tensor.shape)}, and its spec says {wanted and tuple(wanted)}; fill what it is given in place"
+            )
 
 
 def _empty(spec: ParameterSpec, device: torch.device | str = "cpu") -> torch.Tensor:

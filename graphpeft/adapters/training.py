@@ -52,11 +52,14 @@ def with_penalty(modules: Modules, state: Adapters, output: Any) -> Any:
         state: The model's adapters.
         output: The output; one without a `loss` stays as it is, as in PEFT.
     """
-    loss = getattr(output, "loss", None)
+    is_plain = type(output) is dict
+    loss = output.get("loss") if is_plain else getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor) and not state.are_off:
         for adapter in _trained(state):
             penalty = adapter.config.penalty(_parameters(modules, adapter))
             loss = loss if penalty is None else loss + penalty
+        if is_plain:
+            return {**output, "loss": loss}
         output.loss = loss
     return output
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphpeft.graph import slots
-from graphpeft.rules.rule import ParameterSpec
+from graphpeft.rules.rule import ParameterSpec, changes_bias
 from graphpeft.sites.site import CallSite, LeafSite, Site
 
 
@@ -50,7 +50,10 @@ class AdaptedSite(NamedTuple):
     @property
     def unmergeable(self) -> str | None:
         """The reason why what the adapter does at the site is no change of a weight, or None."""
-        return self.site.unmergeable or self.rule.unmergeable(self.site)
+        reason = self.site.unmergeable or self.rule.unmergeable(self.site)
+        if reason is None and isinstance(self.site, Site) and changes_bias(self.rule):
+            return self.site.bias_conflict
+        return reason
 
     @property
     def parameter_count(self) -> int:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 
 from graphpeft.graph import ops
+from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule, ParameterSpec
 from graphpeft.sites.site import CallSite
 
@@ -25,6 +26,8 @@ def unfit_bases(rule: type, site: type, op: type) -> str | None:
         needed = (Mergeable,)
     else:
         needed = (OperationRule, InputRule)
+    if issubclass(rule, WeightRule) and "__init__" in vars(rule) and "__dataclass_params__" not in vars(rule):
+        return f"{rule.__name__} has an __init__ of its own; make it a dataclass with frozen=True"
     if issubclass(rule, needed):
         return None
     names = " or ".join(base.__name__ for base in needed)

@@ -25,8 +25,9 @@ from graphpeft.sites.weight_layout import WeightLayout
 class WeightRule(Mergeable):
     """A rule whose `delta` gives a change in PEFT's layout; `site.matrix_shape` is its shape.
 
-    The weights that `delta` asks for are in this layout, too, and in the dtype of the rule's parameters, which is
-    single precision beside a base in half precision.
+    The weights that `delta` and `bias_delta` ask for are in this layout, too, and in the dtype of the rule's
+    parameters, which is single precision beside a base in half precision. A ``rewrite`` is given ``weight``, ``base``
+    and ``change`` as the weight is stored, as ``operation.apply`` takes them.
 
     Attributes:
         layout: How the site's weight is stored; `at_site` sets it.
@@ -70,9 +71,15 @@ class WeightRule(Mergeable):
 
     def change(self, given: Mapping[str, Any]) -> Any:
         """Returns what `delta` returns, as the weight is stored."""
+        return self.layout.turned(self.delta(**self._all_seen(given)))
+
+    def bias_change(self, given: Mapping[str, Any]) -> Any:
+        """Returns what `bias_delta` returns, which has weights in PEFT's layout, too."""
+        return self.bias_delta(**self._all_seen(given))
+
+    def _all_seen(self, given: Mapping[str, Any]) -> dict[str, Any]:
         own = [value for name, value in given.items() if name not in _WEIGHTS]
-        seen = {name: self._seen(value, own) if name in _WEIGHTS else value for name, value in given.items()}
-        return self.layout.turned(self.delta(**seen))
+        return {name: self._seen(value, own) if name in _WEIGHTS else value for name, value in given.items()}
 
     def _seen(self, weight: Any, own: list[Any]) -> Any:
         """Returns a weight in PEFT's layout, and in the dtype of the rule's parameters."""
@@ -109,9 +116,13 @@ class DeltaRule(WeightRule, OperationRule):
         tensor([[1., 1.]])
     """
 
+    adapts_both_ways: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses what a `WeightRule` does, and dropout where there is no input."""
         reason = super().check(site, config)
+        if reason is None and not 0 <= self.dropout_of(config) <= 1:
+            reason = f"its dropout is {self.dropout_of(config)}, which is no probability"
         # an adapter for inference drops nothing anyway
         if reason is None and not _has_input(site) and self.dropout_of(config) and not config.inference_mode:
             reason = (
@@ -143,7 +154,7 @@ class DeltaRule(WeightRule, OperationRule):
             h = F.dropout(h, dropout, training)
         result = y + operation.apply(h, change)
         if bias_change is not None:
-            result = result + operation.beside_outputs(bias_change)
+            result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return result.to(y.dtype) if self.casts else result
 
 

@@ -138,13 +138,20 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
         raise RuleError(f"{x.name} is more than the input of {op.name}, so it can't be changed as that alone")
     first = next(node for node in graph.nodes if node in users)
     with graph.inserting_before(first):
-        new = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op}).node
+        value = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op})
+        _refuse_no_value(value, "enter")
+        new = value.node
     for user in users:
         user.replace_input_with(x, new)
         tag = user.meta.get(TAG)
         if tag is not None and tag.enters_for == x.name:
             user.meta[TAG] = dataclasses.replace(tag, enters_for=new.name)
     return {new: x}
+
+
+def _refuse_no_value(value: Any, function: str) -> None:
+    if not isinstance(value, fx.Proxy):
+        raise RuleError(f"{function} returns a {type(value).__name__}, and no value that it computed")
 
 
 def _times_read(node: fx.Node, x: fx.Node) -> int:
@@ -175,6 +182,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
         none = {name: None for name in _CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
         result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
+        _refuse_no_value(result, "rewrite")
         for node in [node for node in reversed(emitted) if not node.users]:
             graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
@@ -246,7 +254,7 @@ def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], at
     """Emits the change of a bias that `rule` makes; None where there is none."""
     if "bias" in asked_by(rule.bias_delta).needed and "bias" not in operands:
         return None  # there is none that could be scaled, or the like
-    return _call(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {})
+    return rule.bias_change(_given(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
@@ -255,6 +263,7 @@ def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: S
     outside = {user for user in current.users if user not in op.inside}
     with graph.inserting_before(current.next):
         result = _call(rule.rewrite, graph, {"x": x, "y": current}, attributes, {"operation": op})
+        _refuse_no_value(result, "rewrite")
     _replace(current, result.node, outside.__contains__)
     return {result.node: current}
 

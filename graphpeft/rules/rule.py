@@ -108,6 +108,9 @@ class Rule(ABC):
     its graph has as arguments. The model's forward is given them, too, if they are among its named arguments.
     """
 
+    adapts_both_ways: ClassVar[bool] = False
+    """Whether the rule adapts a weight that some operations read as (in, out), and others as (out, in)."""
+
     def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule with what its functions have to know of a site.
 
@@ -137,7 +140,15 @@ class Rule(ABC):
         return {}
 
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns these numbers, and those that a base class of the rule reads."""
+        """Returns the rule's constants, with those that a base class of it reads; a base class alone overrides it.
+
+        Args:
+            site: The site.
+            config: The config.
+
+        Returns:
+            The numbers by name.
+        """
         return self.constants(site, config)
 
     @abstractmethod
@@ -266,6 +277,15 @@ class Mergeable(Rule):
         """
         ...
 
+    def bias_change(self, given: Mapping[str, Any]) -> Any:
+        """Returns what `bias_delta` returns; its arguments by name, as in `change`."""
+        return self.bias_delta(**given)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the rule changes the bias of an operation, too: whether it has a ``bias_delta`` of its own."""
+        return type(self).bias_delta is not Mergeable.bias_delta
+
     def bias_delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the change of the bias that the operation adds, or None.
 
@@ -277,7 +297,7 @@ class Mergeable(Rule):
 
 def changes_bias(rule: Any) -> bool:
     """Tells whether a rule changes the bias of an operation, too."""
-    return isinstance(rule, Mergeable) and type(rule).bias_delta is not Mergeable.bias_delta
+    return isinstance(rule, Mergeable) and rule.changes_bias
 
 
 class ReplacesWeight(ABC):
@@ -313,6 +333,12 @@ class RunsByRow(ABC):
         ...         return y * scale
         >>> ScaleByRow().by_row(torch.ones(2, 3), scale=torch.tensor([[1.0], [2.0]])).sum(1)
         tensor([3., 6.])
+    """
+
+    zeros_change_nothing: ClassVar[bool] = False
+    """Whether `by_row` returns ``y`` where all parameters are zeros, as those of rows without the adapter are.
+
+    Otherwise the adapters of such a batch run in turn.
     """
 
     @property

@@ -162,6 +162,9 @@ class SiteFinder:
         module, around = self.modules[owner], self.modules[region]
         cls = stands_for(module)
         kind = kind_of_layer(cls) if attribute == "weight" else None
+        conflict = uses.bias_conflict
+        if uses.bias is not None and not _is_parameter(around, uses.bias):
+            conflict = f"its bias {uses.bias} is no parameter"
         if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
         return Site(
@@ -178,6 +181,8 @@ class SiteFinder:
             groups=plain_attribute(module, "groups", 1) if kind is ops.Convolution else number_in(around, uses.groups),
             shortens=uses.shortens,
             bias=join(region, uses.bias) if uses.bias is not None else None,
+            bias_conflict=conflict,
+            both_ways=uses.both_ways,
         )
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
@@ -236,3 +241,8 @@ def _is_stored_transposed(
         # so PEFT knows the modules that have experts as (experts, in, out)
         return plain_attribute(module, "is_transposed", False)
     return uses.transposed
+
+
+def _is_parameter(module: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    return name in module.get_submodule(owner)._parameters

@@ -59,6 +59,8 @@ class Site(NamedTuple):
         named: The module whose name stands for several weights, of which this is one; None for other weights.
         redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
         bias: The path of the parameter that all operations add, or None if there is no such one.
+        bias_conflict: The reason why a change of the bias that operations add isn't one of that parameter, or None.
+        both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
         call: Which of the weight's operations it is, if not all of them.
         tied_to: The path of the embedding that has the same weight, and whose adapter's tensors are used here, too.
 
@@ -85,6 +87,8 @@ class Site(NamedTuple):
     named: str | None = None
     redrawn: tuple[Site, ...] = ()
     bias: str | None = None
+    bias_conflict: str | None = None
+    both_ways: bool = False
     call: OneCall | None = None
     tied_to: str | None = None
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Template
 from graphpeft.sites import dataflow
 
@@ -26,6 +28,8 @@ class WeightUses(NamedTuple):
         is_called_beside: Whether it is used by calls of its module and in another way, too.
         is_unused: Whether nothing that is computed with it reaches an output.
         bias: The path of the tensor that all operations add, or None.
+        bias_conflict: The reason why a change of the bias that each adds isn't one of that tensor, or None.
+        both_ways: Whether some of the operations read it as (in, out), and others as (out, in).
     """
 
     op: Any
@@ -37,6 +41,8 @@ class WeightUses(NamedTuple):
     is_called_beside: bool
     is_unused: bool
     bias: str | None
+    bias_conflict: str | None
+    both_ways: bool
 
 
 def weight_uses(template: Template, module: nn.Module) -> dict[str, WeightUses]:
@@ -67,8 +73,23 @@ def _uses_of(path: str, template: Template, found: list[list[ops.Computation]], 
     transposed = bool(all_own) and all_own[0].transposed
     biases = {op.bias for op in all_own} if is_of_one_kind else set()
     bias = biases.pop() if len(biases) == 1 else None
+    conflict = _bias_conflict(template, all_own, bias) if is_of_one_kind else None
+    both_ways = is_of_one_kind and len({op.transposed for op in all_own}) > 1
     shortens = any(isinstance(op, ops.Embedding) and op.shortens for op in all_own)
-    return WeightUses(op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias)
+    return WeightUses(
+        op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias, conflict, both_ways
+    )
+
+
+def _bias_conflict(template: Template, operations: list[ops.Computation], bias: str | None) -> str | None:
+    if any(op.adds_computed for op in operations):
+        return "an operation adds what is computed, and no bias of its own"
+    if bias is None:
+        return "its operations add other biases each" if any(op.bias is not None for op in operations) else None
+    nodes = {op.node for op in operations}
+    read = [place.node for graph in template.graphs for place in ops.reads(graph, bias)]
+    users = [user for node in read for user in node.users if TAG not in user.meta and user not in nodes]
+    return f"its bias {bias} is read elsewhere, too" if any(not reads_metadata_only(user) for user in users) else None
 
 
 def _number_or_path(value: Any) -> int | str:

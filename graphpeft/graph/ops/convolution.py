@@ -45,6 +45,7 @@ class Convolution:
         options: Its stride, padding, dilation, groups and, if it is transposed, output_padding: numbers, or nodes that
             read them.
         padding: What is added around the input before.
+        adds_computed: Whether it adds something as a bias that is no attribute.
     """
 
     node: fx.Node
@@ -54,6 +55,7 @@ class Convolution:
     function: Any
     options: Mapping[str, Any]
     padding: Padding | None
+    adds_computed: bool = False
 
     @property
     def name(self) -> str:
@@ -190,7 +192,8 @@ def _convolution(
         return None
     if any(map(is_computed, options.values())):
         return None
-    return Convolution(node, x, path, path_of(bias), function, options, None)
+    adds_computed = bias is not None and path_of(bias) is None
+    return Convolution(node, x, path, path_of(bias), function, options, None, adds_computed)
 
 
 _DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}

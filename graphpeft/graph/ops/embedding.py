@@ -39,6 +39,7 @@ class Embedding:
     options: Mapping[str, Any]
 
     bias = None
+    adds_computed = False
     transposed = False
     groups = 1
 

@@ -31,6 +31,7 @@ class Linear:
         weight: The path of the weight in the module that owns the graph.
         bias: The path of the bias, or None if there is none, or if it isn't a parameter.
         transposed: Whether the weight is stored as ``(in, out)``.
+        adds_computed: Whether it adds something that is no attribute.
     """
 
     node: fx.Node
@@ -38,6 +39,7 @@ class Linear:
     weight: str
     bias: str | None
     transposed: bool
+    adds_computed: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +96,7 @@ def _linear(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> 
     path = path_of(weight)
     if not isinstance(x, fx.Node) or path is None:
         return None
-    return Linear(node, x, path, path_of(bias), transposed)
+    return Linear(node, x, path, path_of(bias), transposed, bias is not None and path_of(bias) is None)
 
 
 def transpose_of(node: fx.Node) -> Any:
@@ -145,6 +147,8 @@ def _read_einsum(node: fx.Node) -> Linear | None:
     x, weight = inputs.split(",")
     if len(weight) > len(x):
         x, weight, operands = weight, x, operands[::-1]
+    if len(set(x)) < len(x) or len(set(weight)) < len(weight):
+        return None  # a letter twice is a diagonal
     rows, out = result[:-1], result[-1:]
     # x is (rows, in), the result (rows, out), and the weight has these two last letters
     if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:

@@ -13,7 +13,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from graphpeft.sites.site import LeafSite, Site
 @dataclass(frozen=True, kw_only=True)
 class _ByRow(LoraBranch, RunsByRow):
     """A branch of two matrices; each row of a batch can have its own."""
+
+    zeros_change_nothing: ClassVar[bool] = True
 
     @abstractmethod
     def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class LoraRule(Rule):
     """
 
     drops: bool = False
+
+    adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses dropout without an input, and a bias of B where PEFT has none."""
@@ -114,6 +116,11 @@ class LoraBranchWithBias(LoraBranch, Mergeable):
         if not self.has_bias or site.bias is not None:
             return None
         return "it has no bias of its own, into which that of lora_bias could go"
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether B has a bias."""
+        return self.has_bias
 
     def bias_delta(self, lora_scaling: Any, lora_bias: Any = None) -> Any:
         """Returns s times the bias of B, if it has one."""

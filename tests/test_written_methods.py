@@ -841,7 +841,7 @@ def test_a_change_of_another_shape_is_not_merged(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("value", [None, 3.0])
 def test_a_rule_that_returns_no_value_is_named(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Without(Times):
-        def rewrite(self, y: Any) -> Any:
+        def rewrite(self, y: Any, t: Any = None) -> Any:
             return value
 
     monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Without())

@@ -278,7 +278,14 @@ class Mergeable(Rule):
         ...
 
     def bias_change(self, given: Mapping[str, Any]) -> Any:
-        """Returns what `bias_delta` returns; its arguments by name, as in `change`."""
+        """Returns what `bias_delta` returns.
+
+        Args:
+            given: What `bias_delta` asks for, by name, as in `change`.
+
+        Returns:
+            The change of the bias, (out,), or None.
+        """
         return self.bias_delta(**given)
 
     @property

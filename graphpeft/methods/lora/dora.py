@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         is_product: Whether an operation that multiplies by the weight as it is stored has the features as its outputs.
         positions: How many dimensions the operation's value has behind its features.
     """
+
+    adapts_both_ways: ClassVar[bool] = True
 
     direction: Lora
     lengthwise: tuple[int, ...]

@@ -41,17 +41,16 @@ from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_mode
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
     Combines,
-    FileForm,
     InputRule,
     Mergeable,
     OperationRule,
-    ParameterSpec,
     ReplacesWeight,
     Rule,
     RunsByRow,

@@ -24,8 +24,8 @@ from graphpeft.graph import stand_ins
 from graphpeft.graph.paths import join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.report import listed
-from graphpeft.rules.rule import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
 from graphpeft.wording import shortened
 

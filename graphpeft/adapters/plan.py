@@ -23,8 +23,9 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, unfit_bases
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import ParameterSpec, ReplacesWeight, lacking_base
+from graphpeft.rules.rule import ReplacesWeight, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets

@@ -15,7 +15,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.rule import ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.transaction import remember, set_item, undone_by
 
 

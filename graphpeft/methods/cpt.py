@@ -27,10 +27,11 @@ from graphpeft.methods.prompts.encoders import ENCODER_PREFIX, Encoder, Table
 from graphpeft.methods.prompts.placements import Placement, Prepended, PromptRule
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import ParameterSpec, Rule
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 

@@ -22,10 +22,10 @@ from graphpeft.methods.prompt_tuning import TokenTable
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, Encoder
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.options import Index, Size
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import listed
-from graphpeft.rules.rule import ParameterSpec
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from graphpeft.graph import slots
-from graphpeft.rules.rule import ParameterSpec, changes_bias
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import CallSite, LeafSite, Site
 
 

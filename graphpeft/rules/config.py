@@ -33,8 +33,9 @@ from graphpeft.wording import shown
 if TYPE_CHECKING:
     from graphpeft.rules.adapted_site import AdaptedSite
     from graphpeft.rules.combination import Combination, Part
+    from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
     from graphpeft.rules.report import Report
-    from graphpeft.rules.rule import FileForm, ParameterSpec, Rule
+    from graphpeft.rules.rule import Rule
     from graphpeft.rules.trained import Biases, SiteParameters, TableRows, WholeModule
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from graphpeft.graph import ops
 from graphpeft.rules.delta_rule import WeightRule
-from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule, ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule
 from graphpeft.sites.site import CallSite
 
 

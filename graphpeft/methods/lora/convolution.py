@@ -17,7 +17,8 @@ import torch
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.rule import LoraBranchWithBias
-from graphpeft.rules.rule import Combines, ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 
 

@@ -26,7 +26,8 @@ from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.rule import LoraBranch
-from graphpeft.rules.rule import Mergeable, OperationRule, ParameterSpec, ReplacesWeight
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
 
 Lora = LoraMatrix | LoraConvolution | LoraExperts

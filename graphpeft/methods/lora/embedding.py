@@ -21,7 +21,7 @@ from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.from_weight import minor_directions
 from graphpeft.methods.lora.matrix import LoraMatrix
 from graphpeft.methods.lora.rule import LoraBranch, bias_refusal
-from graphpeft.rules.rule import ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.sites.site import Site
 
 

@@ -24,7 +24,8 @@ from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.matrix import LoraMatrix, matrix_factors
 from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
-from graphpeft.rules.rule import ParameterSpec, RunsByRow
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 
 

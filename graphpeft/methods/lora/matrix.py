@@ -22,7 +22,8 @@ from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.rule import LoraRule, variant_refusal
-from graphpeft.rules.rule import Combines, Mergeable, ParameterSpec, ReplacesWeight
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Combines, Mergeable, ReplacesWeight
 from graphpeft.sites.site import Site
 
 

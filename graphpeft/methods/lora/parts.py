@@ -25,8 +25,9 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.methods.lora.factors import draw_as_layer, rank_of
 from graphpeft.methods.lora.matrix import matrix_delta
 from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal, variant_refusal
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import FileForm, Mergeable, ParameterSpec
+from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.parts import parts_of
 from graphpeft.sites.site import LeafSite, Runs, Site

@@ -18,7 +18,8 @@ from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import draw, rank_of, scaling_of
 from graphpeft.methods.lora.init.initialisation import RANDOM
-from graphpeft.rules.rule import Mergeable, OperationRule, ParameterSpec, Rule
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Mergeable, OperationRule, Rule
 from graphpeft.sites.site import Site
 
 

@@ -23,8 +23,9 @@ from graphpeft.graph.paths import join
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.report import Refusal, Report, listed
-from graphpeft.rules.rule import FileForm, Mergeable, ParameterSpec
+from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets

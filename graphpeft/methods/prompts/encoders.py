@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.rules.rule import ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
 
 EMBEDDINGS_KEY = "prompt_embeddings"
 """The name of the virtual tokens in PEFT's files."""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.caches import absent, cache_of, has_tokens, length_with, under_one_name
 from graphpeft.methods.prompts.encoders import Encoder
-from graphpeft.rules.rule import BoundaryRule, ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.site import CallSite
 
 LABELS, POSITIONS = "labels", ("start_positions", "end_positions")

@@ -882,3 +882,74 @@ def test_what_feeds_an_attention_is_refused_where_it_is_inside_a_layer():
         feeding(trace(Attending(), (torch.randn(1, 3, 8),)), "query")
     with pytest.raises(ValueError, match="no linear operation of a Sequential feeds the query of an attention"):
         feeding(trace(build(), X), "query")
+
+
+# boundaries of modules that a config names
+
+
+@dataclass(frozen=True)
+class Gate(BoundaryRule):
+    """Shifts what a module is given, and multiplies what it returns."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"gate": ParameterSpec((1,), key="gate"), "shift": ParameterSpec((1,), key="shift")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["gate"].fill_(2)
+        parameters["shift"].fill_(0.5)
+
+    def enter(self, inputs: Any, shift: Any) -> Any:
+        return {"x": inputs["x"] + shift}
+
+    def leave(self, output: Any, gate: Any) -> Any:
+        return output * gate
+
+
+@register
+@dataclass(kw_only=True)
+class GateConfig(TargetedConfig):
+    peft_type: ClassVar[str] = "GATE_OF_BLOCKS"
+    adapts_boundaries: ClassVar[bool] = True
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Gate()
+
+
+class GatedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.relu(self.layer(x))
+
+
+def two_blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(GatedBlock(), nn.Tanh(), GatedBlock()).eval()
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_config_adapts_the_boundaries_of_the_modules_that_it_names(is_traced: bool, tmp_path: Any) -> None:
+    base, x = two_blocks(), X[0]
+    model: Any = get_peft_model(
+        trace(two_blocks(), X) if is_traced else two_blocks(), GateConfig(target_modules=["0", "2"])
+    )
+    expected = base[2](torch.tanh(base[0](x + 0.5) * 2) + 0.5) * 2
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(two_blocks(), tmp_path)
+    torch.testing.assert_close(loaded(x), expected)
+    assert sorted(get_peft_model_state_dict(model)) == [
+        f"base_model.model.{path}.{name}" for path in ("0", "2") for name in ("gate", "shift")
+    ]
+    with pytest.raises(AdaptError, match="changes what modules are given, not weights"):
+        model.merge_adapter()
+    assert torch.equal(model.unload()(x), base(x))
+
+
+def test_a_module_that_is_never_called_has_no_boundary() -> None:
+    model = nn.ModuleDict({"inner": nn.ModuleList([GatedBlock()])})
+    with pytest.raises(AdaptError, match=r"inner.*never called"):
+        get_peft_model(model, GateConfig(target_modules=["inner"]))
+    assert type(model["inner"]) is nn.ModuleList

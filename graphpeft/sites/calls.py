@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from graphpeft.graph import ops
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_through
-from graphpeft.graph.paths import within
+from graphpeft.graph.paths import join, within
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import VALUE, Graphs, runs_graph, template_of
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.regions import Regions
-from graphpeft.sites.site import LeafSite, OneCall, Site
+from graphpeft.sites.site import CallSite, LeafSite, OneCall, Site
 from graphpeft.tracing.lift import lift
 
 
@@ -53,6 +54,37 @@ def boundary(regions: Regions, path: str) -> Crossing:
         template = lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
     regions.templates[path] = template
     return _crossing(path, template.graphs, ((NAME,),) * len(template.graphs))
+
+
+def boundary_site(regions: Regions, path: str) -> CallSite:
+    """Returns the site at the boundary of the forward of the module at `path`.
+
+    An adapter's tensors there go with the first parameter of the module, or of the model, and have its dtype.
+
+    Raises:
+        TraceError: As `boundary` does.
+    """
+    crossing = boundary(regions, path)
+    found = (_first_parameter(regions, at) for at in (path, ""))
+    beside, dtype = next(filter(None, found), ((path, ""), torch.get_default_dtype()))
+    return CallSite(
+        crossing.region,
+        crossing.nodes,
+        path,
+        "boundary",
+        beside,
+        dtype,
+        crossing.arguments,
+        file_path=join("base_model.model", path),
+    )
+
+
+def _first_parameter(regions: Regions, path: str) -> tuple[tuple[str, str], torch.dtype] | None:
+    for name, parameter in regions.modules[path].named_parameters():
+        if parameter.is_floating_point():
+            inside, _, own = name.rpartition(".")
+            return (join(path, inside) if inside else path, own), parameter.dtype
+    return None
 
 
 def _boundary_inside(regions: Regions, path: str) -> Crossing:

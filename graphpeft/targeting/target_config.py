@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from graphpeft.graph.errors import TraceError
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.report import Report
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
+from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
-from graphpeft.sites.site import LeafSite, Site
+from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 
@@ -39,6 +41,9 @@ class TargetedConfig(PeftConfig):
     """
 
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
+
+    adapts_boundaries: ClassVar[bool] = False
+    """Whether the sites are the boundaries of the modules that the config names, for a `BoundaryRule`."""
 
     adapts_leaves: ClassVar[bool] = False
     """Whether the method's rules take the call of a module as an operation, where it has no weight: a `LeafSite`."""
@@ -119,9 +124,23 @@ class TargetedConfig(PeftConfig):
         """
         return targeted_modules(self, modules, report)
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
+    def find_sites(
+        self, finder: SiteFinder, report: Report, owned: TensorPaths
+    ) -> Sequence[Site | LeafSite | CallSite]:
         """Returns the sites that the config names."""
+        if self.adapts_boundaries:
+            return self._boundary_sites(finder, report)
         return targeted_sites(self, finder, report, owned)
+
+    def _boundary_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
+        found = []
+        for path in self.targeted_modules(finder.modules, report):
+            try:
+                found.append(boundary_site(finder.regions, path))
+            except TraceError as error:
+                way_out = "leave it out with exclude_modules, or narrow target_modules"
+                report.refused.append(Refusal(path, str(error), way_out))
+        return found
 
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
         """Returns the config that names these sites alone."""

@@ -45,6 +45,7 @@ from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
+from graphpeft.targeting.targeting import targeted_sites
 from graphpeft.targeting.trained_whole import named_rows
 from graphpeft.wording import shown
 
@@ -314,7 +315,7 @@ class LoraConfig(TargetedConfig):
 
     def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
         """Returns the sites of the weights that the config names."""
-        sites = super().find_sites(finder, report, owned)
+        sites = targeted_sites(self, finder, report, owned)
         if self.ensure_weight_tying:
             sites = with_tied(sites, self, finder, report)
         return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites

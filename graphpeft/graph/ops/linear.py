@@ -147,7 +147,8 @@ def _read_einsum(node: fx.Node) -> Linear | None:
     x, weight = inputs.split(",")
     if len(weight) > len(x):
         x, weight, operands = weight, x, operands[::-1]
-    if len(set(x)) < len(x) or len(set(weight)) < len(weight):
+    letters = x.replace(".", "")
+    if len(set(letters)) < len(letters) or len(set(weight)) < len(weight):
         return None  # a letter twice is a diagonal
     rows, out = result[:-1], result[-1:]
     # x is (rows, in), the result (rows, out), and the weight has these two last letters

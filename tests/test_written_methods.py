@@ -22,6 +22,7 @@ from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraCo
 import graphpeft
 from graphpeft import (
     AdaptError,
+    BoundaryRule,
     DeltaRule,
     InputRule,
     LoraConfig,
@@ -584,6 +585,64 @@ def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[],
         model(X),
         plain[1](x * layer.inner_default) * layer.outer_default + (x * layer.inner_default).sum(-1, keepdim=True),
     )
+    assert torch.equal(model.unload()(X), plain(X))
+
+
+@dataclass(frozen=True)
+class Nest(BoundaryRule):
+    """Shifts what a module is given, and doubles what it returns."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"shift": ParameterSpec((1,), "shift")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["shift"].fill_(0.5)
+
+    def enter(self, inputs: Any, shift: Any) -> Any:
+        return {"x": inputs["x"] + shift}
+
+    def leave(self, output: Any) -> Any:
+        return output * 2
+
+
+@dataclass(kw_only=True)
+class NestConfig(TargetedConfig):
+    peft_type = "NEST"
+    adapts_boundaries = True
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Nest()
+
+
+@pytest.mark.parametrize("order", [("both", "nest"), ("nest", "both")], ids=str)
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_adapters_of_a_call_and_of_its_boundary_keep_what_each_other_enters(
+    order: tuple[str, str], is_traced: bool
+) -> None:
+    torch.manual_seed(0)
+    base: Any = nn.Sequential(nn.Tanh(), Codes())
+    plain, configs = copy.deepcopy(base), {"both": BothConfig, "nest": NestConfig}
+    model: Any = get_peft_model(
+        trace(base, (X,)) if is_traced else base, configs[order[0]](target_modules=["1"]), order[0]
+    )
+    model.add_adapter(order[1], configs[order[1]](target_modules=["1"]))
+    model.set_adapter(list(order))
+    h, layer = torch.tanh(X), model.get_submodule("1")
+    shift, inner, outer = layer.shift_nest, layer.inner_both, layer.outer_both
+    # the one that comes later is nearer to the module
+    if order == ("both", "nest"):
+        expected = plain[1](h * inner + shift) * 2 * outer + (h * inner).sum(-1, keepdim=True)
+    else:
+        given = (h + shift) * inner
+        expected = plain[1](given) * 2 * outer + given.sum(-1, keepdim=True)
+    torch.testing.assert_close(model(X), expected)
+    alone = {}
+    for name in order:
+        model.set_adapter(name)
+        alone[name] = model(X)
+    model.set_adapter(list(order))
+    model.delete_adapter(order[0])
+    assert torch.equal(model(X), alone[order[1]])
     assert torch.equal(model.unload()(X), plain(X))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,16 @@ class Tag:
     place: int = 0
     is_change: bool = True
 
+    @property
+    def stands_for(self) -> str | None:
+        """On a node that stands in the place of another one, on either side of the operation, the name of that one."""
+        return self.over if self.over is not None else self.enters_for
+
+    def standing_for(self, name: str) -> Tag:
+        """Returns the tag of a node that stands in the place of another one now."""
+        field = "over" if self.over is not None else "enters_for"
+        return dataclasses.replace(self, **{field: name})
+
 
 def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
     """Returns what stands in the place of the value of the operation `site` after all its adapters, or `node` itself.
@@ -62,7 +73,7 @@ def changes_at(graph: fx.Graph, site: str) -> list[Tag]:
 
 def own_input(graph: fx.Graph, site: str, x: fx.Node) -> fx.Node:
     """Returns the input that an operation has without adapters, from the one that it is given."""
-    nodes = {node.name: node for node in graph.nodes}
     while TAG in x.meta and x.meta[TAG].site == site and x.meta[TAG].enters_for is not None:
-        x = nodes[x.meta[TAG].enters_for]
+        name = x.meta[TAG].enters_for
+        x = next(node for node in graph.nodes if node.name == name)
     return x

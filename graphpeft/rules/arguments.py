@@ -68,7 +68,13 @@ class ArgumentError(TypeError):
 _INPUT = ("x", "operation", "training")
 _AT_LEAF = ("y", *_INPUT)
 _AT_OPERATION = (*_AT_LEAF, "weight", "base", "bias")
-_CHANGES = ("change", "bias_change")
+CHANGES = ("change", "bias_change")
+"""The changes of its own for which a rule can ask in ``rewrite``."""
+
+_ENTER, _LEAVE = ("inputs", "training"), ("inputs", "training", "output", "entered")
+
+GIVEN = frozenset((*_AT_OPERATION, *CHANGES, *_LEAVE))
+"""All that the functions of rules are given beside what is their own, by name."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -83,10 +89,10 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     """
     functions: dict[str, tuple[str, ...]] = {}
     if issubclass(site, CallSite):
-        functions = {"enter": ("inputs", "training"), "leave": ("inputs", "training", "output", "entered")}
+        functions = {"enter": _ENTER, "leave": _LEAVE}
     elif op is not ops.Weight:
         is_leaf = issubclass(site, LeafSite)
-        changes = _CHANGES if isinstance(rule, Mergeable) and not is_leaf else ()
+        changes = CHANGES if isinstance(rule, Mergeable) and not is_leaf else ()
         functions = {"rewrite": (*(_AT_LEAF if is_leaf else _AT_OPERATION), *changes), "enter": _INPUT}
     if isinstance(rule, Mergeable) and not issubclass(site, LeafSite):
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}

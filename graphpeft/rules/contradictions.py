@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 
 from graphpeft.graph import ops
+from graphpeft.rules.arguments import GIVEN
 from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule
@@ -38,18 +39,13 @@ def unfit_bases(rule: type, site: type, op: type) -> str | None:
 
 def contradiction(specs: Mapping[str, ParameterSpec], constants: Iterable[str]) -> str | None:
     """Returns what in a rule's parameters and constants contradicts something else, or None."""
-    named = [name for name in (*specs, *constants) if name in _GIVEN]
+    named = [name for name in (*specs, *constants) if name in GIVEN]
     if named:
         return f"{named[0]} is what rules are given by this name; call the rule's own otherwise"
     keys = [spec.key for spec in specs.values() if spec.is_saved]
     if len(set(keys)) < len(keys):
         return f"{max(keys, key=keys.count)} is the name of two parameters in files"
     return next((reason for name, spec in specs.items() if (reason := _in_spec(name, spec)) is not None), None)
-
-
-_GIVEN = frozenset(
-    "x y operation training weight base bias change bias_change inputs output entered".split()  # noqa: SIM905
-)
 
 
 def _in_spec(name: str, spec: ParameterSpec) -> str | None:

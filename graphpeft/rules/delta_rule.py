@@ -35,17 +35,18 @@ class WeightRule(Mergeable):
         adapts: The layouts of weights that the rule adapts.
 
     Example:
-        >>> class Shift(DeltaRule):
+        >>> class Factors(WeightRule):
         ...     def parameters(self, site, config):
-        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...         return {"factors": ParameterSpec((site.out_features, 1), "factors")}
         ...
         ...     def initialise(self, parameters, site, config, module):
-        ...         parameters["shift"].zero_()
+        ...         parameters["factors"].fill_(1)
         ...
-        ...     def delta(self, shift):
-        ...         return shift
-        >>> Shift().change({"shift": torch.ones(1, 2)})
-        tensor([[1., 1.]])
+        ...     def delta(self, weight, factors):
+        ...         return weight * (factors - 1)
+        >>> Factors().change({"weight": torch.ones(2, 1), "factors": torch.tensor([[3.0], [1.0]])})
+        tensor([[2.],
+                [0.]])
     """
 
     layout: WeightLayout = dataclasses.field(default=WeightLayout(), kw_only=True, repr=False)

@@ -20,7 +20,7 @@ from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
-from graphpeft.rules.arguments import Asked, asked_by
+from graphpeft.rules.arguments import CHANGES, Asked, asked_by
 from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
 Op = Operation | Boundary
@@ -136,16 +136,13 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
     users = [user for user in x.users if user in inside or (TAG in user.meta and user.meta[TAG].site == op.name)]
     if not isinstance(op, Leaf) and _times_read(op.node, x) > 1:
         raise RuleError(f"{x.name} is more than the input of {op.name}, so it can't be changed as that alone")
-    first = next(node for node in graph.nodes if node in users)
+    # before all of a call, in front of which adapters of its boundary come, too
+    first = next(node for node in graph.nodes if node in users or node in inside)
     with graph.inserting_before(first):
         value = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op})
         _refuse_no_value(value, "enter")
         new = value.node
-    for user in users:
-        user.replace_input_with(x, new)
-        tag = user.meta.get(TAG)
-        if tag is not None and tag.enters_for == x.name:
-            user.meta[TAG] = dataclasses.replace(tag, enters_for=new.name)
+    _replace(x, new, set(users).__contains__)
     return {new: x}
 
 
@@ -179,7 +176,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
     with graph.inserting_before(current.next):
         operands = _operands(graph, op, rule, attributes)
         emitted = [node for node in graph.nodes if node not in before]
-        none = {name: None for name in _CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
+        none = {name: None for name in CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
         result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
         _refuse_no_value(result, "rewrite")
@@ -187,9 +184,6 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
             graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
-
-
-_CHANGES = ("change", "bias_change")
 
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
@@ -300,6 +294,7 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
         entered: Mapping[str, fx.Proxy] = _call(rule.enter, graph, {}, attributes, {"inputs": inputs})
     replaced = {}
     for name, new in entered.items():
+        _refuse_no_value(new, "enter")
         old = inputs[name].node
         _replace(old, new.node, op.inside.__contains__)
         replaced[new.node] = old
@@ -307,6 +302,7 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
     with graph.inserting_before(op.output.next):
         given = {"output": fx.Proxy(op.output, tracer), "inputs": inputs, "entered": entered}
         left = _call(rule.leave, graph, {}, attributes, given)
+    _refuse_no_value(left, "leave")
     if left is not given["output"]:
         _replace(op.output, left.node, outside.__contains__)
         replaced[left.node] = op.output
@@ -314,11 +310,21 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
 
 
 def _replace(old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool]) -> None:
-    """Lets those users of `old` for which `where` holds use `new`, and stand in its place if they stood in `old`'s."""
-    for user in list(filter(where, old.users)):
+    """Lets those users of `old` for which `where` holds use `new`, and adapters of theirs stand in its place."""
+    users = list(filter(where, old.users))
+    for user in users:
         user.replace_input_with(old, new)
-        if TAG in user.meta and user.meta[TAG].over == old.name:
-            user.meta[TAG] = dataclasses.replace(user.meta[TAG], over=new.name)
+    of_adapters = {(user.meta[TAG].slot, user.meta[TAG].site) for user in users if TAG in user.meta}
+    if of_adapters:
+        _exchange_places(new.graph, old.name, new.name, lambda tag: (tag.slot, tag.site) in of_adapters)
+
+
+def _exchange_places(graph: fx.Graph, old: str, new: str, where: Callable[[Tag], bool]) -> None:
+    """Lets nodes of adapters that stand in the place of one node stand in that of another one."""
+    for node in graph.nodes:
+        tag = node.meta.get(TAG)
+        if tag is not None and tag.stands_for == old and where(tag):
+            node.meta[TAG] = tag.standing_for(new)
 
 
 def remove(graph: fx.Graph, slot: int) -> None:
@@ -333,13 +339,9 @@ def remove(graph: fx.Graph, slot: int) -> None:
             node.meta[TAG] = next(user.meta[TAG] for user in node.users if TAG in user.meta)
             node.meta[TAG] = dataclasses.replace(node.meta[TAG], over=None, enters_for=None)
             continue
-        for field in ("over", "enters_for"):
-            before = getattr(tag, field)
-            if before is not None:
-                node.replace_all_uses_with(nodes[before])
-                for other in graph.nodes:
-                    if TAG in other.meta and getattr(other.meta[TAG], field) == node.name:
-                        other.meta[TAG] = dataclasses.replace(other.meta[TAG], **{field: before})
+        if tag.stands_for is not None:
+            node.replace_all_uses_with(nodes[tag.stands_for])
+            _exchange_places(graph, node.name, tag.stands_for, lambda _: True)
         graph.erase_node(node)
 
 

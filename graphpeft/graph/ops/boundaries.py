@@ -126,14 +126,20 @@ def _over(graph: fx.Graph, node: fx.Node, counts: Callable[[fx.Node], bool]) -> 
     return next(filter(counts, over), None)
 
 
+def _given_for(graph: fx.Graph, node: fx.Node, counts: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """Returns what an adapter gives in the place of `node`, among the nodes that count."""
+    given = (other for other in graph.nodes if TAG in other.meta and other.meta[TAG].stands_for == node.name)
+    return next(filter(counts, given), None)
+
+
 def _as_given(graph: fx.Graph, given: Mapping[str, fx.Node], inside: frozenset[fx.Node]) -> dict[str, fx.Node]:
     """Returns what stands in the places of arguments for the nodes `inside`, after other adapters."""
 
     def reaches(node: fx.Node) -> bool:
-        return not inside.isdisjoint(node.users) or _over(graph, node, reaches) is not None
+        return not inside.isdisjoint(node.users) or _given_for(graph, node, reaches) is not None
 
     def seen(node: fx.Node) -> fx.Node:
-        over = _over(graph, node, reaches) if inside.isdisjoint(node.users) else None
-        return node if over is None else seen(over)
+        given = _given_for(graph, node, reaches) if inside.isdisjoint(node.users) else None
+        return node if given is None else seen(given)
 
     return {name: seen(node) for name, node in given.items()}

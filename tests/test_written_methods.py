@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import written_methods
+from models import LLAMA
 from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -195,6 +196,43 @@ def test_two_reflections_act_as_pefts_do(tmp_path: Path) -> None:
     model.load_adapter(tmp_path / "second", "second")
     model.set_adapter(["default", "second"])
     torch.testing.assert_close(model(*LINEAR.inputs()), theirs(*LINEAR.inputs()))
+
+
+# a model of a library's
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        (METHODS[0], {"target_modules": ["k_proj", "v_proj"]}),
+        (METHODS[1], {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        (METHODS[2], {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 4}),
+        (METHODS[3], {"target_modules": ["q_proj", "up_proj"]}),
+        (METHODS[4], {"target_modules": ["q_proj", "v_proj"]}),
+    ],
+    ids=str,
+)
+def test_a_llama_has_pefts_outputs_active_merged_and_beside_lora(
+    method: Method, targets: dict[str, Any], tmp_path: Path
+) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return LLAMA.make().eval()
+
+    ids = torch.randint(0, 20, (2, 5), generator=torch.Generator().manual_seed(0))
+    theirs = moved(peft.get_peft_model(build(), method.config(method.theirs, **targets)))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(build(), tmp_path).eval()
+    expected = theirs(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    model.add_adapter("lora", LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter(["lora", "default"])
+    both = model(input_ids=ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=ids).logits, both, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 # what an operation is given
@@ -496,9 +534,10 @@ def test_passes_let_them_compute_the_same() -> None:
             torch.testing.assert_close(got[name], parameter.grad)
 
 
-def test_compiled_they_compute_the_same() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
+def test_compiled_they_compute_the_same(backend: str) -> None:
     model = three_adapters()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X))
 
 

@@ -71,11 +71,14 @@ def _features(regions: Regions, path: str, crossing: Crossing) -> list[int]:
         seen = (inputs.get(first) if isinstance(inputs, dict) else inputs[0], returned)
     elif regions.example_inputs is None and seen == (None, None):
         raise NoSiteError(f"a {name} declares no in_features and out_features; pass example_inputs, which show them")
+    features = []
     for what, value in zip(("is given", "returns"), seen, strict=True):
-        if not isinstance(value, torch.Tensor) or not value.ndim or not value.is_floating_point():
-            found = value.dtype if isinstance(value, torch.Tensor) and value.ndim else type(value).__name__
+        tensor = value if isinstance(value, torch.Tensor) and value.ndim else None
+        if tensor is None or not tensor.is_floating_point():
+            found = type(value).__name__ if tensor is None else tensor.dtype
             raise NoSiteError(f"a {name} {what} a {found}, where an adapter needs a tensor with features")
-    return [value.shape[-1] for value in seen]  # type: ignore[union-attr]
+        features.append(tensor.shape[-1])
+    return features
 
 
 def _tensors(regions: Regions, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:

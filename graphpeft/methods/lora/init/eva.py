@@ -61,7 +61,7 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
     Args:
         layer_input: The input, (batch, tokens, features), or the arguments that begin with it.
         model_input: The places of the tokens, (number, 2).
-        layer_name: The layer's path.
+        layer_name: The layer's path, for functions of one's own that tell layers apart.
 
     Returns:
         Rows, (number, features).

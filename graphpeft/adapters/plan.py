@@ -222,7 +222,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         raise AdaptError(f"{config.method}: {reason}")
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
     names = _names((*specs, *constants), site.prefix, plan.report.adapter)
-    shared = _shared(site, specs, plan.report.adapter) | _in_scopes(plan, site, specs, names, dtype)
+    shared = _shared(plan, site, specs, names, dtype)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
 
@@ -253,7 +253,7 @@ def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping
     return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
 
 
-def _in_scopes(
+def _shared(
     plan: Plan, site: Any, specs: Mapping[str, ParameterSpec], names: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, tuple[str, str]]:
     """Returns the places of the parameters of a site that sites before it have, too, and notes those that are new."""
@@ -263,7 +263,7 @@ def _in_scopes(
             continue
         own = Scoped(site.label, (site.owner, names[local]), spec, dtype)
         first = plan.scopes.setdefault(spec.scope, own)
-        if (first.spec.shape, first.spec.key, first.dtype) != (spec.shape, spec.key, dtype):
+        if _unlike(first, own):
             raise AdaptError(
                 f"{plan.config.method}: {site.label} and {first.label} can't share {local}: it is {spec.key} of shape "
                 f"{tuple(spec.shape)} and {dtype} at the one, and {first.spec.key} of shape {tuple(first.spec.shape)} "
@@ -281,13 +281,11 @@ def _in_scopes(
     return found
 
 
-def _shared(site: Any, specs: Mapping[str, Any], adapter: str) -> dict[str, tuple[str, str]]:
-    """Returns the places of the parameters that a tied site has from the other one."""
-    theirs = {name: spec.shared for name, spec in specs.items() if spec.shared is not None}
-    if not theirs:
-        return {}
-    names = _names(tuple(theirs.values()), site.prefix, adapter)
-    return {name: (site.tied_to, names[other]) for name, other in theirs.items()}
+def _unlike(one: Scoped, other: Scoped) -> bool:
+    """Tells whether two parameters of one scope can't be one tensor."""
+    once = one.spec.written_once or other.spec.written_once
+    names = {(of.spec.written_once, of.spec.key) for of in (one, other)}
+    return (one.spec.shape, one.dtype) != (other.spec.shape, other.dtype) or (once and len(names) > 1)
 
 
 def _refuse_replaced_twice(plan: Plan) -> None:

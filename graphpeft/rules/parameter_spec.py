@@ -35,9 +35,9 @@ class ParameterSpec(NamedTuple):
         key: Its name in PEFT's files, behind the name of the module.
         is_trained: Whether it is trained, where the adapter is.
         form: Its form in files, if that is another one.
-        shared: At a site that is tied to another one: which of that one's parameters it is.
         scope: The name of a tensor that sites of one adapter share: those whose specs have the same scope hold one.
-            `initialise` is given its values of before at each of these sites but the first.
+            `initialise` is given its values of before at each of these sites but the first. In files each site may
+            have it by a key and in a form of its own.
         written_once: Whether a file has it once for all its sites, as ``base_model.<key>``, and not with each of them.
         is_saved: Whether it is in files; otherwise `initialise` makes it again, where a file is loaded, too.
         dtype: Its dtype, if that isn't the one of the adapter; whole numbers aren't trained, and ``.half()`` leaves
@@ -52,7 +52,6 @@ class ParameterSpec(NamedTuple):
     key: str
     is_trained: bool = True
     form: FileForm | None = None
-    shared: str | None = None
     scope: str | None = None
     written_once: bool = False
     is_saved: bool = True

@@ -62,7 +62,8 @@ class Site(NamedTuple):
         bias_conflict: The reason why a change of the bias that operations add isn't one of that parameter, or None.
         both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
         call: Which of the weight's operations it is, if not all of them.
-        tied_to: The path of the embedding that has the same weight, and whose adapter's tensors are used here, too.
+        tied_to: The path of the embedding whose table it has, if all sites with that table, the embedding's own among
+            them, share one adapter's tensors.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))

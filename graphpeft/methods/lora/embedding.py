@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphpeft.methods.lora.factors import scope_of_tied
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.from_weight import minor_directions
 from graphpeft.methods.lora.matrix import LoraMatrix
@@ -65,10 +66,10 @@ class LoraEmbedding(LoraTable):
         return reason or initialisation.refusal_unless_random(config, "an embedding")
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns A and B; at an embedding that is tied to another one, the other's."""
+        """Returns A and B; embeddings that are tied to each other share them."""
         keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         return {
-            name: spec._replace(key=keys[name], shared=name if site.tied_to is not None else None)
+            name: spec._replace(key=keys[name], scope=scope_of_tied(site, name))
             for name, spec in super().parameters(site, config).items()
         }
 

@@ -44,6 +44,11 @@ def scaling_of(site: Site | LeafSite, config: Any) -> float:
     return TIMES_INSIDE * scaling if is_inside else scaling
 
 
+def scope_of_tied(site: Site, name: str) -> str | None:
+    """Returns the scope of a factor at an embedding, or at a layer that has its table; None if it isn't shared."""
+    return None if site.tied_to is None else f"{site.tied_to}.{name}"
+
+
 def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> T:
     """Returns a site's own value: a pattern for one call goes before a pattern for all calls."""
     if not patterns:

@@ -52,7 +52,7 @@ class LoraPerCallConfig(LoraConfig):
         """Returns the calls with the weights that the config names, each as a site."""
         found: list[Any] = []
         for site in super().find_sites(finder, report, owned):
-            if isinstance(site, Site) and site.tied_to is not None:
+            if isinstance(site, Site) and site.tied_to not in (None, site.owner):
                 reason = f"it is tied to {site.tied_to}, and each call has factors of its own"
                 report.refused.append(Refusal(site.label, reason, "leave ensure_weight_tying False"))
             try:

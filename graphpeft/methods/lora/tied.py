@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.paths import join
-from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of
+from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_of_tied
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
@@ -51,10 +51,13 @@ class LoraTied(LoraBranch, Mergeable):
         entries, features = site.shape
         return {
             "lora_A": ParameterSpec(
-                (features, rank), "lora_A.weight", form=_transposed((rank, features)), shared="lora_B"
+                (features, rank),
+                "lora_A.weight",
+                form=_transposed((rank, features)),
+                scope=scope_of_tied(site, "lora_B"),
             ),
             "lora_B": ParameterSpec(
-                (rank, entries), "lora_B.weight", form=_transposed((entries, rank)), shared="lora_A"
+                (rank, entries), "lora_B.weight", form=_transposed((entries, rank)), scope=scope_of_tied(site, "lora_A")
             ),
         }
 
@@ -145,6 +148,7 @@ def with_tied(
         report: Gets the refusals.
     """
     by_owner = {site.owner: site for site in sites if isinstance(site, Site) and site.is_layer}
+    embeddings: dict[str, Site] = {}
     tied: dict[str, Site] = {}
     groups = [(embedding, *others) for embedding, others in tied_layers(finder.modules).items()]
     adapted = [group for group in groups if any(path in by_owner for path in group)]
@@ -155,12 +159,13 @@ def with_tied(
             if path not in by_owner:
                 reason = f"it is tied to {listed([*by_owner.keys() & {embedding, *others}])}, and isn't adapted"
                 report.refused.append(Refusal(path, f"{reason}, which ensure_weight_tying forbids", _WAY_OUT))
-            elif path != embedding:
+            elif path == embedding:
+                embeddings[path] = by_owner[path]._replace(tied_to=embedding)
+            elif reason := _refusal(path, embedding, config):
+                report.refused.append(Refusal(path, f"it is tied to {embedding}, and {reason}", _WAY_OUT))
+            else:
                 tied[path] = by_owner[path]._replace(tied_to=embedding)
-                reason = _refusal(path, embedding, config)
-                if reason is not None:
-                    report.refused.append(Refusal(path, f"it is tied to {embedding}, and {reason}", _WAY_OUT))
-    return [*(site for site in sites if site.owner not in tied), *tied.values()]
+    return [*(embeddings.get(site.owner, site) for site in sites if site.owner not in tied), *tied.values()]
 
 
 def _refusal(path: str, embedding: str, config: Any) -> str | None:

@@ -55,7 +55,7 @@ from graphpeft.rules.rule import (
     Rule,
     RunsByRow,
 )
-from graphpeft.rules.trained import SiteParameters, TableRows, WholeModule
+from graphpeft.rules.trained import FullyTrainedModule, SiteParameters, TableRows
 from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
@@ -81,6 +81,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "FileForm",
+    "FullyTrainedModule",
     "GuardError",
     "InputRule",
     "LeafSite",
@@ -112,7 +113,6 @@ __all__ = [
     "TokenSequence",
     "TraceError",
     "WeightRule",
-    "WholeModule",
     "explain",
     "export",
     "export_adapter",

@@ -1,8 +1,9 @@
-"""Shows values in errors, cut to a bounded size."""
+"""Words of errors and reports: values and items, cut to a bounded size, and tables in plain text."""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 
 def shortened(text: str, most: int = 200) -> str:
@@ -21,3 +22,16 @@ class _Short(reprlib.Repr):
 
 shown = _Short().repr
 """Returns a value as ``repr`` does, cut if it is long or deeply nested."""
+
+
+def joined(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """Joins items for a message: the first ones, and how many more there are."""
+    more = [f"… and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in plain text."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    ruled = [header, ["─" * width for width in widths], *rows]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in ruled]

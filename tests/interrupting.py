@@ -180,7 +180,7 @@ def _known(state: Any) -> dict[str, Any]:
         name: (
             copy.deepcopy(vars(adapter.config)),
             [(adapted.site.label, dict(adapted.names), dict(adapted.constants)) for adapted in adapter.sites],
-            adapter.whole,
+            adapter.fully_trained,
             list(adapter.rows),
             [(place, _bits(tensor)) for place, tensor in adapter.overwritten.items()],
         )

@@ -419,7 +419,7 @@ def test_numbers_of_another_kind_are_refused_by_name(
     refused(saved, tmp_path, f"{key} of {dtype} where the model wants torch.float32")
 
 
-def test_a_count_in_a_layer_trained_whole_stays_one(tmp_path: Path) -> None:
+def test_a_count_in_a_layer_fully_trained_stays_one(tmp_path: Path) -> None:
     corruption.copy_of(BY_NAME["lora"], tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     key = next(key for key in tensors if key.endswith("num_batches_tracked"))

@@ -147,7 +147,7 @@ def eva() -> Any:
 
 @copied
 def eva_among_others() -> Any:
-    """Returns it in training, with another adapter behind it, and with a layer that is trained whole beside it."""
+    """Returns it in training, with another adapter behind it, and with a layer that is fully trained beside it."""
     own = {"modules_to_save": ["norm"], "init_lora_weights": "eva"}
     config = graphpeft.LoraConfig(r=1, lora_alpha=3, target_modules=["up", "down"], **own)
     model = graphpeft.get_peft_model(trained(), config)

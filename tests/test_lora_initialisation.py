@@ -144,7 +144,7 @@ def test_on_half_precision_weights_values_and_dtypes_are_pefts(kind: str, dtype:
     assert torch.equal(outputs(ours, half), outputs(theirs, half))
 
 
-# the stand-in
+# the override
 
 
 def test_the_base_keeps_its_weight_and_the_module_reads_what_is_left() -> None:
@@ -194,7 +194,7 @@ def test_of_two_adapters_that_have_taken_parts_of_one_weight_one_acts() -> None:
 BOTH = ["default", "other"]
 
 
-def test_biases_trained_whole_go_with_weights_of_which_a_part_is_taken() -> None:
+def test_biases_fully_trained_go_with_weights_of_which_a_part_is_taken() -> None:
     for options in ({"bias": "lora_only"}, {"bias": "all"}):
         ours, theirs = pair(LINEAR, init_lora_weights="pissa", **options)
         assert_close(outputs(ours, LINEAR), outputs(theirs, LINEAR))
@@ -289,7 +289,7 @@ def test_the_bias_of_b_is_pefts(case: Any, tmp_path: Path) -> None:
     assert_merges_and_unloads(ours, theirs, case)
 
 
-def test_the_bias_of_b_goes_into_the_bias_that_is_trained_whole() -> None:
+def test_the_bias_of_b_goes_into_the_bias_that_is_fully_trained() -> None:
     ours, theirs = pair(LINEAR, lora_bias=True, bias="all")
     assert_close(outputs(ours, LINEAR), outputs(theirs, LINEAR))
     assert_merges_and_unloads(ours, theirs, LINEAR)
@@ -364,7 +364,7 @@ KEPT = X._replace(name="kept", make=Kept, targets={"target_modules": ["w"]})
         (EMBEDDING, {"init_lora_weights": "pissa"}, "is for linear weights, and it is an embedding"),
         (EXPERTS, {"init_lora_weights": "olora"}, "is for linear weights, and it is a stack of matrices"),
         (KEPT, {"init_lora_weights": "pissa"}, "keeps its parameters in self.all too"),
-        (FUNCTIONAL, {"init_lora_weights": "pissa", "modules_to_save": ["one"]}, "trains its w whole"),
+        (FUNCTIONAL, {"init_lora_weights": "pissa", "modules_to_save": ["one"]}, "fully trains its w"),
         (LINEAR, {"init_lora_weights": "pizza"}, "'pizza' is not supported; choose one of True, False"),
         (LINEAR, {"init_lora_weights": "pissa_niter_x"}, "is not supported; choose one of True, False"),
         (EMBEDDING, {"lora_bias": True}, "lora_bias=True is for the outputs of linear layers and convolutions"),

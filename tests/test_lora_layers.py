@@ -763,7 +763,7 @@ def by_rows(indices: Any, make: Callable[[], nn.Module] = tied_llama, **options:
         ({"trainable_token_indices": []}, "named, each once"),
         ({"trainable_token_indices": {"embed_token": [3]}}, "names no module; near misses: embed_tokens"),
         ({"trainable_token_indices": {"norm": [3]}}, "has no table"),
-        ({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "trained whole by modules_to_save"),
+        ({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "fully trained by modules_to_save"),
         ({"trainable_token_indices": [3], "target_modules": ["embed_tokens"]}, "can't both act"),
         (
             {"trainable_token_indices": [3], "target_modules": ["lm_head"]},

@@ -115,7 +115,7 @@ def test_what_is_missing_or_doesnt_fit_is_told_once(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", LAYERS)
-def test_a_tensor_that_is_trained_whole_is_saved_beside_the_models_own(make: Any) -> None:
+def test_a_tensor_that_is_fully_trained_is_saved_beside_the_models_own(make: Any) -> None:
     model = adapted(make, 1, bias="all")
     own = model[0]._parameters["bias"].detach().clone()
     name = next(name for name in model[0]._parameters if name.startswith("bias_"))

@@ -202,7 +202,7 @@ def test_a_layer_inside_of_what_ends_in_an_entry_of_modules_to_save_is_trained_b
     theirs = adapted_by_peft(VIT, **options)
     perturb(theirs)
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"fc1 whole beside the adapter there, as in PEFT"):
+    with pytest.warns(UserWarning, match=r"fc1 beside the adapter there, as in PEFT"):
         graphpeft.get_peft_model(VIT.build(), graphpeft.LoraConfig(**VIT.lora | options))
     ours = graphpeft.PeftModel.from_pretrained(VIT.build(), tmp_path)
     assert_same_outputs(ours, theirs, VIT)
@@ -267,7 +267,7 @@ def test_a_layer_that_ends_in_an_entry_of_modules_to_save_is_refused() -> None:
     options: dict[str, Any] = {"target_modules": ["down"], "modules_to_save": ["wn"]}
     with pytest.raises(TypeError, match="cannot be applied"):
         adapted_by_peft(MLP, **options)
-    with pytest.raises(graphpeft.AdaptError, match="down: modules_to_save trains it whole"):
+    with pytest.raises(graphpeft.AdaptError, match="down: modules_to_save trains it fully"):
         graphpeft.get_peft_model(MLP.build(), graphpeft.LoraConfig(**MLP.lora | options))
 
 

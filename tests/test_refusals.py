@@ -549,10 +549,10 @@ def test_a_model_without_adapters_says_so() -> None:
         graphpeft.get_peft_model_state_dict(model)
 
 
-def test_two_adapters_dont_train_one_module_whole_at_the_same_time() -> None:
+def test_two_adapters_dont_fully_train_one_module_at_the_same_time() -> None:
     model = adapted()
     model.add_adapter("second", LoraConfig(target_modules=["down"], modules_to_save=["head"]))
-    with refused(model, AdaptError, "'first'", "'second'", "head", "whole"):
+    with refused(model, AdaptError, "'first'", "'second'", "head", "fully"):
         model.set_adapter(["first", "second"])
 
 

@@ -241,7 +241,7 @@ def test_copies_of_modules_that_two_adapters_train_whole_are_not_combined():
     options = {"r": 2, "target_modules": ["up"], "modules_to_save": ["head"]}
     model = with_adapters(graphpeft, MLP.build(), options, options, {"r": 2, "target_modules": ["up"]})
     before = snapshot(model)
-    with pytest.raises(AdaptError, match=r"'u' and 'v' both train head\.weight whole"):
+    with pytest.raises(AdaptError, match=r"'u' and 'v' both fully train head\.weight"):
         model.add_weighted_adapter(["u", "v"], [1, 1], "new")
     assert_unchanged(model, before)
     model.add_weighted_adapter(["u", "w"], [1, 0], "new", "linear")
@@ -716,7 +716,7 @@ WITH_TENSORS_OF_THEIR_OWN: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "own", WITH_TENSORS_OF_THEIR_OWN, ids=lambda own: list(own)[1] + "-" + str(list(own.values())[1])
 )
-def test_rows_have_the_tensors_that_stand_in_for_the_models_own(own: dict[str, Any], active: str):
+def test_rows_have_the_tensors_that_override_the_models_own(own: dict[str, Any], active: str):
     plain, other = {"r": 4, "target_modules": ["q_proj", "up_proj", "lm_head"]}, own | {"r": 2}
     base = transformers.LlamaForCausalLM(llama_config(attention_bias=True, mlp_bias=True)).eval()
     model = with_adapters(graphpeft, base, plain, other, other)
@@ -1114,7 +1114,7 @@ def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
     model.add_adapter("head", graphpeft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.set_adapter(["default", "head"])
     before, parameters = snapshot(model), dict(model.named_parameters())
-    with pytest.raises(AdaptError, match="both train lm_head whole"):
+    with pytest.raises(AdaptError, match="both fully train lm_head"):
         graphpeft.hotswap_adapter(model, wider, "default")
     with pytest.raises(AdaptError, match="has no adapter 'x'"):
         graphpeft.hotswap_adapter(model, first, "x")

@@ -237,7 +237,7 @@ def test_one_is_merged_beside_rows_that_go_on_acting() -> None:
 
 def test_what_would_have_no_effect_is_not_merged_in_place() -> None:
     model = with_plain(lora(trainable_token_indices=[3, 5]))
-    with refused(model, AdaptError, "'odd' trains model.embed_tokens whole or by rows, .*activate it with set_adapter"):
+    with refused(model, AdaptError, "'odd' trains model.embed_tokens fully or by rows, .*activate it with set_adapter"):
         model.merge_adapter(["odd"])
     model = with_plain(lora(trainable_token_indices=[3, 5]), target_modules=["embed_tokens"])
     model.set_adapter(["plain", "odd"])

@@ -482,7 +482,7 @@ def test_lifting_reads_the_modules_own_tensors_not_another_adapters():
     assert torch.equal(model(X), base)
 
 
-def test_a_buffer_that_a_forward_assigns_moves_the_stand_in_alone():
+def test_a_buffer_that_a_forward_assigns_moves_the_override_alone():
     def forward(self, x):
         self.mean = 0.5 * self.mean + x.mean()
         return x * self.scale
@@ -494,7 +494,7 @@ def test_a_buffer_that_a_forward_assigns_moves_the_stand_in_alone():
     assert adapted.unload()[1].mean == 0
 
 
-def test_a_state_dict_that_is_assigned_reaches_the_tensors_behind_stand_ins():
+def test_a_state_dict_that_is_assigned_reaches_the_tensors_behind_overrides():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", modules_to_save=["1"]))
     expected = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.load_state_dict(expected, assign=True)
@@ -886,7 +886,7 @@ def test_what_is_checkpointed_in_a_module_that_is_called_on_its_weights_has_its_
     laws.require_close(gradients_of(False), gradients_of(None), 1e-6, "the gradients")
 
 
-def test_an_adapter_acts_on_a_weight_that_another_one_trains_whole():
+def test_an_adapter_acts_on_a_weight_that_another_one_fully_trains():
     model: Any = nn.Sequential(Opaque(), nn.Linear(4, 4))
     get_peft_model(model, lora("l"))
     model.add_adapter("whole", lora("1", modules_to_save=["l"]))

@@ -1,4 +1,4 @@
-"""Lets exactly some adapters act: their nodes are in the graphs, and modules read their stand-ins and rows.
+"""Lets exactly some adapters act: their nodes are in the graphs, and modules read their overrides and rows.
 
 A region without any runs its own class's code again, so a disabled adapter costs nothing.
 """
@@ -13,7 +13,7 @@ from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.graph import in_place, slots, stand_ins
+from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template, refuse_other_options
 from graphpeft.transaction import delete_item, set_attribute
@@ -23,9 +23,9 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     """Makes exactly the adapters `wanted` act, in their order; those that are merged are in the weights already.
 
     Raises:
-        AdaptError: If two of them have stand-ins for the same tensor; the model is as it was.
+        AdaptError: If two of them have overrides of the same tensor; the model is as it was.
     """
-    readers = stand_in_readers(adapters, wanted)
+    readers = override_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)
     templates = templates_with(adapters, seats, modules)
@@ -46,13 +46,13 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
-    paths = {path for adapter in changing for path in (*adapter.stand_ins, *adapter.rows)}
+    paths = {path for adapter in changing for path in (*adapter.overrides, *adapter.rows)}
     for path in paths & modules.keys():
         if path in readers or path in row_readers:
-            others = {own: stand_ins.stand_in(own, name) for own, name in readers.get(path, {}).items()}
-            stand_ins.read(modules[path], others, tuple(row_readers.get(path, ())))
+            others = {own: overrides.override_name(own, name) for own, name in readers.get(path, {}).items()}
+            overrides.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
-            stand_ins.read_own(modules[path])
+            overrides.read_own(modules[path])
     set_attribute(adapters, "slots", seats)
     set_attribute(adapters, "read", wanted)
 
@@ -104,11 +104,11 @@ def _slot_layers(
             yield path, slots.layer_for(kept | own)
 
 
-def stand_in_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:
-    """Returns the adapter whose stand-in is read for a tensor, by the path of its module and its name."""
+def override_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:
+    """Returns the adapter whose override is read for a tensor, by the path of its module and its name."""
     readers: dict[str, dict[str, str]] = {}
     for name in wanted:
-        for path, names in adapters.by_name[name].stand_ins.items():
+        for path, names in adapters.by_name[name].overrides.items():
             for own in names:
                 other = readers.setdefault(path, {}).setdefault(own, name)
                 if other != name:
@@ -124,16 +124,16 @@ def _row_readers(adapters: Adapters, wanted: list[str]) -> dict[str, list[tuple[
     for name in wanted:
         for path, rows in adapters.by_name[name].rows.items():
             before = {index for _, indices in readers.get(path, ()) for index in indices}
-            whole = [other for other in wanted if "weight" in adapters.by_name[other].stand_ins.get(path, ())]
-            if whole or not before.isdisjoint(rows.indices):
+            overriding = [other for other in wanted if "weight" in adapters.by_name[other].overrides.get(path, ())]
+            if overriding or not before.isdisjoint(rows.indices):
                 raise AdaptError(
                     f"{name!r} and another of {wanted} both train rows of {path}; only one of them can be active"
                 )
-            readers.setdefault(path, []).append((stand_ins.rows(name), rows.indices))
+            readers.setdefault(path, []).append((overrides.rows(name), rows.indices))
     return readers
 
 
 def _both_do(one: Adapter, other: Adapter, path: str, name: str) -> str:
-    if all(name in adapter.whole.get(path, ()) for adapter in (one, other)):
-        return f"train {path} whole"
+    if all(name in adapter.fully_trained.get(path, ()) for adapter in (one, other)):
+        return f"fully train {path}"
     return f"have another tensor in the place of {join(path, name)}"

@@ -17,10 +17,10 @@ from graphpeft.adapters.training import has_penalty
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.report import listed
 from graphpeft.sites.site import Site
 from graphpeft.targeting.targeting import unmatched_entries
 from graphpeft.transaction import set_attribute, set_item, transaction
+from graphpeft.wording import joined
 
 Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
@@ -87,7 +87,7 @@ def add_new(
         plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
         refuse(plan)
         warn_of_unmatched(config, plan, stacklevel=4)
-        warn_of_adapted_and_trained_whole(plan, stacklevel=4)
+        warn_of_adapted_and_fully_trained(plan, stacklevel=4)
         carry_out(model, adapter_name, plan, None, activates, methods, replication)
 
 
@@ -151,7 +151,7 @@ def refuse(plan: Plan) -> None:
         raise AdaptError(plan.report.nothing_matched)
     refused = plan.report.refused
     if refused:
-        reasons = listed([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
+        reasons = joined([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
         ways_out = "; ".join(dict.fromkeys(refusal.way_out for refusal in refused))
         raise AdaptError(f"can't adapt {reasons}. Ways out: {ways_out}.")
 
@@ -204,13 +204,13 @@ def warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> No
         warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
 
 
-def warn_of_adapted_and_trained_whole(plan: Plan, stacklevel: int = 3) -> None:
+def warn_of_adapted_and_fully_trained(plan: Plan, stacklevel: int = 3) -> None:
     """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
     sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
-    both = [site.label for site in sites if site.attribute in plan.whole.get(site.owner, ())]
+    both = [site.label for site in sites if site.attribute in plan.fully_trained.get(site.owner, ())]
     if both:
         warnings.warn(
-            f"modules_to_save={plan.config.modules_to_save} trains {listed(both)} whole beside the adapter there, as "
+            f"modules_to_save={plan.config.modules_to_save} fully trains {joined(both)} beside the adapter there, as "
             "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
             stacklevel=stacklevel,
         )

@@ -17,9 +17,9 @@ from graphpeft.graph.template import Graphs, Template
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import asked_by
-from graphpeft.rules.report import listed
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.parts import is_view
+from graphpeft.wording import joined
 
 
 def itself(module: nn.Module) -> nn.Module:
@@ -39,13 +39,13 @@ def at_once(
     regions: Mapping[tuple[str, str], set[str]],
 ) -> Template | str:
     """Returns the graph that runs all rows at once in a region, or the reason why there is none."""
-    joined = _joined_sites(by_name)
-    if joined is None:
+    in_one = _joined_sites(by_name)
+    if in_one is None:
         rules = {type(adapted.rule).__name__ for sites in by_name.values() for adapted in sites}
-        return f"{listed(sorted(rules))} has no by_row for what the adapters do there"
-    if _rearranges(plain, module, region, joined):
+        return f"{joined(sorted(rules))} has no by_row for what the adapters do there"
+    if _rearranges(plain, module, region, in_one):
         return "an operation reads another view of a tensor, whose first dimension may not be the batch"
-    return _by_row(plain, module, region, joined, regions)
+    return _by_row(plain, module, region, in_one, regions)
 
 
 def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[AdaptedSite, Any]] | None:

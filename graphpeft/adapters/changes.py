@@ -10,7 +10,7 @@ import torch
 from graphpeft.adapters.plan import HALVES, AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
-from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import changes_bias

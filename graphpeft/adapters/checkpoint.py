@@ -20,14 +20,13 @@ from graphpeft.adapters.tensors import is_same
 from graphpeft.files.atomic_files import read_together, waiting
 from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
 from graphpeft.graph.paths import join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
-from graphpeft.rules.report import listed
 from graphpeft.targeting import embedding_layers
-from graphpeft.wording import shortened
+from graphpeft.wording import joined, shortened
 
 
 def state_dict_of(
@@ -57,12 +56,12 @@ def state_dict_of(
     places = list(named.values())
     if state_dict is None:
         tensors = {
-            (path, attribute): stand_ins.tensor_of(modules[path], attribute).detach() for path, attribute in places
+            (path, attribute): overrides.tensor_of(modules[path], attribute).detach() for path, attribute in places
         }
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
-            raise CheckpointError(f"the state_dict lacks {listed(lacking)}; pass that of the whole adapted model")
+            raise CheckpointError(f"the state_dict lacks {joined(lacking)}; pass that of the whole adapted model")
         tensors = {place: state_dict[join(*place)] for place in places}
     tensors |= {place: originals[place].detach() for place in places if place in originals}
     derived: dict[str, torch.Tensor] = {}
@@ -94,10 +93,13 @@ def fitted(
     """
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
-    dtypes = {(path, stand_ins.stand_in(own, name)): tensor.dtype for path, own, tensor in _whole(adapter, modules)}
+    dtypes = {
+        (path, overrides.override_name(own, name)): tensor.dtype
+        for path, own, tensor in _fully_trained(adapter, modules)
+    }
     dtypes |= {place: spec.dtype for place, spec in _specs(adapter) if spec.dtype is not None}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
-    own = {place: stand_ins.tensor_of(modules[place[0]], place[1]) for place in base.values()}
+    own = {place: overrides.tensor_of(modules[place[0]], place[1]) for place in base.values()}
     shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
@@ -116,9 +118,9 @@ def fitted(
         for key, dtype in wanted.items()
         if not _becomes(values[key].dtype, dtype)
     ]
-    problems = [f"lacks {listed(lacking)}"] if lacking else []
-    problems += [f"has what the model has no place for: {listed(needless)}"] if needless else []
-    problems += [f"has {listed(misshapen)}"] if misshapen else []
+    problems = [f"lacks {joined(lacking)}"] if lacking else []
+    problems += [f"has what the model has no place for: {joined(needless)}"] if needless else []
+    problems += [f"has {joined(misshapen)}"] if misshapen else []
     if problems:
         raise CheckpointError(
             f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
@@ -174,11 +176,11 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
     ]
     if adapter.config.keeps_tied:
         copies: dict[int, tuple[str, str]] = {}
-        for path, own, tensor in _whole(adapter, modules):
-            place = path, stand_ins.stand_in(own, name)
+        for path, own, tensor in _fully_trained(adapter, modules):
+            place = path, overrides.override_name(own, name)
             tied.append((place, copies.setdefault(id(tensor), place)))
     tied += [
-        ((path, stand_ins.rows(name)), (rows.leader, stand_ins.rows(name)))
+        ((path, overrides.rows(name)), (rows.leader, overrides.rows(name)))
         for path, rows in adapter.rows.items()
         if rows.key
     ]
@@ -213,22 +215,22 @@ def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tup
     forms = _forms(adapter)
     for place, spec in _specs(adapter):
         yield place, forms[place].shape if place in forms else spec.shape
-    for path, own, tensor in _whole(adapter, modules):
-        yield (path, stand_ins.stand_in(own, name)), tuple(tensor.shape)
+    for path, own, tensor in _fully_trained(adapter, modules):
+        yield (path, overrides.override_name(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():
-        yield (path, stand_ins.rows(name)), (len(rows.indices), stand_ins.tensor_of(modules[path], "weight").shape[1])
+        yield (path, overrides.rows(name)), (len(rows.indices), overrides.tensor_of(modules[path], "weight").shape[1])
 
 
 def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
-    for path, own, tensor in _whole(adapter, modules):
+    for path, own, tensor in _fully_trained(adapter, modules):
         if own in modules[path]._non_persistent_buffers_set:
-            yield (path, stand_ins.stand_in(own, name)), tensor
+            yield (path, overrides.override_name(own, name)), tensor
 
 
-def _whole(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for path, names in adapter.whole.items():
+def _fully_trained(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for path, names in adapter.fully_trained.items():
         for own in names:
-            yield path, own, stand_ins.tensor_of(modules[path], own)
+            yield path, own, overrides.tensor_of(modules[path], own)
 
 
 # files
@@ -282,7 +284,7 @@ def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike
     found = load(folder)
     wrong = [key for key in tensors if key not in found or found[key].shape != tensors[key].shape]
     if wrong:
-        raise CheckpointError(f"the first values in {folder} are another adapter's: {listed(wrong)} differ in shape")
+        raise CheckpointError(f"the first values in {folder} are another adapter's: {joined(wrong)} differ in shape")
     return {key: found[key].to(tensor.device, tensor.dtype) for key, tensor in tensors.items()}
 
 

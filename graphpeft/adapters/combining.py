@@ -13,12 +13,12 @@ from graphpeft.adapters import adapter_names, changes
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
 from graphpeft.graph.paths import join
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.report import listed
 from graphpeft.sites.site import LeafSite
+from graphpeft.wording import joined
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -59,33 +59,33 @@ def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) 
     for name, source in zip(names, sources, strict=True):
         if source.rows:
             raise AdaptError(
-                f"{name!r} trains rows of {listed(list(source.rows))}, which can't be combined yet; leave it out"
+                f"{name!r} trains rows of {joined(list(source.rows))}, which can't be combined yet; leave it out"
             )
         if source.replaced:
             raise AdaptError(
-                f"{name!r} has taken a part of {listed(list(source.replaced))}, so it can't be combined with others "
+                f"{name!r} has taken a part of {joined(list(source.replaced))}, so it can't be combined with others "
                 "yet; save it with path_initial_model_for_weight_conversion, and load that in its place"
             )
         calls = [adapted.site.label for adapted in source.sites if isinstance(adapted.site, LeafSite)]
         if calls:
-            raise AdaptError(f"{name!r} adapts the calls of {listed(calls)}, which can't be combined yet; leave it out")
+            raise AdaptError(f"{name!r} adapts the calls of {joined(calls)}, which can't be combined yet; leave it out")
     _refuse_shared_copies(names, sources)
     sites = {adapted.site.name: adapted.site for source in sources for adapted in source.sites}
     try:
         return sources[0].config.combined([source.config for source in sources], list(sites.values()), how)
     except ValueError as error:
-        raise AdaptError(f"can't combine {listed([repr(name) for name in names])}: {error}") from error
+        raise AdaptError(f"can't combine {joined([repr(name) for name in names])}: {error}") from error
 
 
 def _refuse_shared_copies(names: Sequence[str], sources: Sequence[Adapter]) -> None:
     trained: dict[tuple[str, str], str] = {}
     for name, source in zip(names, sources, strict=True):
-        for path, own_names in source.whole.items():
+        for path, own_names in source.fully_trained.items():
             for own in own_names:
                 first = trained.setdefault((path, own), name)
                 if first != name:
                     raise AdaptError(
-                        f"{first!r} and {name!r} both train {join(path, own)} whole, and copies of a tensor can't be "
+                        f"{first!r} and {name!r} both fully train {join(path, own)}, and copies of a tensor can't be "
                         "combined; train it in one of them"
                     )
 
@@ -113,7 +113,7 @@ def combined_values(
     planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
-        raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {listed(odd)}")
+        raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {joined(odd)}")
     # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
     first_values(plan, modules)
     values: Tensors = {}
@@ -123,7 +123,7 @@ def combined_values(
         try:
             made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
         except ValueError as error:
-            raise AdaptError(f"can't combine {listed([repr(name) for name in weights])}: {error}") from error
+            raise AdaptError(f"can't combine {joined([repr(name) for name in weights])}: {error}") from error
         values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
     return values | _copies(modules, sources, plan)
 
@@ -147,12 +147,12 @@ def _parts(
 
 
 def _copies(modules: Modules, sources: Mapping[str, Adapter], plan: Plan) -> Tensors:
-    """Returns what the sources have for tensors that are trained whole; where none has it, the tensor itself."""
+    """Returns what the sources have for tensors that are fully trained; where none has it, the tensor itself."""
     values: Tensors = {}
-    for path, names in plan.whole.items():
+    for path, names in plan.fully_trained.items():
         for own in names:
-            holder = next((name for name, source in sources.items() if own in source.whole.get(path, ())), None)
-            attribute = own if holder is None else stand_ins.stand_in(own, holder)
-            tensor = stand_ins.tensor_of(modules[path], attribute)
-            values[path, stand_ins.stand_in(own, plan.report.adapter)] = tensor.detach()
+            holder = next((name for name, source in sources.items() if own in source.fully_trained.get(path, ())), None)
+            attribute = own if holder is None else overrides.override_name(own, holder)
+            tensor = overrides.tensor_of(modules[path], attribute)
+            values[path, overrides.override_name(own, plan.report.adapter)] = tensor.detach()
     return values

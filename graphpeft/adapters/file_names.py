@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
 from graphpeft.graph.paths import join
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.patterns import Pattern
@@ -37,16 +37,16 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
             elif spec.is_saved:
                 key = _key_at_site(adapted.site, spec.key, wrapped, prefix)
                 found[key] = (adapted.site.owner, adapted.names[local])
-    for owner, names in adapter.whole.items():
+    for owner, names in adapter.fully_trained.items():
         path = _file_path(owner, wrapped, adapter.infixes) + ".base_layer" * len(wrapped.get(owner, ()))
         for own in names:
             if own not in modules[owner]._non_persistent_buffers_set:
                 key = _key(prefix, path, own)
-                found[key] = (owner, stand_ins.stand_in(own, name))
+                found[key] = (owner, overrides.override_name(own, name))
     for path, rows in adapter.rows.items():
         if rows.key:
             key = _key(prefix, _file_path(path, wrapped), rows.key)
-            found[key] = (path, stand_ins.rows(name))
+            found[key] = (path, overrides.rows(name))
     return found
 
 
@@ -73,7 +73,7 @@ def keys_of_layers(adapter: Adapter, modules: Modules, paths: Iterable[str]) -> 
     for path in paths:
         inside = _file_path(path, wrapped) + ".base_layer" * len(wrapped.get(path, ()))
         for own in ("weight", "bias"):
-            if modules[path]._parameters.get(own) is not None and own not in adapter.whole.get(path, ()):
+            if modules[path]._parameters.get(own) is not None and own not in adapter.fully_trained.get(path, ()):
                 found[_key(adapter.config.file_prefix, inside, own)] = (path, own)
     return found
 

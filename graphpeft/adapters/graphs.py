@@ -18,8 +18,8 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template, names_in_slots, template_of
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.report import listed
 from graphpeft.rules.rule import Mergeable, changes_bias
+from graphpeft.wording import joined
 
 
 def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[str, int]:
@@ -106,7 +106,7 @@ def _refuse_moved(name: str, regions: Iterable[str], modules: Modules) -> None:
     moved = sorted(path for path in elsewhere if name in names_in_slots(modules[path]).values())
     if moved:
         raise AdaptError(
-            f"adapter {name!r} acts on {listed(moved)}, which had another place in the model when it was adapted; put "
+            f"adapter {name!r} acts on {joined(moved)}, which had another place in the model when it was adapted; put "
             "that back before you change what acts, and move it afterwards"
         )
 

@@ -19,8 +19,8 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import set_trainable
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
-from graphpeft.rules.report import listed
 from graphpeft.transaction import remember, set_attribute, set_item, transaction, undone_by
+from graphpeft.wording import joined
 
 
 def hotswap_adapter(
@@ -81,7 +81,7 @@ def hotswap_adapter(
     if of_base:
         raise AdaptError(
             f"the file of {adapter_name!r}, or of the saved one, has other values of the model's own "
-            f"{listed(of_base)}, which can't be swapped; delete the one and load the other"
+            f"{joined(of_base)}, which can't be swapped; delete the one and load the other"
         )
     saved.refuse_two_saves(model_name_or_path)
     if _have_same_places(adapter, plan):
@@ -98,7 +98,7 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
     for adapted in (*adapter.sites, *plan.sites):
         if adapted.replaced or any(not spec.is_saved for spec in adapted.specs.values()):
             return False  # what is left of a weight, and what no file has, is worked out anew
-    others = (adapter.whole, adapter.rows, adapter.infixes) == (plan.whole, plan.rows, plan.infixes)
+    others = (adapter.fully_trained, adapter.rows, adapter.infixes) == (plan.fully_trained, plan.rows, plan.infixes)
     return others and places(adapter.sites) == places(plan.sites)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from graphpeft.adapters import own_state
-from graphpeft.adapters.acting import let_act, stand_in_readers
+from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
@@ -23,7 +23,6 @@ from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.graph import slots
 from graphpeft.graph.template import template_of
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.report import listed
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -34,6 +33,7 @@ from graphpeft.transaction import (
     transaction,
     undone_by,
 )
+from graphpeft.wording import joined
 
 T = TypeVar("T")
 
@@ -123,10 +123,10 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
-        AdaptError: If two of them have stand-ins for the same tensor.
+        AdaptError: If two of them have overrides of the same tensor.
     """
     wanted = list(dict.fromkeys(names))
-    stand_in_readers(adapters, wanted)
+    override_readers(adapters, wanted)
     if wanted != adapters.active:
         _unmerge_first(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else wanted)
@@ -185,7 +185,7 @@ def _modules_of(model: nn.Module) -> Modules:
 
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
     if adapters.merged:
-        warnings.warn(f"{listed(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
+        warnings.warn(f"{joined(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
         unmerge(modules, adapters)
 
 

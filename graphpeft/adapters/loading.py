@@ -15,8 +15,8 @@ from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.given_config import ConfigLike, as_config
-from graphpeft.rules.report import listed
 from graphpeft.transaction import transaction
+from graphpeft.wording import joined
 
 
 def load(
@@ -87,6 +87,6 @@ def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Te
     replaced = [".".join(place) for place in values if place not in own]
     if others and replaced:
         raise checkpoint.CheckpointError(
-            f"the adapter's file holds other values of the model's own {listed(replaced)}, with which its adapters "
-            f"{listed(others)} would compute something else; load it on a model of its own"
+            f"the adapter's file holds other values of the model's own {joined(replaced)}, with which its adapters "
+            f"{joined(others)} would compute something else; load it on a model of its own"
         )

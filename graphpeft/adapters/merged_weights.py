@@ -16,7 +16,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Modules
 from graphpeft.adapters.tensors import is_same
 from graphpeft.graph import in_place
-from graphpeft.graph.stand_ins import own_parameter
+from graphpeft.graph.overrides import own_parameter
 
 
 def guard(modules: Modules, places: Iterable[tuple[str, str]]) -> None:

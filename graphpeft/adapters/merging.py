@@ -14,28 +14,28 @@ from typing import Any
 import torch
 
 from graphpeft.adapters import merged_weights
-from graphpeft.adapters.acting import let_act, stand_in_readers
+from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
-from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
-from graphpeft.rules.report import listed
 from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_attribute, set_item
+from graphpeft.wording import joined
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Adds the changes of adapters to the weights, and writes their stand-ins over the tensors themselves.
+    """Adds the changes of adapters to the weights, and writes their overrides over the tensors themselves.
 
     Raises:
-        AdaptError: If a weight is tied to another one, which would change too, or two adapters have stand-ins for the
+        AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
             same tensor.
     """
     merged = list(dict.fromkeys(names))
@@ -44,15 +44,15 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     with torch.no_grad():
         # these first, since they are what the changes are changes of
         for name in merged:
-            for path, own_names in adapters.by_name[name].stand_ins.items():
-                for own, other in stand_ins.own_and_stand_in(modules[path], own_names, name):
+            for path, own_names in adapters.by_name[name].overrides.items():
+                for own, other in overrides.own_and_override(modules[path], own_names, name):
                     remember(own)
                     own.copy_(other)
             for path, rows in adapters.by_name[name].rows.items():
                 table = own_parameter(modules[path], "weight")
-                values = own_parameter(modules[path], stand_ins.rows(name))
+                values = own_parameter(modules[path], overrides.rows(name))
                 remember(table)
-                table.copy_(stand_ins.put_rows(table, rows.indices, values))
+                table.copy_(overrides.put_rows(table, rows.indices, values))
         for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
@@ -62,7 +62,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
 def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Adds the changes of adapters to the weights until `unmerge`; nodes of theirs leave the graphs.
 
-    Stand-ins and rows are read as before: what is trained as it is needs no merging.
+    Overrides and rows are read as before: what is trained as it is needs no merging.
 
     Raises:
         AdaptError: As `merge` does, or if a change would go unread, or a disabled model would compute it.
@@ -172,18 +172,19 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
         adapter = adapters.by_name[name]
         if adapter.replaced:
             raise AdaptError(
-                f"{name!r} has taken a part of {listed(list(adapter.replaced))}, so it can't be merged in place; leave "
+                f"{name!r} has taken a part of {joined(list(adapter.replaced))}, so it can't be merged in place; leave "
                 "it active, or call merge_and_unload()"
             )
-        if (adapter.whole or adapter.rows) and name not in adapters.active:
+        if (adapter.fully_trained or adapter.rows) and name not in adapters.active:
+            trained = joined([path or "the model" for path in (*adapter.fully_trained, *adapter.rows)])
             raise AdaptError(
-                f"{name!r} trains {listed([path or 'the model' for path in (*adapter.whole, *adapter.rows)])} whole or "
-                "by rows, which are read while it is active alone; activate it with set_adapter before you merge it"
+                f"{name!r} trains {trained} fully or by rows, which are read while it is active alone; "
+                "activate it with set_adapter before you merge it"
             )
         tied = ((adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites)
         for owner, attribute in (*changed_places(modules, adapter), *tied):
             for other in (adapters.by_name[active] for active in adapters.active):
-                if attribute in other.stand_ins.get(owner, ()) or (owner in other.rows and attribute == "weight"):
+                if attribute in other.overrides.get(owner, ()) or (owner in other.rows and attribute == "weight"):
                     raise AdaptError(
                         f"an active adapter has another tensor, or other rows, in the place of "
                         f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
@@ -226,7 +227,7 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
     for name in names:
         _refuse_unmergeable(adapters.by_name[name], name)
-    stand_in_readers(adapters, names)
+    override_readers(adapters, names)
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
@@ -247,7 +248,7 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
                 if change is not None and not torch.isfinite(change).all():
                     raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
         for path in adapters.by_name[name].rows:
-            if not torch.isfinite(getattr(modules[path], stand_ins.rows(name))).all():
+            if not torch.isfinite(getattr(modules[path], overrides.rows(name))).all():
                 raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
 
 
@@ -284,10 +285,10 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
             if tensor is not None:
                 holders.setdefault(memory_of(tensor), []).append((path, own))
     changed = dict.fromkeys(changed_places(modules, adapter))
-    changed |= {(path, own): None for path, names in adapter.stand_ins.items() for own in names}
+    changed |= {(path, own): None for path, names in adapter.overrides.items() for own in names}
     changed |= {(path, "weight"): None for path in adapter.rows}
     for path, own in changed:
-        holding = holders.get(memory_of(stand_ins.tensor_of(modules[path], own)), ())
+        holding = holders.get(memory_of(overrides.tensor_of(modules[path], own)), ())
         others = [place for place in holding if place != (path, own)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
@@ -306,8 +307,8 @@ def _changes_alike(
     (path, own), (other_path, other_own) = place, other
     if own == other_own == "weight" and path in adapter.rows and other_path in adapter.rows:
         return adapter.rows[path].leader == adapter.rows[other_path].leader
-    if own in adapter.whole.get(path, ()) and other_own in adapter.whole.get(other_path, ()):
-        copies = (stand_ins.tensor_of(modules[at], stand_ins.stand_in(what, name)) for at, what in (place, other))
+    if own in adapter.fully_trained.get(path, ()) and other_own in adapter.fully_trained.get(other_path, ()):
+        copies = (overrides.tensor_of(modules[at], overrides.override_name(what, name)) for at, what in (place, other))
         return memory_of(next(copies)) == memory_of(next(copies))
     tied = (a for a in adapter.weight_sites if a.shared and (a.site.owner, a.site.attribute) == other)
     return any(adapted.site.tied_to == path and _has_shared(modules, adapted) for adapted in tied)

@@ -34,11 +34,11 @@ from graphpeft.graph import in_place
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.report import listed
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite, NoSiteError
 from graphpeft.transaction import transaction
+from graphpeft.wording import joined
 
 _MOST_MIXTURES = 64
 """For how many sets of adapters it is remembered how regions run."""
@@ -109,7 +109,7 @@ def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:
 def _refuse_merged(adapters: Adapters) -> None:
     if adapters.merged:
         raise AdaptError(
-            f"{listed(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"
+            f"{joined(adapters.merged)} are merged into the weights, which all rows share; call unmerge_adapter() first"
         )
 
 
@@ -158,7 +158,7 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
     given = [read for adapted in adapter.sites for read in adapted.rule.call_inputs]
     if given:
         raise AdaptError(
-            f"adapter {name!r} reads {listed(list(dict.fromkeys(given)))} of a whole batch, so it can't be one of "
+            f"adapter {name!r} reads {joined(list(dict.fromkeys(given)))} of a whole batch, so it can't be one of "
             "several in a batch; activate it with set_adapter, for all rows"
         )
     if any(isinstance(adapted.site, CallSite) for adapted in adapter.sites):
@@ -170,7 +170,7 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
 
 def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
     """Returns the names of the tensors that are others, or have other rows, for an adapter, by their module's path."""
-    return adapter.stand_ins | {path: (*adapter.stand_ins.get(path, ()), "weight") for path in adapter.rows}
+    return adapter.overrides | {path: (*adapter.overrides.get(path, ()), "weight") for path in adapter.rows}
 
 
 def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> _Known:
@@ -261,7 +261,7 @@ def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
     _refuse_adapter(adapters.by_name[name], name)
     if _reads(adapters.by_name[name]):
         raise AdaptError(
-            f"{listed(list(_reads(adapters.by_name[name])))} have tensors of their own for {name!r}, with which rows "
+            f"{joined(list(_reads(adapters.by_name[name])))} have tensors of their own for {name!r}, with which rows "
             "run in turn; only what adapters add can differ in rows that run at once"
         )
     by_region: dict[str, dict[str, list[AdaptedSite]]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.graph import in_place, stand_ins
+from graphpeft.graph import in_place, overrides
 
 
 def add(module: nn.Module, names: Collection[str]) -> None:
@@ -49,10 +49,10 @@ def _layer(names: tuple[str, ...]) -> in_place.Layer:
 
 def _save(module: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
     # the class's own may read attributes, in whose place an adapter has others
-    itself: Any = stand_ins.with_tensors(module, {})
+    itself: Any = overrides.with_tensors(module, {})
     itself._save_to_state_dict(destination, prefix, keep_vars)
     for name in _names(module):
-        tensor = stand_ins.tensor_of(module, name)
+        tensor = overrides.tensor_of(module, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
 

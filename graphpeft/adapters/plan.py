@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from graphpeft.graph import ops, stand_ins
+from graphpeft.graph import ops, overrides
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.template import Template
@@ -24,13 +24,14 @@ from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ReplacesWeight, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
+from graphpeft.targeting.full_training import TrainedRows, full_training, trained_rows
 from graphpeft.targeting.patterns import PatternError
-from graphpeft.targeting.trained_whole import TrainedRows, trained_rows, trained_whole
+from graphpeft.wording import joined
 
 
 class AdaptError(ValueError):
@@ -71,7 +72,7 @@ class Plan:
         report: The same for a person to read, with what is refused.
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
-        whole: The tensors that are trained whole: names by the path of their module.
+        fully_trained: The tensors that are fully trained: names by the path of their module.
         infixes: What stands in files behind the paths of such modules, where something does.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
@@ -83,7 +84,7 @@ class Plan:
     report: Report
     sites: list[AdaptedSite] = field(default_factory=list)
     templates: dict[str, Template] = field(default_factory=dict)
-    whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fully_trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
@@ -148,11 +149,11 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    plan.whole, plan.infixes = trained_whole(plan.config, finder.modules, weights, plan.report, owned)
+    plan.fully_trained, plan.infixes = full_training(plan.config, finder.modules, weights, plan.report, owned)
     _refuse_replaced_twice(plan)
-    plan.report.trained_whole = [join(path, name) for path, names in plan.whole.items() for name in names]
-    plan.rows = trained_rows(plan.config, finder.modules, weights, plan.whole, plan.report)
-    plan.report.trained_whole += [
+    plan.report.fully_trained = [join(path, name) for path, names in plan.fully_trained.items() for name in names]
+    plan.rows = trained_rows(plan.config, finder.modules, weights, plan.fully_trained, plan.report)
+    plan.report.fully_trained += [
         f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
 
@@ -176,7 +177,7 @@ def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owne
     """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
     kept = [site for site in sites if where(site)]
     if not kept:
-        plan.report.nothing_matched = f"where holds for none of {listed([site.name for site in sites])}"
+        plan.report.nothing_matched = f"where holds for none of {joined([site.name for site in sites])}"
         plan.report.refused.append(Refusal("where", plan.report.nothing_matched, "let where hold for some sites"))
     elif len(kept) < len(sites):
         _refuse_untied(kept, sites)
@@ -212,7 +213,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}
     if replaced:
-        reason = stand_ins.refusal(plan.modules[site.owner])
+        reason = overrides.refusal(plan.modules[site.owner])
     if reason is not None:
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return
@@ -250,7 +251,7 @@ def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config
 def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping[str, str]:
     if not isinstance(rule, ReplacesWeight) or not rule.replaces(site, config):
         return {}
-    return {site.attribute: stand_ins.stand_in(site.attribute, adapter)}
+    return {site.attribute: overrides.override_name(site.attribute, adapter)}
 
 
 def _shared(
@@ -289,11 +290,11 @@ def _unlike(one: Scoped, other: Scoped) -> bool:
 
 
 def _refuse_replaced_twice(plan: Plan) -> None:
-    """Refuses sites whose weight has a frozen stand-in and is to be trained whole."""
+    """Refuses sites whose weight has a frozen override and is to be fully trained."""
     for adapted in plan.sites:
-        both = set(adapted.replaced) & set(plan.whole.get(adapted.site.owner, ()))
+        both = set(adapted.replaced) & set(plan.fully_trained.get(adapted.site.owner, ()))
         if both:
-            reason = f"modules_to_save trains its {both.pop()} whole, in whose place the adapter has a frozen one"
+            reason = f"modules_to_save fully trains its {both.pop()}, in whose place the adapter has a frozen one"
             plan.report.refused.append(Refusal(adapted.site.name, reason, adapted.site.way_out))
 
 

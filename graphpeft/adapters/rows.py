@@ -12,7 +12,7 @@ from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.report import listed
+from graphpeft.wording import joined
 
 Runner = Callable[..., Any]
 """Runs a region on a mixed batch; its first argument is the module."""
@@ -126,7 +126,7 @@ class Rows:
 
     def _refuse(self, names: Sequence[str], how: str) -> None:
         raise AdaptError(
-            f"since this batch was given adapters by row, {listed(list(names))} were {how}; leave mixed_batch, and "
+            f"since this batch was given adapters by row, {joined(list(names))} were {how}; leave mixed_batch, and "
             "enter it anew"
         )
 

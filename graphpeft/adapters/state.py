@@ -13,14 +13,14 @@ from torch import nn
 
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
 from graphpeft.graph.paths import TensorPaths
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.sites.site import Site
-from graphpeft.targeting.trained_whole import TrainedRows
+from graphpeft.targeting.full_training import TrainedRows
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -36,16 +36,16 @@ class Adapter:
     Attributes:
         config: Its config.
         sites: The sites that it adapts.
-        whole: The tensors for which it has stand-ins: names by the path of their module.
+        fully_trained: The tensors for which it has overrides: names by the path of their module.
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
-        infixes: What stands in files behind the paths of modules that are trained whole, where something does.
+        infixes: What stands in files behind the paths of modules that are fully trained, where something does.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
     config: PeftConfig
     sites: list[AdaptedSite]
-    whole: dict[str, tuple[str, ...]]
+    fully_trained: dict[str, tuple[str, ...]]
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Adapter:
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.whole, plan.report, plan.rows, plan.infixes)
+        return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes)
 
     @property
     def changes_weights(self) -> bool:
@@ -68,7 +68,7 @@ class Adapter:
 
     @property
     def replaced(self) -> dict[str, tuple[str, ...]]:
-        """The tensors for which it has frozen stand-ins: names by the path of their module."""
+        """The tensors for which it has frozen overrides: names by the path of their module."""
         found: dict[str, tuple[str, ...]] = {}
         for adapted in self.sites:
             if adapted.replaced:
@@ -76,9 +76,9 @@ class Adapter:
         return found
 
     @property
-    def stand_ins(self) -> dict[str, tuple[str, ...]]:
-        """The tensors for which it has stand-ins of either kind."""
-        found = dict(self.whole)
+    def overrides(self) -> dict[str, tuple[str, ...]]:
+        """The tensors for which it has overrides of either kind."""
+        found = dict(self.fully_trained)
         for path, names in self.replaced.items():
             found[path] = (*found.get(path, ()), *names)
         return found
@@ -90,14 +90,14 @@ class Adapter:
             path: The path of the module.
             adapter: The name of this adapter.
         """
-        names, rows = self.stand_ins.get(path, ()), self.rows.get(path)
+        names, rows = self.overrides.get(path, ()), self.rows.get(path)
 
         def read(module: nn.Module) -> dict[str, torch.Tensor]:
-            tensors = {own: stand_ins.tensor_of(module, stand_ins.stand_in(own, adapter)) for own in names}
+            tensors = {own: overrides.tensor_of(module, overrides.override_name(own, adapter)) for own in names}
             if rows is None:
                 return tensors
-            table, values = (stand_ins.own_parameter(module, own) for own in ("weight", stand_ins.rows(adapter)))
-            return tensors | {"weight": stand_ins.put_rows(table, rows.indices, values)}
+            table, values = (overrides.own_parameter(module, own) for own in ("weight", overrides.rows(adapter)))
+            return tensors | {"weight": overrides.put_rows(table, rows.indices, values)}
 
         return read
 
@@ -110,7 +110,7 @@ class Adapter:
             if not spec.is_trained
         }
         return frozen | {
-            (path, stand_ins.stand_in(name, adapter)) for path, names in self.replaced.items() for name in names
+            (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
@@ -118,11 +118,11 @@ class Adapter:
         for adapted in self.sites:
             for name in adapted.specs:
                 yield adapted.site.owner, adapted.names[name]
-        for path, names in self.stand_ins.items():
+        for path, names in self.overrides.items():
             for name in names:
-                yield path, stand_ins.stand_in(name, adapter)
+                yield path, overrides.override_name(name, adapter)
         for path in self.rows:
-            yield path, stand_ins.rows(adapter)
+            yield path, overrides.rows(adapter)
 
 
 class Cache(dict[Any, Any]):
@@ -144,7 +144,7 @@ class Adapters:
         active: The names of those that act unless they are disabled, in the order in which they were activated.
         slots: The slots of those whose nodes are in the graphs, in their order: of the active ones that aren't merged,
             or of none.
-        read: The names of those whose stand-ins are read: the active ones, or none.
+        read: The names of those whose overrides are read: the active ones, or none.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
         lifted: The graphs of the regions that were no graph modules before, by path.

@@ -10,9 +10,9 @@ from torch import nn
 
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.graph import in_place, stand_ins
+from graphpeft.graph import in_place, overrides
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
-from graphpeft.graph.stand_ins import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -133,15 +133,15 @@ def _device(weight: torch.Tensor | None) -> torch.device:
 
 
 def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
-    """Returns copies of tensors that are trained whole; what is tied has one copy, if the config keeps it tied."""
+    """Returns copies of tensors that are fully trained; what is tied has one copy, if the config keeps it tied."""
     made: Tensors = {}
     of_tied: dict[int, torch.Tensor] = {}
-    for path, names in plan.whole.items():
+    for path, names in plan.fully_trained.items():
         for own in names:
-            place = path, stand_ins.stand_in(own, name)
-            tensor = stand_ins.tensor_of(modules[path], own)
+            place = path, overrides.override_name(own, name)
+            tensor = overrides.tensor_of(modules[path], own)
             tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
-            made[place] = stand_ins.create(tensor) if tied is None else tied
+            made[place] = overrides.create(tensor) if tied is None else tied
             of_tied[id(tensor)] = made[place]
             if values is not None:
                 made[place].data.copy_(values[place])
@@ -155,7 +155,7 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
         if rows.leader == path:
             table = modules[path]._parameters["weight"]
             assert table is not None
-            place = path, stand_ins.rows(name)
+            place = path, overrides.rows(name)
             if values is None:
                 first = table.detach()[list(rows.indices)]
                 plan.config.initialise_rows(first)
@@ -163,7 +163,7 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
                 first = values[place].to(table.device)
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
-        made[path, stand_ins.rows(name)] = made[rows.leader, stand_ins.rows(name)]
+        made[path, overrides.rows(name)] = made[rows.leader, overrides.rows(name)]
     return made
 
 
@@ -172,7 +172,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
     of_adapter = set(adapter.tensor_names(name))
     for (path, attribute), value in values.items():
-        tensor = stand_ins.tensor_of(modules[path], attribute)
+        tensor = overrides.tensor_of(modules[path], attribute)
         place, copied = (path, attribute), None
         if place not in of_adapter and place not in adapter.overwritten:
             copied = tensor.clone()

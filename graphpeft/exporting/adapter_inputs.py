@@ -27,7 +27,7 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Graphs, Template, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.report import listed
+from graphpeft.wording import joined
 
 Place = tuple[str, str]
 """The path of a module, and the name of an attribute of it."""
@@ -91,7 +91,7 @@ def inputs_of(model: Any, name: str) -> AdapterInputs:
 def _refuse_changed_weights(adapter: Adapter, name: str) -> None:
     if adapter.replaced:
         raise ExportError(
-            f"adapter {name!r} has taken a part of {listed(list(adapter.replaced))}, which another adapter wouldn't "
+            f"adapter {name!r} has taken a part of {joined(list(adapter.replaced))}, which another adapter wouldn't "
             "have taken. Save it by save_pretrained with path_initial_model_for_weight_conversion, load that, and "
             "export it; or use adapters='baked'"
         )
@@ -104,7 +104,7 @@ def _refuse_changed_weights(adapter: Adapter, name: str) -> None:
     if adapter.overwritten:
         changed = [join(*place) for place in adapter.overwritten]
         raise ExportError(
-            f"the file of adapter {name!r} has brought other values of the model's own {listed(changed)}, which other "
+            f"the file of adapter {name!r} has brought other values of the model's own {joined(changed)}, which other "
             "adapters wouldn't have. Export it with adapters='baked' or 'merged'"
         )
 
@@ -150,9 +150,9 @@ def _refuse_other_tensors(
         for key, shape in shapes.items()
         if key in expected and shape != expected[key]
     ]
-    problems = [f"lacks {listed(lacking)}"] if lacking else []
-    problems += [f"has {listed(needless)} too much"] if needless else []
-    problems += [f"has {listed(misshapen)}"] if misshapen else []
+    problems = [f"lacks {joined(lacking)}"] if lacking else []
+    problems += [f"has {joined(needless)} too much"] if needless else []
+    problems += [f"has {joined(misshapen)}"] if misshapen else []
     if problems:
         raise ExportError(
             f"adapter {adapter!r} doesn't fit the inputs of {exported}: it {'; it '.join(problems)}. One graph serves "
@@ -167,7 +167,7 @@ def _refuse_other_computations(
     if others:
         raise ExportError(
             f"adapter {adapter!r} doesn't fit {exported}, though its tensors do: something else is computed with them "
-            f"in {listed(others)}, since it has other rows, parts or options, or is cast from another dtype. Export it "
+            f"in {joined(others)}, since it has other rows, parts or options, or is cast from another dtype. Export it "
             "by itself"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphpeft.exporting.check import Checked
-from graphpeft.rules.report import table
+from graphpeft.wording import text_table
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [f"{self.format}, adapters {self.adapter_mode}: {self.path}", ""]
         sizes = [(str(self._relative(path)), f"{size:,}") for path, size in self.files.items()]
-        lines += table(("file", "bytes"), sizes)
+        lines += text_table(("file", "bytes"), sizes)
         if self.inputs:
-            lines += ["", *table(("input", "shape"), list(self.inputs.items()))]
+            lines += ["", *text_table(("input", "shape"), list(self.inputs.items()))]
         if self.adapter_files:
             files = [(name, str(self._relative(path))) for name, path in self.adapter_files.items()]
-            lines += ["", *table(("adapter", "file"), files)]
+            lines += ["", *text_table(("adapter", "file"), files)]
         lines += [
             "",
-            *(table(("checked", "shapes", "difference"), self._checks()) if self.checked else ["not checked"]),
+            *(text_table(("checked", "shapes", "difference"), self._checks()) if self.checked else ["not checked"]),
         ]
         return "\n".join(lines)
 

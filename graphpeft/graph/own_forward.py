@@ -18,7 +18,7 @@ from torch import nn
 
 from graphpeft._torch import reparametrized
 from graphpeft.code.source import uses_in_forward
-from graphpeft.graph import in_place, stand_ins
+from graphpeft.graph import in_place, overrides
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
@@ -127,15 +127,15 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 @contextlib.contextmanager
 def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Lets `module`, and those inside it, read `tensors`, by their paths, in place of what they read otherwise."""
-    own, in_place_of_stand_ins = {}, []
+    own, in_place_of_overrides = {}, []
     for path, tensor in tensors.items():
         owner_path, _, name = path.rpartition(".")
         owner = module.get_submodule(owner_path)
-        if stand_ins.stands_in(owner, name):
-            in_place_of_stand_ins.append((owner, name, tensor))
+        if overrides.stands_in(owner, name):
+            in_place_of_overrides.append((owner, name, tensor))
         else:
             own[path] = tensor
-    with _read_for_now(in_place_of_stand_ins), reparametrized(module, own):
+    with _read_for_now(in_place_of_overrides), reparametrized(module, own):
         yield
 
 
@@ -146,5 +146,5 @@ def _read_for_now(places: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator
         yield
         return
     (owner, name, tensor), *others = places
-    with stand_ins.read_for_now(owner, name, tensor), _read_for_now(others):
+    with overrides.read_for_now(owner, name, tensor), _read_for_now(others):
         yield

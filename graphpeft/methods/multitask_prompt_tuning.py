@@ -25,7 +25,7 @@ from graphpeft.rules.options import Index, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.report import listed
+from graphpeft.wording import joined
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
@@ -176,7 +176,7 @@ def _of_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     tasks = () if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ("prefix_task_cols", "prefix_task_rows")
     lacking = [name for name in (EMBEDDINGS_KEY, *tasks) if name not in saved]
     if lacking:
-        raise CheckpointError(f"{path} lacks {listed(lacking)}; name the file of a multitask prompt")
+        raise CheckpointError(f"{path} lacks {joined(lacking)}; name the file of a multitask prompt")
     found = {"prompt_embeddings": saved[EMBEDDINGS_KEY]}
     for name in tasks:
         averaged = config.prompt_tuning_init == "AVERAGE_SOURCE_TASKS"

@@ -13,7 +13,7 @@ from graphpeft.adapters.adapting import (
     add_new,
     plan_for,
     replicate_layers,
-    warn_of_adapted_and_trained_whole,
+    warn_of_adapted_and_fully_trained,
     warn_of_unmatched,
 )
 from graphpeft.graph.inputs import ExampleInputs
@@ -63,7 +63,7 @@ def explain(
         replication = replicate_layers(model, ours)
         plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
         warn_of_unmatched(ours, plan)
-        warn_of_adapted_and_trained_whole(plan)
+        warn_of_adapted_and_fully_trained(plan)
         if replication is not None:
             replication.undo()
     return plan.report

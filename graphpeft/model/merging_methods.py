@@ -13,8 +13,8 @@ from graphpeft.adapters.tensors import thaw
 from graphpeft.graph import in_place
 from graphpeft.graph.template import names_in_slots
 from graphpeft.model.adapter_info import AdapterInfo
-from graphpeft.rules.report import listed
 from graphpeft.transaction import delete_item, transaction
+from graphpeft.wording import joined
 
 
 class MergingMethods(AdapterInfo):
@@ -127,7 +127,7 @@ def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
     merged = model._peft_adapters.merged
     unmerged = [name for name in wanted if name not in merged]
     if wanted and not unmerged:
-        warnings.warn(f"{listed(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
+        warnings.warn(f"{joined(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
     elif unmerged and merged:
-        warnings.warn(f"{listed(merged)} are merged already; {listed(unmerged)} are merged beside them", stacklevel=3)
+        warnings.warn(f"{joined(merged)} are merged already; {joined(unmerged)} are merged beside them", stacklevel=3)
     return unmerged

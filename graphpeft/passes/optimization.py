@@ -12,8 +12,8 @@ from graphpeft.adapters.graphs import by_region, worn_in
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.template import wear_template
 from graphpeft.passes import PASSES, Optimized, Passes, in_order, optimized
-from graphpeft.rules.report import listed, table
 from graphpeft.transaction import set_attribute, transaction
+from graphpeft.wording import joined, text_table
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class PassReport:
         if not self.changed:
             return "no passes: the graphs compute as they were written"
         rows = [(name, str(len(self.changed[name])), str(len(self.left[name]))) for name in self.changed]
-        lines = table(("pass", "changed", "left"), rows)
+        lines = text_table(("pass", "changed", "left"), rows)
         for name in self.changed:
             by_reason: dict[str, list[str]] = {}
             for site, reason in self.left[name].items():
                 by_reason.setdefault(reason, []).append(site)
-            lines += [f"{name} leaves {listed(sites)}: {reason}" for reason, sites in by_reason.items()]
+            lines += [f"{name} leaves {joined(sites)}: {reason}" for reason, sites in by_reason.items()]
             if not self.changed[name] and not by_reason:
                 lines += [f"{name} finds nothing: there are no {_LOOKS_FOR[name]}"]
         return "\n".join(lines)

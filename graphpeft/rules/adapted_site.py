@@ -26,7 +26,7 @@ class AdaptedSite(NamedTuple):
         constants: The rule's constants by name.
         names: The attributes of the weight's module under which these live, by the rule's names for them.
         dtype: The dtype of the parameters.
-        replaced: The names of the adapter's frozen stand-ins, by the names of what the weight's module has itself.
+        replaced: The names of the adapter's frozen overrides, by the names of what the weight's module has itself.
         shared: The parameters that are those of another site: their module's path and their names there.
     """
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
     from graphpeft.rules.report import Report
     from graphpeft.rules.rule import Rule
-    from graphpeft.rules.trained import Biases, SiteParameters, TableRows, WholeModule
+    from graphpeft.rules.trained import Biases, FullyTrainedModule, SiteParameters, TableRows
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
 
@@ -56,7 +56,7 @@ class PeftConfig:
         inference_mode: Whether the adapter is for inference, so that nothing is trained.
         auto_mapping: The base model's class and library, where there is no `task_type`.
         peft_version: The version of PEFT whose format the files have.
-        modules_to_save: Names of modules (matched by the end of their path) that are trained whole and saved.
+        modules_to_save: Names of modules (matched by the end of their path) that are fully trained and saved.
 
     Example:
         >>> LoraConfig(r=4).save_pretrained("adapter")
@@ -141,8 +141,8 @@ class PeftConfig:
         """The ranges of a Transformers model's layers that it runs in turn in place of its own; None for its own."""
         return None
 
-    def find_whole(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, WholeModule]:
-        """Returns the modules that the method trains whole beside those of `modules_to_save`, by path.
+    def find_fully_trained(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, FullyTrainedModule]:
+        """Returns the modules that the method trains fully beside those of `modules_to_save`, by path.
 
         Args:
             modules: The model's modules by path.

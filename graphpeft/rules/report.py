@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.wording import text_table
 
 
 class Refusal(NamedTuple):
@@ -25,7 +25,7 @@ class Report:
         method: The method's name.
         adapter: The adapter's name.
         adapted: The sites with a branch.
-        trained_whole: The paths of tensors that are trained beside the adapter.
+        fully_trained: The paths of tensors that are trained beside the adapter.
         refused: The targets that can't be adapted; adapting the model raises them.
         nothing_matched: Why the config names nothing in the model, if so.
         excluded: The names that `exclude_modules` or `modules_to_save` kept out.
@@ -39,7 +39,7 @@ class Report:
     method: str
     adapter: str
     adapted: list[AdaptedSite] = field(default_factory=list)
-    trained_whole: list[str] = field(default_factory=list)
+    fully_trained: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     nothing_matched: str = ""
@@ -48,13 +48,13 @@ class Report:
         parameters = sum(adapted.parameter_count for adapted in self.adapted)
         lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
         if self.adapted:
-            lines += ["", *table(("site", "op", "size", "graph of", "parameters"), self._rows())]
-        if self.trained_whole:
-            lines += ["", f"trained whole: {', '.join(self.trained_whole)}"]
+            lines += ["", *text_table(("site", "op", "size", "graph of", "parameters"), self._rows())]
+        if self.fully_trained:
+            lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
         if self.refused:
-            lines += ["", *table(("refused", "because"), [refusal[:2] for refusal in self.refused])]
+            lines += ["", *text_table(("refused", "because"), [refusal[:2] for refusal in self.refused])]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -70,16 +70,3 @@ class Report:
             )
             for adapted in self.adapted
         ]
-
-
-def listed(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    """Joins items for a message: the first ones, and how many more there are."""
-    more = [f"… and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([*items[:most], *more])
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table in plain text."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    ruled = [header, ["─" * width for width in widths], *rows]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in ruled]

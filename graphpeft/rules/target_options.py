@@ -15,7 +15,7 @@ class TargetOptions(NamedTuple):
     Attributes:
         target_modules: The modules to adapt: a regular expression, or whole names and their ends.
         exclude_modules: Those that are left out, likewise.
-        modules_to_save: Those that are trained whole.
+        modules_to_save: Those that are fully trained.
         layers_to_transform: The indices of the layers to adapt.
         layers_pattern: The names in front of such an index.
         target_parameters: The parameters to adapt: whole names and their ends.

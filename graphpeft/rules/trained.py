@@ -11,15 +11,15 @@ Biases = Literal["none", "all", "adapted"]
 """Which biases are trained: none, all of the model, or those of the adapted layers."""
 
 
-class WholeModule(NamedTuple):
-    """A module that is trained whole.
+class FullyTrainedModule(NamedTuple):
+    """A module that is fully trained.
 
     Attributes:
         infix: What stands in files between its path and the names of the tensors in it; "" for nothing.
         option: The option that names it.
 
     Example:
-        >>> WholeModule(infix="ln_tuning_layers").option
+        >>> FullyTrainedModule(infix="ln_tuning_layers").option
         'target_modules'
     """
 

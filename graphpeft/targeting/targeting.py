@@ -17,7 +17,7 @@ from torch import nn
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.gradient_flow import hands_gradients_on, trains
@@ -27,7 +27,7 @@ from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, NoSiteError, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
-from graphpeft.wording import shown
+from graphpeft.wording import joined, shown
 
 
 class _Weights(NamedTuple):
@@ -75,7 +75,7 @@ class _Target(NamedTuple):
 
 
 def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-    """Returns the paths of the modules that `config` targets, whatever they are, for methods that train them whole.
+    """Returns the paths of the modules that `config` targets, whatever they are, for methods that train them fully.
 
     Args:
         config: The config, resolved for the model.
@@ -282,15 +282,15 @@ def _nothing_matched(
     names = [path for path in modules if path]
     names += [path for path in _targets_by_path(modules) if path not in owned]
     near = targets.near_misses(wanted, names)
-    because = f"; excluded were {listed(report.excluded)}" if report.excluded else ""
+    because = f"; excluded were {joined(report.excluded)}" if report.excluded else ""
     if options.layers_to_transform is not None:
         because += f"; layers_to_transform is {options.layers_to_transform!r}"
     if options.layers_pattern is not None:
         because += f"; layers_pattern is {options.layers_pattern!r}"
-    hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {listed(names, most=10)}"
+    hint = f"; near misses: {', '.join(near)}" if near else f"; the model has {joined(names, most=10)}"
     if not report.excluded:
         hint = _spelling(wanted, names) or hint
-    named = shown(wanted) if isinstance(wanted, str) else f"[{listed([shown(name) for name in sorted(wanted)])}]"
+    named = shown(wanted) if isinstance(wanted, str) else f"[{joined([shown(name) for name in sorted(wanted)])}]"
     return f"nothing in {type(model).__name__} matches {named}{because}{hint}"
 
 
@@ -335,7 +335,7 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
         if left:
             near = targets.near_misses(left[:5], targets.endings(names(), left[:5]))
             hint = f" (near misses: {', '.join(near)})" if near else ""
-            found.append(f"{listed([repr(entry) for entry in left])} in {option}{hint}")
+            found.append(f"{joined([repr(entry) for entry in left])} in {option}{hint}")
     return found
 
 

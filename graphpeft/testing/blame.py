@@ -16,9 +16,9 @@ from graphpeft.graph.template import template_of
 from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.report import listed
 from graphpeft.testing.comparing import LawError
 from graphpeft.testing.lines import lines_of
+from graphpeft.wording import joined
 
 Build = Callable[[], nn.Module]
 
@@ -62,13 +62,13 @@ def _blame(build: Build, config: PeftConfig, inputs: ExampleInputs, breaks: Call
     report = model.adapter_report()
     names = [adapted.site.name for adapted in report.adapted]
     if not names:
-        return f"the adapter has no site; it trains {listed(report.trained_whole)}"
+        return f"the adapter has no site; it trains {joined(report.fully_trained)}"
     while len(names) > 1:
         halves = [names[: len(names) // 2], names[len(names) // 2 :]]
         guilty = (half for half in halves if _breaks_at(build, config, inputs, half, breaks))
         half = next(guilty, None)
         if half is None:
-            return f"no site breaks it by itself, but these together do: {listed(names)}"
+            return f"no site breaks it by itself, but these together do: {joined(names)}"
         names = half
     adapted = next(adapted for adapted in report.adapted if adapted.site.name == names[0])
     return describe(adapted, model, config.method)

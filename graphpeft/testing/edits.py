@@ -49,7 +49,7 @@ class Edit:
             return model
         name = names[self.number % len(names)]
         if self.kind == "choose all":
-            # adapters that train one tensor whole can't be active together, and are refused
+            # adapters that fully train one tensor can't be active together, and are refused
             with contextlib.suppress(AdaptError):
                 model.set_adapter(names)
         elif self.kind == "delete":

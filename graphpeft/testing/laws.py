@@ -183,7 +183,7 @@ def _require_no_merge(adapted: Any) -> None:
 
 @torch.no_grad()
 def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
-    read_instead = [(path, name) for path, names in adapter.stand_ins.items() for name in names]
+    read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
     for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
         getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
     for adapted in changes.changing_sites(modules, adapter):

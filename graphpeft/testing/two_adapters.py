@@ -40,7 +40,7 @@ def assert_two_adapters_act_together(
 
     Raises:
         LawError: If an output is another one, or `unload` leaves something.
-        AdaptError: If the two can't act together, or can't be merged, as two that train a tensor whole; what holds for
+        AdaptError: If the two can't act together, or can't be merged, as two that fully train a tensor; what holds for
             them beside that was found to hold.
     """
     second = other or with_other_sizes(config, build().eval(), inputs)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.errors import GuardError, TraceError
-from graphpeft.rules.report import table
 from graphpeft.testing.comparing import LawError
+from graphpeft.wording import text_table
 
 Outcome = Literal["holds", "fails", "doesn't apply"]
 
@@ -60,7 +60,7 @@ class Verification:
         rows = [
             (law, outcome, f"{seconds:.1f}", why.partition("\n")[0]) for law, outcome, why, seconds in self.verdicts
         ]
-        lines = [self.subject, "", *table(("law", "outcome", "seconds", "why"), rows)]
+        lines = [self.subject, "", *text_table(("law", "outcome", "seconds", "why"), rows)]
         for failure in self.failures:
             lines += ["", f"{failure.law}:", failure.why]
         return "\n".join(lines)

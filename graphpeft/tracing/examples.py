@@ -254,14 +254,14 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         fake: Makes a fake tensor of one.
     """
 
-    def stand_in(leaf: Any) -> Any:
+    def copied(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return fake(leaf)
         return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
 
     # those inside of objects, too; results of a computation couldn't be copied by themselves
     with tensors_copied_by(fake):
-        return pytree.tree_map(stand_in, example)
+        return pytree.tree_map(copied, example)
 
 
 @contextlib.contextmanager

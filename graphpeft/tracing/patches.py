@@ -167,9 +167,9 @@ class _RecordsCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if not any(map(_is_tensor, pytree.tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
-        return self._on_stand_ins(func, args, kwargs)
+        return self._on_proxies(func, args, kwargs)
 
-    def _on_stand_ins(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _on_proxies(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
         if not any(self._tracer.session.name_of(tensor) is not None for tensor in tensors) and not (
             writes_by_method(func.__name__) or "out" in kwargs
@@ -177,7 +177,7 @@ class _RecordsCalls(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not any(map(_is_tensor, pytree.tree_leaves(result))):
                 return result  # what a constant is like
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._tracer.stand_in, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._tracer.proxy_of, (args, kwargs))
         if func.__name__ == "__get__":
             return getattr(args[0], func.__self__.__name__)
         if func.__name__ == "__set__":

@@ -34,7 +34,7 @@ class Recorder(Protocol):
     def attribute(self, name: str) -> Any:
         """Returns the proxy of the root's attribute at a path, or its value if that is None or a string."""
 
-    def stand_in(self, tensor: torch.Tensor) -> fx.Proxy:
+    def proxy_of(self, tensor: torch.Tensor) -> fx.Proxy:
         """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
         ...
 

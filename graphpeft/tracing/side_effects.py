@@ -108,7 +108,7 @@ def _recorded_again(tracer: Recorder, record_again: Callable[[], fx.Graph], chan
     with tracer.examples.real_calls(makes_tensors=False):
         attributes = dict.fromkeys([*changed, *tracer.session.recording.before.changed()])
         values = {attribute: _value_of(attribute) for attribute in attributes}
-    return Repetition(graph, error, values, {stand_in: node for node, stand_in in (tracer.session.left or {}).items()})
+    return Repetition(graph, error, values, {made: node for node, made in (tracer.session.left or {}).items()})
 
 
 def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:

@@ -380,7 +380,7 @@ class ValueTracer(fx.Tracer):
             self.session.left[node].meta[VALUE] = node.meta.get(VALUE)
         return self.session.left[node]
 
-    def stand_in(self, tensor: torch.Tensor) -> fx.Proxy:
+    def proxy_of(self, tensor: torch.Tensor) -> fx.Proxy:
         """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
         return self.proxy(cast(fx.Node, self.create_arg(tensor)))
 

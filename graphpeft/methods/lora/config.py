@@ -44,9 +44,9 @@ from graphpeft.rules.trained import Biases, TableRows
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
 from graphpeft.targeting import targets
+from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
-from graphpeft.targeting.trained_whole import named_rows
 from graphpeft.wording import shown
 
 Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]

@@ -24,13 +24,14 @@ from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
-from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
 from graphpeft.targeting.tied import tied_layers
+from graphpeft.wording import joined
 
 _WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
 
@@ -131,7 +132,7 @@ def _is_saved(path: str, saved: tuple[str, ...]) -> bool:
 def _refuse_others(others: Sequence[str], wanted: Sequence[str], way_out: str) -> None:
     if others:
         raise ValueError(
-            f"ensure_weight_tying has {listed(wanted)} named, too, and that name would mean {listed(others)} as well; "
+            f"ensure_weight_tying has {joined(wanted)} named, too, and that name would mean {joined(others)} as well; "
             f"{way_out}"
         )
 
@@ -157,7 +158,7 @@ def with_tied(
     for embedding, *others in adapted:
         for path in (embedding, *others):
             if path not in by_owner:
-                reason = f"it is tied to {listed([*by_owner.keys() & {embedding, *others}])}, and isn't adapted"
+                reason = f"it is tied to {joined([*by_owner.keys() & {embedding, *others}])}, and isn't adapted"
                 report.refused.append(Refusal(path, f"{reason}, which ensure_weight_tying forbids", _WAY_OUT))
             elif path == embedding:
                 embeddings[path] = by_owner[path]._replace(tied_to=embedding)

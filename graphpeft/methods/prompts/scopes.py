@@ -21,12 +21,13 @@ from graphpeft._torch import pytree
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.placements import Placement
-from graphpeft.rules.report import Refusal, Report, listed
+from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets
+from graphpeft.wording import joined
 
 SCOPE = "scope"
 """The role of modules that get virtual tokens of their own."""
@@ -135,7 +136,7 @@ def _way_out(module: nn.Module, path: str) -> str:
     inside = [f"{path}.{name}" for name, _ in module.named_children()]
     is_container = inside and type(module).forward is nn.Module.forward
     return (
-        f"name modules inside it, such as {listed(inside)}" if is_container else "name another module in prompt_scope"
+        f"name modules inside it, such as {joined(inside)}" if is_container else "name another module in prompt_scope"
     )
 
 

@@ -28,13 +28,13 @@ from graphpeft.graph.template import VALUE, copy_graph, template_of
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.methods.prompts.scopes import InScope
 from graphpeft.rules import rewrite
-from graphpeft.rules.report import listed
 from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.attentions import LAYERS, attentions
 from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.examples import faked
 from graphpeft.tracing.random_numbers import random_python_states_kept
 from graphpeft.tracing.trace import trace
+from graphpeft.wording import joined
 
 
 class TokenSequence(NamedTuple):
@@ -99,8 +99,8 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
         if error is None:
             _, length, dim = ran.given(calls[0]).shape
             return TokenSequence(_pattern(paths, traced), dim, length)
-        failed.append(f"{listed(paths)}: {error}")
-    tried = f"; tried were {listed(failed, separator='; ')}" if failed else ""
+        failed.append(f"{joined(paths)}: {error}")
+    tried = f"; tried were {joined(failed, separator='; ')}" if failed else ""
     raise TraceError(
         f"no module around the attentions takes more tokens and returns as many{tried}; name one in prompt_scope "
         "yourself, or, for a Transformers model that embeds tokens, leave prompt_scope out"

@@ -18,7 +18,7 @@ from graphpeft.adapters.adapting import planned, refuse
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, adapters_of
 from graphpeft.adapters.tensors import overwrite
-from graphpeft.graph.stand_ins import tensor_of
+from graphpeft.graph.overrides import tensor_of
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.calibration import in_mode, targeted_layers
 from graphpeft.methods.lora.init.eva_directions import Batches, find_directions, first_tensor, options_of
@@ -150,7 +150,7 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Gives an adapter with ``init_lora_weights="eva"`` its ranks and its A, and B = 0.
 
-    All else of the adapter stays, such as copies of modules that it trains whole.
+    All else of the adapter stays, such as copies of modules that it trains fully.
 
     Args:
         model: An adapted model.

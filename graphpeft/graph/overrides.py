@@ -1,8 +1,8 @@
 """Lets a module read other tensors in place of its own.
 
-They are an adapter's copies of biases and of modules trained whole, and frozen weights that lack what an adapter has
+They are an adapter's copies of biases and of modules fully trained, and frozen weights that lack what an adapter has
 taken of them. The module's own tensors stay where they are, under their own names; while an adapter is active,
-``module.weight`` gives its stand-in ``module.weight_<adapter>``, whoever reads it: the module's own code, another
+``module.weight`` gives its override ``module.weight_<adapter>``, whoever reads it: the module's own code, another
 module, or a graph. An adapter may have some rows of a table alone: then ``module.weight`` gives the table with
 ``module.weight_rows_<adapter>`` in their places.
 """
@@ -39,7 +39,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Returns the reason why `module` can't read stand-ins, or None."""
+    """Returns the reason why `module` can't read overrides, or None."""
     own = {id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None}
     for name, value in module.__dict__.items():
         if isinstance(value, list | tuple) and any(id(part) in own for part in value):
@@ -55,7 +55,7 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def create(own: torch.Tensor) -> torch.Tensor:
-    """Returns a copy of a module's parameter or buffer, as its stand-in."""
+    """Returns a copy of a module's parameter or buffer, as its override."""
     copied = own.detach().clone()
     return nn.Parameter(copied, own.is_floating_point()) if isinstance(own, nn.Parameter) else copied
 
@@ -117,18 +117,18 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.M
     return other
 
 
-def own_and_stand_in(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields each tensor of `module` among `names` with its stand-in."""
+def own_and_override(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields each tensor of `module` among `names` with its override."""
     for name in names:
         kind = module._parameters if name in module._parameters else module._buffers
-        own, other = kind[name], kind[stand_in(name, adapter)]
+        own, other = kind[name], kind[override_name(name, adapter)]
         assert own is not None
         assert other is not None
         yield own, other
 
 
-def stand_in(name: str, adapter: str) -> str:
-    """Returns the name of the stand-in for the tensor `name`."""
+def override_name(name: str, adapter: str) -> str:
+    """Returns the name of the override of the tensor `name`."""
     return f"{name}_{adapter}"
 
 

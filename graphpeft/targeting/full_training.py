@@ -1,4 +1,4 @@
-"""What a config trains beside its adapter: modules and biases whole, and rows of tables."""
+"""What a config trains beside its adapter: modules, biases, and rows of tables."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from graphpeft.graph import stand_ins
+from graphpeft.graph import overrides
 from graphpeft.graph.paths import TensorPaths, join
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TASK_HEADS
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.trained import TableRows, WholeModule
+from graphpeft.rules.trained import FullyTrainedModule, TableRows
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
@@ -36,8 +36,8 @@ class TrainedRows(NamedTuple):
     key: str
 
 
-class TrainedWhole(NamedTuple):
-    """The tensors that a config trains whole.
+class FullTraining(NamedTuple):
+    """The tensors that a config trains fully.
 
     Attributes:
         names: Their names, by the path of their module.
@@ -49,44 +49,46 @@ class TrainedWhole(NamedTuple):
     infixes: dict[str, str]
 
 
-def trained_whole(
+def full_training(
     config: PeftConfig,
     modules: Mapping[str, nn.Module],
     sites: Sequence[Site | LeafSite],
     report: Report,
     owned: TensorPaths,
-) -> TrainedWhole:
-    """Returns the tensors that `config` trains whole.
+) -> FullTraining:
+    """Returns the tensors that `config` trains fully.
 
     Args:
         config: The config, resolved for the model.
         modules: The model's modules by path.
         sites: The sites that it adapts.
-        report: Gets what is named and can't be trained whole.
+        report: Gets what is named and can't be fully trained.
         owned: The paths of tensors that belong to adapters.
     """
     named = _named_modules(config, modules, report)
-    whole: dict[str, tuple[str, ...]] = {}
+    fully_trained: dict[str, tuple[str, ...]] = {}
     adapted = {site.owner for site in sites if site.is_layer}
     for path, (_, option) in named.items():
         way_out = f"name other modules in {option}"
         if path in adapted:
-            reason = f"{option} trains it whole, and an adapter of the layer itself can't act beside that"
+            reason = f"{option} trains it fully, and an adapter of the layer itself can't act beside that"
             report.refused.append(Refusal(path, reason, way_out))
         for inner, module in modules[path].named_modules(prefix=path):
-            own = tuple(name for name in stand_ins.tensors_of(module) if join(inner, name) not in owned)
-            reason = stand_ins.refusal(module) or _quantised(module)
+            own = tuple(name for name in overrides.tensors_of(module) if join(inner, name) not in owned)
+            reason = overrides.refusal(module) or _quantised(module)
             if reason is not None:
                 report.refused.append(Refusal(inner, reason, way_out))
             elif own:
-                whole[inner] = own
+                fully_trained[inner] = own
     biases = _biases(modules, config, sites, owned)
-    whole |= {path: names for path, names in biases.items() if path not in whole}
-    return TrainedWhole(whole, {path: module.infix for path, module in named.items() if module.infix})
+    fully_trained |= {path: names for path, names in biases.items() if path not in fully_trained}
+    return FullTraining(fully_trained, {path: module.infix for path, module in named.items() if module.infix})
 
 
-def _named_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> dict[str, WholeModule]:
-    """Returns the modules that a config trains whole, none of which is inside another one."""
+def _named_modules(
+    config: PeftConfig, modules: Mapping[str, nn.Module], report: Report
+) -> dict[str, FullyTrainedModule]:
+    """Returns the modules that a config trains fully, none of which is inside another one."""
     saved = _saved_modules(modules, config)
     for name in config.modules_to_save or ():
         # the heads that a task brings along are named for every model, whichever it has
@@ -95,17 +97,20 @@ def _named_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report:
             hint = f"; near misses: {', '.join(near)}" if near else ""
             way_out = "name other modules in modules_to_save"
             report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", way_out))
-    named = {**config.find_whole(modules, report), **dict.fromkeys(saved, WholeModule("", "modules_to_save"))}
+    named = {
+        **config.find_fully_trained(modules, report),
+        **dict.fromkeys(saved, FullyTrainedModule("", "modules_to_save")),
+    }
     for path, module in named.items():
         around = next((path[:end] for end, letter in enumerate(path) if letter == "." and path[:end] in named), None)
         if around is not None:
             way_out = f"name other modules in {module.option}"
-            report.refused.append(Refusal(path, f"it is inside of {around}, which is trained whole", way_out))
+            report.refused.append(Refusal(path, f"it is inside of {around}, which is fully trained", way_out))
     return named
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """Returns the reason why a module can't be trained whole, if it holds codes of numbers."""
+    """Returns the reason why a module can't be fully trained, if it holds codes of numbers."""
     for name, weight in module._parameters.items():
         # plain integers, such as indices, are copied as they are
         if weight is not None and is_quantised(weight) and type(weight) is not nn.Parameter:
@@ -147,7 +152,7 @@ def trained_rows(
     config: PeftConfig,
     modules: Mapping[str, nn.Module],
     sites: Sequence[Site | LeafSite],
-    whole: Mapping[str, tuple[str, ...]],
+    fully_trained: Mapping[str, tuple[str, ...]],
     report: Report,
 ) -> dict[str, TrainedRows]:
     """Returns the rows that `config` trains, by the path of their module.
@@ -158,17 +163,17 @@ def trained_rows(
         config: The config, resolved for the model.
         modules: The model's modules by path.
         sites: The sites that it adapts.
-        whole: The tensors that it trains whole.
+        fully_trained: The tensors that it trains fully.
         report: Gets what is named and can't be trained so.
     """
     found: dict[str, TableRows] = {}
     for path, rows in config.find_rows(modules, report).items():
-        reason = _rows_refusal(path, modules[path], rows.indices, sites, whole)
+        reason = _rows_refusal(path, modules[path], rows.indices, sites, fully_trained)
         if reason is not None:
             report.refused.append(Refusal(path, reason, f"change {rows.option}"))
         else:
             found[path] = rows
-    return _with_tied(found, modules, config, sites, whole, report)
+    return _with_tied(found, modules, config, sites, fully_trained, report)
 
 
 def named_rows(
@@ -207,7 +212,7 @@ def _with_tied(
     modules: Mapping[str, nn.Module],
     config: PeftConfig,
     sites: Sequence[Site | LeafSite],
-    whole: Mapping[str, tuple[str, ...]],
+    fully_trained: Mapping[str, tuple[str, ...]],
     report: Report,
 ) -> dict[str, TrainedRows]:
     found = {path: TrainedRows(own.indices, path, own.key) for path, own in rows.items()}
@@ -225,7 +230,7 @@ def _with_tied(
                     )
                     report.refused.append(Refusal(other, reason, f"change {own.option}"))
                 continue
-            reason = _rows_refusal(other, module, own.indices, sites, whole)
+            reason = _rows_refusal(other, module, own.indices, sites, fully_trained)
             if reason is not None:
                 report.refused.append(Refusal(other, f"it is tied to {path}, and {reason}", f"change {own.option}"))
             else:
@@ -238,7 +243,7 @@ def _rows_refusal(
     module: nn.Module,
     indices: Sequence[int],
     sites: Sequence[Site | LeafSite],
-    whole: Mapping[str, tuple[str, ...]],
+    fully_trained: Mapping[str, tuple[str, ...]],
 ) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:
@@ -247,11 +252,11 @@ def _rows_refusal(
         return f"its weight is quantised ({described(weight)}), and no rows of it can be trained"
     if any(isinstance(site, Site) and site.owner == path and site.attribute == "weight" for site in sites):
         return "an adapter of its weight and rows of its own can't both act; name it in one option"
-    if "weight" in whole.get(path, ()):
-        return "it is trained whole by modules_to_save already"
+    if "weight" in fully_trained.get(path, ()):
+        return "it is fully trained by modules_to_save already"
     outside = [index for index in indices if not 0 <= index < weight.shape[0]]
     if outside:
         return f"it has rows 0 to {weight.shape[0] - 1}, and none of index {outside[0]}"
     if len(set(indices)) < len(indices) or not indices:
         return "its rows have to be named, each once"
-    return stand_ins.refusal(module)
+    return overrides.refusal(module)

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 import graphpeft
-from graphpeft import AdaptError, PeftType, Report, TableRows, TargetedConfig, WholeModule, get_peft_model, register
+from graphpeft import (
+    AdaptError,
+    FullyTrainedModule,
+    PeftType,
+    Report,
+    TableRows,
+    TargetedConfig,
+    get_peft_model,
+    register,
+)
 from graphpeft.rules import registry
 from graphpeft.targeting.embedding_layers import embedding_layers
 from graphpeft.testing import laws
@@ -32,7 +41,7 @@ Modules = Mapping[str, nn.Module]
 
 @dataclass(kw_only=True)
 class LNTuningConfig(TargetedConfig):
-    """LN tuning trains norms, or whatever is named, whole."""
+    """LN tuning fully trains norms, or whatever is named."""
 
     peft_type: ClassVar[PeftType] = PeftType.LN_TUNING
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
@@ -45,8 +54,8 @@ class LNTuningConfig(TargetedConfig):
     def find_sites(self, finder: Any, report: Report, owned: Any) -> list[Any]:
         return []
 
-    def find_whole(self, modules: Modules, report: Report) -> dict[str, WholeModule]:
-        return dict.fromkeys(self.targeted_modules(modules, report), WholeModule("ln_tuning_layers"))
+    def find_fully_trained(self, modules: Modules, report: Report) -> dict[str, FullyTrainedModule]:
+        return dict.fromkeys(self.targeted_modules(modules, report), FullyTrainedModule("ln_tuning_layers"))
 
 
 @dataclass(kw_only=True)
@@ -251,7 +260,7 @@ def tensors_by_place(model: Any) -> dict[str, Tensor]:
         (lambda: LNTuningConfig(target_modules=["mlp", "up_proj"]), r"mlp.up_proj: it is inside of .*mlp, which is"),
         (
             lambda: LNTuningConfig(target_modules=["mlp"], modules_to_save=["up_proj"]),
-            r"mlp.up_proj: it is inside of .*mlp, which is trained whole",
+            r"mlp.up_proj: it is inside of .*mlp, which is fully trained",
         ),
         (
             lambda: TrainableTokensConfig(token_indices=[1, 999]),
@@ -300,10 +309,10 @@ def test_a_method_cannot_lack_what_its_base_classes_do_not_have() -> None:
             lacks: ClassVar[frozenset[str]] = frozenset({"exclude"})
 
 
-def test_two_adapters_that_train_a_norm_whole_do_not_act_together() -> None:
+def test_two_adapters_that_fully_train_a_norm_do_not_act_together() -> None:
     model = ours(LLAMA, "LNTuningConfig", {"target_modules": ["norm"]})
     model.add_adapter("other", LNTuningConfig(target_modules=["norm"]))
-    with pytest.raises(AdaptError, match="whole"):
+    with pytest.raises(AdaptError, match="fully train"):
         model.set_adapter(["default", "other"])
 
 

@@ -116,7 +116,7 @@ def _named(passes: Sequence[str]) -> str:
 
 
 def _needs_trace(passes: Sequence[str]) -> bool:
-    """Tells whether passes look at several layers at once."""
+    """Returns whether passes look at several layers at once."""
     return not {"grouped_products", "recomputed_inputs"}.isdisjoint(passes)
 
 

@@ -96,13 +96,13 @@ The name ends in ``_impl`` since 2.15, where the other one only calls it.
 
 
 def saved_tensors_go_elsewhere() -> bool:
-    """Tells whether hooks, such as those of a checkpoint, take what the backward needs."""
+    """Returns whether hooks, such as those of a checkpoint, take what the backward needs."""
     # True: also where hooks are refused
     return _top_saved_tensors_default_hooks(True) is not None
 
 
 def is_transformed() -> bool:
-    """Tells whether a transform of ``torch.func`` or a forward-mode gradient is around."""
+    """Returns whether a transform of ``torch.func`` or a forward-mode gradient is around."""
     return function_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -126,7 +126,7 @@ FORWARD_HOOKS_OF_ALL: tuple[Any, Any] = (_hooks._global_forward_hooks, _hooks._g
 
 
 def has_hooks_of_all() -> bool:
-    """Tells whether there are hooks, of all modules, that are given outputs or gradients."""
+    """Returns whether there are hooks, of all modules, that are given outputs or gradients."""
     return bool(_hooks._global_forward_hooks or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks)
 
 
@@ -135,7 +135,7 @@ PADDING_OF_CONVOLUTION = "_reversed_padding_repeated_twice"
 
 
 def computes_in_own_way(convolution: Any) -> bool:
-    """Tells whether a convolution, whose forward is PyTorch's, has a method of its own that this calls."""
+    """Returns whether a convolution, whose forward is PyTorch's, has a method of its own that this calls."""
     names = ("_conv_forward", "_output_padding")
     if not vars(convolution).keys().isdisjoint(names):
         return True
@@ -167,7 +167,7 @@ def compiler_options() -> Any:
 
 
 def compiler_asks() -> bool:
-    """Tells whether the caller is Dynamo, or code that Dynamo compiles."""
+    """Returns whether the caller is Dynamo, or code that Dynamo compiles."""
     # in 2.10, `is_compiling` is False while Dynamo itself looks at a model
     return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 

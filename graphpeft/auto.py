@@ -128,7 +128,7 @@ class AutoPeftModel:
 
 
 def _is_of_transformers(cls: type) -> bool:
-    """Tells whether a class is one of Transformers', which ask interactively unless `trust_remote_code` is given."""
+    """Returns whether a class is one of Transformers', which ask interactively unless `trust_remote_code` is given."""
     return any(base.__module__.partition(".")[0] == "transformers" for base in cls.__mro__)
 
 

@@ -33,7 +33,7 @@ class _Journal:
         self.remembered: dict[int, int] = {}
 
     def knows(self, of: Any) -> bool:
-        """Tells whether the innermost transaction has noted the content of a tensor or a dictionary already."""
+        """Returns whether the innermost transaction has noted the content of a tensor or a dictionary already."""
         return self.remembered.get(id(of), -1) >= self.begin
 
     def restore_by(self, function: Callable[..., Any], of: Any, content: Any) -> None:

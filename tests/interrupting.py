@@ -221,7 +221,7 @@ def exchanged_in_pytorch() -> dict[str, Any]:
 
 
 def _is_free() -> bool:
-    """Tells whether another thread can trace."""
+    """Returns whether another thread can trace."""
     found: list[bool] = []
 
     def ask() -> None:

@@ -64,7 +64,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def equal(found: Tensor, expected: Tensor) -> bool:
-    """Tells whether two tensors are equal within 1e-6 of the largest value."""
+    """Returns whether two tensors are equal within 1e-6 of the largest value."""
     return bool((found - expected).abs().max() <= 1e-6 * max(1, expected.abs().max()))
 
 

@@ -324,7 +324,7 @@ def trained(library: Any, feature: Feature, kind: Kind, folder: Path) -> Seen:
 
 
 def _lacks_bias(model: nn.Module, feature: Feature, kind: Kind) -> bool:
-    """Tells whether B has a bias that no layer's could take up, so that both libraries refuse to merge."""
+    """Returns whether B has a bias that no layer's could take up, so that both libraries refuse to merge."""
     targets = feature.config(graphpeft, kind).target_modules
     layers = [
         module

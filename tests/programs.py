@@ -1381,7 +1381,7 @@ class ProgramCase:
         return any(STEPS[name].is_refused for name in self.spec.names())
 
     def runs(self) -> bool:
-        """Tells whether the program runs in both modes, and backwards: what isn't a model has no laws.
+        """Returns whether the program runs in both modes, and backwards: what isn't a model has no laws.
 
         PyTorch's checkpoints inside each other fail in the backward around an attention that reads what is outside.
         """

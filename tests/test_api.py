@@ -200,7 +200,7 @@ def test_the_revision_is_recorded_as_in_peft(tmp_path: Path):
 
 
 def trained(model: Any, adapter: str) -> bool:
-    """Tells whether the tensors of an adapter, all or none, require grad."""
+    """Returns whether the tensors of an adapter, all or none, require grad."""
     [answer] = {p.requires_grad for name, p in model.named_parameters() if "lora_" in name and adapter in name}
     return answer
 

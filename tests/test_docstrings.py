@@ -91,7 +91,7 @@ def raised(function: Callable[..., Any]) -> set[str]:
 
 
 def returns(function: Callable[..., Any]) -> bool:
-    """Tells whether a function returns a value, by its annotation, or by its code where that has none."""
+    """Returns whether a function returns a value, by its annotation, or by its code where that has none."""
     annotation = inspect.signature(function).return_annotation
     if annotation is not inspect.Signature.empty:
         return annotation not in (None, "None")
@@ -110,7 +110,7 @@ def problems_of_function(documented: Any) -> list[str]:
     problems = problems_of_text(found)
     problems += [f"the argument {name} isn't described" for name in arguments if name not in described]
     problems += [f"there is no argument {name}" for name in sorted(described - set(arguments))]
-    says_result = is_property or found[""].startswith(("Returns ", "Yields ", "Tells whether "))
+    says_result = is_property or found[""].startswith(("Returns ", "Yields "))
     if returns(inspect.unwrap(function)) and not says_result and not found.keys() & {"Returns", "Yields"}:
         problems.append("the result isn't described")
     for name in sorted(raised(inspect.unwrap(function))):

@@ -182,7 +182,7 @@ LAWS = (
 
 
 def speaks_of(law: Any, case: Case) -> bool:
-    """Tells whether a law speaks of a case."""
+    """Returns whether a law speaks of a case."""
     if law is laws.assert_fresh_adapter_changes_no_output:
         return bool(case.config.starts_as_identity)
     # a prompt in front of a Transformers model isn't for its graph

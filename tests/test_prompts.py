@@ -133,7 +133,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def takes(base: Base, method: str) -> bool:
-    """Tells whether PEFT can prompt this model so; with prefixes it can't where the head's forward takes no cache."""
+    """Returns whether PEFT can prompt this model so; with prefixes it can't where the head's forward takes no cache."""
     if method == "cpt":
         return base.task == "CAUSAL_LM"
     if not method.startswith("prefix"):

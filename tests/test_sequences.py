@@ -139,7 +139,7 @@ class Reference:
         return computed(IDS, self.weights(self.acting))
 
     def conflict(self, names: list[str]) -> bool:
-        """Tells whether two of the adapters replace the same tensor, so that they can't act together."""
+        """Returns whether two of the adapters replace the same tensor, so that they can't act together."""
         replaced = [name for adapter in names for name in self.adapters[adapter].replaced]
         return len(set(replaced)) < len(replaced)
 

@@ -60,7 +60,7 @@ def with_adapters(library: Any, base: nn.Module, *options: dict[str, Any], names
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Tells whether two tensors are equal within a part of the largest value."""
+    """Returns whether two tensors are equal within a part of the largest value."""
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 

@@ -28,7 +28,7 @@ from graphpeft.tracing.lift import lift
 
 
 def proxies_in(value: Any) -> bool:
-    """Tells whether a container holds a traced value."""
+    """Returns whether a container holds a traced value."""
     parts = value.values() if isinstance(value, dict) else value
     return any(isinstance(part, fx.Proxy) for part in parts)
 

@@ -59,7 +59,7 @@ def _joined_sites(by_name: Mapping[str, list[AdaptedSite]]) -> list[tuple[Adapte
 
 
 def _rearranges(plain: Template, module: nn.Module, region: str, sites: list[tuple[AdaptedSite, Any]]) -> bool:
-    """Tells whether an operation's input is another view of a tensor, whose first dimension may not be the batch."""
+    """Returns whether an operation's input is another view of a tensor, whose first dimension may not be the batch."""
     for index, graph in enumerate(plain.graphs):
         named = {node.name: node for node in graph.nodes}
         for adapted, _ in sites:

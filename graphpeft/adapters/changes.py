@@ -89,7 +89,7 @@ def changing_sites(modules: Modules, adapter: Adapter) -> list[Any]:
 
 
 def _is_tied(adapted: AdaptedSite, modules: Modules) -> bool:
-    """Tells whether a site's weight is that of the site whose parameters it has."""
+    """Returns whether a site's weight is that of the site whose parameters it has."""
     site: Any = adapted.site
     if site.tied_to is None or not adapted.shared:
         return False

@@ -134,7 +134,7 @@ def fitted(
 
 
 def _becomes(dtype: torch.dtype, wanted: torch.dtype) -> bool:
-    """Tells whether numbers of one dtype may be read as those of another: floating-point ones in any precision."""
+    """Returns whether numbers of one dtype may be read as those of another: floating-point ones in any precision."""
     return dtype == wanted or (dtype in _FLOATING_POINT and wanted.is_floating_point)
 
 

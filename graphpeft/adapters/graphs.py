@@ -182,7 +182,7 @@ def with_adapter(
 
 
 def _is_change(adapted: AdaptedSite) -> bool:
-    """Tells whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
+    """Returns whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
     rule = adapted.rule
     # a bias without a place to be merged into is no matter of the weight
     return isinstance(rule, Mergeable) and (changes_bias(rule) or rule.unmergeable(adapted.site) is None)

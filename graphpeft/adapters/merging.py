@@ -303,7 +303,7 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
 def _changes_alike(
     modules: Modules, adapter: Adapter, name: str, place: tuple[str, str], other: tuple[str, str]
 ) -> bool:
-    """Tells whether an adapter means one and the same change of a tensor at two places."""
+    """Returns whether an adapter means one and the same change of a tensor at two places."""
     (path, own), (other_path, other_own) = place, other
     if own == other_own == "weight" and path in adapter.rows and other_path in adapter.rows:
         return adapter.rows[path].leader == adapter.rows[other_path].leader
@@ -315,7 +315,7 @@ def _changes_alike(
 
 
 def _has_shared(modules: Modules, adapted: AdaptedSite) -> bool:
-    """Tells whether a tied site still has the very parameters of the other one."""
+    """Returns whether a tied site still has the very parameters of the other one."""
     module = modules[adapted.site.owner]
     return all(
         memory_of(own_parameter(module, adapted.names[local])) == memory_of(own_parameter(modules[path], name))

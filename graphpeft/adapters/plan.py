@@ -283,7 +283,7 @@ def _shared(
 
 
 def _unlike(one: Scoped, other: Scoped) -> bool:
-    """Tells whether two parameters of one scope can't be one tensor."""
+    """Returns whether two parameters of one scope can't be one tensor."""
     once = one.spec.written_once or other.spec.written_once
     names = {(of.spec.written_once, of.spec.key) for of in (one, other)}
     return (one.spec.shape, one.dtype) != (other.spec.shape, other.dtype) or (once and len(names) > 1)

@@ -182,7 +182,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
 
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
-    """Tells whether a tensor of a model has the values of a saved one already."""
+    """Returns whether a tensor of a model has the values of a saved one already."""
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 

@@ -16,7 +16,7 @@ TRAINER_WEIGHTS_NAME = "model.safetensors"
 
 
 def is_trainer_checkpoint(folder: Path) -> bool:
-    """Tells whether `folder` is one that a Trainer will look into, by the name that Trainers give them."""
+    """Returns whether `folder` is one that a Trainer will look into, by the name that Trainers give them."""
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 

@@ -65,7 +65,7 @@ def with_penalty(modules: Modules, state: Adapters, output: Any) -> Any:
 
 
 def has_penalty(config: PeftConfig) -> bool:
-    """Tells whether a config's method adds something to the loss."""
+    """Returns whether a config's method adds something to the loss."""
     return type(config).penalty is not PeftConfig.penalty
 
 

@@ -105,7 +105,7 @@ def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
 
 
 def _is_called(node: ast.AST, call: ast.Call) -> bool:
-    """Tells whether what `node` gives is called, by a call or by what it hands it to."""
+    """Returns whether what `node` gives is called, by a call or by what it hands it to."""
     return call.func is node or (_name_of(call.func) in _CALLERS and call.args[:1] == [node])
 
 

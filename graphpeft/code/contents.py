@@ -71,7 +71,7 @@ def _content(cls: type) -> _Content | None:
 
 
 def has_content(value: Any) -> bool:
-    """Tells whether `value`, no container, has a content that can change."""
+    """Returns whether `value`, no container, has a content that can change."""
     return _content(type(value)) is not None
 
 
@@ -105,7 +105,7 @@ def content_of(value: Any) -> Any:
 
 
 def is_unchanged(value: Any, content: Any) -> bool:
-    """Tells whether `value` has this content: a container the very same objects, in their order."""
+    """Returns whether `value` has this content: a container the very same objects, in their order."""
     kind = type(value)
     if issubclass(kind, dict):
         return dict.__len__(value) == len(content) and all(

@@ -22,7 +22,7 @@ from graphpeft.code.source import functions_in_forward
 
 @functools.cache
 def uses_is_true(cls: type) -> bool:
-    """Tells whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
+    """Returns whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
     codes = (function.__code__ for function in functions_in_forward(cls))
     trees = (tree_of(code) for code in codes if _may_test_truth(code))
     # without source, it may be
@@ -56,7 +56,7 @@ def _is_identity_test(node: ast.AST) -> bool:
 
 @functools.cache
 def tests_identity(code: CodeType) -> bool:
-    """Tells whether `code` compares by ``is`` with anything but None."""
+    """Returns whether `code` compares by ``is`` with anything but None."""
     instructions = list(dis.get_instructions(code))
     return any(
         after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
@@ -66,7 +66,7 @@ def tests_identity(code: CodeType) -> bool:
 
 @functools.cache
 def compares_objects(code: CodeType) -> bool:
-    """Tells whether `code` compares two objects by ``is``, neither of them a constant."""
+    """Returns whether `code` compares two objects by ``is``, neither of them a constant."""
     instructions = list(dis.get_instructions(code))
     return any(
         after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
@@ -74,12 +74,12 @@ def compares_objects(code: CodeType) -> bool:
 
 
 def is_identity_compared(value: Any) -> bool:
-    """Tells whether code compares such a value by ``is``, so that a proxy of it would answer wrongly."""
+    """Returns whether code compares such a value by ``is``, so that a proxy of it would answer wrongly."""
     return value is None or isinstance(value, str | enum.Enum)
 
 
 def may_be_compared(value: Any, code: CodeType | None) -> bool:
-    """Tells whether `value` is of a type that some code compares by ``is``, and `code` compares something so."""
+    """Returns whether `value` is of a type that some code compares by ``is``, and `code` compares something so."""
     return isinstance(value, _OFTEN_COMPARED) and code is not None and tests_identity(code)
 
 

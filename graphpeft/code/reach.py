@@ -124,7 +124,7 @@ class Reach:
 
 
 def is_iterator(value: Any) -> bool:
-    """Tells whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
+    """Returns whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
     return hasattr(type(value), "__next__") and attributes_of(value) is None
 
 
@@ -248,7 +248,7 @@ def _globals_named_by(code: CodeType, globals_there: dict[str, Any]) -> Iterator
 
 
 def _may_change(named: Namespace, made: frozenset[str]) -> bool:
-    """Tells whether a global is anything but a function or a class that its code gives no other value."""
+    """Returns whether a global is anything but a function or a class that its code gives no other value."""
     kinds = FunctionType | BuiltinFunctionType | type
     values = named.values()
     return not values or any(name in made or not issubclass(type(value), kinds) for name, value in values.items())
@@ -263,7 +263,7 @@ def _root(cls: type) -> str:
 
 
 def is_of_a_library(python_module: Any) -> bool:
-    """Tells whether a Python module, by its name, is of a library whose functions keep nothing that changes.
+    """Returns whether a Python module, by its name, is of a library whose functions keep nothing that changes.
 
     Such is each installed package that defines no modules of models, such as one for symbolic mathematics.
 

@@ -106,7 +106,7 @@ _CALLED_BY = ("forward", "__call__")
 
 
 def calls_forward(call: Any) -> bool:
-    """Tells whether a ``__call__`` of a user's may call the forward, by itself or by that of a base class."""
+    """Returns whether a ``__call__`` of a user's may call the forward, by itself or by that of a base class."""
     code = getattr(inspect.unwrap(call), "__code__", None)
     return code is None or not names_in(code).read.isdisjoint(("forward", "super", "__call__", "_call_impl"))
 
@@ -244,7 +244,7 @@ _LOGGING_NAMES = {"_assert", "print", "log", "debug", "info", "warning", "warnin
 
 @functools.cache
 def is_logging_call(code: CodeType, line: int) -> bool:
-    """Tells whether `code` only logs or warns at `line` of its file."""
+    """Returns whether `code` only logs or warns at `line` of its file."""
     try:
         lines, start = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))

@@ -130,7 +130,7 @@ def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
 
 
 def can_call(model: Callable[..., Any], example: Example) -> bool:
-    """Tells whether a model can be called with an example, without an error of the model's code."""
+    """Returns whether a model can be called with an example, without an error of the model's code."""
     try:
         example.call(model)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, GuardError):

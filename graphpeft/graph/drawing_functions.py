@@ -15,7 +15,7 @@ from graphpeft.code.source import names_in
 
 
 def draws(target: Any) -> bool:
-    """Tells whether what a node calls is a function that names Python's or NumPy's generator of random numbers."""
+    """Returns whether what a node calls is a function that names Python's or NumPy's generator of random numbers."""
     if type(target) is not FunctionType:
         return False
     numpy = sys.modules.get("numpy")

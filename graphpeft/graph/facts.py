@@ -54,7 +54,7 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def reads_metadata_only(node: fx.Node) -> bool:
-    """Tells whether `node` reads the shape or other metadata of a tensor, and none of its values."""
+    """Returns whether `node` reads the shape or other metadata of a tensor, and none of its values."""
     about = node.args[1] if node.target is getattr else node.target
     return about in METADATA_ATTRIBUTES
 
@@ -66,7 +66,7 @@ def _memory(node: fx.Node) -> set[int]:
 
 
 def varies(node: fx.Node) -> bool:
-    """Tells whether a node's value may be another one in each run: an argument, a random number, a module's result."""
+    """Returns whether a node's value may change from run to run: an argument, a random number, a module's result."""
     if node.op == "placeholder" or node.op == "call_module":
         return True
     if draws(node.target):
@@ -76,7 +76,7 @@ def varies(node: fx.Node) -> bool:
 
 
 def is_trained(node: fx.Node) -> bool:
-    """Tells whether a node reads a tensor of a module that training may change."""
+    """Returns whether a node reads a tensor of a module that training may change."""
     value = node.meta.get(VALUE)
     return node.op == "get_attr" and (isinstance(value, nn.Parameter) or getattr(value, "requires_grad", False))
 
@@ -125,7 +125,7 @@ class InPlace:
 
 
 def writes(target: Any) -> bool:
-    """Tells whether a call of `target`, a node's function or the name of a method, changes its first argument."""
+    """Returns whether a call of `target`, a node's function or the name of a method, changes its first argument."""
     if target in _WRITERS or isinstance(target, InPlace):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -133,5 +133,5 @@ def writes(target: Any) -> bool:
 
 
 def writes_by_method(name: str) -> bool:
-    """Tells whether a tensor's method of this name changes it."""
+    """Returns whether a tensor's method of this name changes it."""
     return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)

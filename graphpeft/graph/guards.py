@@ -47,7 +47,7 @@ def expect(value: Any, expected: Any, decision: str) -> None:
 
 
 def is_same(value: Any, expected: Any) -> bool:
-    """Tells whether a value is the expected one; a float that is not a number is the same as each other such one."""
+    """Returns whether a value is the expected one; a float that is not a number is the same as each other such one."""
     if value is expected or isinstance(value, torch.Tensor):
         return value is expected
     return value == expected or (_is_nan(value) and _is_nan(expected))
@@ -94,7 +94,7 @@ def kind(value: Any) -> str:
 
 
 def is_machinery(file: str) -> bool:
-    """Tells whether `file` is a part of the tracer or of what it is built on."""
+    """Returns whether `file` is a part of the tracer or of what it is built on."""
     return file.startswith(_MACHINERY)
 
 

@@ -49,7 +49,7 @@ def _given_for(forward: Any) -> Callable[[Any], Template | None] | None:
 
 
 def _is_unpatched(forward: Any) -> bool:
-    """Tells whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
+    """Returns whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
     code = getattr(forward, "__code__", None)
     transformers = sys.modules.get("transformers")
     homes = [

@@ -77,7 +77,7 @@ def read_own(module: nn.Module) -> None:
 
 
 def stands_in(module: nn.Module, name: str) -> bool:
-    """Tells whether `module` reads another tensor in place of its own one of this name."""
+    """Returns whether `module` reads another tensor in place of its own one of this name."""
     return any(name in layer.namespace for layer in in_place.layers_of(module) if layer.kind == "tensors")
 
 

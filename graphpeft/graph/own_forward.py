@@ -58,7 +58,7 @@ def _calling(forward: Callable[..., Any], weights: tuple[str, ...], as_given: bo
 
 
 def _hides(forward: Callable[..., Any]) -> bool:
-    """Tells whether `forward` is decorated, so that it may hand its arguments on to a function with other names."""
+    """Returns whether `forward` is decorated, so that it may hand its arguments on to a function with other names."""
     own = inspect.signature(forward, follow_wrapped=False).parameters.values()
     return any(p.kind is p.VAR_POSITIONAL for p in own) and hasattr(forward, "__wrapped__")
 

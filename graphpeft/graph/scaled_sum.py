@@ -18,7 +18,7 @@ from graphpeft.graph.recorded import as_node
 
 
 def is_captured() -> bool:
-    """Tells whether a compiler, an exporter or another recorder of PyTorch's operators reads what is computed."""
+    """Returns whether a compiler, an exporter or another recorder of PyTorch's operators reads what is computed."""
     return is_compiling() or is_in_torch_dispatch_mode()
 
 

@@ -26,7 +26,7 @@ class Watch:
         self.changes = 0
 
     def sees(self, module: nn.Module) -> bool:
-        """Tells whether a module's attributes are watched."""
+        """Returns whether a module's attributes are watched."""
         return module.__dict__.get(WATCH) is self
 
 
@@ -169,6 +169,6 @@ def expect_settings(settings: Settings) -> list[Any]:
 
 
 def is_number(node: fx.Node) -> bool:
-    """Tells whether a node of a flat graph is a number that a module has."""
+    """Returns whether a node of a flat graph is a number that a module has."""
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is expect_settings

@@ -436,7 +436,7 @@ def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: ta
 
 
 def runs_graph(module: nn.Module) -> bool:
-    """Tells whether a graph is all that a module runs, and not only what stands around its own code."""
+    """Returns whether a graph is all that a module runs, and not only what stands around its own code."""
     if not isinstance(module, fx.GraphModule):
         return False
     template = template_of(module)

@@ -58,7 +58,7 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
 
 
 def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
-    """Tells whether a node of a branch makes each row of its value from the same row of others, in any shape."""
+    """Returns whether a node of a branch makes each row of its value from the same row of others, in any shape."""
     if node.op == "get_attr" or reads_metadata_only(node) or isinstance(ops.read_op(node, root), ops.Linear):
         return True
     if node.target in (add_scaled, torch.add, operator.add):

@@ -65,7 +65,7 @@ def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _is_fresh(y: fx.Node, root: nn.Module) -> bool:
-    """Tells whether a value is a tensor that its node has made, and that its gradient doesn't need."""
+    """Returns whether a value is a tensor that its node has made, and that its gradient doesn't need."""
     return y.target in (add_product_, add_product_unless_kept_) or isinstance(ops.read_op(y, root), ops.Linear)
 
 

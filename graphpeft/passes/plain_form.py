@@ -15,7 +15,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def wants_plain_form() -> bool:
-    """Tells whether a compiler or an exporter reads the computation, or a transform other than the backward does.
+    """Returns whether a compiler or an exporter reads the computation, or a transform other than the backward does.
 
     A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
     and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.

@@ -99,12 +99,12 @@ def cast_from(node: fx.Node) -> fx.Node | None:
 
 
 def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
-    """Tells whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
+    """Returns whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
     return all(user is reader or reads_metadata_only(user) for user in value.users)
 
 
 def separates(node: fx.Node, root: nn.Module) -> bool:
-    """Tells whether a value that is read before a node, and one that is read behind it, may not be the same.
+    """Returns whether a value that is read before a node, and one that is read behind it, may not be the same.
 
     It may write into tensors, or change the dtype in which others are multiplied, or whether these have gradients.
     """

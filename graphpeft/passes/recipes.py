@@ -125,7 +125,7 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
 
 
 def _others_decide(args: tuple[Any, ...]) -> bool:
-    """Tells whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
+    """Returns whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
     devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
     return saved_tensors_go_elsewhere() or any(map(torch.is_autocast_enabled, devices))
 

@@ -133,13 +133,13 @@ def _step(node: fx.Node, root: nn.Module) -> str | None:
 
 
 def _is_no_tensor(node: fx.Node) -> bool:
-    """Tells whether a node gives a size, a dtype and the like."""
+    """Returns whether a node gives a size, a dtype and the like."""
     sources = node.all_input_nodes if node.op == "call_function" else []
     return reads_metadata_only(node) or (bool(sources) and all(map(_is_no_tensor, sources)))
 
 
 def _is_kept(node: fx.Node, root: nn.Module) -> bool:
-    """Tells whether a value is kept for the backward, or lives longer, whatever branches read it."""
+    """Returns whether a value is kept for the backward, or lives longer, whatever branches read it."""
     if node.op in ("get_attr", "placeholder") or node.target in _KEEP_THEIR_RESULTS:
         return True
     return any(_keeps_input(user, node, root) for user in node.users)

@@ -34,7 +34,7 @@ class Asked:
         self.takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
     def may_be(self, name: str) -> bool:
-        """Tells whether it gets what has this name, if there is something."""
+        """Returns whether it gets what has this name, if there is something."""
         return self.takes_more or name in self.names
 
     def among(self, there: Iterable[str]) -> list[str]:

@@ -290,7 +290,7 @@ class PeftConfig:
         )
 
     def ignores(self, key: str) -> bool:
-        """Tells whether a file may hold a tensor that the adapter doesn't need.
+        """Returns whether a file may hold a tensor that the adapter doesn't need.
 
         Args:
             key: The tensor's name in the file.

@@ -104,7 +104,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tells whether `value` is of the annotated type.
+    """Returns whether `value` is of the annotated type.
 
     Lists, sets and tuples pass for each other: JSON has lists alone, and in code people write what they have. An
     integer is a number, but True isn't.

@@ -254,7 +254,7 @@ class Mergeable(Rule):
 
 
 def changes_bias(rule: Any) -> bool:
-    """Tells whether a rule changes the bias of an operation, too."""
+    """Returns whether a rule changes the bias of an operation, too."""
     return isinstance(rule, Mergeable) and rule.changes_bias
 
 
@@ -273,7 +273,7 @@ class ReplacesWeight(ABC):
 
     @abstractmethod
     def replaces(self, site: Any, config: Any) -> bool:
-        """Tells whether the weight of a site is replaced; it isn't asked where the site is unmergeable.
+        """Returns whether the weight of a site is replaced; it isn't asked where the site is unmergeable.
 
         Args:
             site: The site.

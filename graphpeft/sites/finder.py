@@ -186,7 +186,7 @@ class SiteFinder:
         )
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
-        """Tells whether a region calls the owner of a weight where that is no operation of the site, or not alone."""
+        """Returns whether a region calls the owner of a weight where that is no operation of the site, or not alone."""
         target, graphs = within(owner, region), self.templates[region].graphs
         calls = [
             (node, names)
@@ -232,7 +232,7 @@ class SiteFinder:
 def _is_stored_transposed(
     module: nn.Module, cls: type, weight: torch.Tensor, kind: type | None, uses: WeightUses
 ) -> bool:
-    """Tells whether a weight is stored as (in, out); `cls` is the class that its module stands for."""
+    """Returns whether a weight is stored as (in, out); `cls` is the class that its module stands for."""
     if kind is ops.Linear:
         return not issubclass(cls, nn.Linear)  # of the layers, only Conv1D does
     if kind is ops.Convolution:

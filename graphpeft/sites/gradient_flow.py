@@ -66,7 +66,7 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
 
 
 def trains(regions: Regions, site: Site) -> bool:
-    """Tells whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
+    """Returns whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
     if site.op is not ops.Weight or site.region != site.owner:
         return True
     module = regions.modules[site.owner]
@@ -74,7 +74,7 @@ def trains(regions: Regions, site: Site) -> bool:
 
 
 def hands_gradients_on(regions: Regions, site: LeafSite) -> bool:
-    """Tells whether the call of a layer has a gradient for what it is given; one layer of each kind is asked."""
+    """Returns whether the call of a layer has a gradient for what it is given; one layer of each kind is asked."""
     module = regions.modules[site.owner]
     weight = module._parameters.get("weight")
     kind = (stands_for(module), None if weight is None else way_of_computing(weight))

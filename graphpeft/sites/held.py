@@ -35,7 +35,7 @@ def held_by(module: nn.Module) -> dict[str, Any]:
 
 
 def _holds_plain_values(value: Any) -> bool:
-    """Tells whether a value is a container from which nothing leads further."""
+    """Returns whether a value is a container from which nothing leads further."""
     kind = type(value)
     if kind is dict:
         return _LEADING_NOWHERE.issuperset(map(type, value.values()))
@@ -43,7 +43,7 @@ def _holds_plain_values(value: Any) -> bool:
 
 
 def is_of_pytorch(module: nn.Module) -> bool:
-    """Tells whether the class of a module is PyTorch's."""
+    """Returns whether the class of a module is PyTorch's."""
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
@@ -55,7 +55,7 @@ def read_through(module: nn.Module, held: Mapping[str, Any]) -> set[str]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tells whether functions run with the forward of a module, or of each module."""
+    """Returns whether functions run with the forward of a module, or of each module."""
     return any(map(vars(module).get, _HOOKS)) or any(FORWARD_HOOKS_OF_ALL)
 
 
@@ -69,7 +69,7 @@ def _may_lead_to_functions(value: Any) -> bool:
 
 
 def _has_parameters(held: Iterable[Any]) -> bool:
-    """Tells whether there are parameters in lists and the like, or closures, by which one may read others'."""
+    """Returns whether there are parameters in lists and the like, or closures, by which one may read others'."""
     waiting = [*held]
     while waiting:
         value = waiting.pop()
@@ -155,7 +155,7 @@ def _codes_of(cls: type) -> frozenset[CodeType]:
 
 
 def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:
-    """Tells whether the code of a module, or that by which it holds another, may read its parameter `attribute`."""
+    """Returns whether the code of a module, or that by which it holds another, may read its parameter `attribute`."""
     if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
         return True
     uses = uses_in_forward(in_place.original_class(module))

@@ -20,7 +20,7 @@ def linear_classes() -> tuple[type, ...]:
 
 
 def declares_features(module: nn.Module) -> bool:
-    """Tells whether a module says how many features it reads and gives, as layers do."""
+    """Returns whether a module says how many features it reads and gives, as layers do."""
     return all(type(count) is int for count in declared_features(module))
 
 

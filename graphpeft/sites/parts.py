@@ -97,7 +97,7 @@ def runs_of(rows: tuple[int, ...]) -> Runs:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Tells whether a node moves features, or rows, about and changes none."""
+    """Returns whether a node moves features, or rows, about and changes none."""
     return node.op in ("call_function", "call_method") and _name(node) in _VIEWS
 
 
@@ -164,7 +164,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _over_the_last(softmax: fx.Node) -> bool:
-    """Tells whether a softmax goes over the last dimension, as one over keys does."""
+    """Returns whether a softmax goes over the last dimension, as one over keys does."""
     value = softmax.meta.get(VALUE)
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     return isinstance(value, torch.Tensor) and dim in (-1, value.ndim - 1)

@@ -18,7 +18,7 @@ _OF_PYTORCH = ("torch.distributed.", "torch._subclasses.", "torch.nn.")
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
-    """Tells whether the elements of a weight are codes of numbers."""
+    """Returns whether the elements of a weight are codes of numbers."""
     dtype = weight.dtype
     return not (dtype.is_floating_point or dtype.is_complex) or _computes_by_itself(type(weight))
 
@@ -37,7 +37,7 @@ def way_of_computing(weight: torch.Tensor) -> str:
 
 @functools.cache
 def _computes_by_itself(cls: type[torch.Tensor]) -> bool:
-    """Tells whether a class of tensors has a way of its own to compute with them."""
+    """Returns whether a class of tensors has a way of its own to compute with them."""
     own: list[Any] = [base for base in cls.__mro__[: cls.__mro__.index(torch.Tensor)] if base not in _PLAIN]
     return any(
         name in vars(base) and not base.__module__.startswith(_OF_PYTORCH)

@@ -90,7 +90,7 @@ class Readers:
             path = path.rpartition(".")[0]
 
     def _graph_reads(self, path: str, inside: str, attribute: str) -> bool:
-        """Tells whether a module's graph reads a weight inside it; its code need not tell."""
+        """Returns whether a module's graph reads a weight inside it; its code need not tell."""
         template = self._regions.template(path)
         if template is not None:
             return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
@@ -248,5 +248,5 @@ def _may_read(
 
 
 def _is_off(module: nn.Module) -> bool:
-    """Tells whether the code of a module that reads weights without calling their modules is switched off."""
+    """Returns whether the code of a module that reads weights without calling their modules is switched off."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()

@@ -96,7 +96,7 @@ class Regions:
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
 
     def is_called(self, path: str) -> bool:
-        """Tells whether a module has a forward, which a container has not."""
+        """Returns whether a module has a forward, which a container has not."""
         return type(self.modules[path]).forward is not nn.Module.forward
 
     def around(self, path: str) -> tuple[str | None, str]:

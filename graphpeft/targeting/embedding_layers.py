@@ -74,7 +74,7 @@ def _are_targeted(config: PeftConfig, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _is_resized(model: Any, base: str | None) -> bool:
-    """Tells whether the model has another vocabulary than the base model of this name."""
+    """Returns whether the model has another vocabulary than the base model of this name."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not size or not base:
         return False

@@ -261,7 +261,7 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:
-    """Tells whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
+    """Returns whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
     return stands_for(module).__module__.startswith("torch.nn.")
 
 

@@ -77,7 +77,7 @@ def _blame(build: Build, config: PeftConfig, inputs: ExampleInputs, breaks: Call
 def _breaks_at(
     build: Build, config: PeftConfig, inputs: ExampleInputs, names: Sequence[str], breaks: Callable[[PeftConfig], bool]
 ) -> bool:
-    """Tells whether the law is broken where only sites of these names are adapted."""
+    """Returns whether the law is broken where only sites of these names are adapted."""
     try:
         model = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name in names)
     except AdaptError:

@@ -124,7 +124,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 
 def have_equal_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tells whether two tensors have equal elements; those that are no numbers are equal to each other."""
+    """Returns whether two tensors have equal elements; those that are no numbers are equal to each other."""
     pairs = zip(parts_of(one), parts_of(other), strict=True)
     return all(torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 

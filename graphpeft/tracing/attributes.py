@@ -134,7 +134,7 @@ _PYTORCH = os.path.dirname(torch.__file__)
 
 
 def is_plain(value: Any) -> bool:
-    """Tells whether `value` can't change and says all about itself: a number, a string, None or a tuple of such."""
+    """Returns whether `value` can't change and says all about itself: a number, a string, None or a tuple of such."""
     kind = type(value)  # isinstance asks an object of a user's for its __class__
     if kind in (tuple, torch.Size):
         return all(map(is_plain, value))

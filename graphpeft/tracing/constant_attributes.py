@@ -67,7 +67,7 @@ def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:
 
 
 def _is_fixed(node: fx.Node) -> bool:
-    """Tells whether an attribute is more than a number with which tensors are computed."""
+    """Returns whether an attribute is more than a number with which tensors are computed."""
     if type(node.meta[VALUE]) is not int:
         return type(node.meta[VALUE]) is not float
     is_factor = (user.target in _ARITHMETIC and isinstance(user.meta.get(VALUE), torch.Tensor) for user in node.users)

@@ -46,7 +46,7 @@ class Decisions:
 
 
 def may_lack(part: fx.Node, kept: Container[str]) -> bool:
-    """Tells whether a part is one of an argument, or of what one of the modules `kept` as calls returns."""
+    """Returns whether a part is one of an argument, or of what one of the modules `kept` as calls returns."""
     whole: Any = part.args[0]
     while isinstance(whole, fx.Node) and whole.target in TAKES_OUT:
         whole = whole.args[0]

@@ -277,7 +277,7 @@ def tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[
 
 
 def _is_simple_layer(module: nn.Module) -> bool:
-    """Tells whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
+    """Returns whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
     is_own = type(module).__module__.startswith("torch.nn.modules.")
     return is_own and not module._modules and not isinstance(module, nn.RNNBase)
 
@@ -315,7 +315,7 @@ def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextl
 
 
 def _is_not_whole(node: fx.Node) -> bool:
-    """Tells whether a node brings fractions, random numbers or what a layer computes into a value."""
+    """Returns whether a node brings fractions, random numbers or what a layer computes into a value."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     if node.op == "get_attr":
         # a module's tensors may be another in each run, and no constant may be written into

@@ -14,7 +14,7 @@ from graphpeft.tracing.graph_equality import checks_all_of, equivalent
 
 
 def decides_on_gradients(graph: fx.Graph) -> bool:
-    """Tells whether `graph` checks whether there are gradients."""
+    """Returns whether `graph` checks whether there are gradients."""
     return any(map(_is_question, graph.nodes))
 
 

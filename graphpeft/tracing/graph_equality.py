@@ -13,7 +13,7 @@ from graphpeft.graph.facts import writes
 
 
 def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, fx.Node]) -> bool:
-    """Tells whether `other` returns the same as `graph`, and writes the same.
+    """Returns whether `other` returns the same as `graph`, and writes the same.
 
     Writes into a value that only `graph` makes anew may lack in `other`, where that value is there already.
 
@@ -37,7 +37,7 @@ def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, f
 
 
 def checks_all_of(graph: fx.Graph, other: fx.Graph, but: Callable[[fx.Node], bool]) -> bool:
-    """Tells whether `graph` has all checks that `other` has, leaving out those of which `but` is true."""
+    """Returns whether `graph` has all checks that `other` has, leaving out those of which `but` is true."""
     numbers: dict[Hashable, int] = {}
     first, second = (_checks(each, numbers, but) for each in (graph, other))
     return second <= first
@@ -73,7 +73,7 @@ def _is_effect(node: fx.Node) -> bool:
 
 
 def _into_something_new(node: fx.Node) -> bool:
-    """Tells whether a write goes into a value that the graph makes, and not into an argument or a module's tensor."""
+    """Returns whether a write goes into a value that the graph makes, and not into an argument or a module's tensor."""
     written = node.args[0] if node.args else None
     while isinstance(written, fx.Node) and written.op in ("call_function", "call_method") and written.args:
         source = written.args[0]

@@ -62,7 +62,7 @@ def exchange_for_copies(reach: Reach) -> None:
 
 
 def holds_iterator(value: Any) -> bool:
-    """Tells whether a value is an iterator, or holds one in a container, a partial function or a bound method."""
+    """Returns whether a value is an iterator, or holds one in a container, a partial function or a bound method."""
     waiting, seen = [value], set[int]()
     while waiting:
         held = waiting.pop()

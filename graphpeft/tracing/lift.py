@@ -50,7 +50,7 @@ class Lifted(NamedTuple):
     template: Template
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Tells whether a trace of `module` would give the same graph."""
+        """Returns whether a trace of `module` would give the same graph."""
         forward = type(module).forward
         if self.forward is not forward or (self.named and self.named != plain_globals(type(module))):
             return False
@@ -128,7 +128,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 
 @functools.cache
 def _compares_by_identity(cls: type) -> bool:
-    """Tells whether a forward asks whether values are the same object, which no proxy can answer."""
+    """Returns whether a forward asks whether values are the same object, which no proxy can answer."""
     return any(compares_objects(function.__code__) for function in functions_in_forward(cls))
 
 

@@ -48,7 +48,7 @@ def _shown(node: fx.Node) -> str:
 
 
 def holds_proxy(value: Any, depth: int = 4) -> bool:
-    """Tells whether `value` is a value of a trace, or an object or a container with one inside."""
+    """Returns whether `value` is a value of a trace, or an object or a container with one inside."""
     # by its type, since an object of a user's may answer anything
     kind = type(value)
     if issubclass(kind, fx.Proxy):

@@ -71,7 +71,7 @@ def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
 
 
 def _is_written_attribute(tracer: Recorder, module: nn.Module, name: str, value: fx.Proxy) -> bool:
-    """Tells whether `value` is the tensor that a module has by this name, after writes into it."""
+    """Returns whether `value` is the tensor that a module has by this name, after writes into it."""
     held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
     path = tracer.session.name_of(held) if builtins.isinstance(held, torch.Tensor) else None
     return path is not None and no_grad.is_written(value, path)

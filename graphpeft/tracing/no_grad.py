@@ -48,7 +48,7 @@ def arguments_of_write(tracer: Recorder, args: Any, kwargs: dict[str, Any]) -> t
 
 
 def is_written(proxy: fx.Proxy, name: str) -> bool:
-    """Tells whether `proxy` stands for the tensor of the module at the path `name` itself, written into or not."""
+    """Returns whether `proxy` stands for the tensor of the module at the path `name` itself, written into or not."""
     node: Any = proxy.node
     while isinstance(node, fx.Node) and (writes(node.target) or node.target is detached):
         node = node.args[0]

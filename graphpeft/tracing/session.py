@@ -121,7 +121,7 @@ class Session:
         return bool(own["training"] if "training" in own else type(module).__getattr__(module, "training"))
 
     def is_made_anew(self, value: Any) -> bool:
-        """Tells whether `value` is a tensor that the forward has made itself."""
+        """Returns whether `value` is a tensor that the forward has made itself."""
         return isinstance(value, torch.Tensor) and (self.recording is None or not self.recording.before.holds(value))
 
 

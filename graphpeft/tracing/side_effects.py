@@ -136,12 +136,12 @@ def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) ->
 
 
 def _is_outside(attribute: Attribute) -> bool:
-    """Tells whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
+    """Returns whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
     return not isinstance(attribute.namespace.of, nn.Module)
 
 
 def _varies(value: Any) -> bool:
-    """Tells whether what a call leaves in an attribute may be another thing than a later call would leave.
+    """Returns whether what a call leaves in an attribute may be another thing than a later call would leave.
 
     It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
     which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
@@ -152,7 +152,7 @@ def _varies(value: Any) -> bool:
 
 
 def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Tells whether the second recording decided if something is more or less than what the first one has left.
+    """Returns whether the second recording decided if something is more or less than what the first one has left.
 
     So do caches that only grow, and sizes that only shrink: what they hold is that of the largest call so far.
     """
@@ -205,7 +205,7 @@ def _copied(value: Any) -> Any:
 
 
 def _is_stable(value: Any, later: Any, of_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Tells whether a second call leaves in an attribute what the first one did.
+    """Returns whether a second call leaves in an attribute what the first one did.
 
     Args:
         value: What the first call left there, see `_value_of`.

@@ -59,11 +59,11 @@ class Snapshot:
         return list(found)
 
     def has(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Tells whether an attribute of a module had this very value."""
+        """Returns whether an attribute of a module had this very value."""
         return self._values.get(id(module), {}).get(name, _ABSENT) is value
 
     def holds(self, value: Any) -> bool:
-        """Tells whether `value` had a name, or was in a container that had one."""
+        """Returns whether `value` had a name, or was in a container that had one."""
         if self._held is None:
             self._held = {id(held) for _, values, _ in self._before for held in values.values()}
             self._held |= {

@@ -88,7 +88,7 @@ def _refuse_own_call(model: nn.Module) -> None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tells whether `module` is a layer of ``torch.nn``, or scripted: code that is best, or only, kept as one call."""
+    """Returns whether `module` is a layer of ``torch.nn``, or scripted: best, or only, kept as one call."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
@@ -202,7 +202,7 @@ _SETTINGS = "_graphpeft_settings"
 
 
 def _is_unread(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Tells whether an attribute of a module was read whose place in a traced model doesn't have it."""
+    """Returns whether an attribute of a module was read whose place in a traced model doesn't have it."""
     owner_path, _, name = path.rpartition(".")
     owner = modules.get(owner_path)
     held = (owner.__dict__, owner._parameters, owner._buffers, owner._modules) if isinstance(owner, Place) else ()

@@ -440,6 +440,6 @@ def _writes_itself(node: fx.Node) -> bool:
 
 
 def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
-    """Tells whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
+    """Returns whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
     is_taken = kind == "call_method" or target is operator.getitem
     return is_taken and may_be_compared(value, guards.deciding_frame().f_code)

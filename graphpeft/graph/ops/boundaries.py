@@ -116,7 +116,7 @@ def _of_call(graph: fx.Graph, name: str) -> Boundary:
 
 
 def _is_adapters_of(node: fx.Node, name: str) -> bool:
-    """Tells whether `node` is an adapter's at the boundary `name`."""
+    """Returns whether `node` is an adapter's at the boundary `name`."""
     return TAG in node.meta and node.meta[TAG].site == name
 
 

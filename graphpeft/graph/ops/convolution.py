@@ -111,7 +111,7 @@ class Convolution:
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Tells whether a weight of so many dimensions has a kernel."""
+        """Returns whether a weight of so many dimensions has a kernel."""
         return dimensions > 2
 
     @staticmethod

@@ -69,7 +69,7 @@ class Embedding:
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Tells whether a weight of so many dimensions is a table."""
+        """Returns whether a weight of so many dimensions is a table."""
         return dimensions == 2
 
     @staticmethod

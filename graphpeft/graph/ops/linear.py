@@ -70,7 +70,7 @@ class Linear:
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Tells whether a weight of so many dimensions is a matrix."""
+        """Returns whether a weight of so many dimensions is a matrix."""
         return dimensions == 2
 
     @staticmethod

@@ -54,7 +54,7 @@ def path_of(value: Any) -> str | None:
 
 
 def is_computed(option: Any) -> bool:
-    """Tells whether an option of an operation is computed in each run, and not only read from a module."""
+    """Returns whether an option of an operation is computed in each run, and not only read from a module."""
     return isinstance(option, fx.Node) and option.op != "get_attr" and not is_number(option)
 
 

@@ -1,4 +1,4 @@
-"""Placeholders for the arguments of the call that a trace records: names, order and defaults are the forward's."""
+"""Placeholders for the arguments of a traced call, with the names, order and defaults of the forward's parameters."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from graphpeft.graph.template import SIMPLE
 from graphpeft.tracing.recorder import Recorder
 
 ExampleCall = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and the keyword arguments of the example call."""
+"""Positional and keyword arguments of the example call."""
 
 _EXTRA = None
-"""The default of an extra argument, which comes after others with one."""
+"""The default of an extra argument: Python requires one, since parameters before it may have defaults."""
 
 
 class Arguments:
-    """Makes the arguments of one recorded call.
+    """Makes the arguments of one traced call.
 
     Args:
         tracer: The tracer.
-        example: The arguments of the example call, or None to record without example values.
+        example: The arguments of the example call, or None to trace without example values.
     """
 
     def __init__(self, tracer: Recorder, example: ExampleCall | None) -> None:
@@ -40,12 +40,12 @@ class Arguments:
         self._code: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
 
     def make(self) -> tuple[list[Any], dict[str, Any]]:
-        """Returns positional and keyword arguments: placeholders, or the example's values where they are decided on.
+        """Returns positional and keyword arguments: placeholders, or example values that the graph checks in each run.
 
-        The forward is called as the example calls it, since decorators look at what they are given.
+        Each argument is positional or keyword as in the example call, since decorators can see the difference.
 
         Raises:
-            TraceError: If the example doesn't fit the forward's signature, or a default can't stand in generated code.
+            TraceError: If the example doesn't fit the forward's signature, or generated code can't hold a default.
         """
         bound, by_name = self._bound()
         positional: list[Any] = []
@@ -64,12 +64,12 @@ class Arguments:
                 elif name in bound or (self._example is None and parameter.default is parameter.empty):
                     positional.append(value)
                 elif isinstance(value, fx.Proxy):
-                    # the forward isn't given it, and goes on with its own default
+                    # the example omits this argument, so the forward runs with the default
                     self._tracer.decide(value, parameter.default, f"the argument {name!r}")
         return positional, keywords
 
     def _bound(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the example's arguments by the names of parameters, and those that it gives by name."""
+        """Returns all example arguments by parameter name, and the keyword arguments of the example."""
         if self._example is None:
             return {}, {}
         args, kwargs = self._example
@@ -87,7 +87,7 @@ class Arguments:
         if example is inspect.Parameter.empty:
             return self._tracer.present(placeholder, f"the argument {name!r}")
         if isinstance(example, bool) or is_identity_compared(example) or may_be_compared(example, self._code):
-            # an absent argument must not become a proxy: `mask is None` would be answered wrongly
+            # a proxy for None would make `mask is None` false
             self._tracer.decide(placeholder, example, f"the argument {name!r}")
             return example
         self._tracer.give(placeholder, example)
@@ -96,7 +96,10 @@ class Arguments:
         return self._told_apart(name, placeholder, example) if is_compared else placeholder
 
     def _told_apart(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
-        """Puts checks into the graph that an argument is the same object as an earlier one, or another, in each run."""
+        """Adds checks to the graph: whether an argument is the same object as an earlier argument, as in the example.
+
+        Returns the earlier argument's placeholder if both are the same object.
+        """
         for earlier_name, (earlier, other) in self._compared.items():
             asked = self._tracer.create_proxy("call_function", operator.is_, (placeholder, earlier), {})
             self._tracer.decide(asked, example is other, f"whether the argument {name!r} is {earlier_name!r}")

@@ -1,8 +1,8 @@
-"""Notes what a forward reads from its modules beside tensors.
+"""Records the non-tensor attributes that a forward reads from its modules.
 
-A number or a flag becomes a node that reads the attribute in each run; `constant_attributes` may replace it by a
-constant. A string, None and other plain values, which code compares by identity, stay what they are, and the graph
-checks them. Containers and objects are read once.
+A number or a flag becomes a node that reads the attribute in each run; `constant_attributes` may replace the node by a
+constant. Strings, None and other plain values, which code compares by identity, become constants that the graph checks.
+Containers and objects are read once, while tracing.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from graphpeft.tracing.iterators import draws_error, holds_iterator
 from graphpeft.tracing.recorder import Recorder
 
 MACHINERY = frozenset(dir(nn.Module()))
-"""What every module has; of these a graph depends on `training` alone, which stays one of its inputs."""
+"""Attributes of every module. A graph depends on none of them except `training`, which it reads in each run."""
 
 INTERNALS = frozenset((
     "_parameters", "_buffers", "_modules", "parameters", "buffers", "modules", "children", "state_dict",
     "named_parameters", "named_buffers", "named_modules", "named_children", "get_parameter", "get_buffer",
 ))  # fmt: skip
-"""What of that tells which tensors and modules there are: the graph depends on them in a way that isn't noted."""
+"""Attributes that list a module's tensors and submodules. Other modules can't share a trace that reads them."""
 
 ABSENT = object()
-"""Noted of an attribute that isn't there."""
+"""The recorded value of a missing attribute."""
 
 _NUMBERS = (bool, int, float)
 
 
 _NOT_THE_CODES = ("__", "_graphpeft_")
-"""How names begin of attributes that Python or a graph has put there."""
+"""Prefixes of attributes that Python or graphpeft sets."""
 
 
 def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str], Any]:
-    """Returns how modules look up attributes, so that `tracer` is told which are read from the modules of `root`."""
-    # of a scripted module none is read in Python
+    """Returns a `__getattribute__` for modules that reports reads from the modules of `root` to `tracer`."""
+    # attributes of a scripted module aren't read in Python
     paths = {module: path for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
     look_up = nn.Module.__getattribute__
-    # what a traced model inside has not to look at again, this trace has to see
+    # a traced model inside skips attributes that its watch reports unchanged; this trace must see the reads
     for watch in {id(held): held for module in paths if (held := module.__dict__.get(WATCH))}.values():
         watch.changes += 1
 
@@ -67,7 +67,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
                 if tracer.is_recording and "param" in name:
                     _refuse_to_compare(tracer, sys._getframe(1).f_code)
             return look_up(module, name)
-        # before it is looked up: tensors and submodules are found by __getattr__, after an AttributeError here
+        # before the lookup, since tensors and submodules raise AttributeError here and are found by __getattr__
         if module is root:
             tracer.session.reads.add(name)
         try:
@@ -78,7 +78,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             parameter = module._parameters.get(name)
             if parameter is not None:
                 tracer.session.looked_up = parameter, join(paths[module], name)
-            # tensors may be absent, too
+            # a parameter, buffer or submodule may be None
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
                 tracer.session.read_once.setdefault(join(paths[module], name), ABSENT)
             raise
@@ -88,7 +88,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
 
 
 def _refuse_to_compare(tracer: Recorder, code: CodeType) -> None:
-    """Raises TraceError if code that takes parameters from where a module has all of them asks which one it has."""
+    """Raises TraceError if code that lists a module's parameters compares objects by `is`."""
     if compares_objects(code):
         message = (
             f"{guards.deciding_line()} compares one of all parameters with others by `is`, to which a traced value is "
@@ -98,11 +98,11 @@ def _refuse_to_compare(tracer: Recorder, code: CodeType) -> None:
 
 
 def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any) -> Any:
-    """Returns what the code gets that has read `value`, which the attribute of this name has."""
+    """Records a read of an attribute, and returns the value or the proxy that the reading code gets."""
     is_own = name in module.__dict__
     is_of_class = name in module.__dict__.get(OF_CLASS, ()) or _is_of_class(type(module), name, value)
     if is_plain(value) and (is_own or is_of_class):
-        # what the forward itself has set is a value of this run
+        # a value that the forward itself has set belongs to this run
         recording = tracer.session.recording
         if is_own and recording is not None and not recording.before.has(module, name, value):
             return value
@@ -117,7 +117,7 @@ def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any
 
 def _refuse_iterator(tracer: Recorder, module: nn.Module, name: str, value: Any) -> None:
     recording = tracer.session.recording
-    # from what the forward itself has set, it draws anew in each run
+    # an iterator that the forward itself has set is new in each run
     if holds_iterator(value) and recording is not None and recording.before.has(module, name, value):
         raise tracer.failing(draws_error(f"self.{name}"))
 
@@ -134,8 +134,8 @@ _PYTORCH = os.path.dirname(torch.__file__)
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether `value` can't change and says all about itself: a number, a string, None or a tuple of such."""
-    kind = type(value)  # isinstance asks an object of a user's for its __class__
+    """Returns whether `value` is immutable and simple: a number, a string, None, an enum or a tuple of plain values."""
+    kind = type(value)  # isinstance would read __class__, which user objects can override
     if kind in (tuple, torch.Size):
         return all(map(is_plain, value))
     return kind in SIMPLE or issubclass(kind, enum.Enum)
@@ -146,10 +146,10 @@ def _is_of_class(cls: type, name: str, value: Any) -> bool:
 
 
 def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -> Any:
-    """Returns a plain attribute: a number as an input of the graph, unless its code compares by identity."""
+    """Returns a plain attribute: a number as a proxy, unless the module's code compares by identity; else its value."""
     proxy = tracer.attribute(path)
     if not isinstance(proxy, fx.Proxy):
-        return proxy  # what is None or a string comes back from the tracer as it is
+        return proxy  # the tracer returns None and strings as plain values
     if type(value) not in _NUMBERS or uses_is_true(in_place.original_class(module)):
         tracer.decide(proxy, value)
         return value

@@ -1,6 +1,6 @@
-"""Functions with a cache that a model's code calls, which compute anew while it is traced.
+"""Bypasses ``functools`` caches in a model's code while it is traced.
 
-What such a cache holds of a trace would be given to later calls, and what it holds of earlier ones would be frozen.
+A cache would hand proxies of a trace to later calls, and would freeze results of earlier calls in the graph.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _CACHED = functools._lru_cache_wrapper
 
 
 def uncached(value: Any) -> Any:
-    """Returns the function that a value is with a cache, or the value itself."""
+    """Returns the function inside an ``lru_cache`` wrapper, or `value` itself if it isn't one."""
     return value.__wrapped__ if type(value) is _CACHED else value
 
 
 def forget_traced_values() -> None:
-    """Clears the caches that hold values of a trace after all, such as those of libraries' classes."""
+    """Clears the caches that hold traced values all the same, such as caches of library classes."""
     for value in gc.get_objects():
         if type(value) is _CACHED and any(map(_is_traced, _content_of(value))):
             value.cache_clear()
 
 
 def _content_of(cached: Any) -> Iterator[Any]:
-    """Yields the arguments and the results that a cache holds."""
+    """Yields the arguments and results in a cache."""
     for part in gc.get_referents(cached):
-        # a bounded cache refers to both by itself
+        # a bounded cache refers to arguments and results directly, an unbounded one by a dict
         yield from (*dict.keys(part), *dict.values(part)) if type(part) is dict else (part,)
 
 
 def _is_traced(value: Any, depth: int = 4) -> bool:
-    # by its type, since a value of a model's may answer anything
+    # type(), since isinstance would read __class__, which user objects can override
     if issubclass(type(value), fx.Proxy):
         return True
     if depth == 0 or type(value) not in (tuple, list, dict, set, frozenset):

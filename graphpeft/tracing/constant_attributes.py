@@ -1,7 +1,7 @@
-"""Decides which attributes of modules that a forward has read become constants of its graph: its settings.
+"""Decides which module attributes that a forward reads become constants of its graph (settings).
 
-A number with which tensors are computed is read by a node of its own, so that the graph follows it. All other plain
-attributes, such as the number of an attention's heads, are settings.
+A node reads a number that takes part in tensor arithmetic, so the graph follows changes of this number. All other
+plain attributes, such as the number of attention heads, are settings.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _ARITHMETIC = frozenset((
     torch.add, torch.sub, torch.mul, torch.div, torch.pow,
     "add", "sub", "mul", "div", "pow", "add_", "sub_", "mul_", "div_", "pow_",
 ))  # fmt: skip
-"""What computes with whole numbers. Elsewhere they are sizes, indices or flags."""
+"""Arithmetic operations. Integers in other operations are sizes, indices or flags."""
 
 _GUARDS = (guards.expect, guards.expect_present)
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
-    """Makes constants of attributes on which a graph decides, and of those that are sizes, indices or flags.
+    """Makes constants of the attributes that the graph decides on and of those that are sizes, indices or flags.
 
     Args:
-        graph: The graph, which is edited.
-        lines: Where plain attributes were read, by their paths.
+        graph: The graph, edited in place.
+        lines: The source line that reads each plain attribute, by attribute path.
     """
     read = [node for node in graph.nodes if node.op == "get_attr" and node.target in lines]
     derived = _derived_from(graph, read)
@@ -45,14 +45,14 @@ def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
             decided |= {source: str(node.args[2]) for source in above(node.args[0]) if source not in decided}
     settings = {node: decided.get(node, lines[str(node.target)]) for node in read if node in decided or _is_fixed(node)}
     _make_constants(derived, set(settings))
-    # what a module has read that stays a call in the end may be read again
+    # an attribute can have several nodes: a module that stays a call in the end has read it, too
     by_path = {str(node.target): Setting(str(node.target), node.meta[VALUE], line) for node, line in settings.items()}
     numbers = dict.fromkeys(str(node.target) for node in read if node not in settings)
     return Reads(tuple(by_path.values()), tuple(numbers))
 
 
 def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:
-    """Returns these nodes, and those that are computed from nothing else and are plain themselves, in order."""
+    """Returns the nodes `read` and the nodes with plain values computed only from them, in graph order."""
     derived = dict.fromkeys(read)
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -67,7 +67,7 @@ def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:
 
 
 def _is_fixed(node: fx.Node) -> bool:
-    """Returns whether an attribute is more than a number with which tensors are computed."""
+    """Returns whether an attribute has another use than tensor arithmetic."""
     if type(node.meta[VALUE]) is not int:
         return type(node.meta[VALUE]) is not float
     is_factor = (user.target in _ARITHMETIC and isinstance(user.meta.get(VALUE), torch.Tensor) for user in node.users)

@@ -1,4 +1,4 @@
-"""Constants of a graph: objects that a forward has made or found, and that are no attributes of its modules."""
+"""Constants of a graph: objects that a forward uses and that aren't attributes of its modules."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Constants:
         self._made: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Forgets what belongs to a recording."""
+        """Starts a recording: forgets the names of the last recording's constants."""
         self._made = {}
 
     def name_of(self, value: Any, is_made_anew: Callable[[Any], bool]) -> str:
-        """Returns the name of a constant; what a forward makes anew in each recording has that of the last one.
+        """Returns the name of a constant. A tensor that each recording makes again keeps its name of the last one.
 
         Args:
             value: The constant.
-            is_made_anew: Tells of a constant whether it is a tensor that the forward has made itself.
+            is_made_anew: Returns whether a constant is a tensor that the forward has made.
         """
         names = [name for name, constant in self.values.items() if constant is value]
         names += [name for name, made in self._made.items() if made is value]

@@ -1,4 +1,4 @@
-"""Decisions that code takes on values: what is one, and which of them a graph checks already."""
+"""Decisions of Python code on traced values, and the record of decisions that a graph already checks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from graphpeft.graph.errors import NeedsInputsError
 from graphpeft.graph.template import VALUE
 
 TAKES_OUT = (operator.getitem, getattr)
-"""Functions that take a part out of an object."""
+"""Functions that return a part of an object."""
 
 
 class Decisions:
-    """The decisions that a graph checks so far."""
+    """The decisions that a graph already checks."""
 
     def __init__(self) -> None:
         self._known: set[tuple[Any, str, Call | None]] = set()
 
     def note(self, node: fx.Node, answer: Any, call: Call | None) -> bool:
-        """Notes that the value of `node` is decided to be `answer` in a call of a module; tells whether that is new."""
+        """Records that the value of `node` must be `answer` in a module call; returns whether the decision is new."""
         if node.op == "call_function":
-            # asked twice, the same question has two nodes
+            # the same question asked twice has two nodes
             key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)), call)
         else:
             key = (node, repr(answer), call)
@@ -37,16 +37,16 @@ class Decisions:
         return is_new
 
     def forget_about(self, node: fx.Node) -> None:
-        """Forgets what was decided on a value that is written into."""
+        """Forgets the decisions on a value, which a write has changed."""
         self._known = {key for key in self._known if key[0] is not node}
 
     def keep_of(self, nodes: Set[fx.Node]) -> None:
-        """Forgets what was decided on other nodes than these."""
+        """Forgets the decisions on all nodes outside `nodes`."""
         self._known = {key for key in self._known if key[0] in nodes}
 
 
 def may_lack(part: fx.Node, kept: Container[str]) -> bool:
-    """Returns whether a part is one of an argument, or of what one of the modules `kept` as calls returns."""
+    """Returns whether `part` belongs to an argument, or to the output of a module in `kept`, which stays a call."""
     whole: Any = part.args[0]
     while isinstance(whole, fx.Node) and whole.target in TAKES_OUT:
         whole = whole.args[0]
@@ -56,7 +56,7 @@ def may_lack(part: fx.Node, kept: Container[str]) -> bool:
 
 
 def needs_inputs_error(root: nn.Module, error: Exception | None) -> NeedsInputsError:
-    """Returns the error for a decision on a value that isn't known, or for what fails without a value."""
+    """Returns the error for a decision on an unknown value, or for code that fails without example values."""
     if error is None:
         decides = f"decides on its inputs at {guards.deciding_line()}"
     else:

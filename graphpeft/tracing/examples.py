@@ -1,7 +1,7 @@
-"""What the calls of a recording give on the example inputs: they run on fake tensors, which have no data.
+"""Example values of a recording's nodes: each call runs on fake tensors, which have no data.
 
-So shapes, dtypes and Python objects are known while a forward is recorded. Where a number is asked for that follows
-from masks or ids of the example, these themselves are computed with.
+So shapes, dtypes and Python objects are known while a forward is traced. If code needs a number that depends on the
+example's masks or ids, the calls run on these real tensors.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ _READS = frozenset(getattr(operator, name) for name in operator.__all__) | {
     tuple,
     guards.kind,
 }
-"""Functions that compute nothing themselves: what they are given does."""
+"""Functions that only call methods of their arguments."""
 
 _NUMBERS = (*SIMPLE, torch.Size)
-"""Types of values that have to do with no tensor."""
+"""Types of values that hold no tensor."""
 
 _PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
-"""Types of values that don't have a say in how a function is called with them."""
+"""Types of values without a ``__torch_function__`` that changes calls."""
 
 
 class Examples:
-    """The example values of the nodes of one tracer, which are kept in their metadata.
+    """The example values of one tracer's nodes, stored in ``node.meta``.
 
     Args:
-        session: The trace for which they are.
+        session: The trace.
 
     Attributes:
-        is_running: Whether code runs on example values just now, so that nothing that it calls is recorded.
-        given: The example arguments, by their placeholders.
+        is_running: Whether code now runs on example values, so that its calls aren't recorded.
+        given: The example arguments by placeholder.
     """
 
     def __init__(self, session: Session) -> None:
@@ -69,21 +69,21 @@ class Examples:
         self.given: dict[fx.Node, Any] = {}
 
     def begin(self) -> None:
-        """Forgets what belongs to a recording."""
+        """Starts a recording: forgets the example arguments, and makes earlier results available."""
         self.given = {}
         self._known.begin()
 
     def give(self, placeholder: fx.Node, example: Any) -> None:
-        """Notes the example argument that a placeholder stands for."""
+        """Stores the example argument of a placeholder."""
         placeholder.meta[VALUE] = faked(example, self.fake)
         self.given[placeholder] = example
 
     @contextlib.contextmanager
     def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
-        """Runs code on example values: nothing that it calls is recorded.
+        """Runs code on example values, without recording its calls.
 
         Args:
-            makes_tensors: Whether the code may make tensors, which must be fake, too.
+            makes_tensors: Whether the code may make tensors, which must be fake.
         """
         was, self.is_running = self.is_running, True
         try:
@@ -96,18 +96,18 @@ class Examples:
             self.is_running = was
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor that has everything of `tensor` but its data."""
+        """Returns a fake tensor: `tensor` without its data."""
         with DisableTorchFunction():
             if tensor.is_leaf:
                 return self._mode.from_tensor(tensor)
             with fake_tensor.unset_fake_temporarily():
                 leaf = tensor.detach().requires_grad_()
-            # what was computed can be written into, as a leaf that requires grad can't
+            # in-place writes into a computed tensor are allowed, but not into a leaf that requires grad
             with self.real_calls(), torch.enable_grad():
                 return self._mode.from_tensor(leaf).clone()
 
     def evaluate(self, node: fx.Node) -> None:
-        """Runs the call of `node` on the values of its arguments, as far as they are known."""
+        """Runs the call of `node` on the example values of its arguments, if all are known."""
         if any(VALUE not in argument.meta for argument in node.all_input_nodes):
             return
         call = self._call(node)
@@ -132,29 +132,29 @@ class Examples:
                 else:
                     node.meta[VALUE] = self._from_whole_numbers(node)
             except Exception:
-                # a module that is kept since the trace can't follow it may not run on fake tensors either
+                # a module that stays a call, since tracing it failed, may fail on fake tensors, too
                 if node.op != "call_module" or node.target not in self._session.kept:
                     raise
                 node.meta[VALUE] = self._run_on_numbers(str(node.target), args, kwargs)
 
     def _call(self, node: fx.Node) -> Call | None:
-        """Returns what `node` calls on which values, if it is a call of PyTorch's own functions and layers."""
+        """Returns the call of `node` on its example values, if it calls a function or layer of PyTorch; else None."""
         if node.op != "call_module":
             return call_of(node, None) if node.op in ("call_function", "call_method") else None
         layer = self._session.modules[str(node.target)]
         return call_of(node, layer) if _is_simple_layer(layer) and node.target not in self._session.kept else None
 
     def _from_whole_numbers(self, node: fx.Node) -> Any:
-        """Returns a value's example, if it follows from arguments that are whole numbers or flags alone.
+        """Computes a value from the real example arguments, if it depends on integer and boolean arguments alone.
 
-        Masks, ids and lengths are of a few kinds, and a decision on them is one that a check can hold. A decision on
-        what a layer computes would be another one in most calls.
+        Masks, ids and lengths differ little between calls, so a check of a decision on them holds in most calls. A
+        decision on a layer's output would fail its check in most calls.
 
         Raises:
-            TraceError: If it doesn't.
+            TraceError: If the value depends on other tensors.
         """
         sources = above_with_writes(node)
-        # a function that draws may look at the values of a mask; of what it has drawn no number can be told
+        # `node` itself may draw random numbers by the values of a mask; no value can depend on numbers drawn before
         if any(_is_not_whole(source) for source in sources if source is not node or not draws(node.target)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
@@ -189,7 +189,10 @@ class Examples:
             return target(*args, **kwargs)
 
     def _run_on_numbers(self, path: str, args: Any, kwargs: Any) -> Any:
-        """Runs a copy of a submodule on ones, to see what kind of value it returns; shapes are checked in each run."""
+        """Runs a copy of a submodule on tensors of ones, to learn the structure of its output.
+
+        The output's shapes may differ from the example's; the graph checks decisions on them in each run.
+        """
         unchanged_by_it = unchanged(self._session.modules[path])
         with fake_tensor.unset_fake_temporarily(), torch.random.fork_rng(devices=[]), unchanged_by_it:
             module = copy.deepcopy(self._session.modules[path])
@@ -200,7 +203,7 @@ class Examples:
         return pytree.tree_map_only(torch.Tensor, self.fake, value)
 
     def _with_fakes(self, module: nn.Module) -> nn.Module:
-        """Copies a module, with fake tensors in place of its own, those in its lists and dictionaries, too."""
+        """Copies a module with fake tensors in place of its tensors, including tensors in lists and dictionaries."""
         tensors = {id(tensor): self.fake(tensor) for tensor in (*module.parameters(), *module.buffers())}
         with tensors_copied_by(self.fake):
             return copy.deepcopy(module, tensors)
@@ -219,7 +222,7 @@ class Examples:
             if target in self._session.kept:
                 with random_python_states_kept(), unchanged(module), _slow_path():
                     return self._with_fakes(module)(*args, **kwargs)
-            # on fake tensors of its own, so that what it writes into its buffers is lost
+            # on fresh fake tensors, so that writes into buffers are lost
             if _is_simple_layer(module):
                 layer = _on_other_tensors(module, self.fake)
                 with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
@@ -233,7 +236,7 @@ class Examples:
 
 @contextlib.contextmanager
 def _slow_path() -> Iterator[None]:
-    """Lets PyTorch's fast path for attentions be, which gives a fake tensor where it gives None otherwise."""
+    """Disables PyTorch's fast path of attention, whose output is a fake tensor where the slow path's is None."""
     is_on = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -247,11 +250,11 @@ def _attribute_at(root: nn.Module, path: str) -> Any:
 
 
 def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns an example with fake tensors, on which code can run without changing the example.
+    """Returns a copy of an example with fake tensors, so that code can run on it without changing the example.
 
     Args:
-        example: Any value; objects in it that aren't containers, such as caches, are copied.
-        fake: Makes a fake tensor of one.
+        example: Any value. Objects in it that aren't containers, such as caches, are copied.
+        fake: Makes a fake tensor of a tensor.
     """
 
     def copied(leaf: Any) -> Any:
@@ -259,14 +262,14 @@ def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return fake(leaf)
         return leaf if isinstance(leaf, SIMPLE) else copy.deepcopy(leaf)
 
-    # those inside of objects, too; results of a computation couldn't be copied by themselves
+    # covers tensors inside objects, and results of computations, which deepcopy refuses
     with tensors_copied_by(fake):
         return pytree.tree_map(copied, example)
 
 
 @contextlib.contextmanager
 def tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Lets copies in this thread have what `fake` makes of tensors, those in lists and objects, too."""
+    """Makes ``copy.deepcopy`` in this thread replace tensors by `fake(tensor)`, also inside lists and objects."""
     thread, copy_tensor = threading.get_ident(), torch.Tensor.__deepcopy__
 
     def fake_here(tensor: torch.Tensor, memo: Any) -> torch.Tensor:
@@ -277,13 +280,13 @@ def tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[
 
 
 def _is_simple_layer(module: nn.Module) -> bool:
-    """Returns whether `module` is PyTorch's own and has but its tensors, not even a list of them as its RNNs do."""
+    """Returns whether `module` is a PyTorch layer without submodules or lists of tensors (RNNs hold such a list)."""
     is_own = type(module).__module__.startswith("torch.nn.modules.")
     return is_own and not module._modules and not isinstance(module, nn.RNNBase)
 
 
 def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """Returns a copy of a simple layer with other tensors, which costs less than to exchange them in the layer."""
+    """Returns a copy of a simple layer with other tensors, which is faster than ``torch.func.functional_call``."""
     copied = object.__new__(type(layer))
     copied.__dict__.update(layer.__dict__, training=layer.training)
     for kind in ("_parameters", "_buffers"):
@@ -300,14 +303,14 @@ def _may_make_tensors(node: fx.Node) -> bool:
 
 
 def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
-    """Returns what a node's call on its example values runs under.
+    """Returns a context for a node's call on example values, which skips ``__torch_function__`` where that is safe.
 
-    For each call on a fake tensor, PyTorch would ask its type how to go on, only to go on as if it hadn't.
+    Fake tensors don't change calls in ``__torch_function__``, so skipping the dispatch to it only saves time.
 
     Args:
         node: The node.
-        tensors: What else the call reads.
-        is_known: Whether what is called is PyTorch's own, and makes no tensors of types that have a say.
+        tensors: Other tensors that the call reads.
+        is_known: Whether the callee is PyTorch's own, and makes no tensors of types with a ``__torch_function__``.
     """
     values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
     is_plain = is_known and all(type(value) in _PLAIN for value in values)
@@ -315,10 +318,10 @@ def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextl
 
 
 def _is_not_whole(node: fx.Node) -> bool:
-    """Returns whether a node brings fractions, random numbers or what a layer computes into a value."""
+    """Returns whether a node's value depends on floats, random numbers or a layer's output."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     if node.op == "get_attr":
-        # a module's tensors may be another in each run, and no constant may be written into
+        # a module's tensors may differ in each run, and writing into a constant would change it
         return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     if node.op == "placeholder":
         return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in leaves)

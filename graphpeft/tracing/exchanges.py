@@ -1,4 +1,4 @@
-"""What is exchanged for the time of a trace, and can be taken back meanwhile for code that isn't part of it."""
+"""Temporary patches for a trace, which can be undone for a while to run code outside the trace."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class _Exchange(NamedTuple):
 
 
 class Exchanges:
-    """Exchanges values, and puts them back at the end of a stack.
+    """Replaces values, and restores them when an exit stack closes.
 
     Args:
-        stack: The stack.
+        stack: The exit stack.
     """
 
     def __init__(self, stack: ExitStack) -> None:
@@ -29,25 +29,25 @@ class Exchanges:
         at_end_of(stack, self._take_back)
 
     def attribute(self, owner: Any, name: str, new: Any, create: bool = False) -> None:
-        """Gives an attribute another value; `create` allows that it has none of its own."""
+        """Replaces an attribute; `create` allows an attribute that `owner` doesn't have."""
         if not create:
-            getattr(owner, name)  # or it would come to be where it never was
+            getattr(owner, name)  # raises AttributeError rather than create an attribute
         old = vars(owner).get(name, _ABSENT)
         self._put(lambda: setattr(owner, name, new), lambda: _set_again(owner, name, old))
 
     def item(self, mapping: dict[str, Any], name: str, new: Any) -> None:
-        """Gives a name of a dictionary, such as that of a Python module's names, another value."""
+        """Replaces an item of a dictionary, such as a global of a Python module."""
         old = mapping[name]
         self._put(lambda: mapping.__setitem__(name, new), lambda: mapping.__setitem__(name, old))
 
     def cell(self, cell: CellType, new: Any) -> None:
-        """Gives a variable around a function another value."""
+        """Replaces the value of a closure variable."""
         old = cell.cell_contents
         self._put(lambda: setattr(cell, "cell_contents", new), lambda: setattr(cell, "cell_contents", old))
 
     @contextlib.contextmanager
     def taken_back(self) -> Iterator[None]:
-        """Takes everything back for a while."""
+        """Undoes all replacements inside the context."""
         if self._are_taken_back:
             yield
             return
@@ -60,7 +60,7 @@ class Exchanges:
             self._are_taken_back = False
 
     def _put(self, put: Callable[[], Any], take_back: Callable[[], Any]) -> None:
-        # first, since taking back does no harm where nothing was put, and this may be interrupted
+        # noted first, in case of an interrupt: undoing a replacement that wasn't made is harmless
         self._made.append(_Exchange(put, take_back))
         put()
 

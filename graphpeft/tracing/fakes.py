@@ -1,4 +1,4 @@
-"""What functions return on fake tensors, where PyTorch's own fake kernels refuse what its real ones take."""
+"""Fake implementations of functions whose fake kernels in PyTorch refuse inputs that the real kernels accept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graphpeft._torch import GROUPED_MM
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    # as aten::_grouped_mm, whose fake kernel takes bfloat16 alone
+    # the shapes of aten::_grouped_mm, whose fake kernel accepts only bfloat16
     if mat_a.ndim == 2 and mat_b.ndim == 2:
         assert offs is not None
         return mat_a.new_empty(offs.shape[0], mat_a.shape[0], mat_b.shape[1])
@@ -19,4 +19,4 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: An
 
 
 FAKES: dict[Any, Callable[..., Any]] = dict.fromkeys(GROUPED_MM, _grouped_mm)
-"""What stands for functions while fake tensors are given to them."""
+"""Fake implementations by function."""

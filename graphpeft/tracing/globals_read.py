@@ -1,4 +1,4 @@
-"""Which plain globals and variables of closures a forward reads: a graph holds what they were."""
+"""Finds the plain globals and closure variables that a forward reads. A graph holds their values at tracing time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphpeft.tracing.attributes import is_plain
 
 
 def plain_globals(cls: type) -> dict[str, Any]:
-    """Returns the plain values outside of modules that a forward reads, by descriptions of their names."""
+    """Returns the plain globals and closure variables that a forward reads, each by a description of its name."""
     return {name: value for function in functions_in_forward(cls) for name, value in _read_by(function)}
 
 
@@ -31,14 +31,14 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         try:
             value = cell.cell_contents
         except ValueError:
-            continue  # it has none yet
+            continue  # an empty cell
         if value is not None and is_plain(value):
             yield f"the variable {name} around {function.__qualname__}", value
 
 
 @functools.cache
 def _globals_named_in(code: CodeType) -> tuple[tuple[str, str | None], ...]:
-    """Returns the names of globals that `code` reads, each with the attribute that it takes from it, if it does."""
+    """Returns the names of globals that `code` reads, each with the attribute that it reads of this global, or None."""
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "EXTENDED_ARG")]
     found: dict[tuple[str, str | None], None] = {}
     for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):

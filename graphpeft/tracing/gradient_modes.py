@@ -1,7 +1,7 @@
-"""One graph for runs with gradients and without, where code asks ``torch.is_grad_enabled()`` and computes the same.
+"""Makes one graph for runs with and without gradients, if both answers of ``torch.is_grad_enabled()`` compute the same.
 
-So does ``if torch.is_grad_enabled() and self.gradient_checkpointing``. Where what is computed differs, the answer is a
-decision, with a check.
+An example is ``if torch.is_grad_enabled() and self.gradient_checkpointing``. If the computations differ, the answer is
+a decision, which the graph checks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from graphpeft.tracing.graph_equality import checks_all_of, equivalent
 
 
 def decides_on_gradients(graph: fx.Graph) -> bool:
-    """Returns whether `graph` checks whether there are gradients."""
+    """Returns whether `graph` asks ``torch.is_grad_enabled()``."""
     return any(map(_is_question, graph.nodes))
 
 
 def serving_both(graph: fx.Graph, other: fx.Graph) -> fx.Graph | None:
-    """Returns one of two graphs, of runs with gradients and without, without that check; None if they differ.
+    """Returns one graph for runs with and without gradients, or None if the two graphs compute different results.
 
-    It is the one that checks all else that any of them does.
+    The returned graph is the input graph that has all checks of the other, less the checks of the gradient mode.
     """
     if not equivalent(graph, other, {}) or not equivalent(other, graph, {}):
         return None

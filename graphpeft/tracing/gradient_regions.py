@@ -1,4 +1,4 @@
-"""Records where a forward's regions under ``torch.enable_grad()`` begin and end, see `regions`."""
+"""Records the begin and end of a forward's regions under ``torch.enable_grad()``, see `regions`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from graphpeft.tracing.recorder import Recorder
 
 
 class GradientRegions:
-    """The regions with gradients in which a recording is."""
+    """The open ``torch.enable_grad()`` regions of a recording, outermost first."""
 
     def __init__(self) -> None:
         self.inside: list[tuple[Any, fx.Proxy]] = []
 
     @property
     def are_open(self) -> bool:
-        """Whether it is in any."""
+        """Whether any region is open."""
         return bool(self.inside)
 
 
 def record_gradient_regions(tracer: Recorder, exchanges: Exchanges) -> GradientRegions:
-    """Records where regions under ``torch.enable_grad()`` and ``torch.set_grad_enabled(True)`` begin and end."""
+    """Records the begin and end of regions under ``torch.enable_grad()`` and ``torch.set_grad_enabled(True)``."""
     regions = GradientRegions()
     for cls in (torch.enable_grad, torch.set_grad_enabled):
         _record_regions_of(cls, tracer, exchanges, regions)

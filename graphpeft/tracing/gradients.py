@@ -1,4 +1,4 @@
-"""What a graph holds about gradients: calls of ``torch.autograd.Function``, and values through which none goes."""
+"""Graph nodes about gradients: calls of ``torch.autograd.Function``, and detached values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphpeft._torch import pytree
 
 @dataclass(frozen=True)
 class Applied:
-    """The call of a function with its own gradient, as what a node calls; it can be pickled.
+    """The ``apply`` of a ``torch.autograd.Function`` as a node's target, which can be pickled.
 
     Attributes:
         function: The class of the function.
@@ -26,19 +26,20 @@ class Applied:
         return f"{self.function.__name__}_apply"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the function computes."""
+        """Applies the function."""
         return self.function.apply(*args, **kwargs)
 
 
 def detached(value: Any, *given: Any) -> Any:
-    """Returns `value` as if it had been computed under ``torch.no_grad()``: no gradient goes through its tensors.
+    """Returns `value` with its tensors detached, as if it had been computed under ``torch.no_grad()``.
 
     Args:
-        value: What was computed.
-        given: Of what. A tensor that was handed on, as ``x.float()`` may do, keeps its gradient.
+        value: The output of a call.
+        given: The inputs of this call. An input that is also the output, as ``x.float()`` may return, keeps its
+            gradient.
     """
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", detached, (value, *given), {})
-    # by comparison, since a compiler may not follow the id of a tensor
+    # `is` instead of `id`, since a compiler may not trace the id of a tensor
     leaves = pytree.tree_leaves(given)
     return pytree.tree_map_only(torch.Tensor, lambda x: x if any(x is y for y in leaves) else x.detach(), value)

@@ -1,4 +1,4 @@
-"""Whether two graphs compute the same: their results as expressions, whatever the order and the names of the nodes."""
+"""Compares what two graphs compute, by the expressions of their outputs: node names and order don't matter."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from graphpeft.graph.facts import writes
 
 
 def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, fx.Node]) -> bool:
-    """Returns whether `other` returns the same as `graph`, and writes the same.
+    """Returns whether `other` returns the same outputs as `graph` and has the same in-place writes.
 
-    Writes into a value that only `graph` makes anew may lack in `other`, where that value is there already.
+    `other` may lack writes into tensors that `graph` creates, since such a tensor may exist in `other` already.
 
     Args:
-        graph: A graph.
-        other: Another one.
-        equal_nodes: Nodes of `other`, with the nodes of `graph` whose values they have.
+        graph: The first graph.
+        other: The second graph.
+        equal_nodes: Maps nodes of `other` to nodes of `graph` with the same values.
     """
     known: dict[fx.Node, Hashable] = {}
     numbers: dict[Hashable, int] = {}
@@ -37,7 +37,7 @@ def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, f
 
 
 def checks_all_of(graph: fx.Graph, other: fx.Graph, but: Callable[[fx.Node], bool]) -> bool:
-    """Returns whether `graph` has all checks that `other` has, leaving out those of which `but` is true."""
+    """Returns whether `graph` has all checks of `other`, except checks for which `but` returns True."""
     numbers: dict[Hashable, int] = {}
     first, second = (_checks(each, numbers, but) for each in (graph, other))
     return second <= first
@@ -57,7 +57,7 @@ def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[
     inputs = tuple(known[source] for source in _nodes_in((node.args, node.kwargs)))
     shape = map_arg((node.args, node.kwargs), lambda _: None)
     shown = (node.op, str(node.target), repr(shape), inputs)
-    # numbered, or an expression would hold all that it is made of
+    # a number keeps expressions small, which would nest all of their inputs otherwise
     return numbers.setdefault(shown, len(numbers))
 
 
@@ -73,7 +73,7 @@ def _is_effect(node: fx.Node) -> bool:
 
 
 def _into_something_new(node: fx.Node) -> bool:
-    """Returns whether a write goes into a value that the graph makes, and not into an argument or a module's tensor."""
+    """Returns whether a write changes a tensor that the graph creates, rather than an argument or a module's tensor."""
     written = node.args[0] if node.args else None
     while isinstance(written, fx.Node) and written.op in ("call_function", "call_method") and written.args:
         source = written.args[0]

@@ -1,6 +1,6 @@
-"""Python modules that a forward imports while it is traced: their code runs as it does without a trace.
+"""Runs Python modules that a forward imports outside the trace.
 
-It is no part of the forward, and what it binds to names stays: ``from torch import arange`` must give the function, and
+The names that an imported module binds outlive the trace: ``from torch import arange`` must bind the real function, and
 ``BASE = torch.ones(4)`` a tensor.
 """
 
@@ -18,16 +18,16 @@ from typing import Any
 from graphpeft.transaction import at_end_of
 
 Outside = Callable[[], AbstractContextManager[Any]]
-"""Makes what code runs in that is no part of the trace."""
+"""Makes a context that runs code outside the trace."""
 
 
 @contextlib.contextmanager
 def imports_run(outside: Outside, is_concerned: Callable[[], bool]) -> Iterator[None]:
-    """Lets the code of Python modules that are imported run `outside` of a trace.
+    """Runs the code of imported Python modules `outside` a trace.
 
     Args:
-        outside: Makes what it runs in.
-        is_concerned: Tells whether the trace is of the thread that imports.
+        outside: Makes a context that runs code outside the trace.
+        is_concerned: Returns whether the trace is in the importing thread.
     """
     finder = _Finder(outside, is_concerned)
     with contextlib.ExitStack() as stack:
@@ -42,7 +42,7 @@ def _take_out(finder: _Finder) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds what the other finders do."""
+    """Returns the specs of the other finders, with loaders that run module code outside the trace."""
 
     def __init__(self, outside: Outside, is_concerned: Callable[[], bool]) -> None:
         self._outside, self._is_concerned = outside, is_concerned
@@ -60,7 +60,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Runs a Python module's code by its own loader, which is all that the module knows."""
+    """Wraps a module's loader to run the module's code outside the trace. The module sees only its own loader."""
 
     def __init__(self, loader: Any, outside: Outside) -> None:
         self._loader, self._outside = loader, outside

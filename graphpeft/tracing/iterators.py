@@ -1,7 +1,7 @@
-"""Iterators that a forward can draw from: a graph can't hold that, so a module whose code names one stays a call.
+"""Finds iterators that a forward can draw from. A graph can't hold draws, so a module that names one stays a call.
 
-An iterator doesn't tell how far it has come, and can't be set back. So the code of such a module doesn't run in a
-recording, and draws from copies where it runs on example values.
+An iterator doesn't show its position and can't be rewound. So a recording doesn't run the code of such a module, and
+runs on example values draw from copies of the iterators.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from graphpeft.code.reach import Reach, is_iterator
 from graphpeft.graph.errors import TraceError
 
 _LOOKS_UP_ANY_NAME = frozenset(("__dict__", "__getattribute__", "attrgetter", "getattr", "getmembers", "vars"))
-"""Names of what reads attributes without naming them in code."""
+"""Names that read attributes without naming them in code."""
 
 
 def drawing_modules(reach: Reach) -> dict[nn.Module, str]:
-    """Returns the modules whose code names an iterator outside of the model's modules, with what it is to the code.
+    """Returns the modules whose code names an iterator outside the model's modules, with the iterator's name in code.
 
-    What code reads from the model's modules shows when it reads it.
+    Iterators in attributes of the model's modules are found when the code reads the attributes.
     """
     found: dict[nn.Module, str] = {}
     reads_any = not reach.names.isdisjoint(_LOOKS_UP_ANY_NAME)
@@ -39,15 +39,15 @@ def drawing_modules(reach: Reach) -> dict[nn.Module, str]:
 
 
 def draws_error(name: str) -> TraceError:
-    """Returns the error for code that can draw from an iterator, which has this name for it."""
+    """Returns the error for code that can draw from the iterator `name`."""
     return TraceError(f"a forward can draw from {name}, an iterator, which a graph can't hold")
 
 
 def exchange_for_copies(reach: Reach) -> None:
-    """Binds names of iterators, and of what holds some, to copies.
+    """Binds the names of iterators, and of objects that hold iterators, to copies.
 
     Raises:
-        TraceError: If one can't be copied, such as a generator.
+        TraceError: If an iterator can't be copied, such as a generator.
     """
     for namespace in reach.namespaces:
         for name, value in list(namespace.values().items()):
@@ -66,7 +66,7 @@ def holds_iterator(value: Any) -> bool:
     waiting, seen = [value], set[int]()
     while waiting:
         held = waiting.pop()
-        # by its type: what is asked by isinstance, an object may answer by code of its own
+        # type(), since isinstance would read __class__, which user objects can override
         kind = type(held)
         if kind in PLAIN or id(held) in seen:
             continue

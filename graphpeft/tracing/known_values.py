@@ -1,8 +1,8 @@
-"""Example values that an earlier recording of the same forward has computed.
+"""Reuses example values of earlier recordings of the same forward.
 
-A forward is recorded a second time where its mode decides, or where it leaves something on its modules. Most calls are
-the same again, on the same example values. What they give is looked up then, since a kernel on fake tensors costs more
-than all else about a node.
+A forward is recorded a second time if it decides on its mode, or if it sets state on its modules. Most calls are then
+the same, on the same example values. Looking up their results saves time, since running a kernel on fake tensors is the
+most expensive part of recording a node.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Call(NamedTuple):
     """A call on example values.
 
     Attributes:
-        key: What tells it from others: what is called, on which tensors and numbers, under which settings.
-        given: The values of its arguments, which are kept since the key has but their identity.
+        key: The identity of the call: its target, its tensors and numbers, and PyTorch's settings.
+        given: The argument values. The key holds only their ids, so they must be kept alive.
     """
 
     key: Hashable
@@ -35,24 +35,24 @@ class Call(NamedTuple):
 
 
 class KnownValues:
-    """What calls gave in earlier recordings. Each value is used once in a recording: two calls give two tensors."""
+    """Results of calls in earlier recordings. A recording uses each result once, since two calls make two tensors."""
 
     def __init__(self) -> None:
         self._earlier: dict[Hashable, list[tuple[Call, Any]]] = {}
         self._now: list[tuple[Call, Any]] = []
 
     def begin(self) -> None:
-        """Begins another recording, in which all that is known so far can be used."""
+        """Starts another recording, which can use all results so far."""
         for call, value in reversed(self._now):
             self._earlier.setdefault(call.key, []).append((call, value))
         self._now = []
 
     def forget(self) -> None:
-        """Forgets everything, since what was known has changed."""
+        """Forgets all results, since a write has changed one of their tensors."""
         self.__init__()
 
     def take(self, call: Call) -> list[Any]:
-        """Returns a list of the value that the same call gave, which is empty if there was none."""
+        """Returns the result of the same call as a list of one value, or an empty list if there is none."""
         values = self._earlier.get(call.key)
         if not values:
             return []
@@ -61,20 +61,20 @@ class KnownValues:
         return [known[1]]
 
     def note(self, call: Call, value: Any) -> None:
-        """Notes what a call gave."""
+        """Stores the result of a call."""
         if _key(value) is not None:
             self._now.append((call, value))
 
 
 def call_of(node: fx.Node, layer: nn.Module | None) -> Call | None:
-    """Returns the call of a node on its example values, or None if it can't be told from others.
+    """Returns the call of a node on its example values, or None if no key identifies the call.
 
     Args:
         node: The node.
-        layer: The layer that it calls, if it calls one.
+        layer: The layer that the node calls, or None.
     """
     arguments = _key((node.args, node.kwargs))
-    # in evaluation dropout returns the very tensor that it is given, which isn't what it does in training
+    # dropout returns its input itself in evaluation, but a new tensor in training
     if arguments is None or isinstance(layer, _DROPOUTS):
         return None
     own = () if layer is None else tuple(map(id, (*layer._parameters.values(), *layer._buffers.values())))
@@ -85,7 +85,7 @@ def call_of(node: fx.Node, layer: nn.Module | None) -> Call | None:
 
 
 def _key(value: Any) -> Hashable | None:
-    """Returns what tells a value from others, or None if that can't be told, or the value can change."""
+    """Returns a key that identifies a value, or None if the value is mutable or of an unknown type."""
     if isinstance(value, fx.Node):
         return _key(value.meta[VALUE])
     if type(value) is fake_tensor.FakeTensor:
@@ -105,7 +105,7 @@ def _key(value: Any) -> Hashable | None:
 
 
 def facts(value: Any) -> tuple[Any, ...]:
-    """Returns what a write can change of a tensor's value in the example."""
+    """Returns the metadata of a fake tensor that an in-place write can change."""
     if not isinstance(value, torch.Tensor):
         return ()
     return (value.shape, value.stride(), value.storage_offset(), value.dtype, value.requires_grad)

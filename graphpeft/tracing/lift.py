@@ -1,8 +1,8 @@
-"""Records the forward of one module, with its submodules as calls, and shares the result among equal modules.
+"""Traces the forward of one module, with its submodules as calls, and shares the graph among equal modules.
 
-Tracing and compiling a module takes milliseconds, and a model has hundreds of equal ones. A lifted template is kept
-with the facts that the trace read from its instance: another instance of the class for which the same facts hold (the
-same plain attributes, the same tensors present) would be traced into the same graph, so it wears the same template.
+Tracing and compiling a module takes milliseconds, and a model has hundreds of equal modules. A lifted template is
+stored with the facts that the trace read from its module (plain attributes, which tensors exist). Other modules of the
+class with the same facts would give the same graph, so they share the template.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Facts = tuple[tuple[str, Any], ...]
 
 
 class Lifted(NamedTuple):
-    """A template with what it depends on.
+    """A template and the facts that it depends on.
 
     Attributes:
-        forward: The function that was recorded.
-        named: The plain globals that its functions read, by descriptions of their names.
-        facts: What the trace read from the instance.
+        forward: The traced function.
+        named: The plain globals that the forward and its functions read, each by a description of its name.
+        facts: The attributes that the trace read from the module, by name.
         template: The template.
     """
 
@@ -59,21 +59,21 @@ class Lifted(NamedTuple):
 
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
 _MOST_LIFTED = 64
-"""How many graphs are remembered for a class, those that were used last."""
+"""The number of most recently used templates stored for a class."""
 
 
 def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Template:
-    """Returns the template of `module`'s own forward; `module` itself stays as it is.
+    """Returns the template of `module`'s own forward, without changing `module`.
 
-    Numbers that the forward reads from `module` and computes with stay inputs of the graph, as its tensors do. Other
-    plain values are constants of the graph, which checks them in each run.
+    The graph reads tensors of `module`, and numbers in tensor arithmetic, in each run. Other plain attributes are
+    constants of the graph, which checks them in each run.
 
     Args:
-        module: Any module. One that wears a template, or is an ``fx.GraphModule``, has its graph already.
-        example_inputs: Inputs of this module, for a forward that decides on them.
+        module: Any module. If it has a template, or is an ``fx.GraphModule``, its graph is reused.
+        example_inputs: Inputs of this module, needed for a forward that decides on its inputs.
 
     Raises:
-        TraceError: If the forward can't be recorded truthfully.
+        TraceError: If no graph can represent the forward.
     """
     worn = template_of(module)
     if worn is not None:
@@ -128,7 +128,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 
 @functools.cache
 def _compares_by_identity(cls: type) -> bool:
-    """Returns whether a forward asks whether values are the same object, which no proxy can answer."""
+    """Returns whether a forward asks if two values are the same object, which no proxy can answer."""
     return any(compares_objects(function.__code__) for function in functions_in_forward(cls))
 
 
@@ -138,11 +138,11 @@ def _reads_its_dict(forward: Callable[..., Any]) -> bool:
 
 
 _UNKNOWN = object()
-"""Seen on an attribute that can change without becoming another object, so that nothing follows from it."""
+"""The observation of a mutable attribute: it can change and remain the same object, so it is no fact."""
 
 
 def _observe(module: nn.Module, name: str) -> Any:
-    """Returns what a trace can depend on when it reads the attribute `name`."""
+    """Returns the fact that a trace can depend on when it reads the attribute `name`."""
     for kind in ("_parameters", "_buffers"):
         tensors = module.__dict__[kind]
         if name in tensors:

@@ -1,4 +1,4 @@
-"""Checks of each finished graph, lifted or flat, before anything is made of it."""
+"""Checks each finished graph, lifted or flat, before it is used."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _WAY_OUT = (
 
 
 def lint(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """Raises TraceError unless each node of a graph uses values that are computed before it, in this graph.
+    """Raises TraceError unless each node uses only values that earlier nodes of this graph compute.
 
     Args:
         graph: The graph.
-        constants: Objects that it reads as attributes of its root, by their names.
+        constants: The graph's constants, stored as attributes of its root, by name.
     """
     defined: set[fx.Node] = set()
     for node in graph.nodes:
@@ -48,8 +48,8 @@ def _shown(node: fx.Node) -> str:
 
 
 def holds_proxy(value: Any, depth: int = 4) -> bool:
-    """Returns whether `value` is a value of a trace, or an object or a container with one inside."""
-    # by its type, since an object of a user's may answer anything
+    """Returns whether `value` is a proxy, or an object or container that holds a proxy."""
+    # type(), since isinstance would read __class__, which user objects can override
     kind = type(value)
     if issubclass(kind, fx.Proxy):
         return True
@@ -63,7 +63,7 @@ def _inside(value: Any) -> Iterator[Any]:
     if issubclass(kind, dict):
         yield from dict.values(value)
     elif issubclass(kind, list | tuple | set):
-        # as they are, and not as a class of a user's shows them
+        # the base class's __iter__, which a user's subclass may override
         yield from next(base for base in (list, tuple, set) if issubclass(kind, base)).__iter__(value)
     elif issubclass(kind, functools.partial):
         yield from (value.func, value.args, value.keywords)

@@ -1,6 +1,6 @@
-"""Which modules are in training after `train` and `eval` of modules whose class has these of its own.
+"""Finds which modules are in training mode after calls of `train` and `eval` that a model's classes override.
 
-Detection code freezes layers of normalisation so. What such a method does is noted on a copy with tensors without data.
+Detection models freeze normalisation layers in this way. The overrides run on a copy of the model with fake tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from graphpeft.tracing.examples import tensors_copied_by
 
 
 def own_modes(root: nn.Module) -> dict[str, OwnModes]:
-    """Returns the modes that modules have after their own `train` and `eval`, by the paths of these modules.
+    """Returns the modes after overridden `train` and `eval`, by the paths of the modules that override them.
 
     Raises:
-        TraceError: If such a method fails.
+        TraceError: If an overridden method fails.
     """
     own = [path for path, module in root.named_modules() if _has_own_modes(module)]
     if not own:
@@ -45,7 +45,7 @@ def own_modes(root: nn.Module) -> dict[str, OwnModes]:
 
 
 def modes_after(root: nn.Module, training: bool, own: Mapping[str, OwnModes]) -> dict[nn.Module, bool]:
-    """Returns which modules are in training after `train(training)` of `root`; `own` is that of `own_modes`."""
+    """Returns whether each module is in training mode after ``root.train(training)``; `own` comes from `own_modes`."""
     found: dict[nn.Module, bool] = {}
 
     def note(module: nn.Module, path: str) -> None:
@@ -72,7 +72,7 @@ def _present(module: nn.Module) -> dict[str, bool]:
 
 
 def _modes_of(module: nn.Module) -> OwnModes:
-    """Returns the modes by calling the methods of `module`, which is a copy."""
+    """Finds the modes by calls of `train` and `eval` of `module`, which is a copy."""
     asked: dict[str, Any] = {}
 
     def note(module: nn.Module, name: str) -> Any:
@@ -82,7 +82,7 @@ def _modes_of(module: nn.Module) -> OwnModes:
         return value
 
     object.__setattr__(module, "__class__", quiet_subclass(type(module), {"__getattribute__": note}))
-    # some return nothing
+    # calls aren't chained, since some overrides return None
     module.train(False)
     in_evaluation = _present(module)
     module.train(True)

@@ -1,7 +1,7 @@
-"""Records a forward once, or twice where it goes another way in training than in evaluation.
+"""Traces a forward once, or twice if its code branches on training mode.
 
-``if self.training: …`` is a decision that the user changes with `train()` and `eval()`, so its other answer is followed
-too. Where the mode is only handed on, as in ``F.dropout(x, p, self.training)``, one graph serves both.
+``if self.training: …`` is a decision that users change by `train()` and `eval()`, so both branches are traced. If the
+forward only passes the mode on, as in ``F.dropout(x, p, self.training)``, one graph serves both modes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from graphpeft.tracing.mode_discovery import modes_after, own_modes
 
 
 class Recorded(NamedTuple):
-    """What there is of a forward.
+    """The graphs of a forward.
 
     Attributes:
-        graphs: Its graph, or that of evaluation and that of training.
-        other_mode_error: Why there is none of the mode in which the module isn't now, if it should have one.
+        graphs: One graph for both modes, or the graphs of evaluation and of training.
+        other_mode_error: The error of tracing the mode that the module isn't in now, or None.
     """
 
     graphs: Graphs
@@ -30,11 +30,11 @@ class Recorded(NamedTuple):
 
 
 def in_each_mode(root: nn.Module, record: Callable[[Mapping[nn.Module, bool] | None], fx.Graph]) -> Recorded:
-    """Records the forward of `root` in its mode, and in the other one if it decides on it.
+    """Traces the forward of `root` in its present mode, and also in the other mode if it decides on the mode.
 
     Args:
         root: The module.
-        record: Records `root` as it is (None), or as if its modules were in these modes.
+        record: Traces `root` with its modules in the given modes, by module; None means their present modes.
     """
     graph = record(None)
     decision = _decision_on_training(graph)
@@ -45,7 +45,7 @@ def in_each_mode(root: nn.Module, record: Callable[[Mapping[nn.Module, bool] | N
     except OUT_OF_MEMORY:
         raise
     except Exception as error:
-        # what the other mode needs, such as larger batches for its statistics, the example inputs need not have
+        # the example inputs may not suit the other mode, which may need larger batches for batch statistics
         mode = "evaluation" if root.training else "training"
         message = f"it takes another way in {mode}, {decision}, which can't be recorded: {error}"
         needs_inputs = isinstance(error, NeedsInputsError)
@@ -64,6 +64,6 @@ def _decision_on_training(graph: fx.Graph) -> str | None:
 def _comes_from_training(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return str(node.target).rpartition(".")[2] == "training"
-    # beyond flags and numbers, the mode changes values but no decisions
+    # the mode reaches decisions through flags and numbers only; it changes the values of tensors
     inputs = [source for source in node.all_input_nodes if isinstance(source.meta.get(VALUE), bool | int | float)]
     return any(_comes_from_training(source) for source in inputs)

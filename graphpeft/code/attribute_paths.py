@@ -1,7 +1,7 @@
-"""The attributes that a function's code reads: by its source, or by its bytecode where there is none.
+"""Finds the attributes that a function's code reads, from its source, or from its bytecode if there is no source.
 
-Code has no source if it was run by ``exec``, comes from a pickle, or from a file of bytecode alone. Its bytecode tells
-the same names, but less of what becomes of their values; what it leaves open is taken for read.
+Code run by ``exec``, from a pickle or from a ``.pyc`` file has no source. Its bytecode holds the same names, but shows
+less of the uses of their values; an attribute with an unclear use counts as read.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ METADATA_ATTRIBUTES = {
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point",
     "is_complex",
 }  # fmt: skip
-"""Attributes and methods of a tensor that read no values."""
+"""Attributes and methods of a tensor that don't read its elements."""
 
 ANY = "*"
-"""In place of the name of an attribute: it may be any."""
+"""Stands for any attribute name."""
 
 Paths = tuple[tuple[str, bool], ...]
-"""Paths of attributes, and whether each is called."""
+"""Attribute paths, and whether the code calls each attribute."""
 
 _ALL_OF_THEM = frozenset((
     "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters", "__getattr__", "__getattribute__",
 ))  # fmt: skip
-"""Methods and attributes of modules that give whichever parameters there are."""
+"""Methods and attributes of modules that give access to all parameters."""
 
 _CALLERS = {"checkpoint"}
-"""Functions that call their first argument, and read nothing of it."""
+"""Functions that call their first argument and read no attribute of it."""
 
 _LOADS = ("LOAD_FAST", "STORE_FAST_LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")
-"""How the names of instructions begin that load variables, the last of theirs on top."""
+"""Prefixes of instructions that load variables; the last variable of an instruction is on top of the stack."""
 
 _BETWEEN = ("CACHE", "EXTENDED_ARG")
-"""Instructions that do nothing."""
+"""Instructions without effect."""
 
 
 def paths_in(function: FunctionType, has_self: bool) -> Paths:
-    """Returns the paths of attributes that a function loads from its first argument, and whether each is called.
+    """Returns the paths of attributes that a function reads from its first argument, and whether it calls each.
 
-    What is loaded from something else has the path ``*.name``, for each name in a row.
+    An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``.
 
     Args:
         function: The function.
-        has_self: Whether it is a method, whose first argument is what the paths begin at.
+        has_self: Whether the function is a method, so that paths start at its first argument.
     """
     code = function.__code__
     first = code.co_varnames[0] if has_self and code.co_argcount else None
@@ -59,13 +59,13 @@ def paths_in(function: FunctionType, has_self: bool) -> Paths:
 
 @functools.lru_cache(maxsize=1024)
 def tree_of(code: CodeType) -> ast.AST | None:
-    """Returns the syntax tree of code, or None if it has no source, or if its file says something else by now."""
+    """Returns the syntax tree of code, or None if it has no source, or if its file has changed since."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return None
     said = {getattr(node, kind) for node in ast.walk(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)}
-    # Python puts together those of imports and of attributes with two underscores
+    # Python joins names of imports by dots, and mangles attributes with two underscores
     return tree if all(name in said or "." in name or "__" in name for name in code.co_names) else None
 
 
@@ -80,7 +80,7 @@ def _in_source(tree: ast.AST, first: str | None) -> Paths:
         if isinstance(node, ast.Attribute) and node.attr in _ALL_OF_THEM:
             found.append((f"*.{ANY}", False))
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
-            continue  # only whole paths
+            continue  # the path ends at an outer node
         if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
             is_called = isinstance(parent, ast.Call) and _is_called(node, parent)
             found += _as_paths(*_names(node, first), is_called)
@@ -95,7 +95,7 @@ def _as_paths(names: list[str], of_first: bool, is_called: bool) -> Iterator[tup
 
 
 def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
-    """Returns the names of attributes in a row, and whether they begin at the variable `first`."""
+    """Returns the attribute names of a path such as ``x.a.b``, and whether the path starts at the variable `first`."""
     names = [node.attr]
     value = node.value
     while isinstance(value, ast.Attribute):
@@ -105,7 +105,7 @@ def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
 
 
 def _is_called(node: ast.AST, call: ast.Call) -> bool:
-    """Returns whether what `node` gives is called, by a call or by what it hands it to."""
+    """Returns whether `call` calls the value of `node`, directly or through a function such as ``checkpoint``."""
     return call.func is node or (_name_of(call.func) in _CALLERS and call.args[:1] == [node])
 
 
@@ -121,7 +121,7 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
     name = node.args[1]
     if not isinstance(name, ast.Constant):
         return [ANY]
-    # of self, an attribute that isn't a module's weight
+    # getattr(self, "name") reads an attribute of the module itself, not a weight of a submodule
     return [] if isinstance(node.args[0], ast.Name) and node.args[0].id == first else [str(name.value)]
 
 
@@ -133,11 +133,11 @@ def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
-    """Returns the paths of attributes that bytecode loads, as `paths_in` does.
+    """Returns the paths of attributes that bytecode reads, as `paths_in` does.
 
     Args:
         code: The code.
-        first: The variable at which paths begin, or None.
+        first: The variable at which paths start, or None.
     """
     found: list[tuple[str, bool]] = []
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""What can change and remain the same object: containers, arrays, generators of random numbers, context variables."""
+"""Contents of mutable objects: containers, arrays, random generators and context variables."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 CONTAINERS = (dict, list, set, deque)
-"""Kinds of containers whose content can change."""
+"""Mutable containers."""
 
 PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter))
-"""Types of values in which nothing can be found that a forward changes in Python code."""
+"""Types whose objects hold no Python state that a forward can change."""
 
 _ABSENT = object()
 
 
 def parts_of(container: Any) -> Iterable[Any]:
-    """Returns what is in a container, or in a tuple: not what a class of a user's makes of that when it is asked."""
+    """Returns the items of a container or tuple, or the values of a dict, without calling a user's subclass."""
     base = _base_of(container)
     return dict.values(container) if issubclass(base, dict) else base.__iter__(container)
 
 
 def _base_of(container: Any) -> Any:
-    """Returns the kind of container that one is, whose methods change or tell what is in it and nothing else."""
+    """Returns the built-in base class of a container, whose methods bypass overrides of a user's subclass."""
     return next(base for base in (OrderedDict, *CONTAINERS, tuple) if issubclass(type(container), base))
 
 
 class _Content(NamedTuple):
-    """The content of values of one kind, which are no containers.
+    """Functions for the content of a mutable type that isn't a container.
 
     Attributes:
-        copy: Returns a copy of a value's content.
-        put_back: Gives a value that content again.
+        copy: Returns a copy of an object's content.
+        put_back: Restores an object's content from a copy.
     """
 
     copy: Callable[[Any], Any]
@@ -57,7 +57,7 @@ def _bits(generator: Any) -> Any:
 
 
 def _content(cls: type) -> _Content | None:
-    """Returns how to copy the content of values of a class, if they have one and are no containers."""
+    """Returns the functions for the content of a class, or None for containers and for objects without content."""
     if issubclass(cls, bytearray | array.array):
         return _BYTES
     if issubclass(cls, random.Random):
@@ -71,12 +71,12 @@ def _content(cls: type) -> _Content | None:
 
 
 def has_content(value: Any) -> bool:
-    """Returns whether `value`, no container, has a content that can change."""
+    """Returns whether `value` is a mutable object with content, other than a container."""
     return _content(type(value)) is not None
 
 
 def changeable_parts(names: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields what can change in the values of names, or in containers there: the name, and the object."""
+    """Yields the mutable objects among named values, and in containers there, each with its name."""
     seen: set[int] = set()
     waiting = list(names)
     while waiting:
@@ -94,7 +94,7 @@ def changeable_parts(names: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
 
 
 def content_of(value: Any) -> Any:
-    """Returns a copy of the content of what can change."""
+    """Returns a copy of a mutable object's content."""
     kind = type(value)
     if issubclass(kind, dict):
         return dict(dict.items(value))
@@ -105,7 +105,7 @@ def content_of(value: Any) -> Any:
 
 
 def is_unchanged(value: Any, content: Any) -> bool:
-    """Returns whether `value` has this content: a container the very same objects, in their order."""
+    """Returns whether `value` still has `content`; a list or deque must hold the same objects in the same order."""
     kind = type(value)
     if issubclass(kind, dict):
         return dict.__len__(value) == len(content) and all(
@@ -120,7 +120,7 @@ def is_unchanged(value: Any, content: Any) -> bool:
 
 
 def put_back(value: Any, content: Any) -> None:
-    """Gives `value` its content again, touching only what differs: other threads may run the model meanwhile."""
+    """Restores the content of `value`, changing only items that differ, since other threads may run the model."""
     kind = type(value)
     if issubclass(kind, dict):
         base = _base_of(value)
@@ -140,10 +140,10 @@ def put_back(value: Any, content: Any) -> None:
 
 
 def comparable(value: Any) -> Any:
-    """Returns what is equal if the contents of two values, which are no containers, are equal.
+    """Returns a key that is equal for equal contents of two objects, which aren't containers.
 
     Args:
-        value: A value, or its content.
+        value: An object, or its content.
     """
     content = _content(type(value))
     if content is _VARIABLE:

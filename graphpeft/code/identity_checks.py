@@ -1,6 +1,6 @@
-"""Finds where a forward compares by ``is``: with True or False no proxy can answer, and with objects it depends.
+"""Finds comparisons by ``is`` in a forward. A proxy can't be True or False, and can't always be the same object.
 
-Bytecode tells quickly where there is none.
+Bytecode is read first, since it quickly shows code without such comparisons.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from graphpeft.code.source import functions_in_forward
 
 @functools.cache
 def uses_is_true(cls: type) -> bool:
-    """Returns whether `cls`'s forward, or what it calls, compares something with True or False by ``is``."""
+    """Returns whether `cls`'s forward, or a function that it calls, compares a value with True or False by ``is``."""
     codes = (function.__code__ for function in functions_in_forward(cls))
     trees = (tree_of(code) for code in codes if _may_test_truth(code))
-    # without source, it may be
+    # code without source may do so
     return any(tree is None or any(map(_is_identity_test, ast.walk(tree))) for tree in trees)
 
 
@@ -40,7 +40,7 @@ _IS = dis.opmap["IS_OP"]
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
-    """Yields `code` and that of functions inside it."""
+    """Yields `code` and the code of functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -56,7 +56,7 @@ def _is_identity_test(node: ast.AST) -> bool:
 
 @functools.cache
 def tests_identity(code: CodeType) -> bool:
-    """Returns whether `code` compares by ``is`` with anything but None."""
+    """Returns whether `code` compares by ``is`` with another object than None."""
     instructions = list(dis.get_instructions(code))
     return any(
         after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
@@ -66,7 +66,7 @@ def tests_identity(code: CodeType) -> bool:
 
 @functools.cache
 def compares_objects(code: CodeType) -> bool:
-    """Returns whether `code` compares two objects by ``is``, neither of them a constant."""
+    """Returns whether `code` compares by ``is`` with an object that isn't a constant."""
     instructions = list(dis.get_instructions(code))
     return any(
         after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
@@ -74,12 +74,12 @@ def compares_objects(code: CodeType) -> bool:
 
 
 def is_identity_compared(value: Any) -> bool:
-    """Returns whether code compares such a value by ``is``, so that a proxy of it would answer wrongly."""
+    """Returns whether `value` is None, a string or an enum, which code compares by ``is``: a proxy would be unequal."""
     return value is None or isinstance(value, str | enum.Enum)
 
 
 def may_be_compared(value: Any, code: CodeType | None) -> bool:
-    """Returns whether `value` is of a type that some code compares by ``is``, and `code` compares something so."""
+    """Returns whether `value` has a type that some code compares by ``is``, and `code` has such a comparison."""
     return isinstance(value, _OFTEN_COMPARED) and code is not None and tests_identity(code)
 
 

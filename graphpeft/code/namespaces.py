@@ -1,4 +1,4 @@
-"""What binds names to values that a forward can change: objects, classes, functions, Python modules, closures."""
+"""Namespaces, whose names a forward can rebind: objects, classes, functions, Python modules and closures."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class Namespace:
-    """Something that binds names to values. It is read and changed without the code that an object may have for this.
+    """An object that binds names to values. Reads and writes bypass code of the object, such as `__setattr__`.
 
     Attributes:
         of: The object, the class, the function, the dictionary of a Python module, or the cell of a closure.
-        key: What tells it from all others.
-        values: Returns the values that its names have now.
-        bind: Gives a name a value.
-        unbind: Takes a name away.
-        describe: Returns what a name is to the code of a module, for a person to read.
+        key: Identifies the namespace.
+        values: Returns the present values by name.
+        bind: Binds a name to a value.
+        unbind: Deletes a name.
+        describe: Describes a name for an error message, as the code of a module sees it.
     """
 
     of: Any
@@ -36,7 +36,7 @@ class Namespace:
 
     @classmethod
     def of_object(cls, owner: Any) -> Namespace:
-        """Returns the attributes of a module, or of another object with a ``__dict__``."""
+        """Returns the namespace of a module, or of another object with a ``__dict__``."""
 
         def values() -> dict[str, Any]:
             return cast(dict[str, Any], attributes_of(owner))
@@ -55,13 +55,13 @@ class Namespace:
 
     @classmethod
     def of_slots(cls, owner: Any) -> Namespace:
-        """Returns the attributes of an object for which its class has slots."""
+        """Returns the namespace of an object's slots."""
         slots = slots_of(type(owner))
 
         def values() -> dict[str, Any]:
             found = {}
             for name, slot in slots.items():
-                with contextlib.suppress(AttributeError):  # it has no value
+                with contextlib.suppress(AttributeError):  # an empty slot
                     found[name] = slot.__get__(owner)
             return found
 
@@ -76,7 +76,7 @@ class Namespace:
 
     @classmethod
     def of_class(cls, owner: type) -> Namespace:
-        """Returns the attributes that a class itself defines."""
+        """Returns the namespace of a class, without its bases."""
         return cls(
             owner,
             id(owner),
@@ -88,7 +88,7 @@ class Namespace:
 
     @classmethod
     def of_function(cls, owner: FunctionType) -> Namespace:
-        """Returns the attributes of a function, with its defaults."""
+        """Returns the namespace of a function: its attributes and its defaults."""
 
         def describe(name: str, _: nn.Module) -> str:
             what = "the defaults" if name in _DEFAULTS else f"the attribute {name}"
@@ -105,7 +105,7 @@ class Namespace:
 
     @classmethod
     def of_global(cls, owner: dict[str, Any], name: str) -> Namespace:
-        """Returns one of the globals of a Python module."""
+        """Returns the namespace of one global of a Python module."""
         return cls(
             owner,
             (id(owner), name),
@@ -117,12 +117,12 @@ class Namespace:
 
     @classmethod
     def of_cell(cls, owner: CellType, name: str, function: FunctionType) -> Namespace:
-        """Returns the variable `name`, which a function shares with the one around it."""
+        """Returns the namespace of the closure variable `name` of a function."""
 
         def values() -> dict[str, Any]:
             try:
                 return {name: owner.cell_contents}
-            except ValueError:  # it has no value
+            except ValueError:  # an empty cell
                 return {}
 
         return cls(
@@ -136,7 +136,7 @@ class Namespace:
 
 
 _OF_COPIES = "__slotnames__"
-"""Where Python notes something of a class when one of its objects is copied for the first time."""
+"""An attribute that Python sets on a class when one of its objects is first copied."""
 
 _DEFAULTS = ("__defaults__", "__kwdefaults__")
 
@@ -156,18 +156,18 @@ class Attribute(NamedTuple):
         return hash((self.namespace.key, self.name))
 
     def __eq__(self, other: object) -> bool:
-        # what is held may compare as it likes
+        # compares keys only, since values may define __eq__
         return isinstance(other, Attribute) and (self.namespace.key, self.name) == (other.namespace.key, other.name)
 
     def described(self, module: nn.Module) -> str:
-        """Returns what it is to the code of a module, for a person to read."""
+        """Describes the attribute for an error message, as the code of a module sees it."""
         return self.namespace.describe(self.name, module)
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """Returns the attributes of an object, without the code that it may have for this; None if it can't have any."""
+    """Returns the ``__dict__`` of an object, bypassing code of its class; None if it has no ``__dict__``."""
     if issubclass(type(value), threading.local):
-        # which has others in each thread, and no descriptor for them
+        # has a __dict__ for each thread, and no descriptor for it
         return threading.local.__getattribute__(value, "__dict__")
     descriptor = _descriptor_of_attributes(type(value))
     attributes = descriptor.__get__(value) if descriptor is not None else None
@@ -182,8 +182,8 @@ def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | MemberDescrip
 
 @functools.cache
 def slots_of(cls: type) -> Mapping[str, MemberDescriptorType]:
-    """Returns the slots of a class written in Python, which a class that inherits from it may hide by properties."""
-    # classes written in C have such members, too, which can't be set
+    """Returns the slots of a class and its bases, even if properties of a subclass hide them."""
+    # classes written in C have member descriptors without __slots__, which can't be set
     bases = [base for base in reversed(cls.__mro__) if "__slots__" in vars(base)]
     members = [item for base in bases for item in vars(base).items()]
     return {name: slot for name, slot in members if isinstance(slot, MemberDescriptorType)}

@@ -1,9 +1,9 @@
-"""What a forward can reach and change: its modules, the objects that they hold, and what the code of the user's names.
+"""Finds all state that a forward can reach and change: its modules, their objects, and names in the user's code.
 
-From a module it goes on to what it holds and to its class; from a class to its attributes, methods and bases; from a
-function, a hook among them, to the variables around it, to the globals that it names, and to its defaults. Of methods
-those count whose names stand in code that is reached: ``forward`` and what it calls, and not all that a class can do.
-It ends at code of libraries, whose forwards keep nothing there.
+The search leads from a module to its attributes, hooks and class; from a class to its attributes, methods and bases;
+from a function to its closure variables, the globals that it names and its defaults. It follows a method only if
+reached code contains its name: ``forward`` and the methods that it calls, not all methods of a class. It ends at the
+code of libraries, which store no state that a forward changes.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from graphpeft.code.namespaces import Namespace, attributes_of, slots_of
 from graphpeft.code.source import names_in, values_around
 
 _OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
-"""What runs tests: code with assertions leads there, since pytest has rewritten it."""
+"""Packages that run tests. Pytest rewrites assertions to call them, so the search would lead there."""
 
 _LIBRARIES = sys.stdlib_module_names | _OF_TESTS | {
     "einops", "graphpeft", "numpy", "timm", "torch", "torchaudio", "torchvision", "transformers",
 }  # fmt: skip
-"""Whose functions and classes keep nothing that a forward changes."""
+"""Packages whose functions and classes store no state that a forward changes."""
 
 _HOLD_WHAT_USERS_PUT_THERE = {"_thread", "_weakrefset", "argparse", "collections", "types", "weakref"}
-"""Python modules of the standard library whose objects hold a user's attributes."""
+"""Python modules of the standard library whose objects can hold state of the user."""
 
 _OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | _OF_TESTS | {"graphpeft", "numpy", "torch"}
-"""Whose objects hold nothing that a forward changes."""
+"""Packages whose objects hold no state that a forward changes."""
 
 _WITH_PARTS = (*CONTAINERS, tuple)
 _NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
 
 
 class Reach:
-    """The namespaces that the forwards of a module and of those inside it can reach, with the modules that do.
+    """The namespaces that the forwards of a module and its submodules can reach, and which modules reach each.
 
     Args:
-        root: The module with all of its submodules.
+        root: The module.
 
     Attributes:
-        names: The names in the code that can be reached.
+        names: The names in reached code.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._namespaces: dict[Hashable, Namespace] = {}
         self._owners: dict[Hashable, list[nn.Module]] = {}
         self._inside = set(root.modules())
-        # with what is at the start, or its identity could become that of something else
+        # holds the start value, too, so that its id isn't reused
         self._known: dict[int, tuple[Any, list[Namespace]]] = {}
         starts = {module: list(_starts(module)) for module in self._inside}
         self.names = self._names_in_what_runs([value for values in starts.values() for value in values])
@@ -71,7 +71,7 @@ class Reach:
         return self._namespaces.values()
 
     def owners(self, namespace: Namespace) -> list[nn.Module]:
-        """Returns the modules that can reach a namespace; what a module has itself is its own alone."""
+        """Returns the modules that can reach a namespace; a module's own namespace belongs to this module alone."""
         return self._owners[namespace.key]
 
     def _note(self, namespace: Namespace, module: nn.Module) -> None:
@@ -87,12 +87,12 @@ class Reach:
         return self._known[id(start)][1]
 
     def _names_in_what_runs(self, waiting: list[Any]) -> set[str]:
-        """Returns the names that stand in the code of functions that can be reached, by way of methods so named."""
+        """Returns the names in the code of reached functions; a method is reached once reached code names it."""
         named, seen = {"forward"}, dict[int, Any]()
         unnamed: defaultdict[str, list[Any]] = defaultdict(list)
         while waiting:
             value = waiting.pop()
-            kind = type(value)  # isinstance asks an object of a user's for its __class__
+            kind = type(value)  # isinstance would read __class__, which user objects can override
             if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and value in self._inside):
                 continue
             seen[id(value)] = value
@@ -108,7 +108,7 @@ class Reach:
         return named
 
     def _found_from(self, start: Any) -> Iterator[Namespace]:
-        # many classes have the same bases
+        # bases are searched once, since many classes share them
         for base in start.__bases__ if issubclass(type(start), type) and _is_of_a_user(start) else ():
             yield from self._beyond(base)
         seen: dict[int, Any] = {}
@@ -124,12 +124,12 @@ class Reach:
 
 
 def is_iterator(value: Any) -> bool:
-    """Returns whether `value` can be drawn from, and doesn't tell by attributes how far it has come."""
+    """Returns whether `value` is an iterator without attributes, whose position can't be read or restored."""
     return hasattr(type(value), "__next__") and attributes_of(value) is None
 
 
 def _starts(module: nn.Module) -> Iterator[Any]:
-    """Yields the class of a module, and what it holds by itself or in containers, if that may lead further."""
+    """Yields the class of a module, its hooks, and the values of its attributes and of containers there."""
     yield type(module)
     waiting = [*module.__dict__.values(), *FORWARD_HOOKS_OF_ALL]
     seen: set[int] = set()
@@ -145,12 +145,12 @@ def _starts(module: nn.Module) -> Iterator[Any]:
 
 
 def functions_held(module: nn.Module) -> Iterator[FunctionType]:
-    """Yields the user's functions that a module holds: by itself, in containers, or in closures of such; hooks, too."""
+    """Yields the user's functions in a module's attributes and hooks, in containers there, and in their closures."""
     _, *waiting = _starts(module)
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()
-        # by their types, since a value of the trace would take isinstance for a question of the model's
+        # type(), since a trace patches isinstance and would record a check of a proxy's class
         if not issubclass(type(value), _MAY_HOLD_FUNCTIONS) or id(value) in seen:
             continue
         seen.add(id(value))
@@ -168,8 +168,8 @@ _Opened = tuple[Iterable[Namespace], Iterable[Any]]
 
 
 def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
-    """Returns the namespaces of a value, and the values to which it leads, of a class's methods those so `named`."""
-    # by its type: what is asked by isinstance, an object may answer by code of its own
+    """Returns the namespaces of a value and the values in them; of a class's methods only those `named`."""
+    # type(), since isinstance would read __class__, which user objects can override
     kind = type(value)
     if issubclass(kind, FunctionType):
         return _opened_function(value)
@@ -205,10 +205,10 @@ def _opened_class(cls: type, named: Set[str]) -> _Opened:
 
 
 def _methods(cls: type) -> dict[str, Any]:
-    """Returns the methods and properties of a class that run if they are named; others run by themselves."""
+    """Returns the methods and properties of a class that code calls by name; Python calls special methods itself."""
     kinds = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
     methods = {name: value for name, value in vars(cls).items() if issubclass(type(value), kinds)}
-    # modules are there before the forward runs, and so are made by none
+    # no forward makes modules, so a module's __init__ runs only if code names it
     made = issubclass(cls, nn.Module)
     return {name: value for name, value in methods.items() if not _is_special(name) or (made and name == "__init__")}
 
@@ -222,7 +222,7 @@ _OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module_
 
 def _opened_function(function: FunctionType) -> _Opened:
     if is_of_a_library(function.__globals__.get("__name__")):
-        return (), tuple(function.__dict__.values())  # such as what a decorator wraps
+        return (), tuple(function.__dict__.values())  # such as __wrapped__ of a decorator
     code, own = function.__code__, Namespace.of_function(function)
     cells = [
         Namespace.of_cell(cell, name, function)
@@ -248,7 +248,7 @@ def _globals_named_by(code: CodeType, globals_there: dict[str, Any]) -> Iterator
 
 
 def _may_change(named: Namespace, made: frozenset[str]) -> bool:
-    """Returns whether a global is anything but a function or a class that its code gives no other value."""
+    """Returns whether a global may change: its code assigns it, or its value isn't a function or a class."""
     kinds = FunctionType | BuiltinFunctionType | type
     values = named.values()
     return not values or any(name in made or not issubclass(type(value), kinds) for name, value in values.items())
@@ -263,13 +263,13 @@ def _root(cls: type) -> str:
 
 
 def is_of_a_library(python_module: Any) -> bool:
-    """Returns whether a Python module, by its name, is of a library whose functions keep nothing that changes.
+    """Returns whether a Python module belongs to a library whose functions store no state that a forward changes.
 
-    Such is each installed package that defines no modules of models, such as one for symbolic mathematics.
+    This holds for known libraries, and for each installed package that defines no ``nn.Module``, such as SymPy.
 
     Args:
-        python_module: The ``__module__`` of a class or function. Some classes, as that of Cython's functions, have a
-            member of their instances there, which names none.
+        python_module: The ``__module__`` of a class or function. Some classes, such as Cython's function class, have a
+            descriptor there instead of a name; the result is False for them.
     """
     root = python_module.partition(".")[0] if isinstance(python_module, str) else ""
     return root in _LIBRARIES or (_is_installed(root) and root not in _defining_modules(len(sys.modules)))
@@ -283,12 +283,12 @@ def _is_installed(root: str) -> bool:
 
 
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
-"""The folders into which packages are installed."""
+"""Names of folders with installed packages."""
 
 
 @functools.lru_cache(maxsize=1)
 def _defining_modules(_imported: int) -> frozenset[str]:
-    """Returns the packages that define modules of models, while so many Python modules are imported."""
+    """Returns the packages that define ``nn.Module`` classes; the number of imported modules is the cache's key."""
     waiting: list[type] = [nn.Module]
     seen: set[type] = set()
     while waiting:

@@ -1,8 +1,7 @@
-"""Reads from a class's code which attributes its forward uses, among them the weights of modules inside it.
+"""Finds the attributes that a class's forward uses by reading its code, such as the weights of submodules.
 
-A weight that another module reads, as ``F.linear(x, self.qkv.weight)`` does, is not reached through the forward of the
-module that owns it. A trace of that other module would tell, but a model has hundreds of modules; their code is quick
-to read.
+If a module reads the weight of a submodule, as ``F.linear(x, self.qkv.weight)`` does, the submodule's forward doesn't
+run. A trace of the module would show this, but a model has hundreds of modules, and reading their code is faster.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
 
 class Uses(NamedTuple):
-    """What a forward, and the methods and functions that it calls, use of the module.
+    """The attributes that a forward, and the methods and functions that it calls, use.
 
     Attributes:
-        read: The attributes of ``self`` whose values are read, by their paths such as ``qkv.weight``.
-        called: The attributes of ``self`` that are called.
-        read_elsewhere: The names of attributes that are read from something else than a path from ``self``, such as
-            ``layer.weight``, where ``layer`` may be a module inside.
+        read: The paths of attributes read from ``self``, such as ``qkv.weight``.
+        called: The paths of attributes of ``self`` that the code calls.
+        read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
+            ``layer.weight``, where ``layer`` may be a submodule.
     """
 
     read: set[str]
@@ -41,10 +40,10 @@ class Uses(NamedTuple):
 
 @functools.cache
 def uses_in_forward(cls: type) -> Uses:
-    """Returns what `cls`'s forward uses: by its source, or by its bytecode where it has none."""
+    """Returns the attributes that `cls`'s forward uses, found in its source, or in its bytecode without source."""
     uses = Uses(set(), set(), set())
     methods = _methods_run(cls)
-    # what others wrap around forwards looks at attributes of all kinds, and reads no weights
+    # decorators from other Python modules may read attributes by any name, but read no weights
     own = {base.__module__ for base in cls.__mro__}
     for method in methods:
         for path, is_call in paths_in(method, has_self=True):
@@ -64,7 +63,7 @@ def uses_in_forward(cls: type) -> Uses:
 
 
 def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
-    """Yields what functions name: globals, members of Python modules and of `cls`, and the variables around them."""
+    """Yields the values of names in functions: globals, members of Python modules and `cls`, and closure variables."""
     for function in functions:
         yield from values_around(function)
         names = names_in(function.__code__).read
@@ -75,12 +74,12 @@ def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
 
 
 def read_by(function: FunctionType) -> set[str]:
-    """Returns the names of attributes that a function reads from whatever it is given; `ANY` if it may be any."""
+    """Returns the names of attributes that a function reads from any value, with `ANY` if a name is unknown."""
     return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
 
 def _methods_run(cls: type) -> dict[FunctionType, None]:
-    """Returns a forward with the methods that it calls on ``self``, those of base classes and properties among them."""
+    """Returns a forward and the methods that it calls on ``self``, including properties and methods of base classes."""
     waiting, seen = list(_entries(cls)), set(_entries(cls))
     found: dict[FunctionType, None] = {}
     while waiting:
@@ -94,7 +93,7 @@ def _methods_run(cls: type) -> dict[FunctionType, None]:
 
 
 def _entries(cls: type) -> list[str]:
-    """Returns the names of the methods by which a module is called."""
+    """Returns the names of the methods that a call of a module runs first."""
     own_call = getattr(cls, "__call__", None)  # noqa: B004
     if own_call is nn.Module.__call__:
         return ["forward"]
@@ -106,40 +105,40 @@ _CALLED_BY = ("forward", "__call__")
 
 
 def calls_forward(call: Any) -> bool:
-    """Returns whether a ``__call__`` of a user's may call the forward, by itself or by that of a base class."""
+    """Returns whether a user's ``__call__`` may call the forward, directly or through a base class."""
     code = getattr(inspect.unwrap(call), "__code__", None)
     return code is None or not names_in(code).read.isdisjoint(("forward", "super", "__call__", "_call_impl"))
 
 
 def _of_bases(cls: type) -> frozenset[str]:
-    """Returns the names by which code refers to base classes of `cls`."""
+    """Returns the names that code uses for base classes of `cls`."""
     return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
 
 
 def _members(cls: type, name: str, around: Set[str]) -> list[Any]:
-    """Returns what `cls` has of a name; that of its bases, too, where the code `around` it names these."""
+    """Returns the members `name` of `cls`, and of its bases if `around`, the names in the code, names a base."""
     found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
     return found[:1] if around.isdisjoint(_of_bases(cls)) else found
 
 
 def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
-    """Yields the functions that run with ``self`` if `name` is read from an instance of `cls`: those of bases, too."""
+    """Yields the functions that run with ``self`` for ``self.name``, including methods of bases that they call."""
     around = frozenset[str]()
     for base in cls.__mro__:
         member = vars(base).get(name)
-        # the first argument of others is no instance
+        # the first argument of static methods and class methods isn't ``self``
         functions = () if isinstance(member, staticmethod | classmethod) else tuple(_functions_behind(member))
         for function in functions:
             yield function
-            yield from (inner for inner in _closed_over(function) if inner.__name__ == name)  # it is decorated
+            yield from (inner for inner in _closed_over(function) if inner.__name__ == name)  # the decorated function
         around = frozenset().union(*(names_in(function.__code__).read for function in functions))
         if name in vars(base) and (name not in around or around.isdisjoint(_of_bases(cls))):
             return
 
 
 def _functions_behind(member: Any) -> Iterator[FunctionType]:
-    """Yields the functions in Python that run if what a class, a Python module or an object has is read or called."""
-    # not isinstance, which asks an object of a user's for its __class__
+    """Yields the Python functions behind a member: a method, a property, or a partial, cached or decorated function."""
+    # type(), since isinstance would read __class__, which user objects can override
     while (kind := type(member)) is not FunctionType:
         if issubclass(kind, functools.partial | functools.partialmethod | functools.cached_property):
             member = member.func
@@ -158,13 +157,13 @@ def _functions_behind(member: Any) -> Iterator[FunctionType]:
 
 
 def _closed_over(function: FunctionType) -> Iterator[FunctionType]:
-    """Yields the functions in the variables around a function, such as what it decorates."""
+    """Yields the functions in the closure of a function, such as the function that a decorator wraps."""
     for held in values_around(function):
         yield from _functions_behind(held)
 
 
 def values_around(function: FunctionType) -> Iterator[Any]:
-    """Yields the values of the variables around a function."""
+    """Yields the values in the closure of a function."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents
@@ -172,22 +171,22 @@ def values_around(function: FunctionType) -> Iterator[Any]:
 
 @functools.cache
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
-    """Returns the functions that a forward runs, as far as their names tell: itself, methods, and those of its file.
+    """Returns the functions that a forward may run, found by name, each with whether it is only named.
 
-    With each, whether it is only found by name, see `functions_called`.
+    See `functions_called`.
     """
     return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)
 
 
 def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[FunctionType, bool]:
-    """Returns functions and those that they run, as far as names tell: methods of `cls`, and those of their files.
+    """Returns functions and all functions that they may run, found by the names in their code.
 
-    With each, whether it is only found by a name: as a global, a method or a variable around a function, and neither as
-    one of `starts`, nor behind a property, a partial function or the like, nor as a forward.
+    Each function comes with whether it is only named: found as a global, a method or a closure variable, and not as one
+    of `starts`, behind a property or partial function, or as a forward.
 
     Args:
-        starts: The functions, or what leads to some: methods, partial functions and the like.
-        cls: The class.
+        starts: Functions, methods, partial functions and other members with functions behind them.
+        cls: The class whose methods the code may name.
     """
     waiting = [(start, False) for start in starts]
     found: dict[FunctionType, bool] = {}
@@ -204,19 +203,19 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
 
 
 def _is_the_end(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code is of no Python module
+    return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code has no __module__
 
 
 _ENDS = sys.stdlib_module_names | {"numpy", "torch", "graphpeft"}
-"""Whose functions read nothing of a model but what they are there for."""
+"""Packages whose functions aren't searched: they read no attributes by names that the model's code determines."""
 
 
 class Names(NamedTuple):
-    """Names in a function's code and in that of functions inside it.
+    """Names in a function's code and in the code of functions inside it.
 
     Attributes:
-        read: Those of globals and attributes.
-        made: Those of globals that it gives a value.
+        read: The names of globals and attributes.
+        made: The names of globals that the code assigns.
     """
 
     read: frozenset[str]
@@ -244,7 +243,7 @@ _LOGGING_NAMES = {"_assert", "print", "log", "debug", "info", "warning", "warnin
 
 @functools.cache
 def is_logging_call(code: CodeType, line: int) -> bool:
-    """Returns whether `code` only logs or warns at `line` of its file."""
+    """Returns whether the statement of `code` at `line` of its file is a logging or warning call."""
     try:
         lines, start = inspect.getsourcelines(code)
         tree = ast.parse(textwrap.dedent("".join(lines)))
@@ -261,10 +260,10 @@ def is_logging_call(code: CodeType, line: int) -> bool:
 
 @functools.cache
 def methods_reading(cls: type, attribute: str) -> frozenset[str]:
-    """Returns the names of `cls`'s methods that read an attribute of ``self``, called by its forward or not."""
+    """Returns the names of all methods of `cls` that read an attribute of ``self``, called by its forward or not."""
     of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
-    names.discard("reset_parameters")  # by convention what fills the weights, before anything adapts them
+    names.discard("reset_parameters")  # by convention initialises the weights, before a model is adapted
     return frozenset(name for name in names if _reads(inspect.unwrap(getattr(cls, name)), attribute))
 
 

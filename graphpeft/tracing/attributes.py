@@ -53,7 +53,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
     # attributes of a scripted module aren't read in Python
     paths = {module: path for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
     look_up = nn.Module.__getattribute__
-    # a traced model inside skips attributes that its watch reports unchanged; this trace must see the reads
+    # a traced model inside reads its settings again only after a change, and this trace must record these reads
     for watch in {id(held): held for module in paths if (held := module.__dict__.get(WATCH))}.values():
         watch.changes += 1
 

@@ -1,4 +1,4 @@
-"""What is exchanged in ``nn.Module`` while a trace runs: how attributes are read and assigned, and conversions."""
+"""Patches of ``nn.Module`` during a trace: attribute reads, attribute assignments and conversions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graphpeft.tracing.recorder import Recorder
 
 
 def exchange_of_modules(tracer: Recorder, root: nn.Module, exchanges: Exchanges) -> None:
-    """Sends to `tracer` what code reads from the modules of `root`, and what it does to them."""
+    """Patches ``nn.Module`` to report attribute reads, assignments and conversions of `root`'s modules to `tracer`."""
     exchanges.attribute(nn.Module, "training", _training(tracer, root), create=True)
     exchanges.attribute(nn.Module, "__getattribute__", noting_reads(tracer, root))
     exchanges.attribute(nn.Module, "__setattr__", _noted_assignment(tracer, root))
@@ -55,7 +55,7 @@ def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
             # `self.steps += 1` writes into the tensor that it assigns
             if builtins.isinstance(value, fx.Proxy) and _is_written_attribute(tracer, module, name, value):
                 return
-            # the copy of a module whose call stays one would not be assigned to
+            # a module that stays a call runs as a copy, so the graph would lose the assignment
             owned = {**module._parameters, **module._modules, "training": True}
             if (
                 tracer.session.keeps_whole(module)
@@ -71,7 +71,7 @@ def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
 
 
 def _is_written_attribute(tracer: Recorder, module: nn.Module, name: str, value: fx.Proxy) -> bool:
-    """Returns whether `value` is the tensor that a module has by this name, after writes into it."""
+    """Returns whether `value` is the tensor in the module's attribute `name`, after in-place writes."""
     held = module._buffers.get(name, module._parameters.get(name, module.__dict__.get(name)))
     path = tracer.session.name_of(held) if builtins.isinstance(held, torch.Tensor) else None
     return path is not None and no_grad.is_written(value, path)

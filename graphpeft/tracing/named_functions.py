@@ -1,4 +1,4 @@
-"""Exchanges functions of the user's for the time of a trace, wherever the code of a model finds them by name."""
+"""Patches functions of the user during a trace, in all places where the model's code finds them by name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from graphpeft.tracing.exchanges import Exchanges
 
 
 def exchange_named(root: nn.Module, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:
-    """Puts what `other` returns in the place of what the code of `root` finds by name.
+    """Replaces each value that the code of `root` finds by name with `other(value)`.
 
     Args:
-        root: The module, with those inside.
-        exchanges: Exchanges them.
-        other: Returns what is to be found in the place of a value, or the value itself.
+        root: The module; the code of its submodules is included.
+        exchanges: Makes the replacements.
+        other: Returns the replacement of a value, or the value itself to keep it.
     """
     classes = {in_place.original_class(module) for module in root.modules()}
     functions = {function for cls in classes for function in functions_in_forward(cls)}
@@ -37,13 +37,13 @@ def exchange_named(root: nn.Module, exchanges: Exchanges, other: Callable[[Any],
 
 
 def _holders(cls: type) -> tuple[Any, ...]:
-    """Returns what may have functions that methods of `cls` call: itself, and the Python module that defines it."""
+    """Returns the places of functions that methods of `cls` may call: the class and the Python module defining it."""
     module = sys.modules.get(cls.__module__)
     return () if module is None or cls.__module__.partition(".")[0] in ("torch", "builtins") else (cls, module)
 
 
 def _exchange_around(function: FunctionType, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:
-    """Does so for what a function finds in its Python module, in those that it names, and in variables around it."""
+    """Replaces values in a function's closure, its globals, and the Python modules that it names."""
     for cell in function.__closure__ or ():
         try:
             value = cell.cell_contents

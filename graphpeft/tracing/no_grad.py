@@ -1,7 +1,7 @@
-"""What is computed under ``torch.no_grad()``: values through which no gradient goes, and writes that would give some.
+"""Traces code under ``torch.no_grad()``: detaches its values, and refuses writes into tensors that require grad.
 
-A graph runs with gradients or without, as its caller likes. So each value of such a region is `detached`, and a write
-in it may only change what requires no gradient, such as a buffer.
+A graph runs with or without gradients, as its caller chooses. So each value in a ``no_grad`` region is `detached`, and
+a write in the region may only change a tensor that requires no gradient, such as a buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graphpeft.tracing.recorder import Recorder
 
 
 def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
-    """Returns a proxy of the same value, through which no gradient goes."""
+    """Returns a proxy of the detached value, or `proxy` itself if its value carries no gradient of this region."""
     node = proxy.node
     if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
         return proxy
@@ -31,15 +31,15 @@ def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
 
 
 def arguments_of_write(tracer: Recorder, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the arguments of a write under ``torch.no_grad()`` so that it gives no gradient elsewhere, too.
+    """Returns the arguments of a write under ``torch.no_grad()``, detached where the write would pass on gradients.
 
     Raises:
-        TraceError: If what is written to may require grad: a graph can't hold that.
+        TraceError: If the tensor written into may require grad, which a graph can't hold.
     """
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
     if not any(_may_require_grad(leaf.node) for leaf in leaves):
         return args, kwargs
-    # a value that requires grad, even if only in another run, would get other gradients than it should
+    # the write would change the gradients of a tensor that requires grad, in this run or in another
     written = kwargs["out"] if "out" in kwargs else args[0] if args else None
     name = _tensor_of_the_module(written.node) if isinstance(written, fx.Proxy) else None
     if name is None or tracer.attribute(name).requires_grad:
@@ -48,7 +48,7 @@ def arguments_of_write(tracer: Recorder, args: Any, kwargs: dict[str, Any]) -> t
 
 
 def is_written(proxy: fx.Proxy, name: str) -> bool:
-    """Returns whether `proxy` stands for the tensor of the module at the path `name` itself, written into or not."""
+    """Returns whether `proxy` is the module's tensor at the path `name`, possibly after in-place writes."""
     node: Any = proxy.node
     while isinstance(node, fx.Node) and (writes(node.target) or node.target is detached):
         node = node.args[0]
@@ -61,9 +61,9 @@ def writes_error() -> TraceError:
 
 
 def versions(node: fx.Node) -> list[int]:
-    """Returns how often each tensor that `node` is given, and that may require grad, was written into.
+    """Returns the version counter of each input tensor of `node` that may require grad, except modules' tensors.
 
-    Some functions write by an option, such as ``inplace=True``. The tensors of modules are left out.
+    A changed version shows a write by an option, such as ``inplace=True``.
     """
     given = [
         source for source in node.all_input_nodes if _may_require_grad(source) and _tensor_of_the_module(source) is None
@@ -74,7 +74,7 @@ def versions(node: fx.Node) -> list[int]:
 
 
 def _tensor_of_the_module(node: Any) -> str | None:
-    """Returns the path of the tensor of a module that `node` stands for, or for a part of, or None if it does not."""
+    """Returns the path of the module's tensor that `node` is, or is a part of; None if there is none."""
     while isinstance(node, fx.Node) and (writes(node.target) or node.target in (detached, operator.getitem)):
         node = node.args[0]
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None

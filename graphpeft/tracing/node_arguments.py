@@ -1,4 +1,4 @@
-"""Objects that code hands to the calls that are recorded: which of them a node can have as an argument."""
+"""Decides which objects a node can have as arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphpeft.tracing.linting import holds_proxy
 
 
 def refuse_argument(value: Any) -> None:
-    """Raises TraceError for what no graph can hold."""
+    """Raises TraceError for an argument that no graph can hold."""
     if isinstance(value, torch.Generator):
         raise TraceError("it draws random numbers with a torch.Generator, which a graph can't hold")
     if is_iterator(value):
@@ -26,7 +26,7 @@ def refuse_argument(value: Any) -> None:
 
 
 def refuse_object_with_traced_values(value: Any) -> None:
-    """Raises TraceError for an object that isn't a container, and holds traced values."""
+    """Raises TraceError for an object that isn't a container and holds proxies."""
     if holds_proxy(value):
         raise TraceError(
             f"a {type(value).__name__} that holds traced tensors goes through the graph, which can't hold it; if "
@@ -35,7 +35,7 @@ def refuse_object_with_traced_values(value: Any) -> None:
 
 
 def traced_fields(value: Any) -> dict[str, Any]:
-    """Returns the fields with which a graph makes a dataclass anew; none if no traced value is in it."""
+    """Returns the fields from which a graph rebuilds a dataclass object; none if the object holds no proxy."""
     values = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
     defaults = {field.name for field in fields(value) if field.default is None}
     if not any(map(holds_proxy, values.values())):
@@ -44,6 +44,6 @@ def traced_fields(value: Any) -> dict[str, Any]:
 
 
 def plain_key(key: Any) -> Any:
-    """Returns the value of a proxy that is a key of a dictionary: it has been hashed, and so decided on."""
+    """Returns a dictionary key, with a proxy replaced by its value: hashing the proxy has added a check."""
     value = key.node.meta.get(VALUE, key) if isinstance(key, fx.Proxy) else key
     return key if isinstance(value, torch.Tensor) else value

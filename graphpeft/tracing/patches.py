@@ -1,8 +1,7 @@
-"""What is exchanged in PyTorch and in the model while a trace runs, and put back after it.
+"""Patches PyTorch and the model during a trace, to record calls that `torch.fx` alone misses.
 
-Functions that make tensors from numbers don't ask their arguments' ``__torch_function__`` and must make new ones in
-each run, ``Module.training`` is a plain attribute, and assigning to a module would change it: for the time of a trace
-these go through the tracer.
+Some examples: factory functions such as ``torch.zeros`` don't call ``__torch_function__`` of their arguments, but must
+make new tensors in each run; ``Module.training`` is a plain attribute; assigning to a module would change the model.
 """
 
 from __future__ import annotations
@@ -61,27 +60,27 @@ _FACTORIES = (
 """Functions of `torch` that make tensors from numbers."""
 
 _SHARING = ("as_tensor", "asarray", "from_numpy")
-"""Functions of `torch` that may give tensors which share the memory of what they were made of."""
+"""Functions of `torch` whose results may share memory with their inputs."""
 
 _SIZED = (
     "as_strided", "broadcast_shapes", "broadcast_to", "narrow", "permute", "reshape", "roll", "select", "tile", "topk",
     "tril", "triu", "unflatten",
 )  # fmt: skip
-"""Functions of `torch` that read the numbers which they are given before they ask whose call it is."""
+"""Functions of `torch` that convert their number arguments before they dispatch to ``__torch_function__``."""
 
 _SWITCHES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
-"""Functions of `torch` that tell what is switched on around a call."""
+"""Functions of `torch` that return which modes are on."""
 
 _SEEDS = ("get_rng_state", "manual_seed", "seed", "set_rng_state")
-"""Functions of `torch` that read and set where its random numbers begin."""
+"""Functions of `torch` that read and set the state of its random generator."""
 
 _DTYPE_FACTS = ("finfo", "iinfo")
-"""Functions of `torch` that tell about dtypes."""
+"""Functions of `torch` that return properties of dtypes."""
 
 
 @contextlib.contextmanager
 def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
-    """Sends to `tracer` what `fx` alone can't see while `root` is traced; `root` is afterwards as it was."""
+    """Patches PyTorch and the code of `root` to report to `tracer`; restores them and `root`'s state at the end."""
     with contextlib.ExitStack() as stack:
         reach = Reach(root)
         in_users_code = Exchanges(stack)
@@ -89,7 +88,7 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
         for module, name in masks.mask_functions_seen_by(root):
             recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
             in_users_code.attribute(module, name, recorded)
-        # what was exchanged in the user's own code is no change
+        # after the patches of the user's code, which aren't side effects of the forward
         before = Snapshot(reach)
         at_end_of(stack, before.put_back)
         calls = stack.enter_context(_RecordsCalls(tracer))
@@ -134,10 +133,10 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
 
 @contextlib.contextmanager
 def _set_aside(calls: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Iterator[None]:
-    """Takes away what PyTorch itself would go through thousands of times in a trace, without anything to record."""
+    """Removes the slowest patches inside the context, for PyTorch's internal code, where nothing is recorded."""
     truthful, builtins.isinstance = builtins.isinstance, ask  # type: ignore[assignment]
     try:
-        # a mode that the forward has entered goes first, and stays where it is
+        # a mode that the forward has entered is above this one on the stack, and must stay there
         is_first = current_function_mode() is calls
         with function_mode_set_aside() if is_first else contextlib.nullcontext():
             yield
@@ -146,9 +145,9 @@ def _set_aside(calls: TorchFunctionMode, ask: Callable[[Any, Any], bool]) -> Ite
 
 
 class _RecordsCalls(TorchFunctionMode):
-    """Records functions that make tensors by another name than that in `torch`, and those on tensors without a proxy.
+    """Records factory functions called by other names than in `torch`, and functions of tensors that have no proxy.
 
-    Such are the tensors of ``self.parameters()``, and those in lists and dictionaries.
+    Tensors from ``self.parameters()`` and tensors in lists and dictionaries have no proxy.
     """
 
     def __init__(self, tracer: Recorder) -> None:
@@ -176,7 +175,7 @@ class _RecordsCalls(TorchFunctionMode):
         ):
             result = func(*args, **kwargs)
             if not any(map(_is_tensor, pytree.tree_leaves(result))):
-                return result  # what a constant is like
+                return result  # a property of a constant tensor, such as its shape
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._tracer.proxy_of, (args, kwargs))
         if func.__name__ == "__get__":
             return getattr(args[0], func.__self__.__name__)
@@ -188,7 +187,7 @@ class _RecordsCalls(TorchFunctionMode):
 
 
 _OF_THE_OBJECT = ("__repr__", "__format__", "__deepcopy__", "__reduce_ex__")
-"""Methods of tensors that say nothing in terms of PyTorch's functions."""
+"""Methods of tensors that compute no tensor."""
 
 
 def _is_tensor(value: Any) -> bool:
@@ -198,7 +197,7 @@ def _is_tensor(value: Any) -> bool:
 def _recorded(
     tracer: Recorder, function: Callable[..., Any], target: Callable[..., Any], *first: Any
 ) -> Callable[..., Any]:
-    """Returns `function` as one that records a call of `target`, with `first` before its own arguments."""
+    """Wraps `function` to record a call of `target`, with `first` before the other arguments."""
 
     @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
@@ -210,14 +209,14 @@ def _recorded(
 
 
 def _in_users_code(tracer: Recorder, value: Any) -> Any:
-    """Returns what the model's code finds in the place of a value that it names."""
+    """Returns the replacement of a value that the model's code finds by name, or the value itself."""
     if not draws(value):
         return _refusing_type_checks(tracer, uncached(value))
     recorded = _recorded(tracer, value, value)
 
     @functools.wraps(value)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # what a method draws is what its module's own code draws
+        # a method of a module runs unrecorded; its draws count as draws of the module's code
         given = (*args, *kwargs.values())
         is_method = any(builtins.isinstance(argument, nn.Module) for argument in given)
         return (value if is_method else recorded)(*args, **kwargs)
@@ -240,17 +239,17 @@ def _copied_if_constant(tracer: Recorder, function: Callable[..., Any]) -> Calla
 def _decided_switch(tracer: Recorder, regions: GradientRegions, function: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(function)
     def decide(*args: Any) -> bool:
-        # PyTorch's own code switches such things on and off by what this answers
+        # PyTorch's own code uses the answer to set and reset modes
         asking = sys._getframe(1).f_code.co_filename
         if tracer.is_running or asking.startswith(_PYTORCH) or guards.is_machinery(asking):
             return function(*args)
         if function is _IS_GRAD_ENABLED and (regions.are_open or not function()):
-            return function()  # within a region of the model's own, since a trace begins with gradients
-        # equal modules may be adapted while other things are switched on
+            return function()  # a trace starts with gradients, so this is a region of the model
+        # equal modules may be traced while other modes are on
         tracer.session.specialised = True
         answer = tracer.session.gradients if function.__name__ == "is_grad_enabled" else function(*args)
         asked = tracer.create_proxy("call_function", function, args, {})
-        # a trace runs with gradients, whatever is switched on around it
+        # a trace always runs with gradients, so evaluating the node may give another answer
         asked.node.meta[VALUE] = answer
         tracer.decide(asked, answer)
         return answer
@@ -265,17 +264,17 @@ _PYTORCH = os.path.dirname(torch.__file__)
 def _truthful_isinstance() -> Callable[[Any, Any], bool]:
     ask = builtins.isinstance
 
-    # a proxy can't answer by its __class__: PyTorch's argument parsers ask for it too, and would read it as a tensor
+    # a proxy can't override __class__: PyTorch's argument parsers read it too, and would take the proxy for a tensor
     def isinstance(instance: Any, classes: Any) -> bool:
         if ask(instance, classes):
             return True
-        # by far the most that is asked is about other things
+        # the fast path: most checks are of other objects
         if type(instance) is not ValueProxy or instance.tracer.is_running:
             return False
         if VALUE in instance.node.meta:
             answer = ask(instance.node.meta[VALUE], classes)
             if instance.node.op == "placeholder":
-                # the name of the kind is a string, which the tracer checks in each run
+                # `kind` returns a string, for which the tracer adds a check
                 instance.tracer.create_proxy("call_function", guards.kind, (instance,), {})
             return answer
         if guards.is_machinery(sys._getframe(1).f_code.co_filename):
@@ -288,7 +287,7 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
 def _truthful_callable() -> Callable[[Any], bool]:
     ask = builtins.callable
 
-    # as numbers and tensors are not, and proxies are
+    # a proxy defines __call__, but numbers and tensors aren't callable
     def callable(value: Any) -> bool:
         if type(value) is not ValueProxy or value.tracer.is_running:
             return ask(value)
@@ -313,13 +312,13 @@ def _refused_seed(tracer: Recorder, function: Callable[..., Any]) -> Callable[..
 
 
 def _recorded_apply(tracer: Recorder, apply: Any) -> Callable[..., Any]:
-    """Returns the function of a class method in place of `apply`, a class method of Python or, since 2.15, of C."""
+    """Wraps `apply`, a classmethod in Python (in C since PyTorch 2.15), to record its calls."""
 
     def record(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         given = pytree.tree_leaves((args, kwargs))
         if tracer.is_running or not any(builtins.isinstance(leaf, fx.Proxy) for leaf in given):
             return apply.__get__(None, function)(*args, **kwargs)
-        # a module is known to the graph; of a function it would hold the model's own modules, out of reach
+        # a function could hold modules of the model, which adapters couldn't reach; a module itself is an attribute
         if any(callable(leaf) and not builtins.isinstance(leaf, fx.Proxy | nn.Module) for leaf in given):
             message = f"{function.__name__} is given a function, whose code a graph can't hold"
             raise tracer.failing(TraceError(message))
@@ -329,7 +328,7 @@ def _recorded_apply(tracer: Recorder, apply: Any) -> Callable[..., Any]:
 
 
 def _decided_grad_mode(tracer: Recorder) -> Callable[..., None]:
-    """Decides for ``torch.set_grad_enabled(self.training)``, whose argument PyTorch would hand on to a graph."""
+    """Makes ``torch.set_grad_enabled(self.training)`` a decision, since PyTorch would pass the proxy on."""
     init = torch.set_grad_enabled.__init__
 
     def decide(context: Any, mode: Any) -> None:
@@ -349,7 +348,7 @@ def _refused_recomputation(tracer: Recorder) -> Callable[..., Any]:
 
 
 def _record_autocast(tracer: Recorder, exchanges: Exchanges) -> None:
-    """Records where regions under ``torch.autocast`` begin and end; the example runs under it, too."""
+    """Records the begin and end of regions under ``torch.autocast``; example values run under it, too."""
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     inside: list[tuple[torch.autocast, fx.Proxy]] = []
 
@@ -370,7 +369,7 @@ def _record_autocast(tracer: Recorder, exchanges: Exchanges) -> None:
 
 
 def _refusing_type_checks(tracer: Recorder, function: Any) -> Any:
-    """Returns a function of the user's that asks for the class of a value as one that refuses to in a recording."""
+    """Wraps a user function that reads the class of a value to raise during a recording; returns others as they are."""
     check = _type_check_of(function)
     if check is None:
         return function
@@ -386,12 +385,12 @@ def _refusing_type_checks(tracer: Recorder, function: Any) -> Any:
 
 def _type_check_of(function: Any) -> str | None:
     is_of_a_user = type(function) is FunctionType and not is_of_a_library(function.__module__)
-    # a forward that asks is refused before it is recorded, as what is found otherwise than by its name
+    # `refuse_type_checks` covers forwards, and functions that aren't found by name, before the recording
     return type_check_in(function) if is_of_a_user and function.__name__ not in ("forward", "__call__") else None
 
 
 def _record_scripted(tracer: Recorder, exchanges: Exchanges) -> None:
-    """Records a function of ``torch.jit.script`` as one call: its code is PyTorch's own, which takes no proxies."""
+    """Records a function of ``torch.jit.script`` as one call, since scripted code accepts no proxies."""
     call = torch.jit.ScriptFunction.__call__
 
     def record(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
@@ -404,7 +403,7 @@ def _record_scripted(tracer: Recorder, exchanges: Exchanges) -> None:
 
 
 def _inline_compiled(exchanges: Exchanges) -> None:
-    """Lets modules and functions of ``torch.compile`` run the code that was compiled, which is what a graph is of."""
+    """Makes modules and functions of ``torch.compile`` run their original code, which the trace records."""
     options = compiler_options()
     if options is not None:
         exchanges.attribute(options, "error_on_nested_fx_trace", False)

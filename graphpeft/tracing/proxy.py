@@ -1,7 +1,7 @@
-"""Proxies that know the value they stand for in the example, so that Python code can ask them anything.
+"""Proxies with example values, which support all Python operations.
 
-``isinstance``, ``len``, iteration, ``if`` and attributes are answered from the value. An answer that other inputs could
-change is a decision, and the tracer puts a check of it into the graph.
+``isinstance``, ``len``, iteration, ``if`` and attributes use the example value. If other inputs could change the
+answer, it is a decision, and the tracer adds a check to the graph.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from graphpeft.graph.template import VALUE
 from graphpeft.tracing.recorder import Recorder
 
 _STATIC = {"ndim", "layout"}
-"""Tensor attributes that are answered with plain values."""
+"""Tensor attributes that return plain values."""
 
 _MAY_BE_NONE = {"grad", "grad_fn", "_base", "names"}
 """Tensor attributes that only some tensors have."""
 
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
-"""Types of attributes that stay proxies, so that they can differ from run to run."""
+"""Types of attributes that stay proxies, since they can differ between runs."""
 
 
 _WRITTEN_OUT = (int, float, complex, torch.Size, torch.dtype, torch.device)
@@ -51,9 +51,9 @@ class ValueProxy(fx.Proxy):
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
         if name == "grad_fn":
-            return None if self.is_leaf else attribute  # on this a graph can decide
+            return None if self.is_leaf else attribute  # a graph can check `is_leaf`
         if name == "_is_param":
-            return attribute  # whether it is an nn.Parameter, as its code must find an adapted one to be still
+            return attribute  # no check, since an adapted parameter isn't an nn.Parameter in a run
         if isinstance(value, dict) and name in ("items", "values"):
             return functools.partial(self._pairs if name == "items" else self._values)
         if callable(attribute) and not isinstance(attribute, torch.Tensor):
@@ -64,7 +64,7 @@ class ValueProxy(fx.Proxy):
                 return attribute  # a parameter's shape doesn't depend on the inputs
         read = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if not isinstance(read, fx.Proxy):
-            return read  # None or a string, which the tracer has noted already
+            return read  # None or a string, for which the tracer has added a check
         if name in ("dtype", "device") and tests_identity(sys._getframe(1).f_code):
             self.tracer.decide(read, attribute)
             return attribute
@@ -74,14 +74,14 @@ class ValueProxy(fx.Proxy):
         return attribute
 
     def _attribute_of_a_tensor(self, name: str) -> Any:
-        """Returns an attribute of an unknown value, if every tensor has it: code may ask whether others are there."""
+        """Returns an attribute that every tensor has, of an unknown value; code may test other attributes for None."""
         of_tensors = getattr(torch.Tensor, name, None)
         if name in _MAY_BE_NONE or (of_tensors is None and not name.startswith("_")):
             raise self.tracer.undecided()
         if callable(of_tensors) or name.startswith("_"):
             return super().__getattr__(name)
         if tests_identity(guards.deciding_frame().f_code):
-            raise self.tracer.undecided()  # it may be True or False
+            raise self.tracer.undecided()  # the attribute may be True or False, which code compares by `is`
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -113,7 +113,7 @@ class ValueProxy(fx.Proxy):
         return self._decide(float)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        import numpy  # it is what asks
+        import numpy  # its caller is NumPy, so it is installed
 
         value = self.node.meta.get(VALUE)
         if not isinstance(value, int | float | torch.Size):
@@ -122,7 +122,7 @@ class ValueProxy(fx.Proxy):
         return numpy.array(self._decide(tuple if isinstance(value, tuple) else type(value)), dtype)
 
     def __hash__(self) -> int:
-        # such values are keys of caches and tables
+        # code uses these values as keys of caches and tables
         value = self.node.meta.get(VALUE)
         if isinstance(value, int | float | torch.Size | torch.dtype | torch.device):
             if not self.tracer.is_running:
@@ -143,7 +143,7 @@ class ValueProxy(fx.Proxy):
         return self._as_text(format, format_spec)
 
     def _as_text(self, function: Any, *options: str) -> str:
-        # names of layers and keys of tables are made of such values; a tensor's text is for a person
+        # code makes names of layers and keys of tables from numbers; the text of a tensor is only printed
         is_unknown = VALUE not in self.node.meta
         if self.tracer.is_recording and (is_unknown or isinstance(self.node.meta[VALUE], _WRITTEN_OUT)):
             asking = sys._getframe(2)
@@ -165,7 +165,7 @@ class ValueProxy(fx.Proxy):
         return iter([self[index] for index in range(len(self))])
 
     def __reversed__(self) -> Any:
-        # a tensor is a tensor then, too
+        # a reversed tensor is a tensor, not an iterator
         if isinstance(self.node.meta.get(VALUE), torch.Tensor):
             return self._call_method("__reversed__")
         return reversed(list(self))
@@ -183,7 +183,7 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def keys(self) -> Any:
-        """Returns the keys of a mapping, as ``**mapping`` asks for them."""
+        """Returns the keys of a mapping; ``**mapping`` calls this."""
         return self._decide(tuple) if VALUE in self.node.meta else super().keys()
 
     def _pairs(self) -> list[tuple[Any, Any]]:
@@ -194,11 +194,11 @@ class ValueProxy(fx.Proxy):
 
     def __getitem__(self, key: Any) -> Any:
         if VALUE not in self.node.meta and isinstance(key, str):
-            raise self.tracer.undecided()  # of no tensor, and it may be None
+            raise self.tracer.undecided()  # the value is no tensor, and the item may be None
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
     def _decide(self, question: Any) -> Any:
-        """Answers `question` (a function of the value) with the example's answer, and notes the decision."""
+        """Returns `question(value)` for the example value, and adds a check of this answer."""
         asked = self.tracer.create_proxy("call_function", question, (self,), {})
         if VALUE not in asked.node.meta:
             raise self.tracer.undecided()
@@ -210,7 +210,7 @@ class ValueProxy(fx.Proxy):
 def _in_place(name: str, otherwise: Any) -> Any:
     function, method = getattr(operator, name), f"__{name}__"
 
-    # without these, `y += 1` would make a new value and leave the other names of `y` behind
+    # without these methods, `y += 1` would make a new tensor, and other names of `y` would keep the old one
     def apply(self: ValueProxy, other: Any) -> Any:
         if VALUE not in self.node.meta:
             target: Any = InPlace(function)

@@ -1,6 +1,6 @@
-"""The states of Python's and NumPy's generators, from which a forward must not draw: a graph would repeat the numbers.
+"""Watches Python's and NumPy's random generators. A forward must not draw from them: a graph would repeat the numbers.
 
-PyTorch's own random numbers are drawn by calls, which a graph holds.
+PyTorch's random functions are nodes of the graph, so they draw in each run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graphpeft.graph.errors import DrawsNumbersError
 
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
-    """Raises if the code within draws from Python's or NumPy's generator: a graph would repeat the drawn numbers."""
+    """Raises DrawsNumbersError at the end if code inside the context draws from Python's or NumPy's generator."""
     before, failed = _random_python_states(), None
     try:
         yield
@@ -25,7 +25,7 @@ def no_random_python_numbers() -> Iterator[None]:
     after = _random_python_states()
     _put_back(before, after)
     if after != before:
-        # what else fails may come of the drawn numbers
+        # another error may be a consequence of the drawn numbers
         message = "it draws random numbers with Python's random or NumPy, which a graph can't hold"
         raise DrawsNumbersError(message) from failed
     if failed is not None:
@@ -34,7 +34,7 @@ def no_random_python_numbers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_python_states_kept() -> Iterator[None]:
-    """Sets Python's and NumPy's generators back at the end."""
+    """Restores the states of Python's and NumPy's generators at the end."""
     before = _random_python_states()
     try:
         yield

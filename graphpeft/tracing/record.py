@@ -1,7 +1,7 @@
-"""Records a forward as often as it takes, until there is a graph with which nothing is wrong.
+"""Records a forward, repeatedly if necessary, until the graph is correct.
 
-It is recorded again where that showed that a module inside has to stay a call, where it leaves state behind (see
-`side_effects`), and with gradients and without where its code asks for that.
+A forward is recorded again if a recording shows that a submodule must stay a call, if it changes state (see
+`side_effects`), and once with and once without gradients if its code asks for the gradient mode.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from graphpeft.tracing.tracer import ValueTracer
 from graphpeft.tracing.type_checks import refuse_type_checks
 
 ONE_TRACE_AT_A_TIME = threading.RLock()
-"""What a trace exchanges for its time, others must not exchange meanwhile."""
+"""Allows one trace at a time, since a trace patches global state of the process."""
 
 if hasattr(os, "register_at_fork"):
-    # a copy of the process would have what is exchanged for good, without the thread that puts it back
+    # a process forked during a trace would keep the patches, without the thread that undoes them
     os.register_at_fork(
         before=ONE_TRACE_AT_A_TIME.acquire,
         after_in_parent=ONE_TRACE_AT_A_TIME.release,
@@ -49,22 +49,22 @@ def record_forward(
     kwargs: dict[str, Any],
     modes: Mapping[nn.Module, bool] | None = None,
 ) -> fx.Graph:
-    """Records a call of `root`, leaving `root` as it is.
+    """Records a call of `root`, without changing `root`.
 
     Args:
-        tracer: What records it, and knows afterwards what the trace has found out.
+        tracer: Records the call; its session holds the findings of the trace afterwards.
         root: The module.
-        entry: What is called: its forward, or what runs its hooks as well.
+        entry: The function to call: `root`'s forward, or a function that runs hooks, too.
         args: Example positional arguments, or None to trace without example values.
         kwargs: Example keyword arguments.
-        modes: Whether to record as if modules were in training; None takes each as it is.
+        modes: Whether each module is recorded as in training; None means the modules' present modes.
 
     Returns:
         The graph.
 
     Raises:
         NeedsInputsError: Without `args`, if the forward decides on its inputs.
-        TraceError: If the forward itself can't be recorded.
+        TraceError: If the forward of `root` can't be recorded.
     """
     refuse_type_checks(root)
     session = tracer.session
@@ -78,7 +78,7 @@ def record_forward(
             lint(graph, session.constants.values)
             return graph
         except (TraceError, *OUT_OF_MEMORY):
-            session.kept = kept  # there is no graph that calls the others
+            session.kept = kept  # no graph calls the modules that this trace kept
             raise
         except Exception as error:
             session.kept = kept
@@ -90,14 +90,14 @@ def record_forward(
 
 
 def _recorded_until_known(tracer: ValueTracer) -> fx.Graph:
-    # context variables are set back with the context
+    # a copied context discards what the forward sets in context variables
     while (graph := contextvars.copy_context().run(_recorded, tracer)) is None:
-        pass  # each time, more is known about the modules
+        pass  # each recording finds further modules that must stay calls, so this ends
     return graph
 
 
 def _for_both_gradient_modes(tracer: ValueTracer, graph: fx.Graph) -> fx.Graph:
-    """Returns a graph for runs with gradients and without, if the root computes the same; else `graph`."""
+    """Returns one graph for runs with and without gradients, if both compute the same; else `graph`."""
     session = tracer.session
     kept, not_kept = dict(session.kept), dict(session.not_kept)
     session.gradients = not session.gradients
@@ -106,14 +106,14 @@ def _for_both_gradient_modes(tracer: ValueTracer, graph: fx.Graph) -> fx.Graph:
     except OUT_OF_MEMORY:
         raise
     except Exception:
-        serving = None  # it goes on to raise in that mode
+        serving = None  # `graph` has a check, which raises in the other mode
     if serving is None:
         session.kept, session.not_kept = kept, not_kept
     return serving or graph
 
 
 def _recorded(tracer: ValueTracer) -> fx.Graph | None:
-    """Records the root once; returns None if that showed that further modules have to stay calls."""
+    """Records the root once; returns None if it must be recorded again, with further modules as calls."""
     session, root = tracer.session, tracer.session.root
     tracer.begin()
     kept = dict(session.kept)
@@ -131,7 +131,7 @@ def _recorded(tracer: ValueTracer) -> fx.Graph | None:
     except DrawsNumbersError:
         if session.watches_draws:
             raise
-        # again with a look at each module, which takes its time, so that only what draws numbers is kept whole
+        # record again and watch each module, which is slow, so that only the modules that draw stay calls
         session.watches_draws, session.kept = True, kept
         return None
     finally:

@@ -1,4 +1,4 @@
-"""What the parts of the tracer ask of the one that records: nodes, decisions, errors, and whether it records now."""
+"""The interface of the tracer for its parts: making nodes, decisions and errors, and whether it records now."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Recorder(Protocol):
     """Records the calls of a forward as nodes of a graph.
 
     Attributes:
-        session: What the trace has found out so far.
-        examples: The values of the nodes in the example.
+        session: The findings of the trace so far.
+        examples: The example values of the nodes.
     """
 
     session: Session
@@ -29,57 +29,57 @@ class Recorder(Protocol):
     # nodes
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        """Records one call and runs it on the example values; a result of None or a string is a plain value."""
+        """Records one call and runs it on example values; returns a proxy, or the value if that is None or a string."""
 
     def attribute(self, name: str) -> Any:
-        """Returns the proxy of the root's attribute at a path, or its value if that is None or a string."""
+        """Returns the proxy of the root's attribute at a path, or its value if this is None or a string."""
 
     def proxy_of(self, tensor: torch.Tensor) -> fx.Proxy:
-        """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
+        """Returns the proxy of a module's tensor, or of another tensor, which becomes a constant of the graph."""
         ...
 
     def give(self, placeholder: fx.Proxy, example: Any) -> None:
-        """Notes the example argument that a placeholder stands for."""
+        """Stores the example argument of a placeholder."""
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
-        """Notes which module's code assigns an attribute."""
+        """Stores that the code of the current module assigns an attribute of `module`."""
 
     # decisions
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
-        """Puts a check into the graph that `proxy`, which nothing else uses from now on, is `answer` in every run."""
+        """Adds a check that `proxy` is `answer` in every run. The caller must not use `proxy` afterwards."""
 
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
-        """Puts a check into the graph that `proxy` is `answer` in every run; tells whether there was none so far."""
+        """Adds a check that `proxy` is `answer` in every run; returns whether the check is new."""
         ...
 
     def present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
-        """Puts a check into the graph that a value which the example has isn't None in a run."""
+        """Adds a check that a value isn't None in a run, as in the example; returns `proxy`."""
         ...
 
     # errors
 
     def failing(self, error: ErrorT) -> ErrorT:
-        """Notes an error that the model's code may catch, and returns it."""
+        """Stores an error, since the model's code may catch it, and returns the error."""
         ...
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
-        """Returns the error for a decision on a value that isn't known."""
+        """Returns the error for a decision on an unknown value."""
         ...
 
-    # what goes on
+    # state
 
     @property
     def is_running(self) -> bool:
-        """Whether nothing is recorded just now: code runs on example values, or in another thread."""
+        """Whether calls aren't recorded now: code runs on example values, or in another thread."""
         ...
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether a trace goes on in this thread."""
+        """Whether this thread is tracing."""
         ...
 
     @property
     def is_recording(self) -> bool:
-        """Whether a trace goes on in this thread, and what is called now is recorded."""
+        """Whether this thread is tracing and records its calls now."""
         ...

@@ -1,4 +1,4 @@
-"""Functions of ``torch.jit.script``, each call of which is one node of a graph."""
+"""Functions of ``torch.jit.script``: each call is one node of a graph."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class Scripted:
-    """A scripted function as what a node calls.
+    """A scripted function as a node's target, which can be pickled.
 
     Args:
-        function: The function, or what a file has of one.
-        name: Its name.
+        function: The function, or a module loaded from the function's file.
+        name: The name of the function.
     """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a trace of one module has found out so far, for the parts of the tracer to read and to add to."""
+"""The findings of a trace of one module, shared by the parts of the tracer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from graphpeft.tracing.snapshot import Snapshot
 
 
 class Recording(NamedTuple):
-    """A recording that goes on.
+    """A recording in progress.
 
     Attributes:
-        before: What all that the forward can reach was before it, and is put back to.
-        drawing: The modules whose code names an iterator, with what it is to the code.
-        set_aside: What a call that isn't recorded runs under, so that it doesn't go through the costliest exchanges.
-        outside: What code runs under that is no part of the trace: as it would without one.
+        before: A snapshot of all state that the forward can reach, taken before the recording and restored after it.
+        drawing: The modules whose code names an iterator, with the iterator's name in code.
+        set_aside: Makes a context without the slowest patches, for calls that aren't recorded.
+        outside: Makes a context that runs code outside the trace.
     """
 
     before: Snapshot
@@ -40,35 +40,36 @@ class Recording(NamedTuple):
 
 
 class RecordAgain(BaseException):
-    """Ends a recording that has to begin again; no code of a model's may take it for an error."""
+    """Ends a recording that must start again; a BaseException, so that the model's code doesn't catch it."""
 
 
 class Session:
-    """A trace of one module, by one or several recordings.
+    """A trace of one module, made by one or several recordings.
 
     Args:
-        keeps_whole: Tells of a submodule whether its call stays one node of the graph.
+        keeps_whole: Returns whether the call of a submodule stays one node of the graph.
 
     Attributes:
         root: The module.
-        modules: The modules of the root, by their paths.
-        modes: Whether modules are recorded as in training; those that aren't among them are as they are.
-        gradients: Whether it is recorded as with gradients.
-        kept: The modules that could not be inlined, with the reason.
-        not_kept: The paths of attributes that the forward sets, of which a later call makes no use.
-        constants: Objects of the user's that the graph reads as attributes of its root.
-        reads: The names of the attributes that are read from the root.
-        lines_of_reads: Where the numbers, flags and other plain values were read that modules have, by their paths.
-        looked_up: The parameter that was looked up last in a module, with its path there.
-        read_once: The containers and objects that are read from modules, by their paths, and names that lack there.
-        stateful: The paths of modules that have to stay calls since they change what their next call sees, with why.
-        watches_draws: Whether each module that is inlined must not draw from Python's or NumPy's generator.
-        has_hashed: Whether code has asked for the hash of a traced value, as caches do.
-        specialised: Whether the graph holds what other instances need not share, such as a shape of the root's tensors.
-        recording: The recording that goes on, if one does.
-        assigners: In it, the modules whose code has assigned to attributes, by their paths.
-        called: In it, how often modules were called that were inlined, by their paths.
-        left: In a second recording, the nodes that stand for what the first one has left on modules.
+        modules: The modules of the root, by path.
+        modes: Whether each module is recorded as in training; modules without an entry keep their present mode.
+        gradients: Whether the recording assumes gradients.
+        kept: The paths of modules that couldn't be inlined, with the reason.
+        not_kept: The names of state that the forward sets and that later calls don't need.
+        constants: The constants of the graph, stored as attributes of its root.
+        reads: The names of the root's attributes that the forward reads.
+        lines_of_reads: The source line that reads each plain attribute of a module, by attribute path.
+        looked_up: The parameter looked up last in a module, with its path in this module.
+        read_once: The containers, objects and missing attributes (`ABSENT`) that code reads from modules, by path.
+        stateful: The paths of modules that must stay calls, since they change state for their next call, with reasons.
+        watches_draws: Whether each inlined module is watched for draws from Python's and NumPy's generators.
+        has_hashed: Whether code has hashed a traced value, as caches do.
+        specialised: Whether the graph depends on facts that equal modules may not share, such as the shape of a
+            parameter.
+        recording: The recording in progress, or None.
+        assigners: In this recording, the paths of the modules whose code assigns each attribute.
+        called: In this recording, the number of calls of each inlined module, by path.
+        left: In a second recording, the nodes for state that the first recording has set, by the first one's nodes.
     """
 
     root: nn.Module
@@ -102,7 +103,7 @@ class Session:
             self._names.setdefault(id(tensor), name)
 
     def begin_recording(self) -> None:
-        """Forgets what belongs to one recording."""
+        """Resets the attributes that belong to one recording."""
         self.assigners: dict[Attribute, list[str]] = {}
         self.called: collections.Counter[str] = collections.Counter()
         self.left: dict[fx.Node, fx.Node] | None = None
@@ -117,11 +118,11 @@ class Session:
         if module in self.modes:
             return self.modes[module]
         own = module.__dict__
-        # a scripted module keeps it where its code does
+        # a scripted module stores its mode outside __dict__
         return bool(own["training"] if "training" in own else type(module).__getattr__(module, "training"))
 
     def is_made_anew(self, value: Any) -> bool:
-        """Returns whether `value` is a tensor that the forward has made itself."""
+        """Returns whether `value` is a tensor that the forward has made."""
         return isinstance(value, torch.Tensor) and (self.recording is None or not self.recording.before.holds(value))
 
 

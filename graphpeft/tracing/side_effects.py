@@ -1,14 +1,14 @@
-"""Side effects: which modules a graph can't hold, since they leave state for their next call.
+"""Finds modules with side effects, which a graph can't hold: they set state that their next call reads.
 
-A graph holds no state beside tensors that it writes in place. So a forward that assigns ``self.pooled = …``, fills a
-dictionary or counts in a global becomes a graph only where that makes no difference:
+A graph has no state except tensors that it writes in place. So a forward that assigns ``self.pooled = …``, fills a
+dictionary or counts in a global becomes a graph only if this makes no difference:
 
-- what it sets before it reads it is of no use to the next call;
-- a cache of what follows from sizes and parameters alone can be computed anew in each run.
+- the forward sets the state before it reads it, so the next call doesn't need the state;
+- the state is a cache of values that depend on sizes and parameters alone, which each run can compute again.
 
-Which it is shows when the forward is recorded a second time, from the state in which the first time left all that it
-can reach: the state must not change any further, and what the second graph reads of it must not come from the inputs'
-values. Nor may such a value be left outside of the modules, where others look for it, as for what a hook has kept.
+A second recording, which starts from the state that the first recording has set, tests this: the state must not change
+further, and state that the second graph reads must not depend on the values of inputs. State that depends on them must
+not be stored outside the modules either, where other code may read it, such as in an object of a hook.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Repetition(NamedTuple):
 
     Attributes:
         graph: Its graph, or None if it failed.
-        error: Why it failed, for a person to read.
-        values: What it left in the attributes that either recording changed.
-        of_the_state: The nodes that stand for what the first one had left, with the nodes of that.
+        error: The text of the error, for the message, or an empty string.
+        values: The values after it of the attributes that either recording changed.
+        of_the_state: The nodes that read state of the first recording, with the first recording's nodes.
     """
 
     graph: fx.Graph | None
@@ -55,17 +55,17 @@ def stateful_modules(
     graph: fx.Graph,
     changed: list[Attribute],
 ) -> dict[str, str]:
-    """Returns the paths of the modules that have to stay calls, with the reason.
+    """Returns the paths of the modules that must stay calls, with the reasons.
 
     Args:
         tracer: The tracer, which has just recorded `root`.
-        record_again: Records it a second time.
-        root: The module, in the state in which the recording left it.
-        graph: What was recorded.
-        changed: The attributes that have another value now.
+        record_again: Records `root` a second time.
+        root: The module, with the state that the recording has set.
+        graph: The recorded graph.
+        changed: The attributes that the recording has changed.
 
     Raises:
-        TraceError: If that is the root itself.
+        TraceError: If the root itself would have to stay a call.
     """
     with tracer.examples.real_calls(makes_tensors=False):
         left = {attribute: _value_of(attribute) for attribute in changed}
@@ -90,7 +90,7 @@ def stateful_modules(
 
 
 def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
-    """Returns the modules among `owners` of some state whose code is in the graph: each of them must leave it."""
+    """Returns the inlined modules among the `owners` of some state, all of which must stay calls; else the first."""
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
@@ -112,7 +112,7 @@ def _recorded_again(tracer: Recorder, record_again: Callable[[], fx.Graph], chan
 
 
 def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) -> list[Attribute]:
-    """Returns the attributes whose state a graph would need."""
+    """Returns the attributes whose state later calls need."""
     if again.graph is None:
         return list(left)
 
@@ -127,7 +127,7 @@ def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) ->
     moved += [attribute for attribute, value in left.items() if _is_outside(attribute) and _varies(value)]
     if moved or str(graph) == str(again.graph):
         return moved
-    # the second graph reads what the first call has left: it must compute the same from it as the first one did
+    # the second graph reads state of the first call, and must compute the same as the first graph
     if not equivalent(graph, again.graph, again.of_the_state):
         return list(left)
     if _orders_the_state(again, comes_from_the_state):
@@ -136,15 +136,15 @@ def _unstable(graph: fx.Graph, left: dict[Attribute, Any], again: Repetition) ->
 
 
 def _is_outside(attribute: Attribute) -> bool:
-    """Returns whether others may look at an attribute, such as one of an object to which a hook gives what it sees."""
+    """Returns whether an attribute is outside the modules, where other code may read it, such as in a hook's object."""
     return not isinstance(attribute.namespace.of, nn.Module)
 
 
 def _varies(value: Any) -> bool:
-    """Returns whether what a call leaves in an attribute may be another thing than a later call would leave.
+    """Returns whether another call may set another value.
 
-    It is, if it comes from arguments or random numbers. What comes from parameters alone is a cache in a dictionary,
-    which knows what its values are for; in an attribute of its own it is what the parameters were at that time.
+    So do values that depend on arguments or random numbers. A value that depends on parameters alone is a cache if a
+    dictionary holds it, with a key. In an attribute of its own it may be outdated, since training changes parameters.
     """
     nodes = [node for proxy in _proxies_in(value) for node in above_with_writes(proxy.node)]
     is_cache = isinstance(value, dict)
@@ -152,9 +152,9 @@ def _varies(value: Any) -> bool:
 
 
 def _orders_the_state(again: Repetition, comes_from_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Returns whether the second recording decided if something is more or less than what the first one has left.
+    """Returns whether the second recording decides on an order comparison (``<``, ``>``) with state of the first.
 
-    So do caches that only grow, and sizes that only shrink: what they hold is that of the largest call so far.
+    Caches that only grow, and sizes that only shrink, make such comparisons: their state depends on all earlier calls.
     """
     assert again.graph is not None
     decided = {source for node in again.graph.nodes if node.target is guards.expect for source in above(node)}
@@ -181,13 +181,13 @@ def _around(called: Collection[str], paths: list[str]) -> str:
     return next(found, "")
 
 
-# the values that a recording leaves
+# the values of attributes after a recording
 
 _ABSENT = object()
 
 
 def _value_of(attribute: Attribute) -> Any:
-    """Returns what an attribute holds now, with copies of its containers; something of its own if it isn't there."""
+    """Returns the present value of an attribute, with containers copied, or `_ABSENT`."""
     namespace, name = attribute
     buffers = namespace.of._buffers if isinstance(namespace.of, nn.Module) else {}
     held = buffers if name in buffers else namespace.values()
@@ -205,12 +205,12 @@ def _copied(value: Any) -> Any:
 
 
 def _is_stable(value: Any, later: Any, of_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Returns whether a second call leaves in an attribute what the first one did.
+    """Returns whether an attribute has the same value after the second call as after the first.
 
     Args:
-        value: What the first call left there, see `_value_of`.
-        later: What the second one did.
-        of_the_state: Tells of a node whether its value comes from what the first call left.
+        value: The value after the first call, see `_value_of`.
+        later: The value after the second call.
+        of_the_state: Returns whether a node's value depends on state of the first call.
     """
     if value is later:
         return True
@@ -240,7 +240,7 @@ def _facts(proxy: fx.Proxy) -> Any:
 
 
 def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
-    """Yields the traced values in what `_value_of` returned."""
+    """Yields the proxies in a value that `_value_of` returned."""
     if isinstance(value, fx.Proxy):
         yield value
     elif isinstance(value, dict | list):

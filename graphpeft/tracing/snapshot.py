@@ -1,4 +1,4 @@
-"""Snapshots of all state that a model's forward can reach, to compare with and to put back."""
+"""Snapshots of all state that a model's forward can reach, to detect changes and to restore the state."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from graphpeft.tracing.iterators import exchange_for_copies
 _ABSENT = object()
 
 _Held = tuple[Namespace, dict[str, Any], list[tuple[str, Any, Any]]]
-"""A namespace, the values of its names, and what can change there: the name, the object, and its content."""
+"""A namespace, its values by name, and its mutable objects: name, object and content."""
 
 
 class Snapshot:
-    """The values of all names that a forward can reach at one time, with the content of what can change there.
+    """The values of all names that a forward can reach, and the contents of mutable objects among them.
 
     Args:
-        reach: What it can reach.
+        reach: The namespaces that the forward can reach.
     """
 
     def __init__(self, reach: Reach) -> None:
@@ -39,11 +39,11 @@ class Snapshot:
             self._values[namespace.key] = values
 
     def owners(self, attribute: Attribute) -> list[nn.Module]:
-        """Returns the modules that have an attribute, or that can reach what has it."""
+        """Returns the modules whose code can reach the namespace of an attribute."""
         return self._reach.owners(attribute.namespace)
 
     def changed(self, inside: nn.Module | None = None) -> list[Attribute]:
-        """Returns the attributes, or those that can be reached from one module, that are another now, or changed."""
+        """Returns the attributes that have another value or content now; with `inside`, only those it can reach."""
         found: dict[Attribute, None] = {}
         for namespace, values, kept in self._reached_from(inside):
             now = namespace.values()
@@ -59,11 +59,11 @@ class Snapshot:
         return list(found)
 
     def has(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Returns whether an attribute of a module had this very value."""
+        """Returns whether an attribute of a module was this same object."""
         return self._values.get(id(module), {}).get(name, _ABSENT) is value
 
     def holds(self, value: Any) -> bool:
-        """Returns whether `value` had a name, or was in a container that had one."""
+        """Returns whether a name or a container in the snapshot holds `value`."""
         if self._held is None:
             self._held = {id(held) for _, values, _ in self._before for held in values.values()}
             self._held |= {
@@ -76,7 +76,7 @@ class Snapshot:
         return id(value) in self._held
 
     def put_back(self) -> None:
-        """Gives all names their values, and these their content again."""
+        """Restores the values of all names, and the contents of mutable objects."""
         for namespace, values, kept in self._before:
             _bind_again(namespace, values)
             for _, value, content in kept:
@@ -91,7 +91,7 @@ class Snapshot:
 
 @contextlib.contextmanager
 def unchanged(root: nn.Module) -> Iterator[None]:
-    """Gives all that the forward of a module can reach its values again at the end; from iterators it draws copies."""
+    """Restores all state that the forward of a module can reach at the end; inside, iterators are copies."""
     reach = Reach(root)
     before = Snapshot(reach)
     try:
@@ -106,7 +106,7 @@ def _differs(left: dict[str, Any], right: dict[str, Any], key: str) -> bool:
 
 
 def _bind_again(namespace: Namespace, values: dict[str, Any]) -> None:
-    """Puts back what differs, and no more: other threads may run the model meanwhile."""
+    """Restores only the names that differ, since other threads may run the model meanwhile."""
     now = dict(namespace.values())
     for name in [name for name in now if name not in values]:
         namespace.unbind(name)

@@ -1,7 +1,7 @@
-"""Turns a whole model into one flat graph module that shares the model's parameters.
+"""Traces a whole model into one flat graph module that shares the model's parameters.
 
-Layers of ``torch.nn`` stay calls of modules (copies that share the original's tensors, so that editing the graph module
-leaves the model alone); all other code is inlined into calls of functions and methods.
+Layers of ``torch.nn`` stay ``call_module`` nodes. Their modules are copies that share the original's tensors, so that
+edits of the graph module don't change the model. All other code is inlined into calls of functions and methods.
 """
 
 from __future__ import annotations
@@ -32,28 +32,31 @@ from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
 
 INLINED = "inlined"
-"""What a module is to a graph that has its forward's nodes instead of a call."""
+"""Marks a module whose forward is inlined, like the op of a node."""
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> fx.GraphModule:
-    """Returns one flat graph module of `model`, called as the model is, that shares the model's tensors.
+    """Returns one flat graph module of `model`, with the model's signature, which shares the model's tensors.
 
-    Where the model's code goes another way in training than in evaluation it has a graph for each, see `graphs`.
-    The graph answers as the model does for every call that takes the same decisions in Python code; any other call
-    raises `GuardError`. Numbers, flags and the like that the code has read from modules are attributes of the result's
-    modules at the same paths: it computes with another number that is set there, and raises `GuardError` where the code
-    has decided on what is another now. The model is left as it was.
+    If the model's code branches on training mode, the result has a graph for each mode, see `graphs`. The result
+    computes what the model does for every call that takes the same decisions in Python code; any other call raises
+    `GuardError`. Plain attributes (numbers, flags, strings) that the code reads from modules are attributes of the
+    result's modules at the same paths. The result uses a new number that you set there; if the code has decided on the
+    attribute, a new value raises `GuardError`. The model isn't changed.
 
     Args:
         model: Any module.
-        example_inputs: A tuple of positional or a dict of keyword arguments. Without them, what can be decided
-            symbolically is.
-        strict: Whether a module that can't be inlined is an error; else it stays a call, and the result's `report` says
-            why.
+        example_inputs: A tuple of positional or a dict of keyword arguments. Without it, the model is traced
+            symbolically.
+        strict: Whether to raise an error for a module that can't be inlined, or for a mode that can't be traced;
+            otherwise the module stays a call, and the result's `report` gives the reason.
+
+    Returns:
+        The graph module.
 
     Raises:
-        NeedsInputsError: If the model decides on its inputs and none were given.
-        TraceError: If the model's own forward can't be recorded truthfully; with `strict`, if that of any module can't.
+        NeedsInputsError: If the model decides on its inputs and `example_inputs` is missing.
+        TraceError: If no graph can represent the model's own forward; with `strict`, that of any module.
 
     Example:
         >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))))
@@ -73,7 +76,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
 
 
 def _refuse_own_call(model: nn.Module) -> None:
-    """Raises TraceError if calling a model is more than its hooks and its forward, which are what is recorded."""
+    """Raises TraceError if a call of the model runs more than its hooks and forward, since only these are recorded."""
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, nn.Module):
         raise TraceError(
@@ -88,7 +91,7 @@ def _refuse_own_call(model: nn.Module) -> None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Returns whether `module` is a layer of ``torch.nn``, or scripted: best, or only, kept as one call."""
+    """Returns whether `module` is a layer of ``torch.nn`` or a scripted module, which stays one call."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     if isinstance(module, GraphForward) or not in_place.original_class(module).__module__.startswith("torch.nn."):
@@ -101,26 +104,26 @@ def is_layer(module: nn.Module) -> bool:
 def _recorded(
     model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any], inlined: frozenset[nn.Module] = frozenset()
 ) -> tuple[Recorded, ValueTracer]:
-    """Records a model, whose layers stay calls but for those `inlined`."""
+    """Records a model; its layers stay calls, except the layers `inlined`."""
     tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
-    # as a call does, with the model's own hooks
+    # a call of the model runs the model's hooks, too
     entry = functools.partial(call_with_hooks, model)
     recorded = in_each_mode(model, lambda modes: record_forward(tracer, model, entry, args, kwargs, modes))
     read = _layers_read(model, recorded.graphs)
     if read <= inlined:
         return recorded, tracer
-    # once more, so that all uses of a weight stand in the graph side by side
+    # recorded again with these layers inlined, so that the graph shows all uses of their weights
     return _recorded(model, args, kwargs, inlined | read)
 
 
 def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:
-    """Returns the layers that graphs call and whose tensors they use, too, such as those of a fused kernel."""
+    """Returns the layers that graphs call and whose tensors they also read directly, such as for a fused kernel."""
     nodes = [node for graph in graphs for node in graph.nodes]
     called = {model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"}
     used = (node for node in nodes if node.op == "get_attr" and any(node in value_inputs(user) for user in node.users))
     places = (str(node.target).rpartition(".") for node in used)
     owners = {model.get_submodule(path) for path, _, name in places if name != "training"}
-    # an attention has a layer inside
+    # nn.MultiheadAttention has a layer inside
     return {module for module in called if is_layer(module) and not owners.isdisjoint(module.modules())}
 
 
@@ -134,7 +137,7 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     root.output_head = _path_of(model, module_told(model, "get_output_embeddings"))
     reads = [make_settings(graph, tracer.session.lines_of_reads) for graph in recorded.graphs]
     _refuse_reserved_names(reads)
-    # found once, since a model has hundreds of layers, each with a few of its tensors
+    # built once for all copies of layers, of which a model has hundreds
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for kind, path in _in_order(model, recorded.graphs):
         if kind == INLINED:
@@ -161,7 +164,7 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
 
 
 _RESERVED = frozenset((*dir(GraphForward), *TracedModel.__annotations__)) - MACHINERY
-"""Names of attributes that a traced model has itself."""
+"""Attribute names that a traced model needs itself."""
 
 
 def _refuse_reserved_names(reads: list[Reads]) -> None:
@@ -171,7 +174,7 @@ def _refuse_reserved_names(reads: list[Reads]) -> None:
 
 
 def _add_settings(root: nn.Module, model: nn.Module, graphs: Graphs, reads: list[Reads], read_once: list[str]) -> None:
-    """Puts into each graph the check of its settings, which become attributes of the modules of `root`."""
+    """Adds the check of its settings to each graph, and the settings as attributes to the modules of `root`."""
     reads = [read._replace(settings=tuple(s for s in read.settings if s.path not in _RESERVED)) for read in reads]
     for path in dict.fromkeys(setting.path for read in reads for setting in read.settings):
         owner_path, _, name = path.rpartition(".")
@@ -187,7 +190,7 @@ def _add_settings(root: nn.Module, model: nn.Module, graphs: Graphs, reads: list
 
 
 def _watching(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Watch:
-    """Returns a watch over attributes of places, and over which modules are inside of them."""
+    """Returns a watch that counts changes of attributes and submodules of the places in `modules`."""
     watch, names = Watch(), dict[str, set[str]]()
     for path in paths:
         owner, _, name = path.rpartition(".")
@@ -202,7 +205,7 @@ _SETTINGS = "_graphpeft_settings"
 
 
 def _is_unread(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Returns whether an attribute of a module was read whose place in a traced model doesn't have it."""
+    """Returns whether the place at a path's owner in a traced model lacks the attribute at this path."""
     owner_path, _, name = path.rpartition(".")
     owner = modules.get(owner_path)
     held = (owner.__dict__, owner._parameters, owner._buffers, owner._modules) if isinstance(owner, Place) else ()
@@ -210,7 +213,7 @@ def _is_unread(modules: Mapping[str, nn.Module], path: str) -> bool:
 
 
 def _distinct(read_once: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Returns the containers and objects among what was read, each under its first path."""
+    """Returns the containers and objects in `read_once`, each with its first path."""
     first: dict[int, tuple[str, Any]] = {}
     for path, value in read_once.items():
         if value is not ABSENT and not isinstance(value, Tensor | nn.Module):
@@ -226,9 +229,9 @@ def _frozen(model: nn.Module, graphs: Graphs) -> tuple[str, ...]:
 
 
 def _in_order(model: nn.Module, graphs: Graphs) -> list[tuple[str, str]]:
-    """Returns the kinds and paths of what graphs use, in the order in which the model has them.
+    """Returns kinds and paths of all modules and attributes that the graphs use, in the order of the model.
 
-    PEFT names and draws an adapter's tensors in that order, so a traced model must have it too.
+    PEFT names an adapter's tensors and draws their values in this order, so a traced model must keep it.
     """
     modules = {path: index for index, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     tensors = {path: index for index, (path, _) in enumerate(model.named_parameters(remove_duplicate=False))}
@@ -250,7 +253,7 @@ def _path_of(model: nn.Module, told: nn.Module | None) -> str | None:
 
 
 def _container(root: nn.Module, model: nn.Module, path: str) -> nn.Module:
-    """Returns the module of `root` at `path`, making what lacks with the training modes of `model`."""
+    """Returns the module of `root` at `path`; adds missing places, made from the modules of `model`."""
     here, original = root, model
     for name in path.split(".") if path else ():
         original = original.get_submodule(name)
@@ -279,7 +282,7 @@ def _share_attribute(root: nn.Module, model: nn.Module, path: str, tensors: dict
 
 
 def _have_plain(place: nn.Module, original: nn.Module, name: str) -> None:
-    """Gives `place` an attribute that `original` has, which may be that of its class."""
+    """Gives `place` a plain attribute of `original` or of its class."""
     if isinstance(place, Place) and name not in vars(original):
         place._graphpeft_of_class |= {name}
     else:
@@ -287,9 +290,9 @@ def _have_plain(place: nn.Module, original: nn.Module, name: str) -> None:
 
 
 def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
-    """Copies a module but none of `tensors`, so that what is added to the copy isn't added to the original.
+    """Copies a module but not its `tensors`, so that additions to the copy don't change the original.
 
-    Its hooks are those of the original: what they tell, they tell the same object.
+    The copy shares the original's hooks, so that they report to the same objects.
     """
     inside = set(module.modules())
     hooks = {
@@ -299,6 +302,6 @@ def _sharing_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
         for hook in held.values()
         if getattr(getattr(hook, "func", hook), "__self__", None) not in inside
     }
-    # which can't be changed
+    # shared, since scripted modules can't be changed
     scripted = {id(part): part for part in inside if isinstance(part, torch.jit.ScriptModule)}
     return copy.deepcopy(module, {**tensors, **hooks, **scripted})

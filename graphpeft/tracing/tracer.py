@@ -1,9 +1,8 @@
-"""Records a forward once, as a graph whose nodes carry the values that the example inputs give them.
+"""Records a forward once, as a graph whose nodes carry example values.
 
-After each recorded call the same call runs on fake tensors, so that shapes, dtypes and Python objects are known and the
-code's decisions on them can be followed, see `proxy` and `guards`. What can't be recorded truthfully (a decision on
-tensor values, a write under ``no_grad`` into what may require grad, a forward that changes its module) keeps the module
-that does it as one call of the graph, and `Session.kept` says why.
+Each recorded call also runs on fake tensors, so that code can decide on shapes, dtypes and Python objects, see `proxy`
+and `guards`. A module whose forward no graph can represent (a decision on tensor values, a write under ``no_grad`` into
+a tensor that may require grad, a change of the module) stays one call of the graph; `Session.kept` holds the reason.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ _GUARDS = (guards.expect, guards.expect_present)
 """Functions that check a decision."""
 
 _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
-"""Functions that are called for what they do; that they return None decides nothing."""
+"""Functions called for their side effects, whose result None needs no check."""
 
 
 class ValueTracer(fx.Tracer):
-    """Records the forward of one module, each time anew.
+    """Records the forward of one module, in one or several recordings.
 
     Args:
-        keeps_whole: Tells of a submodule whether its call stays one node of the graph.
+        keeps_whole: Returns whether the call of a submodule stays one node of the graph.
 
     Attributes:
-        session: What the trace has found out so far.
-        examples: The values of its nodes in the example.
+        session: The findings of the trace so far.
+        examples: The example values of the nodes.
     """
 
     proxy_buffer_attributes = True
@@ -72,7 +71,7 @@ class ValueTracer(fx.Tracer):
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what belongs to a recording."""
+        """Starts a recording: resets the state of the last recording."""
         self._decisions = Decisions()
         self._calls: tuple[Call, ...] = ()
         self._attributes: dict[str, fx.Proxy] = {}
@@ -89,14 +88,14 @@ class ValueTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def tracing(self, entry: Callable[..., Any], call: ExampleCall | None) -> Iterator[None]:
-        """Makes ready to record calls of the session's root in this thread, with `Tracer.trace`.
+        """Makes this thread record calls of the session's root by ``Tracer.trace`` inside the context.
 
         Args:
-            entry: What is called: the root's forward, or what runs its hooks as well.
+            entry: The function to call: the root's forward, or a function that runs hooks, too.
             call: Example arguments, or None to trace without example values.
         """
         self._call, self._entry = call, entry
-        # layers of torch.nn don't ask whether their input is there, and are called too often to ask for them
+        # layers of torch.nn don't test their input for None, and a check in each of their many calls would be slow
         self._may_be_absent = not type(self.session.root).__module__.startswith("torch.nn.modules")
         self._thread = threading.get_ident()
         try:
@@ -106,9 +105,9 @@ class ValueTracer(fx.Tracer):
             self._forget_proxies()
 
     def _forget_proxies(self) -> None:
-        """Forgets what stands for values, and lets caches forget it that others look into."""
+        """Drops all proxies, and clears the caches that still hold some."""
         self._attributes, self._copies, self._objects, self._before_writes = {}, {}, {}, []
-        # an error holds what the code had that raised it
+        # the traceback of an error keeps proxies alive, so live proxies show nothing then
         has_left_some = (
             self.session.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
         )
@@ -117,14 +116,14 @@ class ValueTracer(fx.Tracer):
             forget_traced_values()
 
     def note_assignment(self, module: nn.Module, name: str) -> None:
-        """Notes which module's code assigns an attribute."""
+        """Stores that the code of the current module assigns an attribute of `module`."""
         path = self._calls[-1].path if self._calls else ""
         self.session.assigners.setdefault(Attribute(Namespace.of_object(module), name), []).append(path)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Makes the arguments of the call that is recorded, see `arguments`."""
+        """Makes the arguments of the recorded call, see `arguments`."""
         positional, keywords = Arguments(self, self._call).make()
 
         def call() -> Any:
@@ -135,20 +134,20 @@ class ValueTracer(fx.Tracer):
         return call, []
 
     def give(self, placeholder: fx.Proxy, example: Any) -> None:
-        """Notes the example argument that a placeholder stands for."""
+        """Stores the example argument of a placeholder."""
         self.examples.give(placeholder.node, example)
         self._objects.setdefault(id(placeholder.node.meta[VALUE]), placeholder)
 
     def present(self, proxy: fx.Proxy, decision: str) -> fx.Proxy:
-        """Puts a check into the graph that a value which the example has isn't None in a run."""
+        """Adds a check that a value isn't None in a run, as in the example; returns `proxy`."""
         if self._may_be_absent:
             self.create_proxy("call_function", guards.expect_present, (proxy, decision), {})
         return proxy
 
-    # what is recorded
+    # recording
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Returns the proxy that stands for `node`."""
+        """Returns a proxy of `node`."""
         proxy = ValueProxy(node, self)
         self._proxies.append(weakref.ref(proxy))
         return proxy
@@ -156,13 +155,13 @@ class ValueTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> Any:
-        """Records one call, with the calls of modules in which it is."""
+        """Makes a node, and stores in its metadata the module calls that enclose it."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta[CALLS] = self._calls
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        """Records one call and runs it on the example values; a result of None or a string is a plain value."""
+        """Records one call and runs it on example values; returns a proxy, or the value if that is None or a string."""
         if self._thread is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
         try:
@@ -172,15 +171,15 @@ class ValueTracer(fx.Tracer):
             raise
 
     def failing(self, error: ErrorT) -> ErrorT:
-        """Notes an error that the model's code may catch, and returns it.
+        """Stores an error, since the model's code may catch it, and returns the error.
 
-        That a call fails, here and not in another run, is a decision that no check can hold.
+        If the code goes on after an error, it decides on this failure, which no check can represent.
         """
         self._failure, self._failing_line = error, guards.deciding_line()
         return error
 
     def _refuse_to_go_on(self) -> None:
-        """Raises if the code that has just returned has caught an error of what it recorded."""
+        """Raises if the code that has just returned has caught an error of a recorded call."""
         if isinstance(self._failure, NeedsInputsError | RecordAgain):
             raise self._failure
         if self._failure is not None:
@@ -194,7 +193,7 @@ class ValueTracer(fx.Tracer):
         if kind in ("placeholder", "output"):
             return proxy
         if target in _GUARDS:
-            proxy.node.meta[VALUE] = None  # what is checked is what the example has
+            proxy.node.meta[VALUE] = None  # a check passes for the example, so it needn't run
             return proxy
         self._has_drawn |= draws(target)
         self._evaluate(proxy.node)
@@ -222,11 +221,11 @@ class ValueTracer(fx.Tracer):
             raise no_grad.writes_error()
 
     def _same_object(self, earlier: fx.Proxy, result: fx.Proxy) -> fx.Proxy:
-        """Returns what stands for the result of a call that is an earlier value, and no new one.
+        """Returns the proxy of a call's result that is the same object as an earlier value.
 
-        What an operation in place returns is the very proxy that it has written into: so ``x.add_(1) is x``, and
-        whoever has `x` sees what was written. Whether others, such as ``x.to(dtype)``, return what they were given
-        depends on the run. So that is a decision, where the code may ask for it.
+        An in-place operation returns the proxy that it has written into: ``x.add_(1) is x``, and later uses of `x` see
+        the write. Whether other functions, such as ``x.to(dtype)``, return their input itself depends on the run. So
+        this is a decision, if the code compares objects.
         """
         if _writes_itself(result.node):
             self._before_writes.append((earlier, earlier.node))
@@ -238,13 +237,13 @@ class ValueTracer(fx.Tracer):
         return earlier
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Gives a proxy for a parameter or buffer that a forward reads."""
+        """Returns the proxy of a parameter or buffer that a forward reads; other attributes as they are."""
         if self.is_running or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self.session.name_of(attr_val)
         if name is None:
             return attr_val
-        # a parameter that several modules have is each one's own weight, which an adapter may change alone
+        # modules that share a parameter get a proxy each, since an adapter may change the weight of one module only
         is_own = (
             self.session.looked_up is not None
             and self.session.looked_up[0] is attr_val
@@ -252,21 +251,21 @@ class ValueTracer(fx.Tracer):
         )
         path = self.session.looked_up[1] if self.session.looked_up is not None and is_own else name
         if path != name and compares_objects(guards.deciding_frame().f_code):
-            path = name  # code that asks whether weights are tied gets one proxy for them
+            path = name  # code that compares tied weights by `is` needs the same proxy for both
         return self.attribute(path)
 
     def attribute(self, name: str) -> Any:
-        """Returns the proxy of the root's attribute at the path `name`, or its value if that is None or a string.
+        """Returns the proxy of the root's attribute at the path `name`, or its value if this is None or a string.
 
-        Each is read once.
+        A graph reads each attribute once.
         """
         if name not in self._attributes:
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """Records the call of a submodule: its own calls if it can be inlined, else one call of it."""
-        # a module that the model doesn't have was made by the forward itself, such as a loss
+        """Records the call of a submodule: the calls of its forward if it can be inlined, else one ``call_module``."""
+        # the forward itself has made a module that isn't in the model, such as a loss
         if self.is_running or self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -284,7 +283,7 @@ class ValueTracer(fx.Tracer):
             if self._call is None:
                 raise
             if self._changed_inside(m):
-                # who has changed it, the module itself or another one before, shows if its code isn't run
+                # this module or an earlier one has changed it; recording again without this module's code shows which
                 self.session.stateful[path] = str(error)
                 raise self.failing(RecordAgain()) from error
             self._forget_after(before)
@@ -292,13 +291,13 @@ class ValueTracer(fx.Tracer):
             return self._kept(m, path, str(error), args, kwargs)
 
     def _changed_inside(self, m: nn.Module) -> list[Attribute]:
-        """Returns what the recording has changed so far of all that a submodule's forward can reach."""
+        """Returns the state that a submodule's forward can reach and that the recording has changed so far."""
         assert self.session.recording is not None
         with self.examples.real_calls(makes_tensors=False):
             return self.session.recording.before.changed(m)
 
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Records one call of a submodule, whose code has changed nothing."""
+        """Records a submodule as one call, after checking that none of its state has changed."""
         for attribute in self._changed_inside(m):
             what = attribute.described(m)
             kind = type(m).__name__
@@ -333,16 +332,16 @@ class ValueTracer(fx.Tracer):
             written.node = before
         self._objects = {key: proxy for key, proxy in self._objects.items() if proxy.node in alive}
         self._decisions.keep_of(alive)
-        # what isn't a proxy, such as None, is read and checked once more
+        # the check of a plain value, such as None, may be erased, so the value is read and checked again
         read = {name: value for name, value in self._attributes.items() if isinstance(value, fx.Proxy)}
         self._attributes = {name: proxy for name, proxy in read.items() if proxy.node in alive}
         self._copies = {name: proxy for name, proxy in self._copies.items() if proxy.node in alive}
 
     def create_arg(self, a: Any) -> Any:
-        """Turns an object seen as an argument into one that a node can hold."""
+        """Converts an argument of a recorded call to an object that a node can hold."""
         if isinstance(a, fx.Proxy):
             return a.node if a.node.graph is self.graph else self._of_the_state(a.node)
-        # most arguments are of these types, about which fx asks a dozen questions
+        # the fast path: most arguments are of these types, which fx tests last
         if type(a) in SIMPLE:
             return a
         if type(a) in (tuple, list):
@@ -353,13 +352,12 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, nn.Module):
             return self.attribute(self.path_of_module(a)).node
         if is_dataclass(a) and not isinstance(a, type):
-            # one that holds nothing traced is an object of the user's, such as a config: keep its identity
+            # a dataclass object without proxies is an object of the user, such as a config: keep its identity
             values = traced_fields(a)
             return self.create_proxy("call_function", type(a), (), values).node if values else self._constant(a)
         if type(a).__module__ == "numpy" and isinstance(a, int | float):
             return float(a) if isinstance(a, float) else int(a)  # generated code doesn't know numpy's names
         if isinstance(a, dict) and type(a) is dict:
-            # a proxy that is a key has been hashed, and so decided on
             return super().create_arg({plain_key(key): value for key, value in a.items()})
         refuse_argument(a)
         if isinstance(a, dict):
@@ -371,7 +369,7 @@ class ValueTracer(fx.Tracer):
             return self._constant(a)
 
     def _of_the_state(self, node: fx.Node) -> fx.Node:
-        """Returns what stands for a value that an earlier recording has left on a module."""
+        """Returns the node that reads a value of the first recording, which the forward has stored as state."""
         if self.session.left is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
         if node not in self.session.left:
@@ -381,7 +379,7 @@ class ValueTracer(fx.Tracer):
         return self.session.left[node]
 
     def proxy_of(self, tensor: torch.Tensor) -> fx.Proxy:
-        """Returns the proxy that stands for a tensor of a module, or for one that a graph keeps as a constant."""
+        """Returns the proxy of a module's tensor, or of another tensor, which becomes a constant of the graph."""
         return self.proxy(cast(fx.Node, self.create_arg(tensor)))
 
     def _constant(self, value: Any) -> fx.Node:
@@ -389,7 +387,7 @@ class ValueTracer(fx.Tracer):
             name = self.session.constants.name_of(value, self.session.is_made_anew)
         if not self.session.is_made_anew(value):
             return self.attribute(name).node
-        # a copy in each run, since the forward may have made the tensor, and may write into it
+        # a copy in each run, since the forward has made the tensor, and may write into it
         if name not in self._copies:
             self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
         return self._copies[name].node
@@ -398,40 +396,40 @@ class ValueTracer(fx.Tracer):
 
     @property
     def is_running(self) -> bool:
-        """Whether nothing is recorded just now: code runs on example values, or in another thread."""
+        """Whether calls aren't recorded now: code runs on example values, or in another thread."""
         return self.examples.is_running or self._thread != threading.get_ident()
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether a trace goes on in this thread."""
+        """Whether this thread is tracing."""
         return self._thread == threading.get_ident()
 
     @property
     def is_recording(self) -> bool:
-        """Whether a trace goes on in this thread, and what is called now is recorded."""
+        """Whether this thread is tracing and records its calls now."""
         return self._thread is not None and not self.is_running
 
     # decisions
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
-        """Puts a check into the graph that `proxy`, which nothing else uses from now on, is `answer` in every run."""
+        """Adds a check that `proxy` is `answer` in every run. The caller must not use `proxy` afterwards."""
         if not self.check(proxy, answer, decision) and not proxy.node.users:
             self.graph.erase_node(proxy.node)
 
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
-        """Puts a check into the graph that `proxy` is `answer` in every run; tells whether there was none so far."""
+        """Adds a check that `proxy` is `answer` in every run; returns whether the check is new."""
         node = proxy.node
         if self._has_drawn and any(draws(source.target) for source in above(node)):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))
-        # once in each call of a module, since an edit may give that call another value
+        # one check in each module call, since an edit of the graph may change the value in one call only
         if not self._decisions.note(node, answer, self._calls[-1] if self._calls else None):
             return False
         self.create_proxy("call_function", guards.expect, (proxy, answer, decision or guards.deciding_line()), {})
         return True
 
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
-        """Returns the error for a decision on a value that isn't known."""
+        """Returns the error for a decision on an unknown value."""
         return self.failing(needs_inputs_error(self.session.root, error))
 
 
@@ -440,6 +438,6 @@ def _writes_itself(node: fx.Node) -> bool:
 
 
 def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
-    """Returns whether the code that takes a value out of something, or gets it from a method, may ask so for it."""
+    """Returns whether `value` is an item or a method's result that the calling code may compare by identity."""
     is_taken = kind == "call_method" or target is operator.getitem
     return is_taken and may_be_compared(value, guards.deciding_frame().f_code)

@@ -1,4 +1,4 @@
-"""Finds where a forward asks for the class of a value by other means than ``isinstance``: no proxy can answer that."""
+"""Finds code that checks the class of a value by other means than ``isinstance``, which a proxy can't support."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from graphpeft.graph.errors import TraceError
 
 
 def unsupported_type_check(module: nn.Module) -> str | None:
-    """Returns the code that asks for the class of a value: in a module's forward, or in what it holds and may call.
+    """Returns the code of a check of a value's class in a module's forward, or in functions that the module holds.
 
-    What a forward calls by name is left out: `type_check_in` tells of it, and a trace sees whether it is called at all.
+    Functions that the forward calls by name are left out, since a trace sees whether the forward calls them.
     """
     held = functions_called(functions_held(module)).items()
     in_held = (type_check_in(function) for function, is_only_named in held if not is_only_named)
@@ -31,9 +31,9 @@ def unsupported_type_check(module: nn.Module) -> str | None:
 
 @functools.cache
 def _type_check_in_class(cls: type) -> str | None:
-    """Returns the code in `cls`'s forward, or in what runs with it, that asks for the class of a value.
+    """Returns the code of a check of a value's class in `cls`'s forward, or in functions that run with it.
 
-    Functions of libraries are left out: they do so for their messages.
+    Functions of libraries are left out: they check classes only for their messages.
     """
     own = {inspect.unwrap(value) for base in cls.__mro__ for value in vars(base).values() if callable(value)}
     for function, is_only_named in functions_in_forward(cls).items():
@@ -45,7 +45,7 @@ def _type_check_in_class(cls: type) -> str | None:
 
 
 def refuse_type_checks(module: nn.Module) -> None:
-    """Raises TraceError if the forward of `module` would see the class of a proxy."""
+    """Raises TraceError if the forward of `module` checks the class of a value, and so would see that of a proxy."""
     check = unsupported_type_check(module)
     if check is not None:
         raise TraceError(type_check_message(f"{type(module).__name__}'s forward", check))
@@ -57,7 +57,7 @@ def type_check_message(code: str, check: str) -> str:
 
 
 def type_check_in(function: FunctionType) -> str | None:
-    """Returns the code of a function that asks for the class of a value, if there is some."""
+    """Returns the code of a check of a value's class in a function, or None."""
     return _check(function.__code__) if function.__module__ != nn.Module.__module__ else None
 
 
@@ -67,7 +67,7 @@ def _check(code: CodeType) -> str | None:
     if not may_match and _NAMES.isdisjoint(names_in(code).read):
         return None
     own = code.co_varnames[0] if code.co_argcount else None
-    tree = tree_of(code)  # which takes its time
+    tree = tree_of(code)  # slow, so only after the tests above
     return next(_checks(tree) if tree is not None else _checks_in_bytecode(code, own), None)
 
 
@@ -77,7 +77,7 @@ _BYTES_OF_MATCHES = [bytes([dis.opmap[name]]) for name in _MATCHES]
 
 
 def _checks_in_bytecode(code: CodeType, own: str | None) -> Iterator[str]:
-    """Yields what code without source asks: of all but the first argument, `own`, it may be the class of a value."""
+    """Yields the class checks in code without source, except of the first argument, `own` (usually ``self``)."""
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("PUSH_NULL", "CACHE")]
     if any(each.opname in _MATCHES for each in instructions):
         yield "match"
@@ -97,11 +97,11 @@ def _checks(tree: ast.AST) -> Iterator[str]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Raise | ast.JoinedStr):
-            continue  # it tells a person
+            continue  # a message
         checked = _checked_value(node)
         if checked is not None and not values.isdisjoint(_names(checked)):
             yield f"match {ast.unparse(checked)}" if isinstance(node, ast.Match) else ast.unparse(node)
-        # what is made of a class, as by type(x)(…), isn't a check
+        # a call of the class, such as type(x)(…), isn't a check
         if isinstance(node, ast.Call) and _checked_value(node.func) is not None:
             waiting += node.args
         else:
@@ -109,7 +109,7 @@ def _checks(tree: ast.AST) -> Iterator[str]:
 
 
 def _checked_value(node: ast.AST) -> ast.expr | None:
-    """Returns the expression for whose class a node asks, if it does."""
+    """Returns the expression whose class a node checks, or None."""
     if isinstance(node, ast.Match):
         patterns = [part for case in node.cases for part in ast.walk(case.pattern)]
         kinds = ast.MatchClass | ast.MatchMapping | ast.MatchSequence
@@ -122,7 +122,7 @@ def _checked_value(node: ast.AST) -> ast.expr | None:
 
 
 def _names_of_values(tree: ast.AST) -> set[str]:
-    """Returns the names of arguments and variables that may have a traced value: not of what is taken out of self."""
+    """Returns the names of arguments and variables that may have traced values, except items of `self` in loops."""
     arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     variables = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.comprehension)]

@@ -52,15 +52,15 @@ def export(
         model: A model with or without adapters; also a graph that `trace` returned, or the result of
             ``torch.compile``.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-        path: The file to write. For weights it can be a folder, a path without a suffix.
+        path: The file to write. For weights, a path without a suffix is a folder.
         format: ``"pt2"``: a program of ``torch.export``. ``"aoti"``: a package of AOTInductor. ``"onnx"``: an ONNX
             graph. ``"safetensors"`` and ``"state_dict"``: the weights alone.
         adapters: ``"merged"``: added to the weights. ``"baked"``: branches in the graph. ``"inputs"``: the tensors of
             one adapter are an argument, for any adapter of the same shapes. ``"rows"``: the tensors of several adapters
             are an argument, and each row of the batch chooses one. For the last two, each adapter of the model is also
             written into a file of its own beside `path`.
-        dynamic: True: all sizes of the inputs that the model doesn't fix can change; the report shows them. False: no
-            size can. Or an argument ``dynamic_shapes`` of ``torch.export``, for exactly these sizes.
+        dynamic: True: all input sizes that the model doesn't fix are dynamic; the report shows them. False: no size is
+            dynamic. Otherwise, the argument ``dynamic_shapes`` of ``torch.export``.
         check: Whether to run the file and compare.
 
     Returns:
@@ -68,7 +68,7 @@ def export(
 
     Raises:
         ExportError: If the model can't be exported in this format and adapter mode, or the file's results differ.
-        GuardError: If the model is a graph that was traced with inputs for which it branches otherwise.
+        GuardError: If the model is a traced graph, and branches otherwise on these inputs than on its example inputs.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -110,15 +110,13 @@ def export_adapter(
     """Writes an adapter into a file for a model that was exported with adapters as inputs.
 
     Args:
-        model: The model that was exported, with or without adapters, or the result of ``torch.compile``; it is
-            unchanged.
-        adapter: The name of one of its adapters, or a folder with PEFT's files.
+        model: The exported model, with or without adapters, or the result of ``torch.compile``; it isn't changed.
+        adapter: The name of an adapter of the model, or a folder with PEFT's files.
         exported: The file that `export` wrote with ``adapters="inputs"`` or ``"rows"``.
-        path: The file to write; None for one beside `exported`, named as `export` names those.
+        path: The file to write; None means a file beside `exported`, with the name that `export` uses.
 
     Returns:
-        The path of the file: an `.onnx_adapter` for ``onnxruntime.LoraAdapter``, or safetensors with the names of the
-        inputs.
+        The path of the file: an `.onnx_adapter` for ``onnxruntime.LoraAdapter``, or safetensors with the inputs' names.
 
     Raises:
         ExportError: If `exported` takes no adapters, or this adapter doesn't fit its inputs; nothing is written then.
@@ -146,7 +144,7 @@ def export_adapter(
 
 
 def _generators_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Restores the states of PyTorch's random generators at the context's end."""
+    """Restores the states of PyTorch's random generators at the end."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     return torch.random.fork_rng(devices=list(devices))
 
@@ -242,7 +240,7 @@ def _with_adapter(model: nn.Module, adapter: str | os.PathLike[str]) -> tuple[An
             "folder with PEFT's files"
         )
     name = name_like(folder.absolute().name, own)
-    copied = copies.with_own_weights(model)  # a file may bring other values of the model's own
+    copied = copies.with_own_weights(model)  # loading may overwrite weights of the model
     if own:
         copied.load_adapter(folder, name)
     else:

@@ -1,7 +1,7 @@
 """An adapter's tensors as arguments of the model: ``model(x, adapters={"base_model.model.….lora_A.weight": A, …})``.
 
-The names are those in PEFT's files. The numbers that the adapter's rules read, such as the scale, are inputs too, as
-tensors without dimensions, named by the module's name and the rule's. So one graph serves all adapters of equal shapes.
+The names are the names in PEFT's files. Numbers that the adapter's rules read, such as the scale, are inputs too, as
+tensors of shape () named by the module and the rule. So one graph serves all adapters of equal shapes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined
 
 Place = tuple[str, str]
-"""The path of a module, and the name of an attribute of it."""
+"""The path of a module, and the name of its attribute."""
 
 
 class AdapterInput(NamedTuple):
     """A tensor of an adapter that is an input of an exported model.
 
     Attributes:
-        value: The tensor; of a number, such as the scale, without dimensions. Where only the shape and the dtype are
-            known, it is on the meta device.
-        places: The attributes from which the model reads it, the first one and those that are tied to it.
+        value: The tensor, of shape () for a number such as the scale; on the meta device if only the shape and dtype
+            are known.
+        places: The attributes from which the model reads the tensor; all after the first are tied to the first.
         is_number: Whether the attributes are numbers.
     """
 
@@ -49,12 +49,12 @@ class AdapterInput(NamedTuple):
 
 
 class AdapterInputs(NamedTuple):
-    """An adapter as inputs of an exported model; also the inputs that an exported file takes, which the file keeps.
+    """An adapter as inputs of an exported model; also the inputs that an exported file takes, as stored in the file.
 
     Attributes:
-        inputs: The tensors and numbers by their names as inputs, sorted by name.
+        inputs: The tensors and numbers by input name, sorted.
         method: The `peft_type` of the adapter's method.
-        computations: A digest of what is computed with them, see `computations_of`.
+        computations: Digests of the computations with the inputs, see `computations_of`.
     """
 
     inputs: Mapping[str, AdapterInput]
@@ -66,7 +66,7 @@ def inputs_of(model: Any, name: str) -> AdapterInputs:
     """Returns an adapter of a model as inputs.
 
     Raises:
-        ExportError: If the adapter has changed weights of the model, as inputs can't.
+        ExportError: If the adapter has changed weights of the model, which inputs can't do.
     """
     adapter: Adapter = model._peft_adapters.by_name[name]
     modules = dict(model.named_modules())
@@ -78,13 +78,13 @@ def inputs_of(model: Any, name: str) -> AdapterInputs:
     for key, place in file_names.keys(adapter, name, modules).items():
         tensor = _tensor(modules, place)
         first, *_ = places[id(tensor)]
-        if place == first:  # tied tensors are one input, though files have a name for each place
+        if place == first:  # tied tensors are one input, though files name each place
             found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
     devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
     for key, (path, attribute) in file_names.constant_keys(adapter, modules).items():
         number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
         found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
-    # AOTInductor's loader goes by the order in a dictionary, so it has to be one that every caller can make
+    # sorted, since AOTInductor's loader relies on the order of the dictionary, which each caller must reproduce
     return AdapterInputs(dict(sorted(found.items())), adapter.config.method, computations_of(model, name))
 
 
@@ -120,14 +120,14 @@ def fitted(found: AdapterInputs, wanted: AdapterInputs, adapter: str, exported: 
     """Returns the values of an adapter for the inputs of an exported model, in the model's dtypes.
 
     Args:
-        found: The adapter; its numbers that the model doesn't take are left out.
+        found: The adapter. Its numbers are left out if the model doesn't take them.
         wanted: The inputs that the exported model takes.
         adapter: The adapter's name, for errors.
         exported: The exported model's name, for errors.
 
     Raises:
-        ExportError: If the adapter is of another method or computes something else, or a tensor is missing, unexpected
-            or has another shape; the first ones of each kind are named.
+        ExportError: If the adapter has another method or computation, or if tensors are missing, unexpected or of
+            another shape; the error names the first tensors of each kind.
     """
     if found.method != wanted.method:
         raise ExportError(
@@ -176,10 +176,10 @@ def _refuse_other_computations(
 
 
 def computations_of(model: Any, name: str) -> dict[str, str]:
-    """Returns a digest of an adapter's computation for each module that it changes, by the module's path.
+    """Returns a digest of an adapter's computation in each module that it changes, by the module's path.
 
-    Two adapters can be exchanged in one graph only if these are equal, too. Equal shapes of tensors aren't enough: the
-    graph fixes the adapted parts of a weight, the rows of a table, and options of some methods.
+    One graph serves two adapters only if their digests are equal, too. Equal shapes of tensors aren't enough, since the
+    graph fixes the adapted parts of a weight, the rows of an embedding, and options of some methods.
     """
     adapters: Adapters = model._peft_adapters
     adapter, modules = adapters.by_name[name], dict(model.named_modules())
@@ -198,7 +198,7 @@ def computations_of(model: Any, name: str) -> dict[str, str]:
 
 
 def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
-    """Returns a digest of an adapter's nodes in evaluation, those on which a value of the model depends."""
+    """Returns a digest of the adapter's nodes that change a value of the model in evaluation."""
     graphs = template.copied_graphs()
     _with_tensors(graphs)
     known: dict[fx.Node, str] = {}
@@ -208,7 +208,7 @@ def _computed(template: Template, slot: int, places: Mapping[str, str]) -> str:
             arguments = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = _digest(f"{node.op} {target} {arguments}")
         else:
-            # the model's own nodes are equal anyway; of its arguments, the name tells which one an adapter changes
+            # nodes of the model are equal anyway; the name of a placeholder shows which argument an adapter changes
             known[node] = f"{node.op} {node.target if node.op == 'placeholder' else ''}"
     results = [value for node, value in known.items() if TAG in node.meta and node.meta[TAG].place]
     return _digest(" ".join(results))
@@ -223,10 +223,9 @@ def _digest(text: str) -> str:
 
 
 def take_numbers_as_tensors(model: Any, name: str) -> None:
-    """Changes the graphs of an active adapter such that its numbers can be tensors.
+    """Changes the graphs of an active adapter so that its numbers can be tensors.
 
-    The model is in evaluation mode, so dropout and all that is computed in training alone are removed; their numbers
-    must be Python's.
+    Dropout and nodes for training need Python numbers. They are removed, since the model is in evaluation mode.
     """
     modules = dict(model.named_modules())
     for region in _regions(model._peft_adapters.by_name[name], modules):
@@ -284,7 +283,7 @@ def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]
 
 @contextlib.contextmanager
 def given(modules: Modules, inputs: Mapping[str, AdapterInput], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts tensors, by their names as inputs, at the places from which a model reads them, within a context."""
+    """Puts the tensors `values`, by input name, at the places where a model reads them, inside the context."""
     numbers = {
         place: modules[place[0]].__dict__[place[1]]
         for one in inputs.values()

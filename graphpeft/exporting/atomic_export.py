@@ -1,7 +1,7 @@
-"""The files of an export take their places together or not at all, by `files/atomic_files.py`.
+"""Moves the files of an export to their places together or not at all, by `files/atomic_files.py`.
 
-A large ONNX graph has its weights in a part file, whose name has a digest of its content: a graph never reads the
-weights of another export.
+A large ONNX graph has its weights in a part file with a digest of the content in its name, so that a graph never reads
+the weights of another export.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from graphpeft.files.atomic_files import Staging
 
 @contextlib.contextmanager
 def staged_beside(target: Path) -> Iterator[Path]:
-    """Gives an empty folder, whose files are moved beside `target` at the context's end.
+    """Yields an empty folder, whose files are moved beside `target` at the end.
 
-    They replace files of the same names, and the part files of an earlier export to `target` are removed; others stay.
-    If the context fails, nothing has changed.
+    They replace files of the same names; part files of an earlier export to `target` are removed, and other files stay.
+    If code in the context raises, nothing changes.
 
     Raises:
         ExportError: If the files can't be written there.
@@ -43,7 +43,7 @@ def named_by_content(part: Path, whole: Path) -> Path:
 
     Args:
         part: The part file.
-        whole: The file beside it that reads it.
+        whole: The file that reads the part file, in the same folder.
 
     Returns:
         The part file under its new name.

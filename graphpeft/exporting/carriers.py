@@ -1,9 +1,9 @@
-"""How an export carries adapters: each adapter mode has a function that makes the module to export of a model.
+"""Adapter modes of exports: each mode has a function that prepares a model for the export.
 
 merged   adapters are added to the weights
 baked    adapters are branches, whose tensors are weights
-inputs   one adapter is an argument: any adapter of the same shapes, with the one graph
-rows     several adapters are an argument, and another one says which of them each row of the batch has
+inputs   one adapter is an argument, so one graph serves all adapters of the same shapes
+rows     several adapters are an argument, and another argument chooses the adapter of each row of the batch
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from graphpeft.passes.optimization import optimize
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One use of an exported model, with what it must return: without adapters, with one, or with several by rows.
+    """One use of an exported model and its expected result: without adapters, with one, or with one for each row.
 
     A check runs every case in the exported file and in the adapted model, and compares the results.
 
     Attributes:
         name: The name in reports and errors.
-        given: Returns the arguments that the exported model takes beside the model's own, for an example.
-        expected: Returns what the adapted model, a copy in evaluation mode, returns for an example.
+        given: Returns the additional arguments of the exported model for an example.
+        expected: Runs the adapted model, a copy in evaluation mode, on an example, and returns the result.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Prepared:
     """A model that is ready to be exported.
 
     Attributes:
-        adapter_mode: How it carries adapters: a name in `CARRIERS`.
-        model: The copied model, in evaluation mode, changed for the mode.
-        root: The module that is exported; it calls `model`.
-        cases: How the export is used; it is traced with the first one.
-        adapters: The tensors for each adapter's own file, by the adapter's name and their names as inputs.
-        interface: The inputs for an adapter; None where adapters aren't inputs.
-        defaults: The tensors that the inputs have unless a caller gives others.
+        adapter_mode: A name in `CARRIERS`.
+        model: The copied model, in evaluation mode, changed for the adapter mode.
+        root: The module to export; it calls `model`.
+        cases: The uses of the export; PyTorch's exporter traces the first.
+        adapters: The tensors for each adapter's own file, by adapter name and input name.
+        interface: The inputs for an adapter; None if adapters aren't inputs.
+        defaults: The default values of the adapter inputs, by input name.
     """
 
     adapter_mode: str
@@ -79,7 +79,7 @@ _CALL = Case("", lambda _: {}, lambda model, example: example.call(model))
 
 
 def merged(model: nn.Module) -> Prepared:
-    """Returns the base model with the active adapters in its weights."""
+    """Prepares the base model with the active adapters added to its weights."""
     state = adapters_of(model)
     if state is None:
         base = copies.sharing_weights(model)
@@ -94,7 +94,7 @@ def merged(model: nn.Module) -> Prepared:
 
 
 def baked(model: nn.Module) -> Prepared:
-    """Returns the model with the active adapters as branches, without all others."""
+    """Prepares the model with the active adapters as branches, without the other adapters."""
     state = _adapters(model, "baked")
     copied = copies.sharing_weights(model)
     optimize(copied, [])
@@ -103,7 +103,7 @@ def baked(model: nn.Module) -> Prepared:
 
 
 def inputs(model: nn.Module) -> Prepared:
-    """Returns the model with a further argument `adapters`: the tensors of one adapter by their names."""
+    """Prepares the model with an additional argument `adapters`: the tensors of one adapter by input name."""
     copied, name, interface, values = _with_inputs(model, "inputs")
     modules = dict(copied.named_modules())
     copies.take_tensors_off(copied, copied._peft_adapters.by_name)
@@ -121,7 +121,7 @@ def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
 
 
 def rows(model: nn.Module) -> Prepared:
-    """Returns the model with further arguments: `adapters`, several adapters, and `adapter_rows`, one for each row."""
+    """Prepares the model with additional arguments: stacked `adapters`, and `adapter_rows`, one number for each row."""
     copied, name, interface, values = _with_inputs(model, "rows")
     modules = dict(copied.named_modules())
     try:
@@ -148,7 +148,7 @@ def rows(model: nn.Module) -> Prepared:
 
 
 def _by_rows(names: list[str], stacked: Mapping[str, Tensor]) -> Case:
-    # a trace fixes the number of adapters if there is one; zeros are the base as a second one
+    # PyTorch's exporter fixes sizes of 1, so a single adapter gets a second one of zeros, which acts as the base
     chosen_from = names if len(names) > 1 else [*names, BASE]
     zeros = len(chosen_from) - len(names)
     several = {key: torch.cat([value, *[torch.zeros_like(value)] * zeros]) for key, value in stacked.items()}
@@ -170,7 +170,7 @@ CARRIERS: Mapping[str, Callable[[nn.Module], Prepared]] = {
     "inputs": inputs,
     "rows": rows,
 }
-"""The functions by adapter mode. Each leaves its model unchanged, and raises ExportError for what it can't carry."""
+"""The functions by adapter mode. Each leaves its model unchanged, and raises ExportError if the mode can't hold it."""
 
 
 def _adapters(model: nn.Module, adapter_mode: str) -> Adapters:
@@ -187,8 +187,8 @@ def _with_inputs(model: nn.Module, adapter_mode: str) -> tuple[Any, str, Adapter
     """Prepares a copy of a model for adapters as inputs.
 
     Returns:
-        The copy, the name of its active adapter, that adapter's inputs, and the values of all adapters for these by the
-        adapters' names.
+        The copy, the name of its active adapter, the inputs of this adapter, and the values of all adapters for these
+        inputs, by adapter name.
 
     Raises:
         ExportError: If not exactly one adapter acts, or the adapters don't have equal inputs.
@@ -204,7 +204,7 @@ def _with_inputs(model: nn.Module, adapter_mode: str) -> tuple[Any, str, Adapter
     [name] = state.acting
     copied = copies.sharing_weights(model)
     optimize(copied, [])
-    # all of them before the graphs are changed
+    # before the graphs are changed, since digests depend on them
     found = {other: adapter_inputs.inputs_of(copied, other) for other in (name, *state.by_name)}
     adapter_inputs.take_numbers_as_tensors(copied, name)
     unread = set(adapter_inputs.unread(copied, name, found[name].inputs))

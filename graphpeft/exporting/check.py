@@ -19,17 +19,17 @@ from graphpeft.exporting.root import in_plain_containers
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2
-"""For models with weights in float16 or bfloat16."""
+"""The tolerance for models with weights in float16 or bfloat16."""
 
 
 class Checked(NamedTuple):
-    """A run of an exported file that was compared with the model.
+    """The comparison of one run of an exported file with the model.
 
     Attributes:
-        case: The name of the `Case`; empty for the model without adapters as inputs.
+        case: The name of the `Case`; empty if adapters aren't inputs.
         shapes: The shapes of the model's own inputs.
-        difference: The greatest absolute difference of any element. Floating-point results whose greatest absolute
-            value is above 1 are divided by it.
+        difference: The greatest absolute difference of any element; for floating-point results divided by the greatest
+            absolute value of the expected result, if this is above 1.
     """
 
     case: str
@@ -41,7 +41,7 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     """Compares the files at `path` with the model.
 
     Raises:
-        ExportError: If they can't be run, or a result differs by more than the tolerance.
+        ExportError: If the files can't be run, or a result differs by more than the tolerance.
     """
     run = _loaded(form, export, path)
     tolerance = _tolerance(export.source)
@@ -90,7 +90,7 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
 def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, tolerance: float) -> None:
     """Raises ExportError if a file silently returns wrong results for sizes at which the model branches otherwise.
 
-    PyTorch's program refuses such sizes, but files for other runtimes have lost its checks.
+    PyTorch's program refuses such sizes, but files for other runtimes don't contain its checks.
     """
     case = export.prepared.cases[0]
     for shapes in export.program.extreme_shapes(example.shapes):
@@ -109,7 +109,7 @@ def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, t
 def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> bool:
     try:
         found = run(case, example)
-    except Exception:  # of any class, since each runtime has its own; an error is right here
+    except Exception:  # each runtime has its own error classes; an error is a correct answer here
         return False
     try:
         return not _differences(found, expected, "") <= tolerance
@@ -149,7 +149,7 @@ def _differences(found: Any, expected: Any, where: str) -> float:
     """Returns the greatest difference of two results.
 
     Raises:
-        ExportError: If their tensors have other shapes, or they have other values that aren't tensors.
+        ExportError: If the shapes of tensors, or values that aren't tensors, differ.
     """
     (ours, our_others), (theirs, their_others) = _leaves(found), _leaves(expected)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
@@ -179,12 +179,12 @@ def _difference(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     difference = float(torch.where(torch.isfinite(theirs), ours - theirs, 0.0).abs().max())
     if not expected.is_floating_point():
-        return difference  # an index of 50,001 isn't nearly one of 50,000
+        return difference  # not relative, since index 50,001 is a wrong result for 50,000
     return difference / max(1.0, float(torch.nan_to_num(theirs, 0.0, 0.0, 0.0).abs().max()))
 
 
 def _infinite(values: Tensor) -> Tensor:
-    """Returns 0 for what is finite, and other numbers for each of ∞, −∞ and NaN."""
+    """Returns 0 for finite elements, and a different number for each of NaN, ∞ and −∞."""
     return torch.where(torch.isfinite(values), 0.0, torch.nan_to_num(values, 1.0, 2.0, 3.0))
 
 

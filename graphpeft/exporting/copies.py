@@ -12,20 +12,20 @@ from graphpeft.exporting.errors import ExportError
 
 
 def sharing_weights(model: nn.Module) -> Any:
-    """Returns a copy in evaluation mode that shares the parameters' memory, into which nothing may be written."""
-    # new objects in the same memory, since a copy has flags of its own; parameters of other classes have none
+    """Returns a copy in evaluation mode that shares the parameters' memory; callers must not write into parameters."""
+    # new parameters in the same memory give the copy its own requires_grad; parameters of other classes are shared
     shared = {id(p): _same_memory(p) for p in model.parameters() if type(p) is nn.Parameter}
     others = {id(p): p for p in model.parameters() if type(p) is not nn.Parameter}
     return _copied(model, shared | others)
 
 
 def with_own_weights(model: nn.Module) -> Any:
-    """Returns a copy in evaluation mode with parameters of its own."""
+    """Returns a copy in evaluation mode with its own parameters."""
     return _copied(model, {})
 
 
 def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
-    """Removes the tensors of adapters from a copy; its graphs must not read them, or be given others."""
+    """Removes the tensors of adapters from a copy, whose graphs don't read them or get them as inputs."""
     modules = dict(copied.named_modules())
     for name in adapters:
         for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):

@@ -16,5 +16,5 @@ class ExportError(ValueError):
 
 
 def in_short(error: BaseException) -> str:
-    """Returns the class of an error and the first line of its message; PyTorch's and onnxruntime's have pages."""
+    """Returns the class of an error and the first line of its message, since PyTorch's messages can fill pages."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

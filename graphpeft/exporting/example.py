@@ -1,6 +1,6 @@
 """The example inputs of an export: their names, and the same inputs in other sizes.
 
-PyTorch's exporter fixes dimensions of size 1. So such dimensions are widened for the trace, all of them or the first of
+PyTorch's exporter fixes dimensions of size 1. So the trace widens these dimensions, all of them or only the first of
 each tensor, unless the model accepts no other size. Inputs of other sizes repeat the example's values along a
 dimension, so that ids, masks and positions stay valid.
 """
@@ -37,7 +37,7 @@ class Example(NamedTuple):
         """Returns the example for a tuple of positional or a dict of keyword arguments.
 
         Raises:
-            ExportError: If the inputs are something else, or have no tensor.
+            ExportError: If the inputs are neither, or have no tensor.
         """
         if isinstance(example_inputs, Mapping):
             example = cls((), dict(example_inputs))
@@ -64,21 +64,21 @@ class Example(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """The first size of the first tensor; 1 if that has no dimensions."""
+        """The first size of the first tensor; 1 for a tensor without dimensions."""
         return next(iter(self.tensors[0].shape), 1)
 
     def with_(self, **more: Any) -> Example:
-        """Returns the example with further keyword arguments."""
+        """Returns the example with additional keyword arguments."""
         return Example(self.args, {**self.kwargs, **more})
 
     def sized(self, shapes: Sequence[Shape]) -> Example:
-        """Returns the example with tensors of other shapes, whose values are repeated or cut off."""
+        """Returns the example with tensors of the given shapes; their values are repeated or cut off."""
         wanted = iter(shapes)
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _sized(tensor, next(wanted)), tuple(self))
         return Example(args, kwargs)
 
     def call(self, function: Callable[..., Any]) -> Any:
-        """Calls a function with copies of the inputs, into which the function may write, without gradients."""
+        """Calls a function without gradients on copies of the inputs, so that the function may write into them."""
         with torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, tuple(self))
             return function(*args, **kwargs)
@@ -94,12 +94,12 @@ def _sized(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def names(function: Callable[..., Any], example: Example, keyed: Collection[str] = ()) -> list[str]:
-    """Returns a name for each tensor of an example: the argument's, followed by keys and indices inside the argument.
+    """Returns a name for each tensor of an example: the argument's name, then keys and indices inside the argument.
 
     Args:
-        function: The function that is called with the example.
+        function: The function to call with the example.
         example: The example.
-        keyed: The names of arguments that are dictionaries, whose keys alone are the names of their tensors.
+        keyed: The names of dictionary arguments whose keys alone are the names of their tensors.
     """
     bound = inspect.signature(function).bind(*example.args, **example.kwargs)
     positional = [name for name in bound.arguments if bound.signature.parameters[name].kind in _POSITIONAL]
@@ -120,7 +120,7 @@ def _key(entry: Any) -> Any:
 
 
 def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
-    """Yields the example with dimensions of size 1 widened, where the model accepts that, and at last unchanged."""
+    """Yields the example with dimensions of size 1 widened, if the model accepts these sizes, and last the example."""
     everywhere = tuple(tuple(max(size, 2) for size in shape) for shape in example.shapes)
     in_front = tuple((*(max(size, 2) for size in shape[:1]), *shape[1:]) for shape in example.shapes)
     for shapes in dict.fromkeys((everywhere, in_front)):
@@ -130,7 +130,7 @@ def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
 
 
 def can_call(model: Callable[..., Any], example: Example) -> bool:
-    """Returns whether a model can be called with an example, without an error of the model's code."""
+    """Returns whether a call of a model with an example raises no error of the model's code."""
     try:
         example.call(model)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, GuardError):

@@ -15,12 +15,12 @@ class ExportReport:
 
     Attributes:
         format: The format, such as ``"pt2"``.
-        adapter_mode: How adapters are carried, such as ``"merged"``.
+        adapter_mode: The adapter mode, such as ``"merged"``.
         path: The file, or the folder.
         files: The size of each file, in bytes.
-        adapter_files: The file of each adapter by the adapter's name, where adapters are inputs.
-        inputs: The shape of each of the model's inputs by its name, with symbols for sizes that can change.
-        checked: The runs that were compared with the model; empty if `export` was called with ``check=False``.
+        adapter_files: The file of each adapter by adapter name, if adapters are inputs.
+        inputs: The shape of each of the model's inputs by input name, with symbols for dynamic sizes.
+        checked: The comparisons with the model; empty if `export` was called with ``check=False``.
 
     Example:
         >>> report = export(nn.Linear(2, 3), (torch.randn(4, 2),), "model.safetensors", "safetensors")

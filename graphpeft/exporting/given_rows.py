@@ -1,7 +1,7 @@
-"""The rows of a batch in a model whose adapters are arguments: `adapter_rows` says which adapter each row has.
+"""The rows of a batch in a model whose adapters are arguments: `adapter_rows` chooses the adapter of each row.
 
-Each tensor of an adapter has a further first dimension, the adapters, and so has each number. The graphs are those for
-mixed batches (`adapters/mixing.py`), which read a parameter or a number for each row.
+Each tensor and number of an adapter has an additional first dimension, the adapters. The graphs are those for mixed
+batches (`adapters/mixing.py`), which read a parameter or a number for each row.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from graphpeft.adapters.present_rows import RowParameters
 
 
 class GivenRows:
-    """The rows of a call in which the attributes of one adapter hold the tensors of several, stacked.
+    """The rows of a call in which the attributes of one adapter hold the stacked tensors of several adapters.
 
-    It is `PresentRows` for the call, and `RowParameters` for each tensor in it.
+    Implements `PresentRows` for the call, and `RowParameters` for each tensor in the call.
 
     Args:
-        name: The adapter whose attributes these are.
-        rows: The number of the adapter of each row, int64 of the shape (batch,).
+        name: The adapter that has the attributes.
+        rows: The index of each row's adapter in the stack, int64 of shape (batch,).
     """
 
     runners: Mapping[int, Callable[..., Any]] = {}
@@ -34,7 +34,7 @@ class GivenRows:
         """Returns the adapters' parameters for the rows of `tensor`.
 
         Raises:
-            ValueError: If it has another number of rows.
+            ValueError: If `tensor` has another number of rows.
         """
         if not tensor.ndim or tensor.shape[0] != self._rows.shape[0]:
             raise ValueError(
@@ -44,7 +44,7 @@ class GivenRows:
         return self
 
     def stacked(self, owner: nn.Module, stem: str, where: Any) -> Tensor:
-        """Returns the parameters `stem` of `owner`, one for each row."""
+        """Returns the parameters `stem` of `owner`, stacked for the rows."""
         return getattr(owner, f"{stem}_{self._name}").index_select(0, self._rows)
 
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:

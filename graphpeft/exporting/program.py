@@ -1,4 +1,4 @@
-"""From a prepared model to an ``ExportedProgram``, with the sizes of its inputs that can change."""
+"""Exports a prepared model to an ``ExportedProgram``, with dynamic sizes of its inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.graph.errors import GuardError, TraceError
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
-"""True: all sizes that the model doesn't fix can change. False: none can. Or ``dynamic_shapes`` of ``torch.export``."""
+"""True: all sizes that the model doesn't fix are dynamic. False: none is. Or ``dynamic_shapes`` of ``torch.export``."""
 
 
 class Input(NamedTuple):
@@ -29,7 +29,7 @@ class Input(NamedTuple):
 
     Attributes:
         name: The name.
-        shape: The shape, with symbols for sizes that can change.
+        shape: The shape, with symbols for dynamic sizes.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Input(NamedTuple):
 
     @property
     def dynamic(self) -> tuple[int, ...]:
-        """The dimensions that can change."""
+        """The dynamic dimensions."""
         return tuple(dim for dim, size in enumerate(self.shape) if isinstance(size, torch.SymInt))
 
     def __str__(self) -> str:
@@ -49,16 +49,16 @@ class Program(NamedTuple):
 
     Attributes:
         exported: PyTorch's program.
-        inputs: The program's inputs: first the model's own, then those of adapters.
+        inputs: The program's inputs: first the inputs of the model, then the inputs of adapters.
     """
 
     exported: ExportedProgram
     inputs: tuple[Input, ...]
 
     def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
-        """Returns other shapes than `shapes` for the model's own inputs: choices of larger ones, and of smaller ones.
+        """Returns a list of larger shapes and a list of smaller shapes for the model's own inputs.
 
-        The later shapes of a list are for programs that don't accept the earlier ones.
+        Later shapes of a list are for programs that don't accept the earlier shapes.
         """
         own = [one.shape for one in self.inputs[: len(shapes)]]
         sizes = dict(_solved(own, shapes))
@@ -72,7 +72,7 @@ class Program(NamedTuple):
         ]
 
     def extreme_shapes(self, shapes: Sequence[Shape]) -> list[tuple[Shape, ...]]:
-        """Returns shapes in which one size alone differs: 1, above all other sizes, or above its limit."""
+        """Returns shapes in which only one dynamic size differs: it is 1, above all other sizes, or above its limit."""
         own = [one.shape for one in self.inputs[: len(shapes)]]
         sizes = dict(_solved(own, shapes))
         found = []
@@ -93,11 +93,11 @@ class Program(NamedTuple):
 
 
 _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
-"""Sizes beside the example's; a model may need an even one, or allow no larger one."""
+"""Sizes to try besides the example's; a model may need an even size, or allow no larger size."""
 
 
 _FAR = 8
-"""Limits of sizes are tried up to this multiple of the example's size, since larger inputs may need all memory."""
+"""Sizes above a limit are tried up to this multiple of the example's size, since larger inputs may exhaust memory."""
 
 
 def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
@@ -105,7 +105,7 @@ def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
 
 
 def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
-    """Yields the value of each symbol for inputs of these shapes, if some size depends on that symbol alone."""
+    """Yields the value of each symbol for inputs of these shapes, if some size depends on no other symbol."""
     import sympy  # here, since importing it takes longer than importing this library
 
     for shape, known in zip(symbolic, shapes, strict=True):
@@ -119,7 +119,7 @@ def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Ite
 
 
 def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
-    """Returns a shape with these values of symbols; sizes that depend on other symbols stay as in `shape`."""
+    """Returns a shape with these values of symbols; a size that depends on other symbols is the size in `shape`."""
     return tuple(
         int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
         for size, number in zip(symbolic, shape, strict=True)
@@ -128,7 +128,7 @@ def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shap
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides, within a context, the warnings on deprecations in PyTorch's own code; other warnings are shown."""
+    """Hides deprecation warnings inside the context, which come from PyTorch's own code; shows other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
@@ -141,11 +141,11 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     Args:
         prepared: The model.
         example: The inputs to trace it with.
-        dynamic: The sizes of the example that can change.
+        dynamic: The dynamic sizes of the example.
 
     Raises:
-        GuardError: If the model is a graph that was traced with inputs for which it branches otherwise.
-        ExportError: If PyTorch can't export the model, or not with these sizes.
+        GuardError: If the model is a traced graph, and branches otherwise on this example than on its own.
+        ExportError: If PyTorch can't export the model, or can't export it with these dynamic sizes.
     """
     full = prepared.cases[0].full(example)
     prepared.root.name_arguments(full.kwargs)
@@ -168,7 +168,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
 
 
 def _size(size: Any) -> Any:
-    """Returns a size as a number if it can't change."""
+    """Returns a fixed size as a number, and a dynamic size as it is."""
     return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
 
 

@@ -1,4 +1,4 @@
-"""The module that is exported: it calls a model, takes further arguments, and returns plain containers."""
+"""The module to export, which calls a model with additional arguments and returns plain containers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from graphpeft.exporting.errors import ExportError
 class Root(nn.Module):
     """A module around a model, with the model's tensors and submodules under the same names.
 
-    PyTorch's exporter sees this module in place of the model, since it would interpret an ``fx.GraphModule`` node by
-    node, without its hooks, and since the further arguments aren't the model's.
+    PyTorch's exporter gets this module instead of the model, since the exporter would interpret an ``fx.GraphModule``
+    node by node, without its hooks, and since the model doesn't take the additional arguments.
 
     Args:
         model: The model.
-        names: Keyword arguments that a call takes beside those of the model's forward.
-        around: Makes the context of a call from these arguments.
+        names: The names of additional keyword arguments.
+        around: Makes the context of a call from the additional arguments.
 
     Raises:
         ExportError: If the model's forward has an argument of one of these names.
@@ -40,7 +40,7 @@ class Root(nn.Module):
                 f"the forward of the {type(model).__name__} has an argument {taken[0]!r} itself, which is the name of "
                 "what an export takes beside the model's own; rename that, or use adapters='baked'"
             )
-        # the model's very dictionaries: the exporter puts its tensors into them, and the model must read these
+        # shares the model's dictionaries, since the exporter replaces tensors in them, which the model must read
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[kind] = model.__dict__[kind]
         self.training = model.training
@@ -54,7 +54,7 @@ class Root(nn.Module):
         self.__dict__["forward"] = forward
 
     def name_arguments(self, names: Iterable[str]) -> None:
-        """Makes the forward's signature name these keyword arguments in place of ``**kwargs``, as the exporter asks."""
+        """Replaces ``**kwargs`` in the forward's signature by these keyword arguments, as the exporter requires."""
         signature = inspect.signature(self.forward)
         unnamed = tuple(name for name in names if name not in signature.parameters)
         fixed = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
@@ -69,9 +69,9 @@ def _with(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signa
 
 
 def in_plain_containers(value: Any) -> Any:
-    """Returns a model's result with dictionaries and tuples in place of a library's own classes.
+    """Returns a model's result with dictionaries and tuples instead of container classes of a library.
 
-    So the exported file can be loaded without that library.
+    So loading the exported file doesn't need this library.
     """
     if isinstance(value, Mapping):
         return {key: in_plain_containers(inside) for key, inside in value.items()}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def shown(count: int) -> Iterator[Callable[[str], None]]:
-    """Gives a function that shows the name of the next of `count` steps; it shows nothing without a terminal."""
+    """Yields a function that shows the name of the next of `count` steps; without a terminal it shows nothing."""
     with tqdm(total=count, disable=None, leave=False, bar_format="{desc} ({n_fmt}/{total_fmt}, {elapsed})") as bar:
 
         def step(name: str) -> None:

@@ -1,8 +1,8 @@
-"""Writes files that replace older ones together or not at all.
+"""Writes files that replace older files together or not at all.
 
-They are written into a staging folder, reach the disk, and are moved to their places one by one. If an error occurs,
-the moves are undone. If the process is killed between two moves, the remaining files stay in the staging folder, where
-`waiting` finds them. A place that is a symbolic link is replaced itself; its target is unchanged.
+New files are written into a staging folder, synced to disk, and moved to their places one by one. An error undoes the
+moves. If the process is killed between two moves, the remaining files stay in the staging folder, where `waiting` finds
+them. A symbolic link is replaced itself; its target doesn't change.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ T = TypeVar("T")
 _PREFIX = ".graphpeft-"
 
 _ABANDONED = 24 * 60 * 60
-"""The age in seconds from which a staging folder is taken for a killed writer's."""
+"""The age in seconds above which a staging folder counts as left behind by a killed process."""
 
 
 class Staging:
-    """A staging folder for new files, which `put` moves to their places. It is removed at the context's end.
+    """A staging folder for new files, which `put` moves to their places. The end of the context removes the folder.
 
     Args:
-        place: The folder for the files; if it doesn't exist, it is made with the first file.
+        place: The folder for the files; the first move makes it if it doesn't exist.
 
     Attributes:
-        folder: The staging folder; files have the same relative paths in it as they will have in `place`.
+        folder: The staging folder; its files have the same relative paths as in `place`.
     """
 
     def __init__(self, place: Path) -> None:
@@ -59,13 +59,13 @@ class Staging:
         shutil.rmtree(self._own, ignore_errors=True)
 
     def put(self) -> list[Path]:
-        """Moves all files to their places, in descending order of their names, and returns the places.
+        """Moves all files to their places, in descending order of names, and returns the places.
 
-        So tensors (`adapter_model`) are moved before their config (`adapter_config`). Files of the same names are
-        replaced; other files stay.
+        In this order, tensors (`adapter_model`) are moved before their config (`adapter_config`). Files of the same
+        names are replaced; other files stay.
 
         Raises:
-            OSError: If a file can't be moved; the replaced files are restored then.
+            OSError: If a file can't be moved; replaced files are restored.
         """
         files = sorted((file for file in self.folder.rglob("*") if file.is_file()), reverse=True)
         for file in files:
@@ -96,13 +96,13 @@ class Staging:
             for move in reversed(moves):
                 move.undo()
             for folder in reversed(made):
-                with contextlib.suppress(OSError):  # another writer has put something there
+                with contextlib.suppress(OSError):  # another process has written files there
                     folder.rmdir()
             raise
 
 
 class _Move(NamedTuple):
-    """The move of one file: its staged path, its place, and the path at which a replaced file is kept."""
+    """The move of one file: its staged path, its place, and the backup path of a replaced file."""
 
     file: Path
     target: Path
@@ -110,7 +110,7 @@ class _Move(NamedTuple):
 
     def undo(self) -> None:
         if os.path.lexists(self.file):
-            return  # it wasn't moved
+            return  # the move hasn't happened
         if os.path.lexists(self.kept):
             os.replace(self.kept, self.target)
         else:
@@ -118,16 +118,16 @@ class _Move(NamedTuple):
 
 
 def waiting(place: Path, name: str) -> list[Path]:
-    """Returns the staged files of this name for a folder, of writers that are at work or were killed."""
+    """Returns the staged files of this name for a folder, from running or killed processes."""
     return sorted(place.glob(f"{_PREFIX}*/new/{name}"))
 
 
 def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]) -> T:
-    """Reads several files in the versions that existed at one time, though others may replace them meanwhile.
+    """Reads several files in versions that existed at the same time, even if another process replaces them meanwhile.
 
     Args:
         paths: The files.
-        read: Opens and reads them, each any number of times. It is called again if one was replaced since it began.
+        read: Opens and reads the files, any number of times. It is called again if a file was replaced meanwhile.
 
     Returns:
         The result of `read`.
@@ -137,7 +137,7 @@ def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]
     """
     for _ in range(_READS):
         with contextlib.ExitStack() as stack:
-            # while a file is open, the system gives no other file its identity
+            # the system doesn't reuse the inode of an open file
             opened = [stack.enter_context(open(path, "rb")) for path in paths]
             try:
                 found = read()
@@ -152,7 +152,7 @@ def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]
 
 
 _READS = 1000
-"""The greatest number of calls, if files are replaced during each."""
+"""The greatest number of calls of `read`, if files are replaced during each call."""
 
 
 def _are_there(opened: Sequence[BinaryIO], paths: Sequence[str | os.PathLike[str]]) -> bool:
@@ -172,13 +172,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 def _make_folder(folder: Path, made: list[Path]) -> None:
     lacking = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     for path in reversed(lacking):
-        path.mkdir(exist_ok=True)  # another writer may have made it now
+        path.mkdir(exist_ok=True)  # another process may have made it meanwhile
         made.append(path)
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Locks a folder against other writers within a context, on systems and disks that can."""
+    """Locks a folder against other writers inside the context, if the system and the disk support locks."""
     if fcntl is None:
         yield
         return
@@ -188,14 +188,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        # a process that was forked meanwhile holds the handle, too
+        # unlocked before closing, since a process forked meanwhile keeps the handle open
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or a folder has reached the disk."""
+    """Syncs a file or a folder to disk."""
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""Reads JSON and tensors from files that anybody may have written.
+"""Reads JSON and tensors from untrusted files.
 
-The content of such files is checked here, once. A reader gets plain values of bounded depth, or dense tensors by name,
-or an error that names the file.
+All checks of their content are here. Callers get plain values of bounded depth, dense tensors by name, or an error that
+names the file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _MOST_BYTES = 8 * 2**20
 """The greatest size of a JSON file."""
 
 _MOST_PARTS = 100_000
-"""The greatest number of entries in a config; one that names 30,000 layers three times has fewer."""
+"""The greatest number of entries in an option of a config; naming 30,000 layers three times needs fewer."""
 
 _DEEPEST = 16
-"""The greatest depth of nested lists and objects in JSON; those of configs have a depth of three."""
+"""The greatest depth of nested lists and objects in JSON; configs have a depth of three."""
 
 
 class CheckpointError(ValueError):
@@ -51,8 +51,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        CheckpointError: If it can't be read, isn't JSON in UTF-8, holds no object, names a key twice, or is too large
-            or too deep.
+        CheckpointError: If the file can't be read, isn't JSON in UTF-8, holds no object, repeats a key, or is too large
+            or nested too deeply.
     """
     try:
         size = Path(path).stat().st_size
@@ -79,7 +79,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def unreadable(path: str | os.PathLike[str] | None, error: OSError) -> CheckpointError:
-    """Returns the error for a file that the system can't open or read."""
+    """Returns the error for a file that can't be opened or read."""
     return CheckpointError(f"{path} can't be read: {error.strerror or error}")
 
 
@@ -93,7 +93,7 @@ def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _excess(value: Any) -> str | None:
-    """Returns the limit that a value of JSON exceeds, as a part of an error, or None."""
+    """Returns the limit that a JSON value exceeds, as a part of an error message, or None."""
     level, count = [value], 0
     for _ in range(_DEEPEST):
         parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
@@ -119,13 +119,13 @@ class Safetensors(NamedTuple):
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
-    """Reads a safetensors file, which may be replaced meanwhile.
+    """Reads a safetensors file, even if another process replaces it meanwhile.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: If it can't be read, or isn't such a file.
+        CheckpointError: If the file can't be read, or isn't a safetensors file of dense tensors.
     """
     try:
         found = read_together([path], lambda: _opened(path))
@@ -133,7 +133,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
     except OSError as error:
         raise unreadable(path, error) from error
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        # dtypes that PyTorch lacks, or supports in part, raise errors of other classes
+        # dtypes that PyTorch lacks or supports partly raise other errors than SafetensorError
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file: {shortened(str(error))}. Copy it anew, or save the adapter "
             "again."
@@ -147,22 +147,22 @@ def _opened(path: str | os.PathLike[str]) -> Safetensors:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a file that ``torch.save`` wrote, by name, onto the CPU, without running code of the file.
+    """Reads tensors by name from a file of ``torch.save`` onto the CPU, without running code from the file.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: If it can't be read, or holds anything but dense tensors by their names.
+        CheckpointError: If the file can't be read, or holds other values than dense tensors by name.
     """
     try:
         with warnings.catch_warnings():
-            # PyTorch warns of its own way to load some tensors
+            # PyTorch warns about its own code for loading tensors
             warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise unreadable(path, error) from error
-    # a damaged pickle calls functions with any arguments, which may raise any error
+    # a damaged pickle calls functions with arbitrary arguments, which may raise any error
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged, or a pickle of more than tensors: {shortened(str(error))}. Copy it anew, or have PEFT "
@@ -172,10 +172,10 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def _checked(found: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file as plain ones.
+    """Returns the tensors of a file detached, without lazy conjugation or negation.
 
     Raises:
-        CheckpointError: If something else is among them.
+        CheckpointError: If the file holds other values than dense tensors by name.
     """
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not an adapter's tensors by their names")

@@ -10,20 +10,20 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 HUB_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"})
-"""Options of ``huggingface_hub.hf_hub_download`` that are passed on."""
+"""Options that are passed on to ``huggingface_hub.hf_hub_download``."""
 
 
 def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
-    """Returns the path of an adapter's file, in a folder or downloaded from the Hub.
+    """Returns the path of an adapter's file in a local folder, or downloads it from the Hub.
 
     Args:
-        path_or_repo: The folder, or the repository.
+        path_or_repo: The folder, or the name of a repository on the Hub.
         filename: The name of the file.
         **hub_options: Options of the download, from `HUB_OPTIONS`.
 
     Raises:
-        FileNotFoundError: If neither has the file.
-        TypeError: If there is an unknown option.
+        FileNotFoundError: If the folder or repository doesn't have the file.
+        TypeError: If an option is unknown.
     """
     unknown = sorted(hub_options.keys() - HUB_OPTIONS)
     if unknown:

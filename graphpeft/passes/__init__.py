@@ -1,6 +1,6 @@
-"""Passes: they change how an adapted graph computes, and not what.
+"""Optimisation passes on adapted graphs, which save time or memory without changing the results.
 
-Each is a plain function on a graph. They recognise operations by what these compute, and know no method.
+Each pass is a function on a graph. Passes recognise operations by their computation, and know no adapter method.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from graphpeft.passes.shared_casts import shared_casts
 __all__ = ["PASSES", "Optimized", "Outcome", "Pass", "Passes", "in_order", "optimized"]
 
 PASSES: tuple[Pass, ...] = (
-    # first, since all others keep the shapes that they find
+    # first, since all other passes keep shapes
     Pass("flattened_rows", flattened_rows, looks_for="linear operations with branches"),
-    # while each cast is one, and none is a part of a product
+    # before other passes make casts a part of products
     Pass("shared_casts", shared_casts, looks_for="casts of what several branches in one graph read"),
-    # before casts go into products, since dropout is between them
+    # before casts become a part of products, since dropout is between cast and product
     Pass("regenerated_dropout", regenerated_dropout, looks_for="products of what dropout leaves"),
-    # before the grouping, which takes over what is kept
+    # before the grouping, which takes the saved tensors over
     Pass("recomputed_casts", recomputed_casts, looks_for="products of what was cast"),
     Pass("grouped_products", grouped_products, looks_for="products of a branch's input"),
-    # of those products, too
+    # after the grouping, since it also changes grouped products
     Pass("recomputed_inputs", recomputed_inputs, looks_for="products of a branch's input"),
-    # last, since it takes the products apart that others look for
+    # last, since it removes the products that other passes look for
     Pass(
         "inplace_addmm",
         inplace_addmm,
         looks_for="sums of a linear operation's value and a branch's product",
     ),
 )
-"""All passes, in the order in which they are applied."""
+"""All passes, in the order of their application."""
 
 _OUTCOMES = "graphpeft.passes"
-"""The key of a graph module's ``meta`` under which it has what the passes said of its sites, by their names."""
+"""The key in a template's ``meta`` for the outcomes of passes."""
 
 
 class Optimized(NamedTuple):
     """A template after passes.
 
     Attributes:
-        template: The template; the plain one if no pass has changed anything.
-        outcomes: What each pass said of the sites, by its name.
+        template: The optimised template, or the template without passes if no pass has changed it.
+        outcomes: The outcomes of each pass at its sites, by the pass's name.
     """
 
     template: Template
@@ -61,11 +61,11 @@ class Optimized(NamedTuple):
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of passes in the order in which they are applied.
+    """Returns the names of passes in the order of their application.
 
     Raises:
-        TypeError: If a text is given in place of names.
-        ValueError: If there is no pass of a name.
+        TypeError: If `names` is a string.
+        ValueError: If a name isn't the name of a pass.
     """
     if isinstance(names, str):
         raise TypeError(f"passes is the text {names!r}; pass a list of names, [{names!r}]")
@@ -78,12 +78,12 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def optimized(plain: Template, module: nn.Module, names: tuple[str, ...]) -> Optimized:
-    """Returns `plain` after the passes `names`.
+    """Applies the passes `names` to a copy of the template `plain`.
 
     Args:
         plain: A template without passes.
-        module: A module that wears it.
-        names: The names of passes, in their order.
+        module: A module with this template.
+        names: The names of passes, in the order of their application.
     """
     if not names:
         return Optimized(plain, {})
@@ -103,14 +103,14 @@ def optimized(plain: Template, module: nn.Module, names: tuple[str, ...]) -> Opt
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of an adapted model, which are applied whenever its adapters change.
+    """The passes of an adapted model, applied whenever its adapters change.
 
     Attributes:
-        names: Their names, in their order.
+        names: The names of the passes, in the order of their application.
     """
 
     names: tuple[str, ...]
 
     def __call__(self, plain: Template, module: nn.Module) -> Template:
-        """Returns the template that `module` wears in place of `plain`."""
+        """Returns the optimised template that `module` gets in place of `plain`."""
         return optimized(plain, module, self.names).template

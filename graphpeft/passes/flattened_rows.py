@@ -1,10 +1,11 @@
 """Computes a linear operation and its branches on one matrix of rows.
 
-    y = x Wᵀ + b + s · x Aᵀ Bᵀ    for x of shape (…, in)    becomes that for x as (rows, in), and y as (…, out)
+    y = x Wᵀ + b + s · x Aᵀ Bᵀ    with x of shape (…, in)
+    becomes the same for x as a matrix (rows, in), and the result as (…, out)
 
-PyTorch multiplies matrices. Of an input with more dimensions each product makes one, and gives what comes out its shape
-back, in the forward and in the backward. Here that is done once. What draws random numbers stays as it is, since the
-mask of a dropout depends on how its input lies in memory.
+For an input with more than two dimensions, PyTorch reshapes the input to a matrix and the output back in each product,
+in the forward and in the backward. This pass reshapes once. Branches that draw random numbers don't change, since the
+mask of a dropout depends on the memory layout of its input.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from graphpeft.passes.reading import adapted_values
 
 
 def flattened_rows(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets linear operations that a graph computes itself be computed on matrices, with their branches."""
+    """Makes linear operations in a graph, and their branches, compute on matrices."""
     adapted = {value.meta[TAG].site for value in adapted_values(graph)}
     matrices: dict[fx.Node, fx.Node] = {}
     return [Outcome(node.name, _flattened(graph, node, root, matrices)) for node in graph.nodes if node.name in adapted]
 
 
 def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.Node, fx.Node]) -> str | None:
-    """Flattens one operation, or returns the reason why not."""
+    """Flattens one operation, or returns the reason to leave it."""
     op = ops.read_op(y, root)
     if not isinstance(op, ops.Linear) or y.target is not F.linear:
         return "the graph doesn't compute it by F.linear"
@@ -58,22 +59,22 @@ def _flattened(graph: fx.Graph, y: fx.Node, root: nn.Module, matrices: dict[fx.N
 
 
 def _is_by_row(node: fx.Node, root: nn.Module) -> bool:
-    """Returns whether a node of a branch makes each row of its value from the same row of others, in any shape."""
+    """Returns whether a node of a branch computes each row of its value from the same row of its inputs."""
     if node.op == "get_attr" or reads_metadata_only(node) or isinstance(ops.read_op(node, root), ops.Linear):
         return True
     if node.target in (add_scaled, torch.add, operator.add):
-        # a parameter could be added to positions that have one in its shape alone
+        # a parameter may broadcast along a dimension that flattening removes
         return all(source.op != "get_attr" for source in node.args[:2] if isinstance(source, fx.Node))
     return node.op == "call_method" and node.target == "to"
 
 
 @recorded
 def as_rows(x: Tensor) -> Tensor:
-    """Returns x of shape (…, in) as a matrix of shape (rows, in); it is x itself if it has one row, or is a matrix."""
+    """Returns x of shape (…, in) as a matrix of shape (rows, in); x itself if it has at most two dimensions."""
     return x if x.ndim <= 2 or wants_plain_form() else x.flatten(0, -2)
 
 
 @recorded
 def in_shape_of(y: Tensor, x: Tensor) -> Tensor:
-    """Returns y of shape (rows, out) as (…, out), as x of shape (…, in) has its rows."""
+    """Returns y of shape (rows, out) in the shape (…, out), for x of shape (…, in)."""
     return y if y.ndim == x.ndim else y.view(*x.shape[:-1], y.shape[-1])

@@ -1,9 +1,9 @@
-"""Multiplies what several branches read by all of their A's at once.
+"""Multiplies the common input of several branches by all of their A's at once.
 
-    h A₁ᵀ, h A₂ᵀ, …    become    h [A₁; A₂; …]ᵀ, taken apart
+    h A₁ᵀ, h A₂ᵀ, …    become    h [A₁; A₂; …]ᵀ, split into the products
 
-Each of these products is as narrow as a rank and reads all of h, in the forward and for the gradient of A; and their
-gradients of h would be added to one another. Branches with dropout have masks of their own, and stay as they are.
+Each single product has only rank columns but reads all of h, in the forward and for the gradient of A. Autograd would
+also add up the gradients of h. Branches with dropout don't change, since each has its own mask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graphpeft.passes.reading import FirstProduct, cast_from, first_products, pu
 
 
 def grouped_products(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Groups the first products of branches by what they read."""
+    """Groups the first products of branches with the same input."""
     outcomes = []
     for group in _groups(graph, root):
         alone = "no other branch reads what it reads" if len(group) == 1 else None
@@ -31,14 +31,14 @@ def grouped_products(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
 
 
 def _groups(graph: fx.Graph, root: nn.Module) -> list[list[FirstProduct]]:
-    """Returns the products that read one value, those with dropout each by itself."""
+    """Returns groups of first products with the same input; a product with dropout is a group of its own."""
     by_node = {each.node: each for each in first_products(graph, root)}
     groups: list[list[FirstProduct]] = []
     open_groups: dict[tuple[fx.Node, fx.Node], list[FirstProduct]] = {}
     for node in graph.nodes:
         found = by_node.get(node)
         if found is None:
-            # what a node writes into may have another value behind it
+            # after a write, or at the edge of an autocast region, an input may have another value
             open_groups = {} if separates(node, root) else open_groups
         elif found.dropped is not None or found.dropout:
             groups.append([found])

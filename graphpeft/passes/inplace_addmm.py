@@ -2,9 +2,9 @@
 
     y + s · (d Bᵀ)    becomes    y.addmm_(d, Bᵀ, alpha=s)
 
-so that neither the product nor the sum is a tensor of its own. It is done where y is the fresh output of a linear
-operation, which nobody else reads, and which the gradient of that operation doesn't need. In half precision the plain
-form rounds the product before it adds it, so there the product stays, and only the sum is made in place.
+so that neither the product nor the sum needs memory. This requires that y is the output of a linear operation, that no
+other node reads y, and that the operation's gradient doesn't need y. In half precision the original form rounds the
+product before the addition, so this pass keeps the product, and makes only the sum in place.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_
 
 
 def inplace_addmm(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets the sums of linear operations' values and branches be made in place."""
+    """Makes the sums of linear operations' outputs and branches in place."""
     return [Outcome(total.meta[TAG].site, _made_in_place(graph, total, root)) for total in adapted_values(graph)]
 
 
 def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | None:
-    """Makes one sum in place, or returns the reason why not."""
+    """Makes one sum in place, or returns the reason to leave it."""
     y, addend, scaling = _summands(total)
     product = ops.read_op(addend, root) if isinstance(addend, fx.Node) else None
     if not isinstance(y, fx.Node) or not isinstance(product, ops.Linear) or product.bias is not None:
@@ -56,7 +56,7 @@ def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | No
 
 
 def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
-    """Returns the terms of a sum and the factor of the second one; None each if it is no sum."""
+    """Returns both terms of a sum and the factor of the second term; three times None for another node."""
     if total.target is add_scaled:
         return total.args  # type: ignore[return-value]
     if total.target in (torch.add, operator.add) and len(total.args) == 2 and not total.kwargs:
@@ -65,16 +65,16 @@ def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _is_fresh(y: fx.Node, root: nn.Module) -> bool:
-    """Returns whether a value is a tensor that its node has made, and that its gradient doesn't need."""
+    """Returns whether `y` is a new tensor that the gradient of its operation doesn't need."""
     return y.target in (add_product_, add_product_unless_kept_) or isinstance(ops.read_op(y, root), ops.Linear)
 
 
 @recorded
 def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Returns y + s d Bᵀ, in the memory of y where its dtype can hold the sum.
+    """Returns y + s d Bᵀ, in the memory of y if its dtype can hold the sum.
 
     Args:
-        y: Of shape (…, out); what it was is lost.
+        y: Of shape (…, out); may be overwritten.
         d: Of shape (…, r).
         B: Of shape (out, r).
         scaling: s.
@@ -86,18 +86,18 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
         if y.ndim == 2:
             return y.addmm_(d, B.t(), alpha=scaling)
         if y.ndim == 3:
-            # not addmm_ on a view of y, since autograd copies the whole gradient for each write into a view
+            # instead of addmm_ on a view of y, since autograd copies the gradient for each write into a view
             return y.baddbmm_(d, B.t().expand(d.shape[0], -1, -1), alpha=scaling)
     product = F.linear(d, B)
     if torch.promote_types(dtype, product.dtype) != dtype:
         return add_scaled(y, product, scaling)
-    # as in add_scaled, which nothing records here
+    # the form of add_scaled that no compiler reads
     return y.add_(product, alpha=scaling)
 
 
 @recorded
 def add_product_unless_kept_(y: Tensor, d: Tensor, B: Tensor, scaling: float, layer: nn.Module) -> Tensor:
-    """Returns the same where y is the output of a layer, whose hooks may have kept it."""
+    """Returns y + s d Bᵀ for the output y of a layer: in a new tensor if the layer has hooks, which may have kept y."""
     if _has_hooks(layer):
         return add_scaled(y, F.linear(d, B), scaling)
     return add_product_(y, d, B, scaling)

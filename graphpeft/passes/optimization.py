@@ -1,4 +1,4 @@
-"""Passes on an adapted model, and what they found, for a person to read."""
+"""Applies passes to an adapted model, and reports their outcomes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from graphpeft.wording import joined, text_table
 
 @dataclass(frozen=True)
 class PassReport:
-    """The sites that passes changed in a model's graphs, and those that they left, by the names of the passes.
+    """The sites in a model's graphs that passes changed and left, by the names of the passes.
 
     Attributes:
-        changed: The sites that a pass changed.
-        left: The sites that a pass considered and left unchanged, each with the reason.
+        changed: The sites that each pass changed.
+        left: The sites that each pass considered and left unchanged, with the reasons.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -57,20 +57,20 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
     """Applies optimisation passes to an adapted model's graphs, for speed or for less memory in the backward.
 
     The passes apply to all adapters of the model, also to later ones, until the next call. ``optimize(model, [])``
-    removes them, bit for bit. Passes have an order of their own, whichever is given. Modules without an active adapter
-    run their own code, as they do without passes.
+    removes them and restores results bit for bit. The order of `passes` doesn't matter. Modules without an active
+    adapter run their own code, as they do without passes.
 
     Args:
         model: An adapted model, or an adapted graph module.
-        passes: The names of passes, see the documentation's page on passes; all if None.
+        passes: The names of passes, see the documentation's page on passes; None means all passes.
 
     Returns:
-        The sites of active adapters that each pass changed, and those that it left, with the reasons.
+        The sites of active adapters that each pass changed, and the sites that it left, with the reasons.
 
     Raises:
         AdaptError: If the model has no adapters.
-        ValueError: If there is no pass of a name; the model is as it was.
-        TypeError: If a text is given in place of names; likewise.
+        ValueError: If a name isn't the name of a pass; the model is unchanged.
+        TypeError: If `passes` is a string; the model is unchanged.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -86,7 +86,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
 
 
 def _applied(modules: Modules, state: Adapters, names: tuple[str, ...]) -> dict[str, Optimized]:
-    """Applies passes to the graphs of the adapters that act; returns what became of each, by the path of its region."""
+    """Applies passes to the graphs of the acting adapters; returns the results by the paths of their regions."""
     sites = [adapted for name in state.acting for adapted in state.by_name[name].sites]
     done = {
         region: optimized(worn_in(state, region, modules), modules[region], names)
@@ -99,7 +99,7 @@ def _applied(modules: Modules, state: Adapters, names: tuple[str, ...]) -> dict[
 
 
 def _report(state: Adapters, names: Sequence[str], done: Mapping[str, Optimized]) -> PassReport:
-    """Returns what passes have done, by the paths of the regions."""
+    """Returns the report of the passes `names`, from the results `done` by the paths of the regions."""
     labels = {
         (adapted.site.region, node): adapted.site.label
         for adapter in state.acting

@@ -1,4 +1,4 @@
-"""What a pass is, and what it says of each place that it looked at."""
+"""The type of passes, and their outcomes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import fx, nn
 
 
 class Outcome(NamedTuple):
-    """What a pass did at one site of an adapter.
+    """The outcome of a pass at one site of an adapter.
 
     Attributes:
         site: The name of the adapted operation.
-        reason: Why the pass left it as it is; None if it didn't.
+        reason: Why the pass left the site unchanged; None if the pass changed it.
     """
 
     site: str
@@ -23,14 +23,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """A change of how an adapted graph computes, and not of what.
+    """A change of an adapted graph that keeps its results.
 
     Attributes:
-        name: Its name.
-        apply: Edits a graph in place. It is given the module that owns the graph, of which it may ask what layers it
-            calls, and what it reads of them; but all that differs among modules with equal graphs, such as sizes and
-            dtypes, has to be asked in a run.
-        looks_for: What it changes, for the message that there is nothing of that.
+        name: The name.
+        apply: Edits a graph in place. Its second argument is the module that owns the graph. `apply` may read which
+            layers the module has, and their options. Facts that differ among modules with equal graphs, such as sizes
+            and dtypes, must be read in a run.
+        looks_for: A phrase for the nodes that the pass changes, for the message that there are none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""When a pass leaves a computation as it was written: where something else derives code or gradients from it."""
+"""Decides when optimised functions compute in their original form: under compilers, exporters and transforms."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.scaled_sum import is_captured
 
 HALVES = (torch.float16, torch.bfloat16)
-"""The dtypes in which rounding once or twice makes a difference that can be seen."""
+"""The dtypes in which rounding twice instead of once visibly changes results."""
 
 
 def wants_plain_form() -> bool:
-    """Returns whether a compiler or an exporter reads the computation, or a transform other than the backward does.
+    """Returns whether a compiler, an exporter, a ``torch.func`` transform or forward-mode AD reads the computation.
 
-    A compiler decides by itself what it makes in place, fuses, keeps and computes again. Transforms of ``torch.func``
-    and forward-mode gradients have their own rules for each operation of PyTorch, and none for ours.
+    A compiler makes its own choices of in-place operations, fusion, saved tensors and recomputation. ``torch.func`` and
+    forward-mode AD have rules for each operation of PyTorch, but none for the functions of passes.
     """
     return is_captured() or is_transformed()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Lets a backward compute in the dtypes of its forward, whatever is around it."""
+    """Disables autocast inside the context, so that a backward computes in the dtypes of its forward."""
     is_on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext()

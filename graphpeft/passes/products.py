@@ -1,10 +1,10 @@
-"""Products of a branch's input with its A's, which keep less for the backward than they would by themselves.
+"""Products of a branch's input with its A's that save less memory for the backward than autograd would.
 
     d_i = dropout(h) A_iᵀ        h = x, or x in the dtype of the A's
 
-For the gradients of the A's autograd keeps dropout(h), and for that of h the mask of the dropout, which is as large.
-Here x is kept alone, with the state that the random number generator had; the backward casts x again and draws the mask
-again. What is drawn is what ``F.dropout`` draws, so that equal seeds give equal results.
+Autograd saves dropout(h) for the gradients of the A's, and the dropout mask, which is as large, for the gradient of h.
+The functions here save only x and the state of the random generator; the backward casts x again and draws the mask
+again. The mask is the same as that of ``F.dropout``, so equal seeds give equal results.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from graphpeft.passes.recipes import Recipe, computed_again
 def product(
     x: Tensor, h: Tensor, A: Tensor, probability: float = 0.0, training: bool = False, source: Recipe | None = None
 ) -> Tensor:
-    """Returns dropout(h) Aᵀ, and keeps x for the backward.
+    """Returns dropout(h) Aᵀ, and saves x for the backward.
 
     Args:
         x: Of shape (…, in).
-        h: x, or x in another dtype.
+        h: x, or x cast to another dtype.
         A: Of shape (r, in).
-        probability: That of an element to be dropped.
-        training: Whether elements are dropped.
-        source: How x is computed again, so that it isn't kept; None keeps it.
+        probability: The probability of dropping an element.
+        training: Whether dropout is on.
+        source: The recipe to compute x again instead of saving it; None saves x.
     """
     drops = training and probability > 0
     if wants_plain_form() or not torch.is_grad_enabled():
@@ -46,13 +46,13 @@ def product(
 
 @recorded
 def products(x: Tensor, h: Tensor, source: Recipe | None, *factors: Tensor) -> tuple[Tensor, ...]:
-    """Returns h Aᵀ for several A's, from one product with all of them, and keeps x for the backward if h is a cast.
+    """Returns h Aᵀ for several A's from one product, and saves x for the backward if h is a cast.
 
     Args:
         x: Of shape (…, in).
-        h: x, or x in another dtype.
-        source: How x is computed again, so that it isn't kept; None keeps it.
-        factors: The A's, each of shape (r, in) with an r of its own.
+        h: x, or x cast to another dtype.
+        source: The recipe to compute x again instead of saving it; None saves x.
+        factors: The A's, each of shape (r, in) with its own r.
     """
     if wants_plain_form() or any(A.dtype != factors[0].dtype for A in factors):
         return tuple([F.linear(cast_again(h, x, A.dtype), A) for A in factors])
@@ -65,19 +65,19 @@ def products(x: Tensor, h: Tensor, source: Recipe | None, *factors: Tensor) -> t
 
 @recorded
 def cast_again(h: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x in another dtype, which is `h`, a cast of x, if that has it."""
+    """Returns x in `dtype`; this is `h`, a cast of x, if `h` has this dtype."""
     return h if h.dtype == dtype else x.to(dtype)
 
 
 class _Products(torch.autograd.Function):
-    """Its backward is made of operations that have gradients themselves, so there are gradients of any order."""
+    """The products with a backward of differentiable operations, so that higher-order gradients work."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, probability: float, *factors: Tensor) -> tuple[Tensor, ...]:
         """Returns the products."""
         state = _generator_state(h.device) if probability else None
         kept = h * _noise_like(h, probability) if probability else h
-        # under autocast in another dtype than that of its operands
+        # autocast may give the result another dtype than its operands have
         result = F.linear(kept, _stacked(factors))
         ctx.probability, ctx.dtype, ctx.product_dtype = probability, h.dtype, result.dtype
         ctx.save_for_backward(x, state, *factors)
@@ -88,7 +88,7 @@ class _Products(torch.autograd.Function):
         """Returns the gradients of x and of the A's."""
         x, state, *factors = ctx.saved_tensors
         of_x, of_factors = None, [None] * len(factors)
-        # whatever is around the backward, the dtypes are those of the forward
+        # the dtypes of the forward, even if the backward runs under autocast
         with without_autocast(x.device.type):
             h = x.to(ctx.dtype)
             noise = None if state is None else _noise_again(h, ctx.probability, state)
@@ -109,17 +109,17 @@ def _stacked(factors: Any) -> Tensor:
 
 
 def _noise_like(h: Tensor, probability: float) -> Tensor:
-    """Returns what ``F.dropout`` multiplies `h` by: 0 where an element is dropped, else 1 / (1 − p)."""
+    """Returns the factors of ``F.dropout``: 0 for a dropped element of `h`, else 1 / (1 − p)."""
     if h.device.type == "cpu":
         return torch.empty_like(h).bernoulli_(1 - probability).div_(1 - probability)
-    # other devices draw and multiply at once, in an order that depends on where the values lie: those of h, which may
-    # begin anywhere, would get another mask than those of a copy
+    # other devices draw and multiply in one kernel, whose mask depends on the memory alignment of its input: h may be
+    # aligned differently than a copy of it
     return F.dropout(torch.ones_like(h), probability, True)
 
 
 @torch.no_grad()
 def _noise_again(h: Tensor, probability: float, state: Tensor) -> Tensor:
-    """Returns what `_noise_like` has returned when the random number generator was in `state`."""
+    """Returns the result of `_noise_like` with the random generator in `state`."""
     where = _where(h.device)
     before = _generators(h.device).get_rng_state(*where)
     _generators(h.device).set_rng_state(state, *where)
@@ -134,10 +134,10 @@ def _generator_state(device: torch.device) -> Tensor:
 
 
 def _generators(device: torch.device) -> Any:
-    """Returns PyTorch's module with the functions about random number generators of devices of this kind."""
+    """Returns PyTorch's module with the functions for random generators of this device type."""
     return torch.random if device.type == "cpu" else torch.get_device_module(device)
 
 
 def _where(device: torch.device) -> tuple[torch.device, ...]:
-    """Returns what these functions are told of a device."""
+    """Returns the device argument of these functions; the functions for the CPU have none."""
     return () if device.type == "cpu" else (device,)

@@ -1,4 +1,4 @@
-"""What passes read of an adapted graph, and how they put nodes into it."""
+"""Functions for passes to read an adapted graph and to replace its nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphpeft.passes.products import cast_again, product
 
 
 def adapted_values(graph: fx.Graph) -> list[fx.Node]:
-    """Returns the nodes of adapters that stand in the place of an operation's value, in the order of the graph."""
+    """Returns the nodes of adapters that replace an operation's value, in the order of the graph."""
     return [node for node in graph.nodes if TAG in node.meta and node.meta[TAG].over is not None]
 
 
@@ -24,13 +24,13 @@ class FirstProduct(NamedTuple):
     """The product of a branch's input with an adapter's matrix: dropout(h) Aᵀ.
 
     Attributes:
-        node: Its node.
-        kept: The node of what the product keeps for the backward: h, or what h is a cast of.
+        node: The node of the product.
+        kept: The node of the tensor saved for the backward: h, or the tensor that h casts.
         h: The node of h.
         A: The node of the matrix.
-        transposed: Whether that is Aᵀ.
-        dropped: The node of dropout(h), if that is a value of its own.
-        dropout: The probability and whether it is on, if the product itself drops elements.
+        transposed: Whether the matrix is stored as Aᵀ.
+        dropped: The node of dropout(h), if dropout is a node of its own.
+        dropout: The arguments `probability` and `training` of `product`, if dropout is part of the product.
     """
 
     node: fx.Node
@@ -47,7 +47,7 @@ class FirstProduct(NamedTuple):
         return self.node.meta[TAG].site
 
     def factor(self, before: fx.Node) -> fx.Node:
-        """Puts the reading of A in front of a node."""
+        """Inserts nodes that read A in front of a node, and returns the node of A."""
         with self.node.graph.inserting_before(before):
             A = _read_again(self.A)
             return self.node.graph.call_method("t", (A,)) if self.transposed else A
@@ -60,7 +60,7 @@ def _read_again(node: fx.Node) -> fx.Node:
 
 
 def first_products(graph: fx.Graph, root: nn.Module) -> list[FirstProduct]:
-    """Returns the products of adapters with what isn't computed by one, casts and dropout aside."""
+    """Returns the products of adapters whose input no adapter computes, except by a cast or dropout."""
     found = (_first_product(node, root) for node in graph.nodes if TAG in node.meta)
     return [each for each in found if each is not None]
 
@@ -81,13 +81,13 @@ def _first_product(node: fx.Node, root: nn.Module) -> FirstProduct | None:
 
 
 def matrix_of(op: ops.Linear) -> fx.Node:
-    """Returns the node that reads the matrix of a linear operation as it is stored."""
+    """Returns the ``get_attr`` node of a linear operation's matrix, before any transpose."""
     reading = (node for node in op.node.graph.nodes if node.op == "get_attr" and node.target == op.weight)
     return next(reading)
 
 
 def cast_from(node: fx.Node) -> fx.Node | None:
-    """Returns what a node of an adapter casts to the dtype of a tensor, or None if it is no such cast."""
+    """Returns the input of a node of an adapter that casts to the dtype of a tensor; None for another node."""
     if TAG not in node.meta or node.kwargs:
         return None
     if node.target is cast_again:
@@ -99,14 +99,14 @@ def cast_from(node: fx.Node) -> fx.Node | None:
 
 
 def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
-    """Returns whether `reader` alone uses the elements of a value; others may ask for its dtype and the like."""
+    """Returns whether `reader` alone reads the elements of a value; other nodes may read its metadata."""
     return all(user is reader or reads_metadata_only(user) for user in value.users)
 
 
 def separates(node: fx.Node, root: nn.Module) -> bool:
-    """Returns whether a value that is read before a node, and one that is read behind it, may not be the same.
+    """Returns whether the same computation may give another value after a node than before it.
 
-    It may write into tensors, or change the dtype in which others are multiplied, or whether these have gradients.
+    Such a node writes into tensors, or is the edge of a region under autocast or with gradients.
     """
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
@@ -120,14 +120,14 @@ _EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_grad
 
 
 def put_in_place_of(old: fx.Node, new: fx.Node) -> None:
-    """Lets all that used `old` use `new`, which is marked as `old` was, and erases what is needed no more."""
+    """Replaces all uses of `old` by `new`, copies the metadata, and erases unused nodes."""
     new.meta = dict(old.meta)
     old.replace_all_uses_with(new)
     erase_unused(old)
 
 
 def erase_unused(node: fx.Node) -> None:
-    """Erases an adapter's node that has no users, and then those of its inputs that have none any more."""
+    """Erases an adapter's node without users, and then its inputs that have no users left."""
     if node.users or TAG not in node.meta or node.op == "placeholder":
         return
     inputs = node.all_input_nodes

@@ -1,11 +1,11 @@
-"""Recipes: how a tensor is computed again in the backward, from tensors that are kept anyway.
+"""Recipes to compute a tensor again in the backward, from tensors that autograd saves anyway.
 
-    r₁ = recipe("silu", g)         keeps g, and computes nothing
-    r₂ = recipe("mul", r₁, u)      keeps u
-    x  = run(r₂, silu(g), u)       computes x, whose backward has silu(g) computed again
-    product(x, x, A, source=r₂)    keeps nothing for the gradient of A, whose backward has x computed again
+    r₁ = recipe("silu", g)         saves g, and computes nothing
+    r₂ = recipe("mul", r₁, u)      saves u
+    x  = run(r₂, silu(g), u)       computes x; its backward computes silu(g) again
+    product(x, x, A, source=r₂)    saves nothing for the gradient of A; its backward computes x again
 
-What is kept is noted with its version, as autograd does it: where it was written to since, the backward raises.
+As in autograd, each saved tensor has a version: the backward raises if the tensor was written to since.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from graphpeft.passes.plain_form import wants_plain_form, without_autocast
 
 
 def _called(layer: nn.Module, *args: Any) -> Any:
-    # not the layer itself, whose hooks have run
+    # a call of the layer would run its hooks again
     return layer.forward(*args)
 
 
@@ -41,10 +41,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
     "layer": _called,
 }
-"""Functions that are cheap beside a product, draw no random numbers, and don't keep what they return."""
+"""Functions that are cheap compared to a product, draw no random numbers, and don't save their result for backward."""
 
 KEEP_THEIR_INPUTS = frozenset(("gelu", "layer_norm", "mul", "rms_norm", "silu", "truediv"))
-"""Those of them that keep what they are given, for their backward."""
+"""Names in `FUNCTIONS` of functions that save their inputs for backward."""
 
 METHODS = frozenset(
     (
@@ -61,17 +61,17 @@ METHODS = frozenset(
         "view",
     )
 )
-"""Methods of tensors of which the same is true; in recipes they have a dot in front."""
+"""Tensor methods that are cheap in the same sense; recipes name them with a leading dot."""
 
 LAYERS = (nn.GELU, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.SiLU)
-"""Layers of which the same is true."""
+"""Layers that are cheap in the same sense."""
 
 
 class Recipe:
-    """How one tensor is computed.
+    """The last step of a tensor's computation, with recipes for those inputs that are computed again.
 
     Attributes:
-        args: The arguments: tensors that are kept, recipes of those that are computed again, and anything else.
+        args: The arguments of the step: saved tensors, recipes of recomputed tensors, and other values.
     """
 
     def __init__(self, step: str, options: dict[str, Any], args: tuple[Any, ...]) -> None:
@@ -83,7 +83,7 @@ class Recipe:
         """Computes the tensor.
 
         Raises:
-            RuntimeError: If a tensor that is kept has been written to.
+            RuntimeError: If a saved tensor has been written to.
         """
         if [version(tensor) for tensor in self._kept()] != self._versions:
             raise RuntimeError(_WRITTEN)
@@ -104,7 +104,7 @@ _WRITTEN = (
 
 
 def stepped(step: str, options: dict[str, Any], *args: Any) -> Any:
-    """Carries out one step."""
+    """Runs one step."""
     if step.startswith("."):
         return getattr(args[0], step[1:])(*args[1:], **options)
     return FUNCTIONS[step](*args, **options)
@@ -112,12 +112,12 @@ def stepped(step: str, options: dict[str, Any], *args: Any) -> Any:
 
 @recorded
 def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
-    """Returns how a tensor is computed again; None where it is kept as it would be without a recipe.
+    """Returns the recipe of a tensor, or None if autograd should save the tensor as it would without a recipe.
 
     Args:
-        step: The name of one of `FUNCTIONS`, or, with a dot in front, of one of `METHODS`.
-        options: Its arguments that are given by name.
-        args: The others. Where one is None, and was to be a recipe, there is none of this tensor either.
+        step: A name in `FUNCTIONS`, or a name in `METHODS` with a leading dot.
+        options: The keyword arguments of the step.
+        args: The positional arguments. If one is None, as a missing recipe is, the result is None, too.
     """
     if wants_plain_form() or not torch.is_grad_enabled() or any(arg is None for arg in args) or _others_decide(args):
         return None
@@ -125,14 +125,14 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
 
 
 def _others_decide(args: tuple[Any, ...]) -> bool:
-    """Returns whether others decide here what is kept, such as a checkpoint, or in which dtypes is computed."""
+    """Returns whether other hooks decide on saved tensors, as in a checkpoint, or autocast decides on dtypes."""
     devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
     return saved_tensors_go_elsewhere() or any(map(torch.is_autocast_enabled, devices))
 
 
 @recorded
 def run(source: Recipe | None, step: str, options: dict[str, Any], *args: Any) -> Any:
-    """Carries out one step, so that its backward has those arguments computed again that `source` has recipes of."""
+    """Runs one step; its backward computes arguments again for which `source` has recipes."""
     if source is None:
         return stepped(step, options, *args)
     pairs = zip(args, source.args, strict=True)
@@ -141,8 +141,8 @@ def run(source: Recipe | None, step: str, options: dict[str, Any], *args: Any) -
 
 
 def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextlib.AbstractContextManager[Any]:
-    """Lets the backward of what is computed within the context have these tensors computed again, and not kept."""
-    # by their memory, since the hook lives as long as what it packs
+    """Makes the backward of operations inside the context compute these tensors again, instead of saving them."""
+    # the hook identifies tensors by address, since it lives as long as the saved tensors and must not hold these
     known = {
         (tensor.data_ptr(), tensor.numel()): source
         for tensor, source in recipes
@@ -152,7 +152,7 @@ def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextli
         return contextlib.nullcontext()
 
     def pack(tensor: Tensor) -> _Kept | _Again:
-        # a product keeps another view of what it is given
+        # compared by address, since a product saves a view of its input
         source = known.get((tensor.data_ptr(), tensor.numel())) if tensor.is_contiguous() else None
         return _Kept(tensor, version(tensor)) if source is None else _Again(source, tensor.shape, tensor.device.type)
 
@@ -160,30 +160,30 @@ def computed_again(recipes: Iterable[tuple[Tensor, Recipe | None]]) -> contextli
 
 
 class _Again(NamedTuple):
-    """Stands for a tensor that is computed again."""
+    """A saved tensor that is computed again."""
 
     source: Recipe
     shape: torch.Size
     device: str
 
     def tensor(self) -> Tensor:
-        """Computes it; autograd itself connects it with what it was computed from."""
-        # whatever is around the backward, there was no autocast around the forward
+        """Computes the tensor without gradients; autograd connects it to the graph."""
+        # the forward ran without autocast, but the backward may run under it
         with torch.no_grad(), without_autocast(self.device):
             return self.source.compute().reshape(self.shape)
 
 
 class _Kept(NamedTuple):
-    """A tensor as it is, with the version that autograd's own check would have noted."""
+    """A saved tensor, with its version for the check that autograd makes without hooks."""
 
     itself: Tensor
     version: int
 
     def tensor(self) -> Tensor:
-        """Returns it.
+        """Returns the tensor.
 
         Raises:
-            RuntimeError: If it has been written to.
+            RuntimeError: If the tensor has been written to.
         """
         if version(self.itself) != self.version:
             raise RuntimeError(

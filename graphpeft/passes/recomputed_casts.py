@@ -1,9 +1,9 @@
 """Casts a branch's input again in the backward.
 
-    x.to(fp32) Aᵀ    keeps x, and not its cast
+    x.to(fp32) Aᵀ    saves x instead of its cast
 
-The cast of a half precision input is twice as large as the input, and each branch has its own; the input is one tensor
-for all branches that read it, and other operations may keep it as well.
+The cast of a half precision input is twice as large as the input, and each branch makes one. All branches share the
+input, and other operations may save it anyway.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from graphpeft.passes.reading import FirstProduct, cast_from, first_products, pu
 
 
 def recomputed_casts(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets branches keep what they cast."""
+    """Makes branches save the inputs of their casts instead of the casts."""
     found = [each for each in first_products(graph, root) if cast_from(each.h) is not None]
     return [Outcome(each.site, _recomputed(each)) for each in found]
 
 
 def _recomputed(found: FirstProduct) -> str | None:
-    """Lets one product cast again, or returns the reason why not."""
+    """Makes one product cast again, or returns the reason to leave it."""
     if found.dropped is not None:
         return "dropout is between the cast and the product; the pass regenerated_dropout would take it into that"
     factor = found.factor(found.node)

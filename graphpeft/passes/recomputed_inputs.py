@@ -1,11 +1,10 @@
-"""Computes what branches read again in the backward, where that is cheap.
+"""Computes the inputs of branches again in the backward, if this is cheap.
 
-    x = silu(g) ∘ u,  x Aᵀ    keeps g and u, and neither silu(g) nor x
+    x = silu(g) ∘ u,  x Aᵀ    saves g and u, but neither silu(g) nor x
 
-For the gradient of A autograd keeps x. The frozen weight beside it doesn't need it, and what x comes from is mostly
-kept by other operations: activations, norms and attentions keep what they are given. So x, and what is between, is
-computed a second time. A value that others keep anyway is where this begins; if x is such a value, there is nothing to
-gain.
+Autograd saves x for the gradient of A only, since the frozen weight needs no gradient. The values from which x is
+computed are mostly saved anyway: activations, norms and attention save their inputs. So the backward computes x, and
+the values in between, again from saved values. If x itself is saved anyway, there is nothing to gain.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _FUNCTIONS_THAT_KEEP_THEIR_INPUTS = frozenset(
 
 
 def recomputed_inputs(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets the products of branches keep how their inputs are computed."""
+    """Makes the products of branches save recipes instead of their inputs."""
     outcomes = []
     for x, readers in _readers(graph, root).items():
         reason = _recomputed(graph, x, readers, root)
@@ -46,7 +45,7 @@ def recomputed_inputs(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
 
 
 def _recomputed(graph: fx.Graph, x: fx.Node, readers: Sequence[_Reader], root: nn.Module) -> str | None:
-    """Lets those that read `x` keep how it is computed, or returns the reason why not."""
+    """Makes the readers of `x` save its recipe, or returns the reason to leave them."""
     steps = _steps(x, root)
     if not steps:
         return "what it reads isn't computed from what others keep"
@@ -62,12 +61,12 @@ def _recomputed(graph: fx.Graph, x: fx.Node, readers: Sequence[_Reader], root: n
 
 
 class _Reader(NamedTuple):
-    """A product, or several at once, with what a branch, or several, read.
+    """A single or grouped product of branches with their input.
 
     Attributes:
-        node: Its node.
+        node: The node of the product.
         sites: The names of the adapted operations.
-        keep: Lets it keep a recipe instead of that.
+        keep: Makes the product save a recipe, given by its node, instead of the input.
     """
 
     node: fx.Node
@@ -76,7 +75,7 @@ class _Reader(NamedTuple):
 
 
 def _readers(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, list[_Reader]]:
-    """Returns the products of branches by what they keep."""
+    """Returns the products of branches by the tensors that they save."""
     readers: dict[fx.Node, list[_Reader]] = {}
     for found in first_products(graph, root):
         if found.dropped is None:
@@ -102,27 +101,27 @@ def _let_several_keep(together: fx.Node, source: fx.Node) -> None:
     together.update_arg(2, source)
 
 
-# what is computed again
+# recomputation
 
 
 def _steps(x: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """Returns the nodes by which `x` is computed from values that others keep; none if it isn't, or is kept itself."""
+    """Returns the nodes that compute `x` from saved values; none if there are no such nodes, or `x` itself is saved."""
     steps: set[fx.Node] = set()
     return steps if not _is_kept(x, root) and _follow(x, steps, root) else set()
 
 
 def _follow(node: fx.Node, steps: set[fx.Node], root: nn.Module) -> bool:
-    """Adds the steps that lead to a value, and tells whether they begin at what others keep."""
+    """Adds the nodes that compute a value to `steps`, and returns whether they start from saved values."""
     if _step(node, root) is None or not all(user in steps or reads_metadata_only(user) for user in node.users if steps):
         return _is_kept(node, root)
     steps.add(node)
     if node.op == "call_module":
-        return True  # it keeps its input itself
+        return True  # the layer saves its input
     return all(_follow(source, steps, root) for source in node.all_input_nodes if not _is_no_tensor(source))
 
 
 def _step(node: fx.Node, root: nn.Module) -> str | None:
-    """Returns the name of what a node of the model does, if that can be a step of a recipe."""
+    """Returns the name of a node as a step of a recipe, or None if it can't be one."""
     if TAG in node.meta or node.kwargs.get("inplace") or "out" in node.kwargs:
         return None
     if node.op == "call_module":
@@ -133,13 +132,13 @@ def _step(node: fx.Node, root: nn.Module) -> str | None:
 
 
 def _is_no_tensor(node: fx.Node) -> bool:
-    """Returns whether a node gives a size, a dtype and the like."""
+    """Returns whether a node's value is metadata, such as a size or a dtype, or is computed from metadata."""
     sources = node.all_input_nodes if node.op == "call_function" else []
     return reads_metadata_only(node) or (bool(sources) and all(map(_is_no_tensor, sources)))
 
 
 def _is_kept(node: fx.Node, root: nn.Module) -> bool:
-    """Returns whether a value is kept for the backward, or lives longer, whatever branches read it."""
+    """Returns whether a value stays in memory for the backward even without branches."""
     if node.op in ("get_attr", "placeholder") or node.target in _KEEP_THEIR_RESULTS:
         return True
     return any(_keeps_input(user, node, root) for user in node.users)
@@ -150,7 +149,7 @@ def _keeps_input(user: fx.Node, value: fx.Node, root: nn.Module) -> bool:
         return type(root.get_submodule(str(user.target))) in LAYERS
     if user.op == "call_method":
         return user.target in _METHODS_THAT_KEEP_THEIR_INPUTS
-    # of a product with a frozen weight that is the weight alone
+    # a product with a frozen weight saves only the weight
     others = [node for node in user.all_input_nodes if node is not value]
     return user.target in _FUNCTIONS_THAT_KEEP_THEIR_INPUTS and not (
         others and all(node.op == "get_attr" for node in others)
@@ -158,7 +157,7 @@ def _keeps_input(user: fx.Node, value: fx.Node, root: nn.Module) -> bool:
 
 
 def _write_recipes(steps: Sequence[fx.Node], root: nn.Module) -> fx.Node:
-    """Puts a recipe in front of each step, and lets the steps keep recipes, too; returns the last one's."""
+    """Inserts the recipe of each step, and makes the steps save recipes, too; returns the last step's recipe."""
     recipes: dict[fx.Node, fx.Node] = {}
     for node in steps:
         recipes[node] = _write_recipe(node, recipes, root)
@@ -166,7 +165,7 @@ def _write_recipes(steps: Sequence[fx.Node], root: nn.Module) -> fx.Node:
 
 
 def _write_recipe(node: fx.Node, recipes: dict[fx.Node, fx.Node], root: nn.Module) -> fx.Node:
-    """Puts its recipe in front of a step, which keeps the `recipes` of what it reads instead of that."""
+    """Inserts the recipe of a step, and makes the step save `recipes` instead of inputs that have some."""
     name, options = _step(node, root), dict(node.kwargs)
     with node.graph.inserting_before(node):
         layer = [node.graph.create_node("get_attr", str(node.target))] if node.op == "call_module" else []

@@ -1,10 +1,9 @@
 """Draws the mask of a branch's dropout again in the backward.
 
-    dropout(h) Aᵀ    keeps h and the state of the random number generator, and neither dropout(h) nor the mask
+    dropout(h) Aᵀ    saves h and the state of the random generator, but neither dropout(h) nor the mask
 
-Both are as large as h, and h itself is one tensor for all branches that read it. The mask is drawn from the same
-numbers as that of ``F.dropout``, so that a seed gives what it gave. Drawing it a second time takes its time, on a CPU
-more than anything else of a branch.
+Both are as large as h, and all branches share h. The mask is the same as that of ``F.dropout``, so a seed gives the
+same results. Drawing the mask twice costs time; on a CPU it is the slowest part of a branch.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_
 
 
 def regenerated_dropout(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets branches with dropout keep what they are given."""
+    """Makes branches with dropout save their inputs instead of the masks."""
     found = [each for each in first_products(graph, root) if each.dropped is not None]
     return [Outcome(each.site, _regenerated(each)) for each in found]
 
 
 def _regenerated(found: FirstProduct) -> str | None:
-    """Lets one product draw its mask itself, or returns the reason why not."""
+    """Makes one product draw its mask itself, or returns the reason to leave it."""
     assert found.dropped is not None
     if len(found.dropped.users) > 1:
         return "others than one product read what dropout leaves"

@@ -1,9 +1,9 @@
-"""Casts what several branches read once.
+"""Casts the common input of several branches once.
 
     x.to(fp32) A₁ᵀ, x.to(fp32) A₂ᵀ    become    h = x.to(fp32), h A₁ᵀ, h A₂ᵀ
 
-Adapters of half precision weights are in single precision mostly, and so is each branch's input. In a graph that has
-several of them, those of one x are one tensor: it is made once, and kept once for the backward.
+Adapters of half precision weights are mostly in single precision, so each branch casts its input. Branches in one graph
+share the cast of one x, which is made once, and saved once for the backward.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from graphpeft.passes.reading import cast_from, put_in_place_of, separates
 
 
 def shared_casts(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
-    """Lets branches share the casts of their inputs."""
+    """Makes branches share the casts of their inputs."""
     outcomes = []
     known: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         x = cast_from(node)
         if x is None:
-            # what a node writes into may have another value behind it
+            # after a write, or at the edge of an autocast region, x may have another value
             known = {} if separates(node, root) else known
         elif TAG not in x.meta:
             reason = None if x in known else "no cast of what it casts comes before it"

@@ -1,4 +1,4 @@
-"""The formats of exports: each writes files and runs them, in a module of its own."""
+"""The formats of exports. Each format has its own Python module, and writes and runs files."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ FORMATS: Mapping[str, Format] = {
     "safetensors": SAFETENSORS,
     "state_dict": STATE_DICT,
 }
-"""The formats by their names."""
+"""The formats by name."""

@@ -1,4 +1,4 @@
-"""AOTInductor's package: the compiled model, which ``torch._inductor.aoti_load_package(path)`` runs without Python."""
+"""AOTInductor's package, a compiled model that ``torch._inductor.aoti_load_package(path)`` loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ABOUT = "graphpeft"
 
 
 class Aoti:
-    """A program that is compiled for the model's device."""
+    """A program compiled for the model's device."""
 
     suffixes = (".pt2",)
     has_graph = True
@@ -45,7 +45,7 @@ class Aoti:
         return lambda case, example: case.full(example).call(model)
 
     def about(self, path: Path) -> str | None:
-        """Reads one file of the archive."""
+        """Reads the text from the package's metadata."""
         if not zipfile.is_zipfile(path):
             return None
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""The protocol of formats, and what they are given to write."""
+"""The protocol of formats, and the export that they write."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from graphpeft.exporting.example import Example, can_call, wider
 from graphpeft.exporting.program import Dynamic, Program, exported
 
 Runner = Callable[[Case, Example], Any]
-"""Runs one case on an example, from the exported files alone."""
+"""Runs one case on an example, using only the exported files."""
 
 
 class Export:
-    """What a format writes: a prepared model, and its program.
+    """A prepared model and its program, for a format to write.
 
     Args:
         source: The adapted model, a copy in evaluation mode.
-        probe: Another copy, for calls that find out which inputs the model accepts: a call may change its buffers.
+        probe: Another copy, for calls that test which inputs the model accepts, since a call may change buffers.
         prepared: The model, prepared for an adapter mode.
         example: The example inputs.
-        dynamic: The sizes of the example that can change.
+        dynamic: The dynamic sizes of the example.
     """
 
     def __init__(self, source: Any, probe: Any, prepared: Prepared, example: Example, dynamic: Dynamic) -> None:
@@ -39,7 +39,7 @@ class Export:
         if self.dynamic is not False:
             *widened, _ = wider(self.probe, self.example)
             for one in widened:
-                # a size of 1 can have a meaning, as in a mask for all heads, and then can't be another one
+                # a size of 1 may be required, as in a mask that broadcasts over heads
                 with contextlib.suppress(ExportError):
                     program = exported(self.prepared, one, self.dynamic)
                     if can_call(program.exported.module(), self.prepared.cases[0].full(self.example)):
@@ -57,22 +57,22 @@ class Format(Protocol):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The suffixes that a file of the format can have; ``""`` stands for a folder."""
+        """The allowed suffixes of a path; ``""`` means a folder."""
         ...
 
     @property
     def has_graph(self) -> bool:
-        """Whether a file holds a computation, not only weights."""
+        """Whether a file holds a computation, and not only weights."""
         ...
 
     @property
     def checks_inputs(self) -> bool:
-        """Whether a file refuses inputs for which the model would branch otherwise than when it was exported."""
+        """Whether a file refuses inputs for which the model would branch otherwise than on the example."""
         ...
 
     @property
     def adapter_suffix(self) -> str:
-        """The suffix of adapters' own files, where adapters are inputs."""
+        """The suffix of an adapter's own file, if adapters are inputs."""
         ...
 
     def write(self, export: Export, path: Path, about: str) -> None:
@@ -80,8 +80,8 @@ class Format(Protocol):
 
         Args:
             export: The export.
-            path: The file or folder to write, in an empty folder; further files can be written beside it.
-            about: A text that the file keeps, and that the method `about` returns.
+            path: The file or folder to write, in an empty folder; `write` may add files beside it.
+            about: A text to store in the file; the method `about` returns it.
 
         Raises:
             ExportError: If the format can't hold the model, or a needed library isn't installed.
@@ -93,9 +93,9 @@ class Format(Protocol):
         ...
 
     def about(self, path: Path) -> str | None:
-        """Returns the text that `write` has kept in a file, or None."""
+        """Returns the text that `write` has stored in a file, or None."""
         ...
 
     def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Writes the tensors of an adapter, by their names as inputs, into a file of its own."""
+        """Writes the tensors of an adapter, by input name, into a file."""
         ...

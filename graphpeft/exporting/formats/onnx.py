@@ -1,8 +1,8 @@
-"""ONNX, which onnxruntime and others run.
+"""ONNX graphs, for onnxruntime and other runtimes.
 
 The model's inputs have the names of its arguments; an adapter's inputs have the names in PEFT's files. An adapter's
-inputs are also initialisers, with the values of the active adapter: a caller can leave them out, or let onnxruntime
-read others from an `.onnx_adapter`.
+inputs are also initialisers, with the values of the active adapter. So a caller can omit them, or let onnxruntime read
+other values from an `.onnx_adapter`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from graphpeft.graph.traced_model import stands_for
 _ABOUT = "graphpeft"
 
 _FATAL_ALONE = 4
-"""onnxruntime's logging level for fatal errors; other errors are exceptions."""
+"""onnxruntime's logging level for fatal errors only; other errors raise exceptions anyway."""
 
 
 class Onnx:
@@ -92,7 +92,7 @@ class Onnx:
 
 
 def _name_data_by_content(path: Path) -> None:
-    """Renames the file of a large graph's weights by a digest of its content, so that no other graph reads it."""
+    """Renames the weights file of a large graph by a digest of its content, so that no other graph reads it."""
     data = path.with_name(f"{path.name}.data")
     if not data.exists():
         return
@@ -119,7 +119,7 @@ def _session(path: Path) -> Any:
     options.log_severity_level = _FATAL_ALONE
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no class in common
+    except Exception as error:  # onnxruntime's errors have no common class
         raise ExportError(
             f"onnxruntime can't load what was exported: {in_short(error)}. Its CPU provider lacks some "
             "operators in half precision; export model.float()"
@@ -132,7 +132,7 @@ def _with_dimensions(tensor: Tensor) -> Tensor:
 
 
 def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
-    """Renames values of a graph; other values that have these names get new ones."""
+    """Renames values of a graph; other values with these names get new names."""
     inside = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for value in inside:
         if value.name in names and value not in values:
@@ -168,7 +168,7 @@ def _squeeze(graph: Any, value: Any) -> None:
 
 
 def _output_names(program: Program) -> list[str]:
-    """Returns a name for each tensor of the model's result: its keys and indices there."""
+    """Returns a name for each tensor of the model's result, made of keys and indices."""
     spec = program.exported.call_spec.out_spec
     assert spec is not None
     specs = program.exported.graph_signature.output_specs
@@ -236,7 +236,7 @@ def _refusal(error: BaseException, export: Export) -> str:
 
 
 def _modules_with(operator: str, export: Export) -> list[str]:
-    """Returns the modules that call an operator, or one that decomposes into it."""
+    """Returns the modules that call an operator, or an operator that decomposes into it."""
     own = operator.rpartition(".")[2]
     nodes = [node for node in export.program.exported.graph.nodes if node.op == "call_function"]
     exact = [node for node in nodes if str(node.target).startswith(operator)]
@@ -252,7 +252,7 @@ def _modules_with(operator: str, export: Export) -> list[str]:
 def _path_in_program(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0] if stack else ""
-    return path.partition("@")[0]  # which call of the module it is
+    return path.partition("@")[0]  # the number of the call follows
 
 
 def _paths_in_graphs(operator: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:

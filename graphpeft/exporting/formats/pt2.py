@@ -1,4 +1,4 @@
-"""``torch.export``'s own file, ``.pt2``: ``torch.export.load(path).module()`` is the model again."""
+"""Files ``.pt2`` of ``torch.export``; ``torch.export.load(path).module()`` loads the model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Pt2:
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the program."""
         with warnings.catch_warnings():
-            # PyTorch 2.10 warns of its own way to read weights
+            # PyTorch 2.10 warns about its own code for reading weights
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             model = torch.export.load(path).module()
         return lambda case, example: case.full(example).call(model)
 
     def about(self, path: Path) -> str | None:
-        """Reads one file of the archive, and none of the weights."""
+        """Reads one file of the archive, without the weights."""
         if not zipfile.is_zipfile(path):
             return None
         with zipfile.ZipFile(path) as archive:

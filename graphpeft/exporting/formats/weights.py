@@ -1,8 +1,8 @@
-"""Weights alone: the base's, by its own names, and adapters in PEFT's files.
+"""Weights without a graph: the base model's weights by name, and adapters in PEFT's files.
 
 Merged weights are one file, for timm, torchvision and ``load_state_dict``. A path without a suffix is a folder, for
 ``from_pretrained`` of a Transformers model. Weights hold no computation, so the other adapter modes write a folder with
-the base and, in `adapters`, a folder for each adapter, which PEFT loads.
+the base model and, in `adapters`, a folder for each adapter, which PEFT can load.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Weights:
     """A file of tensors.
 
     Attributes:
-        suffixes: The suffixes that a file can have; ``""`` stands for a folder with the file `within`.
+        suffixes: The allowed suffixes of a path; ``""`` means a folder with the file `within`.
         within: The name of the file in a folder.
         save: Writes tensors.
         load: Reads tensors.
-        tied: Whether a tensor with several names is written under each of them.
+        tied: Whether a tied tensor is written under each of its names.
     """
 
     suffixes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Weights:
     adapter_suffix = ""
 
     def write(self, export: Export, path: Path, about: str) -> None:
-        """Writes the weights; into a folder also the model's config and the adapters."""
+        """Writes the weights; a folder also gets the model's config and the adapters."""
         if export.prepared.adapter_mode == "merged":
             self._write_base(export.prepared.model, path)
             return
@@ -73,7 +73,7 @@ class Weights:
         path.mkdir()
         self.save(tensors, path / self.within)
         of_model: Any = getattr(base, "config", None)
-        # what a Transformers model is built from again
+        # the config from which Transformers builds the model
         if hasattr(of_model, "save_pretrained"):
             of_model.save_pretrained(path)
 
@@ -81,7 +81,7 @@ class Weights:
         state = base.state_dict()
         if self.tied:
             return state
-        # under the first name, as Transformers does, which ties the others when it loads
+        # under the first name only, as in Transformers, which ties the other names when it loads
         first = {id(parameter): name for name, parameter in base.named_parameters()}
         named = dict(base.named_parameters(remove_duplicate=False))
         return {name: t for name, t in state.items() if name not in named or first[id(named[name])] == name}
@@ -94,7 +94,7 @@ class Weights:
         return list(dict.fromkeys((*state.read, *state.merged)))
 
     def runner(self, export: Export, path: Path) -> Runner:
-        """Loads the weights into a copy of the base with zeros for weights, and the adapters onto it."""
+        """Loads the weights into a copy of the base model, first set to zero, and then the adapters."""
         if export.prepared.adapter_mode == "merged":
             merged = self._filled(export.prepared.model, path)
             return lambda _, example: example.call(merged)
@@ -121,7 +121,7 @@ class Weights:
         return copied
 
     def about(self, path: Path) -> str | None:
-        """Returns None, since there are no inputs for adapters."""
+        """Returns None, since weights have no inputs for adapters."""
         return None
 
     def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What the code of a model reads, names and can reach, without running it."""
+"""Analyses a model's code without running it: the attributes it reads, its names, and the state it can reach."""

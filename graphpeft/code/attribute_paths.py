@@ -27,7 +27,7 @@ ANY = "*"
 Paths = tuple[tuple[str, bool], ...]
 """Attribute paths, and whether the code calls each attribute."""
 
-_ALL_OF_THEM = frozenset((
+_ALL_PARAMETERS = frozenset((
     "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters", "__getattr__", "__getattribute__",
 ))  # fmt: skip
 """Methods and attributes of modules that give access to all parameters."""
@@ -38,7 +38,7 @@ _CALLERS = {"checkpoint"}
 _LOADS = ("LOAD_FAST", "STORE_FAST_LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")
 """Prefixes of instructions that load variables; the last variable of an instruction is on top of the stack."""
 
-_BETWEEN = ("CACHE", "EXTENDED_ARG")
+_NO_OPERATIONS = ("CACHE", "EXTENDED_ARG")
 """Instructions without effect."""
 
 
@@ -77,11 +77,11 @@ def _in_source(tree: ast.AST, first: str | None) -> Paths:
         parent = around.get(id(node))
         if isinstance(node, ast.Call) and _is_getattr(node):
             found += [(f"*.{name}", False) for name in _names_asked_for(node, first)]
-        if isinstance(node, ast.Attribute) and node.attr in _ALL_OF_THEM:
+        if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS:
             found.append((f"*.{ANY}", False))
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # the path ends at an outer node
-        if isinstance(node.ctx, ast.Load) and not _only_asked_about(node, parent):
+        if isinstance(node.ctx, ast.Load) and not _reads_no_elements(node, parent):
             is_called = isinstance(parent, ast.Call) and _is_called(node, parent)
             found += _as_paths(*_names(node, first), is_called)
     return tuple(found)
@@ -125,7 +125,7 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
     return [] if isinstance(node.args[0], ast.Name) and node.args[0].id == first else [str(name.value)]
 
 
-def _only_asked_about(node: ast.Attribute, parent: ast.AST | None) -> bool:
+def _reads_no_elements(node: ast.Attribute, parent: ast.AST | None) -> bool:
     if node.attr in METADATA_ATTRIBUTES or isinstance(parent, ast.Compare):
         return True
     return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
@@ -147,7 +147,7 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             names.append(value)
             is_called = kind == "LOAD_METHOD" or "NULL|self" in instruction.argrepr
-        elif kind not in _BETWEEN:
+        elif kind not in _NO_OPERATIONS:
             if names and names[-1] not in METADATA_ATTRIBUTES:
                 found += _as_paths(names, of_first, is_called)
             is_called = False
@@ -157,7 +157,7 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
                 names.append(str(value))
             if kind == "LOAD_GLOBAL" and value == "getattr":
                 found.append((f"*.{ANY}", False))
-    if not _ALL_OF_THEM.isdisjoint(code.co_names):
+    if not _ALL_PARAMETERS.isdisjoint(code.co_names):
         found.append((f"*.{ANY}", False))
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

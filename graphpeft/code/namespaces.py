@@ -80,7 +80,7 @@ class Namespace:
         return cls(
             owner,
             id(owner),
-            lambda: {name: value for name, value in vars(owner).items() if name != _OF_COPIES},
+            lambda: {name: value for name, value in vars(owner).items() if name != _COPY_CACHE},
             functools.partial(type.__setattr__, owner),
             functools.partial(type.__delattr__, owner),
             lambda name, _: f"the class attribute {owner.__name__}.{name}",
@@ -135,7 +135,7 @@ class Namespace:
         )
 
 
-_OF_COPIES = "__slotnames__"
+_COPY_CACHE = "__slotnames__"
 """An attribute that Python sets on a class when one of its objects is first copied."""
 
 _DEFAULTS = ("__defaults__", "__kwdefaults__")

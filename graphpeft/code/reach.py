@@ -23,22 +23,22 @@ from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.code.namespaces import Namespace, attributes_of, slots_of
 from graphpeft.code.source import names_in, values_around
 
-_OF_TESTS = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
+_TEST_PACKAGES = {"_hypothesis_pytestplugin", "_pytest", "hypothesis", "pluggy", "pytest"}
 """Packages that run tests. Pytest rewrites assertions to call them, so the search would lead there."""
 
-_LIBRARIES = sys.stdlib_module_names | _OF_TESTS | {
+_LIBRARIES = sys.stdlib_module_names | _TEST_PACKAGES | {
     "einops", "graphpeft", "numpy", "timm", "torch", "torchaudio", "torchvision", "transformers",
 }  # fmt: skip
 """Packages whose functions and classes store no state that a forward changes."""
 
-_HOLD_WHAT_USERS_PUT_THERE = {"_thread", "_weakrefset", "argparse", "collections", "types", "weakref"}
+_HOLDING_USER_STATE = {"_thread", "_weakrefset", "argparse", "collections", "types", "weakref"}
 """Python modules of the standard library whose objects can hold state of the user."""
 
-_OF_LIBRARIES = (sys.stdlib_module_names - _HOLD_WHAT_USERS_PUT_THERE) | _OF_TESTS | {"graphpeft", "numpy", "torch"}
+_STATELESS_PACKAGES = (sys.stdlib_module_names - _HOLDING_USER_STATE) | _TEST_PACKAGES | {"graphpeft", "numpy", "torch"}
 """Packages whose objects hold no state that a forward changes."""
 
-_WITH_PARTS = (*CONTAINERS, tuple)
-_NO_MORE_THAN_PARTS = frozenset((*_WITH_PARTS, OrderedDict))
+_CONTAINERS_AND_TUPLES = (*CONTAINERS, tuple)
+_PLAIN_CONTAINERS = frozenset((*_CONTAINERS_AND_TUPLES, OrderedDict))
 
 
 class Reach:
@@ -62,7 +62,7 @@ class Reach:
         for module in root.modules():
             self._note(Namespace.of_object(module), module)
             for value in starts[module]:
-                for namespace in self._beyond(value):
+                for namespace in self._reachable_from(value):
                     self._note(namespace, module)
 
     @property
@@ -80,7 +80,7 @@ class Reach:
         if not owners or owners[-1] is not module:
             owners.append(module)
 
-    def _beyond(self, start: Any) -> list[Namespace]:
+    def _reachable_from(self, start: Any) -> list[Namespace]:
         """Returns the namespaces that can be reached from a value."""
         if id(start) not in self._known:
             self._known[id(start)] = (start, list(self._found_from(start)))
@@ -110,7 +110,7 @@ class Reach:
     def _found_from(self, start: Any) -> Iterator[Namespace]:
         # bases are searched once, since many classes share them
         for base in start.__bases__ if issubclass(type(start), type) and _is_of_a_user(start) else ():
-            yield from self._beyond(base)
+            yield from self._reachable_from(base)
         seen: dict[int, Any] = {}
         waiting = [start]
         while waiting:
@@ -137,7 +137,7 @@ def _starts(module: nn.Module) -> Iterator[Any]:
         value = waiting.pop()
         if type(value) in PLAIN:
             continue
-        if type(value) not in _NO_MORE_THAN_PARTS:
+        if type(value) not in _PLAIN_CONTAINERS:
             yield value
         elif value and id(value) not in seen:
             seen.add(id(value))
@@ -161,7 +161,13 @@ def functions_held(module: nn.Module) -> Iterator[FunctionType]:
             waiting += values_around(value)
 
 
-_MAY_HOLD_FUNCTIONS = (FunctionType, MethodType, functools.partial, functools._lru_cache_wrapper, *_WITH_PARTS)
+_MAY_HOLD_FUNCTIONS = (
+    FunctionType,
+    MethodType,
+    functools.partial,
+    functools._lru_cache_wrapper,
+    *_CONTAINERS_AND_TUPLES,
+)
 
 
 _Opened = tuple[Iterable[Namespace], Iterable[Any]]
@@ -185,8 +191,8 @@ def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
         return (), (value.fget, value.fset)
     if issubclass(kind, functools.cached_property):
         return (), (value.func,)
-    parts = parts_of(value) if issubclass(kind, _WITH_PARTS) else ()
-    if issubclass(kind, ModuleType) or _root(kind) in _OF_LIBRARIES:
+    parts = parts_of(value) if issubclass(kind, _CONTAINERS_AND_TUPLES) else ()
+    if issubclass(kind, ModuleType) or _root(kind) in _STATELESS_PACKAGES:
         return (), parts
     attributes, slots = attributes_of(value), slots_of(kind)
     if attributes is None and not slots:
@@ -200,7 +206,7 @@ def _opened_class(cls: type, named: Set[str]) -> _Opened:
     if not _is_of_a_user(cls):
         return (), ()
     methods = _methods(cls)
-    members = [value for name, value in vars(cls).items() if name not in methods and name not in _OF_EACH_CLASS]
+    members = [value for name, value in vars(cls).items() if name not in methods and name not in _CLASS_INTERNALS]
     return (Namespace.of_class(cls),), (*members, *(methods[name] for name in methods.keys() & named), *cls.__bases__)
 
 
@@ -217,7 +223,7 @@ def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
-_OF_EACH_CLASS = frozenset(("__annotations__", "__dict__", "__doc__", "__module__", "__weakref__"))
+_CLASS_INTERNALS = frozenset(("__annotations__", "__dict__", "__doc__", "__module__", "__weakref__"))
 
 
 def _opened_function(function: FunctionType) -> _Opened:

@@ -171,10 +171,7 @@ def values_around(function: FunctionType) -> Iterator[Any]:
 
 @functools.cache
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
-    """Returns the functions that a forward may run, found by name, each with whether it is only named.
-
-    See `functions_called`.
-    """
+    """Returns the functions that a forward may run, found by name, see `functions_called`."""
     return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)
 
 
@@ -196,17 +193,17 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
         for function in _functions_behind(member):
             is_known = function in found
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
-            if is_known or _is_the_end(function):
+            if is_known or _is_excluded(function):
                 continue
             waiting += [(value, True) for value in _named_in([function], cls)]
-    return {function: is_named for function, is_named in found.items() if not _is_the_end(function)}
+    return {function: is_named for function, is_named in found.items() if not _is_excluded(function)}
 
 
-def _is_the_end(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in _ENDS  # generated code has no __module__
+def _is_excluded(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] in _EXCLUDED_PACKAGES  # generated code has no __module__
 
 
-_ENDS = sys.stdlib_module_names | {"numpy", "torch", "graphpeft"}
+_EXCLUDED_PACKAGES = sys.stdlib_module_names | {"numpy", "torch", "graphpeft"}
 """Packages whose functions aren't searched: they read no attributes by names that the model's code determines."""
 
 

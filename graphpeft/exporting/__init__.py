@@ -182,7 +182,7 @@ def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
 
 
 def _about(format: str, prepared: Prepared) -> str:
-    """Returns the text that an exported file keeps for `export_adapter`: its format, adapter mode and inputs."""
+    """Returns the text to store in an exported file for `export_adapter`: format, adapter mode and inputs."""
     about: dict[str, Any] = {"format": format, "adapters": prepared.adapter_mode}
     if prepared.interface is not None:
         inputs, method, computations = prepared.interface

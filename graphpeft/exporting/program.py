@@ -87,7 +87,7 @@ class Program(NamedTuple):
         limits = self.exported.range_constraints.get(symbol)
         if limits is None:
             return size
-        # PyTorch specialises on 0 and 1, but a program whose least size is 2 can still run with 1
+        # PyTorch specialises on 0 and 1, but a program with the lower limit 2 can still run with size 1
         least = 1 if limits.lower <= 2 else int(limits.lower)
         return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
 

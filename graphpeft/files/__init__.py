@@ -1,1 +1,1 @@
-"""Adapters' files: found in folders and on the Hub, read with suspicion, written whole."""
+"""Finds adapters' files in folders and on the Hub, checks untrusted content, and writes files atomically."""

@@ -91,7 +91,7 @@ def add_product_(y: Tensor, d: Tensor, B: Tensor, scaling: float) -> Tensor:
     product = F.linear(d, B)
     if torch.promote_types(dtype, product.dtype) != dtype:
         return add_scaled(y, product, scaling)
-    # the form of add_scaled that no compiler reads
+    # the sum of add_scaled in place, since nothing records operators here
     return y.add_(product, alpha=scaling)
 
 

@@ -120,7 +120,7 @@ def _noise_like(h: Tensor, probability: float) -> Tensor:
 @torch.no_grad()
 def _noise_again(h: Tensor, probability: float, state: Tensor) -> Tensor:
     """Returns the result of `_noise_like` with the random generator in `state`."""
-    where = _where(h.device)
+    where = _device_argument(h.device)
     before = _generators(h.device).get_rng_state(*where)
     _generators(h.device).set_rng_state(state, *where)
     try:
@@ -130,7 +130,7 @@ def _noise_again(h: Tensor, probability: float, state: Tensor) -> Tensor:
 
 
 def _generator_state(device: torch.device) -> Tensor:
-    return _generators(device).get_rng_state(*_where(device))
+    return _generators(device).get_rng_state(*_device_argument(device))
 
 
 def _generators(device: torch.device) -> Any:
@@ -138,6 +138,6 @@ def _generators(device: torch.device) -> Any:
     return torch.random if device.type == "cpu" else torch.get_device_module(device)
 
 
-def _where(device: torch.device) -> tuple[torch.device, ...]:
+def _device_argument(device: torch.device) -> tuple[torch.device, ...]:
     """Returns the device argument of these functions; the functions for the CPU have none."""
     return () if device.type == "cpu" else (device,)

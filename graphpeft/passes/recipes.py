@@ -119,12 +119,17 @@ def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
         options: The keyword arguments of the step.
         args: The positional arguments. If one is None, as a missing recipe is, the result is None, too.
     """
-    if wants_plain_form() or not torch.is_grad_enabled() or any(arg is None for arg in args) or _others_decide(args):
+    if (
+        wants_plain_form()
+        or not torch.is_grad_enabled()
+        or any(arg is None for arg in args)
+        or _is_decided_elsewhere(args)
+    ):
         return None
     return Recipe(step, options, args)
 
 
-def _others_decide(args: tuple[Any, ...]) -> bool:
+def _is_decided_elsewhere(args: tuple[Any, ...]) -> bool:
     """Returns whether other hooks decide on saved tensors, as in a checkpoint, or autocast decides on dtypes."""
     devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
     return saved_tensors_go_elsewhere() or any(map(torch.is_autocast_enabled, devices))

@@ -1,1 +1,1 @@
-"""Turns models and modules into graphs: tracer, proxies, guards, and graph modules in place."""
+"""Traces models and modules to graphs: `lift` traces one module, `trace` a whole model."""

@@ -93,9 +93,9 @@ class Arguments:
         self._tracer.give(placeholder, example)
         self._tracer.present(placeholder, f"the argument {name!r}")
         is_compared = isinstance(example, torch.Tensor) and self._code is not None and compares_objects(self._code)
-        return self._told_apart(name, placeholder, example) if is_compared else placeholder
+        return self._with_identity_checks(name, placeholder, example) if is_compared else placeholder
 
-    def _told_apart(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
+    def _with_identity_checks(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
         """Adds checks to the graph: whether an argument is the same object as an earlier argument, as in the example.
 
         Returns the earlier argument's placeholder if both are the same object.

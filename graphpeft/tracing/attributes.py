@@ -44,7 +44,7 @@ ABSENT = object()
 _NUMBERS = (bool, int, float)
 
 
-_NOT_THE_CODES = ("__", "_graphpeft_")
+_INTERNAL_PREFIXES = ("__", "_graphpeft_")
 """Prefixes of attributes that Python or graphpeft sets."""
 
 
@@ -60,7 +60,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
     def note(module: nn.Module, name: str) -> Any:
         if name == "__dict__" and tracer.is_recording and module in paths:
             _note_dictionary(tracer, module, paths[module])
-        if name in MACHINERY or name.startswith(_NOT_THE_CODES) or not tracer.is_recording or module not in paths:
+        if name in MACHINERY or name.startswith(_INTERNAL_PREFIXES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
                 if module is root:
                     tracer.session.reads.add(name)

@@ -155,7 +155,7 @@ class Examples:
         """
         sources = above_with_writes(node)
         # `node` itself may draw random numbers by the values of a mask; no value can depend on numbers drawn before
-        if any(_is_not_whole(source) for source in sources if source is not node or not draws(node.target)):
+        if any(_has_other_values(source) for source in sources if source is not node or not draws(node.target)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
 
@@ -224,13 +224,15 @@ class Examples:
                     return self._with_fakes(module)(*args, **kwargs)
             # on fresh fake tensors, so that writes into buffers are lost
             if _is_simple_layer(module):
-                layer = _on_other_tensors(module, self.fake)
-                with _directly(node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True):
+                layer = _with_other_tensors(module, self.fake)
+                with _without_torch_function(
+                    node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True
+                ):
                     return layer(*args, **kwargs)
             tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
             with random_python_states_kept(), unchanged(module), _slow_path():
                 return torch.func.functional_call(module, tensors, args, kwargs)
-        with _directly(node, (), not isinstance(target, Applied)):
+        with _without_torch_function(node, (), not isinstance(target, Applied)):
             return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
 
 
@@ -285,7 +287,7 @@ def _is_simple_layer(module: nn.Module) -> bool:
     return is_own and not module._modules and not isinstance(module, nn.RNNBase)
 
 
-def _on_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+def _with_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Returns a copy of a simple layer with other tensors, which is faster than ``torch.func.functional_call``."""
     copied = object.__new__(type(layer))
     copied.__dict__.update(layer.__dict__, training=layer.training)
@@ -302,7 +304,9 @@ def _may_make_tensors(node: fx.Node) -> bool:
     return node.target not in _READS or not all(type(value) in _NUMBERS for value in values)
 
 
-def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextlib.AbstractContextManager[Any]:
+def _without_torch_function(
+    node: fx.Node, tensors: Iterable[Any], is_known: bool
+) -> contextlib.AbstractContextManager[Any]:
     """Returns a context for a node's call on example values, which skips ``__torch_function__`` where that is safe.
 
     Fake tensors don't change calls in ``__torch_function__``, so skipping the dispatch to it only saves time.
@@ -317,7 +321,7 @@ def _directly(node: fx.Node, tensors: Iterable[Any], is_known: bool) -> contextl
     return DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
 
 
-def _is_not_whole(node: fx.Node) -> bool:
+def _has_other_values(node: fx.Node) -> bool:
     """Returns whether a node's value depends on floats, random numbers or a layer's output."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     if node.op == "get_attr":

@@ -33,7 +33,7 @@ def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, f
     first, second = ([node for node in of.nodes if _is_effect(node)] for of in (graph, other))
     lacking = Counter(known[node] for node in first) - Counter(known[node] for node in second)
     more = Counter(known[node] for node in second) - Counter(known[node] for node in first)
-    return not more and all(_into_something_new(node) for node in first if known[node] in lacking)
+    return not more and all(_writes_into_new_tensor(node) for node in first if known[node] in lacking)
 
 
 def checks_all_of(graph: fx.Graph, other: fx.Graph, but: Callable[[fx.Node], bool]) -> bool:
@@ -72,7 +72,7 @@ def _is_effect(node: fx.Node) -> bool:
     return is_call and node.target not in _CHECKS and writes(node.target)
 
 
-def _into_something_new(node: fx.Node) -> bool:
+def _writes_into_new_tensor(node: fx.Node) -> bool:
     """Returns whether a write changes a tensor that the graph creates, rather than an argument or a module's tensor."""
     written = node.args[0] if node.args else None
     while isinstance(written, fx.Node) and written.op in ("call_function", "call_method") and written.args:

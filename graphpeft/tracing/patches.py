@@ -162,7 +162,7 @@ class _RecordsCalls(TorchFunctionMode):
         if func in self._makers:
             return self._tracer.create_proxy("call_function", func, args, kwargs)
         # proxies record by themselves
-        if any(issubclass(kind, fx.Proxy) for kind in types) or func.__name__ in _OF_THE_OBJECT:
+        if any(issubclass(kind, fx.Proxy) for kind in types) or func.__name__ in _OBJECT_METHODS:
             return func(*args, **kwargs)
         if not any(map(_is_tensor, pytree.tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
@@ -186,7 +186,7 @@ class _RecordsCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_OF_THE_OBJECT = ("__repr__", "__format__", "__deepcopy__", "__reduce_ex__")
+_OBJECT_METHODS = ("__repr__", "__format__", "__deepcopy__", "__reduce_ex__")
 """Methods of tensors that compute no tensor."""
 
 

@@ -72,7 +72,7 @@ def record_forward(
     kept = dict(session.kept)
     with ONE_TRACE_AT_A_TIME, tracer.tracing(entry, (args, kwargs) if args is not None else None):
         try:
-            graph = _recorded_until_known(tracer)
+            graph = _recorded_until_correct(tracer)
             if decides_on_gradients(graph):
                 graph = _for_both_gradient_modes(tracer, graph)
             lint(graph, session.constants.values)
@@ -89,7 +89,7 @@ def record_forward(
             raise TraceError(f"{message}: {type(error).__name__}: {error}") from error
 
 
-def _recorded_until_known(tracer: ValueTracer) -> fx.Graph:
+def _recorded_until_correct(tracer: ValueTracer) -> fx.Graph:
     # a copied context discards what the forward sets in context variables
     while (graph := contextvars.copy_context().run(_recorded, tracer)) is None:
         pass  # each recording finds further modules that must stay calls, so this ends
@@ -102,7 +102,7 @@ def _for_both_gradient_modes(tracer: ValueTracer, graph: fx.Graph) -> fx.Graph:
     kept, not_kept = dict(session.kept), dict(session.not_kept)
     session.gradients = not session.gradients
     try:
-        serving = serving_both(graph, _recorded_until_known(tracer))
+        serving = serving_both(graph, _recorded_until_correct(tracer))
     except OUT_OF_MEMORY:
         raise
     except Exception:

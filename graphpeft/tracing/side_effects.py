@@ -82,7 +82,7 @@ def stateful_modules(
         for module in _inlined(before.owners(attribute), paths, called):
             what = f"{does} {attribute.described(module)} for its next call"
             reason = f"{type(module).__name__}'s forward {what}, which a graph can't hold{again.error}"
-            path = _around(called, [paths[module], *writers.get(attribute, ())])
+            path = _innermost_around(called, [paths[module], *writers.get(attribute, ())])
             if not path:
                 raise TraceError(reason)
             found.setdefault(path, reason)
@@ -90,7 +90,10 @@ def stateful_modules(
 
 
 def _inlined(owners: list[nn.Module], paths: Mapping[nn.Module, str], called: Collection[str]) -> list[nn.Module]:
-    """Returns the inlined modules among the `owners` of some state, all of which must stay calls; else the first."""
+    """Returns the inlined modules among the `owners` of some state, or the first owner if none is inlined.
+
+    All inlined owners must stay calls.
+    """
     return [module for module in owners if not paths[module] or paths[module] in called] or owners[:1]
 
 
@@ -173,8 +176,8 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _around(called: Collection[str], paths: list[str]) -> str:
-    """Returns the path of the innermost module, among those `called`, that is or is around all of `paths`."""
+def _innermost_around(called: Collection[str], paths: list[str]) -> str:
+    """Returns the path of the innermost module in `called` that contains all of `paths` or is one of them."""
     first, *others = paths
     around = [first, *(first[:end] for end in range(len(first) - 1, 0, -1) if first[end] == ".")]
     found = (path for path in around if path in called and all(f"{other}.".startswith(f"{path}.") for other in others))

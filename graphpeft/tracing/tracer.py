@@ -128,7 +128,7 @@ class ValueTracer(fx.Tracer):
 
         def call() -> Any:
             result = self._entry(*positional, **keywords)
-            self._refuse_to_go_on()
+            self._raise_caught_error()
             return result
 
         return call, []
@@ -178,7 +178,7 @@ class ValueTracer(fx.Tracer):
         self._failure, self._failing_line = error, guards.deciding_line()
         return error
 
-    def _refuse_to_go_on(self) -> None:
+    def _raise_caught_error(self) -> None:
         """Raises if the code that has just returned has caught an error of a recorded call."""
         if isinstance(self._failure, NeedsInputsError | RecordAgain):
             raise self._failure
@@ -200,7 +200,7 @@ class ValueTracer(fx.Tracer):
         if writes(target) and proxy.node.all_input_nodes:
             self._decisions.forget_about(proxy.node.all_input_nodes[0])
         value = proxy.node.meta.get(VALUE, proxy)
-        if target not in _EFFECTS and (is_identity_compared(value) or _is_asked_about(value, kind, target)):
+        if target not in _EFFECTS and (is_identity_compared(value) or _may_be_identity_compared(value, kind, target)):
             self.decide(proxy, value)
             return value
         if target in TAKES_OUT and may_lack(proxy.node, self.session.kept):
@@ -317,7 +317,7 @@ class ValueTracer(fx.Tracer):
         around, self._calls = self._calls, (*self._calls, call)
         try:
             result = call_m(*args, **kwargs)
-            self._refuse_to_go_on()
+            self._raise_caught_error()
         finally:
             self._calls = around
         call.returns(result)
@@ -340,8 +340,8 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Converts an argument of a recorded call to an object that a node can hold."""
         if isinstance(a, fx.Proxy):
-            return a.node if a.node.graph is self.graph else self._of_the_state(a.node)
-        # the fast path: most arguments are of these types, which fx tests last
+            return a.node if a.node.graph is self.graph else self._state_node(a.node)
+        # the fast path: most arguments are of these types, and fx makes many other type tests first
         if type(a) in SIMPLE:
             return a
         if type(a) in (tuple, list):
@@ -368,7 +368,7 @@ class ValueTracer(fx.Tracer):
             refuse_object_with_traced_values(a)
             return self._constant(a)
 
-    def _of_the_state(self, node: fx.Node) -> fx.Node:
+    def _state_node(self, node: fx.Node) -> fx.Node:
         """Returns the node that reads a value of the first recording, which the forward has stored as state."""
         if self.session.left is None:
             raise TraceError("a value of an earlier trace is used: the model has kept it, outside of its modules")
@@ -437,7 +437,7 @@ def _writes_itself(node: fx.Node) -> bool:
     return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
 
 
-def _is_asked_about(value: Any, kind: str, target: Any) -> bool:
+def _may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:
     """Returns whether `value` is an item or a method's result that the calling code may compare by identity."""
     is_taken = kind == "call_method" or target is operator.getitem
     return is_taken and may_be_compared(value, guards.deciding_frame().f_code)

@@ -45,7 +45,7 @@ def _type_check_in_class(cls: type) -> str | None:
 
 
 def refuse_type_checks(module: nn.Module) -> None:
-    """Raises TraceError if the forward of `module` checks the class of a value, and so would see that of a proxy."""
+    """Raises TraceError if the forward of `module` checks the class of a value, since a proxy has another class."""
     check = unsupported_type_check(module)
     if check is not None:
         raise TraceError(type_check_message(f"{type(module).__name__}'s forward", check))

@@ -142,7 +142,7 @@ def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
 
 
 def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
-    """Gives an input a default value; an input without dimensions gets one dimension."""
+    """Adds a default value to an input; an input of shape () gets the shape (1,)."""
     ir = importlib.import_module("onnx_ir")
     if not default.ndim:
         if any(user.op_type not in _ELEMENTWISE for user, _ in value.uses()):

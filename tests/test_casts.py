@@ -90,4 +90,4 @@ def test_a_cast_below_dropout_goes_with_the_dropout():
 
 def test_models_in_single_precision_have_no_casts():
     report = optimize(block("regions"), ["shared_casts", "recomputed_casts"])
-    assert "recomputed_casts finds nothing: there are no products of what was cast" in str(report)
+    assert "recomputed_casts finds nothing: there are no products of casts" in str(report)

@@ -77,7 +77,7 @@ def test_branches_with_dropout_keep_masks_of_their_own():
 
 
 def test_a_branch_alone_is_left():
-    assert optimize(block("regions"), [PASS]).left[PASS] == dict.fromkeys("qkvo", "no other branch reads what it reads")
+    assert optimize(block("regions"), [PASS]).left[PASS] == dict.fromkeys("qkvo", "no other branch has the same input")
 
 
 @pytest.mark.parametrize("write", ["add_", "relu", "module"])

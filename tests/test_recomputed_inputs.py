@@ -113,7 +113,7 @@ def test_an_input_that_is_kept_anyway_is_left(activation):
             return self.layer(activation(x * 2))
 
     report = optimize(adapted(Activated), [PASS])
-    assert report.left == {PASS: {"layer": "what it reads isn't computed from what others keep"}}
+    assert report.left == {PASS: {"layer": "its input isn't computed from tensors that other operations save"}}
 
 
 def test_a_value_that_others_read_too_is_where_a_recipe_begins():
@@ -200,7 +200,7 @@ def test_an_input_that_is_written_between_its_computation_and_its_product_is_lef
 
     plain, recomputed = adapted(Writing), adapted(Writing)
     report = optimize(recomputed, [PASS])
-    assert report.left[PASS]["second"] == "something between may write into what it reads"
+    assert report.left[PASS]["second"] == "a node in between may write into its input"
     assert_equal_within(computed(recomputed, inputs(3, 8)), computed(plain, inputs(3, 8)))
 
 

@@ -109,4 +109,4 @@ def test_evaluation_draws_nothing():
 
 def test_what_dropout_leaves_for_others_is_kept():
     report = optimize(layer(use_dora=True), ["regenerated_dropout"])
-    assert report.left["regenerated_dropout"] == {"0": "others than one product read what dropout leaves"}
+    assert report.left["regenerated_dropout"] == {"0": "several nodes read the output of dropout"}

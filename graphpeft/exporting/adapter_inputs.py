@@ -1,6 +1,6 @@
 """An adapter's tensors as arguments of the model: ``model(x, adapters={"base_model.model.….lora_A.weight": A, …})``.
 
-The names are the names in PEFT's files. Numbers that the adapter's rules read, such as the scale, are inputs too, as
+The tensors have the names in PEFT's files. Numbers that the adapter's rules read, such as the scale, are inputs, too:
 tensors of shape () named by the module and the rule. So one graph serves all adapters of equal shapes.
 """
 

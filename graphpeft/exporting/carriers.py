@@ -204,7 +204,7 @@ def _with_inputs(model: nn.Module, adapter_mode: str) -> tuple[Any, str, Adapter
     [name] = state.acting
     copied = copies.sharing_weights(model)
     optimize(copied, [])
-    # before the graphs are changed, since digests depend on them
+    # inputs of all adapters, read before the graphs change
     found = {other: adapter_inputs.inputs_of(copied, other) for other in (name, *state.by_name)}
     adapter_inputs.take_numbers_as_tensors(copied, name)
     unread = set(adapter_inputs.unread(copied, name, found[name].inputs))

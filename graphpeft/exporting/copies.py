@@ -25,7 +25,7 @@ def with_own_weights(model: nn.Module) -> Any:
 
 
 def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
-    """Removes the tensors of adapters from a copy, whose graphs don't read them or get them as inputs."""
+    """Removes the tensors of adapters from a copy. Its graphs must not read them, or must get them as inputs."""
     modules = dict(copied.named_modules())
     for name in adapters:
         for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):

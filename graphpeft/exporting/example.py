@@ -86,7 +86,7 @@ class Example(NamedTuple):
 
 def _sized(tensor: Tensor, shape: Shape) -> Tensor:
     if not tensor.numel():
-        return tensor.new_zeros(shape)  # there is nothing to repeat
+        return tensor.new_zeros(shape)  # an empty tensor has no values to repeat
     for dim, size in enumerate(shape):
         if size != tensor.shape[dim]:
             tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])

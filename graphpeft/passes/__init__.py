@@ -27,11 +27,11 @@ PASSES: tuple[Pass, ...] = (
     # first, since all other passes keep shapes
     Pass("flattened_rows", flattened_rows, looks_for="linear operations with branches"),
     # before other passes make casts a part of products
-    Pass("shared_casts", shared_casts, looks_for="casts of what several branches in one graph read"),
+    Pass("shared_casts", shared_casts, looks_for="casts of an input that several branches in one graph share"),
     # before casts become a part of products, since dropout is between cast and product
-    Pass("regenerated_dropout", regenerated_dropout, looks_for="products of what dropout leaves"),
+    Pass("regenerated_dropout", regenerated_dropout, looks_for="products of the output of dropout"),
     # before the grouping, which takes the saved tensors over
-    Pass("recomputed_casts", recomputed_casts, looks_for="products of what was cast"),
+    Pass("recomputed_casts", recomputed_casts, looks_for="products of casts"),
     Pass("grouped_products", grouped_products, looks_for="products of a branch's input"),
     # after the grouping, since it also changes grouped products
     Pass("recomputed_inputs", recomputed_inputs, looks_for="products of a branch's input"),

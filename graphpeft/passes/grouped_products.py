@@ -21,7 +21,7 @@ def grouped_products(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
     """Groups the first products of branches with the same input."""
     outcomes = []
     for group in _groups(graph, root):
-        alone = "no other branch reads what it reads" if len(group) == 1 else None
+        alone = "no other branch has the same input" if len(group) == 1 else None
         if group[0].dropped is not None or group[0].dropout:
             alone = "its dropout has a mask of its own"
         if alone is None:

@@ -36,9 +36,9 @@ def _made_in_place(graph: fx.Graph, total: fx.Node, root: nn.Module) -> str | No
     y, addend, scaling = _summands(total)
     product = ops.read_op(addend, root) if isinstance(addend, fx.Node) else None
     if not isinstance(y, fx.Node) or not isinstance(product, ops.Linear) or product.bias is not None:
-        return "what is there isn't a sum of the operation's value and a product"
+        return "the adapted value isn't a sum of the operation's value and a product"
     if not _is_fresh(y, root):
-        return "what the product is added to isn't the fresh output of a linear operation"
+        return "the product isn't added to a new output of a linear operation"
     if not is_read_by(y, total):
         return "others read the operation's value, too"
     if not is_read_by(product.node, total):

@@ -48,12 +48,12 @@ def _recomputed(graph: fx.Graph, x: fx.Node, readers: Sequence[_Reader], root: n
     """Makes the readers of `x` save its recipe, or returns the reason to leave them."""
     steps = _steps(x, root)
     if not steps:
-        return "what it reads isn't computed from what others keep"
+        return "its input isn't computed from tensors that other operations save"
     nodes = list(graph.nodes)
     last = max(nodes.index(reader.node) for reader in readers)
     between = nodes[min(map(nodes.index, steps)) : last]
     if any(separates(node, root) for node in between):
-        return "something between may write into what it reads"
+        return "a node in between may write into its input"
     source = _write_recipes([node for node in nodes if node in steps], root)
     for reader in readers:
         reader.keep(source)

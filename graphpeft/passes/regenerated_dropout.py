@@ -26,7 +26,7 @@ def _regenerated(found: FirstProduct) -> str | None:
     """Makes one product draw its mask itself, or returns the reason to leave it."""
     assert found.dropped is not None
     if len(found.dropped.users) > 1:
-        return "others than one product read what dropout leaves"
+        return "several nodes read the output of dropout"
     _, probability, training = arguments_of(found.dropped, "input", "p", "training")
     factor = found.factor(found.node)
     with found.node.graph.inserting_before(found.node):

@@ -26,7 +26,7 @@ def shared_casts(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
             # after a write, or at the edge of an autocast region, x may have another value
             known = {} if separates(node, root) else known
         elif TAG not in x.meta:
-            reason = None if x in known else "no cast of what it casts comes before it"
+            reason = None if x in known else "there is no earlier cast of its input"
             outcomes.append(Outcome(node.meta[TAG].site, reason))
             if x in known:
                 with graph.inserting_before(node):

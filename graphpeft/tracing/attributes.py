@@ -146,7 +146,7 @@ def _is_of_class(cls: type, name: str, value: Any) -> bool:
 
 
 def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -> Any:
-    """Returns a plain attribute: a number as a proxy, unless the module's code compares by identity; else its value."""
+    """Returns a proxy for a number, unless the module's code compares with True by ``is``; else the value itself."""
     proxy = tracer.attribute(path)
     if not isinstance(proxy, fx.Proxy):
         return proxy  # the tracer returns None and strings as plain values

@@ -1,4 +1,4 @@
-"""Runs Python modules that a forward imports outside the trace.
+"""Runs the code of Python modules that a forward imports, but outside the trace.
 
 The names that an imported module binds outlive the trace: ``from torch import arange`` must bind the real function, and
 ``BASE = torch.ones(4)`` a tensor.

@@ -22,7 +22,7 @@ from graphpeft.tracing.recorder import Recorder
 
 
 def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
-    """Returns a proxy of the detached value, or `proxy` itself if its value carries no gradient of this region."""
+    """Returns a proxy of the detached value; `proxy` itself for a module's tensor or one that can't require grad."""
     node = proxy.node
     if node.op == "get_attr" or node.target is detached or not _may_require_grad(node):
         return proxy

@@ -56,7 +56,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
 
     Raises:
         NeedsInputsError: If the model decides on its inputs and `example_inputs` is missing.
-        TraceError: If no graph can represent the model's own forward; with `strict`, if a module can't be inlined.
+        TraceError: If no graph can represent the model's own forward; with `strict`, also for the errors named there.
 
     Example:
         >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))))

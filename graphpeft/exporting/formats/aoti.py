@@ -1,4 +1,4 @@
-"""AOTInductor's package, a compiled model that ``torch._inductor.aoti_load_package(path)`` loads."""
+"""AOTInductor's package: a compiled model without Python, loaded by ``torch._inductor.aoti_load_package(path)``."""
 
 from __future__ import annotations
 

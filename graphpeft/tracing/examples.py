@@ -155,7 +155,7 @@ class Examples:
         """
         sources = above_with_writes(node)
         # `node` itself may draw random numbers by the values of a mask; no value can depend on numbers drawn before
-        if any(_has_other_values(source) for source in sources if source is not node or not draws(node.target)):
+        if any(_prevents_evaluation(source) for source in sources if source is not node or not draws(node.target)):
             raise TraceError(f"{guards.deciding_line()} depends on the values of a tensor")
         values: dict[fx.Node, Any] = {}
 
@@ -321,8 +321,8 @@ def _without_torch_function(
     return DisableTorchFunctionSubclass() if is_plain else contextlib.nullcontext()
 
 
-def _has_other_values(node: fx.Node) -> bool:
-    """Returns whether a node's value depends on floats, random numbers or a layer's output."""
+def _prevents_evaluation(node: fx.Node) -> bool:
+    """Returns whether a node's value comes from a float argument, a module's tensor or output, or random numbers."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     if node.op == "get_attr":
         # a module's tensors may differ in each run, and writing into a constant would change it

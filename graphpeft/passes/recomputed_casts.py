@@ -24,7 +24,7 @@ def recomputed_casts(graph: fx.Graph, root: nn.Module) -> list[Outcome]:
 def _recomputed(found: FirstProduct) -> str | None:
     """Makes one product cast again, or returns the reason to leave it."""
     if found.dropped is not None:
-        return "dropout is between cast and product; the pass regenerated_dropout would make it a part of the product"
+        return "dropout is between the cast and the product; regenerated_dropout would make it a part of the product"
     factor = found.factor(found.node)
     with found.node.graph.inserting_before(found.node):
         args = (cast_from(found.h), found.h, factor, *found.dropout)

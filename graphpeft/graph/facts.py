@@ -15,7 +15,7 @@ from torch import nn
 from graphpeft._torch import pytree, storage_key
 from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.drawing_functions import draws
-from graphpeft.graph.masks import ASKED_ABOUT, attention_mask
+from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
 from graphpeft.graph.template import VALUE
 
 
@@ -49,7 +49,7 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
     """Returns the inputs of `node` whose values it uses, not only their metadata such as the shape."""
     if reads_metadata_only(node):
         return []
-    asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
+    asked = [node.kwargs.get(name) for name in METADATA_ARGUMENTS] if node.target is attention_mask else []
     return [source for source in node.all_input_nodes if source not in asked]
 
 

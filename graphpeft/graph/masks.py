@@ -17,7 +17,7 @@ from torch import nn
 
 _MASKING_UTILS = "transformers.masking_utils"
 _SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
-ASKED_ABOUT = ("inputs_embeds", "input_embeds")
+METADATA_ARGUMENTS = ("inputs_embeds", "input_embeds")
 """Arguments of a mask function that it reads only for their shape, dtype and device."""
 
 

@@ -25,14 +25,14 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     if call is not nn.Module.__call__ and not calls_forward(call):
         raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
     names = (*vars(module), *module._parameters, *module._buffers, *module._modules)
-    taken = _taken(type(module), names)
+    taken = _conflicting_names(type(module), names)
     if taken:
         raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
 
 
 # cached, since equal modules have equal names
 @functools.lru_cache(maxsize=256)
-def _taken(cls: type, names: tuple[str, ...]) -> list[str]:
+def _conflicting_names(cls: type, names: tuple[str, ...]) -> list[str]:
     return sorted(_INTERFACE.intersection((*names, *_members(cls))))
 
 

@@ -138,7 +138,7 @@ class Settings:
         """Returns the numbers; raises GuardError if a setting has changed, or an unread attribute is set now."""
         if self._changes != self._watch.changes:
             self._find_owners()
-            self._check_what_is_watched()
+            self._check_watched()
             self._changes = self._watch.changes
         _check(self._unwatched)
         numbers = [getattr(module, name, None) for module, name in self._numbers]
@@ -147,7 +147,7 @@ class Settings:
                 guards.expect(number, "a number", path)
         return numbers
 
-    def _check_what_is_watched(self) -> None:
+    def _check_watched(self) -> None:
         _check(self._watched)
         for module, name, path in self._unread:
             if name in module.__dict__ or name in module._parameters or name in module._buffers:

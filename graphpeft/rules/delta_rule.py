@@ -26,7 +26,7 @@ class WeightRule(Mergeable):
     """A rule whose `delta` gives a change in PEFT's layout, of shape `site.matrix_shape`.
 
     The arguments ``weight`` and ``base`` of `delta` and `bias_delta` are in this layout, too, and in the dtype of the
-    rule's parameters, which is single precision beside a base in half precision. In ``rewrite``, ``weight``, ``base``
+    rule's parameters, which is single precision for a base in half precision. In ``rewrite``, ``weight``, ``base``
     and ``change`` are in the stored layout, as ``operation.apply`` takes them.
 
     Attributes:

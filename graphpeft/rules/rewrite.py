@@ -51,11 +51,11 @@ class RuleError(Exception):
 
 
 class NoChangeError(Exception):
-    """A rule needs the weight as adapters before it left it, but one of these adapters isn't a change of the weight.
+    """A rule asks for the present weight, but an earlier adapter's effect there is no change of the weight.
 
     Args:
         weight: The path of the weight.
-        slot: The slot of the adapter before.
+        slot: The slot of the earlier adapter.
     """
 
     def __init__(self, weight: str, slot: int) -> None:

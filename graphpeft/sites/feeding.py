@@ -17,8 +17,8 @@ from graphpeft.sites.dataflow import feeding_directly
 def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> list[str]:
     """Returns the names, for `target_modules`, of the linear operations that feed the attentions' `role`.
 
-    These are the last linear operations before the attention, whatever reshapes, normalises or rotates their outputs.
-    Where one projection computes query, key and value, each role gives this projection.
+    These are the last linear operations before the attention, even if other nodes reshape, normalise or rotate their
+    outputs. Where one projection computes query, key and value, each role gives this projection.
 
     Args:
         traced: A model traced with example inputs.

@@ -21,7 +21,7 @@ _OF_EACH_MODULE = frozenset(vars(nn.Module()))
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
-_LEADING_NOWHERE = PLAIN - {nn.Parameter}
+_PLAIN_TYPES = PLAIN - {nn.Parameter}
 """Types whose values hold no module and no parameter."""
 
 
@@ -30,7 +30,7 @@ def held_by(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EACH_MODULE and not (type(value) in _LEADING_NOWHERE or _holds_plain_values(value))
+        if name not in _OF_EACH_MODULE and not (type(value) in _PLAIN_TYPES or _holds_plain_values(value))
     }
 
 
@@ -38,8 +38,8 @@ def _holds_plain_values(value: Any) -> bool:
     """Returns whether a value is a container of plain values only."""
     kind = type(value)
     if kind is dict:
-        return _LEADING_NOWHERE.issuperset(map(type, value.values()))
-    return kind in (list, tuple, set, frozenset) and _LEADING_NOWHERE.issuperset(map(type, value))
+        return _PLAIN_TYPES.issuperset(map(type, value.values()))
+    return kind in (list, tuple, set, frozenset) and _PLAIN_TYPES.issuperset(map(type, value))
 
 
 def is_of_pytorch(module: nn.Module) -> bool:
@@ -146,7 +146,7 @@ def _reached_from(start: Any) -> Iterator[_Held]:
             waiting += [
                 (part, codes)
                 for part in opened(value)[1]
-                if type(part) not in _LEADING_NOWHERE and not _holds_plain_values(part)
+                if type(part) not in _PLAIN_TYPES and not _holds_plain_values(part)
             ]
 
 

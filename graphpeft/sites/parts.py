@@ -124,16 +124,16 @@ def _as_attended(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
     """
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
-            return _told_apart(ends, [_arguments_above(node, index) for index in range(3)])
-        if _name(node) == "softmax" and _over_the_last(node):
+            return _one_candidate_each(ends, [_arguments_above(node, index) for index in range(3)])
+        if _name(node) == "softmax" and _is_over_last_dim(node):
             scored = above(node)
             scores = _first_meeting(graph, node, [end for end in ends if end in scored])
             outside = set(ends) - scored
-            return _told_apart(ends, [*(above(source) for source in scores), outside])
+            return _one_candidate_each(ends, [*(above(source) for source in scores), outside])
     raise TraceError("the graph has no attention that tells its queries from its keys and values")
 
 
-def _told_apart(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]:
+def _one_candidate_each(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]:
     found = [[end for end in ends if end in side] for side in sides]
     ordered = [candidates[0] for candidates in found if len(candidates) == 1]
     if len(set(ordered)) != len(NAMES):
@@ -166,7 +166,7 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _over_the_last(softmax: fx.Node) -> bool:
+def _is_over_last_dim(softmax: fx.Node) -> bool:
     """Returns whether a softmax goes over the last dimension, that of the keys."""
     value = softmax.meta.get(VALUE)
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)

@@ -20,7 +20,7 @@ _OF_PYTORCH = ("torch.distributed.", "torch._subclasses.", "torch.nn.")
 def is_quantised(weight: torch.Tensor) -> bool:
     """Returns whether the elements of a weight are codes of numbers."""
     dtype = weight.dtype
-    return not (dtype.is_floating_point or dtype.is_complex) or _computes_by_itself(type(weight))
+    return not (dtype.is_floating_point or dtype.is_complex) or _overrides_computation(type(weight))
 
 
 def described(weight: torch.Tensor) -> str:
@@ -36,7 +36,7 @@ def way_of_computing(weight: torch.Tensor) -> str:
 
 
 @functools.cache
-def _computes_by_itself(cls: type[torch.Tensor]) -> bool:
+def _overrides_computation(cls: type[torch.Tensor]) -> bool:
     """Returns whether a tensor subclass overrides how PyTorch computes with its tensors."""
     own: list[Any] = [base for base in cls.__mro__[: cls.__mro__.index(torch.Tensor)] if base not in _PLAIN]
     return any(

@@ -17,7 +17,7 @@ from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import NoSiteError
 
-_ASK_ONLY = (nn.TransformerEncoder,)
+_READ_METADATA_ONLY = (nn.TransformerEncoder,)
 """Classes whose forward reads only metadata of submodules' weights, such as the device."""
 
 
@@ -34,7 +34,9 @@ class Readers:
         # a graph shows its own reads
         code = {path: module for path, module in modules.items() if path not in regions.graphs}
         held = {path: held_by(module) for path, module in code.items() if module._modules or not is_of_pytorch(module)}
-        outer = {path: module for path, module in code.items() if module._modules and not _is_off(module)}
+        outer = {
+            path: module for path, module in code.items() if module._modules and not _is_fast_path_disabled(module)
+        }
         self._by_code = _read_by_code(outer, modules)
         self._may_read = _may_read(outer, held, modules)
         self._held = held_outside(modules, held)
@@ -81,7 +83,7 @@ class Readers:
             if self._regions.is_called(path):
                 nearest = path if nearest is None else nearest
                 may = self._may_read.get(path)
-                if may is not None and in_place.original_class(self._regions.modules[path]) not in _ASK_ONLY:
+                if may is not None and in_place.original_class(self._regions.modules[path]) not in _READ_METADATA_ONLY:
                     # modules further out hand on the modules between, which are suspects themselves
                     is_all = path == nearest or (ANY not in may.names and not may.handed_on)
                     found.append((path, may if is_all else MayRead(may.names - {ANY}, frozenset())))
@@ -138,7 +140,7 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
     """
     readers: dict[tuple[nn.Module, str], list[str]] = {}
     for path, module in outer.items():
-        paths = _paths_of_two(in_place.original_class(module))
+        paths = _dotted_paths(in_place.original_class(module))
         for owner, name in dict.fromkeys(_tensor_at(module, used) for used in paths):
             if owner is not module and (name in owner._parameters or name in owner._buffers):
                 readers.setdefault((owner, name), []).append(path)
@@ -150,7 +152,7 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
 
 
 @functools.lru_cache(maxsize=256)
-def _paths_of_two(cls: type) -> list[list[str]]:
+def _dotted_paths(cls: type) -> list[list[str]]:
     """Returns the dotted paths that a forward reads or calls, each split into its names."""
     uses = _uses(cls)
     return [path.split(".") for path in (*uses.read, *uses.called) if "." in path]
@@ -247,6 +249,6 @@ def _may_read(
     return found
 
 
-def _is_off(module: nn.Module) -> bool:
+def _is_fast_path_disabled(module: nn.Module) -> bool:
     """Returns whether a module's code that reads weights directly, its fast path, is disabled."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()

@@ -131,7 +131,7 @@ class Site(NamedTuple):
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
-        """Nothing: a rule reads the weight and the bias as they stand in the graph."""
+        """Nothing, since rules get the weight and the bias from the graph."""
         return ()
 
     @property

@@ -34,7 +34,7 @@ _COUNT = re.compile(r"\{(\d+),?(\d*)\}|\{,(\d+)\}")
 _MOST_STATES = 200_000
 """The most states of a compiled pattern, which has one for each repetition: some 60 MB."""
 
-_READ_OTHERWISE = re.compile(r"(?<!\\)(\{(?!\d*,?\d*\})|\[:)")
+_READ_DIFFERENTLY = re.compile(r"(?<!\\)(\{(?!\d*,?\d*\})|\[:)")
 """Syntax that `regex` reads differently from `re`: ``x{e<=1}``, ``[[:alpha:]]``."""
 
 
@@ -61,7 +61,7 @@ class Pattern:
         self._entry, self._option = entry, option
         if len(pattern) > _LONGEST:
             raise PatternError(f"{shown(entry)} in {option} has {len(entry)} characters; {_LONGEST} are read at most")
-        unlike = _READ_OTHERWISE.search(pattern)
+        unlike = _READ_DIFFERENTLY.search(pattern)
         if unlike is not None:
             raise PatternError(f"{shown(entry)} in {option} has {unlike[0]!r}; write it as re.escape does")
         if _states(pattern) > _MOST_STATES:

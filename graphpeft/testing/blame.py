@@ -22,7 +22,7 @@ from graphpeft.wording import joined
 
 Build = Callable[[], nn.Module]
 
-_NO_LAWS_MATTER = (AdaptError, GuardError, TraceError)
+_REFUSALS = (AdaptError, GuardError, TraceError)
 """Errors that say by themselves why a model or a config is refused; no law is broken."""
 
 
@@ -33,7 +33,7 @@ def blames_a_site(law: Callable[..., None]) -> Callable[..., None]:
     def checked(build: Build, config: PeftConfig, inputs: ExampleInputs, *args: Any, **kwargs: Any) -> None:
         try:
             law(build, config, inputs, *args, **kwargs)
-        except _NO_LAWS_MATTER:
+        except _REFUSALS:
             raise
         except Exception as error:
             what = str(error) if isinstance(error, LawError) else f"{type(error).__name__}: {error}"
@@ -46,7 +46,7 @@ def blames_a_site(law: Callable[..., None]) -> Callable[..., None]:
 def _breaks(check: Callable[[PeftConfig], None], config: PeftConfig) -> bool:
     try:
         check(config)
-    except _NO_LAWS_MATTER:
+    except _REFUSALS:
         return False
     except Exception:
         return True

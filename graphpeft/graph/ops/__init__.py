@@ -1,4 +1,4 @@
-"""Operations in one form each, whatever their spelling in the graph, so that rules handle operations only."""
+"""Operations in a normal form, independent of their spelling in the graph, which rules work with."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Call:
     Attributes:
         path: The path of the module.
         name: A name that no other call in the graph has.
-        arguments: The node of each argument, by the argument's name in the forward; None for a value that is no node.
-        returned: The node of each returned value, flattened by pytree; None for a value that is no node.
+        arguments: The node's name of each argument, by the argument's name; None for a value that is no node.
+        returned: The node's name of each returned value, flattened by pytree; None for a value that is no node.
     """
 
     path: str

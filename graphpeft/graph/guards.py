@@ -86,7 +86,7 @@ def _shown(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """Returns the name of the type of `value`; "Tensor" for every tensor."""
+    """Returns the type name of `value`, for checks of ``isinstance``; "Tensor" for every tensor."""
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", kind, (value,), {})  # type: ignore[return-value]
     return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__

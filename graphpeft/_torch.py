@@ -1,19 +1,19 @@
-"""All that the package uses of PyTorch that PyTorch doesn't promise: private names, each with what it is for.
+"""All private names of PyTorch that the package uses, each with its purpose.
 
-No other file uses such a name, so a new release of PyTorch is a matter of this one. Names without a remark are the same
-in all versions that the package runs with.
+No other file uses private names of PyTorch, so a new release of PyTorch affects only this file. Names without a remark
+are the same in all supported versions.
 
-Three kinds of names with an underscore are used all over the package, since libraries subclass and read them, in all
-versions alike:
+Three kinds of names with an underscore are exempt and used all over the package, since libraries subclass and read
+them, and they are the same in all versions:
 
-- those of ``nn.Module``: its dictionaries (``_parameters``, ``_buffers``, ``_modules``, ``_non_persistent_buffers_set``
-  and those of hooks), and the methods that classes override (``_apply``, ``_load_from_state_dict``,
-  ``_save_to_state_dict``, ``_replicate_for_data_parallel``);
-- ``_orig_mod``, where ``torch.compile`` keeps a model;
-- what ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which `graph/template.py`
-  defines.
+- names of ``nn.Module``: its dictionaries (``_parameters``, ``_buffers``, ``_modules``,
+  ``_non_persistent_buffers_set`` and the dictionaries of hooks), and the methods that classes override (``_apply``,
+  ``_load_from_state_dict``, ``_save_to_state_dict``, ``_replicate_for_data_parallel``);
+- ``_orig_mod``, the attribute in which ``torch.compile`` keeps a model;
+- the attributes that ``fx.GraphModule`` reads of itself (``_graph``, ``_code``, ``_lineno_map``), which
+  `graph/template.py` defines.
 
-Code that fx generates names functions of ``torch._C._nn``, since public ones such as ``F.gelu`` are called so.
+Code that fx generates contains names of ``torch._C._nn``, where public functions such as ``F.gelu`` are defined.
 """
 
 from __future__ import annotations
@@ -46,87 +46,87 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
-    "CHECKPOINT_GENERATOR",  # what `checkpoint` calls with use_reentrant=False
-    "FORWARD_HOOKS_OF_ALL",  # hooks that a forward can reach
-    "GROUPED_MM",  # the products of experts, of which fake tensors refuse some
-    "PADDING_OF_CONVOLUTION",  # a convolution whose padding isn't zeros
-    "CheckpointFunction",  # what it calls otherwise; public by name, not documented
-    "DisableTorchFunction",  # tensors are read without asking their class, and so without recording
-    "DisableTorchFunctionSubclass",  # likewise, while function modes go on
-    "IncompatibleKeys",  # what `nn.Module.load_state_dict` returns, and PEFT's functions, too
-    "OpOverload",  # how a call of an operator is told from one of a function, to pickle it by its name
-    "aot_inductor",  # the format of exports of that name
-    "autocast_options",  # regions under autocast as nodes
-    "call_with_hooks",  # what a call of a module runs, where `fx` exchanges `nn.Module.__call__`
+    "CHECKPOINT_GENERATOR",  # the implementation of `checkpoint` with use_reentrant=False
+    "FORWARD_HOOKS_OF_ALL",  # global hooks that a forward runs
+    "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
+    "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
+    "CheckpointFunction",  # the implementation of `checkpoint` with use_reentrant=True; public by name, undocumented
+    "DisableTorchFunction",  # reads tensors without `__torch_function__`, and so without recording
+    "DisableTorchFunctionSubclass",  # the same, but function modes stay on
+    "IncompatibleKeys",  # the result of `nn.Module.load_state_dict`, and of PEFT's functions
+    "OpOverload",  # tells calls of operators from calls of functions, to pickle operators by name
+    "aot_inductor",  # the export format of that name
+    "autocast_options",  # for nodes of regions under autocast
+    "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
     "checkpoint_module",
-    "compiler_asks",  # what it asks for isn't for an edit
-    "compiler_options",  # a trace goes through what was compiled
+    "compiler_asks",  # tells a compiler's read of a graph from an edit
+    "compiler_options",  # lets a trace go through compiled code
     "computes_in_own_way",
-    "current_function_mode",  # a trace's mode is set aside for what isn't recorded
-    "empty_graph_like",  # copies of graphs
-    "enter_autocast",  # a region under autocast begins; how `fx` itself records them
+    "current_function_mode",  # tells whether a trace's mode is the innermost one
+    "empty_graph_like",  # for copies of graphs
+    "enter_autocast",  # begins a region under autocast, as `fx` itself records it
     "fake_tensor",  # example values without data
-    "function_mode_set_aside",
-    "has_hooks_of_all",  # a hook may keep what a pass would overwrite
-    "is_in_torch_dispatch_mode",  # something records the operators that are computed, as `make_fx` does
-    "is_transformed",  # passes leave computations to transforms as they were written
+    "function_mode_set_aside",  # turns a trace's mode off for unrecorded code
+    "has_hooks_of_all",  # a hook may keep a tensor that a pass would overwrite
+    "is_in_torch_dispatch_mode",  # tells whether operators are recorded, as by `make_fx`
+    "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
     "padding_of_convolution",
-    "printed_target",  # what a node calls, as text
-    "pytree",  # tensors in nested containers, as `fx` and `torch.export` see them
-    "reparametrized",  # a module reads other tensors for the time of its forward; `functional_call` would run hooks
-    "saved_tensors_go_elsewhere",  # others decide what is kept for a backward
-    "storage_key",  # which tensors share memory, fake ones too
-    "version",  # how often a tensor was written into
+    "printed_target",  # a node's target as text
+    "pytree",  # flattens nested containers as `fx` and `torch.export` do
+    "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
+    "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
+    "storage_key",  # tells which tensors share memory, also fake ones
+    "version",  # counts in-place writes into a tensor
 ]
 
-# checkpoints: adapters by rows, and weights that own forwards read, are there when a function runs again
+# checkpoints: for adapters by rows, and for changed weights of own forwards, when a function runs again
 
 CHECKPOINT_GENERATOR = next(
     name
     for name in ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     if hasattr(checkpoint_module, name)
 )
-"""A function of ``torch.utils.checkpoint``, whose first argument is the function to run again.
+"""A function of ``torch.utils.checkpoint`` whose first argument is the function to run again.
 
-The name ends in ``_impl`` since 2.15, where the other one only calls it.
+Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only calls it.
 """
 
 # autograd
 
 
 def saved_tensors_go_elsewhere() -> bool:
-    """Returns whether hooks, such as those of a checkpoint, take what the backward needs."""
-    # True: also where hooks are refused
+    """Returns whether hooks, such as a checkpoint's, handle the tensors saved for backward."""
+    # True (ignore_is_tracing): also while PyTorch traces the hooks
     return _top_saved_tensors_default_hooks(True) is not None
 
 
 def is_transformed() -> bool:
-    """Returns whether a transform of ``torch.func`` or a forward-mode gradient is around."""
+    """Returns whether a transform of ``torch.func`` or forward-mode AD is active."""
     return function_transforms_active() or forward_ad._current_level >= 0
 
 
 def version(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written into."""
+    """Returns the number of in-place writes into a tensor."""
     return tensor._version
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Returns what tells a tensor's memory from that of others; fake tensors have no address."""
+    """Returns an identifier of a tensor's storage; fake tensors have no address."""
     return tensor.untyped_storage()._cdata
 
 
 # modules
 
 call_with_hooks: Any = nn.Module._call_impl
-"""``nn.Module.__call__`` with its hooks, by a name that no tracer exchanges."""
+"""``nn.Module.__call__`` with its hooks, by a name that no tracer replaces."""
 
 FORWARD_HOOKS_OF_ALL: tuple[Any, Any] = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
-"""The dictionaries of hooks that each module's forward calls."""
+"""The dictionaries of global hooks, which run with each module's forward."""
 
 
 def has_hooks_of_all() -> bool:
-    """Returns whether there are hooks, of all modules, that are given outputs or gradients."""
+    """Returns whether there are global hooks that get outputs or gradients of modules."""
     return bool(_hooks._global_forward_hooks or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks)
 
 
@@ -135,7 +135,7 @@ PADDING_OF_CONVOLUTION = "_reversed_padding_repeated_twice"
 
 
 def computes_in_own_way(convolution: Any) -> bool:
-    """Returns whether a convolution, whose forward is PyTorch's, has a method of its own that this calls."""
+    """Returns whether a convolution with PyTorch's forward overrides a method that this forward calls."""
     names = ("_conv_forward", "_output_padding")
     if not vars(convolution).keys().isdisjoint(names):
         return True
@@ -146,12 +146,12 @@ def computes_in_own_way(convolution: Any) -> bool:
 
 
 def padding_of_convolution(convolution: Any) -> tuple[int, ...]:
-    """Returns how much `F.pad` adds in front of a convolution, the last dimension first."""
+    """Returns the padding of a convolution in the order of `F.pad`, the last dimension first."""
     return tuple(convolution._reversed_padding_repeated_twice)
 
 
 def autocast_options(region: torch.autocast) -> tuple[Any, ...]:
-    """Returns what `enter_autocast` takes to begin the same region."""
+    """Returns the arguments of `enter_autocast` that begin the same region."""
     return (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
 
 
@@ -159,16 +159,16 @@ def autocast_options(region: torch.autocast) -> tuple[Any, ...]:
 
 
 def compiler_options() -> Any:
-    """Returns the Python module of Dynamo's options; None while nothing has been compiled, since its import takes long.
+    """Returns the Python module of Dynamo's options; None before anything is compiled, since its import is slow.
 
-    With its `error_on_nested_fx_trace` off, what was compiled runs its own code in a trace.
+    With its `error_on_nested_fx_trace` off, compiled code runs uncompiled in a trace.
     """
     return sys.modules.get("torch._dynamo.config")
 
 
 def compiler_asks() -> bool:
     """Returns whether the caller is Dynamo, or code that Dynamo compiles."""
-    # in 2.10, `is_compiling` is False while Dynamo itself looks at a model
+    # in 2.10, `is_compiling` is False while Dynamo itself inspects a model
     return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
@@ -176,28 +176,28 @@ def compiler_asks() -> bool:
 
 
 def empty_graph_like(graph: fx.Graph) -> fx.Graph:
-    """Returns a graph without nodes, of whose code the same class of tracer and the same generator of code decide."""
+    """Returns a graph without nodes, with the same tracer class and a copy of the same code generator."""
     made = fx.Graph(tracer_cls=graph._tracer_cls)
     made.set_codegen(copy.deepcopy(graph._codegen))
     return made
 
 
 def printed_target(node: fx.Node) -> str:
-    """Returns what a node calls, as text."""
+    """Returns a node's target as text."""
     return node._pretty_print_target(node.target)
 
 
 def lines_of_nodes(code: PythonCode) -> Any:
-    """Returns from which node each line of generated code comes, for the messages of errors."""
+    """Returns the node of each line of generated code, for error messages."""
     return code._lineno_map
 
 
 # functions
 
 GROUPED_MM: tuple[Any, ...] = (torch._grouped_mm, nn.functional.grouped_mm)  # pyright: ignore[reportPrivateImportUsage]
-"""The functions by which Transformers multiplies with experts' weights: a private one, and its public successor."""
+"""Functions with which Transformers multiplies by experts' weights: a private one, and its public successor."""
 
 
 def aot_inductor() -> Any:
-    """Returns the module with ``aoti_compile_and_package`` and ``aoti_load_package``, which take long to import."""
+    """Returns the Python module with ``aoti_compile_and_package`` and ``aoti_load_package``; its import is slow."""
     return torch._inductor

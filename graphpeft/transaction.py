@@ -1,8 +1,7 @@
 """Changes of a model that are undone if the call that makes them fails, by any error or interruption.
 
-A call that changes a model runs inside `transaction`. Each change goes through one of the functions here, which note
-how to undo it before they make it; outside of a transaction they only make it. So the overhead of a call is in
-proportion to its changes, not to the model.
+A call that changes a model runs inside `transaction`. The functions here log how to undo a change before they make it;
+outside a transaction they only make it. So the overhead of a call grows with its changes, not with the model.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class _Journal:
     """The undo log of a thread's transactions; the last entry is undone first.
 
     Attributes:
-        undo: Functions with their arguments.
+        undo: The undo functions with their arguments.
         begin: The index in `undo` at which the innermost transaction begins.
-        remembered: The index in `undo` of the content of a tensor or a dictionary, by its id.
+        remembered: The index in `undo` of the saved content of a tensor or a dictionary, by the object's id.
     """
 
     def __init__(self) -> None:
@@ -33,13 +32,13 @@ class _Journal:
         self.remembered: dict[int, int] = {}
 
     def knows(self, of: Any) -> bool:
-        """Returns whether the innermost transaction has noted the content of a tensor or a dictionary already."""
+        """Returns whether the innermost transaction has saved the content of a tensor or a dictionary already."""
         return self.remembered.get(id(of), -1) >= self.begin
 
     def restore_by(self, function: Callable[..., Any], of: Any, content: Any) -> None:
-        """Notes the content of a tensor or a dictionary."""
+        """Saves the content of a tensor or a dictionary."""
         self.remembered[id(of)] = len(self.undo)
-        # the entry keeps the object alive, so that no other one gets its id
+        # the entry keeps the object alive, so that no other object gets its id
         self.undo.append((function, (of, content)))
 
     @torch.no_grad()
@@ -47,7 +46,7 @@ class _Journal:
         """Undoes all changes from the index `begin` on; after an interruption, it can be called again.
 
         Raises:
-            RuntimeError: If a change couldn't be undone; all others are.
+            RuntimeError: If a change couldn't be undone; all other changes are undone.
         """
         failed: list[Exception] = []
         while len(self.undo) > begin:
@@ -69,7 +68,7 @@ def _none() -> None:
 
 
 class _Thread(threading.local):
-    # weak, so that a journal ends with the calls that use it, in whatever way these end
+    # weak, so that a journal ends with the calls that use it, however they end
     journal: Callable[[], _Journal | None] = staticmethod(_none)
 
 
@@ -81,16 +80,16 @@ os.register_at_fork(after_in_child=_LOCKS.clear)
 
 
 def _lock_of(model: nn.Module) -> Any:
-    # without making a lock that isn't needed, which compiled code can't follow
+    # no setdefault at first, since compiled code can't follow the creation of a lock
     lock = _LOCKS.get(model)
     return _LOCKS.setdefault(model, threading.RLock()) if lock is None else lock
 
 
 @contextlib.contextmanager
 def transaction(model: nn.Module) -> Iterator[None]:
-    """Undoes all changes of a context if it ends with an error; another thread that changes `model` waits.
+    """Undoes all changes made in the context if it ends with an error; other threads that change `model` wait.
 
-    Transactions can be nested: the inner one undoes its own changes, and the outer one undoes all.
+    Transactions can be nested: the inner one undoes its own changes, the outer one undoes all.
     """
     with _lock_of(model):
         journal = _THREAD.journal()
@@ -105,21 +104,21 @@ def transaction(model: nn.Module) -> Iterator[None]:
             try:
                 journal.roll_back(begin)
             finally:
-                journal.roll_back(begin)  # the rest, if the user interrupts the first call
+                journal.roll_back(begin)  # undoes the rest, if the user interrupts the first call
             raise
         finally:
             journal.begin = outer
-            # a traceback, which keeps what is named here, doesn't keep the journal
+            # a traceback keeps local variables alive, and must not keep the journal
             del journal
 
 
 def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: Any) -> None:
-    """Makes a stack call a function at its end, and again if the first call is interrupted.
+    """Makes a stack call a function when it closes, and again if the first call is interrupted.
 
     Args:
         stack: The stack.
-        function: Restores something; it can be called again after all or a part of it was done.
-        args: Its arguments.
+        function: A function that restores state; calling it again after a complete or partial call must be safe.
+        args: The function's arguments.
     """
     pending = [function]
 
@@ -133,14 +132,14 @@ def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: 
 
 
 def undone_by(function: Callable[..., Any], *args: Any) -> None:
-    """Notes a call that undoes the change that follows; it must do no harm if that change isn't made."""
+    """Logs a call that undoes the next change; the call must be harmless if that change isn't made."""
     journal = _THREAD.journal()
     if journal is not None:
         journal.undo.append((function, args))
 
 
 def set_attribute(of: Any, name: str, value: Any) -> None:
-    """Sets an attribute that exists."""
+    """Sets an existing attribute."""
     undone_by(setattr, of, name, getattr(of, name))
     setattr(of, name, value)
 
@@ -162,12 +161,12 @@ def set_items(of: dict[Any, Any], items: Mapping[Any, Any]) -> None:
 
 
 def delete_item(of: dict[Any, Any], key: Any) -> None:
-    """Deletes an item of a dictionary, if it is there."""
+    """Deletes an item of a dictionary, if present."""
     if key not in of:
         return
     journal = _THREAD.journal()
     if journal is not None and not journal.knows(of):
-        # all items, since one that is restored alone would come last
+        # all items, since restoring only this one would put it last
         journal.restore_by(_refill, of, dict(of))
     del of[key]
 
@@ -178,9 +177,9 @@ def _refill(of: dict[Any, Any], items: dict[Any, Any]) -> None:
 
 
 def remember(tensor: torch.Tensor, copied: torch.Tensor | None = None) -> None:
-    """Notes the values of a tensor before they are overwritten.
+    """Saves the values of a tensor before they are overwritten.
 
-    The copy of a tensor on an accelerator is in main memory, which is larger.
+    The copy of an accelerator's tensor is in main memory, which is larger.
 
     Args:
         tensor: The tensor.
@@ -196,7 +195,7 @@ def _overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    # a tensor of another class may change on the way to main memory and back
+    # a tensor subclass may change on the way to main memory and back
     is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
     is_elsewhere = is_plain and tensor.device.type not in ("cpu", "meta")
     return tensor.detach().cpu() if is_elsewhere else tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""Arguments that a model is given in a call beside those of its forward, and that any graph inside reads by name."""
+"""Call arguments that any graph inside the model reads by name, whether or not the model's forward takes them."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from graphpeft.graph.per_call import PerCall
 from graphpeft.graph.recomputing import taken_along
 
 CALL_INPUTS: PerCall[Mapping[str, Any]] = PerCall("arguments", "pass them to the compiled model itself")
-"""Those of the present call, by name."""
+"""The readable arguments of the current call, by name."""
 
 
 class CallInput(NamedTuple):
-    """One of them, as a graph reads it.
+    """A call argument that a graph reads.
 
     Attributes:
-        name: Its name.
+        name: The argument's name.
     """
 
     name: str
 
 
 def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Lets graphs read arguments of a call.
+    """Makes arguments of a call readable to graphs, for the duration of the context.
 
     Args:
-        read: The names of those that adapters read, with whether the model's forward takes them, too.
+        read: The names of the arguments that adapters read, each with whether the model's forward takes it, too.
         kwargs: The keyword arguments of the call.
     """
     own = {name: value for name, value in kwargs.items() if name in read}
-    # an adapted model may be a part of another one
+    # an adapted model may be nested in another
     present = {**(CALL_INPUTS.get() or {}), **own}
     return taken_along(functools.partial(CALL_INPUTS.during, present)) if own else contextlib.nullcontext()
 
 
 def left(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keyword arguments that the model's forward is to have; arguments as for `given`."""
+    """Returns the keyword arguments to pass to the model's forward; arguments as for `given`."""
     return {name: value for name, value in kwargs.items() if read.get(name, True)}
 
 
 def call_input(name: str) -> Any:
-    """Returns an argument of the present call of the model.
+    """Returns an argument of the current call of the model.
 
     Raises:
-        TypeError: If the model isn't given it.
+        TypeError: If the call didn't pass the argument.
     """
     given = CALL_INPUTS.get()
     if given is None or name not in given:

@@ -1,7 +1,7 @@
-"""Which calls of modules a node of a flat graph comes from.
+"""The module calls in which a node of a flat graph was recorded.
 
-A trace puts the calls of modules that it inlines one into the other. Each node keeps the calls in which it was
-recorded, so that what a call was given, what it returned, and what lies between can still be told.
+A trace inlines the calls of modules. Each node keeps its calls, so the inputs, the outputs and the nodes of each call
+stay known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.fx as fx
 from graphpeft._torch import pytree
 
 CALLS = "graphpeft_calls"
-"""The key of ``node.meta`` under which a node keeps its calls, the outermost first."""
+"""The key of ``node.meta`` under which a node keeps its calls, outermost first."""
 
 
 @dataclass(eq=False)
@@ -25,9 +25,9 @@ class Call:
 
     Attributes:
         path: The path of the module.
-        name: What tells it from all other calls in the graph.
-        arguments: The names of its forward's arguments, with the name of the node that each was, if it was one.
-        returned: The same for what it returned: one name for each value in its containers.
+        name: A name that no other call in the graph has.
+        arguments: The node's name of each argument, by the argument's name; None for a value that is no node.
+        returned: The node's name of each returned value, flattened by pytree; None for a value that is no node.
     """
 
     path: str
@@ -37,11 +37,11 @@ class Call:
 
     @classmethod
     def of(cls, path: str, number: int, forward: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Returns the call of `forward` with these arguments, before it has returned.
+        """Returns a call of `forward` that has not returned yet.
 
         Args:
-            path: The path of its module.
-            number: How often the module was called before.
+            path: The path of the module.
+            number: The number of earlier calls of the module.
             forward: The module's forward.
             args: Positional arguments.
             kwargs: Keyword arguments.
@@ -49,12 +49,12 @@ class Call:
         try:
             given = inspect.signature(forward).bind(*args, **kwargs).arguments
         except TypeError:
-            given = {}  # a decorator takes more than the signature says
+            given = {}  # a decorator accepts arguments that the signature doesn't show
         name = f"({path})" if number == 0 else f"({path}, call {number + 1})"
         return cls(path, name, {argument: _node_name(value) for argument, value in given.items()})
 
     def returns(self, value: Any) -> None:
-        """Notes what the call returned."""
+        """Records the value that the call returned."""
         self.returned = tuple(_node_name(leaf) for leaf in pytree.tree_leaves(value))
 
 
@@ -63,5 +63,5 @@ def _node_name(value: Any) -> str | None:
 
 
 def calls_of(node: fx.Node) -> tuple[Call, ...]:
-    """Returns the calls in which `node` was recorded, the outermost first."""
+    """Returns the calls in which `node` was recorded, outermost first."""
     return node.meta.get(CALLS, ())

@@ -1,4 +1,4 @@
-"""Compiles the source of a graph, and lets tools that read source find it for as long as its owner lives."""
+"""Compiles the source of a graph; `linecache` has it for tracebacks and `inspect` while its owner lives."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _NUMBERS = itertools.count()
 
 
 def compiled(owner: object, source: str, variables: Mapping[str, Any]) -> Callable[..., Any]:
-    """Returns the function ``forward`` of a source.
+    """Returns the function ``forward`` that the source defines.
 
     Args:
-        owner: With it, the source is forgotten.
+        owner: The object whose end removes the source from `linecache`.
         source: The source.
-        variables: The globals that it names.
+        variables: The globals that the source names.
     """
-    # fx keeps the source of each graph for good; its errors tell generated code by such a name of a file
+    # fx would keep the source forever; its error handling knows generated code by this file name
     file = f"<eval_with_key>.graphpeft.{next(_NUMBERS)}"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     weakref.finalize(owner, linecache.cache.pop, file, None).atexit = False
     namespace = dict(variables)
-    # the imports that this file has from __future__ aren't for the source
+    # the __future__ imports of this file must not apply to the source
     exec(compile(source, file, "exec", dont_inherit=True), namespace)
     return namespace.pop("forward")

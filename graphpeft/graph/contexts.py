@@ -1,9 +1,9 @@
-"""Regions under ``torch.autocast`` and ``torch.enable_grad()`` in a graph: nodes where each begins and where it ends.
+"""Regions of a graph under ``torch.autocast`` and ``torch.enable_grad()``: one node enters, one node leaves a region.
 
-A graph may run without gradients, which a region under ``torch.enable_grad()`` has nevertheless. Of regions under
+A graph may run without gradients; a region under ``torch.enable_grad()`` has them nevertheless. For regions under
 ``torch.no_grad()`` see `no_grad`.
 
-A run that raises inside of a region, as a guard does, leaves none of its settings behind.
+A run that raises inside a region, as a guard does, undoes the region's settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GradientRegion(NamedTuple):
     """A region with gradients.
 
     Attributes:
-        were_on: Whether there were gradients before it.
+        were_on: Whether gradients were on before the region.
     """
 
     were_on: bool
@@ -34,7 +34,7 @@ class GradientRegion(NamedTuple):
 # without these marks, fx's dead code elimination would drop the calls
 @has_side_effect
 def enter_gradients() -> GradientRegion:
-    """Begins a region with gradients."""
+    """Enters a region with gradients."""
     region = GradientRegion(torch.is_grad_enabled())
     torch.set_grad_enabled(True)
     return region
@@ -42,16 +42,16 @@ def enter_gradients() -> GradientRegion:
 
 @has_side_effect
 def leave_gradients(region: GradientRegion) -> None:
-    """Ends a region with gradients."""
+    """Leaves a region with gradients."""
     torch.set_grad_enabled(region.were_on)
 
 
 def closing_regions(graph: fx.Graph, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the compiled `forward` of `graph` as one that ends its regions when it raises."""
+    """Returns the compiled `forward` of `graph`, wrapped so that an exception leaves its open regions."""
     if not any(node.target in (enter_autocast, enter_gradients) for node in graph.nodes):
         return forward
 
-    # a region around it would do that, but regions share the casts of weights with those that they are in
+    # an outer autocast region would restore the settings too, but regions inside it would share its cache of weights
     @functools.wraps(forward)
     def close(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -65,7 +65,7 @@ def closing_regions(graph: fx.Graph, forward: Callable[..., Any]) -> Callable[..
 
 def _leave_open_regions(error: BaseException) -> None:
     inside = error.__traceback__.tb_next if error.__traceback__ is not None else None
-    # generated code forgets each value after its last use: the regions that it still has are those it hasn't left
+    # generated code deletes each value after its last use, so the regions among its local variables are open
     values = list(inside.tb_frame.f_locals.values()) if inside is not None else []
     for region in reversed([value for value in values if isinstance(value, torch.autocast | GradientRegion)]):
         if isinstance(region, torch.autocast):

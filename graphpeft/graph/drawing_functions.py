@@ -1,7 +1,7 @@
-"""Functions of the model's code that draw from Python's or NumPy's generator: each is one call of the graph.
+"""Functions in a model's code that draw from Python's or NumPy's random generator; each becomes one call node.
 
-Models of speech draw the masks of SpecAugment so. A call of the function draws anew in each run, as the model does;
-a module whose own code draws stays a call.
+Speech models draw the masks of SpecAugment this way. The call draws anew in each run, as the model does. A module whose
+own code draws stays a call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from graphpeft.code.source import names_in
 
 
 def draws(target: Any) -> bool:
-    """Returns whether what a node calls is a function that names Python's or NumPy's generator of random numbers."""
+    """Returns whether a node's target is a function whose code names Python's or NumPy's random generator."""
     if type(target) is not FunctionType:
         return False
     numpy = sys.modules.get("numpy")

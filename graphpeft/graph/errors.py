@@ -1,13 +1,13 @@
-"""What can go wrong when a model becomes a graph, and when a graph stands for the model."""
+"""Errors of tracing a model, and of calling a traced graph."""
 
 import torch
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-"""What says nothing about the code that raises it, and so never becomes the reason why that can't be recorded."""
+"""Errors that say nothing about the code that raises them, so they are never the reason why code can't be recorded."""
 
 
 class TraceError(RuntimeError):
-    """A forward that can't be recorded truthfully; the message says where, why and what to do.
+    """A forward can't be recorded faithfully; the message says where, why and what to do.
 
     Example:
         >>> import random
@@ -23,7 +23,7 @@ class TraceError(RuntimeError):
 
 
 class NeedsInputsError(TraceError):
-    """A forward that decides on its inputs, traced without any.
+    """A forward that branches on its inputs was traced without example inputs.
 
     Example:
         >>> class Batched(nn.Module):
@@ -38,11 +38,11 @@ class NeedsInputsError(TraceError):
 
 
 class DrawsNumbersError(TraceError):
-    """A forward that draws random numbers by other means than PyTorch's."""
+    """A forward draws random numbers from a generator other than PyTorch's."""
 
 
 class GuardError(RuntimeError):
-    """A traced graph was called with inputs for which the model would have decided otherwise.
+    """A traced graph was called with inputs or module attributes for which the model would take another branch.
 
     Example:
         >>> class Batched(nn.Module):

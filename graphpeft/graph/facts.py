@@ -1,4 +1,4 @@
-"""What a node's value depends on: the nodes that it is computed from, and what of these may be another in each run."""
+"""The dependencies of a node's value: its source nodes, and whether a value may differ between runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 from graphpeft._torch import pytree, storage_key
 from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.drawing_functions import draws
-from graphpeft.graph.masks import ASKED_ABOUT, attention_mask
+from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
 from graphpeft.graph.template import VALUE
 
 
 def above(node: fx.Node) -> set[fx.Node]:
-    """Returns the nodes from whose values that of `node` is computed, `node` among them."""
+    """Returns the nodes from which the value of `node` is computed, including `node`."""
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -32,7 +32,7 @@ def above(node: fx.Node) -> set[fx.Node]:
 
 
 def above_with_writes(node: fx.Node) -> set[fx.Node]:
-    """Returns the nodes from whose values that of `node` is computed, with those that write into any of them."""
+    """Returns the nodes from which the value of `node` is computed, including in-place writes to their values."""
     writers = [(other, other.args[0]) for other in node.graph.nodes if other.args and writes(other.target)]
     found: set[fx.Node] = set()
     new = above(node)
@@ -46,27 +46,27 @@ def above_with_writes(node: fx.Node) -> set[fx.Node]:
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:
-    """Returns the inputs of `node` whose values it uses, and not only their shape or other metadata."""
+    """Returns the inputs of `node` whose values it uses, not only their metadata such as the shape."""
     if reads_metadata_only(node):
         return []
-    asked = [node.kwargs.get(name) for name in ASKED_ABOUT] if node.target is attention_mask else []
+    asked = [node.kwargs.get(name) for name in METADATA_ARGUMENTS] if node.target is attention_mask else []
     return [source for source in node.all_input_nodes if source not in asked]
 
 
 def reads_metadata_only(node: fx.Node) -> bool:
-    """Returns whether `node` reads the shape or other metadata of a tensor, and none of its values."""
+    """Returns whether `node` reads only a tensor's metadata, such as its shape."""
     about = node.args[1] if node.target is getattr else node.target
     return about in METADATA_ATTRIBUTES
 
 
 def _memory(node: fx.Node) -> set[int]:
-    """Returns what tells the memory of a value's tensors from that of others; views share it."""
+    """Returns the storage keys of the tensors in a node's value; views share their base's storage."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     return {storage_key(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def varies(node: fx.Node) -> bool:
-    """Returns whether a node's value may change from run to run: an argument, a random number, a module's result."""
+    """Returns whether a node's value may differ between runs: an argument, a random number, a module's result."""
     if node.op == "placeholder" or node.op == "call_module":
         return True
     if draws(node.target):
@@ -76,13 +76,13 @@ def varies(node: fx.Node) -> bool:
 
 
 def is_trained(node: fx.Node) -> bool:
-    """Returns whether a node reads a tensor of a module that training may change."""
+    """Returns whether a node reads a module's tensor that training may change."""
     value = node.meta.get(VALUE)
     return node.op == "get_attr" and (isinstance(value, nn.Parameter) or getattr(value, "requires_grad", False))
 
 
 def is_random(name: str) -> bool:
-    """Tells by its name whether a function draws random numbers."""
+    """Returns whether a function draws random numbers, judged by its name."""
     return _RANDOM.search(name) is not None
 
 
@@ -97,7 +97,7 @@ IN_PLACE = {
     "iand": operator.and_, "ior": operator.or_, "ixor": operator.xor, "ilshift": operator.lshift,
     "irshift": operator.rshift,
 }  # fmt: skip
-"""The operators of `operator` that change their first argument, with what they do to one that can't be changed."""
+"""The in-place operators of module `operator` by name, each with its operator for immutable values."""
 
 
 _WRITERS = (operator.setitem, *(getattr(operator, name) for name in IN_PLACE))
@@ -105,9 +105,9 @@ _WRITERS = (operator.setitem, *(getattr(operator, name) for name in IN_PLACE))
 
 @dataclass(frozen=True)
 class InPlace:
-    """An operator in place on a value of which isn't known whether it can be changed, as what a node calls.
+    """An in-place operator as a node's target, for a value that may be immutable.
 
-    Generated code has ``n += 1`` for `operator.iadd`. If that is a number, what had the name before is lost.
+    For `operator.iadd`, fx generates ``n += 1``. If ``n`` is a number, that rebinds ``n`` and the old value is lost.
 
     Attributes:
         function: The operator.
@@ -120,12 +120,12 @@ class InPlace:
         return self.function.__name__
 
     def __call__(self, value: Any, other: Any) -> Any:
-        """Returns `value`, changed, or a new value."""
+        """Returns `value` changed in place, or a new value."""
         return self.function(value, other)
 
 
 def writes(target: Any) -> bool:
-    """Returns whether a call of `target`, a node's function or the name of a method, changes its first argument."""
+    """Returns whether a call of `target`, a function or a method's name, changes its first argument in place."""
     if target in _WRITERS or isinstance(target, InPlace):
         return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -133,5 +133,5 @@ def writes(target: Any) -> bool:
 
 
 def writes_by_method(name: str) -> bool:
-    """Returns whether a tensor's method of this name changes it."""
+    """Returns whether a tensor's method of this name changes the tensor."""
     return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)

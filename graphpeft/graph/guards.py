@@ -1,8 +1,7 @@
-"""Decisions that a trace took on example values, checked each time the graph runs.
+"""Checks, in each run of a graph, of the branches that the trace took on example values.
 
-A model's Python code decides on shapes, dtypes and arguments. The tracer follows the decision that the example takes
-and puts a call of `expect` into the graph: a run that would decide otherwise raises `GuardError`, it never goes on
-along the wrong branch.
+A model's Python code branches on shapes, dtypes and arguments. The tracer follows the example's branch and adds a call
+of `expect` to the graph. A run that would take another branch raises `GuardError` instead of following the wrong one.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _WAY_OUT = (
 # without this mark, fx's dead code elimination would drop the check
 @has_side_effect
 def expect(value: Any, expected: Any, decision: str) -> None:
-    """Raises `GuardError` unless `value` is what it was when `decision` was taken.
+    """Raises `GuardError` unless `value` equals its value in the trace.
 
     Args:
         value: The value in this run: a bool, a number, a dtype, a device or None.
-        expected: The value of the example.
-        decision: Where it was taken, for a person to read.
+        expected: The value in the trace.
+        decision: The place where the code branched on the value, for the error message.
     """
     if isinstance(value, fx.Proxy):
         value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
@@ -47,7 +46,7 @@ def expect(value: Any, expected: Any, decision: str) -> None:
 
 
 def is_same(value: Any, expected: Any) -> bool:
-    """Returns whether a value is the expected one; a float that is not a number is the same as each other such one."""
+    """Returns whether a value equals the expected one; NaN equals NaN, and tensors compare by identity."""
     if value is expected or isinstance(value, torch.Tensor):
         return value is expected
     return value == expected or (_is_nan(value) and _is_nan(expected))
@@ -59,7 +58,7 @@ def _is_nan(value: Any) -> bool:
 
 @has_side_effect
 def expect_each(values: tuple[Any, ...], expected: tuple[Any, ...], decisions: tuple[str, ...]) -> None:
-    """Raises `GuardError` unless all values are what they were; arguments as for `expect`, one for each value."""
+    """Raises `GuardError` unless each value equals its value in the trace; arguments as for `expect`, one per value."""
     if values is not expected and values != expected:
         for value, before, decision in zip(values, expected, decisions, strict=True):
             expect(value, before, decision)
@@ -67,9 +66,9 @@ def expect_each(values: tuple[Any, ...], expected: tuple[Any, ...], decisions: t
 
 @has_side_effect
 def expect_present(value: Any, decision: str) -> None:
-    """Raises `GuardError` if `value` is None, which it was not when the graph was recorded.
+    """Raises `GuardError` if `value` is None, which it was not in the trace.
 
-    A proxy can't answer ``x is None``: the code saw that it isn't, and went on accordingly.
+    A proxy can't record ``x is None``: a proxy isn't None, so the traced code followed the branch of another value.
     """
     if isinstance(value, fx.Proxy):
         value.tracer.create_proxy("call_function", expect_present, (value, decision), {})
@@ -78,7 +77,7 @@ def expect_present(value: Any, decision: str) -> None:
 
 
 def refuse(reason: str) -> NoReturn:
-    """Raises `GuardError` for another reason than a value."""
+    """Raises `GuardError` for a reason other than a changed value."""
     raise GuardError(f"{reason}. {_WAY_OUT}")
 
 
@@ -87,19 +86,19 @@ def _shown(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """Returns what sort of object `value` is, as far as code may ask for it by ``isinstance``."""
+    """Returns the type name of `value`, for checks of ``isinstance``; "Tensor" for every tensor."""
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", kind, (value,), {})  # type: ignore[return-value]
     return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def is_machinery(file: str) -> bool:
-    """Returns whether `file` is a part of the tracer or of what it is built on."""
+    """Returns whether `file` belongs to the tracer or to the parts of PyTorch that it is built on."""
     return file.startswith(_MACHINERY)
 
 
 def deciding_frame() -> FrameType:
-    """Returns the frame of the model's code that is being run."""
+    """Returns the innermost running frame of the model's code."""
     frame = sys._getframe(1)
     while frame.f_back is not None and is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
@@ -107,13 +106,13 @@ def deciding_frame() -> FrameType:
 
 
 def deciding_line() -> str:
-    """Returns the line of model code that is being run, as ```code` (file:line)``."""
+    """Returns the running line of the model's code, as ```code` (file:line)``."""
     frame = deciding_frame()
     return _shown_line(frame.f_code.co_filename, frame.f_lineno)
 
 
 def failing_line(error: BaseException) -> str:
-    """Returns the innermost line of code beside PyTorch's and the tracer's that an error came through."""
+    """Returns the innermost line in an error's traceback outside PyTorch and the tracer."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     outside = [line for line in lines if not line[0].startswith((*_MACHINERY, os.path.dirname(torch.__file__)))]
     return _shown_line(*outside[-1]) if outside else "its call"

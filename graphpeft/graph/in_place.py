@@ -1,9 +1,10 @@
-"""Gives a module instance another class in place, and its own class back.
+"""Replaces the class of a module instance, and restores it.
 
 A dressed module's class is ``class Name(*bases of its layers, Original)``, so the instance keeps its identity, its
-attributes and its ``isinstance`` answers, as ``torch.nn.utils.parametrize`` does it. A layer is what one concern adds:
-a forward that comes from a graph, the methods of ``PeftModel``, parameters that read as an adapter's. A module wears at
-most one layer of each kind, and equal dresses share one class. Dressed modules can be pickled and deep-copied.
+attributes and its ``isinstance`` answers, as with ``torch.nn.utils.parametrize``. A layer is the contribution of one
+concern: a forward that comes from a graph, the methods of ``PeftModel``, parameters that read an adapter's. A module
+wears at most one layer of each kind, and equal sets of layers share one class. Dressed modules can be pickled and
+deep-copied.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from torch.nn.utils import parametrize
 from graphpeft import transaction
 
 KINDS = ("methods", "rows", "graph", "slots", "padded", "merged", "saving", "tensors")
-"""The kinds of layers, the outermost first: methods see the choice by rows, that the graph, which reads the tensors."""
+"""The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
 
 class Layer:
-    """What one concern adds to a module's class.
+    """The contribution of one concern to a module's class.
 
-    Layers are values that many modules share, compared by identity.
+    Many modules share a layer, and layers compare by identity.
 
     Args:
         kind: One of `KINDS`.
         bases: Classes that the dressed class inherits from, before the original class.
-        namespace: Attributes of the dressed class itself. Each class has copies of the functions among them, with a
-            code object of its own: torch.compile compiles a code object for eight models, then runs it uncompiled.
+        namespace: Attributes of the dressed class itself. Each class gets copies of the functions, each with its own
+            code object: torch.compile compiles a code object for eight models, then runs it uncompiled.
         recipe: A picklable callable and its arguments, which build the layer again.
-        for_copy: Returns the layer that a copy of the module wears; the same one if None.
+        for_copy: Returns the layer for a copy of the module; None if the copy wears the same layer.
     """
 
     __slots__ = ("_for_copy", "bases", "kind", "namespace", "recipe")
@@ -54,7 +55,7 @@ class Layer:
         self._for_copy = for_copy
 
     def for_copy(self) -> Layer:
-        """Returns the layer that a copy of the module wears."""
+        """Returns the layer for a copy of the module."""
         return self._for_copy() if self._for_copy is not None else self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,13 +63,13 @@ class Layer:
 
 
 class Dressed:
-    """The first base of every dressed class: how its instances are copied and pickled."""
+    """The first base of every dressed class; copies and pickles instances."""
 
     _graphpeft_original: ClassVar[type]
     _graphpeft_layers: ClassVar[tuple[Layer, ...]]
 
     def __init_subclass__(cls, **_: Any) -> None:
-        # a dressed class is no class of the user's: it must not enter registries that the original's hook keeps
+        # the original's hook may register subclasses, and must not register a dressed class
         pass
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +85,7 @@ class Dressed:
         return copied
 
     def _replicate_for_data_parallel(self) -> Any:
-        # what nn.Module does, but for its call of __new__, which builds an instance of the original class here
+        # as nn.Module does, but without calling __new__, which would build an instance of the original class
         replica = _new_dressed(self._graphpeft_original, self._graphpeft_layers)
         replica.__dict__ = self.__dict__ | {"_parameters": {}, "_is_replica": True}
         for name in ("_buffers", "_modules"):
@@ -105,7 +106,7 @@ def _state(module: Any) -> dict[str, Any]:
 
 
 def _state_for_copy(module: Any) -> dict[str, Any]:
-    # one with parametrizations can be copied, though its __getstate__ refuses pickles
+    # a parametrized module can be copied, though its __getstate__ refuses pickling
     return module.__dict__ if parametrize.is_parametrized(module) else _state(module)
 
 
@@ -118,11 +119,11 @@ def _new_dressed(original: type, layers: tuple[Layer, ...]) -> Any:
 
 
 _DRESSED: weakref.WeakValueDictionary[tuple[type, tuple[Layer, ...]], type] = weakref.WeakValueDictionary()
-"""The dressed classes that have instances."""
+"""The dressed classes in use."""
 
 
 def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
-    """Returns the class of instances of `original` that wear `layers` (outermost first); equal calls share it."""
+    """Returns the class of `original` dressed in `layers` (outermost first); equal arguments give the same class."""
     dressed = _DRESSED.get((original, layers))
     if dressed is None:
         dressed = _DRESSED[original, layers] = _new_class(original, layers)
@@ -131,7 +132,7 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
 
 def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
-    # a base that the original class has already would contradict the method resolution order
+    # repeating a base of the original class would break the method resolution order
     bases = (*(base for base in added if not issubclass(original, base)), original)
 
     def fill(namespace: dict[str, Any]) -> None:
@@ -152,12 +153,12 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
 def _own(value: Any, original: type) -> Any:
     if not isinstance(value, types.FunctionType):
         return value
-    # torch.compile keeps sizes of inputs by the file, line and name of the code, so the name has to differ, too
+    # torch.compile keys the sizes of inputs by the code's file, line and name, so the name has to differ, too
     code = value.__code__.replace(co_name=f"{value.__code__.co_name} of {original.__name__}")
     own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
     own.__kwdefaults__ = value.__kwdefaults__
     functools.update_wrapper(own, value)
-    # it wraps what `value` wraps, whose signature it has, but not `value`: readers of source would look through it
+    # replaces the __wrapped__ of update_wrapper by that of `value`: readers of source would unwrap `own` to `value`
     own.__dict__ = dict(value.__dict__)
     return own
 
@@ -168,7 +169,7 @@ class _Quiet:
 
 
 def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
-    """Returns a subclass of `cls` of the same name, of which `cls`'s ``__init_subclass__`` isn't told."""
+    """Returns a subclass of `cls` with the same name, without calling ``__init_subclass__`` of `cls`."""
     original = vars(cls).get("_graphpeft_original", cls)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_graphpeft_original": original}
     namespace = namespace | names
@@ -176,16 +177,16 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 
 
 def original_class(module: nn.Module) -> type:
-    """Returns the class that `module` had before it was dressed."""
+    """Returns the class of `module` before it was dressed."""
     cls = type(module)
     return cls.__dict__.get("_graphpeft_original", cls)
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
-    """Returns the layers that `module` wears, the outermost first.
+    """Returns the layers that `module` wears, outermost first.
 
     Raises:
-        RuntimeError: If somebody else has exchanged the class of a dressed module since.
+        RuntimeError: If other code has replaced the class of a dressed module.
     """
     cls = type(module)
     own = cls.__dict__.get("_graphpeft_layers")
@@ -198,17 +199,17 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
 
 
 def put_on(module: nn.Module, layer: Layer) -> None:
-    """Dresses `module` in `layer`, in place of the one of that kind that it wears."""
+    """Dresses `module` in `layer`, replacing its layer of the same kind."""
     exchange(module, {layer.kind: layer})
 
 
 def take_off(module: nn.Module, kind: str) -> None:
-    """Undresses `module` of its layer of `kind`; without layers it has its original class again."""
+    """Removes the layer of `kind` from `module`; without layers it has its original class again."""
     exchange(module, {kind: None})
 
 
 def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
-    """Dresses `module` in layers, by their kinds, or undresses it of the kinds for which there is None, all at once."""
+    """Replaces layers of `module` by kind, all at once; None removes the layer of that kind."""
     worn = {layer.kind: layer for layer in layers_of(module)}
     wanted = {**worn, **layers} if worn else layers
     ordered = tuple([layer for kind in KINDS if (layer := wanted.get(kind)) is not None])
@@ -224,16 +225,16 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
-    # past the __setattr__ of modules, which is for tensors and submodules
+    # bypasses nn.Module.__setattr__, which is for tensors and submodules
     object.__setattr__(module, "__class__", cls)
-    # PyTorch 2.10 looks at a compiled module's class again only if its __dict__ was written to
+    # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
     vars(module)[_TOUCHED] = None
     del vars(module)[_TOUCHED]
 
 
 @contextlib.contextmanager
 def without(module: nn.Module, kind: str) -> Iterator[None]:
-    """Undresses `module` of its layer of `kind` for a while."""
+    """Removes the layer of `kind` from `module` for the duration of the context."""
     worn = [layer for layer in layers_of(module) if layer.kind == kind]
     with contextlib.ExitStack() as stack:
         for layer in worn:

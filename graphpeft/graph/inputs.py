@@ -9,7 +9,7 @@ ExampleInputs = tuple[Any, ...] | dict[str, Any]
 
 
 def split_inputs(example_inputs: ExampleInputs | None) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
-    """Splits example inputs into positional (None if there are no inputs at all) and keyword arguments."""
+    """Splits example inputs into positional arguments (None without example inputs) and keyword arguments."""
     if example_inputs is None:
         return None, {}
     if isinstance(example_inputs, dict):

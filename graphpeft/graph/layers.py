@@ -1,8 +1,8 @@
-"""The graphs of PyTorch's linear layers, convolutions and embeddings, and of Transformers' Conv1D: given, not traced.
+"""Hand-written graphs of PyTorch's linear layers, convolutions and embeddings, and of Transformers' Conv1D.
 
-Each is one call of a function of PyTorch. Its options are read from the module in each run, as the layer's own code
-does, so one graph serves all layers of a class. Where that code decides on an option, there is a graph for each answer,
-and the option is fixed while a module runs it, see `Template.fixed`.
+Each graph calls one function of PyTorch. It reads the options from the module in each run, as the layer's own code
+does, so one graph serves all layers of a class. Where that code branches on an option, each branch has a graph, and the
+option is fixed while a module runs the graph, see `Template.fixed`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from graphpeft.graph.template import FIXED, Template
 
 
 def given(module: nn.Module) -> Template | None:
-    """Returns the graph of a layer, or None for a module whose forward is another one.
+    """Returns the hand-written graph of a layer, or None for another module.
 
     Args:
-        module: Any module. A layer has to have its tensors itself, without a parametrization that computes them.
+        module: Any module. A layer must own its tensors, without a parametrization that computes them.
 
     Raises:
-        TraceError: If the layer would not run the forward of a graph.
+        TraceError: If a graph can't replace the layer's forward.
     """
     graph_of = _given_for(cast(Any, in_place.original_class(module)).forward)
     if graph_of is None or module._parameters.get("weight") is None:
         return None
     refuse_what_a_graph_cannot_replace(module)
     template = graph_of(module)
-    # an option that is its class's isn't set on the module, where it could be kept as it is
+    # an option can be fixed only where it is an attribute of the module itself, not of its class
     return template if template is not None and template.fixed.keys() <= vars(module).keys() else None
 
 
@@ -49,7 +49,7 @@ def _given_for(forward: Any) -> Callable[[Any], Template | None] | None:
 
 
 def _is_unpatched(forward: Any) -> bool:
-    """Returns whether a forward is what PyTorch or Transformers have written, and not what somebody has put there."""
+    """Returns whether a forward is PyTorch's or Transformers' own code, not a monkeypatch."""
     code = getattr(forward, "__code__", None)
     transformers = sys.modules.get("transformers")
     homes = [
@@ -99,7 +99,7 @@ _GRAPHS: dict[Any, Callable[[Any], Template | None]] = {
     nn.ConvTranspose2d.forward: functools.partial(_transposed, F.conv_transpose2d),
     nn.ConvTranspose3d.forward: functools.partial(_transposed, F.conv_transpose3d),
 }
-"""What gives the graph of a layer, by its forward."""
+"""The functions that return a layer's graph, by the layer's forward."""
 
 
 # graphs
@@ -146,7 +146,7 @@ def _transposed_graph(function: Any, has_bias: bool) -> Template:
     graph = fx.Graph()
     x = graph.placeholder("input")
     output_size = graph.placeholder("output_size", default_value=None)
-    # given one, the layer computes an output_padding from it and from the size of its input
+    # given an output_size, the layer would compute output_padding from it and the size of the input
     graph.call_function(guards.expect, (output_size, None, "the argument 'output_size'"))
     weight, bias = _tensors(graph, has_bias)
     names = ("stride", "padding", "output_padding", "groups", "dilation")

@@ -1,7 +1,7 @@
-"""Attention masks of Transformers, computed by one call of the graph.
+"""Attention masks of Transformers, each computed by one call node.
 
-``transformers.masking_utils.create_*_mask`` return None for a mask of ones when they see real tensors and a mask when
-they see fake ones, so a graph must neither follow nor run them as they are: it always materialises the mask.
+``transformers.masking_utils.create_*_mask`` return None for a mask of ones on real tensors, but a mask on fake tensors.
+So a graph must neither trace these functions nor call them unchanged: it always materialises the mask.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import nn
 
 _MASKING_UTILS = "transformers.masking_utils"
 _SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
-ASKED_ABOUT = ("inputs_embeds", "input_embeds")
-"""Arguments of which a mask function uses no values, only the shape, the dtype and the device."""
+METADATA_ARGUMENTS = ("inputs_embeds", "input_embeds")
+"""Arguments of a mask function that it reads only for their shape, dtype and device."""
 
 
 def attention_mask(create: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls ``transformers.masking_utils.<create>`` with every shortcut to a mask of None switched off."""
-    # PyTorch 2.10 compiles no import from Transformers, whose module isn't one of Python's class
+    """Calls ``transformers.masking_utils.<create>`` with every shortcut to a mask of None disabled."""
+    # PyTorch 2.10 can't compile an import from Transformers, whose module object has a class of its own
     function = getattr(sys.modules.get(_MASKING_UTILS) or importlib.import_module(_MASKING_UTILS), create)
     accepted = inspect.signature(function).parameters
     return function(*args, **kwargs, **{skip: False for skip in _SKIPS if skip in accepted and skip not in kwargs})
 
 
 def mask_functions_seen_by(root: nn.Module) -> Iterator[tuple[ModuleType, str]]:
-    """Yields the Python modules that define `root`'s classes with the names of mask functions that they imported."""
+    """Yields the Python modules that define `root`'s classes, each with the name of a mask function it has imported."""
     masking_utils = sys.modules.get(_MASKING_UTILS)
     if masking_utils is None:
         return

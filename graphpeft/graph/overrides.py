@@ -1,10 +1,10 @@
-"""Lets a module read other tensors in place of its own.
+"""Overrides: tensors that a module reads in place of its own.
 
-They are an adapter's copies of biases and of modules fully trained, and frozen weights that lack what an adapter has
-taken of them. The module's own tensors stay where they are, under their own names; while an adapter is active,
-``module.weight`` gives its override ``module.weight_<adapter>``, whoever reads it: the module's own code, another
-module, or a graph. An adapter may have some rows of a table alone: then ``module.weight`` gives the table with
-``module.weight_rows_<adapter>`` in their places.
+An override is an adapter's copy of a bias or of a fully trained module's tensor, or a residual weight: the frozen
+weight minus the part that an adapter trains. The module's own tensors stay under their own names. While an adapter is
+active, ``module.weight`` returns its override ``module.weight_<adapter>`` to every reader: the module's own code,
+another module, or a graph. An adapter may override only some rows of a table: then ``module.weight`` returns the table
+with ``module.weight_rows_<adapter>`` in place of these rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from graphpeft.transaction import at_end_of
 Names = tuple[str, ...]
 
 Rows = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names of tensors that hold rows of a table, with the indices of these rows."""
+"""Names of tensors that hold rows of a table, each with the rows' indices."""
 
 
 def tensors_of(module: nn.Module) -> Names:
@@ -32,7 +32,7 @@ def tensors_of(module: nn.Module) -> Names:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Returns a module's parameter itself, whatever is read in its place."""
+    """Returns a module's own parameter, even where an override is read in its place."""
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter
@@ -48,25 +48,25 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
-    """Returns a module's parameter or buffer itself, whatever is read in its place."""
+    """Returns a module's own parameter or buffer, even where an override is read in its place."""
     tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
     assert tensor is not None
     return tensor
 
 
 def create(own: torch.Tensor) -> torch.Tensor:
-    """Returns a copy of a module's parameter or buffer, as its override."""
+    """Returns a new override of a module's parameter or buffer: a copy of it."""
     copied = own.detach().clone()
     return nn.Parameter(copied, own.is_floating_point()) if isinstance(own, nn.Parameter) else copied
 
 
 def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
-    """Makes `module` read other tensors in place of its own.
+    """Makes `module` read overrides in place of its own tensors.
 
     Args:
         module: The module.
-        others: The names of these, by those of its own.
-        rows: Rows to read in its weight, in place of those that are there.
+        others: The names of the overrides, by the names of the module's own tensors.
+        rows: The rows that replace rows of the module's weight.
     """
     in_place.put_on(module, _layer(tuple(others.items()), rows))
 
@@ -77,13 +77,13 @@ def read_own(module: nn.Module) -> None:
 
 
 def stands_in(module: nn.Module, name: str) -> bool:
-    """Returns whether `module` reads another tensor in place of its own one of this name."""
+    """Returns whether `module` reads an override of its tensor `name`."""
     return any(name in layer.namespace for layer in in_place.layers_of(module) if layer.kind == "tensors")
 
 
 @contextlib.contextmanager
 def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
-    """Makes `module` read `tensor` for a while, where another tensor stands in for its own one of this name."""
+    """Makes `module` read `tensor` instead of the override of its tensor `name`, for the duration of the context."""
     before = module.__dict__.get(_FOR_NOW, {})
     with contextlib.ExitStack() as stack:
         at_end_of(stack, _read_as_before, module, before)
@@ -102,9 +102,9 @@ _FOR_NOW = "_graphpeft_read_for_now"
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Returns an object that is like `module`, with other tensors in place of its own; `module` stays as it is.
+    """Returns an object like `module` with other tensors in place of its own; `module` stays unchanged.
 
-    It has the class that `module` had before anything was put on, and is for one call of a forward.
+    The object has the original class of `module` and serves one call of a forward.
     """
     other = nn.Module.__new__(in_place.original_class(module))
     parameters = {name: tensor for name, tensor in tensors.items() if name in module._parameters}
@@ -133,12 +133,12 @@ def override_name(name: str, adapter: str) -> str:
 
 
 def rows(adapter: str) -> str:
-    """Returns the name of the tensor that holds rows of a weight."""
+    """Returns the name of the tensor that holds an adapter's rows of a weight."""
     return f"weight_rows_{adapter}"
 
 
 def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
-    """Returns `table` with `values` in some of its rows."""
+    """Returns a copy of `table` with `values` in the rows at `indices`."""
     return table.index_copy(0, torch.tensor(indices, device=table.device), values.to(table))
 
 
@@ -158,7 +158,7 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
 
 
 def _load(module: nn.Module, *args: Any, **options: Any) -> None:
-    # a state dict has each tensor under its own name, and with `assign` it is set there
+    # a state dict has the module's own tensors, and with `assign` sets them
     with in_place.without(module, "tensors"):
         module._load_from_state_dict(*args, **options)
 

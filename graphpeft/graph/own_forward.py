@@ -1,7 +1,7 @@
-"""A module's own forward as one call of a graph: for what needs no trace, or can't be traced.
+"""A module's own forward as one call node, for a module that needs no trace or can't be traced.
 
-The graph has the forward's arguments, and calls it. Where weights are to be changed, it reads these and lets the
-forward run on what has become of them.
+The graph has the forward's arguments and calls the forward. Where adapters change weights, the graph reads the weights
+and runs the forward on the changed ones.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
 
 def call_through(module: nn.Module) -> Template:
-    """Returns the template of a graph with the arguments of `module`'s own forward, which only calls it.
+    """Returns the template of a graph that only calls `module`'s own forward, with the same arguments.
 
     Raises:
-        TraceError: If a graph can't have its arguments.
+        TraceError: If a graph can't have the forward's arguments.
     """
     return _calling(in_place.original_class(module).forward, ())
 
 
 def call_on_weights(module: nn.Module) -> Template:
-    """Returns the template of a graph that calls `module`'s own forward on the weights that it reads by itself.
+    """Returns the template of a graph that calls `module`'s own forward on the weights that the forward's code reads.
 
     Raises:
-        TraceError: If a graph can't have its arguments.
+        TraceError: If a graph can't have the forward's arguments.
     """
     read = uses_in_forward(in_place.original_class(module)).read
     found = dict(module.named_parameters())
@@ -58,7 +58,7 @@ def _calling(forward: Callable[..., Any], weights: tuple[str, ...], as_given: bo
 
 
 def _hides(forward: Callable[..., Any]) -> bool:
-    """Returns whether `forward` is decorated, so that it may hand its arguments on to a function with other names."""
+    """Returns whether `forward` is decorated and so may pass its arguments to a function with other argument names."""
     own = inspect.signature(forward, follow_wrapped=False).parameters.values()
     return any(p.kind is p.VAR_POSITIONAL for p in own) and hasattr(forward, "__wrapped__")
 
@@ -67,13 +67,13 @@ _Arguments = tuple[Any, dict[str, fx.Node], list[fx.Node]]
 
 
 def _arguments_as_given(graph: fx.Graph) -> _Arguments:
-    """Adds what a call gives by position and what it gives by name, whichever names there are."""
+    """Adds placeholders for ``*args`` and ``**kwargs``, which take arguments of any names."""
     args = graph.create_node("placeholder", "*args", name="args")
     return args, {}, [graph.create_node("placeholder", "**kwargs", name="kwargs")]
 
 
 def _arguments(graph: fx.Graph, forward: Callable[..., Any]) -> _Arguments:
-    """Adds each argument of `forward`."""
+    """Adds a placeholder for each argument of `forward`."""
     args: list[fx.Node] = []
     given: dict[str, fx.Node] = {}
     more: list[fx.Node] = []
@@ -105,12 +105,12 @@ def _placeholder(graph: fx.Graph, parameter: inspect.Parameter) -> fx.Node:
 def call(
     function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any], more: Mapping[str, Any] = {}
 ) -> Any:
-    """Calls `function` with positional arguments, those by name, and further ones by name."""
+    """Calls `function` with positional arguments, keyword arguments, and the further ones of its ``**kwargs``."""
     return function(*args, **given, **more)
 
 
 def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Tensor]) -> Callable[..., Any]:
-    """Returns a module's own forward as one that reads `tensors`, by their paths, in place of the module's own."""
+    """Returns a module's own forward on `tensors`, by path, in place of the module's own."""
     module: nn.Module = own_forward.args[0]
     swap = functools.partial(_reading, module, tensors)
 
@@ -126,7 +126,7 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 
 @contextlib.contextmanager
 def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Lets `module`, and those inside it, read `tensors`, by their paths, in place of what they read otherwise."""
+    """Makes `module` and its submodules read `tensors`, by path, in place of their own tensors or overrides."""
     own, in_place_of_overrides = {}, []
     for path, tensor in tensors.items():
         owner_path, _, name = path.rpartition(".")
@@ -141,7 +141,7 @@ def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[No
 
 @contextlib.contextmanager
 def _read_for_now(places: list[tuple[nn.Module, str, torch.Tensor]]) -> Iterator[None]:
-    # one inside of the other, since torch.compile can't follow a stack of contexts before 2.13
+    # nested, since torch.compile can't follow an ExitStack before PyTorch 2.13
     if not places:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which modules are in training after `train` and `eval` of modules whose class has these of its own."""
+"""The modes of submodules after ``train()`` and ``eval()``, for modules whose class overrides these methods."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from graphpeft.graph.paths import join
 
 
 class OwnModes(NamedTuple):
-    """Whether modules are in training after a module's own methods, by their paths in it.
+    """Whether submodules are in training after a module's own ``train`` and ``eval``, by path.
 
     Attributes:
         by_train: The modes after ``train(False)`` and after ``train(True)``.
-        by_eval: Those after ``eval()``.
-        asked: The plain attributes of the module that the methods have read.
+        by_eval: The modes after ``eval()``.
+        asked: The plain attributes of the module that the methods have read, with their values.
     """
 
     by_train: tuple[Mapping[str, bool], Mapping[str, bool]]
@@ -25,7 +25,7 @@ class OwnModes(NamedTuple):
     asked: Mapping[str, Any]
 
     def refuse_others(self, module: nn.Module, path: str) -> None:
-        """Raises GuardError if an attribute that the methods have read is another one in `module` now."""
+        """Raises GuardError if an attribute that the methods have read has another value in `module` now."""
         for name, value in self.asked.items():
             if vars(module).get(name, value) != value:
                 guards.expect(vars(module)[name], value, f"{join(path, name)}, which train() and eval() there ask for")

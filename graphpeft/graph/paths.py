@@ -8,17 +8,17 @@ from torch import nn
 
 
 def join(path: str, name: str) -> str:
-    """Returns the path of what is called `name` in the module at `path`."""
+    """Returns the path of the attribute `name` of the module at `path`."""
     return f"{path}.{name}" if path and name else path or name
 
 
 def within(path: str, outer: str) -> str:
-    """Returns the path, seen from the module at `outer`, of what is at `path` inside it."""
+    """Returns `path` relative to the module at `outer`, which contains it."""
     return path[len(outer) + 1 :] if outer else path
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns what ``model.named_modules()`` yields, which takes the longer the deeper modules lie."""
+    """Returns ``dict(model.named_modules())``, without the cost of one nested generator per level of depth."""
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
@@ -36,7 +36,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class TensorPaths:
-    """A set of paths of tensors, which knows at once those of one module."""
+    """A set of tensor paths, indexed by the tensors' modules."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}
@@ -50,11 +50,11 @@ class TensorPaths:
         self._names.setdefault(path, set()).update(names)
 
     def discard(self, path: str, name: str) -> None:
-        """Takes it out again, if it is there."""
+        """Removes the tensor, if present."""
         self.names(path).discard(name)
 
     def names(self, path: str) -> set[str]:
-        """Returns the names of the tensors of the module at `path` that are in the set."""
+        """Returns the names of the set's tensors that belong to the module at `path`."""
         return self._names.get(path) or set()
 
     def __contains__(self, tensor: str) -> bool:

@@ -1,8 +1,8 @@
-"""Values for the time of a call: context variables that compiled code can read.
+"""Values that hold during a call: context variables that compiled code can read.
 
-So tasks and threads each have their own. `torch.compile` can't follow a context variable that is set, but it follows an
-attribute of the thread. Therefore a value is noted there, too, as far as one thread runs one call at a time; where it
-runs tasks, compiled code refuses what it can't know.
+A context variable has a value of its own in each task and thread. `torch.compile` can't follow a context variable that
+is set, but it follows a thread-local attribute. So the attribute has the value, too, where a thread runs one call at a
+time. In a thread that runs tasks, compiled code can't know the value and raises an error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class _Thread(threading.local):
     """The value for compiled code.
 
     Attributes:
-        value: That of the present call; only in a thread that runs no tasks.
-        tasks: What stands for each task of the thread that has a value.
-        is_shared: Whether any has.
+        value: The value of the current call; only in a thread that runs no tasks.
+        tasks: A token for each task of the thread that has a value.
+        is_shared: Whether any task has a value.
     """
 
-    # attributes of the instance: Dynamo has no guards for those of the class
+    # instance attributes, since Dynamo has no guards for class attributes
     def __init__(self) -> None:
         self.value: Any = None
         self.tasks: set[object] = set()
@@ -38,11 +38,11 @@ class _Thread(threading.local):
 
 
 class PerCall(Generic[T]):
-    """A value that a call has, or None.
+    """A value that holds during a call, or None.
 
     Args:
-        name: What it is called, for the context variable.
-        way_out: What to do where compiled code in one of several tasks asks for it.
+        name: The value's name, for the context variable and the error.
+        way_out: The error's advice where compiled code in one of several tasks reads the value.
     """
 
     def __init__(self, name: str, way_out: str) -> None:
@@ -51,10 +51,10 @@ class PerCall(Generic[T]):
         self._refusal = f"compiled code can't tell the {name} of one asyncio task from those of another: {way_out}"
 
     def get(self) -> T | None:
-        """Returns the value of the present call, or None.
+        """Returns the value of the current call, or None.
 
         Raises:
-            RuntimeError: If compiled code asks in a thread some of whose tasks have one.
+            RuntimeError: If compiled code reads it in a thread where tasks have a value.
         """
         if not torch.compiler.is_compiling():
             value = self._of_context.get()
@@ -65,7 +65,7 @@ class PerCall(Generic[T]):
 
     @contextlib.contextmanager
     def during(self, value: T) -> Iterator[None]:
-        """Lets calls in a context have this value."""
+        """Sets the value for calls inside the context."""
         thread = self._of_thread
         if torch.compiler.is_compiling():
             before, was_shared = thread.value, thread.is_shared
@@ -75,7 +75,7 @@ class PerCall(Generic[T]):
             finally:
                 thread.value, thread.is_shared = before, was_shared
             return
-        # each is put back even where somebody interrupts that
+        # each setting is undone even if an interrupt stops the undoing of another
         with contextlib.ExitStack() as stack:
             if _runs_tasks():
                 task = object()
@@ -85,7 +85,7 @@ class PerCall(Generic[T]):
             else:
                 at_end_of(stack, setattr, thread, "value", thread.value)
                 thread.value = value
-            # not by a token, which another context may have made: that of a generator's caller
+            # restored by value: a generator may be closed in another context, where a token can't be reset
             at_end_of(stack, self._of_context.set, self._of_context.get())
             self._of_context.set(value)
             yield

@@ -1,9 +1,9 @@
-"""What a checkpointed function takes along when it runs again in the backward.
+"""Contexts that a checkpointed function enters again when it runs again in the backward.
 
-PyTorch keeps the state of generators and of autocast for it, but nothing of ours: the call in which it ran is over by
-then, and another may have begun. So what holds for the time of a call is entered again around the function. PyTorch has
-no public way to do so for checkpoints in others' code; therefore, its two ways to checkpoint are exchanged, for the
-time of such a call.
+PyTorch restores the state of random generators and of autocast there, but not this library's contexts: the call of the
+forward is over by then, and another may have begun. So the call's contexts are entered again around the function.
+PyTorch has no public hook for checkpoints in other code; therefore its two checkpoint implementations are replaced for
+the duration of such a call.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Factory = Callable[[], AbstractContextManager[Any]]
 Function = Callable[..., Any]
 
 _PRESENT: ContextVar[tuple[Factory, ...]] = ContextVar("graphpeft_taken_along", default=())
-"""What holds just now, the outermost first."""
+"""Factories of the contexts that hold now, outermost first."""
 
 
 @contextlib.contextmanager
 def taken_along(factory: Factory) -> Iterator[None]:
-    """Enters what `factory` makes, and lets functions that are checkpointed inside enter it again when they run again.
+    """Enters a context, which functions checkpointed inside enter again when they run again.
 
     Args:
-        factory: Makes a context, each time anew.
+        factory: Makes a new context in each call.
     """
     if torch.compiler.is_compiling():
-        # a compiler follows checkpoints by itself, and can't follow a context variable that is set
+        # a compiler handles checkpoints itself, and can't follow a context variable that is set
         with factory():
             yield
         return
@@ -48,9 +48,9 @@ def taken_along(factory: Factory) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
-    """Lets functions that are checkpointed within the context take along what `factories` make."""
+    """Makes functions that are checkpointed inside enter the contexts of `factories` again."""
     with checkpoints_bound_by(_bound), contextlib.ExitStack() as stack:
-        # not by a token, which another context may have made: that of a generator's caller
+        # restored by value: a generator may be closed in another context, where a token can't be reset
         at_end_of(stack, _PRESENT.set, _PRESENT.get())
         _PRESENT.set(factories)
         yield
@@ -66,7 +66,7 @@ def _bound(function: Function) -> Function:
         if _PRESENT.get() is factories:
             return function(*args, **kwargs)
         with contextlib.ExitStack() as stack:
-            # what is checkpointed inside takes them along, too
+            # for checkpoints nested in the function
             stack.enter_context(_present(factories))
             for factory in factories:
                 stack.enter_context(factory())
@@ -81,18 +81,18 @@ Bind = Callable[[Function], Function]
 
 _LOCK = threading.Lock()
 _BINDS: list[tuple[object, Bind]] = []
-"""What binds checkpointed functions just now, in any thread; an entry for each context."""
+"""The functions that bind checkpointed functions now, in any thread; one entry for each context."""
 
 os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 @contextlib.contextmanager
 def checkpoints_bound_by(bind: Bind) -> Iterator[None]:
-    """Lets each function that is checkpointed within the context be bound by `bind`.
+    """Applies `bind` to each function that is checkpointed inside the context.
 
     Args:
-        bind: Returns what is checkpointed in place of a function. Since it is asked in other threads and tasks, too,
-            it must know whether it concerns them.
+        bind: Returns the function to checkpoint in place of its argument. It is called in other threads and tasks, too,
+            so it must tell whether it applies to them.
     """
     entry = (object(), bind)
     with contextlib.ExitStack() as stack:
@@ -119,7 +119,7 @@ def _exchange() -> None:
     ):
         before = owner.__dict__.get(name)
         if name not in _BINDINGS or _BINDINGS[name][0] is not before:
-            # the same object again, since compiled code asks whether it is
+            # the same replacement again, since compiled code guards on its identity
             _BINDINGS[name] = before, binding(before)
         new = _BINDINGS[name][1]
         _EXCHANGED.append((owner, name, new, before))
@@ -143,16 +143,16 @@ def _binding_apply(own: Any) -> Any:
 
 
 _BINDINGS: dict[str, tuple[Any, Any]] = {}
-"""What was bound last by each name, and what it became."""
+"""The last original of each name, and its replacement."""
 
 _EXCHANGED: list[tuple[Any, str, Any, Any]] = []
-"""What was exchanged: in which object, by which name, the new value and that of before."""
+"""The replacements in effect: object, attribute, new value and old value."""
 
 
 def _put_back() -> None:
     while _EXCHANGED:
         owner, name, new, before = _EXCHANGED[-1]
-        # another's exchange, made since, stays; it puts back ours, which does nothing then
+        # a later replacement by other code stays; undoing it restores ours, which has no effect by then
         if vars(owner).get(name) is new:
             if before is None:
                 delattr(owner, name)

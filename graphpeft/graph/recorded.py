@@ -1,4 +1,4 @@
-"""Functions that become one node of a graph where code that runs on proxies calls them."""
+"""Functions whose calls with proxies become one node of the graph."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.fx as fx
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes calls of a function with proxies one node of their graph.
+    """Makes each call of a function with proxies one node of their graph.
 
     Args:
         function: The function; its arguments are positional.
 
     Returns:
-        The function, which runs as before where no argument is a proxy.
+        The function; calls without proxies run as before.
 
     Example:
         >>> @recorded
@@ -28,7 +28,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def record(*args: Any) -> Any:
-        # in a loop, since a generator takes longer than some of the functions
+        # a loop, since a generator expression takes longer than some of the functions
         for argument in args:
             if isinstance(argument, fx.Proxy):
                 return argument.tracer.create_proxy("call_function", record, args, {})
@@ -38,5 +38,5 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_node(function: Callable[..., Any], first: fx.Proxy, *others: Any) -> fx.Proxy:
-    """Makes a call of `function` one node of the graph of its first argument."""
+    """Records a call of `function` as one node in the graph of its first argument."""
     return first.tracer.create_proxy("call_function", function, (first, *others), {})

@@ -1,4 +1,4 @@
-"""Whether a module would run the forward of a graph in place of its own."""
+"""Checks whether a graph can replace a module's forward."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
-"""What ``fx.GraphModule`` adds to a module."""
+"""The public attributes that ``fx.GraphModule`` adds to a module."""
 
 
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
-    """Raises TraceError if `module` would not run the forward of a graph that it wears."""
+    """Raises TraceError if a graph can't replace the forward of `module`."""
     if "forward" in module.__dict__:
         raise TraceError(
             f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
@@ -25,14 +25,14 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     if call is not nn.Module.__call__ and not calls_forward(call):
         raise TraceError("it has a __call__ of its own that doesn't call its forward; put what it does into that")
     names = (*vars(module), *module._parameters, *module._buffers, *module._modules)
-    taken = _taken(type(module), names)
+    taken = _conflicting_names(type(module), names)
     if taken:
         raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
 
 
-# equal modules have equal names
+# cached, since equal modules have equal names
 @functools.lru_cache(maxsize=256)
-def _taken(cls: type, names: tuple[str, ...]) -> list[str]:
+def _conflicting_names(cls: type, names: tuple[str, ...]) -> list[str]:
     return sorted(_INTERFACE.intersection((*names, *_members(cls))))
 
 

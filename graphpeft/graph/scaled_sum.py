@@ -1,8 +1,8 @@
-"""Adds a change that has a factor: y + s · change.
+"""Adds a scaled change: y + s · change.
 
-``torch.add(y, change, alpha=s)`` does that in one step. But the default backend of ``torch.compile`` in PyTorch 2.13
-makes an ``addmm`` of such a sum where the change is a product of matrices, and forgets the factor. So whatever records
-operations gets the factor as a multiplication of its own, which no fusion can lose; a compiler makes one step of it.
+``torch.add(y, change, alpha=s)`` does that in one step. But where the change is a matrix product, the default backend
+of ``torch.compile`` in PyTorch 2.13 fuses the sum into an ``addmm`` and loses the factor. So captured code multiplies
+by the factor separately, which no fusion can lose; a compiler still makes one step of it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from graphpeft.graph.recorded import as_node
 
 
 def is_captured() -> bool:
-    """Returns whether a compiler, an exporter or another recorder of PyTorch's operators reads what is computed."""
+    """Returns whether a compiler, an exporter or another recorder of PyTorch's operators captures the computation."""
     return is_compiling() or is_in_torch_dispatch_mode()
 
 
 def add_scaled(y: Any, change: Any, scale: Any) -> Any:
-    """Returns y + s · change; with proxies it is one node of their graph.
+    """Returns y + s · change; with proxies, one node of their graph.
 
     Args:
-        y: The value that is changed.
-        change: What is added to it.
-        scale: s, a number; a tensor where an exported model is given it.
+        y: The value to change.
+        change: The change to add.
+        scale: The factor s: a number, or a tensor where an exported model takes the factor as an input.
     """
-    # this runs in each call of each adapted layer, where a general wrapper would take as long as a small sum
+    # without @recorded: in each call of each adapted layer, its wrapper would take as long as a small sum
     if isinstance(y, fx.Proxy):
         return as_node(add_scaled, y, change, scale)
     if is_captured():

@@ -1,7 +1,7 @@
-"""The settings of a graph: attributes of modules that are its constants, checked by one node where a run begins.
+"""The settings of a graph: module attributes that are constants of the graph, checked by one node as a run begins.
 
-A number with which tensors are computed is read by a node of its own, so that the graph follows it. All other plain
-attributes, such as the number of an attention's heads, are settings.
+A number that enters the computation of tensors has a node that reads it in each run, so that the graph follows its
+changes. All other plain attributes, such as the number of attention heads, are settings.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from graphpeft.graph import guards
 
 
 class Watch:
-    """Counts how often attributes of the modules of a traced model were set.
+    """Counts the changes of attributes of a traced model's modules.
 
     Attributes:
-        changes: How often.
+        changes: The number of changes so far.
     """
 
     def __init__(self) -> None:
@@ -31,20 +31,20 @@ class Watch:
 
 
 OF_CLASS = "_graphpeft_of_class"
-"""The attribute of a place in a traced model that holds the names of what the class of its module has."""
+"""The attribute of a `Place` that holds the names of attributes to read from its module's class."""
 
 
 WATCH = "_graphpeft_watch"
-"""The attribute of a module that holds its watch."""
+"""The attribute of a module that holds its `Watch`."""
 
 
 class Setting(NamedTuple):
-    """An attribute that a graph holds as a constant.
+    """A module attribute that is a constant of a graph.
 
     Attributes:
-        path: Its path.
-        value: What it was.
-        line: Where the code has read it, or decided on it.
+        path: The attribute's path.
+        value: The attribute's value in the trace.
+        line: The line of code that read the attribute, or branched on it.
     """
 
     path: str
@@ -53,11 +53,11 @@ class Setting(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """The attributes of modules on which a graph depends.
+    """The module attributes on which a graph depends.
 
     Attributes:
-        settings: Those that it holds as constants.
-        numbers: The paths of the numbers that it reads in each run.
+        settings: The attributes that are constants of the graph.
+        numbers: The paths of the numbers that the graph reads in each run.
     """
 
     settings: tuple[Setting, ...]
@@ -65,7 +65,7 @@ class Reads(NamedTuple):
 
 
 def add_check(graph: fx.Graph, reads: Reads) -> None:
-    """Puts into the graph of one module, which has its attributes at hand, a check of those that are its constants."""
+    """Adds a check of the settings to the graph of one module, which can read the module's attributes directly."""
     if reads.settings:
         with graph.inserting_before(_first(graph)):
             now = tuple(graph.create_node("get_attr", setting.path) for setting in reads.settings)
@@ -78,24 +78,24 @@ def _first(graph: fx.Graph) -> fx.Node:
 
 
 _Checked = tuple[nn.Module, str, Setting]
-"""A module, the name of its attribute, and the setting that this is."""
+"""A module, the name of one of its attributes, and the setting for this attribute."""
 
 
 class Settings:
-    """Compares the settings of a graph with the attributes that modules have now.
+    """Compares the settings of a graph with the modules' present attributes.
 
     Args:
         root: The flat graph module.
         reads: The attributes on which its graph depends.
         unread: The paths of attributes that the model's code has looked for and that the graph can't read.
-        watch: What counts the changes of attributes, so that a run needn't look at hundreds of modules.
+        watch: The count of changes, so that a run needn't check hundreds of modules.
     """
 
     @classmethod
     def add(cls, graph: fx.Graph, root: nn.Module, name: str, reads: Reads, unread: list[str], watch: Watch) -> None:
-        """Puts settings into an attribute of `root` and a check of them into its graph; arguments as for the class."""
+        """Stores settings in attribute `name` of `root` and adds their check to `graph`; arguments as for the class."""
         read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-        # of some nothing is computed
+        # the graph may not use all numbers
         reads = reads._replace(numbers=tuple(path for path in reads.numbers if path in read))
         setattr(root, name, cls(root, reads, unread, watch))
         with graph.inserting_before(_first(graph)):
@@ -116,14 +116,14 @@ class Settings:
         self._changes = watch.changes
 
     def _find_owners(self) -> None:
-        """Finds the modules that have the attributes now: somebody may have put others in their places."""
+        """Finds the present owners of the attributes: modules may have been replaced."""
         self._numbers = [self._owner(path) for path in self.reads.numbers]
         self._unread = [(*self._owner(path), path) for path in self._unread_paths]
         self._watched: list[_Checked] = []
         self._unwatched: list[_Checked] = []
         for setting in self.reads.settings:
             module, name = self._owner(setting.path)
-            # what only a class has may change there
+            # an attribute of the class may change there, where no watch sees it
             is_watched = self._watch.sees(module) and name in vars(module)
             (self._watched if is_watched else self._unwatched).append((module, name, setting))
 
@@ -135,10 +135,10 @@ class Settings:
             guards.refuse(f"the module {owner} is gone, whose {name} was read when the graph was recorded")
 
     def checked(self) -> list[Any]:
-        """Returns the numbers; raises GuardError if a setting is another one now, or what isn't read is there."""
+        """Returns the numbers; raises GuardError if a setting has changed, or an unread attribute is set now."""
         if self._changes != self._watch.changes:
             self._find_owners()
-            self._check_what_is_watched()
+            self._check_watched()
             self._changes = self._watch.changes
         _check(self._unwatched)
         numbers = [getattr(module, name, None) for module, name in self._numbers]
@@ -147,7 +147,7 @@ class Settings:
                 guards.expect(number, "a number", path)
         return numbers
 
-    def _check_what_is_watched(self) -> None:
+    def _check_watched(self) -> None:
         _check(self._watched)
         for module, name, path in self._unread:
             if name in module.__dict__ or name in module._parameters or name in module._buffers:
@@ -164,11 +164,11 @@ def _check(settings: list[_Checked]) -> None:
 # without this mark, fx's dead code elimination would drop the check
 @has_side_effect
 def expect_settings(settings: Settings) -> list[Any]:
-    """Returns the numbers of modules with which a graph computes, see `Settings.checked`."""
+    """Returns the module numbers that a graph computes with, see `Settings.checked`."""
     return settings.checked()
 
 
 def is_number(node: fx.Node) -> bool:
-    """Returns whether a node of a flat graph is a number that a module has."""
+    """Returns whether a node of a flat graph reads a number of a module."""
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is expect_settings

@@ -1,10 +1,10 @@
-"""Names under which graphs read what adapters have: ``lora_A_slot0`` for ``lora_A_default``.
+"""Slot names, under which graphs read the attributes of adapters: ``lora_A_slot0`` for ``lora_A_default``.
 
-Each adapter that acts has a slot of the model, 0, 1, …, in the order of activation. Graphs and their source have the
-number of the slot and nothing of the adapter's name, so adapters of any names share them. A forward is compiled once
-with the names of slots, and gets those of the adapters by an exchange of the names in its code object: it reads
-``module.lora_A_default`` at once. Whatever else goes through a graph reads ``module.lora_A_slot0``, a property of the
-module's class.
+Each active adapter has a slot of the model, 0, 1, …, in the order of activation. Graphs and their source contain the
+slot's number and not the adapter's name, so adapters of any names share graphs. A forward is compiled once with slot
+names; replacing the names in its code object gives the forward for an adapter, which reads ``module.lora_A_default``
+directly. Everything else that runs a graph, such as ``fx.Interpreter``, reads ``module.lora_A_slot0``, a property of
+the module's class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from graphpeft.graph import in_place
 
 Names = tuple[tuple[int, str], ...]
-"""Slots with the adapters in them."""
+"""Slots, each with the name of the adapter in it."""
 
 _IN_SLOT = re.compile(r"(?P<stem>.+)_slot(?P<slot>[0-9]+)")
 
@@ -30,14 +30,14 @@ def in_slot(stem: str, slot: int) -> str:
     """Returns the name under which graphs read an adapter's attribute.
 
     Args:
-        stem: The attribute's name without that of the adapter.
+        stem: The attribute's name without the adapter's name.
         slot: The adapter's slot.
     """
     return f"{stem}_slot{slot}"
 
 
 def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
-    """Returns a function that reads what adapters have, in place of what their slots have."""
+    """Returns a copy of `function` that reads adapters' attributes by their own names instead of slot names."""
     if not names:
         return function
     adapters = dict(names)
@@ -48,7 +48,7 @@ def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
         return constant if found is None or adapter is None else f"{found['stem']}_{adapter}"
 
     code = function.__code__
-    # a name that is no identifier is read by getattr, and a constant
+    # an attribute name that is no identifier is an argument of getattr, and so a constant
     code = code.replace(co_names=tuple(map(own, code.co_names)), co_consts=tuple(map(own, code.co_consts)))
     copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
@@ -59,36 +59,36 @@ def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
 
 
 def layer_for(names: Mapping[str, str]) -> in_place.Layer | None:
-    """Returns what lets a module have attributes under the names of slots.
+    """Returns the layer that gives a module attributes with slot names, or None if there are no names.
 
     Args:
-        names: The names of the attributes, by those that graphs have; without any, no layer is needed.
+        names: The attributes' own names, by their slot names.
     """
     return _layer(tuple(names.items())) if names else None
 
 
 def read_in(module: nn.Module) -> Mapping[str, str]:
-    """Returns the names of attributes that a module has under names of slots, by these."""
+    """Returns the own names of a module's attributes that have slot names, by slot name."""
     return getattr(type(module), "_graphpeft_in_slots", {})
 
 
 def slots_of(module: nn.Module) -> frozenset[int]:
-    """Returns the slots of which these names are."""
+    """Returns the slots for which a module has attributes with slot names."""
     return getattr(type(module), "_graphpeft_graph_slots_read", frozenset())
 
 
 def slot_of(name: str) -> int:
-    """Returns the slot of which such a name is."""
+    """Returns the slot in a slot name."""
     return int(name.rpartition("_slot")[2])
 
 
 def names_like_slots(module: nn.Module) -> list[tuple[str, str]]:
-    """Returns the attributes of a module's own whose names are like those in slots, with their stems."""
+    """Returns the module's own attributes whose names look like slot names, each with its stem."""
     own = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
     return _like_slots(in_place.original_class(module), own)
 
 
-# equal modules have equal names
+# cached, since equal modules have equal names
 @functools.lru_cache(maxsize=256)
 def _like_slots(cls: type, own: tuple[str, ...]) -> list[tuple[str, str]]:
     found = map(_IN_SLOT.fullmatch, (*own, *_of_class(cls)))

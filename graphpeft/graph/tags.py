@@ -1,4 +1,4 @@
-"""Marks nodes of a graph as an adapter's, so that taking the adapter off is erasing its nodes."""
+"""Tags that mark a graph's nodes as an adapter's, so that removing the adapter means erasing its nodes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import torch.fx as fx
 
 TAG = "graphpeft"
-"""The key of ``node.meta`` under which a node of an adapter carries its `Tag`."""
+"""The key of ``node.meta`` under which an adapter's node has its `Tag`."""
 
 
 @dataclass(frozen=True)
 class Tag:
-    """Whose a node is.
+    """The adapter that a node belongs to, and the node's role in it.
 
     Attributes:
         slot: The slot of the adapter, see `graph/slots.py`.
         method: The method's `peft_type`.
         site: The name of the adapted operation.
-        over: On a node that stands in the place of the operation's value, the name of the node before it; else None.
-        enters_for: On a node that the operation is given in the place of its input, the name of that one; else None.
-        rule: On such nodes, the rule that has made them.
-        attributes: On such nodes, the attributes that the rule reads, by its names for them.
-        is_change: On such nodes, whether what the rule does is a change of the operation's weight.
-        place: On such nodes, the adapter's place in the order in which adapters change the operation, from 1.
+        over: The node that this node replaces as the operation's value, by name; None if it replaces none.
+        enters_for: The node that this node replaces as the operation's input, by name; None if it replaces none.
+        rule: On replacing nodes, the rule that made them.
+        attributes: On replacing nodes, the attributes that the rule reads, by the rule's names for them.
+        is_change: On replacing nodes, whether the rule changes the operation's weight.
+        place: On replacing nodes, the adapter's place, from 1, in the order in which adapters change the operation.
     """
 
     slot: int
@@ -40,17 +40,17 @@ class Tag:
 
     @property
     def stands_for(self) -> str | None:
-        """On a node that stands in the place of another one, on either side of the operation, the name of that one."""
+        """The name of the node that this node replaces, on either side of the operation; None if it replaces none."""
         return self.over if self.over is not None else self.enters_for
 
     def standing_for(self, name: str) -> Tag:
-        """Returns the tag of a node that stands in the place of another one now."""
+        """Returns the tag with `name` as the replaced node."""
         field = "over" if self.over is not None else "enters_for"
         return dataclasses.replace(self, **{field: name})
 
 
 def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
-    """Returns what stands in the place of the value of the operation `site` after all its adapters, or `node` itself.
+    """Returns the node that has the value of the operation `site` after all its adapters; without any, `node`.
 
     Args:
         graph: The graph.
@@ -65,14 +65,14 @@ def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
 
 
 def changes_at(graph: fx.Graph, site: str) -> list[Tag]:
-    """Returns the tag of each adapter that changes an operation, in the order in which they do."""
+    """Returns one tag of each adapter that changes an operation, in the order of the changes."""
     tags = (node.meta[TAG] for node in graph.nodes if TAG in node.meta)
     by_place = {tag.place: tag for tag in tags if tag.site == site and tag.place}
     return [by_place[place] for place in sorted(by_place)]
 
 
 def own_input(graph: fx.Graph, site: str, x: fx.Node) -> fx.Node:
-    """Returns the input that an operation has without adapters, from the one that it is given."""
+    """Returns the input that an operation would have without adapters, given its present input `x`."""
     while TAG in x.meta and x.meta[TAG].site == site and x.meta[TAG].enters_for is not None:
         name = x.meta[TAG].enters_for
         x = next(node for node in graph.nodes if node.name == name)

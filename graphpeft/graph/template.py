@@ -1,8 +1,8 @@
-"""Lets a module's forward come from a graph, in place: the module becomes an ``fx.GraphModule`` of its own class.
+"""Gives a module a graph as its forward, in place: the module becomes an ``fx.GraphModule`` of its own class.
 
-A `Template` is a graph with its compiled forward, or two of them where the code goes another way in training than in
-evaluation. Modules whose graphs are equal share one template and so one class; a module gets graphs of its own only
-when somebody asks for `GraphModule.graph`, to look at it or to edit it.
+A `Template` is a graph with its compiled forward, or two graphs where training differs from evaluation. Modules with
+equal graphs share one template and so one class. A module gets graphs of its own only when `GraphModule.graph` is read,
+to inspect or edit it.
 """
 
 from __future__ import annotations
@@ -31,37 +31,36 @@ VALUE = "val"
 
 
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-"""Types of which a value can stand in generated code."""
+"""Types whose values can stand in generated code."""
 
 FIXED = "graphpeft_fixed"
-"""The key of ``node.meta`` under which a given graph has the options of a layer on which it depends, by name."""
+"""The key of ``node.meta`` for the layer options, by name, on which a hand-written graph depends."""
 
 OWN_FORWARD = "_graphpeft_own_forward"
-"""The attribute of a module with a graph by which the graph can call the forward of the module's own class."""
+"""The module attribute by which a graph calls the forward of the module's own class."""
 
 _MOST_NODES = 20_000
-"""How many nodes the graphs of templates have that are kept because they were used lately."""
+"""The most nodes, in all graphs together, of the recently used templates that are kept."""
 
 _MOST_NAMES = 64
-"""For how many sets of adapters a template keeps its layer."""
+"""The number of adapter sets for which a template caches its layers."""
 
 Graphs = tuple[fx.Graph, ...]
-"""The graph of a forward, or that of evaluation and that of training, where they differ."""
+"""The graph of a forward, or its graphs for evaluation and for training, where these differ."""
 
 
 class Template:
-    """The graphs of a forward with their code, compiled.
+    """The graphs of a forward with their compiled code.
 
     Args:
-        graphs: One graph, or that of evaluation and that of training. Those of a shared template must not be edited:
-            see `derive`.
+        graphs: One graph, or the graphs for evaluation and for training. The graphs of a shared template must not be
+            edited: see `derive`.
         shared: Whether many modules may wear the template.
-        plain: The template whose graphs these are after passes that change how they compute; the template itself if
-            there were none.
+        plain: The template before optimisation passes; the template itself if there were none.
 
     Attributes:
-        slots: The slots of which adapters have nodes in the graphs.
-        fixed: Attributes that a module can't set to other values while it wears the template, by name.
+        slots: The slots of the adapters that have nodes in the graphs.
+        fixed: The values of attributes that can't change while a module wears the template, by name.
     """
 
     def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
@@ -82,12 +81,12 @@ class Template:
         self._layer_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._layer_with)
 
     def layer_for(self, names: Mapping[int, str]) -> in_place.Layer:
-        """Returns what a module wears, given the adapters in the slots; slots without nodes here don't matter."""
+        """Returns the layer for a module, given the adapters in the slots; slots without nodes here don't matter."""
         return self._layer_for(tuple((slot, names[slot]) for slot in sorted(self.slots) if slot in names))
 
     def _layer_with(self, names: slots.Names) -> in_place.Layer:
         forward = self._forward_with(names)
-        # a layer further out may have a forward of its own, which asks for this one
+        # a layer further out may have a forward of its own, which reads _graphpeft_forward
         namespace = {
             **{name: _fixed(name, value) for name, value in self.fixed.items()},
             "_graphpeft_template": self,
@@ -101,7 +100,7 @@ class Template:
         )
 
     def forward_for(self, names: Mapping[int, str]) -> Callable[..., Any]:
-        """Returns the forward, a function of the module, given the adapters in the slots."""
+        """Returns the forward as a function of the module, given the adapters in the slots."""
         return self.layer_for(names).namespace["_graphpeft_forward"]
 
     def _forward_with(self, names: slots.Names) -> Callable[..., Any]:
@@ -113,11 +112,11 @@ class Template:
 
     @functools.cached_property
     def calls_own_forward(self) -> bool:
-        """Whether the graphs only stand around the forward of the module's own class, which runs as it is."""
+        """Whether the graphs only wrap the forward of the module's own class, which runs unchanged."""
         return any(node.target == OWN_FORWARD for graph in self.graphs for node in graph.nodes)
 
     def index(self, module: nn.Module) -> int:
-        """Returns which of the graphs `module` runs in its mode."""
+        """Returns the index of the graph that `module` runs in its mode."""
         return int(module.training and len(self.graphs) > 1)
 
     def copied_graphs(self) -> Graphs:
@@ -125,22 +124,22 @@ class Template:
         return tuple(copy_graph(graph) for graph in self.graphs)
 
     def for_copy(self) -> Template:
-        """Returns the template for a copy of a module that wears this one."""
+        """Returns the template for a copy of a module that wears this template."""
         if self.shared:
             return self
         return Template(self.copied_graphs(), False, None if self.plain is self else self.plain.for_copy())
 
     def for_edit(self) -> Template:
-        """Returns the template for a module that is to have graphs of its own."""
+        """Returns a copy of the template, for a module that needs graphs of its own."""
         return Template(self.copied_graphs(), False, None if self.plain is self else self.plain)
 
     def derive(self, key: Hashable, edit: Callable[[Graphs], None], back: Hashable | None = None) -> Template:
-        """Returns the template of these graphs after `edit`, from the cache if it is there from a time before.
+        """Returns the template of these graphs after `edit`, cached under `key`.
 
         Args:
-            key: What tells the edit from every other edit of these graphs.
+            key: A key that no other edit of these graphs has.
             edit: Edits copies of the graphs in place.
-            back: The key of the edit that takes this one back.
+            back: The key of the edit that undoes this one.
         """
         if self._back is not None and self._back[0] == key:
             return self._back[1]
@@ -152,14 +151,14 @@ class Template:
         return derived
 
     def optimized(self, key: Hashable, edit: Callable[[Graphs], None], meta: Mapping[str, Any]) -> Template:
-        """Returns the template of these graphs after an `edit` that changes how they compute, and not what.
+        """Returns the template of these graphs after an `edit` that changes how they compute, not what they compute.
 
-        The result knows this template as its plain one, to which all other edits go.
+        This template becomes the result's `plain` one, to which all other edits apply.
 
         Args:
             key: As for `derive`.
-            edit: Likewise.
-            meta: What the result has as its `meta`, of which the edit may have filled in the content.
+            edit: As for `derive`.
+            meta: The content of the result's `meta`; the edit may fill it in.
         """
         known = self._derived.get(key)
         if known is None:
@@ -184,15 +183,15 @@ class Template:
             for node in graph.nodes:
                 # example values are fake tensors, which can't be pickled
                 node.meta.pop(VALUE, None)
-        # PyTorch 2.10 pickles what a node calls for its type
+        # PyTorch 2.10 pickles a node's target in place of its type
         types = [[node.type for node in graph.nodes] for graph in graphs]
         return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
 
 
 class _LastUsed:
-    """Keeps the derived templates that were used last, for the next change of adapters.
+    """Keeps the most recently used derived templates alive, for the next change of adapters.
 
-    What modules wear lives by itself, and with it all from which it was derived.
+    Modules keep the templates that they wear, and these keep the templates from which they were derived.
     """
 
     def __init__(self) -> None:
@@ -223,7 +222,7 @@ def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Ca
 
 
 class _NamedOperator:
-    """Stands in a pickle for an operator of ``torch.ops``, which can't be pickled."""
+    """Replaces an operator of ``torch.ops`` in a pickle, since the operator itself can't be pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = self.__name__ = name
@@ -250,7 +249,7 @@ def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Temp
 
 
 def _fixed(name: str, fixed: Any) -> property:
-    """Returns an attribute that stays what it is."""
+    """Returns a property that refuses any other value."""
 
     def read(module: nn.Module) -> Any:
         return vars(module)[name]
@@ -275,7 +274,7 @@ def _layer_of(template: Template, names: slots.Names) -> in_place.Layer:
 
 
 class _Meta:
-    """Gives the ``meta`` that passes of fx keep on a graph module; a module's own attribute of that name wins."""
+    """The ``meta`` dict that fx passes use on a graph module; a module's own attribute of that name wins."""
 
     def __get__(self, module: GraphForward | None, cls: type[GraphForward]) -> dict[str, Any]:
         return cls._graphpeft_template.meta
@@ -295,7 +294,7 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _code(self) -> str:
-        # a person who reads it wants to know whose the nodes are
+        # tells readers of the code which adapter is in which slot
         whose = [f"# slot{slot} is that of the adapter {name!r}\n" for slot, name in self._graphpeft_slots.items()]
         return "".join(whose) + self._graphpeft_template.codes[self._graphpeft_template.index(self)].src
 
@@ -311,26 +310,26 @@ class GraphForward(fx.GraphModule):
 
     @property
     def graphs(self) -> Graphs:
-        """The module's own graph, or its graphs of evaluation and of training. Call `recompile` after editing them.
+        """The module's own graph, or its graphs for evaluation and for training. Call `recompile` after editing them.
 
-        Those of an optimized model can be read, not edited.
+        The graphs of an optimized model can be read, not edited.
         """
         if self._graphpeft_template.shared:
             if compiler_asks():
-                # a compiler looks there for notes of its own, and edits nothing
+                # a compiler only looks for its own metadata there, and edits nothing
                 return self._graphpeft_template.graphs
             wear_template(self, self._graphpeft_template.for_edit())
         for graph in self._graphpeft_template.graphs:
-            # passes of fx, such as the elimination of dead code, look there at the modules that the graph calls; it is
-            # weak, or a graph, which its module's class keeps, would keep the module
+            # fx passes such as dead code elimination look up called modules there; weak, since the module's class keeps
+            # the graph, which must not keep the module
             graph.owning_module = cast(Any, weakref.proxy(self))
         return self._graphpeft_template.graphs
 
     @property
     def graph(self) -> fx.Graph:
-        """That of the module's `graphs` which it runs in its present mode.
+        """The one of `graphs` that the module runs in its present mode.
 
-        A graph that is assigned is run in both modes.
+        An assigned graph runs in both modes.
         """
         return self.graphs[self._graphpeft_template.index(self)]
 
@@ -340,7 +339,7 @@ class GraphForward(fx.GraphModule):
         wear_template(self, Template((g,), shared=False))
 
     def delete_all_unused_submodules(self) -> None:
-        """Deletes the modules that no graph of this one calls or reads, whichever mode it is for."""
+        """Deletes the submodules that no graph of this module, for either mode, calls or reads."""
         nodes = [node for graph in self.graphs for node in graph.nodes if node.op in ("call_module", "get_attr")]
         called = {str(node.target) for node in nodes if node.op == "call_module"}
         used = [str(node.target).split(".") for node in nodes]
@@ -353,14 +352,14 @@ class GraphForward(fx.GraphModule):
         """Compiles the forward from the graphs again, after an edit.
 
         Raises:
-            RuntimeError: If the graphs are those of an optimized model.
+            RuntimeError: If the model is optimized.
         """
         self._refuse_edits_of_optimized()
         wear_template(self, Template(self.graphs, shared=False))
 
     def _refuse_edits_of_optimized(self) -> None:
         if self._graphpeft_template.plain is not self._graphpeft_template:
-            # adapters come and go in the plain graphs, which would know nothing of the edit
+            # adapters are added to and removed from the plain graphs, which would lack the edit
             raise RuntimeError(
                 f"the graph of this {in_place.original_class(self).__name__} is an optimized one, and edits belong "
                 "into the plain one: call graphpeft.optimize(model, []), edit the graph, and optimize the model again"
@@ -368,32 +367,32 @@ class GraphForward(fx.GraphModule):
 
 
 def wear_template(module: nn.Module, template: Template, names: Mapping[int, str] | None = None) -> None:
-    """Makes `module`'s forward the one of `template`.
+    """Makes `module` run the forward of `template`.
 
     Args:
         module: The module.
         template: The template.
-        names: The adapters in the slots; None for those that the module has already.
+        names: The adapters in the slots; None for the adapters that the module has already.
 
     Raises:
-        GuardError: If an attribute has another value than the one that is fixed by the template.
+        GuardError: If an attribute has another value than the template fixes.
     """
     refuse_other_options(module, template)
     in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
 
 
 def refuse_other_options(module: nn.Module, template: Template) -> None:
-    """Raises GuardError if an attribute of a module has another value than the one that is fixed by a template."""
+    """Raises GuardError if an attribute of `module` has another value than `template` fixes."""
     for name, fixed in template.fixed.items():
         if vars(module)[name] != fixed:
             _refuse_other(module, name, fixed, vars(module)[name])
 
 
 def names_in_slots(module: nn.Module) -> Mapping[int, str]:
-    """Returns the names of the adapters that have nodes in a module's graph, by their slots.
+    """Returns the names of the adapters that have nodes in a module's graph, by slot.
 
     Args:
-        module: A module of an adapted model; one without a graph has none.
+        module: A module of an adapted model; without a graph it has no such adapters.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "mine")
@@ -404,7 +403,7 @@ def names_in_slots(module: nn.Module) -> Mapping[int, str]:
 
 
 def graph_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the forward of the template that `module` wears, a function of it, or None."""
+    """Returns the forward of the template that `module` wears, as a function of the module, or None."""
     return getattr(type(module), "_graphpeft_forward", None)
 
 
@@ -414,17 +413,17 @@ def worn_template(module: nn.Module) -> Template | None:
 
 
 def template_of(module: nn.Module) -> Template | None:
-    """Returns the template that `module` wears, without what passes made of it, or None."""
+    """Returns the template that `module` wears as it was before optimisation passes, or None."""
     worn = worn_template(module)
     return None if worn is None else worn.plain
 
 
 def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: target) -> fx.Graph:
-    """Copies a graph with its code generator and its nodes' metadata (not deep).
+    """Copies a graph with its code generator and shallow copies of its nodes' metadata.
 
     Args:
         graph: The graph.
-        target: What the copy calls in place of what a node of the graph calls.
+        target: Maps the target of each node to the target of its copy.
     """
     copied = empty_graph_like(graph)
     nodes: dict[fx.Node, fx.Node] = {}
@@ -436,7 +435,7 @@ def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: ta
 
 
 def runs_graph(module: nn.Module) -> bool:
-    """Returns whether a graph is all that a module runs, and not only what stands around its own code."""
+    """Returns whether a module runs a graph alone, not a graph around its own code."""
     if not isinstance(module, fx.GraphModule):
         return False
     template = template_of(module)

@@ -1,4 +1,4 @@
-"""What a trace came to, for a person to read: what it decided, and which modules stay calls."""
+"""A printable report on a trace: the branches it took, and the modules that stay calls."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from graphpeft.graph.template import Graphs
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision that the code took on the example, and that each run checks.
+    """A decision of the code on the example values, which each run checks.
 
     Attributes:
-        line: The line of the code that took it, with its file and number.
-        taken: What was decided.
-        times: At how many places of the graph it is checked.
+        line: The line of code that decided, with its file and number.
+        taken: The value in the trace, as text.
+        times: The number of checks in the graph.
     """
 
     line: str
@@ -30,18 +30,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What a trace came to.
+    """The result of a trace.
 
     Attributes:
-        nodes: The number of nodes: of the graph, or of those of evaluation and of training.
-        decisions: What was decided, in the order of the code.
-        kept: The modules that stay calls, with the reason.
-        not_kept: The attributes that the model sets, and the graph computes in each run without setting them.
-        other_mode_error: Why there is no graph of the other mode, if there should be one.
-        settings: The attributes of modules that are constants of a graph, with their values; each run checks them.
-        numbers: The paths of the numbers of modules with which a graph computes; each run reads them.
-        read_once: The containers and objects of modules that were read for the graph, which doesn't look at them again.
-        frozen: The globals and variables around functions, with their values, that are constants of the graph.
+        nodes: The number of nodes of the graph, or of the graphs for evaluation and for training.
+        decisions: The decisions, in the order of the code.
+        kept: The reason for each module that stays a call, by path.
+        not_kept: The attributes that the model sets; the graph computes them in each run without setting them.
+        other_mode_error: Why there is no graph for the other mode, if there should be one.
+        settings: The module attributes that are constants of a graph, with their values; each run checks them.
+        numbers: The paths of the module numbers that a graph computes with; each run reads them.
+        read_once: The containers and objects of modules that the trace has read and the graph doesn't read again.
+        frozen: The globals and closure variables that are constants of the graph, with their values.
     """
 
     nodes: tuple[int, ...]
@@ -65,7 +65,7 @@ class TraceReport:
         read_once: tuple[str, ...],
         frozen: tuple[str, ...],
     ) -> TraceReport:
-        """Returns the report on `graphs`; other arguments as the attributes, and `reads` those of each graph."""
+        """Returns the report on `graphs`; `reads` has one entry for each graph, other arguments are attributes."""
         found: dict[tuple[str, str], int] = {}
         for graph in graphs:
             for node in graph.nodes:
@@ -102,7 +102,7 @@ class TraceReport:
 
 
 def _by_name(attributes: Iterable[tuple[str, str]]) -> list[str]:
-    """Returns a line for each name and value, since a model has many equal modules."""
+    """Returns one line for each name and value, since a model has many equal modules."""
     places: dict[tuple[str, str], list[str]] = {}
     for path, value in attributes:
         places.setdefault((path.rpartition(".")[2], value), []).append(path)
@@ -114,7 +114,7 @@ def _more(paths: list[str]) -> str:
 
 
 def _decision(node: fx.Node) -> tuple[str, str] | None:
-    """Returns the line and the answer of a check."""
+    """Returns the line and the value of a check, or None for another node."""
     if node.target is guards.expect_present:
         return str(node.args[1]), "given"
     if node.target is guards.expect:

@@ -1,4 +1,4 @@
-"""The modules of a model that was traced into one flat graph: places of those whose forward was inlined."""
+"""The modules of a model traced into one flat graph: a `Place` for each module whose forward was inlined."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graphpeft.graph.trace_report import TraceReport
 
 
 class Original(NamedTuple):
-    """What is known of a module whose forward was inlined.
+    """Facts about a module whose forward was inlined.
 
     Attributes:
-        cls: Its class.
-        plain: Those of its attributes that are numbers, flags and the like.
+        cls: The module's class.
+        plain: The module's plain attributes, such as numbers and flags, by name.
     """
 
     cls: type
@@ -27,9 +27,9 @@ class Original(NamedTuple):
 
 
 class Place(nn.Module):
-    """Holds, in a traced model, the place and the tensors of a module whose forward was inlined."""
+    """Holds the tensors of a module whose forward was inlined, at the module's path in a traced model."""
 
-    # named so that no attribute of a model's own is called the same
+    # named unlike any attribute of a model
     _graphpeft_original_module: Original
     _graphpeft_own_modes: OwnModes | None = None
     _graphpeft_watch: Watch
@@ -71,14 +71,14 @@ class Place(nn.Module):
             self._graphpeft_watch.changes += 1
 
     def train(self, mode: bool = True) -> Any:
-        """Puts it into training, or into evaluation, as the module does whose place this is."""
+        """Sets training or evaluation mode, as the inlined module's own method does."""
         super().train(mode)
         if self._graphpeft_own_modes is not None:
             _set_modes(self, self._graphpeft_own_modes.by_train[mode])
         return self
 
     def eval(self) -> Any:
-        """Puts it into evaluation, as the module does whose place this is."""
+        """Sets evaluation mode, as the inlined module's own method does."""
         super().eval()
         if self._graphpeft_own_modes is not None:
             _set_modes(self, self._graphpeft_own_modes.by_eval)
@@ -86,7 +86,7 @@ class Place(nn.Module):
 
     @classmethod
     def of(cls, module: nn.Module) -> Any:
-        """Returns the place of `module`, in its mode."""
+        """Returns the place of `module`, in the same mode."""
         place = cls().train(module.training)
         plain = {name: value for name, value in vars(module).items() if isinstance(value, SIMPLE)}
         place._graphpeft_original_module = Original(stands_for(module), plain)
@@ -99,15 +99,15 @@ def _set_modes(root: nn.Module, modes: Mapping[str, bool]) -> None:
 
 
 class TracedModel(Place):
-    """The modules and tensors that a flat graph calls and reads, at the paths they have in the model.
+    """The modules and tensors that a flat graph calls and reads, at their paths in the model.
 
     Attributes:
-        kept: The modules (by path) that could not be inlined, with the reason.
-        not_kept: The paths of attributes that the model sets, of which its next call makes no use; the graph doesn't.
-        other_mode_error: Why the graph is only that of the mode in which the model was traced, if it is.
-        config: The model's config, if it has one: targets are chosen by its `model_type`.
-        input_embedding: The path of the embedding of the model's inputs, if it names one.
-        output_head: That of its output head, likewise.
+        kept: The reason for each module that could not be inlined, by path.
+        not_kept: The paths of attributes that the model sets and its next call doesn't use; the graph doesn't set them.
+        other_mode_error: Why there is a graph only for the mode in which the model was traced; None if there are both.
+        config: The model's config, if it has one: its `model_type` chooses default targets.
+        input_embedding: The path of the embedding of the model's inputs, if the model names one.
+        output_head: The path of the model's output head, if the model names one.
     """
 
     kept: dict[str, str]
@@ -120,16 +120,17 @@ class TracedModel(Place):
     _graphpeft_frozen: tuple[str, ...]
 
     def train(self, mode: bool = True) -> Any:
-        """Puts it into training, or into evaluation, as the model does.
+        """Sets training or evaluation mode, as the model does.
 
         Raises:
-            GuardError: If a flag on which that depends, such as one to freeze layers, is another one since the trace.
+            GuardError: If a flag that the model's own method reads, such as one to freeze layers, has changed since the
+                trace.
         """
         self._refuse_other_modes()
         return super().train(mode)
 
     def eval(self) -> Any:
-        """Puts it into evaluation, as the model does.
+        """Sets evaluation mode, as the model does.
 
         Raises:
             GuardError: As `train` does.
@@ -138,14 +139,14 @@ class TracedModel(Place):
         return super().eval()
 
     def _refuse_other_modes(self) -> None:
-        # before any of them is changed
+        # all checks come before any change
         for path, place in self.named_modules():
             if isinstance(place, Place) and place._graphpeft_own_modes is not None:
                 place._graphpeft_own_modes.refuse_others(place, path)
 
     @property
     def report(self) -> TraceReport:
-        """What the trace came to: what it decided, and what stays a call. It can be printed."""
+        """The report on the trace: the branches it took, and the modules that stay calls. It can be printed."""
         template = template_of(self)
         assert template is not None
         reads = [settings.reads for graph in template.graphs for settings in _settings_of(self, graph)]
@@ -166,19 +167,19 @@ def _settings_of(root: nn.Module, graph: fx.Graph) -> list[Settings]:
 
 
 def stands_for(module: nn.Module) -> type:
-    """Returns the class of the model's module that `module` is, or holds the place of in a traced model."""
+    """Returns the original class of `module`; of a `Place`, the class of the inlined module."""
     return module._graphpeft_original_module.cls if isinstance(module, Place) else in_place.original_class(module)
 
 
 def plain_attribute(module: nn.Module, name: str, default: Any) -> Any:
-    """Returns a number or a flag of a module, or of the one whose place in a traced model `module` holds."""
+    """Returns a plain attribute of `module`, such as a number; of a `Place`, the inlined module's attribute."""
     if isinstance(module, Place):
         return module._graphpeft_original_module.plain.get(name, default)
     return getattr(module, name, default)
 
 
 def module_told(model: Any, getter: str) -> nn.Module | None:
-    """Returns the module that a method of a model tells, such as its `get_input_embeddings`; None if it tells none."""
+    """Returns the module that a getter of a model returns, such as `get_input_embeddings`; None without one."""
     try:
         return getattr(model, getter)() if hasattr(model, getter) else None
     except NotImplementedError:

@@ -1,1 +1,1 @@
-"""How a method is written: its config, and its rules, which put nodes into graphs."""
+"""The parts of a method: its config, and its rules, which add nodes to graphs."""

@@ -17,17 +17,17 @@ from graphpeft.sites.site import CallSite, LeafSite, Site
 
 
 class AdaptedSite(NamedTuple):
-    """A site with the rule that adapts it and what the rule creates there.
+    """A site with the rule that adapts it, and the rule's parameters and constants there.
 
     Attributes:
         site: The site.
         rule: The rule.
         specs: The rule's parameters by name.
         constants: The rule's constants by name.
-        names: The attributes of the weight's module under which these live, by the rule's names for them.
+        names: The attributes of the owner that hold parameters and constants, by the rule's names for them.
         dtype: The dtype of the parameters.
-        replaced: The names of the adapter's frozen overrides, by the names of what the weight's module has itself.
-        shared: The parameters that are those of another site: their module's path and their names there.
+        replaced: The names of the adapter's frozen overrides, by the names of the owner's own tensors.
+        shared: The parameters that another site holds: the path of its owner, and their name there.
     """
 
     site: Site | LeafSite | CallSite
@@ -41,16 +41,16 @@ class AdaptedSite(NamedTuple):
 
     @property
     def stems(self) -> set[str]:
-        """The names of these attributes without that of the adapter."""
+        """The attributes' names without the adapter's name."""
         return {f"{self.site.prefix}{name}" for name in self.names}
 
     def in_slot(self, slot: int) -> Mapping[str, str]:
-        """Returns the names of these attributes in graphs, where the adapter has a slot; likewise."""
+        """Returns the attributes' slot names, under which graphs read them, by the rule's names."""
         return _in_slot(tuple(self.names), self.site.prefix, slot)
 
     @property
     def unmergeable(self) -> str | None:
-        """The reason why what the adapter does at the site is no change of a weight, or None."""
+        """The reason why the adapter's change at the site can't be merged, or None."""
         reason = self.site.unmergeable or self.rule.unmergeable(self.site)
         if reason is None and isinstance(self.site, Site) and changes_bias(self.rule):
             return self.site.bias_conflict
@@ -58,11 +58,11 @@ class AdaptedSite(NamedTuple):
 
     @property
     def parameter_count(self) -> int:
-        """The number of elements that the rule's own parameters have."""
+        """The number of elements of the rule's parameters, without shared ones."""
         return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
 
 
-# equal sites share one
+# cached, so that equal sites share one dict
 @functools.lru_cache(maxsize=1024)
 def _in_slot(of_rule: tuple[str, ...], prefix: str, slot: int) -> Mapping[str, str]:
     return {name: slots.in_slot(f"{prefix}{name}", slot) for name in of_rule}

@@ -1,4 +1,4 @@
-"""What the functions of a rule ask for, by the names of their arguments."""
+"""The values that the functions of a rule ask for, by the names of their arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Asked:
     """The arguments of a rule's function.
 
     Args:
-        function: The function. One that takes ``**others`` gets all that there is.
-        is_bound: Whether its first argument is the rule.
+        function: The function. With ``**others``, it gets all available values.
+        is_bound: Whether the first argument is the rule.
 
     Attributes:
-        names: Their names.
-        needed: Those without a default.
-        takes_more: Whether it takes others.
+        names: The names of the arguments.
+        needed: The names of the arguments without a default.
+        takes_more: Whether the function takes ``**others``.
     """
 
     def __init__(self, function: Callable[..., Any], is_bound: bool = False) -> None:
@@ -34,14 +34,14 @@ class Asked:
         self.takes_more = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 
     def may_be(self, name: str) -> bool:
-        """Returns whether it gets what has this name, if there is something."""
+        """Returns whether the function gets the value `name`, if it is available."""
         return self.takes_more or name in self.names
 
     def among(self, there: Iterable[str]) -> list[str]:
-        """Returns what it gets of all that there is, in the order in which it asks.
+        """Returns the names in `there` that the function gets, in the order of its arguments.
 
         Raises:
-            ArgumentError: If it needs what isn't there.
+            ArgumentError: If a needed argument isn't in `there`.
         """
         there = list(dict.fromkeys(there))
         lacking = [name for name in self.needed if name not in there]
@@ -53,7 +53,7 @@ class Asked:
 
 
 def asked_by(function: Callable[..., Any]) -> Asked:
-    """Returns the arguments of a rule's function, which are found once for all rules of a class."""
+    """Returns the arguments of a rule's function, cached for all rules of a class."""
     own = getattr(function, "__func__", None)
     return _asked(function, False) if own is None else _asked(own, True)
 
@@ -62,30 +62,30 @@ _asked = functools.lru_cache(maxsize=1024)(Asked)
 
 
 class ArgumentError(TypeError):
-    """A function of a rule asks for something of which nothing is known."""
+    """A function of a rule asks for an unknown name."""
 
 
 _INPUT = ("x", "operation", "training")
 _AT_LEAF = ("y", *_INPUT)
 _AT_OPERATION = (*_AT_LEAF, "weight", "base", "bias")
 CHANGES = ("change", "bias_change")
-"""The changes of its own for which a rule can ask in ``rewrite``."""
+"""The rule's own changes, which ``rewrite`` can ask for."""
 
 _ENTER, _LEAVE = ("inputs", "training"), ("inputs", "training", "output", "entered")
 
 GIVEN = frozenset((*_AT_OPERATION, *CHANGES, *_LEAVE))
-"""All that the functions of rules are given beside what is their own, by name."""
+"""The names of all values that rules' functions can get besides their own parameters and constants."""
 
 
 @functools.lru_cache(maxsize=1024)
 def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> str | None:
-    """Returns which function of a rule asks for what nothing is known of, and for what; None if none does.
+    """Returns a reason that names a rule's function and the unknown argument that it asks for, or None.
 
     Args:
         rule: The rule.
         site: The class of the site.
         op: The kind of the site's operations.
-        own: The names of the rule's parameters and constants, and of what the site lets it read.
+        own: The names of the rule's parameters and constants, and of the site's `reads`.
     """
     functions: dict[str, tuple[str, ...]] = {}
     if issubclass(site, CallSite):
@@ -110,5 +110,5 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
 
 
 def _of_call(rule: Rule, function: str) -> tuple[str, ...]:
-    # a weight that is merged belongs to no call
+    # merging has no call, and so no arguments of a call
     return rule.call_inputs if function in ("rewrite", "enter", "leave") else ()

@@ -1,4 +1,4 @@
-"""What is asked of a method that combines several of its adapters into one."""
+"""The inputs of a method that combines several of its adapters into one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from graphpeft.rules.adapted_site import AdaptedSite
 
 
 class Combination(NamedTuple):
-    """How adapters are combined, by PEFT's names.
+    """The options of a combination of adapters, by PEFT's names.
 
     Attributes:
-        kind: What PEFT calls `combination_type`.
-        svd_rank: The rank of the new adapter, for kinds that decompose; the highest of the adapters' if None.
-        svd_clamp: The quantile at which the factors are cut off, for those kinds.
-        svd_full_matrices: Whether all singular vectors are computed.
-        svd_driver: The method of cuSOLVER.
-        density: The share of elements that is kept, for kinds that leave some out.
-        majority_sign_method: By what the sign of an element is elected: "total" or "frequency".
+        kind: PEFT's `combination_type`.
+        svd_rank: The rank of the new adapter, for kinds with an SVD; None for the highest rank of the adapters.
+        svd_clamp: The quantile at which the factors are clamped, for kinds with an SVD.
+        svd_full_matrices: Whether the SVD computes all singular vectors.
+        svd_driver: The cuSOLVER driver of the SVD.
+        density: The fraction of elements to keep, for kinds that prune.
+        majority_sign_method: How an element's sign is elected: "total" or "frequency".
     """
 
     kind: str
@@ -33,14 +33,14 @@ class Combination(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one of the combined adapters has at a site.
+    """One of the combined adapters at a site.
 
     Attributes:
         adapted: The site with the adapter's rule.
-        weight: The adapter's weight.
-        tensors: Its tensors there, by the rule's names.
-        constants: Its constants there, likewise.
-        delta: Returns its change of the weight.
+        weight: The adapter's weight in the combination.
+        tensors: The adapter's tensors there, by the rule's names.
+        constants: The adapter's constants there, by the rule's names.
+        delta: Returns the adapter's change of the weight.
     """
 
     adapted: AdaptedSite

@@ -1,6 +1,6 @@
-"""The configs of all methods: PEFT's keys, PEFT's JSON in and out.
+"""The base class of all methods' configs, which read and write PEFT's JSON.
 
-A config class is its method: it says which rule adapts a site, and the rest of the library asks no more than that.
+A config class defines its method: it chooses the rule for each site. The rest of the library uses only this interface.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ if TYPE_CHECKING:
 
 
 OWN = {"is_of_peft": False}
-"""The metadata of an option that PEFT doesn't have: files hold it only where it is set."""
+"""The metadata of an option that PEFT doesn't have: files hold the option only if it isn't the default."""
 
 
 @dataclass(kw_only=True)
 class PeftConfig:
-    """What the configs of all methods hold; the names and meanings are PEFT's.
+    """The options of all methods; their names and meanings are PEFT's.
 
     Attributes:
-        task_type: What the model is for; None for any module.
-        base_model_name_or_path: Where the base model came from.
-        revision: Its revision on the Hub.
+        task_type: The model's task; None for any module.
+        base_model_name_or_path: The name or path of the base model.
+        revision: The revision of the base model on the Hub.
         inference_mode: Whether the adapter is for inference, so that nothing is trained.
-        auto_mapping: The base model's class and library, where there is no `task_type`.
+        auto_mapping: The base model's class and library, if there is no `task_type`.
         peft_version: The version of PEFT whose format the files have.
-        modules_to_save: Names of modules (matched by the end of their path) that are fully trained and saved.
+        modules_to_save: Names of modules to train fully and save, matched by the end of their path.
 
     Example:
         >>> LoraConfig(r=4).save_pretrained("adapter")
@@ -64,19 +64,19 @@ class PeftConfig:
         'LoraConfig'
     """
 
-    # a PeftType or a name of one's own; a union couldn't be narrowed in the classes of methods
+    # a PeftType, or a user's str; Any, since subclasses couldn't narrow a union
     peft_type: ClassVar[Any]
 
     file_prefix: ClassVar[str] = "base_model.model."
-    """What the names of tensors inside the model begin with in files."""
+    """The prefix in files of the names of tensors inside the model."""
 
     not_of_tensors: ClassVar[frozenset[str]] = frozenset(
         {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
     )
-    """Options that don't change what an adapter's tensors mean, and so may be edited in its file."""
+    """Options that don't change the meaning of an adapter's tensors, so that a file's user may edit them."""
 
     lacks: ClassVar[frozenset[str]] = frozenset()
-    """Options of its base classes that the method doesn't have, as in PEFT: they can't be set, and files lack them."""
+    """Inherited options that the method doesn't have, as in PEFT: they can't be set, and files lack them."""
 
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
@@ -98,7 +98,7 @@ class PeftConfig:
             self.task_type = TaskType(self.task_type)
         check_options(self)
 
-    # what a method says
+    # the interface of a method
 
     @property
     def method(self) -> str:
@@ -107,15 +107,15 @@ class PeftConfig:
 
     @property
     def starts_as_identity(self) -> bool | Literal["within rounding"]:
-        """Whether a fresh adapter of this config changes no output; what a method claims here, the laws check.
+        """Whether a fresh adapter of this config changes no output; the laws in `graphpeft.testing` check it.
 
-        True is for bit for bit, and in half precision within rounding. ``"within rounding"`` is for a product of
-        factors that is the identity where numbers are exact, such as that of two equal reflections.
+        True means bit for bit, in half precision within rounding. ``"within rounding"`` is for factors whose product
+        is the identity only in exact arithmetic, such as two equal reflections.
         """
         return False
 
     def check(self) -> None:
-        """Raises ValueError for options that this library doesn't support, and for values set since that can't be."""
+        """Raises ValueError for options that this library doesn't support, and for invalid values."""
         check_options(self)
         for field in dataclasses.fields(self):
             if field.name in self.lacks and plain(getattr(self, field.name)) != default_of(field):
@@ -123,49 +123,49 @@ class PeftConfig:
 
     @property
     def target_options(self) -> TargetOptions:
-        """The options that name modules and parameters, and those with patterns for their names."""
+        """The options that name modules and parameters, and the options with patterns for their names."""
         return TargetOptions(modules_to_save=self.modules_to_save)
 
     @property
     def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
+        """The biases of the model to train."""
         return "none"
 
     @property
     def keeps_tied(self) -> bool:
-        """Whether weights that are tied in the model stay so: copies of them are one tensor, and rows are the same."""
+        """Whether tied weights of the model stay tied: trained copies are one tensor, and trained rows are the same."""
         return False
 
     @property
     def replicated_layers(self) -> Sequence[Sequence[int]] | None:
-        """The ranges of a Transformers model's layers that it runs in turn in place of its own; None for its own."""
+        """The ranges of layers that a Transformers model runs in turn in place of its own order; None for its own."""
         return None
 
     def find_fully_trained(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, FullyTrainedModule]:
-        """Returns the modules that the method trains fully beside those of `modules_to_save`, by path.
+        """Returns the modules that the method trains fully, besides `modules_to_save`, by path.
 
         Args:
             modules: The model's modules by path.
-            report: Gets what is excluded or refused, or that nothing matched.
+            report: Gets excluded and refused names, or that nothing matched.
         """
         return {}
 
     def find_rows(self, modules: Mapping[str, nn.Module], report: Report) -> Mapping[str, TableRows]:
-        """Returns the rows of weights that are trained as they are, by the path of the weight's module.
+        """Returns the rows of weights to train directly, by the path of the weight's module.
 
-        A module that is tied to an embedding follows it, unless other rows are named for it.
+        A module that is tied to an embedding trains the embedding's rows, unless the config names other rows for it.
 
         Args:
             modules: The model's modules by path.
-            report: Gets what is excluded or refused, or that nothing matched.
+            report: Gets excluded and refused names, or that nothing matched.
         """
         return {}
 
     def initialise_rows(self, rows: torch.Tensor) -> None:
-        """Gives new rows their first values, in place.
+        """Initialises trained rows in place.
 
         Args:
-            rows: Those of the table, of shape (rows, features), in its dtype.
+            rows: The copied rows of the table, of shape (rows, features), in the table's dtype.
         """
 
     def find_sites(
@@ -175,34 +175,34 @@ class PeftConfig:
 
         Args:
             finder: Finds sites in the model.
-            report: Gets what is excluded or refused.
+            report: Gets excluded and refused names.
             owned: The paths of parameters that belong to adapters.
         """
         raise NotImplementedError
 
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
-        """Returns the config that names these sites alone, out of all that it finds.
+        """Returns the config that names exactly these of its sites.
 
         Args:
             sites: Some of the sites of the config, which is resolved for the model.
-            names: All names in the model that a config could mean.
+            names: All names in the model that a config could name.
 
         Raises:
-            ValueError: If no config of the method can name these alone.
+            ValueError: If no config of the method can name exactly these sites.
         """
         raise ValueError(f"a {type(self).__name__} can't name some of its sites; leave where out")
 
     def prepared(self, sites: Sequence[Any]) -> PeftConfig:
-        """Returns the config with all that depends on its sites together, such as the size of a tensor that they share.
+        """Returns the config with values that depend on all sites together, such as the size of a shared tensor.
 
-        It is asked once for each plan, before any rule. What it adds is best an attribute that is no field: files don't
-        have it, since it follows from the config and the model.
+        Each plan calls this method once, before any rule. Store such a value in an attribute that is no field: files
+        don't need it, since it follows from the config and the model.
 
         Args:
-            sites: All sites of the config in the model, in the order in which first values are drawn.
+            sites: All sites of the config in the model, in the order in which initial values are drawn.
 
         Raises:
-            ValueError: If there is none for these sites.
+            ValueError: If the config can't adapt these sites.
         """
         return self
 
@@ -216,39 +216,39 @@ class PeftConfig:
         raise NotImplementedError
 
     def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
-        """Returns what a model's call adds to the loss that it returns, a number with gradients, or None.
+        """Returns a scalar with gradients that a model's call adds to the loss that it returns, or None.
 
         Args:
-            sites: What the adapter has at each of its sites.
+            sites: The adapter's parameters at each of its sites.
         """
         return None
 
     def after_step(self, step: int, sites: Sequence[SiteParameters]) -> None:
-        """Changes the adapter after a step of training, when `update_and_allocate` is called: its tensors, in place.
+        """Changes the adapter's tensors in place after a training step, when `update_and_allocate` is called.
 
-        What it keeps from step to step are attributes of the config, each set anew. They are taken back with the
-        tensors if the call fails.
+        Keep state between steps in attributes of the config, and assign a new value instead of mutating the old one. If
+        the call fails, attributes and tensors are restored.
 
         Args:
-            step: The number of the step, as the caller counts.
-            sites: What the adapter has at each of its sites, with gradients.
+            step: The number of the step, counted by the caller.
+            sites: The adapter's parameters at each of its sites, with gradients.
 
         Raises:
-            ValueError: If it can't be done now.
+            ValueError: If the adapter can't be changed now.
         """
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
-        """Returns how a parameter is written now, where that is otherwise than the model has it.
+        """Returns the present form of a parameter in files, or None if it is the form in the model.
 
         Args:
             site: The site.
             name: The rule's name of the parameter.
-            spec: The parameter as the rule has declared it.
+            spec: The rule's description of the parameter.
         """
         return spec.form
 
     def for_file(self, sites: Sequence[Any]) -> PeftConfig:
-        """Returns the config of an adapter as PEFT reads it.
+        """Returns the config to write for PEFT to read.
 
         Args:
             sites: The sites of the adapter, each with its rule.
@@ -256,7 +256,7 @@ class PeftConfig:
         return copy.deepcopy(self)
 
     def fitted_to(self, keys: Collection[str]) -> PeftConfig:
-        """Returns the config with which a file is loaded.
+        """Returns the config that fits a file to be loaded.
 
         Args:
             keys: The names of the file's tensors.
@@ -264,22 +264,22 @@ class PeftConfig:
         return self
 
     def derived_tensors(self, site: Any, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns further tensors of a file, computed from a site's parameters, by their names in the file.
+        """Returns further tensors for a file, computed from a site's parameters, by their names in the file.
 
         Args:
             site: The site.
-            parameters: Its parameters, by the rule's names.
+            parameters: The site's parameters, by the rule's names.
         """
         return {}
 
     def converted(
         self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]
     ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-        """Returns the config and the tensors of an adapter that does to the base what one with first values does.
+        """Returns the config and the tensors of an equivalent adapter for the base's own weights, not residual ones.
 
         Args:
             tensors: The adapter's tensors, by their names in the file.
-            first: Those that it had before it was trained.
+            first: The tensors of the untrained adapter, by the same names.
 
         Raises:
             ValueError: If there is no such adapter.
@@ -298,37 +298,37 @@ class PeftConfig:
         return False
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> PeftConfig:
-        """Returns the config of an adapter that combines others of this method.
+        """Returns the config of an adapter that combines several adapters of this method.
 
         Args:
-            configs: The configs of the others, of which this is the first.
-            sites: The sites of all of them.
-            how: How they are combined.
+            configs: The configs of the combined adapters; `self` is the first.
+            sites: The sites of all combined adapters.
+            how: The options of the combination.
 
         Raises:
-            ValueError: If they can't be combined.
+            ValueError: If the adapters can't be combined.
         """
         raise ValueError(f"{self.method} has no way to combine adapters")
 
     def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Any]:
-        """Returns the tensors of such an adapter at one site, by the rule's names.
+        """Returns the tensors of a combined adapter at one site, by the rule's names.
 
         Args:
             target: The site with this config's rule.
-            parts: What those of the others that adapt the site have there.
-            how: How they are combined.
-            count: The number of the others altogether.
+            parts: The combined adapters that adapt the site, with their tensors there.
+            how: The options of the combination.
+            count: The number of all combined adapters.
 
         Raises:
-            ValueError: If they can't be combined.
+            ValueError: If the adapters can't be combined.
         """
         raise NotImplementedError
 
     def resolved(self, model: nn.Module) -> PeftConfig:
-        """Returns the config with everything filled in that depends on the model; `self` is unchanged.
+        """Returns a copy of the config with all options that depend on the model filled in.
 
         Args:
-            model: The model that is adapted.
+            model: The model to adapt.
         """
         config = copy.deepcopy(self)
         if self.task_type is None or "modules_to_save" in self.lacks:
@@ -352,7 +352,7 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeftConfig:
-        """Builds the config of the method that ``values["peft_type"]`` names.
+        """Builds a config of the method that ``values["peft_type"]`` names.
 
         Args:
             values: The content of an `adapter_config.json`. Unknown keys are dropped with a warning.
@@ -361,7 +361,7 @@ class PeftConfig:
             The config.
 
         Raises:
-            ValueError: If the method isn't known, or isn't that of `cls`.
+            ValueError: If the method isn't known, or `cls` is another method's class.
         """
         values = dict(values)
         named = values.pop("peft_type", None)
@@ -387,26 +387,26 @@ class PeftConfig:
             **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
 
         Returns:
-            The config; its class is the method.
+            The config; its class is the method's.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
+            CheckpointError: If the file isn't JSON, its method isn't known, or an option has an invalid value.
         """
         return cls.from_file(adapter_file(path_or_repo, CONFIG_NAME, **hub_options))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:
-        """Reads a file that holds a config.
+        """Reads a config file.
 
         Args:
             path: The file.
 
         Returns:
-            The config; its class is the method.
+            The config; its class is the method's.
 
         Raises:
-            CheckpointError: If it isn't JSON, its method isn't known, or a value isn't what its option takes.
+            CheckpointError: If the file isn't JSON, its method isn't known, or an option has an invalid value.
         """
         values = read_json(path)
         try:
@@ -415,7 +415,7 @@ class PeftConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json`; an existing file is replaced as a whole.
+        """Writes `adapter_config.json`; an existing file is replaced atomically.
 
         Args:
             save_directory: The folder.
@@ -425,17 +425,17 @@ class PeftConfig:
             staging.put()
 
     def to_json(self) -> str:
-        """Returns what `adapter_config.json` holds, as PEFT writes it: sorted keys, and `inference_mode` true.
+        """Returns the content of `adapter_config.json` as PEFT writes it: with sorted keys, and `inference_mode` true.
 
-        What is inside them stays in its order, in which the first pattern that matches counts.
+        Nested dicts keep their order, since of several patterns the first match counts.
         """
         values = self.to_dict() | {"inference_mode": True}
         return json.dumps(dict(sorted(values.items())), indent=2)
 
     def digest(self) -> str:
-        """Returns a digest of the options that decide what an adapter's tensors mean.
+        """Returns a digest of the options that decide on the meaning of an adapter's tensors.
 
-        Options with their default values are left out, so that it stays the same when there are more of them.
+        Options with default values are left out, so that new options don't change the digest.
         """
         default = {field.name: default_of(field) for field in options(self)}
         values = {

@@ -1,4 +1,4 @@
-"""What in a rule contradicts itself, or the kind of its site: an author's mistakes, which no model could show."""
+"""Checks for a rule author's mistakes: contradictions in a rule, or between a rule and the kind of its site."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unfit_bases(rule: type, site: type, op: type) -> str | None:
 
 
 def contradiction(specs: Mapping[str, ParameterSpec], constants: Iterable[str]) -> str | None:
-    """Returns what in a rule's parameters and constants contradicts something else, or None."""
+    """Returns a contradiction in a rule's parameters and constants, or None."""
     named = [name for name in (*specs, *constants) if name in GIVEN]
     if named:
         return f"{named[0]} is what rules are given by this name; call the rule's own otherwise"

@@ -1,7 +1,7 @@
 """Rules that change a weight, written for PEFT's layout of weights: (out, in), or (out, in / groups, *kernel).
 
-A `DeltaRule` is no more than its `delta`: y + operation(dropout(x), ΔW) + Δb. It adapts linear operations,
-convolutions, stacks of matrices, and weights whose use has no name, however they are stored.
+A `DeltaRule` is just its `delta`: y + operation(dropout(x), ΔW) + Δb. It adapts linear operations, convolutions,
+batches of matrices, and weights in other uses, in every stored layout.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from graphpeft.sites.weight_layout import WeightLayout
 
 @dataclass(frozen=True)
 class WeightRule(Mergeable):
-    """A rule whose `delta` gives a change in PEFT's layout; `site.matrix_shape` is its shape.
+    """A rule whose `delta` gives a change in PEFT's layout, of shape `site.matrix_shape`.
 
-    The weights that `delta` and `bias_delta` ask for are in this layout, too, and in the dtype of the rule's
-    parameters, which is single precision beside a base in half precision. A ``rewrite`` is given ``weight``, ``base``
-    and ``change`` as the weight is stored, as ``operation.apply`` takes them.
+    The arguments ``weight`` and ``base`` of `delta` and `bias_delta` are in this layout, too, and in the dtype of the
+    rule's parameters, which is single precision for a base in half precision. In ``rewrite``, ``weight``, ``base``
+    and ``change`` are in the stored layout, as ``operation.apply`` takes them.
 
     Attributes:
-        layout: How the site's weight is stored; `at_site` sets it.
-        casts: Whether the dtype of the parameters differs from that of the weight; likewise.
-        adapts: The layouts of weights that the rule adapts.
+        layout: The stored layout of the site's weight; `at_site` sets it.
+        casts: Whether the parameters' dtype differs from the weight's; `at_site` sets it.
+        adapts: The kinds of weights that the rule adapts, by `Site.layout`.
 
     Example:
         >>> class Factors(WeightRule):
@@ -71,11 +71,11 @@ class WeightRule(Mergeable):
         return None
 
     def change(self, given: Mapping[str, Any]) -> Any:
-        """Returns what `delta` returns, as the weight is stored."""
+        """Returns the result of `delta` in the stored layout."""
         return self.layout.turned(self.delta(**self._all_seen(given)))
 
     def bias_change(self, given: Mapping[str, Any]) -> Any:
-        """Returns what `bias_delta` returns, which has weights in PEFT's layout, too."""
+        """Returns the result of `bias_delta`, which gets weights in PEFT's layout, too."""
         return self.bias_delta(**self._all_seen(given))
 
     def _all_seen(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class WeightRule(Mergeable):
 
     def _seen(self, weight: Any, own: list[Any]) -> Any:
         """Returns a weight in PEFT's layout, and in the dtype of the rule's parameters."""
-        # on a CPU, merging computes in single precision, whatever the graph does
+        # merging runs on tensors, not proxies, and on a CPU in single precision, whatever the graph does
         is_cast = self.casts or isinstance(weight, torch.Tensor)
         return self.layout.turned(in_dtype_of(weight, *own) if is_cast else weight)
 
@@ -94,14 +94,14 @@ _WEIGHTS = ("weight", "base")
 
 @recorded
 def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
-    """Returns a weight in the dtype of the first tensor of floating-point numbers among others."""
+    """Returns a weight in the dtype of the first floating-point tensor of `others`, if there is one."""
     found = (other.dtype for other in others if isinstance(other, torch.Tensor) and other.is_floating_point())
     return weight.to(next(found, weight.dtype))
 
 
 @dataclass(frozen=True)
 class DeltaRule(WeightRule, OperationRule):
-    """A rule whose `delta` is all that it does: an author writes `parameters`, `initialise` and `delta`.
+    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
 
     Example:
         >>> class Shift(DeltaRule):
@@ -120,7 +120,7 @@ class DeltaRule(WeightRule, OperationRule):
     adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses what a `WeightRule` does, and dropout where there is no input."""
+        """Refuses the sites that a `WeightRule` refuses, and dropout where the operation has no input of numbers."""
         reason = super().check(site, config)
         if reason is None and not 0 <= self.dropout_of(config) <= 1:
             reason = f"its dropout is {self.dropout_of(config)}, which is no probability"
@@ -133,7 +133,7 @@ class DeltaRule(WeightRule, OperationRule):
         return reason
 
     def dropout_of(self, config: Any) -> float:
-        """Returns the probability with which elements of the branch's input are dropped in training.
+        """Returns the probability of dropping an element of the branch's input in training.
 
         Args:
             config: The config.
@@ -141,7 +141,7 @@ class DeltaRule(WeightRule, OperationRule):
         return 0.0
 
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the rule's constants, and as `dropout` the probability of dropout, if there is one."""
+        """Returns the rule's constants, with the probability of dropout as `dropout`, if it isn't 0."""
         dropout = self.dropout_of(config) if _has_input(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
@@ -149,7 +149,7 @@ class DeltaRule(WeightRule, OperationRule):
         self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
     ) -> Any:
         """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
-        # the indices of an embedding are no numbers to compute with
+        # the input of an embedding is indices, which need no cast
         h = x.to(change.dtype) if self.casts and not isinstance(operation, ops.Embedding) else x
         if dropout is not None:
             h = F.dropout(h, dropout, training)

@@ -1,4 +1,4 @@
-"""A config that a caller gives: one of this library's, or one of PEFT's."""
+"""Converts a caller's config, this library's or PEFT's, to this library's."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class ConfigLike(Protocol):
     """A config of this library or of PEFT."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns its keys with plain values."""
+        """Returns the config's keys with plain values."""
         ...
 
 
 def as_config(given: ConfigLike) -> PeftConfig:
-    """Returns a config as one of this library's; a config object of PEFT's is read by its keys.
+    """Returns a config of this library; a PEFT config is converted by its keys.
 
     Raises:
-        TypeError: If it is no config.
-        ValueError: If its method, or what PEFT's config says of the run, isn't supported.
+        TypeError: If `given` is no config.
+        ValueError: If the method, or the runtime config of PEFT, isn't supported.
     """
     if isinstance(given, PeftConfig):
         return given
     if not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
         raise TypeError(f"config is a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)")
-    # PEFT keeps it beside its keys, and leaves it out of what it writes
+    # PEFT keeps runtime_config beside its keys and doesn't write it to files
     runtime = getattr(given, "runtime_config", None)
     if runtime is not None and runtime.ephemeral_gpu_offload:
         raise ValueError(

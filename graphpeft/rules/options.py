@@ -1,7 +1,7 @@
-"""What the options of a config admit, by their annotations: types, and bounds of the numbers in them.
+"""Checks a config's options against their annotations: types, and bounds of numbers.
 
-A field says once what it takes, as in ``r: Size`` or ``rank_pattern: dict[str, Size]``; `check_options` compares the
-values with that, whether somebody wrote them in code or in a file.
+The annotation of a field, such as ``r: Size`` or ``rank_pattern: dict[str, Size]``, is its only declaration;
+`check_options` compares the values with it, whether they come from code or from a file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from graphpeft.wording import shown
 
 @dataclass(frozen=True)
 class Within:
-    """The numbers that an annotated option admits; what is no number, NaN, isn't among them.
+    """The bounds of a number, as an annotation; they exclude NaN.
 
     Attributes:
-        words: These numbers in words, behind "must be".
-        least: The smallest one.
-        most: The largest one.
+        words: The bounds in words, to follow "must be".
+        least: The smallest number.
+        most: The largest number.
     """
 
     words: str
@@ -32,29 +32,29 @@ class Within:
     most: float
 
     def problem(self, value: Any) -> str | None:
-        """Returns what a number must be, if it isn't."""
+        """Returns what a number must be if it is out of bounds, else None."""
         if self.least <= value <= self.most:
             return None
         is_too_large = isinstance(value, int) and isinstance(self.most, int) and value > self.most
         return f"{self.most} at most" if is_too_large else self.words
 
 
-_LARGEST = 3.4e38  # of single precision, in which adapters compute
+_LARGEST = 3.4e38  # in single precision, in which adapters compute
 
 Size = Annotated[int, Within("a positive integer", 1, 2**20)]
-"""The number of a model's dimensions, of ranks, of tokens: far more than any model has, and few enough to multiply."""
+"""A number of dimensions, ranks or tokens. The bound is far above any model, and small enough to multiply."""
 
 Layers = Annotated[int, Within("a positive integer", 1, 2**12)]
 """The number of a model's layers."""
 
 Steps = Annotated[int, Within("a positive integer", 1, 100)]
-"""How often something is computed anew: more changes no digit."""
+"""A number of iterations; more than the bound changes no digit."""
 
 Index = Annotated[int, Within("a whole number from 0 on", 0, 2**31 - 1)]
-"""A place in a tensor."""
+"""An index into a tensor."""
 
 Kind = Annotated[int, Within("a number of 32 bits", -(2**31), 2**31 - 1)]
-"""A whole number that tensors hold."""
+"""An integer for an int32 tensor."""
 
 Number = Annotated[float, Within("a finite number of single precision", -_LARGEST, _LARGEST)]
 """A factor."""
@@ -63,11 +63,11 @@ NotNegative = Annotated[float, Within("a finite number from 0 on", 0, _LARGEST)]
 """A length."""
 
 Probability = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1)]
-"""Of dropping an element."""
+"""A probability, such as of dropout."""
 
 
 def check_options(options: Any) -> None:
-    """Raises ValueError, with its name, for an option whose value its annotation doesn't admit.
+    """Raises ValueError, with the option's name, for a value that the option's annotation doesn't admit.
 
     Args:
         options: An instance of a dataclass.
@@ -86,7 +86,7 @@ def check_options(options: Any) -> None:
 
 
 def sizes_of(options: Any) -> dict[str, int]:
-    """Returns the options that are sizes and have a value, by name.
+    """Returns the options annotated as `Size` that have a value, by name.
 
     Args:
         options: An instance of a dataclass.
@@ -98,7 +98,7 @@ def sizes_of(options: Any) -> dict[str, int]:
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-@functools.cache  # a class's annotations are text, and reading them is slow
+@functools.cache  # evaluating a class's annotations, which are strings, is slow
 def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
@@ -106,8 +106,8 @@ def _type_hints(cls: type) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Returns whether `value` is of the annotated type.
 
-    Lists, sets and tuples pass for each other: JSON has lists alone, and in code people write what they have. An
-    integer is a number, but True isn't.
+    Lists, sets and tuples pass for each other, since JSON has only lists. An int passes for a float; a bool passes for
+    neither.
     """
     if hint is Any or type(value) is hint:
         return True
@@ -135,10 +135,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
-    """Returns the first number in a value of the annotated type that is out of bounds.
+    """Returns the first number out of bounds in a value of the annotated type.
 
     Returns:
-        Where in the value it is, as one writes that in Python; what it must be; and the number. None if there is none.
+        The number's place in the value, as a Python subscript; what it must be; and the number. None without one.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -161,7 +161,7 @@ def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
 
 
 def _spelled(hint: Any) -> str:
-    """Returns a type as it is written in a config's class, without bounds."""
+    """Returns a type as text, as a config's class writes it, without bounds."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _spelled(parts[0])

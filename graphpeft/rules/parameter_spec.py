@@ -1,4 +1,4 @@
-"""The parameters that a rule creates, as it describes them."""
+"""A rule's descriptions of the parameters that it creates."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class FileForm(NamedTuple):
-    """How a parameter is written in files, where that is otherwise than the model has it.
+    """The form of a parameter in files, where it differs from the form in the model.
 
     Attributes:
-        shape: Its shape there.
-        pack: Returns what is written, from the parameter.
-        unpack: Returns the parameter, from what is read; raises ValueError for what it can't be.
+        shape: The shape in files.
+        pack: Converts the parameter to the tensor for the file.
+        unpack: Converts the file's tensor to the parameter; raises ValueError for a tensor that can't be one.
 
     Example:
         >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
@@ -31,17 +31,16 @@ class ParameterSpec(NamedTuple):
     """A parameter that a rule creates at a site.
 
     Attributes:
-        shape: Its shape.
-        key: Its name in PEFT's files, behind the name of the module.
-        is_trained: Whether it is trained, where the adapter is.
-        form: Its form in files, if that is another one.
-        scope: The name of a tensor that sites of one adapter share: those whose specs have the same scope hold one.
-            `initialise` is given its values of before at each of these sites but the first. In files each site may
-            have it by a key and in a form of its own.
-        written_once: Whether a file has it once for all its sites, as ``base_model.<key>``, and not with each of them.
-        is_saved: Whether it is in files; otherwise `initialise` makes it again, where a file is loaded, too.
-        dtype: Its dtype, if that isn't the one of the adapter; whole numbers aren't trained, and ``.half()`` leaves
-            them as they are.
+        shape: The shape in the model.
+        key: The name in PEFT's files, after the name of the module.
+        is_trained: Whether the parameter is trained when the adapter is.
+        form: The form in files, if it differs.
+        scope: A name for a tensor that sites of one adapter share: sites with the same scope hold one tensor. At each
+            such site but the first, `initialise` gets the tensor with its values. In files, each site may have a key
+            and a form of its own.
+        written_once: Whether a file has the parameter once for all sites, as ``base_model.<key>``.
+        is_saved: Whether files have the parameter; if not, `initialise` computes it again after loading.
+        dtype: The dtype, if it isn't the adapter's; integers aren't trained, and ``.half()`` doesn't convert them.
 
     Example:
         >>> ParameterSpec((8, 64), "lora_A.weight").is_trained

@@ -1,15 +1,15 @@
-"""Names in PEFT's files: of its methods, of tasks, and of the heads that it trains for these."""
+"""Names in PEFT's files: of its methods, of tasks, and of the heads that PEFT trains for tasks."""
 
 from __future__ import annotations
 
 import enum
 
 PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose files are written; PEFT records its own version in a config."""
+"""The version of PEFT whose file format is written, recorded in configs as PEFT records its own."""
 
 
 class PeftType(str, enum.Enum):
-    """The methods of PEFT 0.21.2, by the names in its files; `registered` tells which of them there are here.
+    """The methods of PEFT 0.21.2, by the names in its files; `registered` returns the methods that exist here.
 
     Example:
         >>> LoraConfig.peft_type == PeftType.LORA == "LORA"
@@ -64,7 +64,7 @@ class PeftType(str, enum.Enum):
 
 
 class TaskType(str, enum.Enum):
-    """What an adapted model is for, as in PEFT.
+    """The task of an adapted model, as in PEFT.
 
     Example:
         >>> LoraConfig(task_type="CAUSAL_LM").task_type

@@ -1,4 +1,4 @@
-"""Values of options as JSON has them."""
+"""Converts values of options to JSON's types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON has it: of an enum its value, of a set a sorted list, of a dataclass a dict."""
+    """Converts a value to JSON's types: an enum to its value, a set to a sorted list, a dataclass to a dict."""
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,4 @@
-"""The config classes of all methods, by `peft_type`, and the options that each has."""
+"""The config classes of all methods, by `peft_type`, and the options of each class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REGISTRY: dict[str, type[Any]] = {}
 
 
 def register(config_class: ConfigT) -> ConfigT:
-    """Enters a method's config class under its `peft_type`, and lets it name misspelt keywords.
+    """Registers a method's config class under its `peft_type`, and makes its errors suggest misspelt keywords.
 
     Args:
         config_class: A dataclass. Its `peft_type` is one of PEFT's, or a name of your own, which PEFT can't read.
@@ -21,8 +21,8 @@ def register(config_class: ConfigT) -> ConfigT:
         The class.
 
     Raises:
-        TypeError: If it isn't a dataclass, has no such name, or lacks an option that its base classes don't have.
-        ValueError: If another class has the name.
+        TypeError: If it isn't a dataclass, has no `peft_type`, or its `lacks` names an option that it doesn't inherit.
+        ValueError: If another class has the same `peft_type`.
 
     Example:
         >>> from dataclasses import dataclass
@@ -41,7 +41,7 @@ def register(config_class: ConfigT) -> ConfigT:
     if unknown:
         raise TypeError(f"{config_class.__name__}.lacks names {unknown[0]!r}, which no base class of it has")
     there = _REGISTRY.get(name)
-    # a cell of a notebook that is run again, or a reloaded module, defines the same class once more
+    # a notebook cell that runs again, or a reloaded module, defines the same class again
     if there is not None and _full_name(there) != _full_name(config_class):
         raise ValueError(f"{name} is the method of {_full_name(there)} already; choose another peft_type")
     _REGISTRY[name] = config_class
@@ -65,12 +65,12 @@ def registered() -> dict[str, type[Any]]:
 
 
 def options(config: Any) -> list[dataclasses.Field[Any]]:
-    """Returns the options of a config or of a class of configs: its fields without those that the method lacks."""
+    """Returns the options of a config or of its class: the fields that `lacks` doesn't name."""
     return [field for field in dataclasses.fields(config) if field.name not in config.lacks]
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Returns a hint for an error: the option with the most similar name, or nothing."""
+    """Returns a hint for an error with the most similar option, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""What an adaptation did, or would do: a table for a person to read."""
+"""A printable report on an adaptation, made or only planned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graphpeft.wording import text_table
 
 
 class Refusal(NamedTuple):
-    """Something that a config names and that can't be adapted, why, and what to do."""
+    """A name in a config that can't be adapted, with the reason and the way out."""
 
     name: str
     reason: str
@@ -19,16 +19,16 @@ class Refusal(NamedTuple):
 
 @dataclass
 class Report:
-    """What a config does to a model.
+    """The result of applying a config to a model.
 
     Attributes:
         method: The method's name.
         adapter: The adapter's name.
-        adapted: The sites with a branch.
+        adapted: The adapted sites.
         fully_trained: The paths of tensors that are trained beside the adapter.
-        refused: The targets that can't be adapted; adapting the model raises them.
+        refused: The targets that can't be adapted; adapting the model raises an error with them.
         nothing_matched: Why the config names nothing in the model, if so.
-        excluded: The names that `exclude_modules` or `modules_to_save` kept out.
+        excluded: The names that `exclude_modules` or `modules_to_save` excludes.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))

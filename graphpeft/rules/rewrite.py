@@ -1,7 +1,7 @@
-"""Edits graphs by rules: a rule's nodes go in behind the operation that they adapt, and come out without a trace.
+"""Edits graphs by rules: inserts a rule's nodes at the operation that they adapt, and removes them completely.
 
-A `Rule` is written as plain PyTorch code over the values of a site; `insert` runs that code on proxies, so that it
-appends nodes to the graph. Every node of an adapter carries a `Tag`, so removing the adapter is erasing its nodes.
+A `Rule` is plain PyTorch code over the values of a site. `insert` runs that code on proxies, so that it appends nodes
+to the graph. Every node of an adapter has a `Tag`, so removing the adapter means erasing its nodes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes
 
 Op = Operation | Boundary
 Operand = Computation | Leaf
-"""What has an input."""
+"""An operation with an input."""
 
 
 class RuleTracer(GraphAppendingTracer):
-    """Appends what a rule's code computes with proxies to a graph."""
+    """Appends the operations of a rule's code on proxies to a graph."""
 
     def create_arg(self, a: Any) -> Any:
         """Returns an argument of a node.
 
         Raises:
-            RuleError: If it is a tensor that no name in the graph leads to.
+            RuleError: If the argument is a tensor, which has no path in the graph's module.
         """
         if isinstance(a, torch.Tensor):
             raise RuleError(
@@ -51,11 +51,11 @@ class RuleError(Exception):
 
 
 class NoChangeError(Exception):
-    """A change of a weight depends on those before it, and what an adapter does before it is none.
+    """A rule asks for the present weight, but an earlier adapter's effect there is no change of the weight.
 
     Args:
         weight: The path of the weight.
-        slot: The slot of the adapter before.
+        slot: The slot of the earlier adapter.
     """
 
     def __init__(self, weight: str, slot: int) -> None:
@@ -72,20 +72,21 @@ def insert(
     method: str,
     is_change: bool = True,
 ) -> None:
-    """Puts the nodes of `rule` at `op`, on top of those of other adapters.
+    """Inserts the nodes of `rule` at `op`, after the nodes of other adapters.
 
     Args:
-        graph: Edited in place.
-        op: The operation, a part of `graph`.
+        graph: The graph, edited in place.
+        op: The operation in `graph`.
         rule: The rule for this kind of operation.
-        attributes: The paths, in the module that owns the graph, of the rule's parameters and constants, and of what
-            else the site lets it read, by name.
+        attributes: The paths of the rule's parameters and constants and of the site's `reads`, in the module that owns
+            the graph, by the rule's names.
         slot: The adapter's slot.
-        method: The `peft_type` of its method.
-        is_change: Whether what the rule does there is a change of the weight.
+        method: The `peft_type` of the adapter's method.
+        is_change: Whether the rule's effect there is a change of the weight.
 
     Raises:
-        NoChangeError: If the rule asks for the weight so far, and an adapter that acts before changes more than that.
+        NoChangeError: If the rule asks for the present weight, and an earlier adapter's effect is no change of the
+            weight.
     """
     before = set(graph.nodes)
     entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
@@ -105,14 +106,14 @@ def insert(
 
 
 Sources = Mapping[str, str | CallInput]
-"""What a rule reads at a site, by name: paths, in the module that owns the graph, and arguments of the call."""
+"""The sources of a rule's values, by name: paths in the module that owns the graph, and arguments of the call."""
 
 Replaced = dict[fx.Node, fx.Node]
-"""New nodes, with those in whose place they are."""
+"""New nodes, each with the node that it replaces."""
 
 
 def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Sources) -> tuple[Replaced, Replaced]:
-    """Emits a rule's nodes, and returns those that an operation is given, and those in the place of a value."""
+    """Emits a rule's nodes, and returns the new inputs and the new values, each with the node that it replaces."""
     if isinstance(op, Boundary) and not isinstance(op, Leaf):
         return {}, _at_boundary(graph, op, rule, attributes)
     if isinstance(op, Weight):
@@ -131,12 +132,12 @@ def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Sources) -> tuple[Repl
 
 
 def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attributes: Sources) -> Replaced:
-    """Emits what an operation, and the adapters that act before, are given in the place of its input."""
+    """Emits the new input of an operation and of the earlier adapters there."""
     inside = op.inside if isinstance(op, Leaf) else {op.node}
     users = [user for user in x.users if user in inside or (TAG in user.meta and user.meta[TAG].site == op.name)]
     if not isinstance(op, Leaf) and _times_read(op.node, x) > 1:
         raise RuleError(f"{x.name} is more than the input of {op.name}, so it can't be changed as that alone")
-    # before all of a call, in front of which adapters of its boundary come, too
+    # before the first node of a call, and before earlier adapters' nodes at its boundary
     first = next(node for node in graph.nodes if node in users or node in inside)
     with graph.inserting_before(first):
         value = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op})
@@ -152,14 +153,14 @@ def _refuse_no_value(value: Any, function: str) -> None:
 
 
 def _times_read(node: fx.Node, x: fx.Node) -> int:
-    """Returns how often a node has another one among its arguments."""
+    """Returns how often `x` occurs in the arguments of a node."""
     read: list[fx.Node] = []
     map_arg((node.args, node.kwargs), read.append)
     return read.count(x)
 
 
 def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) -> Replaced:
-    """Emits the new value of a weight, and returns for it the node in whose place it is."""
+    """Emits the new value of a weight, and returns it with the node that it replaces."""
     current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
@@ -170,7 +171,7 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
 
 
 def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
-    """Emits the operation's new value, and returns for it the node in whose place it is."""
+    """Emits the operation's new value, and returns it with the node that it replaces."""
     current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
@@ -187,7 +188,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
 
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
-    """Emits the change of a weight that `rule` makes, from what it was before, and from the module's own."""
+    """Emits the rule's change of a weight, from the present weight and the module's own."""
     return rule.change(_given(rule.delta, graph, weights, attributes, {}))
 
 
@@ -197,7 +198,7 @@ def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
 
 
 def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) -> dict[str, fx.Node]:
-    """Emits those operands of an operation, and changes of them, for which a rule asks.
+    """Emits the operands of an operation, and the rule's changes of them, that the rule asks for.
 
     Raises:
         NoChangeError: As `insert` does.
@@ -218,7 +219,7 @@ def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) 
 
 
 def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> dict[str, fx.Node]:
-    """Emits the operands of an operation for which functions ask, as the adapters before have made them."""
+    """Emits the operands of an operation that functions ask for, with the changes of earlier adapters."""
     earlier = changes_at(graph, op.name)
     asks_for_bias = any(each.may_be("bias") for each in asked)
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
@@ -233,7 +234,7 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
         found["bias"] = graph.create_node("get_attr", op.bias)
     for tag in earlier:
         attributes = dict(tag.attributes)
-        # the change of the bias is one beside the weight of before
+        # a change of the bias uses the weight before the same adapter's change
         change = _bias_change(graph, tag.rule, found, attributes) if tag in of_bias else None
         if asks_for_weight and not tag.is_change:
             raise NoChangeError(op.weight, tag.slot)
@@ -245,14 +246,14 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
 
 
 def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
-    """Emits the change of a bias that `rule` makes; None where there is none."""
+    """Emits the rule's change of a bias, or returns None if there is none."""
     if "bias" in asked_by(rule.bias_delta).needed and "bias" not in operands:
-        return None  # there is none that could be scaled, or the like
+        return None  # without a bias, there is nothing to change
     return rule.bias_change(_given(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
-    """Emits the new value of what a call returns, and returns for it the node in whose place it is."""
+    """Emits the new output of a call, and returns it with the node that it replaces."""
     current = top(graph, op.output, op.name)
     outside = {user for user in current.users if user not in op.inside}
     with graph.inserting_before(current.next):
@@ -269,14 +270,14 @@ def replace(
     nodes: Mapping[str, fx.Node],
     paths: Mapping[str, str],
 ) -> None:
-    """Puts what `function` returns in the place of an operation's value.
+    """Replaces an operation's value by the result of `function`.
 
     Args:
-        graph: Edited in place.
-        op: The operation, of which it can ask for `x`, `y` and `operation`.
-        function: Plain code, which is run on proxies.
-        nodes: What else it can ask for, by name.
-        paths: Attributes of the module that owns the graph, likewise.
+        graph: The graph, edited in place.
+        op: The operation; the function can ask for `x`, `y` and `operation`.
+        function: Plain code, run on proxies.
+        nodes: Further nodes that the function can ask for, by name.
+        paths: Attributes of the module that owns the graph, which the function can ask for, by name.
     """
     assert not isinstance(op, Weight)
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
@@ -286,7 +287,7 @@ def replace(
 
 
 def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Sources) -> Replaced:
-    """Emits new values of arguments and of what is returned, and returns the nodes in whose places they are."""
+    """Emits new arguments and a new output of a forward, and returns them with the nodes that they replace."""
     tracer = RuleTracer(graph)
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}
@@ -310,7 +311,7 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
 
 
 def _replace(old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool]) -> None:
-    """Lets those users of `old` for which `where` holds use `new`, and adapters of theirs stand in its place."""
+    """Replaces `old` by `new` in its users for which `where` holds, and in the tags of the adapters among them."""
     users = list(filter(where, old.users))
     for user in users:
         user.replace_input_with(old, new)
@@ -320,7 +321,7 @@ def _replace(old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool]) -> No
 
 
 def _exchange_places(graph: fx.Graph, old: str, new: str, where: Callable[[Tag], bool]) -> None:
-    """Lets nodes of adapters that stand in the place of one node stand in that of another one."""
+    """Replaces `old` by `new` as the replaced node in the tags for which `where` holds."""
     for node in graph.nodes:
         tag = node.meta.get(TAG)
         if tag is not None and tag.stands_for == old and where(tag):
@@ -328,14 +329,14 @@ def _exchange_places(graph: fx.Graph, old: str, new: str, where: Callable[[Tag],
 
 
 def remove(graph: fx.Graph, slot: int) -> None:
-    """Erases all nodes of the adapter in a slot from `graph`; what used their value uses the operation's own again."""
+    """Erases all nodes of the adapter in a slot from `graph`; their users get the replaced values again."""
     nodes = {node.name: node for node in graph.nodes}
     for node in reversed(list(graph.nodes)):
         tag = node.meta.get(TAG)
         if tag is None or tag.slot != slot:
             continue
         if node.op == "placeholder" and node.users:
-            # another adapter asks for this argument, too
+            # another adapter uses this argument, too
             node.meta[TAG] = next(user.meta[TAG] for user in node.users if TAG in user.meta)
             node.meta[TAG] = dataclasses.replace(node.meta[TAG], over=None, enters_for=None)
             continue
@@ -346,7 +347,7 @@ def remove(graph: fx.Graph, slot: int) -> None:
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """Returns an argument that may be absent; unless it is there already, it is added behind those with names."""
+    """Returns the placeholder of an optional argument, which is added after the named arguments if it is missing."""
     there = next((node for node in graph.nodes if node.op == "placeholder" and node.target == name), None)
     if there is not None:
         return there
@@ -362,7 +363,7 @@ def _call(
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> Any:
-    """Calls a rule's function with what it asks for by the names of its arguments, see `_given`."""
+    """Calls a rule's function with the values that its argument names ask for, see `_given`."""
     return function(**_given(function, graph, nodes, paths, values))
 
 
@@ -373,15 +374,15 @@ def _given(
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns what a rule's function asks for by the names of its arguments.
+    """Returns the values that the names of a function's arguments ask for, with nodes as proxies.
 
     Args:
-        function: The function. One that takes ``**others`` gets all that there is.
-        graph: Where its nodes go.
-        nodes: Nodes that it can ask for, as proxies.
-        paths: Attributes of the module that owns the graph, and arguments of the call, likewise; None for what isn't
-            there.
-        values: Other values.
+        function: The function. With ``**others``, it gets all available values.
+        graph: The graph that gets new nodes.
+        nodes: The available nodes.
+        paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value
+            that is absent.
+        values: Other available values.
     """
     tracer = RuleTracer(graph)
     paths = {"training": "training", **paths}

@@ -1,12 +1,12 @@
-"""How a method adapts one kind of site: the base classes of rules.
+"""The base classes of rules. A rule defines how a method adapts one kind of site.
 
-A rule is an `OperationRule`, an `InputRule` or a `BoundaryRule`, or no more than a `Rule` with a change, where only
-weights as such are its sites. What else it can do, it says by further bases: `Mergeable`, `ReplacesWeight`,
-`RunsByRow`, `Combines`. A rule whose change is written in PEFT's layout of weights is a `WeightRule`, and one that is
-no more than that a `DeltaRule`, see `rules/delta_rule.py`.
+A rule is an `OperationRule`, an `InputRule` or a `BoundaryRule`; a rule only for weights as such is just a `Mergeable`.
+Further bases declare further abilities: `Mergeable`, `ReplacesWeight`, `RunsByRow`, `Combines`. A rule whose change is
+written in PEFT's layout of weights is a `WeightRule`; a rule that is just such a change is a `DeltaRule`, see
+`rules/delta_rule.py`.
 
-The functions that compute name what they are given: each argument is one of the names that stand at the function, or a
-parameter or a constant of the rule. One that a rule doesn't declare for every config has a default, as in
+The functions that compute ask for values by the names of their arguments: the names in the function's docstring, and
+the rule's parameters and constants. An argument that a rule doesn't declare for every config needs a default, as in
 ``lora_bias=None``. Any other name is an error when a model is adapted.
 """
 
@@ -24,10 +24,10 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 
 
 class Rule(ABC):
-    """How one method adapts one kind of site.
+    """Adapts one kind of site for one method.
 
-    Rules are frozen values, best dataclasses: equal rules give equal graphs, so what differs from site to site (shapes,
-    scales) isn't theirs but comes from the site and the config.
+    Rules are frozen values, best dataclasses. Equal rules give equal graphs, so values that differ from site to site
+    (shapes, scales) come from the site and the config, not from the rule.
 
     Example:
         >>> class Shift(Mergeable):
@@ -53,17 +53,17 @@ class Rule(ABC):
         return None
 
     call_inputs: ClassVar[tuple[str, ...]] = ()
-    """Arguments that the model is given in each call beside those of its forward, as ``model(x, task_ids=…)``.
+    """Extra arguments of each call of the model, as ``model(x, task_ids=…)``.
 
-    ``rewrite``, ``enter`` and ``leave`` can ask for them. `BoundaryRule.more_inputs` are those of one forward, which
-    its graph has as arguments. The model's forward is given them, too, if they are among its named arguments.
+    ``rewrite``, ``enter`` and ``leave`` can ask for them. The model's forward gets them, too, if it has named arguments
+    for them. `BoundaryRule.more_inputs`, in contrast, are extra arguments of one module's forward.
     """
 
     adapts_both_ways: ClassVar[bool] = False
     """Whether the rule adapts a weight that some operations read as (in, out), and others as (out, in)."""
 
     def at_site(self, site: Any, dtype: torch.dtype) -> Rule:
-        """Returns the rule with what its functions have to know of a site.
+        """Returns the rule with the facts about a site that its functions need.
 
         Args:
             site: The site.
@@ -82,7 +82,7 @@ class Rule(ABC):
         ...
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the numbers that its functions read, by name; they live on the weight's module.
+        """Returns the numbers that the rule's functions read, by name; they live on the site's owner.
 
         Args:
             site: The site.
@@ -91,7 +91,7 @@ class Rule(ABC):
         return {}
 
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        """Returns the rule's constants, with those that a base class of it reads; a base class alone overrides it.
+        """Returns the rule's constants and its base classes' constants; only base classes override this method.
 
         Args:
             site: The site.
@@ -106,22 +106,22 @@ class Rule(ABC):
     def initialise(
         self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
     ) -> Mapping[str, torch.Tensor] | None:
-        """Fills new parameters, on the CPU, with their first values.
+        """Fills new parameters, on the CPU, with their initial values.
 
         Args:
-            parameters: The parameters by name, without values.
+            parameters: The parameters by name, uninitialised.
             site: The site.
             config: The config.
-            module: The module of the weight beside which they live.
+            module: The module that owns the site's weight and the parameters.
 
         Returns:
-            Of a rule that `ReplacesWeight`, where it replaces that of the site: the tensor that the module reads in
-            place of the weight, by the weight's name.
+            If the rule `ReplacesWeight` at this site: the tensor that the module reads in place of the weight, by the
+            weight's name. Otherwise None.
         """
         ...
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what the rule does at a site is no change of a weight and a bias, or None.
+        """Returns the reason why the rule's effect at a site is no change of a weight and a bias, or None.
 
         Args:
             site: The site.
@@ -130,7 +130,7 @@ class Rule(ABC):
 
 
 class OperationRule(Rule):
-    """Adapts operations that use a weight, and calls of modules whose inside is their own affair.
+    """Adapts operations that use a weight, and calls of opaque modules.
 
     Example:
         >>> class Scale(OperationRule):
@@ -148,19 +148,19 @@ class OperationRule(Rule):
 
     @abstractmethod
     def rewrite(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new value of the operation; it is run on proxies.
+        """Returns the new value of the operation; it runs on proxies.
 
-        Its arguments can be ``x`` and ``y``, the operation's input and its value so far; ``operation``, which has
-        ``apply(x, weight)``, the same operation with other operands; ``training``; and of an operation that has a
-        weight, ``weight`` and ``bias`` as adapters that act before have made them (None without a bias), and ``base``,
-        the weight without them. A rule that is `Mergeable` can ask for ``change`` and ``bias_change``: what its
-        ``delta`` and its ``bias_delta`` return there (None without a change of the bias).
+        Its arguments can be ``x`` and ``y``, the operation's input and its present value; ``operation``, which has
+        ``apply(x, weight)``, the same operation with other operands; and ``training``. For an operation with a weight,
+        they can be ``weight`` and ``bias``, with the changes of earlier adapters (None without a bias), and ``base``,
+        the weight without these changes. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
+        of its ``delta`` and its ``bias_delta`` (None without a change of the bias).
         """
         ...
 
 
 class InputRule(Rule):
-    """Changes what an operation is given, so that the operation itself is computed once.
+    """Changes the input of an operation, so that the operation itself runs once.
 
     Example:
         >>> class ScaledInput(InputRule):
@@ -178,19 +178,19 @@ class InputRule(Rule):
 
     @abstractmethod
     def enter(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new input of the operation; it is run on proxies.
+        """Returns the new input of the operation; it runs on proxies.
 
-        Its arguments can be ``x``, ``operation`` and ``training``, as in ``rewrite``. The operation and the adapters
-        that act before are given what it returns. If ``delta`` makes W F of a weight W, ``enter`` returns F x: so W is
-        the weight with the changes before, as in ``delta``.
+        Its arguments can be ``x``, ``operation`` and ``training``, as in ``rewrite``. The operation and the earlier
+        adapters get the result as their input. If ``delta`` turns the weight W into W F, ``enter`` returns F x. So W is
+        the weight with the changes of earlier adapters, as in ``delta``.
         """
         ...
 
 
 class Mergeable(Rule):
-    """A rule that changes a weight, so that its change can be added to the weight.
+    """A rule that changes a weight, so that its change can be merged into the weight.
 
-    It is the rule of weights as such, too, whatever a model does with them: there, `delta` is run on proxies.
+    It also adapts weights as such, whatever the model does with them: there, `delta` runs on proxies.
 
     Example:
         >>> class Scale(Mergeable):
@@ -207,32 +207,32 @@ class Mergeable(Rule):
     """
 
     def unmergeable(self, site: Any) -> str | None:
-        """Returns the reason why what the rule does at a site is no change of the weight and the bias, or None."""
+        """Returns the reason why the rule's effect at a site is no change of the weight and the bias, or None."""
         return None
 
     def change(self, given: Mapping[str, Any]) -> Any:
-        """Returns what `delta` returns, in the shape in which the weight is stored.
+        """Returns the result of `delta` in the weight's stored layout.
 
         Args:
-            given: What `delta` asks for, by name: tensors and numbers, or proxies.
+            given: The arguments of `delta` by name: tensors and numbers, or proxies.
         """
         return self.delta(**given)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the weight's change, in the shape in which it is stored: what the rule does outside of training.
+        """Returns the weight's change in evaluation, in the weight's stored layout.
 
-        Its arguments can be ``weight``, which other adapters may have changed before, and ``base``, the weight without
-        them. Name them only if the change depends on them: of two such adapters at one weight, one isn't merged without
-        the other where that would give something else.
+        Its arguments can be ``weight``, with the changes of earlier adapters, and ``base``, the weight without them.
+        Name them only if the change depends on them: two such adapters of one weight can't be merged one without the
+        other where the result would differ.
         """
         ...
 
     def bias_change(self, given: Mapping[str, Any]) -> Any:
-        """Returns what `bias_delta` returns.
+        """Returns the result of `bias_delta`.
 
         Args:
-            given: What `bias_delta` asks for, by name, as in `change`.
+            given: The arguments of `bias_delta` by name, as in `change`.
 
         Returns:
             The change of the bias, (out,), or None.
@@ -241,14 +241,14 @@ class Mergeable(Rule):
 
     @property
     def changes_bias(self) -> bool:
-        """Whether the rule changes the bias of an operation, too: whether it has a ``bias_delta`` of its own."""
+        """Whether the rule changes the bias of an operation, too: whether it overrides ``bias_delta``."""
         return type(self).bias_delta is not Mergeable.bias_delta
 
     def bias_delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the change of the bias that the operation adds, or None.
 
-        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. One that needs ``bias``
-        isn't asked where the operation has none.
+        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. If ``bias`` has no default, the
+        method isn't called for an operation without a bias.
         """
         return None
 
@@ -259,9 +259,9 @@ def changes_bias(rule: Any) -> bool:
 
 
 class ReplacesWeight(ABC):
-    """A rule that may have another weight read in place of the module's own while the adapter acts.
+    """A rule that may override the module's own weight while the adapter is active.
 
-    That is frozen, and isn't saved: ``initialise`` computes it, where a file is loaded, too.
+    The override is frozen and isn't saved: ``initialise`` computes it, also when a file is loaded.
 
     Example:
         >>> class Rounding(ReplacesWeight):
@@ -273,7 +273,7 @@ class ReplacesWeight(ABC):
 
     @abstractmethod
     def replaces(self, site: Any, config: Any) -> bool:
-        """Returns whether the weight of a site is replaced; it isn't asked where the site is unmergeable.
+        """Returns whether the rule overrides the weight of a site; not called for an unmergeable site.
 
         Args:
             site: The site.
@@ -294,36 +294,36 @@ class RunsByRow(ABC):
     """
 
     zeros_change_nothing: ClassVar[bool] = False
-    """Whether `by_row` returns ``y`` where all parameters are zeros, as those of rows without the adapter are.
+    """Whether `by_row` returns ``y`` where all parameters are zeros, the parameters for rows without the adapter.
 
-    Otherwise the adapters of such a batch run in turn.
+    If False, the adapters of a batch with such rows run one after another.
     """
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
-        """The constants that `by_row` reads, with what they are for an adapter without them; None for any value."""
+        """The constants that `by_row` reads, each with its value for an adapter without it; None for any value."""
         return {}
 
     def joined(self, rules: Sequence[Any]) -> Any:
         """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none.
 
         Args:
-            rules: The rules of the adapters at a site, of which this is one.
+            rules: The rules of the adapters at a site, including this one.
         """
         return self if all(rule == self for rule in rules) else None
 
     @abstractmethod
     def by_row(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new value of the operation; it is run on proxies.
+        """Returns the new value of the operation; it runs on proxies.
 
         Its arguments can be ``x``, ``y``, ``operation`` and ``training``, as in ``rewrite``. The parameters are stacked
-        row by row in a first dimension; a constant is a number, or a tensor with one for each row.
+        in a first dimension of rows; a constant is a number, or a tensor with one number for each row.
         """
         ...
 
 
 class Combines(ABC):
-    """A rule whose change is a product of two factors, of which several can be combined into one.
+    """A rule whose change is a product of two factors, so that several changes can be combined into one.
 
     Example:
         >>> class Product(Combines):
@@ -335,21 +335,21 @@ class Combines(ABC):
 
     @property
     def rank_axes(self) -> tuple[int, int]:
-        """The dimensions of the two factors that are as long as the rank."""
+        """The rank's dimension in each of the two factors."""
         return 0, 1
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix that the product of the factors is.
+        """Returns a change of the weight in the shape of the factors' product, a matrix.
 
         Args:
-            delta: The change, in the shape in which the weight is stored.
+            delta: The change, in the weight's stored layout.
         """
         ...
 
 
 class BoundaryRule(Rule):
-    """Adapts what a module is given and what it returns.
+    """Adapts the inputs and the output of a module.
 
     Example:
         >>> class Doubled(BoundaryRule):
@@ -367,20 +367,20 @@ class BoundaryRule(Rule):
 
     @property
     def more_inputs(self) -> tuple[str, ...]:
-        """The names of arguments that the forward gets beside its own; they are None unless they are given."""
+        """The names of extra arguments of the module's forward; None is their default."""
         return ()
 
     def enter(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Returns the new values of arguments of the forward, by name; it is run on proxies.
+        """Returns new values of arguments of the forward, by name; it runs on proxies.
 
-        Its arguments can be ``inputs``, the forward's by name, ``training``, and what the site lets it read.
+        Its arguments can be ``inputs``, the forward's arguments by name, ``training``, and the site's `reads`.
         """
         return {}
 
     def leave(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the new value of what the module returns; it is run on proxies.
+        """Returns the module's new output; it runs on proxies.
 
-        Beside those of ``enter``, its arguments can be ``output`` and ``entered``, what ``enter`` has returned.
+        Its arguments can be the arguments of ``enter``, ``output``, and ``entered``, the result of ``enter``.
         """
         return kwargs["output"]
 
@@ -395,12 +395,12 @@ _BASES: dict[str, tuple[type, ...]] = {
     "by_row": (RunsByRow,),
     "as_product": (Combines,),
 }
-"""The bases of the functions that a rule has without need, which nobody would call without them."""
+"""The base classes without which a rule's function would never be called, by function."""
 
 
 @functools.lru_cache(maxsize=256)
 def lacking_base(rule: type) -> str | None:
-    """Returns why a class of rules is none, or has a function that nobody would call; None otherwise."""
+    """Returns why a class is no rule, or has a function that would never be called; else None."""
     if not issubclass(rule, Rule):
         return f"{rule.__name__} is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
     for name, bases in _BASES.items():

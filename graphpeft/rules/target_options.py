@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 
 class TargetOptions(NamedTuple):
-    """What a config names; the names and meanings are those of PEFT's options.
+    """The options of a config that name modules and parameters; names and meanings are PEFT's.
 
-    An option that is None isn't set, or the method doesn't have it.
+    None means that the option isn't set, or that the method doesn't have it.
 
     Attributes:
         target_modules: The modules to adapt: a regular expression, or whole names and their ends.
-        exclude_modules: Those that are left out, likewise.
-        modules_to_save: Those that are fully trained.
+        exclude_modules: The modules to leave out: a regular expression, or whole names and their ends.
+        modules_to_save: The modules to train fully.
         layers_to_transform: The indices of the layers to adapt.
-        layers_pattern: The names in front of such an index.
+        layers_pattern: The names of containers of layers, before the index.
         target_parameters: The parameters to adapt: whole names and their ends.
-        patterns: The options that give targets values of their own, such as ranks, by regular expressions for the ends
-            of their names.
+        patterns: The options with values for single targets, such as ranks, by option; their keys are regular
+            expressions for the ends of names.
     """
 
     target_modules: Collection[str] | str | None = None

@@ -1,4 +1,4 @@
-"""What an adapter trains: parameters at its sites; and of the model itself, whole modules and rows of tables."""
+"""The tensors that an adapter trains: parameters at its sites, and the model's own biases, modules and rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 Biases = Literal["none", "all", "adapted"]
-"""Which biases are trained: none, all of the model, or those of the adapted layers."""
+"""The biases to train: none, all of the model, or only the biases of adapted layers."""
 
 
 class FullyTrainedModule(NamedTuple):
     """A module that is fully trained.
 
     Attributes:
-        infix: What stands in files between its path and the names of the tensors in it; "" for nothing.
-        option: The option that names it.
+        infix: The infix between the module's path and its tensors' names in files; "" for none.
+        option: The config option that names the module.
 
     Example:
         >>> FullyTrainedModule(infix="ln_tuning_layers").option
@@ -28,13 +28,13 @@ class FullyTrainedModule(NamedTuple):
 
 
 class TableRows(NamedTuple):
-    """Rows of a module's weight that are trained as they are.
+    """Rows of a module's weight that are trained directly.
 
     Attributes:
-        indices: Which.
-        key: The name in files of the tensor that has these rows, behind the module's path.
-        option: The option that names them.
-        written_for_tied: Whether files hold them once more for each module that is tied to this one.
+        indices: The indices of the rows.
+        key: The name of the rows' tensor in files, after the module's path.
+        option: The config option that names the rows.
+        written_for_tied: Whether files repeat the rows for each module that is tied to this one.
 
     Example:
         >>> TableRows((20, 21)).key
@@ -48,11 +48,11 @@ class TableRows(NamedTuple):
 
 
 class SiteParameters(NamedTuple):
-    """What an adapter has at one site.
+    """An adapter's parameters at one site.
 
     Attributes:
         site: The site.
-        parameters: The rule's parameters there, by its names for them.
+        parameters: The parameters by the rule's names.
 
     Example:
         >>> parameters = {"lora_A": nn.Parameter(torch.zeros(2, 8))}

@@ -1,1 +1,1 @@
-"""What in a model can be adapted, and how it is found."""
+"""Sites: the places in a model that adapters can change, and how to find them."""

@@ -1,4 +1,4 @@
-"""The attentions of a graph: layers, functions that are called so, and softmaxes of products."""
+"""Finds the attentions of a graph: attention layers, functions with such a name, and softmaxes of products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-"""Layers that are attentions, or have them inside."""
+"""Layers that are attentions, or contain attentions."""
 
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "__matmul__")
 
@@ -18,10 +18,10 @@ class Attention(NamedTuple):
     """An attention in a graph.
 
     Attributes:
-        node: The node that computes it, or its softmax.
-        query: The node of what asks.
-        key: The node of what is compared with it; None if it isn't found.
-        value: The node of what is summed up; None if it isn't found.
+        node: The node that computes the attention, or its softmax.
+        query: The node of the queries.
+        key: The node of the keys; None if it isn't found.
+        value: The node of the values; None if it isn't found.
     """
 
     node: fx.Node
@@ -57,7 +57,7 @@ def _argument(node: fx.Node, place: int, name: str) -> fx.Node | None:
 
 
 def _of_products(softmax: fx.Node, values: Mapping[str, Any]) -> Attention | None:
-    """Returns the attention whose scores, which may be scaled and masked, are a product that `softmax` gets."""
+    """Returns the attention of `softmax`, if its input is a product of scores, maybe scaled and masked."""
     scores = _product(softmax.all_input_nodes, lambda node: node.all_input_nodes, softmax, values)
     if scores is None:
         return None
@@ -74,7 +74,7 @@ def _product(
     values: Mapping[str, Any],
     is_any_shape: bool = False,
 ) -> fx.Node | None:
-    """Returns the first product on the way from a softmax, through nodes with a value for each pair of tokens."""
+    """Returns the first product reached from a softmax through nodes with a value for each pair of tokens."""
     pairs = values[softmax.name].shape[-2:]
     waiting = list(waiting)
     while waiting:

@@ -1,4 +1,4 @@
-"""The calls of modules: where the boundary of a forward is in a graph, and which call is which."""
+"""Sites at calls of modules: finds the boundary of a forward in a graph, and tells the calls of a module apart."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from graphpeft.tracing.lift import lift
 
 
 class Crossing(NamedTuple):
-    """Where the boundary of one module's forward is.
+    """The place of the boundary of one module's forward.
 
     Attributes:
-        region: The path of the module whose graph has it.
-        nodes: The names of the boundaries, for each graph that the region has.
+        region: The path of the module whose graph has the boundary.
+        nodes: The names of the boundaries, for each graph of the region.
         arguments: The names of the forward's arguments.
-        values: Examples of those of them that the graph has, by name, as far as it knows them.
-        returned: An example of what the forward returns, if the graph knows one.
+        values: Example values of the arguments, by name, where the graph has any.
+        returned: An example of the returned value, if the graph has one.
     """
 
     region: str
@@ -40,10 +40,10 @@ class Crossing(NamedTuple):
 
 
 def boundary(regions: Regions, path: str) -> Crossing:
-    """Returns where the boundary of the forward of the module at `path` is; the module need not be traced.
+    """Returns the place of the boundary of the forward of the module at `path`; the module need not be traced.
 
     Raises:
-        TraceError: If there can't be such a graph, or the module is never called.
+        TraceError: If the module can't have a graph, or is never called.
     """
     module = regions.modules[path]
     if not regions.is_called(path):
@@ -59,7 +59,7 @@ def boundary(regions: Regions, path: str) -> Crossing:
 def boundary_site(regions: Regions, path: str) -> CallSite:
     """Returns the site at the boundary of the forward of the module at `path`.
 
-    An adapter's tensors there go with the first parameter of the module, or of the model, and have its dtype.
+    An adapter's tensors there have the device and dtype of the module's first parameter, or else of the model's.
 
     Raises:
         TraceError: As `boundary` does.
@@ -88,7 +88,7 @@ def _first_parameter(regions: Regions, path: str) -> tuple[tuple[str, str], torc
 
 
 def _boundary_inside(regions: Regions, path: str) -> Crossing:
-    """Returns the boundaries of the calls of a module that were inlined into a flat graph."""
+    """Returns the boundaries of a module's calls that were inlined into a flat graph."""
     graphs = [region for region in regions.graphs if not region or path.startswith(f"{region}.")]
     around = max(graphs, key=len, default=None)
     template = regions.template(around) if around is not None else None
@@ -101,10 +101,10 @@ def _boundary_inside(regions: Regions, path: str) -> Crossing:
 
 
 def calls_of(regions: Regions, site: Site | LeafSite) -> list[Site | LeafSite]:
-    """Returns a site for each operation, or call, that `site` has; a single one stays as it is.
+    """Returns one site for each operation, or call, of `site`; a site with a single one stays unchanged.
 
     Raises:
-        TraceError: If the graph of the model doesn't tell them apart.
+        TraceError: If the graph of the model doesn't tell the calls apart.
     """
     if site.region and runs_graph(regions.modules[""]):
         raise TraceError(f"{site.region} stays a call in the graph, which has no place for what differs inside")

@@ -1,4 +1,4 @@
-"""The dataflow of a graph as a networkx graph: what reaches what."""
+"""The dataflow of a graph as a networkx graph, for reachability."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def feeding_directly(
     graph: fx.Graph, node: fx.Node, among: Collection[fx.Node], leads_on: Callable[[fx.Node], bool]
 ) -> list[fx.Node]:
-    """Returns those of `among` from which a way leads to `node` past none of the others, in the order of the graph.
+    """Returns the nodes of `among` with a path to `node` that passes no other of them, in the order of the graph.
 
     Args:
         graph: The graph.
-        node: Where the ways end.
-        among: Nodes.
-        leads_on: Whether a way may go through a node.
+        node: The end of the paths.
+        among: The candidate nodes.
+        leads_on: Whether a path may pass a node.
     """
     flow = as_digraph(graph)
     flow.remove_nodes_from([other for other in graph.nodes if other is not node and not leads_on(other)])

@@ -1,4 +1,4 @@
-"""What the example inputs of a model give to a module inside it, by a run of a copy that ends there."""
+"""The inputs that a model's example inputs give to a submodule, from a run of a copy that stops there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _ReachedError(Exception):
 
 
 def inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
-    """Runs the model on the example inputs and returns those that reach `module` first; the model stays as it is."""
+    """Runs a copy of the model on the example inputs and returns the inputs of the first call of `module`."""
     seen: list[ExampleInputs] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs
 
 
 def inputs_beyond_defaults(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs | None:
-    """Returns what `inputs_of` does if the module is given an argument that it can do without, or None if it isn't."""
+    """Returns `inputs_of` if an optional argument of the module's forward gets a non-default value, else None."""
     parameters = inspect.signature(module.forward).parameters
     optional = {name: p.default for name, p in parameters.items() if p.default is not p.empty or p.kind in _ANY_NUMBER}
     if not optional:
@@ -54,7 +54,7 @@ _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def call_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> tuple[ExampleInputs, Any]:
-    """Runs the model as `inputs_of` does, and returns what `module` was given, and what it returned."""
+    """Runs a copy of the model as `inputs_of` does, and returns the inputs and the output of `module`."""
     seen: list[tuple[ExampleInputs, Any]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -72,8 +72,8 @@ def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _run_until(
     model: nn.Module, module: nn.Module, example_inputs: ExampleInputs, stop_at: Callable[[nn.Module], Any]
 ) -> None:
-    """Runs a copy of the model with a hook on `module` that ends the run, which `stop_at` registers."""
-    # in a copy, whatever the modules on the way do to themselves is lost
+    """Runs a copy of the model with a hook on `module`, registered by `stop_at`, that ends the run."""
+    # a copy, since modules may change themselves when they run
     copied = copy.deepcopy({"model": model, "module": module})
     hook = stop_at(copied["module"])
     args, kwargs = split_inputs(example_inputs)

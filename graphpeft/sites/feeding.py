@@ -1,4 +1,4 @@
-"""Targets by a pattern in the graph: the linear operations that feed the queries, keys or values of attentions."""
+"""Targets found in the graph: the linear operations that feed the queries, keys or values of attentions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from graphpeft.sites.dataflow import feeding_directly
 
 
 def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> list[str]:
-    """Returns the names, for `target_modules`, of the linear operations from which attentions get what they read.
+    """Returns the names, for `target_modules`, of the linear operations that feed the attentions' `role`.
 
-    These are the last ones on the way, whatever reshapes, normalises or rotates their outputs: in a model whose query,
-    key and value are one projection, that one for each role.
+    These are the last linear operations before the attention, even if other nodes reshape, normalise or rotate their
+    outputs. Where one projection computes query, key and value, each role gives this projection.
 
     Args:
         traced: A model traced with example inputs.
-        role: What the attentions read.
+        role: The input of the attentions.
 
     Raises:
-        ValueError: If there is no attention, or one is a layer that has its projections inside, as
-            ``nn.MultiheadAttention`` does.
+        ValueError: If no linear operation feeds an attention, or an attention is a layer with its projections inside,
+            as ``nn.MultiheadAttention`` is, or if the model isn't traced with example inputs.
 
     Example:
         >>> class Attention(nn.Module):
@@ -49,7 +49,7 @@ def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> l
     computed = {op.node: op for op in ops.find_ops(graph, traced)}
 
     def has_tensors(node: fx.Node) -> bool:
-        # a shape that a view takes from other values brings none of these along
+        # a node without tensors is a shape or the like, which carries no values
         return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values.get(node.name)))
 
     found: dict[str, None] = {}

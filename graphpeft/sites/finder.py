@@ -1,4 +1,4 @@
-"""Finds where a weight is used: the operations of the smallest graph that holds them."""
+"""Finds the site of a weight: the operations that use it, in the smallest graph that holds them all."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
 
 
 class SiteFinder:
-    """Finds the sites of weights in one model, recording each module's graph once; the model stays as it is.
+    """Finds the sites of weights in one model, recording each module's graph once; the model stays unchanged.
 
     Args:
         model: The model.
         known: Graphs of regions that were recorded before, by path.
-        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
+        example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:
         regions: The model's modules and their graphs.
-        modules: The modules in which there may be sites, by path.
-        templates: The graphs of the regions that were looked into, by path.
-        readers: Which modules read weights of others.
+        modules: The modules that may have sites, by path.
+        templates: The graphs of the regions recorded so far, by path.
+        readers: The modules that read weights of other modules.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class SiteFinder:
 
         Args:
             owner: The path of the module that owns the weight.
-            attribute: The weight's name in it.
+            attribute: The weight's name in its owner.
 
         Raises:
-            NoSiteError: If there is none.
+            NoSiteError: If the weight has no site.
         """
         weight = self.modules[owner]._parameters[attribute]
         assert weight is not None
@@ -80,15 +80,15 @@ class SiteFinder:
         return self._site(region, owner, attribute, weight, uses)
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> tuple[str, WeightUses]:
-        """Returns the path of the smallest module whose graph uses a weight, and what the graph does with it.
+        """Returns the path of the smallest module whose graph uses a weight, and the graph's uses of the weight.
 
         Args:
             owner: The path of the module that owns the weight.
-            attribute: The weight's name in it.
+            attribute: The weight's name in its owner.
             readers: The paths of modules around the owner that read the weight without calling the owner.
 
         Raises:
-            NoSiteError: If there is none.
+            NoSiteError: If there is no such module.
         """
         if len(readers) > 1:
             outermost = min(readers, key=len)
@@ -114,9 +114,10 @@ class SiteFinder:
         raise NoSiteError("; ".join(reasons) or f"no operation that a rule adapts uses its {attribute}")
 
     def _uses_of_own_forward(self, region: str, owner: str, attribute: str) -> WeightUses | None:
-        """Returns what the call of a module's own forward on changed weights does with one; that is its graph then.
+        """Returns the uses of a weight in a graph that calls the module's own forward on changed weights, or None.
 
-        So all that read the weight inside see the change, and the module need not be traced. None if it can't be.
+        All readers of the weight inside the forward see the change, and the module need not be traced. The region gets
+        this graph as its template.
         """
         module = self.modules[region]
         if not self.regions.is_called(region):
@@ -135,7 +136,7 @@ class SiteFinder:
         return uses
 
     def _caller_outside(self, region: str, owner: str) -> str | None:
-        """Returns a module around `owner`, other than the region that reads its weight, that calls it too."""
+        """Returns a module around `owner` that calls it, other than the region that reads its weight, or None."""
         graphs = self.templates[region].graphs
         called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
         path = owner
@@ -186,7 +187,7 @@ class SiteFinder:
         )
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
-        """Returns whether a region calls the owner of a weight where that is no operation of the site, or not alone."""
+        """Returns whether a region calls a weight's owner in other nodes than the site's, or the owner has hooks."""
         target, graphs = within(owner, region), self.templates[region].graphs
         calls = [
             (node, names)
@@ -195,12 +196,12 @@ class SiteFinder:
             if node.op == "call_module" and node.target == target
         ]
         module = self.modules[owner]
-        # in a flat graph they were put on since; in that of a module around, the branch would be behind them
+        # with hooks, a branch in the graph of an outer module would act after them; a flat graph's hooks came later
         is_hooked = region not in self.regions.graphs and bool(module._forward_hooks or module._forward_pre_hooks)
         return any(node.name not in names or is_hooked for node, names in calls)
 
     def _warn_of_other_entries(self, region: str, owner: str, attribute: str) -> None:
-        """Warns if another method than the forward uses the weight: a call of that method isn't adapted."""
+        """Warns if another public method than the forward uses the weight: a call of that method isn't adapted."""
         if region != owner or runs_graph(self.modules[region]):
             return
         cls = in_place.original_class(self.modules[region])
@@ -213,14 +214,14 @@ class SiteFinder:
             )
 
     def _regions(self, owner: str) -> Iterator[str]:
-        """Yields the paths at which a weight of `owner` may be used, the likeliest first."""
+        """Yields the paths of the regions that may use a weight of `owner`, the likeliest first."""
         if not self.regions.graphs and self.regions.is_called(owner):
-            # by far the most frequent case, and at once its answer
+            # by far the most frequent answer, so the other paths are computed only on demand
             yield owner
         paths = [owner]
         while paths[-1]:
             paths.append(paths[-1].rpartition(".")[0])
-        # what is a graph already is edited as a whole; otherwise the smallest module
+        # graphs come first, since a graph is edited as a whole; then the other modules, the smallest first
         yield from (path for path in reversed(paths) if path in self.regions.graphs)
         yield from (
             path
@@ -232,13 +233,13 @@ class SiteFinder:
 def _is_stored_transposed(
     module: nn.Module, cls: type, weight: torch.Tensor, kind: type | None, uses: WeightUses
 ) -> bool:
-    """Returns whether a weight is stored as (in, out); `cls` is the class that its module stands for."""
+    """Returns whether a weight is stored as (in, out); `cls` is the original class of its module."""
     if kind is ops.Linear:
-        return not issubclass(cls, nn.Linear)  # of the layers, only Conv1D does
+        return not issubclass(cls, nn.Linear)  # the other linear layer, Conv1D, stores (in, out)
     if kind is ops.Convolution:
         return issubclass(cls, convolution.TRANSPOSED_LAYERS)
     if uses.op is ops.Weight and weight.ndim == 3:
-        # so PEFT knows the modules that have experts as (experts, in, out)
+        # PEFT reads the same attribute for weights of experts stored as (experts, in, out)
         return plain_attribute(module, "is_transposed", False)
     return uses.transposed
 

@@ -1,7 +1,7 @@
-"""Whether a layer's own forward has a gradient for what it is given, and for its weight.
+"""Tests whether a layer's own forward has a gradient for its input and for its weight.
 
-A forward that is written by hand, or computes with integers, need not have one, and PyTorch says nothing: what lies in
-front of it just isn't trained. So a copy of the layer is run on one row of numbers.
+A hand-written forward, or one that computes with integers, may have no gradient. PyTorch gives no error: the layers in
+front just aren't trained. So a copy of the layer runs on one row of numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from graphpeft.sites.site import LeafSite, Site
 
 
 class Flow(NamedTuple):
-    """Where a gradient goes.
+    """The tensors of a layer that get a gradient.
 
     Attributes:
-        to_input: Whether it goes to what the layer is given.
-        to_weight: Whether it goes to the layer's weight, if that is trained.
+        to_input: Whether the layer's input gets a gradient.
+        to_weight: Whether the layer's weight gets a gradient, if it is trained.
     """
 
     to_input: bool
@@ -37,12 +37,12 @@ ALL = Flow(True, True)
 
 
 def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
-    """Returns where a gradient goes in the call of a layer; everywhere, if the layer doesn't take one row of numbers.
+    """Returns the tensors that get a gradient in a layer's call; `ALL` if the layer doesn't take one row of numbers.
 
     Args:
-        module: The layer, which stays as it is.
-        features: The number of its inputs.
-        dtype: Their dtype.
+        module: The layer, which stays unchanged.
+        features: The number of input features.
+        dtype: The input's dtype.
     """
     weight = module._parameters.get("weight")
     device = torch.get_default_device() if weight is None else weight.device
@@ -61,12 +61,12 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
     except OUT_OF_MEMORY:
         raise
     except Exception:
-        return ALL  # what a user's code raises for such inputs can be anything
+        return ALL  # a user's code may raise any error for such inputs
     return Flow(given.grad is not None, own is not None and own.grad is not None)
 
 
 def trains(regions: Regions, site: Site) -> bool:
-    """Returns whether the forward of the layer whose weight is the site has a gradient for it, as far as is known."""
+    """Returns whether the layer's forward has a gradient for the weight that is the site; True if it isn't known."""
     if site.op is not ops.Weight or site.region != site.owner:
         return True
     module = regions.modules[site.owner]
@@ -74,7 +74,7 @@ def trains(regions: Regions, site: Site) -> bool:
 
 
 def hands_gradients_on(regions: Regions, site: LeafSite) -> bool:
-    """Returns whether the call of a layer has a gradient for what it is given; one layer of each kind is asked."""
+    """Returns whether the call of a layer has a gradient for its input; one layer of each kind is tested."""
     module = regions.modules[site.owner]
     weight = module._parameters.get("weight")
     kind = (stands_for(module), None if weight is None else way_of_computing(weight))

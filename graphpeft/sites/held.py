@@ -1,4 +1,4 @@
-"""What modules hold otherwise than by registering it, by which they may read weights of others."""
+"""Objects that modules hold without registering them, through which they may read weights of other modules."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from graphpeft.code.source import functions_called, names_in, read_by, uses_in_f
 from graphpeft.graph import in_place
 
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
-"""Attributes of every module: its parameters, its submodules, its hooks."""
+"""Attributes that every module has, such as parameters, submodules and hooks."""
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
-_LEADING_NOWHERE = PLAIN - {nn.Parameter}
-"""Types of values that hold no module and no parameter."""
+_PLAIN_TYPES = PLAIN - {nn.Parameter}
+"""Types whose values hold no module and no parameter."""
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:
-    """Returns what a module has in attributes of its own, unless it leads to no module, parameter or function."""
+    """Returns a module's own attributes, by name, that may lead to a module, a parameter or a function."""
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EACH_MODULE and not (type(value) in _LEADING_NOWHERE or _holds_plain_values(value))
+        if name not in _OF_EACH_MODULE and not (type(value) in _PLAIN_TYPES or _holds_plain_values(value))
     }
 
 
 def _holds_plain_values(value: Any) -> bool:
-    """Returns whether a value is a container from which nothing leads further."""
+    """Returns whether a value is a container of plain values only."""
     kind = type(value)
     if kind is dict:
-        return _LEADING_NOWHERE.issuperset(map(type, value.values()))
-    return kind in (list, tuple, set, frozenset) and _LEADING_NOWHERE.issuperset(map(type, value))
+        return _PLAIN_TYPES.issuperset(map(type, value.values()))
+    return kind in (list, tuple, set, frozenset) and _PLAIN_TYPES.issuperset(map(type, value))
 
 
 def is_of_pytorch(module: nn.Module) -> bool:
@@ -48,19 +48,19 @@ def is_of_pytorch(module: nn.Module) -> bool:
 
 
 def read_through(module: nn.Module, held: Mapping[str, Any]) -> set[str]:
-    """Returns the names of attributes that a module may read by what it holds, and by hooks; `ANY` if it may be any."""
+    """Returns the attribute names that held objects and hooks of a module may read; includes `ANY` if it may be any."""
     may_run = has_hooks(module) or any(map(_may_lead_to_functions, held.values()))
     names = _read_by_functions(module) if may_run else set[str]()
     return names | {ANY} if _has_parameters(held.values()) else names
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Returns whether functions run with the forward of a module, or of each module."""
+    """Returns whether hooks run with the forward of a module, including hooks of all modules."""
     return any(map(vars(module).get, _HOOKS)) or any(FORWARD_HOOKS_OF_ALL)
 
 
 def _read_by_functions(module: nn.Module) -> set[str]:
-    """Returns the names of attributes that the functions which a module holds read from whatever they are given."""
+    """Returns the attribute names that the functions held by a module read from their arguments."""
     return set().union(*map(read_by, functions_called(functions_held(module)))) - {ANY}
 
 
@@ -69,7 +69,7 @@ def _may_lead_to_functions(value: Any) -> bool:
 
 
 def _has_parameters(held: Iterable[Any]) -> bool:
-    """Returns whether there are parameters in lists and the like, or closures, by which one may read others'."""
+    """Returns whether there are parameters, or functions with closures, among held values or in their containers."""
     waiting = [*held]
     while waiting:
         value = waiting.pop()
@@ -81,11 +81,11 @@ def _has_parameters(held: Iterable[Any]) -> bool:
 
 
 class Holding(NamedTuple):
-    """What holds a module or a parameter otherwise than by registering it.
+    """An attribute that holds a module or a parameter without registering it.
 
     Attributes:
-        path: The path of the module that holds it.
-        name: The attribute in which it does, whether by itself, in a container, an object or a function.
+        path: The path of the holding module.
+        name: The attribute, which holds it directly or in a container, an object or a function.
     """
 
     path: str
@@ -95,11 +95,11 @@ class Holding(NamedTuple):
 def held_outside(
     modules: Mapping[str, nn.Module], held: Mapping[str, Mapping[str, Any]]
 ) -> dict[tuple[str, str], list[Holding]]:
-    """Returns, by owner and name, what holds weights that its code may read where no path of modules leads to them.
+    """Returns the holdings of weights that the holding modules' code may read, by the weights' owner and name.
 
     Args:
         modules: The model's modules by path.
-        held: What some of them hold beside modules, parameters and plain values, by path.
+        held: The objects that some modules hold beside modules, parameters and plain values, by path.
     """
     known: dict[int, list[_Held]] = {}
     holdings = []
@@ -107,12 +107,12 @@ def held_outside(
         if not of_module or is_of_pytorch(modules[path]):
             continue
         for name, value in of_module.items():
-            # many modules hold one config
+            # many modules hold the same config
             if id(value) not in known:
                 known[id(value)] = list(_reached_from(value))
             holdings += [(path, name, inner, codes) for inner, codes in known[id(value)]]
     if not holdings:
-        return {}  # as in nearly all models
+        return {}  # the case of nearly all models
     places = {
         id(weight): (path, name)
         for path, module in modules.items()
@@ -129,7 +129,7 @@ def held_outside(
 
 
 _Held = tuple[Any, frozenset[CodeType]]
-"""A module or a parameter, with the code that leads to it."""
+"""A module or a parameter, with the code objects on the way to it."""
 
 
 def _reached_from(start: Any) -> Iterator[_Held]:
@@ -137,7 +137,7 @@ def _reached_from(start: Any) -> Iterator[_Held]:
     seen: dict[int, Any] = {}
     while waiting:
         value, codes = waiting.pop()
-        kind = type(value)  # isinstance asks an object of a user's for its __class__
+        kind = type(value)  # isinstance would read __class__, which a user's object may compute
         if issubclass(kind, nn.Module | nn.Parameter):
             yield value, codes
         elif id(value) not in seen and not issubclass(kind, torch.Tensor | type):
@@ -146,7 +146,7 @@ def _reached_from(start: Any) -> Iterator[_Held]:
             waiting += [
                 (part, codes)
                 for part in opened(value)[1]
-                if type(part) not in _LEADING_NOWHERE and not _holds_plain_values(part)
+                if type(part) not in _PLAIN_TYPES and not _holds_plain_values(part)
             ]
 
 
@@ -155,7 +155,7 @@ def _codes_of(cls: type) -> frozenset[CodeType]:
 
 
 def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], attribute: str) -> bool:
-    """Returns whether the code of a module, or that by which it holds another, may read its parameter `attribute`."""
+    """Returns whether the code of a module, or the code in `codes`, may read the parameter `attribute` of `held`."""
     if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
         return True
     uses = uses_in_forward(in_place.original_class(module))

@@ -1,4 +1,4 @@
-"""Which modules are layers that PEFT knows as such, and what they say of themselves."""
+"""The layers that PEFT adapts as modules, and the features that modules declare."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def linear_classes() -> tuple[type, ...]:
 
 
 def declares_features(module: nn.Module) -> bool:
-    """Returns whether a module says how many features it reads and gives, as layers do."""
+    """Returns whether a module declares `in_features` and `out_features`, as layers do."""
     return all(type(count) is int for count in declared_features(module))
 
 
 def declared_features(module: nn.Module) -> list[Any]:
-    """Returns how many features a module says that it reads and gives; None for what it doesn't say."""
+    """Returns `in_features` and `out_features` of a module; None for each that it doesn't declare."""
     return [plain_attribute(module, name, None) for name in ("in_features", "out_features")]
 
 
 @functools.lru_cache(maxsize=256)
 def kind_of_layer(cls: type) -> type | None:
-    """Returns the kind of operation that a layer is, or None for other modules."""
+    """Returns the kind of operation that a layer computes, or None for other classes."""
     kinds = {ops.Linear: linear_classes(), ops.Convolution: convolution.LAYERS, ops.Embedding: embedding.LAYERS}
     return next((kind for kind, classes in kinds.items() if issubclass(cls, classes)), None)

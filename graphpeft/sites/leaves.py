@@ -1,4 +1,4 @@
-"""Sites of modules whose inside is their own affair: their calls."""
+"""Sites of opaque modules: their calls."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from graphpeft.sites.site import LeafSite, NoSiteError
 def leaf_site(regions: Regions, path: str) -> LeafSite:
     """Returns the site of the calls of the module at `path`.
 
-    Its features are those that it declares as `in_features` and `out_features`. If it declares none and has no
-    layers inside, which one could name instead, they are those of the example inputs.
+    Its features are the module's `in_features` and `out_features`. If the module declares none, they come from example
+    values.
 
     Raises:
-        NoSiteError: If there is none.
+        NoSiteError: If the calls can't be adapted, or the features aren't known.
     """
     module = regions.modules[path]
     name = stands_for(module).__name__
@@ -48,7 +48,7 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
 
 
 def _tensor_beside(regions: Regions, path: str) -> tuple[tuple[str, str], torch.dtype, str | None]:
-    """Returns beside which tensor those of an adapter go, their dtype, and what a quantised weight is."""
+    """Returns the tensor whose device an adapter's tensors share, their dtype, and a quantised weight's description."""
     weight = regions.modules[path]._parameters.get("weight")
     if weight is not None and is_quantised(weight):
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
@@ -59,7 +59,7 @@ def _tensor_beside(regions: Regions, path: str) -> tuple[tuple[str, str], torch.
 
 
 def _features(regions: Regions, path: str, crossing: Crossing) -> list[int]:
-    """Returns how many features examples show that a module reads and gives."""
+    """Returns the numbers of input and output features of a module, from example values."""
     name = stands_for(regions.modules[path]).__name__
     first = crossing.arguments[0]
     seen = (crossing.values.get(first), crossing.returned)
@@ -82,7 +82,7 @@ def _features(regions: Regions, path: str, crossing: Crossing) -> list[int]:
 
 
 def _tensors(regions: Regions, path: str) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields parameters with their owner's path and their name, those inside the module at `path` first."""
+    """Yields all parameters with their owner's path and their name, parameters inside the module at `path` first."""
     inside = [other for other in regions.modules if other == path or other.startswith(f"{path}.")]
     for owner in (*inside, *regions.modules):
         for name, tensor in regions.modules[owner]._parameters.items():

@@ -1,8 +1,8 @@
-"""Which rows of a fused projection become which part: q, k and v of a ``qkv`` layer.
+"""Finds the rows of a fused projection's parts: of q, k and v in a ``qkv`` layer.
 
-The graph around the layer tells. What it does with the layer's output is run on the numbers of the output's features in
-place of their values: views, splits and permutations carry them along, whatever the layout, so that each part has the
-numbers of its own rows.
+The graph around the layer shows them. Its views, splits and permutations of the layer's output run on the indices of
+the output's features instead of their values, so that each part ends up with the indices of its rows, whatever the
+layout.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _VIEWS = frozenset((
     "view", "reshape", "permute", "transpose", "swapaxes", "movedim", "unbind", "split", "chunk", "tensor_split",
     "getitem", "squeeze", "unsqueeze", "flatten", "unflatten", "contiguous", "clone", "select", "narrow", "t",
 ))  # fmt: skip
-"""Functions and methods that move features about and change none."""
+"""Functions and methods that move features without changing them."""
 
 
 def parts_of(regions: Regions, site: Site) -> dict[str, Runs]:
     """Returns the rows of q, k and v in a fused projection, by name.
 
     Raises:
-        TraceError: If the graph around it doesn't tell.
+        TraceError: If the graph around the projection doesn't show them.
     """
     features = site.shape[1] if site.transposed else site.shape[0]
     if site.region != site.owner:
@@ -63,7 +63,7 @@ def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Ru
         features: The number of its features.
 
     Raises:
-        TraceError: If the graph doesn't part the output into three.
+        TraceError: If the graph doesn't split the output into three parts by views alone.
     """
     if not isinstance(output.meta.get(VALUE), torch.Tensor):
         raise TraceError("the shape of its output isn't known; pass example_inputs")
@@ -86,7 +86,7 @@ def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Ru
 
 
 def runs_of(rows: tuple[int, ...]) -> Runs:
-    """Returns sorted rows as runs of neighbours."""
+    """Returns sorted rows as runs of consecutive rows."""
     runs: list[tuple[int, int]] = []
     for row in rows:
         if runs and runs[-1][1] == row:
@@ -97,7 +97,7 @@ def runs_of(rows: tuple[int, ...]) -> Runs:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Returns whether a node moves features, or rows, about and changes none."""
+    """Returns whether a node moves features, or rows, without changing them."""
     return node.op in ("call_function", "call_method") and _name(node) in _VIEWS
 
 
@@ -111,29 +111,29 @@ def _on_numbers(node: fx.Node, numbers: Mapping[fx.Node, Any]) -> Any:
 
 
 def _in_order(ends: Mapping[tuple[int, ...], fx.Node]) -> list[tuple[int, ...]]:
-    """Returns the parts in the order of their first rows, without those that lie in others."""
+    """Returns the parts in the order of their first rows, without parts that lie inside others."""
     whole = [rows for rows in ends if not any(set(rows) < set(other) for other in ends)]
     return sorted(whole)
 
 
 def _as_attended(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
-    """Returns three values as the first attention takes them: as queries, keys and values.
+    """Returns three nodes in the order of queries, keys and values of the first attention.
 
     Raises:
-        TraceError: If it doesn't tell.
+        TraceError: If the graph doesn't show the order.
     """
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
-            return _told_apart(ends, [_arguments_above(node, index) for index in range(3)])
-        if _name(node) == "softmax" and _over_the_last(node):
+            return _one_candidate_each(ends, [_arguments_above(node, index) for index in range(3)])
+        if _name(node) == "softmax" and _is_over_last_dim(node):
             scored = above(node)
             scores = _first_meeting(graph, node, [end for end in ends if end in scored])
             outside = set(ends) - scored
-            return _told_apart(ends, [*(above(source) for source in scores), outside])
+            return _one_candidate_each(ends, [*(above(source) for source in scores), outside])
     raise TraceError("the graph has no attention that tells its queries from its keys and values")
 
 
-def _told_apart(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]:
+def _one_candidate_each(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]:
     found = [[end for end in ends if end in side] for side in sides]
     ordered = [candidates[0] for candidates in found if len(candidates) == 1]
     if len(set(ordered)) != len(NAMES):
@@ -142,10 +142,13 @@ def _told_apart(ends: list[fx.Node], sides: list[set[fx.Node]]) -> list[fx.Node]
 
 
 def _first_meeting(graph: fx.Graph, scores: fx.Node, ends: list[fx.Node]) -> list[fx.Node]:
-    """Returns the inputs, in their order, of the first node to which two values come by one input each."""
+    """Returns the inputs, in order, of the first node where two of `ends` meet, each by one input.
+
+    The list is empty if that node doesn't multiply queries by keys.
+    """
     for node in graph.nodes:
         sides = [source for source in node.all_input_nodes if len(above(source) & set(ends)) == 1]
-        # pieces of one part meet as well, where positions turn some of its features
+        # pieces of one part meet as well, in rotary position embeddings
         meeting = set().union(*(above(source) & set(ends) for source in sides))
         if len(sides) == len(meeting) == len(ends) == 2:
             exchanged = [other for other in above(scores) if node in above(other) and _name(other) in _TRANSPOSING]
@@ -163,8 +166,8 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _over_the_last(softmax: fx.Node) -> bool:
-    """Returns whether a softmax goes over the last dimension, as one over keys does."""
+def _is_over_last_dim(softmax: fx.Node) -> bool:
+    """Returns whether a softmax goes over the last dimension, that of the keys."""
     value = softmax.meta.get(VALUE)
     dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
     return isinstance(value, torch.Tensor) and dim in (-1, value.ndim - 1)

@@ -1,4 +1,4 @@
-"""Which modules read weights of others without calling these: by their code, by what they hold, by their graphs."""
+"""Finds modules that read weights of other modules without calling them: from code, held objects and graphs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import NoSiteError
 
-_ASK_ONLY = (nn.TransformerEncoder,)
-"""Classes whose forward names weights of modules inside, and uses no values of them: only where they are, and so on."""
+_READ_METADATA_ONLY = (nn.TransformerEncoder,)
+"""Classes whose forward reads only metadata of submodules' weights, such as the device."""
 
 
 class Readers:
@@ -31,10 +31,12 @@ class Readers:
     def __init__(self, regions: Regions) -> None:
         self._regions = regions
         modules = regions.modules
-        # a graph tells by itself
+        # a graph shows its own reads
         code = {path: module for path, module in modules.items() if path not in regions.graphs}
         held = {path: held_by(module) for path, module in code.items() if module._modules or not is_of_pytorch(module)}
-        outer = {path: module for path, module in code.items() if module._modules and not _is_off(module)}
+        outer = {
+            path: module for path, module in code.items() if module._modules and not _is_fast_path_disabled(module)
+        }
         self._by_code = _read_by_code(outer, modules)
         self._may_read = _may_read(outer, held, modules)
         self._held = held_outside(modules, held)
@@ -45,20 +47,20 @@ class Readers:
 
         Args:
             owner: The path of the module that owns the tensor.
-            attribute: The tensor's name in it.
+            attribute: The tensor's name in its owner.
 
         Raises:
-            NoSiteError: If that can't be known, or a module elsewhere may read it.
+            NoSiteError: If the readers can't be known, or a module elsewhere may read the tensor.
         """
         return (
             self._by_code.get((owner, attribute)) or self._hidden(owner, attribute) or self._outside(owner, attribute)
         )
 
     def _hidden(self, owner: str, attribute: str) -> list[str]:
-        """Returns the modules around `owner` whose graphs read the weight where their code doesn't tell.
+        """Returns the modules around `owner` whose graphs read the weight though their code doesn't show it.
 
         Raises:
-            NoSiteError: If that can't be known.
+            NoSiteError: If a module may read it and has no graph to show it.
         """
         if not self._may_read or not owner:
             return []
@@ -74,15 +76,15 @@ class Readers:
         ]
 
     def _suspects(self, path: str) -> list[tuple[str, MayRead]]:
-        """Returns what the modules at and around `path` may read of modules inside them, the innermost first."""
+        """Returns the modules at and around `path`, innermost first, with what each may read of its submodules."""
         found = []
         nearest: str | None = None
         while True:
             if self._regions.is_called(path):
                 nearest = path if nearest is None else nearest
                 may = self._may_read.get(path)
-                if may is not None and in_place.original_class(self._regions.modules[path]) not in _ASK_ONLY:
-                    # what is further out is handed on by the ones between
+                if may is not None and in_place.original_class(self._regions.modules[path]) not in _READ_METADATA_ONLY:
+                    # modules further out hand on the modules between, which are suspects themselves
                     is_all = path == nearest or (ANY not in may.names and not may.handed_on)
                     found.append((path, may if is_all else MayRead(may.names - {ANY}, frozenset())))
             if not path:
@@ -90,7 +92,7 @@ class Readers:
             path = path.rpartition(".")[0]
 
     def _graph_reads(self, path: str, inside: str, attribute: str) -> bool:
-        """Returns whether a module's graph reads a weight inside it; its code need not tell."""
+        """Returns whether a module's graph reads a weight inside the module."""
         template = self._regions.template(path)
         if template is not None:
             return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
@@ -103,10 +105,10 @@ class Readers:
         )
 
     def _outside(self, owner: str, attribute: str) -> list[str]:
-        """Returns a module around `owner` whose graph reads the weight by what it holds without registering it.
+        """Returns a module around `owner` whose graph reads the weight through an unregistered object.
 
         Raises:
-            NoSiteError: If a module elsewhere does, since only the graph of the whole model has both.
+            NoSiteError: If a module elsewhere may do so, since only the graph of the whole model has both modules.
         """
         for path, name in self._held.get((owner, attribute), ()):
             if path and not owner.startswith(f"{path}."):
@@ -130,34 +132,34 @@ class Readers:
 
 
 def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
-    """Returns, by owner and name, the tensors that modules around their owner read, with the paths of these modules.
+    """Returns the paths of the modules that read a tensor of a module inside them, by the tensor's owner and name.
 
     Args:
-        outer: Modules with others inside, by path.
+        outer: Modules with submodules, by path.
         modules: All modules, by path.
     """
     readers: dict[tuple[nn.Module, str], list[str]] = {}
     for path, module in outer.items():
-        paths = _paths_of_two(in_place.original_class(module))
+        paths = _dotted_paths(in_place.original_class(module))
         for owner, name in dict.fromkeys(_tensor_at(module, used) for used in paths):
             if owner is not module and (name in owner._parameters or name in owner._buffers):
                 readers.setdefault((owner, name), []).append(path)
     if not readers:
         return {}
-    # a module in several places is known by its first one
+    # a module in several places is known by its first path
     places = {module: path for path, module in modules.items()}
     return {(places[owner], name): found for (owner, name), found in readers.items()}
 
 
 @functools.lru_cache(maxsize=256)
-def _paths_of_two(cls: type) -> list[list[str]]:
-    """Returns the paths of two names and more that a forward reads or calls, each as its names."""
+def _dotted_paths(cls: type) -> list[list[str]]:
+    """Returns the dotted paths that a forward reads or calls, each split into its names."""
     uses = _uses(cls)
     return [path.split(".") for path in (*uses.read, *uses.called) if "." in path]
 
 
 def _uses(cls: Any) -> Uses:
-    """Returns what a forward uses of its module; PyTorch's containers only call what is inside."""
+    """Returns what a forward uses of its module; PyTorch's containers only call their submodules."""
     if cls.forward in _ONLY_CALLING and cls.__call__ is nn.Module.__call__:
         return _NOTHING
     return uses_in_forward(cls)
@@ -168,7 +170,7 @@ _NOTHING = Uses(set(), set(), set())
 
 
 def _tensor_at(module: nn.Module, path: list[str]) -> tuple[nn.Module, str]:
-    """Returns the module to which a path leads, and the next name in it; behind that may be more, as in `weight.T`."""
+    """Returns the module to which a path leads, and the next name, which further names may follow, as in `weight.T`."""
     for name in path:
         inner = module._modules.get(name)
         if inner is None:
@@ -178,11 +180,11 @@ def _tensor_at(module: nn.Module, path: list[str]) -> tuple[nn.Module, str]:
 
 
 def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: Iterable[str]) -> str | None:
-    """Returns the path of a module that may call a method of another one which reads tensors beside its forward.
+    """Returns the path of a module that may call a method, other than forward, that reads tensors, or None.
 
     Args:
         modules: The model's modules by path.
-        path: That of the other module.
+        path: The path of the module with the method and the tensors.
         names: The names of the tensors.
     """
     cls = in_place.original_class(modules[path])
@@ -205,11 +207,11 @@ def _inside(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class MayRead(NamedTuple):
-    """What a module's code may read of modules inside it, where no path from ``self`` tells which.
+    """What a module's code may read of its submodules, other than by a path from ``self``.
 
     Attributes:
-        names: The names of attributes; `ANY` if it may be any.
-        handed_on: The paths of modules inside that it hands on.
+        names: The names of attributes; includes `ANY` if it may be any.
+        handed_on: The paths of the submodules that the code passes to other code.
     """
 
     names: Set[str]
@@ -219,11 +221,11 @@ class MayRead(NamedTuple):
 def _may_read(
     outer: Mapping[str, nn.Module], held: Mapping[str, Mapping[str, Any]], modules: Mapping[str, nn.Module]
 ) -> dict[str, MayRead]:
-    """Returns the modules whose forward hands on a module inside, or reads attributes of what isn't a path from it.
+    """Returns what modules may read of their submodules other than by a path from ``self``, by the modules' paths.
 
     Args:
-        outer: Modules with others inside, by path.
-        held: What they hold beside modules, parameters and plain values, by path.
+        outer: Modules with submodules, by path.
+        held: The objects that modules hold beside modules, parameters and plain values, by path.
         modules: All modules, by path.
     """
     known: dict[tuple[int, ...], set[str]] = {}
@@ -234,7 +236,7 @@ def _may_read(
         if has_hooks(module):
             names = names | read_through(module, held[path])
         elif held[path]:
-            # many modules hold one config
+            # many modules hold the same config
             of_all = tuple(map(id, held[path].values()))
             if of_all not in known:
                 known[of_all] = read_through(module, held[path])
@@ -247,6 +249,6 @@ def _may_read(
     return found
 
 
-def _is_off(module: nn.Module) -> bool:
-    """Returns whether the code of a module that reads weights without calling their modules is switched off."""
+def _is_fast_path_disabled(module: nn.Module) -> bool:
+    """Returns whether a module's code that reads weights directly, its fast path, is disabled."""
     return isinstance(module, nn.TransformerEncoderLayer) and not torch.backends.mha.get_fastpath_enabled()

@@ -1,4 +1,4 @@
-"""The modules of a model and their graphs, each recorded once."""
+"""The modules of a model and their graphs; each graph is recorded once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from graphpeft.tracing.lift import lift
 
 
 class Regions:
-    """The modules of one model that can have graphs; the model stays as it is.
+    """The modules of one model that can have graphs; the model stays unchanged.
 
     Args:
         model: The model.
         known: Graphs of regions that were recorded before, by path.
-        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
+        example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:
-        modules: The modules in which there may be sites, by path.
-        scripted: Why there can't be any in the others, by path: those of ``torch.jit``.
+        modules: The modules that may have sites, by path.
+        scripted: The reason why a module of ``torch.jit`` can't have sites, by path.
         graphs: The paths of modules that run a graph already.
-        templates: The graphs of the regions that were looked into, by path.
-        errors: Why others can't have a graph, by path.
-        flows: Where gradients go in calls of layers, by their kind, see `gradient_flow`.
+        templates: The graphs of the regions recorded so far, by path.
+        errors: The reason why a region can't have a graph, by path.
+        flows: The tensors that get gradients in calls of layers, by kind of layer, see `gradient_flow`.
     """
 
     def __init__(self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None) -> None:
@@ -72,35 +72,35 @@ class Regions:
         try:
             template = given(module) or lift(module)
         except NeedsInputsError:
-            # a layer of PyTorch's decides in each call how it computes, as an attention on its fast path, of which a
-            # recording would have one way: it runs its own code
+            # a PyTorch layer may choose in each call how it computes, as an attention its fast path, and a recording
+            # would fix one way, so the layer runs its own code
             is_of_pytorch = in_place.original_class(module).forward.__module__.startswith("torch.nn.")
             if self.example_inputs is None or is_of_pytorch:
                 raise
             return lift(module, example_runs.inputs_of(self.modules[""], module, self.example_inputs))
         if self.example_inputs is None:
             return template
-        # the graph has the defaults of what the model itself gives
+        # without inputs, the graph has the defaults of arguments that the model itself passes
         inputs = example_runs.inputs_beyond_defaults(self.modules[""], module, self.example_inputs)
         return template if inputs is None else lift(module, inputs)
 
     def uses(self, region: str, owner: str, attribute: str) -> WeightUses | None:
-        """Returns what the graph of a region does with a weight, or None if it doesn't use it.
+        """Returns the uses of a weight in the graph of a region, or None.
 
         Args:
             region: The path of the region, whose graph is in `templates`.
             owner: The path of the module that owns the weight.
-            attribute: The weight's name in it.
+            attribute: The weight's name in its owner.
         """
         found = weight_uses(self.templates[region], self.modules[region])
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
 
     def is_called(self, path: str) -> bool:
-        """Returns whether a module has a forward, which a container has not."""
+        """Returns whether a module has a forward, which a container such as ``nn.ModuleList`` lacks."""
         return type(self.modules[path]).forward is not nn.Module.forward
 
     def around(self, path: str) -> tuple[str | None, str]:
-        """Returns the path of the innermost module with a forward around `path`, and `path` as seen from there."""
+        """Returns the path of the innermost module with a forward around `path`, and `path` relative to it."""
         outer, inside = path, ""
         while outer:
             outer, _, name = outer.rpartition(".")
@@ -110,10 +110,10 @@ class Regions:
         return None, inside
 
     def inputs_of(self, path: str) -> ExampleInputs | None:
-        """Returns what the example inputs of the model give the module at `path`; None without example inputs.
+        """Returns the inputs that the model's example inputs give the module at `path`; None without example inputs.
 
         Raises:
-            TraceError: If they don't reach it.
+            TraceError: If the example inputs don't reach the module.
         """
         if self.example_inputs is None:
             return None
@@ -121,7 +121,7 @@ class Regions:
 
 
 def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Returns the paths of scripted modules and of modules inside them, with the reason why they can't be adapted."""
+    """Returns why scripted modules, and modules inside them, can't be adapted, by path."""
     kinds = {kind for kind in set(map(type, modules.values())) if issubclass(kind, torch.jit.ScriptModule)}
     found: dict[str, str] = {}
     for root in [path for path, module in modules.items() if type(module) in kinds] if kinds else ():

@@ -1,8 +1,8 @@
-"""What can be adapted: a weight with the operations that use it, the call of a module, the boundary of a forward.
+"""Sites that can be adapted: a weight with the operations that use it, the call of a module, the boundary of a forward.
 
-The region of a site is the module whose own forward contains the operations: for the weight of an ``nn.Linear`` the
-Linear itself, for a weight that is used functionally the module that runs that line. A model that is a graph already is
-one region.
+The region of a site is the module whose own forward contains the operations: for the weight of an ``nn.Linear``, the
+Linear itself; for a weight that is used functionally, the module that runs that line. A model that is a graph already
+is one region.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from graphpeft.graph.paths import join
 from graphpeft.sites.weight_layout import WeightLayout
 
 Runs = tuple[tuple[int, int], ...]
-"""Rows as runs of neighbours: the first of each run, and the one behind its last."""
+"""Rows as runs of consecutive rows: the first row of each run, and the end (exclusive)."""
 
 
 class NoSiteError(Exception):
-    """Why a weight, or a module, is no site."""
+    """A weight or a module has no site; the message says why."""
 
 
 class OneCall(NamedTuple):
-    """Which of the operations of a weight, or of the calls of a module, is meant, where each is a site of its own.
+    """One of a weight's operations, or of a module's calls, where each is a site of its own.
 
     Attributes:
         number: Its place in the order of the graph, from 1.
-        of: How many there are.
+        of: The number of operations or calls.
     """
 
     number: int
@@ -44,26 +44,26 @@ class Site(NamedTuple):
 
     Attributes:
         region: The path of the module whose graph holds the operations; "" is the model.
-        nodes: The names of the operations' nodes, for each graph that the region has.
-        op: The kind of operation, such as ``ops.Linear``; ``ops.Weight`` where no one kind describes its use.
+        nodes: The names of the operations' nodes, for each graph of the region.
+        op: The kind of the operations, such as ``ops.Linear``; ``ops.Weight`` where no one kind describes them.
         owner: The path of the module that owns the weight.
         attribute: The weight's name in its owner.
         shape: The weight's shape as it is stored.
         dtype: The weight's dtype.
-        layout: The kind of operation for which it is stored: that of its layer, or `op`.
-        transposed: Whether a layer stores it as (in, out), or whether the operation of a parameter reads it so.
-        is_layer: Whether it is the weight of a layer that PEFT knows as a module, not only as a parameter.
-        groups: Into how many groups a convolution's features are divided.
-        shortens: Whether an embedding shortens the rows that it reads.
-        parts: The rows of the parts of a fused projection that are adapted, if not all of it is.
-        named: The module whose name stands for several weights, of which this is one; None for other weights.
-        redrawn: Sites whose first values are drawn before those of this one, and once more in their own turn.
-        bias: The path of the parameter that all operations add, or None if there is no such one.
-        bias_conflict: The reason why a change of the bias that operations add isn't one of that parameter, or None.
+        layout: The kind of operation for which the weight is stored: the kind of its layer, or `op`.
+        transposed: Whether a layer stores the weight as (in, out), or a parameter's operation reads it as (in, out).
+        is_layer: Whether PEFT adapts the weight as its layer, not as a parameter.
+        groups: The number of groups of a convolution's features.
+        shortens: Whether an embedding shortens the rows that it reads, by ``max_norm``.
+        parts: The rows of each adapted part of a fused projection; empty if the whole projection is adapted.
+        named: The module whose name stands for several weights, this one among them; None for other weights.
+        redrawn: Sites whose initial values are drawn before this site's, and again in their own turn.
+        bias: The path of the parameter that all operations add, or None.
+        bias_conflict: Why a change of the added bias can't be a change of that parameter, or None.
         both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
-        call: Which of the weight's operations it is, if not all of them.
-        tied_to: The path of the embedding whose table it has, if all sites with that table, the embedding's own among
-            them, share one adapter's tensors.
+        call: The one of the weight's operations that is the site; None for all of them.
+        tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
+            own included, share one adapter's tensors.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -97,24 +97,24 @@ class Site(NamedTuple):
 
     @property
     def unmergeable(self) -> str | None:
-        """Why what an adapter does there can't be merged, or None."""
+        """Why an adapter's change there can't be merged, or None."""
         if self.call is None:
             return None
         return f"it is one of {self.call.of} calls with a change of its own each, and the one weight can't have all"
 
     @property
     def in_features(self) -> int | None:
-        """How many features the operation reads; None where the weight's shape doesn't tell."""
+        """The number of input features; None where the weight's shape doesn't show it."""
         return self.layout.features(self.shape, self.transposed, self.groups)[0]  # type: ignore[attr-defined]
 
     @property
     def out_features(self) -> int | None:
-        """How many features the operation gives; None where the weight's shape doesn't tell."""
+        """The number of output features; None where the weight's shape doesn't show it."""
         return self.layout.features(self.shape, self.transposed, self.groups)[1]  # type: ignore[attr-defined]
 
     @property
     def weight_layout(self) -> WeightLayout:
-        """How the weight is stored, beside PEFT's layout."""
+        """The stored layout of the weight, compared with PEFT's layout."""
         if not self.transposed:
             return WeightLayout()
         return WeightLayout((0, 1), self.groups) if self.layout is Convolution else WeightLayout((-2, -1))
@@ -126,17 +126,17 @@ class Site(NamedTuple):
 
     @property
     def beside(self) -> tuple[str, str]:
-        """The tensor with whose device an adapter's tensors go: the path of its module, and its name."""
+        """The tensor whose device an adapter's tensors share: the path of its module, and its name."""
         return self.owner, self.attribute
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
-        """Nothing: a rule reads the weight and the bias as they stand in the graph."""
+        """Nothing, since rules get the weight and the bias from the graph."""
         return ()
 
     @property
     def prefix(self) -> str:
-        """What the names of an adapter's tensors begin with on the owner."""
+        """The prefix of the names of an adapter's tensors on the owner."""
         own = "" if self.attribute == "weight" else f"{self.attribute}_"
         return own if self.call is None else f"{own}{self.call}_"
 
@@ -147,37 +147,37 @@ class Site(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What PEFT calls the site: the path of the layer, or of the parameter."""
+        """PEFT's name of the site: the path of the layer, or of the parameter."""
         if self.named is not None:
             return self.named
         return self.owner if self.is_layer else self.weight
 
     @property
     def label(self) -> str:
-        """Its own name: where `name` stands for several weights, the path of this one; and which call it is."""
+        """The site's own name: `name`, or the weight's path if `name` stands for several weights; and the call."""
         own = self.name if self.named is None else self.weight
         return own if self.call is None else join(own, str(self.call))
 
     @property
     def size(self) -> str:
-        """Its features, for a person to read."""
+        """The features as text."""
         return self.layout.size(self.shape, self.transposed)  # type: ignore[attr-defined]
 
 
 class LeafSite(NamedTuple):
-    """The call of a module whose inside is its own affair, such as a layer whose weight is quantised.
+    """The call of an opaque module, such as a layer whose weight is quantised.
 
     Attributes:
         region: The path of the module whose graph has the call: the module itself, or a flat graph around it.
-        nodes: The names of the calls, for each graph that the region has.
+        nodes: The names of the calls, for each graph of the region.
         owner: The path of the module, where an adapter's tensors live.
         in_features: The size of the last dimension of the module's first argument.
-        out_features: The size of the last dimension of what it returns.
-        beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
-        dtype: The dtype of its weight; of one that holds integers, the default. Without a weight, that of its
-            parameters, of the model's, or the default.
-        quantised: What its weight is, if that holds codes of numbers.
-        call: Which of the module's calls it is, if not all of them.
+        out_features: The size of the last dimension of the module's output.
+        beside: The tensor whose device an adapter's tensors share: the path of its module, and its name.
+        dtype: The dtype of the module's weight, or PyTorch's default if that holds integers. Without a weight, the
+            dtype of the module's parameters, else of the model's, else the default.
+        quantised: The description of the weight, if it is quantised.
+        call: The one of the module's calls that is the site; None for all of them.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -205,25 +205,25 @@ class LeafSite(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is, for a person to read."""
+        """The kind of site, as text."""
         weight = f" whose weight is quantised ({self.quantised})" if self.quantised is not None else ""
         return f"the call of a module{weight}"
 
     @property
     def unmergeable(self) -> str:
-        """Why what an adapter does there can't be merged."""
+        """Why an adapter's change there can't be merged."""
         if self.quantised is None:
             return f"it is {self.kind}, and changes no weight"
         return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
 
     @property
     def prefix(self) -> str:
-        """What the names of an adapter's tensors begin with on the owner."""
+        """The prefix of the names of an adapter's tensors on the owner."""
         return "" if self.call is None else f"{self.call}_"
 
     @property
     def label(self) -> str:
-        """Its own name: that of the module, and which call it is."""
+        """The site's own name: the module's name, and the call."""
         return self.name if self.call is None else join(self.name, str(self.call))
 
     @property
@@ -233,7 +233,7 @@ class LeafSite(NamedTuple):
 
     @property
     def size(self) -> str:
-        """Its features, for a person to read."""
+        """The features as text."""
         return f"{self.in_features} → {self.out_features}"
 
 
@@ -242,15 +242,15 @@ class CallSite(NamedTuple):
 
     Attributes:
         region: The path of the module whose graph has the boundary: the module itself, or a flat graph around it.
-        nodes: The names of the boundaries, one for each call of the module, for each graph that the region has.
+        nodes: The names of the boundaries, one for each call of the module, for each graph of the region.
         owner: The path of the module, where an adapter's tensors live; "" is the model.
-        role: What the module is for an adapter that has several such sites, such as "encoder".
-        beside: The tensor with whose device an adapter's tensors go: the path of its module, and its name.
+        role: The module's role for an adapter with several such sites, such as "encoder".
+        beside: The tensor whose device an adapter's tensors share: the path of its module, and its name.
         dtype: The dtype of an adapter's tensors.
         arguments: The names of the forward's arguments.
-        reads: What else a rule may read, by its name for it: paths, seen from the module.
-        file_path: What the names of its tensors begin with in files.
-        positions: How many positions of tokens the module has a table for; None without a table.
+        reads: Further tensors that a rule may read: the rule's name for each, and its path relative to the module.
+        file_path: The prefix of its tensors' names in files.
+        positions: The number of token positions in the module's table; None without a table.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -277,12 +277,12 @@ class CallSite(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path of the module, for a person to read."""
+        """The path of the module as text."""
         return self.owner or "the model"
 
     label = name
 
     @property
     def size(self) -> str:
-        """What the module is for the adapter, for a person to read."""
+        """The module's role for the adapter."""
         return self.role

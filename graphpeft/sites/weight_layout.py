@@ -1,4 +1,4 @@
-"""How a weight is stored, beside PEFT's layout: (out, in), or (out, in / groups, *kernel) of a convolution."""
+"""The stored layout of a weight, compared with PEFT's: (out, in), or (out, in / groups, *kernel) of a convolution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class WeightLayout(NamedTuple):
     """The dimensions in which a stored weight differs from PEFT's layout.
 
     Attributes:
-        exchanged: The two dimensions that are stored the other way round, or None.
+        exchanged: The two dimensions that are stored in exchanged order, or None.
         groups: The groups of a transposed convolution, which is stored as (in, out / groups, *kernel).
     """
 
@@ -17,7 +17,7 @@ class WeightLayout(NamedTuple):
     groups: int = 1
 
     def turned(self, weight: Any) -> Any:
-        """Returns a stored weight in PEFT's layout, or one in PEFT's layout as it is stored; tensors and proxies."""
+        """Converts a weight from the stored layout to PEFT's, or back; a tensor or a proxy."""
         if self.exchanged is None:
             return weight
         if self.groups == 1:
@@ -25,7 +25,7 @@ class WeightLayout(NamedTuple):
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def turned_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape that `turned` gives to a weight of this one."""
+        """Returns the shape that `turned` gives a weight of shape `shape`."""
         if self.exchanged is None:
             return shape
         sizes = list(shape)

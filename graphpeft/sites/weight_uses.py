@@ -1,4 +1,4 @@
-"""What a graph does with each weight that it reads."""
+"""The uses of each weight in a graph."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from graphpeft.sites import dataflow
 
 
 class WeightUses(NamedTuple):
-    """What a graph does with one weight.
+    """The uses of one weight in a graph.
 
     Attributes:
-        op: The kind of the operations that use it, or ``ops.Weight`` if they are of several kinds, or of none.
-        nodes: The names of the operations that use it, in each graph; or of the nodes that read it.
-        transposed: Whether the first of them reads it as (in, out).
-        groups: Into how many groups they divide their features: a number, or the path of the attribute that has it.
-        shortens: Whether one of them shortens the rows that it reads.
-        others: What else uses it.
-        is_called_beside: Whether it is used by calls of its module and in another way, too.
-        is_unused: Whether nothing that is computed with it reaches an output.
+        op: The kind of the operations that use the weight; ``ops.Weight`` if they are of several kinds, or of none.
+        nodes: The names of these operations in each graph; for ``ops.Weight``, of the nodes that read the weight.
+        transposed: Whether the first operation reads the weight as (in, out).
+        groups: The operations' number of groups of features, or the path of the attribute that has it.
+        shortens: Whether an operation shortens the rows that it reads.
+        others: The names of other functions that use the weight.
+        is_called_beside: Whether calls of its module use the weight, and other nodes, too.
+        is_unused: Whether no result of the weight reaches an output.
         bias: The path of the tensor that all operations add, or None.
-        bias_conflict: The reason why a change of the bias that each adds isn't one of that tensor, or None.
-        both_ways: Whether some of the operations read it as (in, out), and others as (out, in).
+        bias_conflict: Why a change of the added bias can't be a change of that tensor, or None.
+        both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
     """
 
     op: Any
@@ -46,7 +46,7 @@ class WeightUses(NamedTuple):
 
 
 def weight_uses(template: Template, module: nn.Module) -> dict[str, WeightUses]:
-    """Returns what the graphs do with each weight, by the weight's path in `module`."""
+    """Returns the uses of each weight in the graphs, by the weight's path in `module`."""
     uses: dict[str, WeightUses] | None = template.facts.get("uses")
     if uses is None:
         found = [ops.find_ops(graph, module) for graph in template.graphs]
@@ -93,10 +93,10 @@ def _bias_conflict(template: Template, operations: list[ops.Computation], bias: 
 
 
 def _number_or_path(value: Any) -> int | str:
-    # equal modules share a graph, which reads the number from each
+    # equal modules share a graph, which reads the number from the module
     return str(value.target) if isinstance(value, fx.Node) else value
 
 
 def number_in(module: nn.Module, value: int | str) -> int:
-    """Returns a number that a graph has, or reads at a path from the module."""
+    """Returns a number, or reads it at a path from the module."""
     return operator.attrgetter(value)(module) if isinstance(value, str) else value

@@ -1,1 +1,1 @@
-"""From what a config names to what it means in a model."""
+"""Resolves the names in a config to sites of a model."""

@@ -1,6 +1,6 @@
 """The embeddings of a Transformers model, whose own tables an adapter's file may hold beside the adapter.
 
-That is for vocabularies which were resized after the base model was saved: what is in the new rows is nowhere else.
+This serves vocabularies that were resized after the base model was saved: no other file has the new rows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from graphpeft.targeting.targets import Match
 from graphpeft.wording import shortened
 
 _NAMES = ("embed_tokens", "lm_head")
-"""What embeddings are called, by PEFT's `EMBEDDING_LAYER_NAMES`; naming one as a target has its table saved."""
+"""PEFT's `EMBEDDING_LAYER_NAMES`: an embedding that is a target by one of these names has its table saved."""
 
 
 def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Returns the paths of the input and the output embedding of a model that tells them."""
+    """Returns the paths of the model's input and output embeddings, from its getters."""
     model: Any = modules[""]
     if isinstance(model, TracedModel):
         return [path for path in modules if path in (model.input_embedding, model.output_head)]
-    # a model of one's own may tell one of them alone
+    # a user's model may have only one of the getters
     told = (module_told(model, name) for name in ("get_input_embeddings", "get_output_embeddings"))
     layers = [layer for layer in told if layer is not None]
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
@@ -40,13 +40,13 @@ def to_save(
     Args:
         modules: The model's modules by path.
         config: The adapter's config.
-        base: The name of the base model, or where it lies.
-        setting: `save_embedding_layers`: True, False, or ``"auto"``: where the config targets an embedding by name, or
-            the vocabulary isn't that of the base model.
-        has_rows: Whether the adapter has rows of weights, which files hold alone.
+        base: The name or the path of the base model.
+        setting: `save_embedding_layers`: True, False, or ``"auto"``, which saves embeddings if the config targets one
+            by name, or the vocabulary's size differs from the base model's.
+        has_rows: Whether the adapter trains rows of weights, which files hold without the tables.
 
     Raises:
-        ValueError: If `setting` is True and the model doesn't tell its embeddings, or if it is something else.
+        ValueError: If `setting` is True and the model has no getters for its embeddings, or if it is no valid value.
     """
     if setting not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers must be True, False or 'auto', not {setting!r}")
@@ -74,7 +74,7 @@ def _are_targeted(config: PeftConfig, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _is_resized(model: Any, base: str | None) -> bool:
-    """Returns whether the model has another vocabulary than the base model of this name."""
+    """Returns whether the model's vocabulary differs in size from the base model's."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not size or not base:
         return False

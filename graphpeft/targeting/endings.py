@@ -1,6 +1,7 @@
-"""Finds the first of many patterns for the ends of names that fits, as those of `rank_pattern`.
+"""Finds the first of many patterns that matches the end of a name, as for `rank_pattern`.
 
-A file may have one for each site of a model. Those that spell out a name are looked up; the others are tried in turn.
+A file may have one pattern for each site of a model. Patterns that spell out a name are looked up in a dict; the others
+are tried in turn.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ _SPECIAL = frozenset("[](){}*+?|^$\\")
 
 
 class _Spelled(NamedTuple):
-    """A pattern that spells out a name, where a dot is any character.
+    """A pattern that spells out a name, where an unescaped dot is any character.
 
     Attributes:
-        text: The name, with "." for each of these.
-        dots: Their places.
-        is_whole: Whether it is all of a name.
+        text: The name, with "." for each such dot.
+        dots: The places of these dots in `text`.
+        is_whole: Whether the pattern matches only whole names, not their ends.
     """
 
     text: str
@@ -32,10 +33,10 @@ class Endings:
 
     Args:
         keys: The patterns.
-        option: The option where they were written.
+        option: The config option with the patterns.
 
     Raises:
-        PatternError: One is no regular expression.
+        PatternError: A key is no regular expression.
     """
 
     def __init__(self, keys: tuple[str, ...], option: str) -> None:
@@ -51,7 +52,7 @@ class Endings:
                 self._dots.setdefault(len(spelled.text), set()).add(spelled.dots)
 
     def first(self, name: str) -> int | None:
-        """Returns the place of the first pattern that fits a name, or None."""
+        """Returns the index of the first pattern that matches a name, or None."""
         spelled = min(self._places(name), default=None)
         for place, pattern in self._patterns.items():
             if spelled is not None and place > spelled:

@@ -1,4 +1,4 @@
-"""What a config trains beside its adapter: modules, biases, and rows of tables."""
+"""Tensors that a config trains beside its adapter: modules, biases, and rows of tables."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.embedding_layers import embedding_layers
 
-_MOST_HINTS = 5  # an error names so many
+_MOST_HINTS = 5  # an error shows so many refusals; only these get near misses
 
 
 class TrainedRows(NamedTuple):
-    """Rows of a module's weight that are trained.
+    """Trained rows of a module's weight.
 
     Attributes:
-        indices: Which.
-        leader: The path of the module that has them; of those whose weight is one tensor, the others follow it.
-        key: Their name in files, behind the path of a module that has them there; "" if this one has none.
+        indices: The indices of the rows.
+        leader: The path of the module that owns the trained rows; modules tied to its weight follow it.
+        key: The rows' name in files, after the path of the module; "" if files have no rows for this module.
     """
 
     indices: tuple[int, ...]
@@ -40,9 +40,8 @@ class FullTraining(NamedTuple):
     """The tensors that a config trains fully.
 
     Attributes:
-        names: Their names, by the path of their module.
-        infixes: What stands in files behind the paths of modules, where something does: between a module and all that
-            is inside.
+        names: The tensors' names, by the path of their module.
+        infixes: The infix in the names of tensors in files, after the path of a fully trained module, by that path.
     """
 
     names: dict[str, tuple[str, ...]]
@@ -61,8 +60,8 @@ def full_training(
     Args:
         config: The config, resolved for the model.
         modules: The model's modules by path.
-        sites: The sites that it adapts.
-        report: Gets what is named and can't be fully trained.
+        sites: The sites that the config adapts.
+        report: Gets a refusal for each named module that can't be fully trained.
         owned: The paths of tensors that belong to adapters.
     """
     named = _named_modules(config, modules, report)
@@ -88,10 +87,10 @@ def full_training(
 def _named_modules(
     config: PeftConfig, modules: Mapping[str, nn.Module], report: Report
 ) -> dict[str, FullyTrainedModule]:
-    """Returns the modules that a config trains fully, none of which is inside another one."""
+    """Returns the modules that a config trains fully, by path; refuses a module inside another one."""
     saved = _saved_modules(modules, config)
     for name in config.modules_to_save or ():
-        # the heads that a task brings along are named for every model, whichever it has
+        # a task type adds the names of its possible heads, whether or not the model has them
         if name not in TASK_HEADS and not any(path.endswith(name) for path in saved):
             near = targets.near_misses([name], modules) if len(report.refused) < _MOST_HINTS else []
             hint = f"; near misses: {', '.join(near)}" if near else ""
@@ -110,16 +109,16 @@ def _named_modules(
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """Returns the reason why a module can't be fully trained, if it holds codes of numbers."""
+    """Returns the reason why a module can't be fully trained, if a weight of it is quantised."""
     for name, weight in module._parameters.items():
-        # plain integers, such as indices, are copied as they are
+        # plain integers, such as indices, are copied unchanged
         if weight is not None and is_quantised(weight) and type(weight) is not nn.Parameter:
             return f"its {name} is quantised ({described(weight)}), and can't be trained"
     return None
 
 
 def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list[str]:
-    """Returns the paths of `modules_to_save`, as PEFT's `_set_trainable` finds them: by the end of the path."""
+    """Returns the paths of the modules in `modules_to_save`; like PEFT's `_set_trainable`, by the end of the path."""
     ends = tuple(config.modules_to_save or ())
     found: list[str] = []
     for path in modules if ends else ():
@@ -131,7 +130,7 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 def _biases(
     modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: TensorPaths
 ) -> dict[str, tuple[str, ...]]:
-    """Returns the biases to train, as PEFT's `_mark_only_adapters_as_trainable` finds them: by their name."""
+    """Returns the biases to train by module; like PEFT's `_mark_only_adapters_as_trainable`, by their name."""
     if config.trained_biases == "none":
         return {}
     if config.trained_biases == "all":
@@ -157,14 +156,14 @@ def trained_rows(
 ) -> dict[str, TrainedRows]:
     """Returns the rows that `config` trains, by the path of their module.
 
-    A module that is tied to an embedding follows it, unless other rows are named for it.
+    A module that is tied to an embedding trains the embedding's rows, unless the config names other rows for it.
 
     Args:
         config: The config, resolved for the model.
         modules: The model's modules by path.
-        sites: The sites that it adapts.
-        fully_trained: The tensors that it trains fully.
-        report: Gets what is named and can't be trained so.
+        sites: The sites that the config adapts.
+        fully_trained: The tensors that the config trains fully.
+        report: Gets a refusal for each module whose named rows can't be trained.
     """
     found: dict[str, TableRows] = {}
     for path, rows in config.find_rows(modules, report).items():
@@ -185,10 +184,10 @@ def named_rows(
     """Returns the rows that an option names, by the path of their module.
 
     Args:
-        named: The option's value: indices of rows of the input embedding, or such indices by the names of modules.
-        option: Its name.
+        named: The option's value: indices of rows of the input embedding, or indices of rows by module name.
+        option: The option's name.
         modules: The model's modules by path.
-        report: Gets names that no module has.
+        report: Gets a refusal for each name that no module has.
     """
     if named is None:
         return {}

@@ -1,8 +1,8 @@
-"""Regular expressions that somebody has written, with a limit for the time that they may take.
+"""Regular expressions from users and files, with a limit on the time of matching.
 
-A pattern such as ``(a|aa)+b`` can take Python's `re` years on a name of 60 letters, and stand in a file of anybody. The
-`regex` package reads the same syntax and can stop. What `re` refuses is refused, and what the two read differently, so
-that a pattern means here what it means in PEFT.
+A pattern such as ``(a|aa)+b`` can take Python's `re` years on a name of 60 letters, and any downloaded file may have
+one. The `regex` package reads the same syntax and has timeouts. A pattern that `re` refuses, or that the two read
+differently, is refused, so that a pattern has its meaning in PEFT.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import regex
 from graphpeft.wording import shown
 
 _SECONDS = 0.25
-"""How long matching may take, beside what is usual for so many names."""
+"""The time that matching may take beyond the usual time."""
 
 _USUAL = 2e-5
 _USUAL_A_CHARACTER = 2e-9
-"""What is usual for a name, and for each character of the pattern: about five times what patterns take without nested
+"""The usual time per name, and per character of the pattern: about five times that of patterns without nested
 repetitions."""
 
 _LONGEST = 2**18
-"""Characters of a pattern; one that spells out the names of 5,000 layers has fewer."""
+"""The most characters of a pattern; one that spells out the names of 5,000 layers has fewer."""
 
 _COUNT = re.compile(r"\{(\d+),?(\d*)\}|\{,(\d+)\}")
-"""How often something is repeated: ``{2}``, ``{2,}``, ``{2,9}`` or ``{,9}``."""
+"""A repetition count: ``{2}``, ``{2,}``, ``{2,9}`` or ``{,9}``."""
 
 _MOST_STATES = 200_000
-"""Into how many states a pattern may be compiled, which has one for each repetition: some 60 MB."""
+"""The most states of a compiled pattern, which has one for each repetition: some 60 MB."""
 
-_READ_OTHERWISE = re.compile(r"(?<!\\)(\{(?!\d*,?\d*\})|\[:)")
-"""What `regex` takes for something else than `re` does: ``x{e<=1}``, ``[[:alpha:]]``."""
+_READ_DIFFERENTLY = re.compile(r"(?<!\\)(\{(?!\d*,?\d*\})|\[:)")
+"""Syntax that `regex` reads differently from `re`: ``x{e<=1}``, ``[[:alpha:]]``."""
 
 
 class PatternError(ValueError):
@@ -43,15 +43,16 @@ class PatternError(ValueError):
 
 
 class Pattern:
-    """A regular expression that stops; its methods are those of `re`.
+    """A regular expression with a time limit; its methods are named as in `re`.
 
     Args:
         pattern: The expression.
-        entry: What somebody has written of it.
-        option: The option where it was written.
+        entry: The part of the expression that the user wrote, for errors.
+        option: The config option with this entry.
 
     Raises:
-        PatternError: It is no regular expression. Its methods raise it for one that takes too long.
+        PatternError: The pattern is no regular expression, or too large. The methods raise it if matching takes too
+            long.
     """
 
     __slots__ = ("_compiled", "_entry", "_option", "_usual")
@@ -60,7 +61,7 @@ class Pattern:
         self._entry, self._option = entry, option
         if len(pattern) > _LONGEST:
             raise PatternError(f"{shown(entry)} in {option} has {len(entry)} characters; {_LONGEST} are read at most")
-        unlike = _READ_OTHERWISE.search(pattern)
+        unlike = _READ_DIFFERENTLY.search(pattern)
         if unlike is not None:
             raise PatternError(f"{shown(entry)} in {option} has {unlike[0]!r}; write it as re.escape does")
         if _states(pattern) > _MOST_STATES:
@@ -95,7 +96,7 @@ class Pattern:
         return self._timed(self._compiled.sub, replacement, name)
 
     def _timed(self, method: Callable[..., Any], *arguments: str) -> Any:
-        # of this thread alone: a machine that is busy with other things makes no pattern slow
+        # the time of this thread, so that a busy machine makes no pattern slow
         began = time.thread_time()
         try:
             found = method(*arguments, timeout=_SECONDS)
@@ -113,19 +114,19 @@ class Pattern:
 
 
 def _states(pattern: str) -> float:
-    """Returns a bound of the number of states, as if all repetitions were inside of each other."""
+    """Returns an upper bound of the number of states, as if all repetitions were nested."""
     most = (max(float(count or 1) for count in found.groups()) for found in _COUNT.finditer(pattern))
     return len(pattern) * math.prod(max(count, 1) for count in most)
 
 
 class _Time:
-    """The time that all patterns together have taken beyond what is usual: many can be slow, each a little."""
+    """The time of all patterns together beyond the usual time, since many patterns may each be a little slow."""
 
     def __init__(self) -> None:
         self._beyond = 0.0
 
     def is_over(self, seconds: float) -> bool:
-        """Adds time, which is negative for a fast match, and tells whether it is too much; then it begins anew."""
+        """Adds time (negative for a fast match), and returns whether the sum is too large, which resets the sum."""
         self._beyond = max(0.0, self._beyond + seconds)
         if self._beyond <= _SECONDS:
             return False

@@ -1,4 +1,4 @@
-"""What the configs of all methods share that adapt the weights, or the calls, of modules which they name."""
+"""The base of the configs that name modules whose weights or calls the method adapts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 
 @dataclass(kw_only=True)
 class TargetedConfig(PeftConfig):
-    """The options that name targets; the names and meanings are PEFT's.
+    """A config with options that name targets; their names and meanings are PEFT's.
 
     Attributes:
         target_modules: Names of the weights to adapt: a list matches paths that are equal or end in ``.name``, a
             string is a regular expression for the whole path, or ``"all-linear"``. None takes the method's default for
             the model's `model_type`.
-        exclude_modules: As `target_modules`, for what is left out.
+        exclude_modules: Names of modules to leave out, written as in `target_modules`.
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
-        layers_pattern: The name before that index.
+        layers_pattern: The name of the container of layers, before the layer's index in a path.
 
     Example:
         >>> config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1])
@@ -43,13 +43,13 @@ class TargetedConfig(PeftConfig):
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
 
     adapts_boundaries: ClassVar[bool] = False
-    """Whether the sites are the boundaries of the modules that the config names, for a `BoundaryRule`."""
+    """Whether the sites are the boundaries of the named modules, for a `BoundaryRule`."""
 
     adapts_leaves: ClassVar[bool] = False
-    """Whether the method's rules take the call of a module as an operation, where it has no weight: a `LeafSite`."""
+    """Whether the method's rules adapt the call of a module without a plain weight: a `LeafSite`."""
 
     default_targets: ClassVar[targets.Defaults] = MappingProxyType({})
-    """What the method adapts where the config names nothing, by the `model_type` of the model's config, as in PEFT."""
+    """The default `target_modules`, by the `model_type` of the model's config, as in PEFT."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -65,7 +65,7 @@ class TargetedConfig(PeftConfig):
         self._check_targets()
 
     def check(self) -> None:
-        """Raises ValueError for options that contradict each other, or that this library doesn't support."""
+        """Raises ValueError for options that contradict each other or that this library doesn't support."""
         super().check()
         self._check_targets()
 
@@ -79,7 +79,7 @@ class TargetedConfig(PeftConfig):
 
     @property
     def target_options(self) -> TargetOptions:
-        """The options that name modules and parameters, and those with patterns for their names."""
+        """The options that name modules and parameters, and the options with patterns for their names."""
         return TargetOptions(
             self.target_modules,
             self.exclude_modules,
@@ -89,7 +89,7 @@ class TargetedConfig(PeftConfig):
         )
 
     def resolved(self, model: nn.Module) -> PeftConfig:
-        """Returns the config with its target modules filled in: the default of the model, or all linear ones."""
+        """Returns the config with `target_modules` filled in: the model's default, or the names for "all-linear"."""
         config = super().resolved(model)
         assert isinstance(config, TargetedConfig)
         if targets.is_all_linear(config.target_modules):
@@ -99,13 +99,13 @@ class TargetedConfig(PeftConfig):
         return config
 
     def targets_by_default(self, model: nn.Module) -> set[str] | str:
-        """Returns the `target_modules` of a model for which the config names none.
+        """Returns the default `target_modules` of a model.
 
         Args:
             model: The model.
 
         Raises:
-            ValueError: If there are none for this model, and no parameters are named instead.
+            ValueError: If the model has no default, and the config names no parameters instead.
         """
         try:
             default = targets.default_target_modules(model, self.default_targets)
@@ -116,11 +116,11 @@ class TargetedConfig(PeftConfig):
         return default if isinstance(default, str) else set(default)
 
     def targeted_modules(self, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-        """Returns the paths of the modules that the config names, whatever they are.
+        """Returns the paths of the modules that the config names, of any class.
 
         Args:
             modules: The model's modules by path.
-            report: Gets what is excluded, or that nothing matched.
+            report: Gets the excluded modules, or that nothing matched.
         """
         return targeted_modules(self, modules, report)
 
@@ -143,7 +143,7 @@ class TargetedConfig(PeftConfig):
         return found
 
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
-        """Returns the config that names these sites alone."""
+        """Returns a copy of the config that names exactly these sites."""
         config = copy.copy(self)
         config.target_modules = targets.exactly([site.name for site in sites], names)
         config.layers_to_transform = config.layers_pattern = None

@@ -1,6 +1,6 @@
-"""From what a config names to sites: the weights that `target_modules` and `target_parameters` mean in a model.
+"""Finds the sites in a model that `target_modules` and `target_parameters` of a config name.
 
-What is named and can't be adapted goes into the report, with the reason; nothing is skipped in silence.
+A name that can't be adapted goes into the report with the reason; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from graphpeft.wording import joined, shown
 
 
 class _Weights(NamedTuple):
-    """The weights that a module's name stands for, by their paths in it.
+    """The weights that a module's name stands for, by their paths in the module.
 
     Attributes:
-        of_layer: Those that PEFT adapts for the name, the one whose tensors bear the module's own name first.
-        of_parameters: Those that stand for it where the first of these is absent, and are parameters for PEFT.
-        redrawn: The one for which PEFT draws first values twice: before all others, and in its turn.
+        of_layer: The weights that PEFT adapts as the layer; the adapter of the first has the module's own name.
+        of_parameters: The weights, adapted as parameters, if the first of `of_layer` is absent.
+        redrawn: The weight whose initial values PEFT draws twice: before all others, and in its turn.
     """
 
     of_layer: tuple[str, ...]
@@ -51,7 +51,7 @@ _WEIGHTS: dict[type[nn.Module], _Weights] = {
         redrawn="out_proj.weight",
     )
 }
-"""Modules whose name stands for other weights than the one called `weight`."""
+"""The weights of modules whose name doesn't stand for their `weight`."""
 
 _OWN_WEIGHT = _Weights(("weight",))
 
@@ -60,11 +60,11 @@ class _Target(NamedTuple):
     """A weight that a config names.
 
     Attributes:
-        name: What was named: a module, or a parameter.
+        name: The path of the named module or parameter.
         owner: The path of the module that owns the weight.
-        attribute: The weight's name in it; "" if there is none.
-        is_parameter: Whether it is named as a parameter, or can only be one.
-        stands_with: The weights for which the name stands.
+        attribute: The weight's name in its owner; "" for a module's call.
+        is_parameter: Whether the weight is named as a parameter, or can only be adapted as one.
+        stands_with: All weights that the name stands for.
     """
 
     name: str
@@ -75,12 +75,12 @@ class _Target(NamedTuple):
 
 
 def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-    """Returns the paths of the modules that `config` targets, whatever they are, for methods that train them fully.
+    """Returns the paths of the modules that `config` targets, of any class.
 
     Args:
         config: The config, resolved for the model.
         modules: The model's modules by path.
-        report: Gets what is excluded, or that nothing matched.
+        report: Gets the excluded modules, or that nothing matched.
     """
     decide = targets.compile_matcher(config.target_options)
     found = {path: decide(path) for path in modules if path}
@@ -92,12 +92,12 @@ def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], repor
 
 
 def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
-    """Returns the sites that `config` targets, in the order in which PEFT draws first values: layers, then parameters.
+    """Returns the sites that `config` targets, in PEFT's order of drawing initial values: layers, then parameters.
 
     Args:
-        config: A config with PEFT's fields for targets, resolved for the model.
+        config: A config with PEFT's options for targets, resolved for the model.
         finder: Finds sites in the model.
-        report: Gets what is excluded or refused, or that nothing matched.
+        report: Gets excluded and refused names, or that nothing matched.
         owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
     found: list[Site | LeafSite] = []
@@ -121,7 +121,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
             way_out = "name a weight in target_modules or target_parameters alone"
             report.refused.append(Refusal(target.name, reason, way_out))
     adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found if isinstance(site, Site)}
-    # a graph may read a tensor by one of its names alone, as that of an exported program does
+    # a graph, such as an exported program's, may read a tied tensor by only one of its names
     report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
     if not found and not report.refused:
         _report_nothing(finder.modules, config.target_options, report, owned)
@@ -129,10 +129,10 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
 
 
 def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite:
-    """Returns the site of a weight that is named, or of a module's calls.
+    """Returns the site of a named weight, or of a named module's calls.
 
     Raises:
-        NoSiteError: If there is none.
+        NoSiteError: If the target has no site.
     """
     if not target.attribute:
         return _leaf(finder, target.name, config)
@@ -152,7 +152,7 @@ def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSit
     try:
         again = finder.find(*_split(join(target.name, redrawn)))
     except NoSiteError:
-        return site  # it is refused in its own turn
+        return site  # the redrawn weight is refused in its own turn
     return site._replace(redrawn=(again._replace(named=target.name),))
 
 
@@ -168,7 +168,7 @@ def _targeted(
     owned: TensorPaths,
     report: Report,
 ) -> Iterator[_Target]:
-    """Yields what the config names; `decide` says of a path whether it is a target."""
+    """Yields the weights and calls that the config names; `decide` tells whether a path is a target."""
     for path, module in modules.items():
         found = decide(path) if path else Match.NO
         if found is Match.EXCLUDED:
@@ -209,9 +209,9 @@ def _weights_for(cls: type) -> _Weights:
 
 
 def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
-    """Returns the names of the parameters that aren't those of adapters, in the module's order.
+    """Returns the names of the module's own parameters, without adapters' parameters, in the module's order.
 
-    A hundred adapters have many more of them, which mostly come behind; so it stops where only those can be left.
+    A hundred adapters have many parameters, mostly after the module's own, so the loop stops where only those are left.
     """
     own: list[str] = []
     for name in module._parameters:
@@ -224,7 +224,7 @@ def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
 
 def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module]) -> list[Site | LeafSite]:
     if all(site.is_layer for site in sites):
-        return sites  # they were found in that order
+        return sites  # already in the modules' order
     order = {path: index for index, path in enumerate(modules)}
 
     def place(site: Site | LeafSite) -> tuple[bool, int, int]:
@@ -235,10 +235,10 @@ def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module
 
 
 def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
-    """Returns the site of the calls of a module without a weight that could be changed.
+    """Returns the site of the calls of a module that has no weight to change.
 
     Raises:
-        NoSiteError: If there is none.
+        NoSiteError: If the module's calls are no site.
     """
     module = finder.modules[name]
     inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
@@ -261,14 +261,14 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:
-    """Returns whether a module is a layer of PyTorch's own: an operation if it has a weight, else an activation."""
+    """Returns whether a module is PyTorch's own layer; without a weight, an activation or the like."""
     return stands_for(module).__module__.startswith("torch.nn.")
 
 
 def _report_nothing(
     modules: Mapping[str, nn.Module], options: TargetOptions, report: Report, owned: TensorPaths
 ) -> None:
-    """Reports that a config names nothing in a model."""
+    """Reports that a config's targets match nothing in a model."""
     option = "target_modules" if options.target_modules else "target_parameters"
     report.nothing_matched = f"{option}: {_nothing_matched(modules, options, report, owned)}"
     report.refused.append(Refusal(option, report.nothing_matched))
@@ -295,7 +295,7 @@ def _nothing_matched(
 
 
 def _spelling(wanted: Any, names: list[str]) -> str | None:
-    """Returns what is wrong with the spelling of targets that name what there is, but in another way."""
+    """Returns a hint if the targets would match in another spelling, else None."""
     if not names:
         return "; a layer by itself has no name: adapt the model that it is part of, or nn.Sequential(layer)"
     if isinstance(wanted, str):
@@ -306,27 +306,27 @@ def _spelling(wanted: Any, names: list[str]) -> str | None:
 
 
 def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-    """Returns what `config` names in vain, with near misses, one text for each option.
+    """Returns the entries of `config` that match nothing, with near misses: one text for each option.
 
-    An entry of a list is right if a name ends in it, whether or not that becomes a target; a pattern for ranks or α is
-    right if it fits a target.
+    An entry of a list matches if a name ends in it, whether or not that name becomes a target; a pattern for ranks or α
+    matches if it fits a target.
 
     Args:
-        config: The config as it was given, without what was filled in for the model.
+        config: The config as the user gave it, not resolved for the model.
         modules: The model's modules by path.
-        report: What it came to.
+        report: The report on the config's targets.
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
     wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
     options, found = config.target_options, []
-    # the names are read again where they are needed: mostly the first few tell that all entries are right
+    # iterators, since the first few names usually show that all entries match
     for option, entries, names in (
         ("target_modules", options.target_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
         ("exclude_modules", options.exclude_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
         ("target_parameters", options.target_parameters, lambda: _parameters(modules)),
         *((option, patterns, lambda: wanted) for option, patterns in options.patterns.items()),
     ):
-        # one regular expression either matches or doesn't
+        # a single regular expression has no entries to check
         if not entries or isinstance(entries, str):
             continue
         left = targets.unmatched(entries, names())

@@ -1,17 +1,17 @@
-"""Decides which modules and parameters a config names: PEFT's matching rules as functions over names.
+"""PEFT's rules for matching the names of modules and parameters, as functions over names.
 
 For a module name such as `model.layers.3.self_attn.q_proj`:
 
     excluded(name) = exclude_modules covers name, or modules_to_save covers it or a module above it
     targeted(name) = target_modules is a string:  it matches the whole name, as a regular expression
                      target_modules is a list:    name is in it, or
-                                                  name ends in "." + an entry, and its layer index is a wanted one
+                                                  name ends in "." + an entry, and its layer index is wanted
     match(name)    = EXCLUDED if excluded(name), YES if targeted(name), else NO
 
-The layer index is the first number from the third component of the name on, or the first after `layers_pattern`; it is
-asked for only where `layers_to_transform` is set. A name that is listed in full is a target whatever its layer.
+The layer index is the first number from the third component of the name on, or the first after `layers_pattern`. It
+matters only where `layers_to_transform` is set. A name that is listed in full is a target whatever its layer.
 
-The rules are those of PEFT 0.21.2, so that one config chooses the same modules there and here.
+The rules match PEFT 0.21.2, so that a config chooses the same modules there and here.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ T = TypeVar("T")
 Predicate = Callable[[str], bool]
 
 ALL_LINEAR = "all-linear"
-"""The value of `target_modules` that stands for every linear module except the output head."""
+"""The value of `target_modules` for every linear module except the output head."""
 
 
-_CLASSIFICATION_HEADS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES: the heads have no fixed name to look up
+_CLASSIFICATION_HEADS = ("score", "classifier")  # PEFT's SEQ_CLS_HEAD_NAMES, since no getter returns these heads
 
 
 class Match(enum.Enum):
-    """What a config says of a module name. Only `YES` is true in an `if`."""
+    """Whether a config targets or excludes a module name. Only `YES` is true in an `if`."""
 
     NO = "no"
     YES = "yes"
@@ -57,7 +57,7 @@ class Match(enum.Enum):
 
 
 def match(options: TargetOptions, name: str) -> Match:
-    """Says whether a config targets the module called `name`.
+    """Returns whether a config targets the module `name`.
 
     `all-linear` must have been replaced by `all_linear_names` before: here it is a regular expression like any other
     string.
@@ -100,14 +100,14 @@ def compile_matcher(options: TargetOptions) -> Callable[[str], Match]:
 
 
 def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
-    """Returns the `target_modules` that names these and no others.
+    """Returns the `target_modules` that matches these names and no others.
 
     Args:
-        wanted: Names.
-        names: All names that there are.
+        wanted: The names to match.
+        names: All names of the model.
 
     Returns:
-        The names themselves; or a regular expression, where one of them is the end of a name that isn't wanted.
+        The wanted names; or a regular expression, where one of them is the end of a name that isn't wanted.
     """
     chosen = set(wanted)
     also = _suffixed(frozenset(chosen))
@@ -117,22 +117,22 @@ def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
 
 
 def match_parameter(options: TargetOptions, path: str) -> bool:
-    """Says whether `target_parameters` names the parameter at `path`.
+    """Returns whether `target_parameters` names the parameter at `path`.
 
-    As in PEFT, `exclude_modules`, `modules_to_save` and `layers_to_transform` have no say over parameters.
+    As in PEFT, `exclude_modules`, `modules_to_save` and `layers_to_transform` don't apply to parameters.
 
     Args:
         options: The config's options for names.
         path: The dotted path of a parameter, such as `model.layers.0.experts.gate_up_proj`.
 
     Returns:
-        Whether an entry is the whole path or its end, cut at a dot.
+        True if an entry is the whole path or its end, cut at a dot.
     """
     return any(path == target or path.endswith(f".{target}") for target in options.target_parameters or ())
 
 
 def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
-    r"""Looks up a module's own value in `rank_pattern` or `alpha_pattern`.
+    r"""Returns a module's value in `rank_pattern` or `alpha_pattern`.
 
     A key is a regular expression for the end of a name, cut at a dot: `(.*\.)?(key)$`. A key that starts with `^` can
     thus only match a whole name. The first key that matches wins, in the order of the mapping.
@@ -153,7 +153,7 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     place = _endings(tuple(patterns)).first(name)
     if place is not None:
         return next(itertools.islice(patterns.values(), place, None))
-    # A name may hold characters that mean something else in a regular expression; its plain spelling counts as well.
+    # a name may have characters that are special in regular expressions, so its plain spelling matches as well
     return patterns.get(name, default)
 
 
@@ -163,13 +163,13 @@ def pattern_of(name: str) -> str:
 
 
 def name_of(pattern: str) -> str | None:
-    """Returns the name whose `pattern_of` this key is, or None if it is another key."""
+    """Returns the name of which `pattern_of` makes this key, or None for another key."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1], flags=re.DOTALL)
     return name if pattern == pattern_of(name) else None
 
 
 def is_all_linear(target_modules: object) -> bool:
-    """Says whether `target_modules` is the shorthand for all linear modules, in any mix of cases."""
+    """Returns whether `target_modules` is "all-linear", in any mix of cases."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
@@ -178,7 +178,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
 
     Args:
         model: Any model.
-        task_type: The config's task, which decides what counts as the output head, see `output_head`.
+        task_type: The config's task, which decides on the output head, see `output_head`.
 
     Returns:
         The names of all `nn.Linear` and Transformers `Conv1D` modules but the output head, in the model's order. A
@@ -189,17 +189,17 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
     return [
         name
         for name, module in modules_by_path(model).items()
-        # the output projection of nn.MultiheadAttention, whose weight is read but which is never called
+        # without the output projection of nn.MultiheadAttention, which is read but never called
         if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
         if name and module is not head
     ]
 
 
 def output_head(model: nn.Module, task_type: str | None) -> str | None:
-    """Finds the module that `all-linear` leaves out.
+    """Finds the output head, which `all-linear` leaves out.
 
-    A traced model says so itself in its attribute `output_head`. A Transformers model has its `get_output_embeddings()`
-    or, if that is None and the task is `SEQ_CLS`, its `score` or `classifier`. No other model has a known head.
+    Of a Transformers model it is `get_output_embeddings()` or, if that is None and the task is `SEQ_CLS`, the module
+    `score` or `classifier`. A traced one has it in its attribute `output_head`. No other model has a known head.
 
     Args:
         model: Any model.
@@ -214,7 +214,7 @@ def output_head(model: nn.Module, task_type: str | None) -> str | None:
 
 def _output_head(model: nn.Module, task_type: str | None) -> nn.Module | None:
     modeling_utils = sys.modules.get("transformers.modeling_utils")
-    # where it isn't loaded, no model can be one of its
+    # if Transformers isn't loaded, no model can be one of its classes
     if modeling_utils is None or not issubclass(stands_for(model), modeling_utils.PreTrainedModel):
         return None
     if isinstance(model, TracedModel):
@@ -228,7 +228,7 @@ def _output_head(model: nn.Module, task_type: str | None) -> nn.Module | None:
 
 
 Defaults = Mapping[Any, tuple[str, ...] | str]
-"""What a method adapts where its config names no targets, by the model's type: suffixes, or a regular expression."""
+"""A method's default targets, by the model's type: suffixes, or a regular expression."""
 
 
 def default_target_modules(model: nn.Module, defaults: Defaults) -> tuple[str, ...] | str:
@@ -236,13 +236,13 @@ def default_target_modules(model: nn.Module, defaults: Defaults) -> tuple[str, .
 
     Args:
         model: A model whose `config`, an object or a mapping, has a `model_type`.
-        defaults: Those of the method.
+        defaults: The defaults of the method.
 
     Returns:
         The entry of `defaults` for the model.
 
     Raises:
-        ValueError: The model has no `model_type`, or none with a default. The message offers names to choose from.
+        ValueError: The model has no `model_type`, or one without a default. The message offers names to choose from.
     """
     about = getattr(model, "config", None)
     model_type = about.get("model_type") if isinstance(about, Mapping) else getattr(about, "model_type", None)
@@ -253,19 +253,19 @@ def default_target_modules(model: nn.Module, defaults: Defaults) -> tuple[str, .
 
 
 def near_misses(targets: str | Iterable[str], names: Iterable[str], n: int = 5) -> list[str]:
-    """Finds names that a target which matched nothing may have meant.
+    """Finds the names nearest to targets that matched nothing.
 
     A target is compared with the full names, with their last components, and with their endings of as many components
-    as it has itself. What is returned can stand in `target_modules` as it is.
+    as the target has. The results are valid entries of `target_modules`.
 
     Args:
-        targets: The config's `target_modules`; a regular expression is compared as it is spelled.
-        names: The names there are.
-        n: How many to return at most.
+        targets: The config's `target_modules`; a regular expression is compared by its spelling.
+        names: The names of the model.
+        n: The most names to return.
 
     Returns:
-        The nearest of the first target, the nearest of the second, ..., then the second nearest of each, without
-        repetition. The order of `targets` matters only if they have one; sets are sorted.
+        The nearest name to the first target, the nearest to the second, ..., then the second nearest to each, without
+        repetition. Sets of targets are sorted.
     """
     known = [name for name in names if name]
     wanted = _in_order(targets)[: max(n, 1)]  # each takes milliseconds
@@ -279,10 +279,10 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
 
     Args:
         entries: Entries of a list such as `target_modules`.
-        names: The names there are, of which only as many are read as it takes.
+        names: The names of the model; reading stops when all entries have matched.
 
     Returns:
-        These entries, sorted.
+        The unmatched entries, sorted.
     """
     left = set(entries)
     longest = max((entry.count(".") + 1 for entry in left), default=0)
@@ -300,20 +300,20 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def fits_any(key: str, names: Iterable[str]) -> bool:
-    """Says whether a key of `rank_pattern` or `alpha_pattern` fits one of `names`, see `pattern_value`."""
+    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches one of `names`, see `pattern_value`."""
     pattern = _endings((key,))
     return any(pattern.first(name) is not None or name == key for name in names)
 
 
 def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
-    """Lists the endings of names that have as many components as one of `like`, each once; many layers share one."""
+    """Lists the distinct endings of names that have as many components as a name of `like`."""
     lengths = {name.count(".") + 1 for name in like}
     return list(dict.fromkeys(".".join(name.split(".")[-length:]) for name in names for length in lengths))
 
 
 def _exclusion(options: TargetOptions) -> Predicate | None:
     by_name = _listed(options.exclude_modules, "exclude_modules") if options.exclude_modules else None
-    # A module in modules_to_save is trained as a whole, and an adapter inside it would be trained twice.
+    # a module in modules_to_save is fully trained, and an adapter inside it would train the same weights twice
     saved = [Pattern(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save") for entry in options.modules_to_save or ()]
     if not saved:
         return by_name
@@ -325,7 +325,7 @@ def _targeting(options: TargetOptions) -> Predicate:
     if targets is None:
         return _never
     wanted = _wanted_layers(options.layers_to_transform)
-    # With a regular expression, layers are chosen in the expression itself.
+    # a regular expression chooses the layers itself
     if wanted is None or isinstance(targets, str):
         return _listed(targets, "target_modules")
 
@@ -336,7 +336,7 @@ def _targeting(options: TargetOptions) -> Predicate:
 
 
 def _listed(entries: str | Collection[str], field: str) -> Predicate:
-    """A string must match the whole name, as a regular expression; a list holds names and their endings."""
+    """Returns a predicate: a string must match the whole name, as a regular expression; a list has names or endings."""
     if isinstance(entries, str):
         pattern = Pattern(entries, entries, field)
         return lambda name: pattern.fullmatch(name) is not None
@@ -354,10 +354,10 @@ def _never(_name: str) -> bool:
 
 
 def _suffixed(suffixes: frozenset[str]) -> Predicate:
-    """Whether a name ends in a dot and one of the suffixes.
+    """Returns a predicate: whether a name ends in a dot and one of the suffixes.
 
-    The endings of the name are looked up in the set, shortest first, as far as the longest suffix has components. So
-    the cost does not grow with the number of suffixes, of which `all-linear` makes hundreds.
+    The name's endings are looked up in the set, shortest first, up to the components of the longest suffix. So the cost
+    does not grow with the number of suffixes, of which `all-linear` makes hundreds.
     """
     longest = max((suffix.count(".") + 1 for suffix in suffixes), default=0)
     last = {suffix.rpartition(".")[2] for suffix in suffixes}
@@ -378,19 +378,19 @@ def _suffixed(suffixes: frozenset[str]) -> Predicate:
 
 
 def _wanted_layers(layers_to_transform: int | Collection[int] | None) -> frozenset[int] | None:
-    """The layer indices asked for, or None if all layers are wanted, as an empty list says too."""
+    """Returns the indices of the wanted layers, or None for all layers, which an empty list means too."""
     if isinstance(layers_to_transform, int):
         return frozenset((layers_to_transform,))
     return frozenset(layers_to_transform) if layers_to_transform else None
 
 
 def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str], int | None]:
-    """A function from a name to the index of its layer, or to None if it has none.
+    """Returns a function from a name to the index of its layer, or None.
 
-    Each expression finds the first number that fits: in `model.layers.1.experts.0.w1` the layer is 1, and 0 an expert.
+    Each expression finds the first number that fits: in `model.layers.1.experts.0.w1` the layer is 1, the expert 0.
     """
     if not layers_pattern:
-        # The number must be the third component or a later one: `layers.0.q_proj` has no index for PEFT either.
+        # the number must be the third component or a later one: `layers.0.q_proj` has no index for PEFT either
         patterns: Sequence[Any] = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
     else:
         entries = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
@@ -398,13 +398,13 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
 
     def layer_of(name: str) -> int | None:
         found = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
-        # An entry with a "|" outside brackets can match without a number.
+        # an entry with a "|" outside brackets can match without a number
         return int(found["idx"]) if found and found["idx"] is not None else None
 
     return layer_of
 
 
-# asked for each site, with the same keys
+# cached, since each site looks up the same keys
 @functools.lru_cache(maxsize=16)
 def _endings(keys: tuple[str, ...]) -> Endings:
     return Endings(keys, "rank_pattern or alpha_pattern")
@@ -418,7 +418,7 @@ def _advice(model: nn.Module) -> str:
 
 
 def _suggested(name: str) -> str:
-    """The last component; if that is a number, with the one before it, as a bare "0" would match every first layer."""
+    """Returns a name's last component; of a number, the last two, since a bare "0" would match every first layer."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 

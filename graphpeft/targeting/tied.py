@@ -1,4 +1,4 @@
-"""Layers that have the table of an embedding as their weight: the very tensor, as an output head may."""
+"""Layers tied to an embedding: their weight is the same tensor as its table, as an output head's may be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graphpeft.graph.traced_model import stands_for
 
 
 def tied_layers(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Returns, by the path of an embedding, the paths of the other modules whose weight is its own tensor."""
+    """Returns the paths of the other modules whose weight is an embedding's tensor, by the embedding's path."""
     by_weight: dict[int, list[str]] = {}
     for path, module in modules.items():
         weight = module._parameters.get("weight")

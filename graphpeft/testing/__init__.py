@@ -1,7 +1,7 @@
-"""What property-tests adapters and rewrites: the laws, and strategies for models with inputs, configs and edits.
+"""Property tests of adapters and rewrites: the laws, and strategies for models with inputs, configs and edits.
 
-The laws, `verify` and `verify_rewrite` need nothing beside graphpeft. What generates (`strategies`, `edits`,
-`profiles`) needs hypothesis, and comes with ``pip install 'graphpeft[testing]'``; import it from its file.
+The laws, `verify` and `verify_rewrite` need no further package. The files `strategies`, `edits` and `profiles` need
+hypothesis, from ``pip install 'graphpeft[testing]'``; import from them directly.
 """
 
 from graphpeft.testing.comparing import LawError

@@ -1,4 +1,4 @@
-"""Which site breaks a law of adapters, and its nodes: what the error tells beside what it found."""
+"""Finds the site that breaks a law of adapters, and adds the site and its nodes to the error."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from graphpeft.wording import joined
 
 Build = Callable[[], nn.Module]
 
-_NO_LAWS_MATTER = (AdaptError, GuardError, TraceError)
-"""What says by itself that a model or a config can't be taken, and why."""
+_REFUSALS = (AdaptError, GuardError, TraceError)
+"""Errors that say by themselves why a model or a config is refused; no law is broken."""
 
 
 def blames_a_site(law: Callable[..., None]) -> Callable[..., None]:
-    """Lets the error of a law of adapters name the site that breaks it; other exceptions become such errors."""
+    """Makes the errors of a law name the site that breaks it; other exceptions become LawErrors, too."""
 
     @functools.wraps(law)
     def checked(build: Build, config: PeftConfig, inputs: ExampleInputs, *args: Any, **kwargs: Any) -> None:
         try:
             law(build, config, inputs, *args, **kwargs)
-        except _NO_LAWS_MATTER:
+        except _REFUSALS:
             raise
         except Exception as error:
             what = str(error) if isinstance(error, LawError) else f"{type(error).__name__}: {error}"
@@ -46,7 +46,7 @@ def blames_a_site(law: Callable[..., None]) -> Callable[..., None]:
 def _breaks(check: Callable[[PeftConfig], None], config: PeftConfig) -> bool:
     try:
         check(config)
-    except _NO_LAWS_MATTER:
+    except _REFUSALS:
         return False
     except Exception:
         return True
@@ -54,7 +54,7 @@ def _breaks(check: Callable[[PeftConfig], None], config: PeftConfig) -> bool:
 
 
 def _blame(build: Build, config: PeftConfig, inputs: ExampleInputs, breaks: Callable[[PeftConfig], bool]) -> str:
-    """Returns which site breaks the law by itself, as far as that can be told, with its nodes."""
+    """Returns the site that breaks the law by itself, with its nodes, or why there is no such site."""
     try:
         model = get_peft_model(build(), config, example_inputs=inputs)
     except Exception:
@@ -77,16 +77,16 @@ def _blame(build: Build, config: PeftConfig, inputs: ExampleInputs, breaks: Call
 def _breaks_at(
     build: Build, config: PeftConfig, inputs: ExampleInputs, names: Sequence[str], breaks: Callable[[PeftConfig], bool]
 ) -> bool:
-    """Returns whether the law is broken where only sites of these names are adapted."""
+    """Returns whether the law is broken when only sites with these names are adapted."""
     try:
         model = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name in names)
     except AdaptError:
-        return False  # of these sites alone no config speaks
+        return False  # no config names exactly these sites
     return breaks(model.peft_config["default"])
 
 
 def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:
-    """Returns a site with its rule, and the lines of the graph that are the operation and the rule's nodes there.
+    """Describes a site with its rule, and the lines of the graph with the operation and the rule's nodes.
 
     Args:
         adapted: The site.

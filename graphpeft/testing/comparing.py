@@ -1,4 +1,4 @@
-"""Compares values of any structure, and says where they differ and by how much."""
+"""Compares nested values; errors say where they differ and by how much."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import nn
 from graphpeft._torch import pytree
 
 ROUNDING = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
-"""By how much results in half precision differ where a sum is rounded elsewhere, relative to the largest of them.
+"""The difference of results in half precision that are rounded at other places, relative to the largest element.
 
-One rounding is by half of `eps`, the distance of 1 to the next number: 2⁻⁷ for bfloat16, 2⁻¹⁰ for float16. A merged
-change is rounded once with each weight, an active one with each output; eight `eps` are sixteen such roundings in one
+One rounding is off by half of `eps`, the distance from 1 to the next number: 2⁻⁷ for bfloat16, 2⁻¹⁰ for float16. A
+merged change is rounded once with each weight, an active one with each output. Eight `eps` are sixteen roundings in one
 direction, more than the few layers of a test add up to.
 """
 
 
 class LawError(AssertionError):
-    """A law that doesn't hold."""
+    """A law doesn't hold."""
 
 
 def require_equal(found: Any, expected: Any, law: str) -> None:
     """Raises unless all tensors of both are equal, bit for bit; NaN equals NaN.
 
     Args:
-        found: A tensor, or what holds tensors: containers of pytree, and objects such as caches of Transformers.
-        expected: The same.
-        law: What is broken if they differ, for the error.
+        found: A tensor, a pytree of tensors, or an object with tensors such as a cache of Transformers.
+        expected: A value like `found`.
+        law: The violation if they differ, for the error.
 
     Raises:
-        LawError: If they differ, with the place and by how much.
+        LawError: If they differ; with the place and the distance.
 
     >>> require_equal({"y": torch.ones(2)}, {"y": torch.ones(2)}, "a copy differs")
     """
@@ -44,13 +44,13 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
 
     Args:
         found: As for `require_equal`.
-        expected: The same.
-        tolerance: By how much they may differ, relative to the largest element or to 1, whichever is larger. In half
+        expected: A value like `found`.
+        tolerance: The allowed difference, relative to the largest element or to 1, whichever is larger. In half
             precision it is no less than `ROUNDING`, unless it is 0.
-        law: What is broken if they differ, for the error.
+        law: The violation if they differ, for the error.
 
     Raises:
-        LawError: If they differ, with the place and by how much.
+        LawError: If they differ; with the place and the distance.
 
     >>> require_close(torch.ones(2), torch.zeros(2), 0.5, "merged differs")
     Traceback (most recent call last):
@@ -73,8 +73,8 @@ def difference(found: Any, expected: Any, tolerance: float) -> str | None:
     """Returns how two leaves of a structure differ, or None if they are close.
 
     Args:
-        found: A tensor or anything else.
-        expected: The same.
+        found: A tensor or any other leaf.
+        expected: A value like `found`.
         tolerance: As for `require_close`.
     """
     if isinstance(found, torch.Tensor) != isinstance(expected, torch.Tensor):
@@ -91,15 +91,15 @@ def difference(found: Any, expected: Any, tolerance: float) -> str | None:
 
 
 def opened(value: Any) -> Any:
-    """Returns a value in which objects that can't be compared are their classes and attributes, as a cache is.
+    """Returns a value with each incomparable object replaced by its class name and attributes.
 
-    A cache of Transformers is no container of pytree's, and equals itself alone.
+    For example, a cache of Transformers is no pytree container, and equals only itself.
     """
     return pytree.tree_map(lambda leaf: _opened(leaf, ()), value)
 
 
 def _opened(leaf: Any, around: tuple[int, ...]) -> Any:
-    # a dataclass compares its fields by truth, which tensors don't have
+    # a dataclass's == needs the truth value of its fields' comparisons, which tensors lack
     has_own = type(leaf).__eq__ is not object.__eq__ and not dataclasses.is_dataclass(leaf)
     knows_equality = has_own or isinstance(leaf, torch.Tensor | nn.Module | type)
     attributes = getattr(leaf, "__dict__", None)
@@ -116,7 +116,7 @@ def _kind(value: Any) -> str:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """Returns by how much two tensors differ, and how large the second is."""
+    """Returns the largest difference of two tensors, and the largest element of the second, 1 at least."""
     dtype = torch.complex128 if b.is_complex() else torch.float64
     a, b = a.detach().to(dtype), b.detach().to(dtype)
     same = (a == b) | (a.isnan() & b.isnan())
@@ -124,13 +124,13 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 
 def have_equal_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Returns whether two tensors have equal elements; those that are no numbers are equal to each other."""
+    """Returns whether two tensors have equal elements; NaN equals NaN."""
     pairs = zip(parts_of(one), parts_of(other), strict=True)
     return all(torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 
 
 def parts_of(value: Any) -> list[Any]:
-    """Returns the tensors that one holds whose class consists of others, as a quantised one does; else it alone."""
+    """Returns the inner tensors of a tensor subclass such as a quantised one; of any other value, the value alone."""
     if not hasattr(value, "__tensor_flatten__"):
         return [value]
     names, _ = value.__tensor_flatten__()

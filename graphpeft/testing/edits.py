@@ -1,4 +1,4 @@
-"""Sequences of edits of an adapted model: adapters come, are chosen, disabled and leave, in any order."""
+"""Sequences of edits of an adapted model: adapters are added, chosen, disabled and deleted in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graphpeft.testing.blame import Build
 from graphpeft.testing.comparing import LawError
 
 KINDS = ("add", "choose", "choose all", "disable", "enable", "delete", "copy")
-"""What an edit can do."""
+"""The kinds of edits."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Edit:
     """One edit of a model.
 
     Attributes:
-        kind: What it does, one of `KINDS`.
-        number: Which adapter it is about, counted around those that there are.
-        config: The config of an adapter that it adds.
+        kind: One of `KINDS`.
+        number: The index of the edited adapter, modulo the number of adapters.
+        config: The config of an added adapter.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Edit:
     config: PeftConfig
 
     def apply(self, model: Any, inputs: ExampleInputs) -> Any:
-        """Edits `model`, and returns it, or its copy. What needs an adapter does nothing on a model without one."""
+        """Edits `model` and returns it, or its copy. On a model without adapters, edits that need one do nothing."""
         names = list(model.peft_config) if isinstance(model, PeftModel) else []
         if self.kind == "add":
             return get_peft_model(model, copy.copy(self.config), _free_name(names), example_inputs=inputs)
@@ -49,7 +49,7 @@ class Edit:
             return model
         name = names[self.number % len(names)]
         if self.kind == "choose all":
-            # adapters that fully train one tensor can't be active together, and are refused
+            # adapters that fully train the same tensor can't be active together, and are refused
             with contextlib.suppress(AdaptError):
                 model.set_adapter(names)
         elif self.kind == "delete":
@@ -86,7 +86,7 @@ def assert_edits_can_be_undone(build: Build, made: Sequence[Edit], inputs: Examp
     """Laws 3 and 6 for a sequence of edits: disabled is the base, and `unload` restores it exactly.
 
     Raises:
-        LawError: With the edits up to the first after which that isn't so.
+        LawError: With the edits up to the first one that breaks a law.
     """
     base = laws.run(build().eval().requires_grad_(False), inputs)
     model: Any = build().eval()

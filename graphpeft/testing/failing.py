@@ -1,4 +1,4 @@
-"""Rules that fail, as the sixth law needs them."""
+"""Rules that fail, for the sixth law."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graphpeft.rules.config import PeftConfig
 
 
 class RuleError(Exception):
-    """What the rules raise with which the sixth law fails an adaptation."""
+    """The error of rules that fail on purpose."""
 
 
 def _fail(*_: Any, **__: Any) -> Any:
@@ -19,7 +19,7 @@ def _fail(*_: Any, **__: Any) -> Any:
 
 @functools.cache
 def _failing_class(cls: type) -> type:
-    """Returns a class of rules that fail as late as they can: when their nodes are inserted."""
+    """Returns a class of rules that fail as late as possible: when their nodes are inserted."""
     return type(cls.__name__, (cls,), {name: _fail for name in ("rewrite", "delta", "enter") if hasattr(cls, name)})
 
 
@@ -33,7 +33,7 @@ def with_failing_rules(config: PeftConfig) -> PeftConfig:
     """Returns an equal config, whose rules fail with `RuleError` when their nodes are inserted."""
     of_its_class = type(config).rule_for
 
-    # on the class, since the config is copied before it is asked for rules
+    # on the class, since the config is copied before rule_for is called
     class Failing(type(config)):
         def rule_for(self, site: Any, dtype: Any) -> Any:
             return _failing_rule(of_its_class(self, site, dtype))

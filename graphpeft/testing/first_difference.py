@@ -1,4 +1,4 @@
-"""The first node of a graph whose value isn't what it is in another model that should compute the same."""
+"""Finds the first node of a graph whose value differs from its value in an equivalent model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from graphpeft.testing.lines import lines_of
 from graphpeft.testing.runs import run, seed_generators
 
 Values = dict[Hashable, Any]
-"""Values by the name of their node, or by the path of the module that returned them and the number of its call."""
+"""Values by the name of their node, or by the path of the module that returned them and the index of the call."""
 
 
 def first_difference(model: nn.Module, rewritten: nn.Module, inputs: ExampleInputs, tolerance: float = 0.0) -> str:
-    """Returns the nodes of a graph between the last values that are the model's and the first that isn't.
+    """Returns the nodes of a graph between the last values equal to the model's and the first different one, as text.
 
-    A value that differs and has no effect, since all that is computed from it is equal again, is passed over.
+    A different value whose effects are all equal again is ignored.
 
     Args:
-        model: The model; what it computes is known by its nodes, or by its modules if it has no graph.
-        rewritten: What should compute the same: a graph module of its own tensors.
+        model: The model; its values are known by node, or by module if it has no graph.
+        rewritten: The equivalent model, a graph module with its own tensors.
         inputs: Inputs of both.
-        tolerance: By how much values may differ, as for `require_close`.
+        tolerance: The allowed difference, as for `require_close`.
     """
     graph = graph_of(rewritten)
     if graph is None:
@@ -63,7 +63,7 @@ def graph_of(module: nn.Module) -> fx.Graph | None:
 
 
 def _keys(graph: fx.Graph) -> dict[fx.Node, Hashable]:
-    """Returns by what the value of each node is known in another model."""
+    """Returns the key of each node's value in another model: the node's name, or the path and index of a call."""
     calls: Counter[str] = Counter()
     keys: dict[fx.Node, Hashable] = {}
     for node in graph.nodes:
@@ -98,7 +98,7 @@ def _values_of_modules(model: nn.Module, inputs: ExampleInputs) -> Values:
 def _values_of_nodes(
     module: nn.Module, graph: fx.Graph, inputs: ExampleInputs
 ) -> tuple[Values, tuple[fx.Node, str] | None]:
-    """Returns the values of all nodes as far as they can be computed, and the node at which that fails, with why."""
+    """Returns the values of all nodes up to a failure, and the failing node with the reason, if any."""
     values: Values = {}
     keys = _keys(graph)
     at: list[fx.Node] = []
@@ -112,7 +112,7 @@ def _values_of_nodes(
 
     seed_generators()
     try:
-        # a graph module by itself has no graph to choose
+        # without `graph`, Interpreter reads module.graph, which copies a shared graph
         Noting(module, garbage_collect_values=False, graph=graph).run(*_in_order(graph, inputs))
     except Exception as error:
         return values, (at[-1], f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") if at else None
@@ -147,7 +147,7 @@ def _are_close(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 def _behind_equal(graph: fx.Graph, equal: Mapping[fx.Node, bool]) -> set[fx.Node]:
-    """Returns the nodes from which an output is computed without a value between them that is equal."""
+    """Returns the nodes on paths to the output on which no value is equal."""
     [output] = [node for node in graph.nodes if node.op == "output"]
     behind: set[fx.Node] = set()
     waiting = [output]

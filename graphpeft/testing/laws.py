@@ -1,7 +1,7 @@
-"""What holds for every adapted or traced model, as checks that raise with what they found.
+"""The laws of adapted and traced models, as checks that raise with their findings.
 
 Each law takes a function that builds the model (equal at each call), and inputs: a tuple of positional or a dict of
-keyword arguments. The numbers are those of the list in ``docs/architecture.md``.
+keyword arguments. The laws are numbered as in ``docs/architecture.md``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BOTH_MODES = (False, True)
 """Evaluation and training."""
 
 Tracer = Callable[[nn.Module, ExampleInputs], Any]
-"""What traces a model, as `graphpeft.trace` does."""
+"""A function that traces a model, such as `graphpeft.trace`."""
 
 
 @blames_a_site
@@ -50,22 +50,22 @@ def assert_fresh_adapter_changes_no_output(
 ) -> None:
     """Law 1: an adapter that starts as the identity changes no output, with gradients or without.
 
-    So it is bit for bit, unless the config says that it starts as the identity within rounding, or the model has half
+    Outputs are equal bit for bit, unless the config starts as the identity only within rounding, or the model has half
     precision, where DoRA rounds as PEFT does.
 
-    PyTorch chooses by what requires gradients how it computes some layers, as `nn.MultiheadAttention` on its fast path.
-    So the base has frozen weights, as an adapted model has. Where gradients are recorded, and an adapter changes a
-    weight itself, a gradient goes through that; then this weight of the base requires one, too.
+    PyTorch chooses some layers' kernels by requires_grad, as the fast path of `nn.MultiheadAttention`. So the base has
+    frozen weights, as an adapted model has. Where gradients are recorded and an adapter changes a weight as such, the
+    changed weight requires grad; then the base's weight does, too.
 
     Args:
         build: Builds the model.
         config: The adapter's config.
         inputs: Inputs of the model.
-        modes: Whether to look at evaluation (False), training (True) or both. None leaves out training if the adapter
-            draws random numbers there: it gives others to the rest of the model, and has none of these laws.
+        modes: The modes to check: evaluation (False), training (True) or both. None skips training if the adapter draws
+            random numbers there, since the rest of the model then draws other numbers than without the adapter.
 
     Raises:
-        LawError: If an output is another one.
+        LawError: If an output differs.
     """
     for mode in BOTH_MODES if modes is None else modes:
         base = build().train(mode)
@@ -89,7 +89,7 @@ def assert_fresh_adapter_changes_no_output(
 
 @blames_a_site
 def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 2: exactly the adapter's tensors require grad, and each of them gets one from a training step.
+    """Law 2: exactly the adapter's tensors require grad, and each of them gets a gradient from a training step.
 
     Args:
         build: Builds the model.
@@ -97,7 +97,7 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
         inputs: Inputs of the model.
 
     Raises:
-        LawError: With the parameter of which that isn't so.
+        LawError: With the parameter that breaks the law.
     """
     model = build().train()
     frozen = {path for path, _ in model.named_parameters()}
@@ -123,18 +123,18 @@ def assert_adapted_is_base_with_delta(
 ) -> None:
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
-    An adapter that can't be merged must refuse that, and of it the latter holds; if some of its sites have deltas, the
-    whole law holds for an adapter of these alone.
+    An adapter that can't be merged must refuse to be merged, and only `unload` is checked. If some of its sites can be
+    merged, the whole law is checked for an adapter of only these sites.
 
     Args:
         build: Builds the model.
         config: The adapter's config.
         inputs: Inputs of the model.
         modes: As for law 1.
-        tolerance: By how much outputs may differ, as for `require_close`.
+        tolerance: The allowed difference of outputs, as for `require_close`.
 
     Raises:
-        LawError: If an output is another one, or `unload` leaves something.
+        LawError: If an output differs, or `unload` leaves something.
     """
     chosen = BOTH_MODES if modes is None else modes
     adapter, *_ = [
@@ -159,7 +159,7 @@ def _adapted_is_base_with_delta(
         if drawn != random_state():
             return adapter
     if adapter.changes_weights:
-        # first, since it refuses a weight that is tied to another, which a delta added by hand would change too
+        # first, since merging refuses a tied weight, where a delta added by hand would change the other layer, too
         merged = copy.deepcopy(adapted).merge_and_unload()
         base = build().train(mode)
         _add_deltas(base, adapter, dict(adapted.named_modules()))
@@ -195,7 +195,7 @@ def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
 
 @blames_a_site
 def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 4: what is saved and loaded again gives the same outputs and the same tensors.
+    """Law 4: an adapter that is saved and loaded has the same outputs and the same tensors.
 
     Args:
         build: Builds the model.
@@ -203,7 +203,7 @@ def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInpu
         inputs: Inputs of the model.
 
     Raises:
-        LawError: If a tensor or an output is another one.
+        LawError: If a tensor or an output differs.
     """
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +230,7 @@ def assert_traced_is_adapted_alike(
         tracer: Traces a model, given its inputs.
 
     Raises:
-        LawError: If a tensor or an output is another one.
+        LawError: If a tensor or an output differs.
         TraceError: If the model can't be traced.
     """
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
@@ -249,12 +249,12 @@ def assert_spellings_are_adapted_alike(
 
     Args:
         build: Builds one of the models.
-        others: Build the others, with equal tensors.
+        others: Build the other models, with equal tensors.
         config: The adapter's config.
         inputs: Inputs of the models.
 
     Raises:
-        LawError: If a site, a tensor or an output is another one.
+        LawError: If a site, a tensor or an output differs.
     """
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     sites = [(site.site.name, site.site.shape) for site in model.adapter_report().adapted]
@@ -262,7 +262,7 @@ def assert_spellings_are_adapted_alike(
         other = get_peft_model(build_other().eval(), config, example_inputs=inputs)
         if sites != [(site.site.name, site.site.shape) for site in other.adapter_report().adapted]:
             raise LawError(f"sites differ: {sites} and those of\n{other.adapter_report()}")
-        # a file that doesn't fit raises
+        # raises if the files differ
         set_peft_model_state_dict(other, _file_of(model))
         try:
             require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
@@ -283,14 +283,14 @@ def assert_dry_runs_change_nothing(build: Build, config: PeftConfig, inputs: Exa
         inputs: Inputs of the model.
 
     Raises:
-        LawError: With what has changed.
+        LawError: With the first change.
     """
     model = build()
     before = snapshot(model)
     report = explain(model, config, example_inputs=inputs)
     require_unchanged(model, before, "explain")
     if not report.adapted:
-        return  # no rule that could fail
+        return  # no rule can fail
     try:
         get_peft_model(model, with_failing_rules(config), example_inputs=inputs)
     except RuleError:
@@ -309,18 +309,19 @@ def assert_traced_is_the_model(
 ) -> None:
     """Law 7: tracing changes nothing, and the graph equals the model in both modes and on other inputs.
 
-    The model and its graph run several times without being built anew, so that each run finds what the last one left.
+    The model and its graph run several times without being built anew, so that each run starts from the last one's
+    state.
 
     Args:
         build: Builds the model.
         inputs: The example inputs.
         others: Other inputs.
-        may_refuse: Whether the model decides on its inputs, so that a guard may refuse others.
-        modes: Whether to trace in evaluation (False), in training (True) or in each of them.
+        may_refuse: Whether the model branches on its inputs, so that a guard may refuse other inputs.
+        modes: The modes to trace in: evaluation (False), training (True) or both.
         tracer: Traces a model, given its inputs.
 
     Raises:
-        LawError: If something has changed, or an output is another one, with the nodes that compute it.
+        LawError: If tracing changes the model, or an output differs; with the nodes that compute the output.
         TraceError: If the model can't be traced.
         GuardError: If the graph refuses the example inputs, or others without `may_refuse`.
     """
@@ -336,7 +337,7 @@ def assert_traced_is_the_model(
                 found = run(traced.train(mode), given)
             except GuardError:
                 if may_refuse and given is not inputs:
-                    # the run that was refused may have written into buffers
+                    # the refused run may have written into buffers
                     original, traced = build(), tracer(build().train(training), inputs)
                     continue
                 raise
@@ -358,21 +359,22 @@ def assert_traced_trains_as_the_model(
     strict: bool = False,
     tracer: Callable[..., Any] = trace,
 ) -> None:
-    """Law 7, for all that a run leaves: outputs, gradients, and what was written into buffers and into inputs.
+    """Law 7 for all results and effects of a run: outputs, gradients, and writes into buffers and inputs.
 
-    The model and its graph run several times without being built anew, so that each run finds what the last one left.
+    The model and its graph run several times without being built anew, so that each run starts from the last one's
+    state.
 
     Args:
         build: Builds the model.
         inputs: The example inputs.
         others: Other inputs.
-        may_refuse: Whether the model decides on its inputs or its mode, so that a guard may refuse others.
-        modes: Whether to trace in evaluation (False), in training (True) or in each of them.
+        may_refuse: Whether the model branches on its inputs or its mode, so that a guard may refuse others.
+        modes: The modes to trace in: evaluation (False), training (True) or both.
         strict: Whether all modules must become nodes.
         tracer: Traces a model, given its inputs and `strict`.
 
     Raises:
-        LawError: If something is another one.
+        LawError: If a result or an effect differs.
         TraceError: If the model can't be traced.
         GuardError: If the graph refuses the example inputs, or others without `may_refuse`.
     """
@@ -387,7 +389,7 @@ def assert_traced_trains_as_the_model(
                 found = left_by(traced.train(mode), model, given)
             except GuardError:
                 if may_refuse and (given is not inputs or mode != training):
-                    return  # the run that was refused may have written into buffers
+                    return  # the refused run may have written into buffers
                 raise
             for what, value in expected.items():
                 law = f"traced with training={training}, run with training={mode}: {what}"
@@ -404,7 +406,7 @@ def assert_copies_stay_adapted(build: Build, config: PeftConfig, inputs: Example
         inputs: Inputs of the model.
 
     Raises:
-        LawError: If a copy has other outputs, or can't be unloaded.
+        LawError: If a copy's outputs differ, or it can't be unloaded.
     """
     untouched = build().eval()
     adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
@@ -429,7 +431,7 @@ def _copies(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _to_and_back(adapted: nn.Module) -> nn.Module:
-    """Converts a model to double precision and back, tensors in half precision by way of single precision."""
+    """Converts a model to double precision and back; tensors in half precision, via single precision."""
     tensors = [*adapted.named_parameters(), *adapted.named_buffers()]
     dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
     adapted.double()

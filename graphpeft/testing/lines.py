@@ -1,4 +1,4 @@
-"""The lines of a graph's code that compute nodes, as errors show them."""
+"""The lines of a graph's code that compute given nodes, for errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_LINES = 12
 
 
 def lines_of(nodes: Iterable[fx.Node], graph: fx.Graph) -> str:
-    """Returns the lines of code that compute nodes, indented; what has no line of its own is left out.
+    """Returns the lines of code that compute nodes, indented; nodes without a line of their own are left out.
 
     Args:
         nodes: Nodes of the graph.
@@ -25,4 +25,4 @@ def lines_of(nodes: Iterable[fx.Node], graph: fx.Graph) -> str:
 
 def _line_of(name: str, source: Iterable[str]) -> str:
     line = next((line.strip() for line in source if re.match(rf"\s*{re.escape(name)}( : [^=]+)? = ", line)), "")
-    return line.partition(";  ")[0]  # what follows only forgets values
+    return line.partition(";  ")[0]  # the rest of the line only deletes variables

@@ -1,4 +1,4 @@
-"""Two ways to run property tests: a quick one for every change, and a long one that looks for the unthought-of."""
+"""Two hypothesis profiles for property tests: a quick one for every change, and a long one for fuzzing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 
 _COMMON: dict[str, Any] = {
-    # a model is built and adapted for each example, the first of them compiling what the others share
+    # each example builds and adapts a model, and the first one compiles code that the others share
     "deadline": None,
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -19,7 +19,7 @@ def load_profile(default: str = "ci") -> None:
     """Registers the profiles ``ci`` (40 examples) and ``fuzz`` (10,000), and loads one.
 
     Args:
-        default: Which, unless the environment's `HYPOTHESIS_PROFILE` names another.
+        default: The profile to load, unless the environment variable `HYPOTHESIS_PROFILE` names another.
     """
     settings.register_profile("ci", max_examples=40, **_COMMON)
     settings.register_profile("fuzz", max_examples=10_000, **_COMMON)

@@ -1,7 +1,7 @@
-"""What holds for a rewrite of a graph that changes how it computes and not what, as checks that raise.
+"""The laws of rewrites that change how a graph computes, not what it computes, as checks that raise.
 
-A rewrite is any pass over a model: of `torch.fx`, of an exporter, or of one's own. It takes a module and returns
-another one, or a `PassResult`, or edits the module itself and returns None.
+A rewrite is any pass over a model: of `torch.fx`, of an exporter, or a user's own. It takes a module and returns
+another one, or a `PassResult`, or edits the module in place and returns None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from graphpeft.testing.snapshots import require_unchanged, snapshot
 from graphpeft.testing.verdicts import Law, Verification, verified
 
 Rewrite = Callable[[Any], Any]
-"""Takes a module; returns the rewritten one, or what has it as `graph_module`, or None if it edits what it is given."""
+"""Takes a module; returns the rewritten module, an object with it as `graph_module`, or None after an in-place edit."""
 
 
 def verify_rewrite(
@@ -37,24 +37,24 @@ def verify_rewrite(
     progress: bool = True,
     quiet: bool = False,
 ) -> Verification:
-    """Checks on copies of `model`, which stays as it is, that a rewrite changes nothing, and prints what became of it.
+    """Checks the laws of rewrites on copies of `model`, which stays unchanged, and prints a table of the results.
 
     Args:
-        model: Any module that can be copied, such as what `torch.fx.symbolic_trace` or `graphpeft.trace` returns.
+        model: Any module that can be copied, such as a result of `torch.fx.symbolic_trace` or `graphpeft.trace`.
         rewrite: The rewrite.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-        others: Other inputs, such as other batch sizes, for which the rewritten model must compute the same, too.
-        undo: Takes the rewrite back: takes what it has returned, and returns the model of before, or edits it in place.
-        tolerance: By how much values may differ, relative to the largest; 0 for bit for bit.
-        modes: The modes in which it holds: evaluation (False), training (True) or both.
+        others: Other inputs, such as other batch sizes, for which the laws must hold, too.
+        undo: Undoes the rewrite: takes its result, and returns the original model or edits the result in place.
+        tolerance: The allowed difference, relative to the largest element; 0 for bit for bit.
+        modes: The modes to check: evaluation (False), training (True) or both.
         progress: Whether to show a progress bar.
         quiet: Whether not to print the table.
 
     Returns:
-        The table, whose `holds` says whether no law fails.
+        The table; its `holds` is True if no law fails.
 
     Raises:
-        Exception: What the rewrite raises.
+        Exception: If the rewrite itself raises.
 
     >>> traced = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     >>> def cleaned(module):
@@ -103,17 +103,17 @@ def assert_rewritten_computes_the_same(
 ) -> None:
     """Raises unless the rewritten model has the outputs of the model, in each mode and for all inputs.
 
-    It is rewritten in each of the modes, and run in each of them.
+    The model is rewritten in each of the modes, and each result runs in each of the modes.
 
     Args:
         build: Builds the model, equal at each call.
         rewrite: The rewrite.
         inputs: Inputs of the model, of several sizes.
-        tolerance: By how much values may differ, as for `require_close`.
+        tolerance: The allowed difference, as for `require_close`.
         modes: Evaluation (False), training (True) or both.
 
     Raises:
-        LawError: If an output is another one, with the first node whose value is.
+        LawError: If an output differs; with the first node whose value differs.
     """
 
     def check(model: nn.Module, rewritten: nn.Module, given: ExampleInputs, law: str) -> None:
@@ -130,19 +130,19 @@ def assert_rewritten_has_the_same_gradients(
     tolerance: float = 0.0,
     modes: Sequence[bool] = (False, True),
 ) -> None:
-    """Raises unless the rewritten model gives the same gradients to its inputs, and to the parameters that it kept.
+    """Raises unless the rewritten model has the same gradients of its inputs and of its kept parameters.
 
-    These are the parameters that both have under one name, with equal values.
+    A parameter is kept if both models have it under the same name, with equal values.
 
     Args:
         build: Builds the model, equal at each call.
         rewrite: The rewrite.
         inputs: Inputs of the model, of several sizes.
-        tolerance: By how much gradients may differ, as for `require_close`.
+        tolerance: The allowed difference of gradients, as for `require_close`.
         modes: Evaluation (False), training (True) or both.
 
     Raises:
-        LawError: If a gradient is another one.
+        LawError: If a gradient differs.
     """
 
     def check(model: nn.Module, rewritten: nn.Module, given: ExampleInputs, law: str) -> None:
@@ -159,14 +159,14 @@ def assert_rewritten_has_the_same_gradients(
 
 
 def assert_rewritten_is_compiled(build: Build, rewrite: Rewrite) -> None:
-    """Raises unless the rewritten model's graph is well-formed, and its code is that of this graph.
+    """Raises unless the rewritten model's graph is well-formed, and its code is this graph's code.
 
     Args:
         build: Builds the model.
         rewrite: The rewrite.
 
     Raises:
-        LawError: With what is wrong with the graph, or that `recompile` is missing.
+        LawError: With the defect of the graph, or that `recompile` is missing.
     """
     rewritten = _rewritten(rewrite, build())
     if not isinstance(rewritten, fx.GraphModule):
@@ -180,14 +180,14 @@ def assert_rewritten_is_compiled(build: Build, rewrite: Rewrite) -> None:
 
 
 def assert_rewrite_leaves_the_original(build: Build, rewrite: Rewrite) -> None:
-    """Raises unless a rewrite leaves the model that it is given as it was: its graph, tensors, classes and attributes.
+    """Raises unless a rewrite leaves its input model unchanged: its graph, tensors, classes and attributes.
 
     Args:
         build: Builds the model.
         rewrite: The rewrite, which returns another model.
 
     Raises:
-        LawError: With what it has changed.
+        LawError: With the first change.
     """
     model = build()
     before, source = snapshot(model), _source(model)
@@ -199,18 +199,18 @@ def assert_rewrite_leaves_the_original(build: Build, rewrite: Rewrite) -> None:
 
 
 def assert_rewrite_is_undone(build: Build, rewrite: Rewrite, undo: Rewrite, inputs: ExampleInputs) -> None:
-    """Raises unless a rewrite that is taken back leaves the model of before: its graph's code, tensors and outputs.
+    """Raises unless undoing a rewrite restores the model: its graph's code, tensors and outputs.
 
-    Where both edit the model in place, its tensors have to be the same objects.
+    If both edit the model in place, its tensors must be the same objects.
 
     Args:
         build: Builds the model, equal at each call.
         rewrite: The rewrite.
-        undo: Takes it back.
+        undo: Undoes the rewrite.
         inputs: Inputs of the model.
 
     Raises:
-        LawError: With what is left.
+        LawError: With the first difference.
     """
     model, untouched = build(), build()
     tensors = model.state_dict(keep_vars=True)
@@ -230,7 +230,7 @@ def assert_rewrite_is_undone(build: Build, rewrite: Rewrite, undo: Rewrite, inpu
 
 
 Check = Callable[[nn.Module, nn.Module, ExampleInputs, str], None]
-"""Compares a model with the rewritten one on inputs; what it raises begins with the given words."""
+"""Compares a model with the rewritten one on inputs; its error begins with the given text."""
 
 
 def _in_all_ways(
@@ -241,7 +241,7 @@ def _in_all_ways(
     modes: Sequence[bool],
     check: Check,
 ) -> None:
-    """Checks a rewrite in each mode, run in each mode, on all inputs; what fails is told with the first other node."""
+    """Checks a rewrite in each mode, run in each mode, on all inputs; errors name the first node that differs."""
     for training, mode in itertools.product(modes, modes):
         model = _in_mode(build(), training)
         rewritten = _in_mode(_rewritten(rewrite, _in_mode(build(), training)), mode)
@@ -264,7 +264,7 @@ def _rewritten(rewrite: Rewrite, model: nn.Module) -> nn.Module:
 
 
 def _in_mode(model: nn.Module, training: bool) -> nn.Module:
-    # an exported module has one mode, and refuses to be asked for another
+    # an exported module has one mode, and train() and eval() raise
     return model if model.training == training else model.train(training)
 
 
@@ -290,7 +290,7 @@ def _gradients(model: nn.Module, names: Sequence[str], inputs: ExampleInputs) ->
 
 
 def _source(model: nn.Module) -> str:
-    """Returns the code of a model's graph, and nothing for one that has none."""
+    """Returns the code of a model's graph; of a model without a graph, an empty string."""
     graph = graph_of(model)
     return "" if graph is None else graph.python_code("self").src
 

@@ -1,4 +1,4 @@
-"""Runs models for laws, with equal random numbers, and collects what a run leaves."""
+"""Runs models for laws, with equal random numbers, and collects the results and effects of a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
 
     Args:
         model: The model.
-        inputs: A tuple of positional or a dict of keyword arguments. Objects among them, such as a cache, are copied,
-            so that the next run finds them as they were.
+        inputs: A tuple of positional or a dict of keyword arguments. Objects such as a cache are copied, so that the
+            run doesn't change them.
 
     >>> run(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
@@ -32,7 +32,7 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
 
 def seed_generators() -> None:
     """Sets PyTorch's generators to seed 0."""
-    # torch.manual_seed notes the stack of each call for a CUDA that isn't there yet, which takes longer than a forward
+    # torch.manual_seed records a stack trace for later CUDA initialisation, which takes longer than a forward
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:
@@ -44,13 +44,13 @@ def _is_object(value: Any) -> bool:
 
 
 def random_state() -> bytes:
-    """Returns the states of PyTorch's generators, which are equal after equal draws."""
+    """Returns the states of PyTorch's random generators, to compare draws."""
     on_accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return b"".join(state.numpy().tobytes() for state in (torch.get_rng_state(), *on_accelerators))
 
 
 def left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
-    """Runs `model` forwards and backwards, and returns all that this gave; `owner` has its tensors by their names."""
+    """Runs `model` forward and backward, and returns all results and effects; `owner` has its named tensors."""
     leaves, given = differentiable(inputs)
     outputs = run(model, given)
     parameters = dict(owner.named_parameters())
@@ -61,7 +61,7 @@ def left_by(model: nn.Module, owner: nn.Module, inputs: ExampleInputs) -> dict[s
         "the inputs afterwards": given,
         "the buffers": buffers,
     }
-    # before the backward pass, which may fail where something was written in place
+    # before the backward, which may fail after in-place writes
     left = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), left)
     inputs_by_number = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
     return left | {"the gradients": _gradients(outputs, inputs_by_number | parameters)}
@@ -81,7 +81,7 @@ def _gradients(outputs: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
-    """Returns new tensors that require grad, and `inputs` computed from them, into which a model can write."""
+    """Returns new leaves that require grad, and a copy of `inputs` computed from them, which a model may modify."""
     leaves: list[torch.Tensor] = []
 
     def fresh(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,11 +94,11 @@ def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
 
 
 def perturbed(adapted: Any, seed: int = 1) -> Any:
-    """Gives all trainable tensors values that matter, and returns the model.
+    """Adds random numbers with standard deviation 0.1 to all trainable tensors, and returns the model.
 
     Args:
         adapted: The model, changed in place.
-        seed: Of the random numbers that are added, whose deviation is 0.1.
+        seed: The seed of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def perturbed(adapted: Any, seed: int = 1) -> Any:
 
 
 def loss_of(outputs: Any) -> torch.Tensor:
-    """Returns a number that depends on every output.
+    """Returns a scalar that depends on every output that requires grad.
 
     >>> loss_of({"y": torch.ones(3, requires_grad=True)}).item()
     3.0

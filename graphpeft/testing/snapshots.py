@@ -1,4 +1,4 @@
-"""What an operation could change in a model, to compare with afterwards."""
+"""Snapshots of a model's state, to check that an operation changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphpeft.testing.runs import run
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Returns all that an operation could change in `model`: classes, attributes, hooks, tensors and their flags.
+    """Returns the state of `model`: classes, attributes, hooks, tensors and their flags.
 
     >>> model = nn.Linear(2, 2)
     >>> before = snapshot(model)
@@ -46,15 +46,15 @@ def _content(value: Any) -> Any:
 
 
 def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) -> None:
-    """Raises unless `model` is what it was when `before` was taken by `snapshot`.
+    """Raises unless `model` is unchanged since the snapshot `before`.
 
     Args:
         model: The model.
-        before: What `snapshot` returned.
-        operation: What happened since, for the error.
+        before: The snapshot.
+        operation: The operation since then, for the error.
 
     Raises:
-        LawError: With what has changed.
+        LawError: With the first change.
     """
     after = snapshot(model)
     if after.keys() != before.keys():
@@ -74,14 +74,14 @@ def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) 
 
 
 def require_restored(model: nn.Module, untouched: nn.Module) -> None:
-    """Raises unless `model` has the classes, the keys and the flags of `untouched`.
+    """Raises unless `model` has the classes, the attributes, the keys and the flags of `untouched`.
 
     Args:
-        model: A model whose adapters were taken off.
-        untouched: An equal one that never had any.
+        model: A model whose adapters were removed.
+        untouched: An equal model that never had adapters.
 
     Raises:
-        LawError: With what is left.
+        LawError: With the first remnant.
     """
     if model.state_dict().keys() != untouched.state_dict().keys():
         raise LawError(f"unload leaves other keys: {sorted(model.state_dict().keys() ^ untouched.state_dict().keys())}")
@@ -96,23 +96,23 @@ def require_restored(model: nn.Module, untouched: nn.Module) -> None:
 
 
 def require_unloaded(model: nn.Module, untouched: nn.Module, inputs: ExampleInputs) -> None:
-    """Raises unless `model` is as `require_restored` asks, and has the outputs of `untouched`, bit for bit.
+    """Raises unless `model` fulfils `require_restored`, and has the outputs of `untouched`, bit for bit.
 
     Args:
-        model: A model whose adapters were taken off.
-        untouched: An equal one that never had any; both are frozen.
+        model: A model whose adapters were removed.
+        untouched: An equal model that never had adapters; this function freezes both.
         inputs: Inputs of the model.
 
     Raises:
-        LawError: With what is left, or with the output that differs.
+        LawError: With the first remnant, or with the output that differs.
     """
     require_restored(model, untouched)
-    # by what requires gradients PyTorch chooses how it computes some layers
+    # frozen, since PyTorch chooses some layers' kernels by requires_grad
     found, expected = (run(each.requires_grad_(False), inputs) for each in (model, untouched))
     require_equal(found, expected, "unload leaves other outputs")
 
 
 def _class_of(module: nn.Module) -> Any:
-    """Returns a module's class; each graph has one of its own, so for these what that inherits from."""
+    """Returns a module's class; of a GraphModule, which has a class of its own, its base classes."""
     cls = type(module)
     return cls.__mro__[1:] if issubclass(cls, fx.GraphModule) else cls

@@ -86,7 +86,7 @@ class Reader(nn.Module):
 
 
 class Tied(nn.Module):
-    """A layer whose weight another module has, too."""
+    """A layer that shares its weight with another module."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ class FunctionalDropout(nn.Module):
 
 
 class Branching(nn.Module):
-    """A weight used functionally, by code that goes another way in training than in evaluation."""
+    """A weight used functionally, by code that differs between training and evaluation."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ class Branching(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Item assignment and operations in place."""
+    """Item assignment and in-place operations."""
 
     def forward(self, x):
         y = x * 1
@@ -170,7 +170,7 @@ class InPlace(nn.Module):
 
 
 class Reshaped(nn.Module):
-    """Arithmetic on shapes, as attention heads have it."""
+    """Arithmetic on shapes, as in attention heads."""
 
     def forward(self, x):
         batch, tokens = x.shape[:2]
@@ -180,7 +180,7 @@ class Reshaped(nn.Module):
 
 
 class Model(nn.Module):
-    """What is generated: a body, and a head that is the output, alone or in a container."""
+    """A generated model: a body, and a head whose output is returned alone or in a container."""
 
     def __init__(self, body: nn.Module, output: str):
         super().__init__()
@@ -194,7 +194,7 @@ class Model(nn.Module):
         return {"alone": lambda: y, "dict": lambda: {"y": y, "h": h}, "tuple": lambda: (y, h)}[self.output]()
 
 
-# cached, since hypothesis looks through each new strategy, and examples would make one each
+# cached, since hypothesis analyses each new strategy, and each example would create one
 @functools.cache
 def bodies() -> st.SearchStrategy[Callable[[], nn.Module]]:
     """Returns a strategy for functions that build a module from (batch, tokens, DIM) to the same shape."""
@@ -238,13 +238,13 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 @functools.cache
 def mixing_cases() -> st.SearchStrategy[Case]:
-    """Returns a strategy for models, as `cases` does, whose body lets all tokens see each other."""
+    """Returns a strategy for models, as `cases` does, whose body mixes all tokens."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Reshaped(), build())))
 
 
 @functools.cache
 def tied_cases() -> st.SearchStrategy[Case]:
-    """Returns a strategy for models, as `cases` does, two of whose modules have one weight."""
+    """Returns a strategy for models, as `cases` does, with two modules that share a weight."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Tied(), build())))
 
 
@@ -264,19 +264,19 @@ def cases(draw: Any, of_bodies: st.SearchStrategy[Callable[[], nn.Module]] | Non
 
 
 def targets_of(model: nn.Module) -> list[str]:
-    """Returns the paths of all that can be targeted in a generated model."""
+    """Returns the paths of all possible targets in a generated model."""
     layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     return layers + [path for path, _ in model.named_parameters() if path.rpartition(".")[2] in ("w", "v")]
 
 
 def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
-    """Returns what targets these paths alone: the list itself, unless one of them is the end of another path."""
+    """Returns the `target_modules` for exactly these paths: the list itself, unless one is the end of another path."""
     ambiguous = any(path.endswith(f".{name}") for name in chosen for path in paths if path not in chosen)
     return "|".join(map(re.escape, chosen)) if ambiguous else chosen
 
 
 def _from_weight(identity: bool) -> list[str]:
-    """Returns the initialisations that look at the weight; what most of them take from it comes back rounded."""
+    """Returns the initialisations that read the weight; with `identity`, only exact ones, not up to rounding."""
     return ["mica"] if identity else ["pissa", "olora", "mica", "orthogonal"]
 
 
@@ -298,7 +298,7 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     ranks = {"orthogonal": [2, 4], "pissa": [1, 2, 3], "olora": [1, 2, 3], "mica": [1, 2, 3]}.get(
         str(kind), [1, 2, 3, 4]
     )
-    # the bias of B is merged into that of a layer
+    # the bias of B is merged into the layer's bias
     can_have_bias = kind in (True, False) and all(_adds_bias(model, path) for path in chosen)
     lora_bias = draw(st.sampled_from([False, can_have_bias]))
     return LoraConfig(
@@ -346,14 +346,14 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
 
 
 class Method(NamedTuple):
-    """What tests know of a method.
+    """A method's strategies and properties, for tests.
 
     Attributes:
-        configs: The strategy of its configs: a function of the model, and of whether a fresh adapter is to be the
+        configs: The strategy for its configs: a function of the model, and of whether a fresh adapter must be the
             identity.
-        fits: Models that it can adapt.
-        is_identity: Whether a fresh adapter can change no output.
-        merges: Whether it changes weights.
+        fits: The strategy for models that it can adapt.
+        is_identity: Whether a fresh adapter can be the identity.
+        merges: Whether the method changes weights.
     """
 
     configs: Callable[..., st.SearchStrategy[Any]]
@@ -367,11 +367,11 @@ METHODS: dict[str, Method] = {
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }
-"""The methods that adapt any model, by `peft_type`; a method of one's own is entered here."""
+"""The methods that adapt any model, by `peft_type`; add your own method here."""
 
 
 def method_of(peft_type: str) -> Method:
-    """Returns what `METHODS` says of a method, or what holds for one that it doesn't know: `plain_configs`."""
+    """Returns the entry of `METHODS` for a method; for other methods, an entry with `plain_configs`."""
     if peft_type in METHODS:
         return METHODS[peft_type]
     config_class = registered()[peft_type]
@@ -381,13 +381,13 @@ def method_of(peft_type: str) -> Method:
 
 @st.composite
 def plain_configs(draw: Any, config_class: type[PeftConfig], model: nn.Module, identity: bool) -> PeftConfig:
-    """Returns a strategy for the configs of a class that differ in their targets alone.
+    """Returns a strategy for the configs of a class that differ only in their targets.
 
     Args:
         draw: Given by hypothesis.
         config_class: A class with an option `target_modules`.
         model: The model.
-        identity: Ignored, since the class alone says whether a fresh adapter is the identity.
+        identity: Ignored, since the class decides whether a fresh adapter is the identity.
     """
     chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
     options: dict[str, Any] = {"target_modules": _entries(chosen, [path for path, _ in model.named_modules()])}
@@ -401,7 +401,7 @@ def adaptations(draw: Any, peft_type: str, identity: bool = False) -> tuple[Case
     Args:
         draw: Given by hypothesis.
         peft_type: The method.
-        identity: Whether a fresh adapter is to change no output.
+        identity: Whether a fresh adapter must be the identity.
     """
     method = method_of(peft_type)
     case = draw(method.fits())

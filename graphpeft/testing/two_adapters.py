@@ -1,4 +1,4 @@
-"""The law of two adapters that act together: they are what they are when merged, and leave what was there before."""
+"""The law of two adapters that are active together: merging keeps the outputs, and removal restores the model."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def assert_two_adapters_act_together(
     other: PeftConfig | None = None,
     tolerance: float = 1e-4,
 ) -> None:
-    """Law 9: two adapters that act together are what they are when merged; without them, all is as before.
+    """Law 9: two active adapters have the same outputs when merged; without them, the model is restored.
 
-    So it is in either order, in evaluation: one that acts behind another acts on what that has made of a weight.
-    Deactivated or deleted, the second one leaves the first as it was, bit for bit.
+    The law is checked in both orders, in evaluation: the later adapter acts on the weight that the earlier one changed.
+    If the second adapter is deactivated or deleted, the first has its former outputs, bit for bit.
 
     Args:
         build: Builds the model.
         config: The first adapter's config.
         inputs: Inputs of the model.
-        other: The second one's; None for one of the same method with other sizes, where the model takes them.
-        tolerance: By how much outputs may differ, as for `require_close`.
+        other: The second adapter's config; None for the same method with other sizes, where the model accepts them.
+        tolerance: The allowed difference of outputs, as for `require_close`.
 
     Raises:
-        LawError: If an output is another one, or `unload` leaves something.
-        AdaptError: If the two can't act together, or can't be merged, as two that fully train a tensor; what holds for
-            them beside that was found to hold.
+        LawError: If an output differs, or `unload` leaves something.
+        AdaptError: If the two can't be active together or can't be merged, such as two that fully train the same
+            tensor. The rest of the law holds.
     """
     second = other or with_other_sizes(config, build().eval(), inputs)
     adapters = _require_together(build, config, second, inputs, tolerance)
-    # where one site can't be merged, nothing is; so once more with those alone that can
+    # one unmergeable site keeps all from being merged; so check again with only the mergeable sites
     narrowed = [of_sites_that_merge(adapter, build, inputs) for adapter in adapters]
     if any(narrowed):
         _require_together(build, narrowed[0] or config, narrowed[1] or second, inputs, tolerance)
@@ -89,7 +89,7 @@ def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInput
     try:
         model.merge_adapter()
     except AdaptError:
-        return  # an adapter that has taken a part of the weight is merged for good alone
+        return  # an adapter with a residual weight can be merged only for good
     require_close(run(model, inputs), together, tolerance, f"{last!r} behind {first!r}: merged in place differs")
     model.unmerge_adapter()
     require_equal(run(model, inputs), together, f"{last!r} behind {first!r}: unmerged differs from before")

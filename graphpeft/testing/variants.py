@@ -1,4 +1,4 @@
-"""Other configs of a method: for a second adapter beside one, and for the sites alone that can be merged."""
+"""Variants of a config: with other sizes, for a second adapter, and with only the mergeable sites."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from graphpeft.rules.options import sizes_of
 
 
 def with_other_sizes(config: PeftConfig, model: nn.Module, inputs: ExampleInputs) -> PeftConfig:
-    """Returns a config of the same method whose sizes, such as a rank, are one more, each where the model takes that.
+    """Returns a config of the same method with each size, such as a rank, increased by one if the model accepts it.
 
     Args:
         config: A config that fits the model.
-        model: The model, which stays as it is.
+        model: The model, which stays unchanged.
         inputs: Inputs of the model.
     """
     for name, size in sizes_of(config).items():
@@ -30,14 +30,14 @@ def with_other_sizes(config: PeftConfig, model: nn.Module, inputs: ExampleInputs
                 warnings.simplefilter("ignore")
                 report = explain(model, other, example_inputs=inputs)
         except ValueError:
-            continue  # it belongs to something else, as the size of a table to the entries that are named for it
+            continue  # the size depends on other options, as a table's size on its named entries
         if not report.refused:
             config = other
     return config
 
 
 def of_sites_that_merge(adapter: Adapter, build: Callable[[], nn.Module], inputs: ExampleInputs) -> PeftConfig | None:
-    """Returns the config that names those sites of an adapter alone that can be merged, if these are some and not all.
+    """Returns the config that names only the mergeable sites of an adapter; None if all or none are mergeable.
 
     Args:
         adapter: The adapter.

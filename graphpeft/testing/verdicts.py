@@ -1,4 +1,4 @@
-"""What became of laws, as a table."""
+"""Checks laws, and returns the verdicts as a table."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Outcome = Literal["holds", "fails", "doesn't apply"]
 
 
 class Verdict(NamedTuple):
-    """What became of one law.
+    """The result of checking one law.
 
     Attributes:
         law: The law.
         outcome: ``"holds"``, ``"fails"`` or ``"doesn't apply"``.
-        why: Why it doesn't hold or apply; or what of it could not be looked at.
-        seconds: How long that took.
+        why: Why it doesn't hold or apply, or why only a part was checked.
+        seconds: The duration of the check.
     """
 
     law: str
@@ -36,11 +36,11 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What became of all laws; it prints as a table.
+    """The results of checking all laws; it prints as a table.
 
     Attributes:
         subject: The model and the method, or the rewrite.
-        verdicts: What became of each.
+        verdicts: The verdict on each law.
     """
 
     subject: str
@@ -69,13 +69,13 @@ class Verification:
 
 
 class Law(NamedTuple):
-    """A law of one subject.
+    """A law to check for one subject.
 
     Attributes:
-        text: The law in a few words, after its number.
-        check: Raises unless it holds.
-        silent: The reason why it doesn't speak of the subject, or "".
-        partly: The reason why only a part of it does, or "".
+        text: The law's number and a short form of it.
+        check: Raises unless the law holds.
+        silent: The reason why the law doesn't apply to the subject, or "".
+        partly: The reason why only a part of the law applies, or "".
     """
 
     text: str
@@ -85,10 +85,10 @@ class Law(NamedTuple):
 
 
 def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> Verification:
-    """Checks laws one after the other, and prints what became of them, in the order of their numbers.
+    """Checks laws one after the other, and returns and prints the verdicts in the order of the laws' numbers.
 
     Args:
-        subject: What they are about.
+        subject: The subject of the laws, for the table.
         laws: The laws.
         progress: Whether to show a progress bar.
         quiet: Whether not to print the table.
@@ -109,7 +109,7 @@ def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> 
 def _outcome(law: Law) -> tuple[Outcome, str]:
     try:
         with warnings.catch_warnings():
-            # what the model or the config is warned of has been said when it was adapted before
+            # warnings about the model or the config were shown when it was adapted before
             warnings.simplefilter("ignore")
             law.check()
     except TraceError as error:

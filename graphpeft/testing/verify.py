@@ -1,4 +1,4 @@
-"""Runs all laws on one model and one config of a user's, and tells in a table which of them hold."""
+"""Checks all laws on a user's model and config, and returns a table of the results."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def verify(
     progress: bool = True,
     quiet: bool = False,
 ) -> Verification:
-    """Runs all laws on copies of `model`, which stays as it is, and prints what became of each.
+    """Checks all laws on copies of `model`, which stays unchanged, and prints a table of the results.
 
     Args:
-        model: Any module that can be copied, without adapters. It is traced once, in the mode in which it is.
+        model: Any module that can be copied, without adapters. It is traced once, in its present mode.
         config: The config.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-        others: Other inputs, of other sizes, which a trace of the model must serve too, or refuse.
+        others: Other inputs, of other sizes, for which a trace of the model must compute the same or raise GuardError.
         progress: Whether to show a progress bar.
         quiet: Whether not to print the table.
 
     Returns:
-        The table, whose `holds` says whether no law fails.
+        The table; its `holds` is True if no law fails.
 
     Raises:
         AdaptError: If the model can't be adapted with this config.
@@ -68,7 +68,7 @@ def verify(
 
     no_merge = _no_merge(adapted)
     found = (
-        # first, since it looks at the model while that is traced
+        # first, since this law must see the tracing itself; the other laws get copies of the trace
         Law("7 a traced model is the model", traced_is_the_model),
         Law(
             "1 a fresh adapter changes no output",
@@ -102,7 +102,10 @@ def _no_merge(adapted: Any) -> str:
 
 
 class _OneTrace:
-    """Traces a model once for all laws: the first one gets that trace, others copies of it as it was, or its error."""
+    """Traces a model once for all laws. The first call returns the trace; later calls, copies of it as it was.
+
+    If the trace fails, later calls raise the same error.
+    """
 
     def __init__(self) -> None:
         self._error: TraceError | None = None

@@ -1,4 +1,4 @@
-"""Brings the many spellings of one operation into one form, so that rules speak of operations alone."""
+"""Operations in a normal form, independent of their spelling in the graph, which rules work with."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 Computation = Linear | Convolution | Embedding
-"""What is computed with a weight, of a kind that has a name."""
+"""A computation with a weight, of one of the known kinds."""
 
 Operation = Computation | Weight
-"""What is computed with a weight, or the weight as such."""
+"""A computation with a weight, or the weight as such."""
 
 _KINDS = (linear, convolution, embedding)
 
@@ -45,9 +45,9 @@ def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:
 
 
 def read_op(node: fx.Node, root: nn.Module) -> Computation | None:
-    """Returns the operation that `node` computes, or None if it is none of the vocabulary."""
+    """Returns the operation that `node` computes, or None if it is of no known kind."""
     op = _spelled(node, root)
-    # a product with a stack of matrices is spelled like one with a matrix, and only the weight itself tells
+    # a product with a batch of matrices is spelled like one with a matrix; only the weight's dimensions differ
     return op if op is not None and op.describes(operator.attrgetter(op.weight)(root).ndim) else None
 
 
@@ -65,21 +65,21 @@ def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:
 
 
 def weight_at(node: fx.Node) -> Weight | None:
-    """Returns the weight that `node` reads."""
+    """Returns the weight that `node` reads, or None."""
     return Weight(node, str(node.target)) if node.op == "get_attr" else None
 
 
 def reads(graph: fx.Graph, path: str) -> list[Weight]:
-    """Returns the places where `graph` reads the tensor at `path` itself, beside calls of its module.
+    """Returns the places where `graph` reads the tensor at `path` directly, not by a call of its module.
 
-    What the nodes of adapters do with it isn't the module's own use, here and in `other_uses`.
+    Uses by adapters' nodes don't count, here and in `other_uses`.
     """
     own = (node for node in graph.nodes if TAG not in node.meta)
     return [Weight(node, path) for node in own if node.op == "get_attr" and node.target == path]
 
 
 def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> list[str]:
-    """Returns what `graph` does with the tensor at `path` beside these operations, for a person to read."""
+    """Returns the names of the other functions in `graph` that use the tensor at `path`, besides these operations."""
     inputs = {op.node: op.x for op in operations}
     found: list[str] = []
     waiting = [place.node for place in reads(graph, path)]
@@ -88,7 +88,7 @@ def other_uses(graph: fx.Graph, path: str, operations: list[Computation]) -> lis
         for user in filter(lambda user: TAG not in user.meta, weight.users):
             if transpose_of(user) is not None:
                 waiting.append(user)
-            # an operation may have the weight as its input, too
+            # an operation may have its own weight as its input, too
             elif inputs.get(user, weight) is weight and not reads_metadata_only(user):
                 found.append(getattr(user.target, "__name__", str(user.target)))
     return found

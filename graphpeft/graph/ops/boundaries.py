@@ -1,7 +1,7 @@
-"""The way into and out of a module's forward, where adapters change what a module is given and what it returns.
+"""The boundary of a module's forward, where adapters change its inputs and its output.
 
-For this the module needs no trace: its graph has the forward's arguments, and calls it. In a flat graph, the forward is
-the nodes that were recorded in one call of the module.
+The module needs no trace for this: its graph has the forward's arguments and calls the forward. In a flat graph, the
+nodes recorded in one call of the module are the forward.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.tags import TAG
 
 NAME = "(forward)"
-"""What the boundary of a whole graph is called in sites and tags."""
+"""The name of the boundary of a whole graph, in sites and tags."""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The boundary of the forward that a graph is, or of a call that was inlined into a graph.
+    """The boundary of a whole graph's forward, or of a call that was inlined into a graph.
 
     Attributes:
-        name: What it is called in sites and tags.
+        name: The boundary's name in sites and tags.
         arguments: The names of the forward's arguments.
-        inputs: The nodes of those that are values of the graph, as they are given now, by name.
-        output: The node of the value that is returned, before adapters of the boundary: what entered last leaves first.
-        inside: The nodes between, but for those of adapters of the boundary.
-        around: The calls around it, the outermost first.
+        inputs: The present node of each argument that is a value of the graph, by the argument's name.
+        output: The node of the returned value, before the boundary's own adapters.
+        inside: The nodes between inputs and output, without nodes of the boundary's own adapters.
+        around: The calls around it, outermost first.
     """
 
     name: str
@@ -42,29 +42,29 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Leaf(Boundary):
-    """The boundary of a module whose inside is its own affair: an operation from its first argument to its output."""
+    """The boundary of an opaque module: one operation from the first argument to the output."""
 
     @property
     def x(self) -> fx.Node:
-        """The node of the first argument, as it is given now."""
+        """The present node of the first argument."""
         return self.inputs[self.arguments[0]]
 
     @property
     def node(self) -> fx.Node:
-        """The node whose value is what the call returns."""
+        """The node whose value the call returns."""
         return self.output
 
 
 def leaf_of(graph: fx.Graph, name: str) -> Leaf:
-    """Returns the operation that the call with the boundary `name` is; raises as `boundary_of` does."""
+    """Returns the call with the boundary `name` as one operation; raises as `boundary_of` does."""
     return Leaf(**vars(boundary_of(graph, name)))
 
 
 def boundary_of(graph: fx.Graph, name: str) -> Boundary:
-    """Returns the boundary of `graph` that is called `name`.
+    """Returns the boundary of `graph` with this name.
 
     Raises:
-        TraceError: If its forward returns something else than one value that it has computed, or is gone.
+        TraceError: If the forward returns anything but one value that it has computed, or if the call is gone.
     """
     return _of_graph(graph) if name == NAME else _of_call(graph, name)
 
@@ -121,19 +121,19 @@ def _is_adapters_of(node: fx.Node, name: str) -> bool:
 
 
 def _over(graph: fx.Graph, node: fx.Node, counts: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """Returns what an adapter has put in the place of `node`, among the nodes that count."""
+    """Returns the adapter's node that replaces the value of `node`, among the nodes that `counts` accepts."""
     over = (other for other in graph.nodes if TAG in other.meta and other.meta[TAG].over == node.name)
     return next(filter(counts, over), None)
 
 
 def _given_for(graph: fx.Graph, node: fx.Node, counts: Callable[[fx.Node], bool]) -> fx.Node | None:
-    """Returns what an adapter gives in the place of `node`, among the nodes that count."""
+    """Returns the adapter's node that replaces `node` as a value or an input, among the nodes that `counts` accepts."""
     given = (other for other in graph.nodes if TAG in other.meta and other.meta[TAG].stands_for == node.name)
     return next(filter(counts, given), None)
 
 
 def _as_given(graph: fx.Graph, given: Mapping[str, fx.Node], inside: frozenset[fx.Node]) -> dict[str, fx.Node]:
-    """Returns what stands in the places of arguments for the nodes `inside`, after other adapters."""
+    """Returns the nodes that the nodes `inside` use for the arguments, after other adapters' replacements."""
 
     def reaches(node: fx.Node) -> bool:
         return not inside.isdisjoint(node.users) or _given_for(graph, node, reaches) is not None

@@ -1,6 +1,6 @@
 """Convolutions: ``y = W ∗ x + b`` in one, two or three dimensions, and transposed ones.
 
-Written as a call of an ``nn.Conv…d``, ``F.conv…d``, or as one of their ATen operators.
+The spellings are calls of ``nn.Conv…d``, ``F.conv…d``, and their ATen operators.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ aten = torch.ops.aten
 
 
 class Padding(NamedTuple):
-    """What a layer adds around its input with something else than zeros.
+    """A layer's padding of its input with values other than zeros.
 
     Attributes:
-        amounts: How much at the sides of each dimension, the last dimension first.
-        mode: What with, in the words of ``F.pad``.
+        amounts: The padding at both sides of each dimension, the last dimension first, as ``F.pad`` takes it.
+        mode: The ``mode`` of ``F.pad``.
     """
 
     amounts: tuple[int, ...]
@@ -40,12 +40,12 @@ class Convolution:
         node: The node whose value is ``y``, of shape ``(..., out, *positions)``.
         x: The node of the input, of shape ``(..., in, *positions)``.
         weight: The path of the weight in the module that owns the graph.
-        bias: The path of the bias, or None if there is none, or if it isn't a parameter.
-        function: The function of ``torch.nn.functional`` that computes it.
-        options: Its stride, padding, dilation, groups and, if it is transposed, output_padding: numbers, or nodes that
-            read them.
-        padding: What is added around the input before.
-        adds_computed: Whether it adds something as a bias that is no attribute.
+        bias: The path of the bias; None without a bias, or if the bias is computed.
+        function: The function of ``torch.nn.functional`` that computes the convolution.
+        options: The stride, padding, dilation, groups and, of a transposed convolution, output_padding: numbers, or
+            nodes that read them.
+        padding: The padding of the input before the convolution, if it isn't with zeros.
+        adds_computed: Whether the bias is computed, not an attribute.
     """
 
     node: fx.Node
@@ -59,64 +59,64 @@ class Convolution:
 
     @property
     def name(self) -> str:
-        """What the operation is called in sites and tags."""
+        """The operation's name in sites and tags."""
         return self.node.name
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed one, whose weight is stored as (in, out / groups, *kernel)."""
+        """Whether the convolution is transposed, so that its weight is stored as (in, out / groups, *kernel)."""
         return self.function in _TRANSPOSED
 
     @property
     def groups(self) -> Any:
-        """Into how many groups its features are divided: a number, or the node that reads it."""
+        """The number of groups of features: a number, or the node that reads it."""
         return self.options["groups"]
 
     def apply(self, x: Any, weight: Any, **options: Any) -> Any:
-        """Returns the operation on another input, by another weight, without the bias.
+        """Returns the operation on another input and with another weight, without the bias.
 
         Args:
             x: A proxy for the input.
             weight: A proxy for the weight, with a kernel of the same size.
-            options: Options to have in place of its own.
+            options: Options that replace the operation's own.
         """
         x, own = self._operands(x)
-        # not by a call, in which PyTorch looks for numbers in lists
+        # not called directly: PyTorch would require numbers in lists of options
         return x.tracer.create_proxy("call_function", self.function, (x, weight), {**own, **options})
 
     def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
-        """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
+        """Returns the result of `apply` in runs where `condition` holds, else `otherwise`."""
         x, own = self._operands(x)
         return applied_if(condition, otherwise, self.function.__name__, x, weight, own)
 
     def _operands(self, x: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the input with what is added around it, and the options, as code on proxies wants them."""
+        """Returns the padded input and the options, for code on proxies."""
         if self.padding is not None:
             x = F.pad(x, self.padding.amounts, mode=self.padding.mode)
         return x, {name: in_graph(value, x) for name, value in self.options.items()}
 
     def pointwise(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        """Returns a convolution of its groups with a kernel of one position."""
+        """Returns a convolution of `x` with the same groups and a kernel of size 1."""
         return _POINTWISE[self.function](x, weight, bias, groups=in_graph(self.groups, x))
 
     def beside_outputs(self, bias: Any) -> Any:
-        """Returns a bias in the shape in which it is added to ``y``."""
+        """Returns a bias in a shape that broadcasts over ``y``."""
         positions = _PLAIN.index(_POINTWISE[self.function]) + 1
         return bias.reshape(-1, *(1,) * positions)
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
-        """Returns how many features go in and come out."""
+        """Returns the numbers of input and output features."""
         return (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Returns whether a weight of so many dimensions has a kernel."""
+        """Returns whether a weight with this number of dimensions has a kernel."""
         return dimensions > 2
 
     @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
-        """Returns its features, in each group, and the size of its kernel, for a person to read."""
+        """Returns the features in each group and the kernel's size, as text."""
         features = shape[:2] if transposed else shape[1::-1]
         return f"{' → '.join(map(str, features))}, {'×'.join(map(str, shape[2:]))}"
 
@@ -133,7 +133,7 @@ LAYERS: tuple[type[nn.Module], ...] = tuple(_LAYERS)
 """The layers that are convolutions."""
 
 TRANSPOSED_LAYERS = LAYERS[3:]
-"""Those that are transposed ones."""
+"""The layers that are transposed convolutions."""
 
 _PLAIN = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -141,9 +141,9 @@ _POINTWISE: dict[Any, Any] = dict(zip(_TRANSPOSED, _PLAIN, strict=True)) | {func
 
 
 def of_module(node: fx.Node, root: nn.Module) -> Convolution | None:
-    """Returns the operation that a call of a layer is."""
+    """Returns the convolution that a call of a layer computes, or None."""
     module: Any = plain_layer(node, root, *LAYERS)
-    # a transposed one may be told the size of its result
+    # the second argument of a transposed convolution is output_size
     if module is None or len(node.args) + len(node.kwargs) != 1:
         return None
     x = node.args[0] if node.args else node.kwargs["input"]

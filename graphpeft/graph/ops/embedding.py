@@ -1,6 +1,6 @@
 """Embeddings: the rows of a table ``W`` of shape (entries, features) at indices.
 
-Written as a call of an ``nn.Embedding``, ``F.embedding``, or as their ATen operator.
+The spellings are calls of ``nn.Embedding``, ``F.embedding``, and their ATen operator.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Embedding:
         node: The node whose value is ``y``, of shape ``(..., features)``.
         x: The node of the indices, of shape ``(...)``.
         weight: The path of the table in the module that owns the graph.
-        options: Those of ``F.embedding``: values, or nodes that read them.
+        options: The options of ``F.embedding``: values, or nodes that read them.
     """
 
     node: fx.Node
@@ -45,41 +45,41 @@ class Embedding:
 
     @property
     def name(self) -> str:
-        """What the operation is called in sites and tags."""
+        """The operation's name in sites and tags."""
         return self.node.name
 
     @property
     def shortens(self) -> bool:
-        """Whether rows that are too long are shortened when they are read."""
+        """Whether reading shortens rows whose norm exceeds ``max_norm``."""
         return self.options.get("max_norm") is not None
 
     def apply(self, x: Any, weight: Any, **options: Any) -> Any:
-        """Returns the rows of another table at other indices, with the options of this one or others in their place."""
+        """Returns the rows of another table at other indices; `options` replace the operation's own."""
         own = {name: in_graph(value, x) for name, value in self.options.items()}
         return F.embedding(x, weight, **own | options)
 
     def beside_outputs(self, bias: Any) -> Any:
-        """Returns a bias in the shape in which it is added to ``y``."""
+        """Returns a bias in a shape that broadcasts over ``y``."""
         return bias
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
-        """Returns how many entries the table has, and how many features come out."""
+        """Returns the numbers of the table's entries and of output features."""
         return shape[0], shape[1]
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Returns whether a weight of so many dimensions is a table."""
+        """Returns whether a weight with this number of dimensions is a table."""
         return dimensions == 2
 
     @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
-        """Returns its entries and features, for a person to read."""
+        """Returns the entries and features as text."""
         return " → ".join(map(str, shape))
 
 
 def of_module(node: fx.Node, root: nn.Module) -> Embedding | None:
-    """Returns the operation that a call of an ``nn.Embedding`` is."""
+    """Returns the embedding that a call of an ``nn.Embedding`` computes, or None."""
     module: Any = plain_layer(node, root, nn.Embedding)
     x = node.args[0] if node.args else node.kwargs.get("input")
     if module is None or not isinstance(x, fx.Node):

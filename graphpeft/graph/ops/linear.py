@@ -1,8 +1,8 @@
-"""Linear operations: ``y = x Wᵀ + b`` with a weight ``W`` that the graph reads as it is stored.
+"""Linear operations: ``y = x Wᵀ + b`` with a weight ``W`` that the graph reads.
 
-That is ``(out, in)``, or ``(in, out)`` where the spelling multiplies by the stored matrix itself. It is written as a
-call of an ``nn.Linear``, ``F.linear``, ``x @ w``, ``matmul``, ``mm``, ``addmm``, ``einsum``, or as one of their ATen
-operators.
+The weight is stored as ``(out, in)``, or as ``(in, out)`` where the spelling multiplies by the stored matrix itself.
+The spellings are calls of ``nn.Linear``, ``F.linear``, ``x @ w``, ``matmul``, ``mm``, ``addmm``, ``einsum``, and their
+ATen operators.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Linear:
         node: The node whose value is ``y``, of shape ``(..., out)``.
         x: The node of the input, of shape ``(..., in)``.
         weight: The path of the weight in the module that owns the graph.
-        bias: The path of the bias, or None if there is none, or if it isn't a parameter.
+        bias: The path of the bias; None without a bias, or if the bias is computed.
         transposed: Whether the weight is stored as ``(in, out)``.
-        adds_computed: Whether it adds something that is no attribute.
+        adds_computed: Whether the bias is computed, not an attribute.
     """
 
     node: fx.Node
@@ -43,7 +43,7 @@ class Linear:
 
     @property
     def name(self) -> str:
-        """What the operation is called in sites and tags."""
+        """The operation's name in sites and tags."""
         return self.node.name
 
     @property
@@ -52,35 +52,35 @@ class Linear:
         return 1
 
     def apply(self, x: Any, weight: Any) -> Any:
-        """Returns the operation on another input, by another weight that is stored as its own is, without the bias."""
+        """Returns the operation on another input and with another weight of the same layout, without the bias."""
         return x @ weight if self.transposed else F.linear(x, weight)
 
     def apply_if(self, condition: Any, otherwise: Any, x: Any, weight: Any) -> Any:
-        """Returns what `apply` does in runs in which `condition` holds, and in others `otherwise`."""
+        """Returns the result of `apply` in runs where `condition` holds, else `otherwise`."""
         return applied_if(condition, otherwise, "matmul" if self.transposed else "linear", x, weight, {})
 
     def beside_outputs(self, bias: Any) -> Any:
-        """Returns a bias in the shape in which it is added to ``y``."""
+        """Returns a bias in a shape that broadcasts over ``y``."""
         return bias
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int, int]:
-        """Returns how many features go in and come out."""
+        """Returns the numbers of input and output features."""
         return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
 
     @staticmethod
     def describes(dimensions: int) -> bool:
-        """Returns whether a weight of so many dimensions is a matrix."""
+        """Returns whether a weight with this number of dimensions is a matrix."""
         return dimensions == 2
 
     @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
-        """Returns its features, for a person to read."""
+        """Returns the features as text."""
         return " → ".join(map(str, shape if transposed else shape[::-1]))
 
 
 def of_module(node: fx.Node, root: nn.Module) -> Linear | None:
-    """Returns the operation that a call of an ``nn.Linear`` is."""
+    """Returns the linear operation that a call of an ``nn.Linear`` computes, or None."""
     module = plain_layer(node, root, nn.Linear)
     x = node.args[0] if node.args else node.kwargs.get("input")
     if module is None or not isinstance(x, fx.Node):
@@ -90,7 +90,7 @@ def of_module(node: fx.Node, root: nn.Module) -> Linear | None:
 
 
 def _linear(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Linear | None:
-    """Makes a `Linear` if `weight` is a stored matrix or a transpose of one."""
+    """Returns a `Linear` if `weight` is a stored matrix or the transpose of one, else None."""
     while isinstance(weight, fx.Node) and (matrix := transpose_of(weight)) is not None:
         weight, transposed = matrix, not transposed
     path = path_of(weight)
@@ -100,7 +100,7 @@ def _linear(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> 
 
 
 def transpose_of(node: fx.Node) -> Any:
-    """Returns the matrix that `node` is the transpose of, or None."""
+    """Returns the matrix that `node` transposes, or None."""
     if node.op == "call_function" and node.target is getattr and node.args[1] in ("T", "mT"):
         return node.args[0]
     if node.op not in ("call_method", "call_function"):
@@ -149,9 +149,9 @@ def _read_einsum(node: fx.Node) -> Linear | None:
         x, weight, operands = weight, x, operands[::-1]
     letters = x.replace(".", "")
     if len(set(letters)) < len(letters) or len(set(weight)) < len(weight):
-        return None  # a letter twice is a diagonal
+        return None  # a repeated letter takes a diagonal
     rows, out = result[:-1], result[-1:]
-    # x is (rows, in), the result (rows, out), and the weight has these two last letters
+    # x is (rows, in), the result (rows, out), and the letters of the weight are in and out
     if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
         return None
     return _linear(node, operands[0], operands[1], None, transposed=weight == x[-1] + out)

@@ -1,4 +1,4 @@
-"""How the operations of a graph are read: their arguments, by position or by name, and the layers that they call."""
+"""Reads operations of a graph: their arguments, by position or by name, and the layers that they call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graphpeft.graph.template import template_of
 
 
 def in_graph(value: Any, beside: fx.Proxy) -> Any:
-    """Returns an option of an operation as code on proxies wants it: numbers, and proxies for nodes."""
+    """Returns an option of an operation for code on proxies: with a proxy in place of each node."""
 
     def as_proxy(part: Any) -> Any:
         return fx.Proxy(part, beside.tracer) if isinstance(part, fx.Node) else part
@@ -27,15 +27,15 @@ def in_graph(value: Any, beside: fx.Proxy) -> Any:
 
 @recorded
 def applied_if(condition: bool, otherwise: Any, function: str, x: Any, weight: Any, options: dict[str, Any]) -> Any:
-    """Returns what a function of PyTorch computes from `x` and `weight`, if `condition` holds in a run.
+    """Returns the result of a PyTorch function on `x` and `weight` in runs where `condition` holds, else `otherwise`.
 
     Args:
-        condition: Whether to compute it.
+        condition: Whether to call the function.
         otherwise: The value if not.
-        function: The function's name; of ``torch.nn.functional``, or of ``torch``.
-        x: Its input.
-        weight: Its weight.
-        options: Its other arguments.
+        function: The function's name in ``torch.nn.functional`` or in ``torch``.
+        x: The function's input.
+        weight: The function's weight.
+        options: The function's other arguments.
     """
     if not condition:
         return otherwise
@@ -43,7 +43,7 @@ def applied_if(condition: bool, otherwise: Any, function: str, x: Any, weight: A
 
 
 def arguments_of(node: fx.Node, *names: str) -> list[Any]:
-    """Returns the arguments of a call in the order of `names`, whether they were given by position or by name."""
+    """Returns the arguments of a call, given by position or by name, in the order of `names`."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name) for name in names]
 
@@ -54,17 +54,17 @@ def path_of(value: Any) -> str | None:
 
 
 def is_computed(option: Any) -> bool:
-    """Returns whether an option of an operation is computed in each run, and not only read from a module."""
+    """Returns whether an option of an operation is computed in each run, not only read from a module."""
     return isinstance(option, fx.Node) and option.op != "get_attr" and not is_number(option)
 
 
 def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn.Module | None:
-    """Returns the module that a node calls, if it computes what one of `classes` does; else None."""
+    """Returns the module that a node calls, if it runs the forward of one of `classes`; else None."""
     module = root.get_submodule(str(node.target))
     if isinstance(module, torch.jit.ScriptModule):
         return None
     forward = in_place.original_class(module).forward
-    # a forward of its own, of a subclass or of the instance, need not be the class's, nor need a graph that was edited
+    # a subclass, an instance's own forward or an edited graph may compute something else than the class
     if all(forward is not cls.forward for cls in classes) or "forward" in module.__dict__:
         return None
     template = template_of(module)

@@ -1,7 +1,7 @@
-"""A weight as such, whatever is done with it: the place where a graph reads it.
+"""A weight as such, whatever the graph computes with it: the place where the graph reads it.
 
-This is how a method that can say how it changes a weight adapts what no other operation describes: a weight inside a
-fused function, one with an index for experts, one that several operations share.
+A method that changes weights can so adapt a weight that no other operation describes: one inside a fused function, one
+with a dimension for experts, one that several operations share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Weight:
 
     Attributes:
         node: The node whose value is the weight.
-        weight: Its path in the module that owns the graph.
+        weight: The weight's path in the module that owns the graph.
     """
 
     node: fx.Node
@@ -25,17 +25,17 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """What the operation is called in sites and tags."""
+        """The operation's name in sites and tags."""
         return self.node.name
 
     @staticmethod
     def features(shape: tuple[int, ...], transposed: bool, groups: int) -> tuple[int | None, int | None]:
-        """Returns how many features go in and come out, as far as a matrix tells; None for others."""
+        """Returns the numbers of input and output features of a matrix, or of each of a batch; None for vectors."""
         if len(shape) < 2:
             return None, None
         return (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
 
     @staticmethod
     def size(shape: tuple[int, ...], transposed: bool) -> str:
-        """Returns its shape, for a person to read."""
+        """Returns the shape as text."""
         return "×".join(map(str, shape))

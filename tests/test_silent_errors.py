@@ -20,7 +20,17 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import AdaptError, GuardError, LoraConfig, NeedsInputsError, PeftModel, TraceError, get_peft_model, trace
+from graphpeft import (
+    AdaptError,
+    GuardError,
+    LoraConfig,
+    NeedsInputsError,
+    PeftModel,
+    TraceError,
+    explain,
+    get_peft_model,
+    trace,
+)
 from graphpeft.graph import ops
 from graphpeft.testing import laws
 
@@ -106,6 +116,16 @@ def test_a_weight_that_is_read_beside_calls_that_are_more_than_an_operation_is_r
 
 def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():
     model = module_of(lambda self, x: F.linear(self.fc(x), self.fc.weight), fc=nn.Linear(4, 4))
+    assert_adapted_truly(model, "fc")
+
+
+@pytest.mark.parametrize(
+    "product", [lambda x, w: torch.matmul(other=w, input=x), lambda x, w: torch.mm(mat2=w, input=x.flatten(0, -2))]
+)
+def test_operands_of_a_product_may_be_named_in_any_order(product):
+    model = module_of(lambda self, x: product(x, self.fc.weight), fc=nn.Linear(4, 4))
+    [adapted] = explain(model, lora("fc")).adapted
+    assert adapted.site.op is ops.Linear
     assert_adapted_truly(model, "fc")
 
 

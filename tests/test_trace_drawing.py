@@ -17,6 +17,7 @@ from transformers import HubertConfig, HubertForCTC, HubertModel
 
 from graphpeft import TraceError, trace
 from graphpeft.testing import laws
+from graphpeft.tracing.random_numbers import no_random_python_numbers
 
 X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -152,3 +153,11 @@ def test_a_hubert_that_is_traced_in_evaluation_can_be_trained(cls):
         found, expected = (seeded(each.train(mode), (x,)) for each in (traced, model))
         laws.require_equal(found, expected, "the traced model")
     assert found[0].requires_grad
+
+
+def test_an_interrupted_watch_puts_the_state_of_the_generator_back() -> None:
+    before = random.getstate()
+    with pytest.raises(KeyboardInterrupt), no_random_python_numbers():
+        random.random()
+        raise KeyboardInterrupt
+    assert random.getstate() == before

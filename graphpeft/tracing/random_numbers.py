@@ -22,6 +22,9 @@ def no_random_python_numbers() -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
+    except BaseException:
+        _put_back(before, _random_python_states())
+        raise
     after = _random_python_states()
     _put_back(before, after)
     if after != before:

@@ -125,9 +125,13 @@ def _read_linear(node: fx.Node) -> Linear | None:
 
 
 def _read_matmul(node: fx.Node) -> Linear | None:
-    values = [*node.args, *node.kwargs.values()]
+    values = dict(enumerate(node.args)) | {_OF_MATMUL.get(name, name): value for name, value in node.kwargs.items()}
     # a matrix from the left, W @ x, multiplies columns, not rows
-    return _linear(node, values[0], values[1], None, transposed=True) if len(values) == 2 else None
+    return _linear(node, values[0], values[1], None, transposed=True) if values.keys() == {0, 1} else None
+
+
+_OF_MATMUL = {"input": 0, "self": 0, "other": 1, "mat2": 1, "tensor2": 1}
+"""The positions of the arguments of products of matrices, by the names that PyTorch has for them."""
 
 
 def _read_addmm(node: fx.Node) -> Linear | None:

@@ -45,4 +45,15 @@ def test_a_methods_options_have_pefts_defaults(name: str, config_class: type[Pef
     config_class(**options).save_pretrained(tmp_path / "ours")
     OF_PEFT[name](**options).save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("ours", "theirs"))
-    assert ours | {"inference_mode": False} == theirs
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+@pytest.mark.parametrize(("name", "config_class"), METHODS)
+def test_a_config_that_is_saved_has_its_own_inference_mode(
+    name: str, config_class: type[PeftConfig], inference_mode: bool, tmp_path: Path
+) -> None:
+    options = NEEDED.get(name, {}) | {"inference_mode": inference_mode}
+    for made, folder in ((config_class(**options), tmp_path / "ours"), (OF_PEFT[name](**options), tmp_path / "theirs")):
+        made.save_pretrained(str(folder))
+        assert PeftConfig.from_pretrained(folder).inference_mode == inference_mode

@@ -141,6 +141,28 @@ def test_the_config_file_says_what_pefts_says(example: Example, traced: bool, tm
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
 
 
+def test_a_config_that_is_saved_and_loaded_trains_what_it_trained(tmp_path: Path) -> None:
+    trained = {}
+    for library in (graphpeft, peft):
+        folder = str(tmp_path / library.__name__)
+        library.LoraConfig(**MLP.lora).save_pretrained(folder)
+        model: Any = library.get_peft_model(MLP.build(), library.LoraConfig.from_pretrained(folder))
+        trained[library] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained[graphpeft] == trained[peft] > 0
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_the_config_of_a_saved_adapter_is_for_inference_and_the_models_own_stays(
+    inference_mode: bool, tmp_path: Path
+) -> None:
+    for model, folder in ((adapted(MLP), tmp_path / "ours"), (adapted_by_peft(MLP), tmp_path / "theirs")):
+        model.set_adapter("default", inference_mode=inference_mode)
+        before = model.peft_config["default"].inference_mode
+        model.save_pretrained(folder)
+        assert config_of(folder)["inference_mode"]
+        assert model.peft_config["default"].inference_mode == before
+
+
 def test_functional_weights_trained_with_dropout_load_in_peft_which_knows_none_for_them(tmp_path: Path) -> None:
     ours = adapted(FUNCTIONAL, lora_dropout=0.1)
     perturb(ours)

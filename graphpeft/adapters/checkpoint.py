@@ -289,8 +289,9 @@ def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike
 
 
 def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
-    """Returns the config that is written, with the model's name and class."""
+    """Returns the config that is written: for inference, as PEFT's is, and with the model's name and class."""
     config = adapter.config.for_file([adapted.site for adapted in adapter.sites])
+    config.inference_mode = True
     if config.task_type is None and config.auto_mapping is None:
         cls = stands_for(model)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

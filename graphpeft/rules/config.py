@@ -425,12 +425,11 @@ class PeftConfig:
             staging.put()
 
     def to_json(self) -> str:
-        """Returns the content of `adapter_config.json` as PEFT writes it: with sorted keys, and `inference_mode` true.
+        """Returns the content of `adapter_config.json` as PEFT writes it: with sorted keys.
 
         Nested dicts keep their order, since of several patterns the first match counts.
         """
-        values = self.to_dict() | {"inference_mode": True}
-        return json.dumps(dict(sorted(values.items())), indent=2)
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
 
     def digest(self) -> str:
         """Returns a digest of the options that decide on the meaning of an adapter's tensors.

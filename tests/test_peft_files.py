@@ -12,7 +12,6 @@ import models
 import peft
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from models import (
     BERT,
     CLASSIFIER,
@@ -468,35 +467,6 @@ def test_a_config_of_four_keys_is_enough(tmp_path: Path) -> None:
     few = {"peft_type": "LORA", "r": 4, "lora_alpha": 3, "target_modules": ["up", "down", "head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(few))
     assert_same_outputs(graphpeft.PeftModel.from_pretrained(MLP.build(), tmp_path), theirs, MLP)
-
-
-@pytest.mark.quick("model")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "meta/llama",
-        "x\nlicense: mit\ntags:\n- evil",
-        "x\n---\n# A title",
-        "a: b # no comment",
-        "'\"`*[x](y)",
-        "- x",
-        "null",
-        "1.5",
-        "ü 模型",
-    ],
-)
-def test_a_model_card_names_any_base_and_nothing_else(name: str, tmp_path: Path) -> None:
-    adapted(MLP, base_model_name_or_path=name).save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.to_dict() == {"base_model": name, "library_name": "peft", "tags": ["lora"]}
-    assert card.text.strip() == "A LORA adapter, saved by graphpeft in the format of Hugging Face PEFT."
-
-
-@pytest.mark.quick("model")
-def test_a_model_card_that_somebody_has_written_stays(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    adapted(MLP).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 # several adapters

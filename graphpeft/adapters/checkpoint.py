@@ -50,7 +50,7 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    base = _base_name(modules[""], adapter)
+    base = base_model_name(modules[""], adapter)
     embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
@@ -296,11 +296,12 @@ def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
         cls = stands_for(model)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = _base_name(model, adapter)
+        config.base_model_name_or_path = base_model_name(model, adapter)
     return config
 
 
-def _base_name(model: nn.Module, adapter: Adapter) -> str | None:
+def base_model_name(model: nn.Module, adapter: Adapter) -> str | None:
+    """Returns where an adapter's base model came from, as its config or the model tells; None if neither does."""
     return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 

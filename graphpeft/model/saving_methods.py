@@ -12,10 +12,11 @@ from typing import Any
 
 from graphpeft.adapters import checkpoint, file_names, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.files.atomic_files import Staging
 from graphpeft.model.adapter_info import AdapterInfo
-from graphpeft.model.model_card import model_card
+from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import set_peft_model_state_dict
 
 
@@ -37,6 +38,7 @@ class SavingMethods(AdapterInfo):
 
         The adapter `default` goes into the folder itself, any other into a subfolder of its name. Files are replaced as
         a whole, after all are written. A file that is a symbolic link is replaced itself; its target stays unchanged.
+        The folder's model card is made or completed, as by `create_or_update_model_card`.
 
         Args:
             save_directory: The folder; it is made if it doesn't exist.
@@ -54,8 +56,8 @@ class SavingMethods(AdapterInfo):
 
         Raises:
             AdaptError: If the model has no adapter of a selected name; nothing is written then.
-            CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, or
-                `state_dict` lacks a tensor; nothing is written then.
+            CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, `state_dict`
+                lacks a tensor, or the metadata of an existing model card can't be read; nothing is written then.
             ValueError: If `safe_serialization` is False, `save_embedding_layers` is True for a model that doesn't tell
                 its embeddings, or an adapter can't be converted; nothing is written then.
             OSError: If a file can't be written; the files that were there are unchanged then.
@@ -84,9 +86,8 @@ class SavingMethods(AdapterInfo):
                 checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
                 if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
                     trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, staged[Path(save_directory)].folder)
-            if names and not (card := Path(save_directory, "README.md")).exists():
-                text = model_card(self.peft_config[names[0]])
-                (staged[Path(save_directory)].folder / card.name).write_text(text, encoding="utf-8")
+            if names:
+                self._stage_card(staged[Path(save_directory)], Path(save_directory), list(selected.values()))
             for staging in staged.values():
                 staging.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
@@ -95,6 +96,49 @@ class SavingMethods(AdapterInfo):
                 "checkpoint with load_adapter",
                 stacklevel=2,
             )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        r"""Writes the model card of all adapters, `README.md`, or completes the one that is there.
+
+        Its metadata name the library and the base model, and have tags of both, of the methods, and of the model itself
+        (`model_tags`). In an existing card, tags of other methods and of another base model are removed; all else
+        stays. `save_pretrained` does the same.
+
+        Args:
+            output_dir: The folder; it is made if it doesn't exist.
+
+        Raises:
+            CheckpointError: If the metadata of an existing card can't be read; it is unchanged then.
+            OSError: If the file can't be written; an existing card is unchanged then.
+
+        Example:
+            >>> from pathlib import Path
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+            >>> Path("README.md").write_text("---\nlicense: mit\n---\nMine.")
+            29
+            >>> model.create_or_update_model_card(".")
+            >>> print(Path("README.md").read_text())
+            ---
+            license: mit
+            library_name: peft
+            tags:
+            - lora
+            ---
+            Mine.
+            <BLANKLINE>
+            ### Framework versions
+            <BLANKLINE>
+            - PEFT 0.21.2
+            <BLANKLINE>
+        """
+        with Staging(Path(output_dir)) as staging:
+            self._stage_card(staging, Path(output_dir), list(self._peft_adapters.by_name.values()))
+            staging.put()
+
+    def _stage_card(self, staging: Staging, folder: Path, adapters: Sequence[Adapter]) -> None:
+        text = model_card(self, adapters, folder / CARD_NAME)
+        # with the ends of lines that an existing card has
+        (staging.folder / CARD_NAME).write_text(text, encoding="utf-8", newline="")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the state dict of the whole model, or of an adapter's file into the first active adapter.

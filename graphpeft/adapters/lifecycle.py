@@ -18,10 +18,10 @@ from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
-from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
-from graphpeft.adapters.tensors import new_tensors, overwrite
-from graphpeft.graph import slots
-from graphpeft.graph.template import template_of
+from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
+from graphpeft.adapters.tensors import new_tensors, overwrite, thaw
+from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.template import names_in_slots, template_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.transaction import (
     at_end_of,
@@ -219,6 +219,48 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if held is not None:
             remember(held)
             held.data.copy_(tensor)
+
+
+def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
+    """Returns the active adapters' copies of `modules_to_save`, by the places of what they are copies of."""
+    found: Tensors = {}
+    for name in adapters.active:
+        adapter = adapters.by_name[name]
+        for path in adapter.saved:
+            tensors = overrides.tensors_of(modules[path]) if path in modules else ()
+            # others are no longer there: somebody has put another module there, or another tensor
+            for own in adapter.fully_trained[path]:
+                if {own, overrides.override_name(own, name)} <= set(tensors):
+                    found[path, own] = overrides.tensor_of(modules[path], overrides.override_name(own, name))
+    return found
+
+
+def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
+    """Takes all adapters off a model, with the methods of an adapted one, and leaves it tensors in place of its own.
+
+    Args:
+        model: The model.
+        adapters: Its adapters.
+        left: These tensors, by the places of its own.
+    """
+    modules = _modules_of(model)
+    with transaction(model):
+        unmerge(modules, adapters)
+        for name in list(adapters.by_name):
+            remove(modules, adapters, name)
+        for region in adapters.mixable & modules.keys():
+            in_place.take_off(modules[region], "rows")
+        for region in adapters.lifted.keys() & modules.keys():
+            if not names_in_slots(modules[region]):  # of adapters of a model inside or around
+                in_place.take_off(modules[region], "graph")
+        delete_item(model.__dict__, STATE)
+        in_place.take_off(model, "methods")
+        for (path, own), tensor in left.items():
+            module = modules[path]
+            set_item(module._parameters if own in module._parameters else module._buffers, own, tensor)
+        thaw(modules, adapters)
+        if adapters.replication is not None:
+            adapters.replication.undo()
 
 
 def refuse_untrainable(adapter: Adapter, name: str) -> None:

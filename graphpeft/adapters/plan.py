@@ -74,6 +74,7 @@ class Plan:
         templates: The graphs of their regions as they are now.
         fully_trained: The tensors that are fully trained: names by the path of their module.
         infixes: What stands in files behind the paths of such modules, where something does.
+        saved: The paths of those of them that are `modules_to_save`, or inside of these.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.
@@ -86,6 +87,7 @@ class Plan:
     templates: dict[str, Template] = field(default_factory=dict)
     fully_trained: dict[str, tuple[str, ...]] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
     scopes: dict[str, Scoped] = field(default_factory=dict)
@@ -149,7 +151,8 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    plan.fully_trained, plan.infixes = full_training(plan.config, finder.modules, weights, plan.report, owned)
+    training = full_training(plan.config, finder.modules, weights, plan.report, owned)
+    plan.fully_trained, plan.infixes, plan.saved = training
     _refuse_replaced_twice(plan)
     plan.report.fully_trained = [join(path, name) for path, names in plan.fully_trained.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.fully_trained, plan.report)

@@ -40,6 +40,7 @@ class Adapter:
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
         infixes: What stands in files behind the paths of modules that are fully trained, where something does.
+        saved: The paths of those of them that are `modules_to_save`, or inside of these.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
@@ -49,12 +50,13 @@ class Adapter:
     report: Report
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
     overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes)
+        return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes, plan.saved)
 
     @property
     def changes_weights(self) -> bool:

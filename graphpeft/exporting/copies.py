@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.adapters import lifecycle
 from graphpeft.exporting.errors import ExportError
 
 
@@ -22,6 +23,13 @@ def sharing_weights(model: nn.Module) -> Any:
 def with_own_weights(model: nn.Module) -> Any:
     """Returns a copy in evaluation mode with its own parameters."""
     return _copied(model, {})
+
+
+def base_of(model: Any) -> Any:
+    """Returns a copy of an adapted model's base in evaluation mode, with parameters of its own."""
+    copied = with_own_weights(model)
+    lifecycle.unload(copied, copied._peft_adapters, left={})
+    return copied
 
 
 def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:

@@ -8,12 +8,8 @@ from typing import Any
 
 from graphpeft.adapters import lifecycle, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
-from graphpeft.adapters.state import STATE
-from graphpeft.adapters.tensors import thaw
-from graphpeft.graph import in_place
-from graphpeft.graph.template import names_in_slots
 from graphpeft.model.adapter_info import AdapterInfo
-from graphpeft.transaction import delete_item, transaction
+from graphpeft.transaction import transaction
 from graphpeft.wording import joined
 
 
@@ -21,28 +17,18 @@ class MergingMethods(AdapterInfo):
     """The part of `PeftModel` that merges adapters and unloads them."""
 
     def unload(self) -> Any:
-        """Takes all adapters off.
+        """Takes all adapters off, and leaves the active ones' copies of `modules_to_save` in the model, as PEFT does.
 
-        A forward that runs in another thread may see the change half done, see `PeftModel`.
+        A copy's tensors take the places of the base's, so that a tensor that was tied to one of these no longer is. To
+        get the base itself, call ``set_adapter([])`` before. A forward that runs in another thread may see the change
+        half done, see `PeftModel`.
 
         Returns:
-            This model, exactly as it was before its first adapter.
+            This model, exactly as it was before its first adapter but for these copies.
         """
-        state, modules = self._peft_adapters, modules_of(self)
+        state = self._peft_adapters
         with transaction(self):
-            merging.unmerge(modules, state)
-            for name in list(state.by_name):
-                lifecycle.remove(modules, state, name)
-            for region in state.mixable & modules.keys():
-                in_place.take_off(modules[region], "rows")
-            for region in state.lifted.keys() & modules.keys():
-                if not names_in_slots(modules[region]):  # of adapters of a model inside or around
-                    in_place.take_off(modules[region], "graph")
-            delete_item(self.__dict__, STATE)
-            in_place.take_off(self, "methods")
-            thaw(modules, state)
-            if state.replication is not None:
-                state.replication.undo()
+            lifecycle.unload(self, state, lifecycle.copies_of_saved(modules_of(self), state))
         return self
 
     def merge_and_unload(
@@ -73,7 +59,8 @@ class MergingMethods(AdapterInfo):
             merging.refuse_infinite(modules, state, names)
         with transaction(self):
             merging.merge(modules, state, [*state.merged, *names])
-            return self.unload()
+            lifecycle.unload(self, state, left={})
+        return self
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Adds adapters to the weights until `unmerge_adapter`, which restores the weights bit for bit.

@@ -20,6 +20,7 @@ from graphpeft.targeting import targets
 from graphpeft.targeting.embedding_layers import embedding_layers
 
 _MOST_HINTS = 5  # an error shows so many refusals; only these get near misses
+_SAVED = FullyTrainedModule("", "modules_to_save")
 
 
 class TrainedRows(NamedTuple):
@@ -42,10 +43,12 @@ class FullTraining(NamedTuple):
     Attributes:
         names: The tensors' names, by the path of their module.
         infixes: The infix in the names of tensors in files, after the path of a fully trained module, by that path.
+        saved: The paths of the modules that `modules_to_save` names, and of the modules inside of these.
     """
 
     names: dict[str, tuple[str, ...]]
     infixes: dict[str, str]
+    saved: tuple[str, ...]
 
 
 def full_training(
@@ -66,6 +69,7 @@ def full_training(
     """
     named = _named_modules(config, modules, report)
     fully_trained: dict[str, tuple[str, ...]] = {}
+    saved: list[str] = []
     adapted = {site.owner for site in sites if site.is_layer}
     for path, (_, option) in named.items():
         way_out = f"name other modules in {option}"
@@ -79,9 +83,12 @@ def full_training(
                 report.refused.append(Refusal(inner, reason, way_out))
             elif own:
                 fully_trained[inner] = own
+                if named[path] is _SAVED:
+                    saved.append(inner)
     biases = _biases(modules, config, sites, owned)
     fully_trained |= {path: names for path, names in biases.items() if path not in fully_trained}
-    return FullTraining(fully_trained, {path: module.infix for path, module in named.items() if module.infix})
+    infixes = {path: module.infix for path, module in named.items() if module.infix}
+    return FullTraining(fully_trained, infixes, tuple(saved))
 
 
 def _named_modules(
@@ -98,7 +105,7 @@ def _named_modules(
             report.refused.append(Refusal(name, f"modules_to_save names no module{hint}", way_out))
     named = {
         **config.find_fully_trained(modules, report),
-        **dict.fromkeys(saved, FullyTrainedModule("", "modules_to_save")),
+        **dict.fromkeys(saved, _SAVED),
     }
     for path, module in named.items():
         around = next((path[:end] for end, letter in enumerate(path) if letter == "." and path[:end] in named), None)

@@ -33,7 +33,7 @@ from graphpeft.testing.comparing import ROUNDING, LawError, require_close, requi
 from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
 from graphpeft.testing.runs import differentiable, left_by, loss_of, perturbed, random_state, run
-from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot
+from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot, with_saved
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
 
@@ -123,6 +123,8 @@ def assert_adapted_is_base_with_delta(
 ) -> None:
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
+    Active adapters leave their copies of `modules_to_save`.
+
     An adapter that can't be merged must refuse to be merged, and only `unload` is checked. If some of its sites can be
     merged, the whole law is checked for an adapter of only these sites.
 
@@ -167,7 +169,8 @@ def _adapted_is_base_with_delta(
         require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
     else:
         _require_no_merge(adapted)
-    require_unloaded(adapted.unload(), untouched, inputs)
+    left = with_saved(untouched, adapted)
+    require_unloaded(adapted.unload(), left, inputs)
     return adapter
 
 

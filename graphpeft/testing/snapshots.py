@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from graphpeft._torch import pytree
+from graphpeft.graph import overrides
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.testing.comparing import LawError, have_equal_elements, require_equal
 from graphpeft.testing.runs import run
@@ -71,6 +73,31 @@ def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) 
                 or not have_equal_elements(values, new_values)
             ):
                 raise LawError(f"{operation} changes the tensor {path}.{name}")
+
+
+def with_saved(untouched: nn.Module, adapted: Any) -> nn.Module:
+    """Gives a model what `unload` leaves: the copies of `modules_to_save` that active adapters have.
+
+    Args:
+        untouched: The base.
+        adapted: An equal model with adapters.
+
+    Returns:
+        `untouched`.
+    """
+    modules, made = dict(adapted.named_modules()), {}
+    for name in adapted.active_adapters:
+        adapter = adapted._peft_adapters.by_name[name]
+        for path, own in [(saved, own) for saved in adapter.saved for own in adapter.fully_trained[saved]]:
+            tensor = overrides.tensor_of(modules[path], overrides.override_name(own, name))
+            other = made.setdefault(id(tensor), copy.deepcopy(tensor))
+            module = untouched.get_submodule(path)
+            if own in module._parameters:
+                other.requires_grad_(overrides.own_parameter(module, own).requires_grad)
+                module._parameters[own] = other
+            else:
+                module._buffers[own] = other
+    return untouched
 
 
 def require_restored(model: nn.Module, untouched: nn.Module) -> None:

@@ -14,7 +14,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.blame import Build, blames_a_site
 from graphpeft.testing.comparing import require_close, require_equal
 from graphpeft.testing.runs import perturbed, run
-from graphpeft.testing.snapshots import require_unloaded
+from graphpeft.testing.snapshots import require_unloaded, with_saved
 from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
 
 
@@ -73,7 +73,8 @@ def _require_together(
         require_equal(run(model, inputs), expected, f"{name!r} differs after both have acted")
     model.delete_adapter("second")
     require_equal(run(model, inputs), alone, "deleting the second adapter changes the first")
-    require_unloaded(model.unload(), build().eval(), inputs)
+    left = with_saved(build().eval(), model)
+    require_unloaded(model.unload(), left, inputs)
     for refusal in refusals:
         raise refusal
     return adapters

@@ -60,7 +60,7 @@ class Weights:
                 f"{path.name} names one file, and with adapters={export.prepared.adapter_mode!r} the base and the "
                 "adapters are files of their own; let the path be a folder"
             )
-        self._write_base(copies.with_own_weights(export.source).unload(), path)
+        self._write_base(copies.base_of(export.source), path)
         for name in self._adapters(export):
             state = export.source._peft_adapters
             checkpoint.save(export.source, state.by_name[name], name, path / _ADAPTERS / name, state.originals)
@@ -98,7 +98,7 @@ class Weights:
         if export.prepared.adapter_mode == "merged":
             merged = self._filled(export.prepared.model, path)
             return lambda _, example: example.call(merged)
-        model = self._filled(copies.with_own_weights(export.source).unload(), path)
+        model = self._filled(copies.base_of(export.source), path)
         names = self._adapters(export)
         for name in names:
             folder = path / _ADAPTERS / name

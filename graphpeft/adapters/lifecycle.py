@@ -222,13 +222,13 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
 
 
 def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
-    """Returns the active adapters' copies of `modules_to_save`, by the places of what they are copies of."""
+    """Returns the active adapters' copies of `modules_to_save`, by the places of the originals."""
     found: Tensors = {}
     for name in adapters.active:
         adapter = adapters.by_name[name]
         for path in adapter.saved:
             tensors = overrides.tensors_of(modules[path]) if path in modules else ()
-            # others are no longer there: somebody has put another module there, or another tensor
+            # not of a module or a tensor that somebody has put there since
             for own in adapter.fully_trained[path]:
                 if {own, overrides.override_name(own, name)} <= set(tensors):
                     found[path, own] = overrides.tensor_of(modules[path], overrides.override_name(own, name))
@@ -236,12 +236,12 @@ def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
 
 
 def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
-    """Takes all adapters off a model, with the methods of an adapted one, and leaves it tensors in place of its own.
+    """Takes all adapters and the methods of `PeftModel` off a model, and gives it tensors in place of its own.
 
     Args:
         model: The model.
         adapters: Its adapters.
-        left: These tensors, by the places of its own.
+        left: These tensors, by the places of the model's own.
     """
     modules = _modules_of(model)
     with transaction(model):

@@ -74,7 +74,7 @@ class Plan:
         templates: The graphs of their regions as they are now.
         fully_trained: The tensors that are fully trained: names by the path of their module.
         infixes: What stands in files behind the paths of such modules, where something does.
-        saved: The paths of those of them that are `modules_to_save`, or inside of these.
+        saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.

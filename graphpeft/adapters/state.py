@@ -40,7 +40,7 @@ class Adapter:
         report: What was adapted, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
         infixes: What stands in files behind the paths of modules that are fully trained, where something does.
-        saved: The paths of those of them that are `modules_to_save`, or inside of these.
+        saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 

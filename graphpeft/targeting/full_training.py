@@ -43,7 +43,7 @@ class FullTraining(NamedTuple):
     Attributes:
         names: The tensors' names, by the path of their module.
         infixes: The infix in the names of tensors in files, after the path of a fully trained module, by that path.
-        saved: The paths of the modules that `modules_to_save` names, and of the modules inside of these.
+        saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
     """
 
     names: dict[str, tuple[str, ...]]

@@ -76,7 +76,7 @@ def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) 
 
 
 def with_saved(untouched: nn.Module, adapted: Any) -> nn.Module:
-    """Gives a model what `unload` leaves: the copies of `modules_to_save` that active adapters have.
+    """Gives a model the copies of `modules_to_save` that active adapters have, which `unload` leaves.
 
     Args:
         untouched: The base.

@@ -43,8 +43,14 @@ def load(
         CheckpointError: If the file doesn't fit the model.
         FileNotFoundError: If there is none.
         ValueError: If an option is True that must be False.
+        TypeError: If `model_id` is no path, or `config` no config.
     """
     if ephemeral_gpu_offload:
+    if not isinstance(model_id, str | os.PathLike):
+        raise TypeError(
+            f"model_id is a {type(model_id).__name__}; pass the folder of a saved adapter, or its repository on the "
+            "Hub; get_peft_model(model, config) makes a new adapter"
+        )
         raise ValueError(
             "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
             "the model as a whole"

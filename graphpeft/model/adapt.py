@@ -16,6 +16,7 @@ from graphpeft.adapters.adapting import (
     warn_of_adapted_and_fully_trained,
     warn_of_unmatched,
 )
+from graphpeft.model.given_model import check_model
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.peft_model import methods_for
 from graphpeft.rules.config import PeftConfig
@@ -47,7 +48,9 @@ def explain(
         The sites that would be adapted, those that would be refused with the reasons, and the number of parameters.
 
     Raises:
-        AdaptError: If the config asks for something that isn't supported, or the adapter can't have this name.
+        AdaptError: If the config asks for something that isn't supported, the adapter can't have this name, or the
+            model has adapters of the PEFT library.
+        TypeError: If `model` is no module, or `config` no config.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
@@ -57,6 +60,7 @@ def explain(
         site  op      size    graph of  parameters
         ────  ──────  ──────  ────────  ──────────
         0     Linear  8 → 16  0         48
+    check_model(model)
     """
     ours = as_config(config)
     with transaction(model):
@@ -103,8 +107,9 @@ def get_peft_model(
         `model` itself.
 
     Raises:
-        AdaptError: If nothing in the model matches the config, a target can't be adapted, or the adapter can't have
-            this name. The model is unchanged then.
+        AdaptError: If nothing in the model matches the config, a target can't be adapted, the adapter can't have this
+            name, or the model has adapters of the PEFT library. The model is unchanged then.
+        TypeError: If `model` is no module, or `peft_config` no config.
         ValueError: If `mixed` is True.
 
     Example:
@@ -114,6 +119,7 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 88 || all params: 300 || trainable%: 29.3333
     """
+    check_model(model)
     if mixed:
         raise ValueError("mixed=True isn't needed: a model takes adapters of any methods here; leave mixed False")
     config = as_config(peft_config)

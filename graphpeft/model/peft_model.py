@@ -22,6 +22,7 @@ from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
+from graphpeft.model.given_model import check_model
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -99,11 +100,14 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
         Raises:
             FileNotFoundError: If a file is missing.
             CheckpointError: If a file doesn't fit the model, or is damaged; the model is unchanged then.
-            AdaptError: If a target can't be adapted, or the adapter can't have this name; the model is unchanged then.
+            AdaptError: If a target can't be adapted, the adapter can't have this name, or the model has adapters of the
+                PEFT library; the model is unchanged then.
+            TypeError: If `model` is no module, `model_id` no path, or `config` no config.
             ValueError: If an option is True that must be False.
         """
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        check_model(model)
         with transaction(model):
             load(
                 model,
@@ -226,7 +230,10 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
                 this name. The model is unchanged then.
         """
         config = as_config(peft_config)
+            TypeError: If `peft_config` is no config.
         add_new(
+        if isinstance(peft_config, str) and not isinstance(adapter_name, str):
+            raise TypeError("pass the name first, as in PEFT: model.add_adapter(adapter_name, config)")
             self,
             config,
             adapter_name,

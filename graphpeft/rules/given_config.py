@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+from torch import nn
 
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.registry import options, registered
+from graphpeft.wording import shown
 
 
 class ConfigLike(Protocol):
@@ -25,8 +30,8 @@ def as_config(given: ConfigLike) -> PeftConfig:
     """
     if isinstance(given, PeftConfig):
         return given
-    if not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
-        raise TypeError(f"config is a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)")
+    if isinstance(given, type) or not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):
+        raise TypeError(f"config is {_no_config(given)}")
     # PEFT keeps runtime_config beside its keys and doesn't write it to files
     runtime = getattr(given, "runtime_config", None)
     if runtime is not None and runtime.ephemeral_gpu_offload:
@@ -36,3 +41,21 @@ def as_config(given: ConfigLike) -> PeftConfig:
     values = given.to_dict()
     known = {field.name for c in registered().values() for field in options(c)} | {"peft_type"}
     return PeftConfig.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def _no_config(given: object) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}; pass an instance of a config class, such as LoraConfig(…)"
+    if isinstance(given, Mapping):
+        made = "PeftConfig.from_dict(…)" if "peft_type" in given else "LoraConfig(**…)"
+        return (
+            f"a {type(given).__name__}; pass the config that {made} makes of it, or another one, such as LoraConfig(…)"
+        )
+    if isinstance(given, str | os.PathLike):
+        return (
+            f"the {type(given).__name__} {shown(given)}; pass a config such as LoraConfig(…), or the one in a folder, "
+            "PeftConfig.from_pretrained(folder). PeftModel.from_pretrained(model, folder) loads a saved adapter"
+        )
+    if isinstance(given, nn.Module):
+        return f"a {type(given).__name__}; pass the model first and then a config, such as LoraConfig(…)"
+    return f"a {type(given).__name__}; pass a graphpeft config such as LoraConfig(…)"

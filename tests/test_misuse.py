@@ -183,3 +183,161 @@ def test_peft_isnt_imported_for_the_question(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delitem(sys.modules, name)
     get_peft_model(MLP.build(), lora("up"))
     assert "peft" not in sys.modules
+
+
+# a task of which the model has no head
+
+
+@pytest.mark.parametrize("adapt", [get_peft_model, graphpeft.explain])
+@pytest.mark.parametrize(
+    ("cls", "task", "words"),
+    [
+        ("LlamaForCausalLM", "SEQ_CLS", ["classifier or score", "CAUSAL_LM", "AutoModelForSequenceClassification"]),
+        ("LlamaForCausalLM", "TOKEN_CLS", ["classifier or score", "CAUSAL_LM", "AutoModelForTokenClassification"]),
+        ("LlamaForCausalLM", "QUESTION_ANS", ["qa_outputs", "CAUSAL_LM", "AutoModelForQuestionAnswering"]),
+        ("LlamaModel", "SEQ_CLS", ["classifier or score", "FEATURE_EXTRACTION"]),
+        ("LlamaForSequenceClassification", "QUESTION_ANS", ["qa_outputs", "SEQ_CLS"]),
+    ],
+)
+def test_a_task_without_its_head_is_warned_of(adapt: Any, cls: str, task: Any, words: list[str]) -> None:
+    model = getattr(transformers, cls)(llama_config())
+    with warned(f"task_type {task}", f"{cls} has none", *words):
+        adapt(model, lora("q_proj", task_type=task))
+
+
+def test_a_task_of_a_class_with_two_stacks_is_told() -> None:
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with warned("T5ForConditionalGeneration has none", "that of this class is SEQ_2_SEQ_LM"):
+        get_peft_model(transformers.T5ForConditionalGeneration(config), lora("q", task_type="SEQ_CLS"))
+
+
+def test_a_class_that_is_for_no_task_is_told_to_have_none() -> None:
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    with warned("BertForMaskedLM has none", "leave it None"):
+        get_peft_model(transformers.BertForMaskedLM(config), lora("query", task_type="SEQ_CLS"))
+
+
+def bart() -> Any:
+    sizes: dict[str, Any] = {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1}
+    return transformers.BartForSequenceClassification(
+        transformers.BartConfig(vocab_size=9, d_model=8, **sizes, **heads, **layers)
+    )
+
+
+def test_a_head_of_another_name_is_warned_of_and_its_name_said() -> None:
+    model = bart()
+    with warned("BartForSequenceClassification has none", "stays frozen", "modules_to_save", "['classification_head']"):
+        get_peft_model(model, lora("q_proj", task_type="SEQ_CLS"))
+    assert not any(parameter.requires_grad for parameter in model.classification_head.parameters())
+
+
+def test_a_head_that_the_user_names_is_not_warned_of() -> None:
+    get_peft_model(bart(), lora("q_proj", task_type="SEQ_CLS", modules_to_save=["classification_head"]))
+
+
+class OwnClassifier(transformers.LlamaPreTrainedModel):
+    """A model of a user's own on Transformers' base class, whose head nobody else knows."""
+
+    def __init__(self) -> None:
+        super().__init__(llama_config())
+        self.model = transformers.LlamaModel(llama_config())
+        self.sorts = nn.Linear(32, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "task"),
+    [
+        (lambda: transformers.LlamaForSequenceClassification(llama_config()), "q_proj", "SEQ_CLS"),
+        (lambda: transformers.LlamaForTokenClassification(llama_config()), "q_proj", "TOKEN_CLS"),
+        (lambda: transformers.LlamaForQuestionAnswering(llama_config()), "q_proj", "QUESTION_ANS"),
+        (lambda: transformers.LlamaModel(llama_config()), "q_proj", "FEATURE_EXTRACTION"),
+        (llama, "q_proj", "CAUSAL_LM"),
+        (llama, "q_proj", None),
+        (OwnClassifier, "q_proj", "SEQ_CLS"),
+        (MLP.build, "up", "SEQ_CLS"),
+    ],
+)
+def test_a_task_that_fits_or_cant_be_judged_is_not_warned_of(build: Any, target: str, task: Any) -> None:
+    # a warning is an error in these tests
+    get_peft_model(build(), lora(target, task_type=task))
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = llama()
+    with refused(model, UserWarning, "LlamaForCausalLM has none"):
+        get_peft_model(model, lora("q_proj", task_type="SEQ_CLS"))
+
+
+# adapted, or fully trained
+
+
+class Blocks(nn.Module):
+    """Modules inside of others, and a parameter beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"inner": nn.Linear(4, 4)})
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block["inner"](self.up(x)) @ self.w
+
+
+@pytest.mark.parametrize("adapt", [get_peft_model, graphpeft.explain])
+@pytest.mark.parametrize(
+    ("entry", "saved"), [("inner", "inner"), ("block.inner", "block"), ("inner", "block"), ("block", "block")]
+)
+def test_a_target_that_is_fully_trained_instead_is_warned_of(adapt: Any, entry: str, saved: str) -> None:
+    with warned(f"'{entry}' in target_modules", "modules_to_save trains that fully", "Blocks"):
+        adapt(Blocks(), lora("up", entry, modules_to_save=[saved]))
+
+
+def test_a_parameter_that_is_fully_trained_instead_is_warned_of() -> None:
+    model = nn.ModuleDict({"part": Blocks(), "up": nn.Linear(4, 4)})
+    with warned("'part.w' in target_modules", "modules_to_save trains that fully"):
+        graphpeft.explain(model, LoraConfig(target_modules=["up", "part.w"], modules_to_save=["part"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["up", "inner"], "exclude_modules": ["inner"]},
+        {"target_modules": ["up"], "modules_to_save": ["inner"]},
+        {"target_modules": r"up|.*inner", "modules_to_save": ["inner"]},
+        {"target_modules": "all-linear", "modules_to_save": ["inner"]},
+        {"target_modules": ["up", "inner"], "bias": "all"},
+    ],
+)
+def test_a_target_that_is_left_out_on_purpose_is_not_warned_of(options: dict[str, Any]) -> None:
+    get_peft_model(Blocks(), LoraConfig(**options))
+
+
+def test_an_entry_that_is_adapted_elsewhere_is_not_warned_of() -> None:
+    model = nn.ModuleDict({"first": Blocks(), "second": Blocks()})
+    graphpeft.explain(model, lora("inner", modules_to_save=["second"]))
+
+
+def test_a_parameter_that_is_trained_both_ways_is_warned_of_by_its_options() -> None:
+    model = nn.Sequential(Blocks(), nn.Linear(4, 4))
+    config = LoraConfig(target_modules=["1"], target_parameters=["0.w"], modules_to_save=["0"])
+    with warned("fully trains 0.w", "target_parameters", "name a weight in one of them"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_that_is_trained_and_changed_is_merged_by_the_way_out(bias: Any) -> None:
+    model = get_peft_model(Blocks(), lora("up", bias=bias, lora_bias=True, init_lora_weights=False))
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.requires_grad)
+    adapted = model(x)
+    with refused(model, AdaptError, "up.bias", "call merge_and_unload()"):
+        model.merge_adapter()
+    torch.testing.assert_close(model.merge_and_unload()(x), adapted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,9 @@ from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.sites.site import Site
-from graphpeft.targeting.targeting import unmatched_entries
+from graphpeft.targeting.targeting import kept_out_entries, unmatched_entries
+from graphpeft.targeting.targets import match_parameter
+from graphpeft.targeting.task_heads import lacking_head
 from graphpeft.transaction import set_attribute, set_item, transaction
 from graphpeft.wording import joined
 
@@ -86,8 +88,7 @@ def add_new(
         replication = replicate_layers(model, config)
         plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
         refuse(plan)
-        warn_of_unmatched(config, plan, stacklevel=4)
-        warn_of_adapted_and_fully_trained(plan, stacklevel=4)
+        warn_of_mistakes(config, plan, stacklevel=4)
         carry_out(model, adapter_name, plan, None, activates, methods, replication)
 
 
@@ -196,21 +197,47 @@ def carry_out(
     freeze(modules, state)
 
 
-def warn_of_unmatched(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
-    unmatched = [] if plan.report.nothing_matched else unmatched_entries(config, plan.modules, plan.report)
-    if unmatched:
-        model = type(plan.modules[""]).__name__
-        warnings.warn(f"the config names what has no effect on {model}: {'; '.join(unmatched)}", stacklevel=stacklevel)
+def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
+    """Warns of what can be done as a config says, and was hardly meant so.
+
+    Args:
+        config: The config as it was given.
+        plan: What it comes to.
+        stacklevel: Whose line the warnings name: that of the caller so many functions above this line.
+    """
+    found = (_in_vain(config, plan), lacking_head(config, plan.modules), *_adapted_and_fully_trained(plan))
+    for text in found:
+        if text is not None:
+            warnings.warn(text, stacklevel=stacklevel)
 
 
-def warn_of_adapted_and_fully_trained(plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of weights that are trained both ways, as PEFT does it where an entry is no more than the end of a name."""
+def _in_vain(config: PeftConfig, plan: Plan) -> str | None:
+    """Returns what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    if plan.report.nothing_matched:
+        return None
+    unmatched = unmatched_entries(config, plan.modules, plan.report)
+    kept_out = kept_out_entries(config, plan.config, plan.modules, plan.report)
+    if kept_out:
+        entries = joined([repr(entry) for entry in kept_out])
+        unmatched.append(f"{entries} in target_modules, since modules_to_save trains that fully, without an adapter")
+    model = type(plan.modules[""]).__name__
+    return f"the config names what has no effect on {model}: {'; '.join(unmatched)}" if unmatched else None
+
+
+def _adapted_and_fully_trained(plan: Plan) -> Iterator[str]:
+    """Yields which weights are trained both ways, as PEFT does it."""
     sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
     both = [site.label for site in sites if site.attribute in plan.fully_trained.get(site.owner, ())]
-    if both:
-        warnings.warn(
-            f"modules_to_save={plan.config.modules_to_save} fully trains {joined(both)} beside the adapter there, as "
-            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others",
-            stacklevel=stacklevel,
+    options = plan.config.target_options
+    parameters = [label for label in both if match_parameter(options, label)]
+    others = [label for label in both if label not in parameters]
+    if others:
+        yield (
+            f"modules_to_save={plan.config.modules_to_save} fully trains {joined(others)} beside the adapter there, as "
+            "in PEFT, which takes an entry for the end of a path; name whole modules if you mean others"
+        )
+    if parameters:
+        yield (
+            f"modules_to_save={plan.config.modules_to_save} fully trains {joined(parameters)} beside the adapter that "
+            "target_parameters puts there, as in PEFT; name a weight in one of them if you mean one"
         )

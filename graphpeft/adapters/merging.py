@@ -183,12 +183,13 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
             )
         tied = ((adapted.site.owner, adapted.site.attribute) for adapted in adapter.weight_sites)
         for owner, attribute in (*changed_places(modules, adapter), *tied):
-            for other in (adapters.by_name[active] for active in adapters.active):
+            for active in adapters.active:
+                other = adapters.by_name[active]
                 if attribute in other.overrides.get(owner, ()) or (owner in other.rows and attribute == "weight"):
+                    way_out = "call merge_and_unload()" if active == name else f"activate {name!r} alone first"
                     raise AdaptError(
                         f"an active adapter has another tensor, or other rows, in the place of "
-                        f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; activate {name!r} "
-                        "alone first"
+                        f"{join(owner, attribute)}, so {name!r} can't be merged into that in place; {way_out}"
                     )
     _refuse_in_part(adapters, names)
 

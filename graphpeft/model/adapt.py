@@ -13,11 +13,10 @@ from graphpeft.adapters.adapting import (
     add_new,
     plan_for,
     replicate_layers,
-    warn_of_adapted_and_fully_trained,
-    warn_of_unmatched,
+    warn_of_mistakes,
 )
-from graphpeft.model.given_model import check_model
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.given_model import check_model
 from graphpeft.model.peft_model import methods_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -60,14 +59,13 @@ def explain(
         site  op      size    graph of  parameters
         ────  ──────  ──────  ────────  ──────────
         0     Linear  8 → 16  0         48
-    check_model(model)
     """
+    check_model(model)
     ours = as_config(config)
     with transaction(model):
         replication = replicate_layers(model, ours)
         plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
-        warn_of_unmatched(ours, plan)
-        warn_of_adapted_and_fully_trained(plan)
+        warn_of_mistakes(ours, plan)
         if replication is not None:
             replication.undo()
     return plan.report
@@ -119,9 +117,9 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 88 || all params: 300 || trainable%: 29.3333
     """
-    check_model(model)
     if mixed:
         raise ValueError("mixed=True isn't needed: a model takes adapters of any methods here; leave mixed False")
+    check_model(model)
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)

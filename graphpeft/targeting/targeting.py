@@ -339,6 +339,30 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
     return found
 
 
+def kept_out_entries(
+    config: PeftConfig, resolved: PeftConfig, modules: Mapping[str, nn.Module], report: Report
+) -> list[str]:
+    """Returns the entries of `target_modules` with no adapter since `modules_to_save` trains all that they name.
+
+    Args:
+        config: The config as it was given, without what was filled in for the model.
+        resolved: The config with that.
+        modules: The model's modules by path.
+        report: What it came to.
+    """
+    entries = config.target_options.target_modules
+    if not entries or isinstance(entries, str):
+        return []
+    wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
+    left = targets.unmatched(entries, wanted)
+    if not left or not resolved.modules_to_save:
+        return []
+    decide = targets.compile_matcher(TargetOptions(modules_to_save=resolved.modules_to_save))
+    names = (path for path in (*modules, *_targets_by_path(modules)) if path and decide(path) is Match.EXCLUDED)
+    unknown = targets.unmatched(left, names)
+    return [entry for entry in left if entry not in unknown]
+
+
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     return (join(path, name) for path, module in modules.items() for name in module._parameters)
 

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import MLP, llama_config
+from models import MLP, VOCABULARY, llama_config, output
 from torch import nn
 
 import graphpeft
@@ -341,3 +341,125 @@ def test_a_bias_that_is_trained_and_changed_is_merged_by_the_way_out(bias: Any) 
     with refused(model, AdaptError, "up.bias", "call merge_and_unload()"):
         model.merge_adapter()
     torch.testing.assert_close(model.merge_and_unload()(x), adapted)
+
+
+# modules that are exchanged, or get another size
+
+
+ON_THE_VOCABULARY: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "fully trained": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("options", ON_THE_VOCABULARY.values(), ids=ON_THE_VOCABULARY.keys())
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_on_which_an_adapter_is_keeps_its_size(options: dict[str, Any], tied: bool) -> None:
+    model = get_peft_model(llama(tie_word_embeddings=tied), LoraConfig(r=2, **options))
+    for arguments in ((VOCABULARY + 3,), (VOCABULARY, 48), (None, 48)):
+        with refused(model, AdaptError, "'default'", "resize_token_embeddings", "before you adapt it", "unload()"):
+            model.resize_token_embeddings(*arguments)
+    base = model.unload()
+    base.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    assert base.lm_head.weight.shape == base.model.embed_tokens.weight.shape == (VOCABULARY + 3, 32)
+
+
+def test_a_size_that_the_vocabulary_has_is_no_change() -> None:
+    model = get_peft_model(llama(), lora("embed_tokens", "lm_head"))
+    for size in (None, VOCABULARY):
+        assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+
+
+def test_a_vocabulary_beside_an_adapter_is_resized() -> None:
+    model = get_peft_model(llama(), lora("q_proj", init_lora_weights=False))
+    model.resize_token_embeddings(VOCABULARY + 3, pad_to_multiple_of=8, mean_resizing=False)
+    assert model(torch.tensor([[VOCABULARY + 2]])).logits.shape == (1, 1, VOCABULARY + 8)
+
+
+def test_a_table_that_a_part_of_the_model_has_resized_is_not_saved_beside_an_adapter_of_the_old_size(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(llama(), lora("embed_tokens"))
+    model.model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    for use in (
+        lambda: model.save_pretrained(tmp_path),
+        lambda: graphpeft.get_peft_model_state_dict(model),
+    ):
+        with refused(model, AdaptError, f"({VOCABULARY + 3}, 32) now, and had ({VOCABULARY}, 32)", "before you adapt"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def exchanged(*adapters: str) -> Any:
+    """Returns a model in which somebody has put another layer in the place of an adapted one."""
+    model: Any = MLP.build()
+    for name in adapters:
+        get_peft_model(model, lora("up", "head"), name)
+    model.set_adapter(list(adapters))
+    model.head = nn.Linear(8, 5)
+    return model
+
+
+def in_disabled(model: Any) -> None:
+    with model.disable_adapter():
+        pass
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.set_adapter("default"),
+        in_disabled,
+        lambda model: model.disable_adapters(),
+        lambda model: graphpeft.get_peft_model_state_dict(model),
+        lambda model: graphpeft.set_peft_model_state_dict(model, {}),
+        lambda model: model.save_pretrained("unwritten"),
+        lambda model: model.merge_adapter(),
+        lambda model: model.merge_and_unload(),
+    ],
+)
+def test_an_adapter_whose_module_was_exchanged_is_used_no_longer(use: Callable[[Any], Any]) -> None:
+    model = exchanged("default")
+    with refused(model, AdaptError, "head.lora_A_default of adapter 'default' is gone", "put it back, or delete"):
+        use(model)
+    assert not Path("unwritten").exists()
+
+
+def test_an_adapter_is_not_activated_where_its_module_was_exchanged() -> None:
+    model = exchanged("default", "second")
+    model.set_adapter([])
+    for name in ("default", "second"):
+        with refused(model, AdaptError, f"head.lora_A_{name} of adapter '{name}' is gone"):
+            model.set_adapter(name)
+
+
+def test_a_swap_does_not_go_where_a_module_was_exchanged(tmp_path: Path) -> None:
+    get_peft_model(MLP.build(), lora("up", "head")).save_pretrained(tmp_path)
+    model = exchanged("default")
+    with refused(model, AdaptError, "head.lora_A_default of adapter 'default' is gone"):
+        graphpeft.hotswap_adapter(model, tmp_path, "default")
+
+
+@pytest.mark.parametrize("order", [["default", "second"], ["second", "default"]])
+def test_such_adapters_are_taken_off(order: list[str]) -> None:
+    model = exchanged("default", "second")
+    head, x = model.head, MLP.inputs()
+    model.set_adapter([])
+    for name in order:
+        model.delete_adapter(name)
+    expected = output(exchanged("default", "second").unload().eval(), x).shape
+    assert output(model, x).shape == expected
+    assert type(model.head) is nn.Linear
+    assert model.head is head
+
+
+def test_a_module_that_is_put_back_acts_again() -> None:
+    model: Any = get_peft_model(MLP.build(), lora("up", "head", init_lora_weights=False))
+    x, head = MLP.inputs(), model.head
+    before = output(model, x)
+    model.head = nn.Linear(8, 5)
+    model.head = head
+    in_disabled(model)
+    assert torch.equal(output(model, x), before)

@@ -11,6 +11,7 @@ from torch.fx.proxy import TraceError as ProxyError
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
+from graphpeft.adapters.tensors import refuse_exchanged
 from graphpeft.graph import ops, slots
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
@@ -73,6 +74,8 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
     for name in leaving:
         _refuse_moved(name, regions[name], modules)
+    for name in coming:
+        refuse_exchanged(modules, adapters.by_name[name], name)
     templates: dict[str, Template | None] = {}
     # the last one first, so that each step back is one that was taken
     for name in reversed(leaving):

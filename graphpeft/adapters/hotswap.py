@@ -16,7 +16,7 @@ from graphpeft.adapters.adapting import known_adapter, known_adapters, planned, 
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import set_trainable
+from graphpeft.adapters.tensors import refuse_missing, set_trainable
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
 from graphpeft.transaction import remember, set_attribute, set_item, transaction, undone_by
@@ -88,6 +88,7 @@ def hotswap_adapter(
         with transaction(model):
             _copy(modules, adapter, plan, fitted)
     else:
+        refuse_missing(modules, adapter, adapter_name)
         exchange(model, adapter_name, plan, fitted)
 
 

@@ -19,7 +19,7 @@ from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
-from graphpeft.adapters.tensors import new_tensors, overwrite, thaw
+from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.template import names_in_slots, template_of
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -141,6 +141,8 @@ def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
 
 def _turn(modules: Modules, adapters: Adapters) -> None:
     """Lets the active adapters act, or none, as the state says."""
+    for name in adapters.active:
+        refuse_exchanged(modules, adapters.by_name[name], name)  # even if none acts: they must be able to act again
     if adapters.are_off:
         unmerge(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else adapters.active)
@@ -246,6 +248,7 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
     modules = _modules_of(model)
     with transaction(model):
         unmerge(modules, adapters)
+        activate(modules, adapters, [])  # none needs to act in a module that was replaced
         for name in list(adapters.by_name):
             remove(modules, adapters, name)
         for region in adapters.mixable & modules.keys():

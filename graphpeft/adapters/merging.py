@@ -18,7 +18,7 @@ from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.adapters.tensors import refuse_missing, resized
 from graphpeft.graph import overrides
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
@@ -271,12 +271,9 @@ def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
                 f"{adapted.site.weight} is no parameter any more, as after weight_norm or pruning, so {name!r} can't "
                 "be merged into it; take that off first, or do it before adapting"
             )
-        shape = tuple(weight.shape)
-        if shape != tuple(adapted.site.shape):
-            raise AdaptError(
-                f"{adapted.site.weight} has the shape {shape} now, and had {tuple(adapted.site.shape)} when {name!r} "
-                "was adapted to it; resize a model before you adapt it"
-            )
+        reason = resized(adapted, weight, name)
+        if reason is not None:
+            raise AdaptError(reason)
 
 
 def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:

@@ -187,14 +187,46 @@ def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if a tensor of an adapter is no longer on the model."""
-    for path, attribute in adapter.tensor_names(name):
-        if path not in modules or not hasattr(modules[path], attribute):
-            raise AdaptError(
-                f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put "
-                "it back, or delete the adapter"
-            )
+    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
+    for path, _ in adapter.tensor_names(name):
+        if path not in modules:
+            raise AdaptError(_gone(path, adapter, name))
         in_place.layers_of(modules[path])
+    refuse_exchanged(modules, adapter, name)
+    for adapted in adapter.weight_sites:
+        weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
+        # what was distributed or quantised since has another form, and the size that it had
+        if weight is None or weight.numel() == 0 or not weight.is_floating_point():
+            continue
+        reason = resized(adapted, weight, name)
+        if reason is not None:
+            raise AdaptError(reason)
+
+
+def resized(adapted: AdaptedSite, weight: nn.Parameter, name: str) -> str | None:
+    """Returns that a site's weight, which is `weight` now, had another shape when the adapter came, or None."""
+    site: Any = adapted.site
+    if tuple(weight.shape) == tuple(site.shape):
+        return None
+    return (
+        f"{site.weight} has the shape {tuple(weight.shape)} now, and had {tuple(site.shape)} when {name!r} was adapted "
+        "to it; resize a model before you adapt it"
+    )
+
+
+def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
+    for path, attribute in adapter.tensor_names(name):
+        if path in modules and not hasattr(modules[path], attribute):
+            raise AdaptError(_gone(path, adapter, name))
+
+
+def _gone(path: str, adapter: Adapter, name: str) -> str:
+    attribute = next(attribute for owner, attribute in adapter.tensor_names(name) if owner == path)
+    return (
+        f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put it back, or delete "
+        "the adapter, and replace a module before you adapt the model"
+    )
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:

@@ -6,6 +6,7 @@ The model's class gains them, and everything else is as it was: names, hooks, me
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,11 +19,12 @@ from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.loading import load
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
-from graphpeft.model.given_model import check_model
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -105,9 +107,9 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             TypeError: If `model` is no module, `model_id` no path, or `config` no config.
             ValueError: If an option is True that must be False.
         """
+        check_model(model)
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        check_model(model)
         with transaction(model):
             load(
                 model,
@@ -228,12 +230,12 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
         Raises:
             AdaptError: If nothing in the model matches the config, a target can't be adapted, or the adapter can't have
                 this name. The model is unchanged then.
-        """
-        config = as_config(peft_config)
             TypeError: If `peft_config` is no config.
-        add_new(
+        """
         if isinstance(peft_config, str) and not isinstance(adapter_name, str):
             raise TypeError("pass the name first, as in PEFT: model.add_adapter(adapter_name, config)")
+        config = as_config(peft_config)
+        add_new(
             self,
             config,
             adapter_name,
@@ -376,15 +378,41 @@ class GeneratingPeftModel(PeftModel):
             return base.generate(*args, **own)
 
 
+class ResizablePeftModel(PeftModel):
+    """The methods of an adapted model that can have a vocabulary of another size."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+    ) -> Any:
+        """Gives the model a vocabulary of another size by its own ``resize_token_embeddings``.
+
+        Args:
+            new_num_tokens: The new size; None leaves it.
+            pad_to_multiple_of: What the new size is a multiple of; None doesn't round it up.
+            **options: Further keyword arguments of the model's own.
+
+        Returns:
+            What the model's own returns: its embedding.
+
+        Raises:
+            AdaptError: If an adapter is on a layer that is exchanged or resized; the model is unchanged then.
+        """
+        base: Any = super()
+        refuse_resizing(modules_of(self), self._peft_adapters, new_num_tokens, pad_to_multiple_of)
+        if pad_to_multiple_of is not None:
+            options["pad_to_multiple_of"] = pad_to_multiple_of
+        return base.resize_token_embeddings(new_num_tokens, **options)
+
+
 def methods_for(model: nn.Module) -> in_place.Layer:
     """Returns the layer that gives a model the methods of an adapted one."""
-    return _methods_layer(hasattr(model, "generate"))
+    return _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"))
 
 
-def _methods_layer(generates: bool = False) -> in_place.Layer:
-    return _GENERATING_METHODS if generates else _METHODS
-
-
-_CALL = {"__call__": PeftModel.__call__}
-_METHODS = in_place.Layer("methods", (PeftModel,), _CALL, (_methods_layer, ()))
-_GENERATING_METHODS = in_place.Layer("methods", (GeneratingPeftModel,), _CALL, (_methods_layer, (True,)))
+@functools.cache
+def _methods_layer(generates: bool = False, is_resizable: bool = False) -> in_place.Layer:
+    chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
+    bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
+    return in_place.Layer(
+        "methods", bases, {"__call__": PeftModel.__call__}, (_methods_layer, (generates, is_resizable))
+    )

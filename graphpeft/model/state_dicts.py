@@ -11,7 +11,7 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import checkpoint
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import overwrite
+from graphpeft.adapters.tensors import overwrite, refuse_missing
 from graphpeft.transaction import transaction
 
 
@@ -38,7 +38,7 @@ def get_peft_model_state_dict(
         The tensors, detached.
 
     Raises:
-        AdaptError: If the model has no adapter of this name.
+        AdaptError: If the model has no adapter of this name, or a module that it adapts was replaced since.
         CheckpointError: If `state_dict` lacks some of the tensors.
         ValueError: If `save_embedding_layers` is True and the model doesn't tell its embeddings.
 
@@ -50,6 +50,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     adapter = known_adapter(model, adapter_name)
+    refuse_missing(modules_of(model), adapter, adapter_name)
     originals = model._peft_adapters.originals
     return checkpoint.state_dict_of(
         modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
@@ -72,7 +73,8 @@ def set_peft_model_state_dict(
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
-        AdaptError: If the model has no adapter of this name, or it is merged; nothing is overwritten then.
+        AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
+            since; nothing is overwritten then.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -84,6 +86,7 @@ def set_peft_model_state_dict(
     """
     modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)
+    refuse_missing(modules, adapter, adapter_name)
     if adapter_name in model._peft_adapters.merged:
         raise AdaptError(
             f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "

@@ -10,7 +10,7 @@ from typing import Any
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import set_trainable
+from graphpeft.adapters.tensors import refuse_exchanged, set_trainable
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.transaction import set_attribute, transaction
 
@@ -28,14 +28,17 @@ class SwitchingMethods(AdapterInfo):
             inference_mode: Whether the adapters are for inference, so that none of their tensors is trainable.
 
         Raises:
-            AdaptError: If the model has no adapter of a name, two of them fully train the same tensor, or one that was
-                loaded for inference can't be trained. The model is unchanged then.
+            AdaptError: If the model has no adapter of a name, two of them fully train the same tensor, one that was
+                loaded for inference can't be trained, or a module that one adapts was replaced. The model is unchanged
+                then.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
             lifecycle.refuse_untrainable(known_adapter(self, name), name)
         modules, before = modules_of(self), self.active_adapters
+        for name in names:
+            refuse_exchanged(modules, known_adapter(self, name), name)
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
             for config in configs:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from models import MLP, VOCABULARY, llama_config, output
 from torch import nn
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from graphpeft.adapters.base_names import warn_of_other_base
 from graphpeft.testing import laws
 
 
@@ -463,3 +467,115 @@ def test_a_module_that_is_put_back_acts_again() -> None:
     model.head = head
     in_disabled(model)
     assert torch.equal(output(model, x), before)
+
+
+# an adapter of another base
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with an adapter whose base is called owner/base."""
+    get_peft_model(llama(), lora("q_proj")).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "owner/base"}))
+    return tmp_path
+
+
+def named(name: Any, **options: Any) -> Any:
+    model = llama(**options)
+    model.name_or_path = name
+    return model
+
+
+def test_an_adapter_of_a_base_of_another_name_is_warned_of(saved: Path) -> None:
+    words = ("'owner/base'", "'owner/other'", "base_model_name_or_path")
+    with warned(*words):
+        model = PeftModel.from_pretrained(named("owner/other"), saved)
+    with warned(*words):
+        model.load_adapter(saved, "second")
+    with warned(*words):
+        graphpeft.hotswap_adapter(model, saved, "second")
+
+
+def test_such_a_warning_that_is_an_error_leaves_the_model_as_it_was(saved: Path) -> None:
+    model = named("owner/other")
+    with refused(model, UserWarning, "'owner/base'"):
+        PeftModel.from_pretrained(model, saved)
+
+
+def test_such_a_warning_is_silenced_by_the_config(saved: Path) -> None:
+    config = PeftConfig.from_pretrained(saved)
+    config.base_model_name_or_path = "owner/other"
+    PeftModel.from_pretrained(named("owner/other"), saved, config=config)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_model"),
+    [
+        ("owner/base", "owner/base"),
+        ("owner/base", "/data/models/base"),
+        ("/data/models/base/", "owner/Base"),
+        ("owner/base", "mirror/base"),
+        ("owner/base", r"C:\models\base"),
+        ("owner/base", "/root/.cache/huggingface/hub/models--owner--base/snapshots/0123456789abcdef"),
+        ("base", "/hub/models--base/snapshots/0123456789abcdef"),
+        ("owner/base", ""),
+        ("owner/base", None),
+        (None, "owner/base"),
+        ("", "owner/base"),
+        ("./", "owner/base"),
+    ],
+)
+def test_names_that_may_be_of_one_base_are_not_warned_of(of_file: Any, of_model: Any) -> None:
+    model: Any = nn.Linear(1, 1)
+    model.name_or_path = of_model
+    warn_of_other_base(model, LoraConfig(base_model_name_or_path=of_file), stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_model"),
+    [
+        ("owner/base-7b", "owner/base-13b"),
+        ("owner/base", "/hub/models--owner--other/snapshots/0123456789abcdef"),
+        ("/out/checkpoint-500", "/out/checkpoint-1000"),
+    ],
+)
+def test_names_of_two_bases_are_warned_of(of_file: str, of_model: str) -> None:
+    model: Any = nn.Linear(1, 1)
+    model.name_or_path = of_model
+    with pytest.warns(UserWarning, match=f"{re.escape(repr(of_file))}.*{re.escape(repr(of_model))}"):
+        warn_of_other_base(model, LoraConfig(base_model_name_or_path=of_file), stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/other", ["'owner/base'", "'owner/other'"]),
+        ("", ["'owner/base'", "a LlamaForCausalLM without a name"]),
+    ],
+)
+def test_a_file_that_doesnt_fit_names_both_bases(name: str, words: list[str], saved: Path) -> None:
+    model = named(name, hidden_size=16)
+    with refused(model, CheckpointError, "q_proj.lora_A.weight of shape (2, 32)", *words):
+        PeftModel.from_pretrained(model, saved)
+
+
+def test_a_file_that_doesnt_fit_a_base_of_its_name_says_nothing_of_names(saved: Path) -> None:
+    model = named("mirror/base", hidden_size=16)
+    with pytest.raises(CheckpointError) as caught:
+        PeftModel.from_pretrained(model, saved)
+    assert "owner/base" not in str(caught.value)
+
+
+def test_an_adapter_goes_onto_its_own_base_from_the_disk(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, lora("q_proj", task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == os.fspath(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphpeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        PeftModel.from_pretrained(
+            transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )

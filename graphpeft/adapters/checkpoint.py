@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from graphpeft.adapters.base_names import base_name
 from graphpeft.adapters.file_names import keys, keys_of_layers, meanings, names_of_second_paths
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
@@ -50,7 +51,7 @@ def state_dict_of(
     Raises:
         CheckpointError: If `state_dict` lacks some of them.
     """
-    base = base_model_name(modules[""], adapter)
+    base = base_name(modules[""], adapter.config)
     embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
@@ -76,7 +77,12 @@ def state_dict_of(
 
 
 def fitted(
-    adapter: Adapter, name: str, modules: Modules, originals: Tensors, values: Mapping[str, torch.Tensor]
+    adapter: Adapter,
+    name: str,
+    modules: Modules,
+    originals: Tensors,
+    values: Mapping[str, torch.Tensor],
+    of_base: str = "",
 ) -> Tensors:
     """Returns the tensors of a file by their places in the model, after checking that they fit.
 
@@ -86,6 +92,7 @@ def fitted(
         modules: The model's modules by path.
         originals: As for `state_dict_of`.
         values: The file's tensors by their names there.
+        of_base: What an error says of the file's base model.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
@@ -123,8 +130,8 @@ def fitted(
     problems += [f"has {joined(misshapen)}"] if misshapen else []
     if problems:
         raise CheckpointError(
-            f"the adapter's file {'; it '.join(problems)}. Load it on the model that it was trained on; where only "
-            "names differ, from_pretrained maps them by key_mapping."
+            f"the adapter's file {'; it '.join(problems)}.{of_base} Load it on the model that it was trained on; where "
+            "only names differ, from_pretrained maps them by key_mapping."
         )
     found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
     _refuse_untied(adapter, name, modules, found)
@@ -296,13 +303,8 @@ def file_config(model: nn.Module, adapter: Adapter) -> PeftConfig:
         cls = stands_for(model)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base_model_name(model, adapter)
+        config.base_model_name_or_path = base_name(model, adapter.config)
     return config
-
-
-def base_model_name(model: nn.Module, adapter: Adapter) -> str | None:
-    """Returns where an adapter's base model came from, as its config or the model tells; None if neither does."""
-    return adapter.config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
 
 
 class SavedAdapter(NamedTuple):

@@ -13,6 +13,7 @@ from torch import nn
 
 from graphpeft.adapters import checkpoint, lifecycle
 from graphpeft.adapters.adapting import known_adapter, known_adapters, planned, refuse
+from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
@@ -74,7 +75,8 @@ def hotswap_adapter(
     plan = planned(model, config.fitted_to(values), adapter_name, example_inputs)
     refuse(plan)
     modules = plan.modules
-    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values)
+    of_base = other_base(model, saved.config)
+    fitted = checkpoint.fitted(Adapter.of(plan), adapter_name, modules, state.originals, values, of_base)
     swapped = Adapter.of(plan)
     of_base = [join(*place) for place in fitted if place not in set(swapped.tensor_names(adapter_name))]
     of_base += [join(*place) for place in adapter.overwritten]
@@ -84,11 +86,12 @@ def hotswap_adapter(
             f"{joined(of_base)}, which can't be swapped; delete the one and load the other"
         )
     saved.refuse_two_saves(model_name_or_path)
+    warn_of_other_base(model, saved.config, stacklevel=3)
     if _have_same_places(adapter, plan):
+        refuse_missing(modules, adapter, adapter_name)
         with transaction(model):
             _copy(modules, adapter, plan, fitted)
     else:
-        refuse_missing(modules, adapter, adapter_name)
         exchange(model, adapter_name, plan, fitted)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft.adapters import checkpoint, file_names
 from graphpeft.adapters.adapting import carry_out, modules_of, plan_for, refuse, replicate_layers
+from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
@@ -42,15 +43,15 @@ def load(
         AdaptError: If it can't be added, as in all cases the model is as it was.
         CheckpointError: If the file doesn't fit the model.
         FileNotFoundError: If there is none.
-        ValueError: If an option is True that must be False.
         TypeError: If `model_id` is no path, or `config` no config.
+        ValueError: If an option is True that must be False.
     """
-    if ephemeral_gpu_offload:
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(
             f"model_id is a {type(model_id).__name__}; pass the folder of a saved adapter, or its repository on the "
             "Hub; get_peft_model(model, config) makes a new adapter"
         )
+    if ephemeral_gpu_offload:
         raise ValueError(
             "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
             "the model as a whole"
@@ -79,9 +80,11 @@ def load(
         state = adapters_of(model)
         originals = state.originals if state is not None else {}
         saved.refuse_other_operations(adapter, adapter_name, modules_of(model), values)
-        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values)
+        of_base = other_base(model, saved.config)
+        fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values, of_base)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         saved.refuse_two_saves(model_id)
+        warn_of_other_base(model, saved.config, stacklevel=4)
         carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
 
 

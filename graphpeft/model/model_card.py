@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.adapters.checkpoint import base_model_name
+from graphpeft.adapters.base_names import base_name
 from graphpeft.adapters.state import Adapter
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.traced_model import stands_for
@@ -42,7 +42,7 @@ def model_card(model: nn.Module, adapters: Sequence[Adapter], file: Path) -> str
     card: Any = (
         _read(file) if file.exists() else ModelCard.from_template(ModelCardData(), model_summary=_summary(methods))
     )
-    base = next(filter(None, (base_model_name(model, adapter) for adapter in adapters)), None)
+    base = next(filter(None, (base_name(model, adapter.config) for adapter in adapters)), None)
     card.data.library_name = "peft" if are_of_peft else "graphpeft"
     card.data.base_model = base or card.data.base_model
     card.data.tags = _with_tags(card.data.tags or [], model, methods, base)

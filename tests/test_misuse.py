@@ -439,6 +439,25 @@ def test_an_adapter_is_not_activated_where_its_module_was_exchanged() -> None:
             model.set_adapter(name)
 
 
+@pytest.mark.parametrize("mend", ["put back", "delete"])
+def test_adapters_remain_disabled_where_a_module_was_exchanged_meanwhile(mend: str) -> None:
+    model: Any = get_peft_model(MLP.build(), lora("up", "head", init_lora_weights=False))
+    head, x = model.head, MLP.inputs()
+    adapted = output(model, x)
+    disabled = model.disable_adapter()
+    disabled.__enter__()
+    base = output(model, x)
+    model.head = nn.Linear(8, 5)
+    with pytest.raises(AdaptError, match=r"head\.lora_A_default of adapter 'default' is gone"):
+        disabled.__exit__(None, None, None)
+    if mend == "delete":
+        model.delete_adapter("default")
+    model.head = head
+    assert torch.equal(output(model, x), base)
+    model.enable_adapters()
+    assert torch.equal(output(model, x), base if mend == "delete" else adapted)
+
+
 def test_a_swap_does_not_go_where_a_module_was_exchanged(tmp_path: Path) -> None:
     get_peft_model(MLP.build(), lora("up", "head")).save_pretrained(tmp_path)
     model = exchanged("default")
@@ -467,6 +486,22 @@ def test_a_module_that_is_put_back_acts_again() -> None:
     model.head = head
     in_disabled(model)
     assert torch.equal(output(model, x), before)
+
+
+def test_what_is_trained_and_in_no_adapter_is_told_where_it_would_be_lost(tmp_path: Path) -> None:
+    model: Any = get_peft_model(MLP.build(), lora("up"))
+    model.head = nn.Linear(8, 5)
+    with warned("head.weight, head.bias require gradients and belong to no adapter", "modules_to_save"):
+        model.save_pretrained(tmp_path)
+    model.head.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+
+
+def test_where_that_warning_is_an_error_nothing_is_written(tmp_path: Path) -> None:
+    model = get_peft_model(MLP.build(), lora("up")).requires_grad_(True)
+    with refused(model, UserWarning, "first.up.weight", "and belong to no adapter"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # an adapter of another base

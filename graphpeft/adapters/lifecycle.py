@@ -141,11 +141,11 @@ def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:
 
 def _turn(modules: Modules, adapters: Adapters) -> None:
     """Lets the active adapters act, or none, as the state says."""
-    for name in adapters.active:
-        refuse_exchanged(modules, adapters.by_name[name], name)  # even if none acts: they must be able to act again
     if adapters.are_off:
         unmerge(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else adapters.active)
+    for name in adapters.active:
+        refuse_exchanged(modules, adapters.by_name[name], name)  # even if none acts: they are to act again
 
 
 class Paused(contextlib.ExitStack):
@@ -175,10 +175,18 @@ class Paused(contextlib.ExitStack):
 
 
 def _leave(model: nn.Module, state: Adapters, pause: object) -> None:
-    if pause in state.pauses and adapters_of(model) is state:
+    if pause not in state.pauses or adapters_of(model) is not state:
+        return
+    try:
         with transaction(model):
             set_attribute(state, "pauses", state.pauses - {pause})
             _turn(_modules_of(model), state)
+    except AdaptError:
+        # nobody can leave the context again, so they remain disabled until somebody has mended that and enables them
+        with transaction(model):
+            set_attribute(state, "pauses", state.pauses - {pause})
+            set_attribute(state, "is_disabled", True)
+        raise
 
 
 def _modules_of(model: nn.Module) -> Modules:

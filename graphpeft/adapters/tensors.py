@@ -229,6 +229,11 @@ def _gone(path: str, adapter: Adapter, name: str) -> str:
     )
 
 
+def trained_besides(model: nn.Module, adapters: Adapters) -> list[str]:
+    """Returns the parameters that require grad and are the model's own, such as those of a module that came later."""
+    return [path for path, own in model.named_parameters() if own.requires_grad and path not in adapters.owned]
+
+
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
     before = [modules[path]._parameters[name] for path, name in adapters.trained_before]

@@ -13,11 +13,12 @@ from typing import Any
 from graphpeft.adapters import checkpoint, file_names, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.state import Adapter
-from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.adapters.tensors import refuse_missing, trained_besides
 from graphpeft.files.atomic_files import Staging
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import set_peft_model_state_dict
+from graphpeft.wording import joined
 
 
 class SavingMethods(AdapterInfo):
@@ -70,6 +71,13 @@ class SavingMethods(AdapterInfo):
         selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
             refuse_missing(modules_of(self), adapter, name)
+        trained = trained_besides(self, self._peft_adapters)
+        if trained:
+            warnings.warn(
+                f"{joined(trained)} require gradients and belong to no adapter, so its files lack them; name their "
+                "modules in modules_to_save, or save them yourself",
+                stacklevel=2,
+            )
 
         def folder_of(name: str) -> Path:
             return Path(save_directory) if name == "default" else Path(save_directory, name)

@@ -37,10 +37,10 @@ class SwitchingMethods(AdapterInfo):
         for name in names if not inference_mode else ():
             lifecycle.refuse_untrainable(known_adapter(self, name), name)
         modules, before = modules_of(self), self.active_adapters
-        for name in names:
-            refuse_exchanged(modules, known_adapter(self, name), name)
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
+            for name in names:
+                refuse_exchanged(modules, known_adapter(self, name), name)
             for config in configs:
                 set_attribute(config, "inference_mode", inference_mode)
             set_trainable(modules, self._peft_adapters, [*before, *names])

@@ -321,7 +321,8 @@ def test_of_layers_with_equal_inputs_eva_gives_the_first_the_larger_rank(rank: i
 
 def test_eva_leaves_what_else_there_is_as_it_was() -> None:
     config_of_eva = config(TWO_LAYERS, init_lora_weights="eva", r=2, modules_to_save=["2"], bias="all")
-    model: Any = graphpeft.get_peft_model(TWO_LAYERS.build(), config_of_eva)
+    with pytest.warns(UserWarning, match="'2' in target_modules, since modules_to_save trains that fully"):
+        model: Any = graphpeft.get_peft_model(TWO_LAYERS.build(), config_of_eva)
     model.add_adapter("another", config(TWO_LAYERS, r=3))
     perturb(model)  # some training
     others = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" not in name}

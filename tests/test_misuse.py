@@ -211,7 +211,7 @@ def test_a_task_without_its_head_is_warned_of(adapt: Any, cls: str, task: Any, w
 
 def test_a_task_of_a_class_with_two_stacks_is_told() -> None:
     config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with warned("T5ForConditionalGeneration has none", "that of this class is SEQ_2_SEQ_LM"):
+    with warned("T5ForConditionalGeneration has none", "set task_type SEQ_2_SEQ_LM"):
         get_peft_model(transformers.T5ForConditionalGeneration(config), lora("q", task_type="SEQ_CLS"))
 
 
@@ -219,7 +219,7 @@ def test_a_class_that_is_for_no_task_is_told_to_have_none() -> None:
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
-    with warned("BertForMaskedLM has none", "leave it None"):
+    with warned("BertForMaskedLM has none", "leave task_type None"):
         get_peft_model(transformers.BertForMaskedLM(config), lora("query", task_type="SEQ_CLS"))
 
 
@@ -312,6 +312,7 @@ def test_a_parameter_that_is_fully_trained_instead_is_warned_of() -> None:
     "options",
     [
         {"target_modules": ["up", "inner"], "exclude_modules": ["inner"]},
+        {"target_modules": ["up", "inner"], "exclude_modules": ["inner"], "modules_to_save": ["inner"]},
         {"target_modules": ["up"], "modules_to_save": ["inner"]},
         {"target_modules": r"up|.*inner", "modules_to_save": ["inner"]},
         {"target_modules": "all-linear", "modules_to_save": ["inner"]},

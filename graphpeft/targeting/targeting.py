@@ -357,9 +357,11 @@ def kept_out_entries(
     left = targets.unmatched(entries, wanted)
     if not left or not resolved.modules_to_save:
         return []
-    decide = targets.compile_matcher(TargetOptions(modules_to_save=resolved.modules_to_save))
-    names = (path for path in (*modules, *_targets_by_path(modules)) if path and decide(path) is Match.EXCLUDED)
-    unknown = targets.unmatched(left, names)
+    trained = targets.compile_matcher(TargetOptions(modules_to_save=resolved.modules_to_save))
+    # what exclude_modules names, too, has no adapter on purpose
+    left_out = targets.compile_matcher(TargetOptions(exclude_modules=resolved.target_options.exclude_modules))
+    names = [path for path in (*modules, *_targets_by_path(modules)) if path and trained(path) is Match.EXCLUDED]
+    unknown = targets.unmatched(left, (path for path in names if left_out(path) is not Match.EXCLUDED))
     return [entry for entry in left if entry not in unknown]
 
 

@@ -38,14 +38,14 @@ def lacking_head(config: PeftConfig, modules: Mapping[str, nn.Module]) -> str | 
         return None
     own = _task_of(cls, modules[""])
     if own is not task:
-        fitting = "leave it None" if own is None else f"that of this class is {own.value}"
+        fitting = "leave task_type None" if own is None else f"set task_type {own.value}, which is that of the class"
         auto = next(end for end, known in _TASKS.items() if known is task)
-        way_out = f"{fitting}, or load a model with the head by AutoModel{auto}"
+        way_out = f"so none is trained; {fitting}, or load a model with the head by AutoModel{auto}"
     elif config.modules_to_save:
         return None  # the head has another name there, which the user knows
     else:
-        way_out = f"its own stays frozen unless modules_to_save names it, out of {_beside_base(modules[''])}"
-    return f"task_type {task.value} is for a head called {' or '.join(heads)}, and {cls.__name__} has none: {way_out}"
+        way_out = f"so its own stays frozen unless modules_to_save names it, out of {_beside_base(modules[''])}"
+    return f"task_type {task.value} is for a head called {' or '.join(heads)}, and {cls.__name__} has none, {way_out}"
 
 
 def _beside_base(model: nn.Module) -> list[str]:

@@ -218,11 +218,10 @@ def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
     for path, attribute in adapter.tensor_names(name):
         if path in modules and not hasattr(modules[path], attribute):
-            raise AdaptError(_gone(path, adapter, name))
+            raise AdaptError(_gone(path, attribute, name))
 
 
-def _gone(path: str, adapter: Adapter, name: str) -> str:
-    attribute = next(attribute for owner, attribute in adapter.tensor_names(name) if owner == path)
+def _gone(path: str, attribute: str, name: str) -> str:
     return (
         f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put it back, or delete "
         "the adapter, and replace a module before you adapt the model"

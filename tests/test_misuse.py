@@ -432,6 +432,13 @@ def test_an_adapter_whose_module_was_exchanged_is_used_no_longer(use: Callable[[
     assert not Path("unwritten").exists()
 
 
+def test_an_adapter_whose_module_was_taken_out_is_not_saved(tmp_path: Path) -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", "1"))
+    del model[1]
+    with refused(model, AdaptError, "1.lora_A_default of adapter 'default' is gone"):
+        model.save_pretrained(tmp_path)
+
+
 def test_an_adapter_is_not_activated_where_its_module_was_exchanged() -> None:
     model = exchanged("default", "second")
     model.set_adapter([])

@@ -188,9 +188,9 @@ def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
 
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
-    for path, _ in adapter.tensor_names(name):
+    for path, attribute in adapter.tensor_names(name):
         if path not in modules:
-            raise AdaptError(_gone(path, adapter, name))
+            raise AdaptError(_gone(path, attribute, name))
         in_place.layers_of(modules[path])
     refuse_exchanged(modules, adapter, name)
     for adapted in adapter.weight_sites:

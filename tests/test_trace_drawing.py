@@ -157,7 +157,12 @@ def test_a_hubert_that_is_traced_in_evaluation_can_be_trained(cls):
 
 def test_an_interrupted_watch_puts_the_state_of_the_generator_back() -> None:
     before = random.getstate()
-    with pytest.raises(KeyboardInterrupt), no_random_python_numbers():
-        random.random()
-        raise KeyboardInterrupt
+
+    def draw() -> None:
+        with no_random_python_numbers():
+            random.random()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw()
     assert random.getstate() == before

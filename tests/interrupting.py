@@ -194,7 +194,6 @@ def _known(state: Any) -> dict[str, Any]:
         "lifted": sorted(state.lifted),
         "originals": originals,
         "replicated": state.replication is not None,
-        "owned": sorted((path, sorted(names)) for path, names in state.owned._names.items() if names),
     }
 
 

@@ -69,7 +69,7 @@ def test_the_base_model_is_the_model_itself():
 def test_a_safe_merge_refuses_what_is_not_finite():
     model = adapted()
     with torch.no_grad():
-        model.head.lora_B_default[0, 0] = torch.nan
+        model.head.default.lora_B[0, 0] = torch.nan
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     with pytest.raises(AdaptError, match=r"change of head\.weight by adapter 'default' isn't finite"):
         model.merge_and_unload(safe_merge=True)

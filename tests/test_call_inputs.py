@@ -171,8 +171,8 @@ def test_what_is_checkpointed_has_them_in_the_backward_too() -> None:
     model = adapted().train()
     model(X, task_ids=TASKS).sum().backward()
     layer = model.first[0]
-    assert layer.logits_default.grad[TASKS.unique()].abs().sum() > 0
-    assert layer.A_default.grad is not None
+    assert layer.default.logits.grad[TASKS.unique()].abs().sum() > 0
+    assert layer.default.A.grad is not None
 
 
 def test_a_trace_reads_them_as_the_model_does() -> None:

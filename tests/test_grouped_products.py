@@ -66,7 +66,7 @@ def test_matrices_of_other_dtypes_multiply_what_is_cast_for_them(names):
     for model in (plain, grouped):
         model(inputs(torch.bfloat16)).sum().backward()
     assert torch.equal(grouped(inputs(torch.bfloat16)), plain(inputs(torch.bfloat16)))
-    for name in ("lora_A_default", "lora_A_other"):
+    for name in ("default.lora_A", "other.lora_A"):
         assert torch.equal(getattr(grouped[0], name).grad, getattr(plain[0], name).grad)
 
 
@@ -160,7 +160,7 @@ def test_frozen_adapters_get_no_gradient():
     plain, grouped = block("flat"), block("flat")
     optimize(grouped, [PASS])
     for model in (plain, grouped):
-        model.k.lora_A_default.requires_grad_(False)
+        model.k.default.lora_A.requires_grad_(False)
     found, expected = computed(grouped, inputs()), computed(plain, inputs())
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], value, rtol=0, atol=1e-6) for name, value in expected.items())

@@ -39,7 +39,7 @@ def expected(model: Any, names: list[str], x: Tensor) -> Tensor:
         for name in names:
             adapter_config = model.peft_config[name]
             if path in adapter_config.target_modules:
-                A, B = (getattr(layer, f"lora_{factor}_{name}") for factor in "AB")
+                A, B = (layer.get_parameter(f"{name}.lora_{factor}") for factor in "AB")
                 weight = weight + adapter_config.lora_alpha / adapter_config.r * (B @ A)
         x = F.linear(x, weight, layer.bias)
         x = torch.tanh(x) if number == 0 else x
@@ -157,6 +157,6 @@ def test_expressions_in_configs_are_forgotten() -> None:
 def test_a_source_is_there_as_long_as_its_module() -> None:
     model = get_peft_model(build(False), config(0))
     file = type(model[0]).forward.__code__.co_filename
-    assert "lora_A_slot0" in "".join(linecache.getlines(file))
+    assert "slot0.lora_A" in "".join(linecache.getlines(file))
     linecache.checkcache(file)
-    assert "lora_A_slot0" in "".join(linecache.getlines(file))
+    assert "slot0.lora_A" in "".join(linecache.getlines(file))

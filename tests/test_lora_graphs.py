@@ -34,12 +34,12 @@ def test_a_linear_layer_gets_a_branch():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))[0]
     assert body_of(layer) == [
         *BEFORE,
-        "lora_a_slot0 = self.lora_A_slot0",
-        "lora_b_slot0 = self.lora_B_slot0",
-        "lora_scaling_slot0 = self.lora_scaling_slot0",
-        "linear_1 = torch._C._nn.linear(input_1, lora_a_slot0)",
-        "linear_2 = torch._C._nn.linear(linear_1, lora_b_slot0)",
-        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
+        "slot0_lora_a = self.slot0.lora_A",
+        "slot0_lora_b = self.slot0.lora_B",
+        "slot0_lora_scaling = self.slot0.lora_scaling",
+        "linear_1 = torch._C._nn.linear(input_1, slot0_lora_a)",
+        "linear_2 = torch._C._nn.linear(linear_1, slot0_lora_b)",
+        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, slot0_lora_scaling)",
         "return add_scaled",
     ]
 
@@ -47,7 +47,7 @@ def test_a_linear_layer_gets_a_branch():
 def test_dropout_reads_whether_the_layer_is_in_training():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], lora_dropout=0.5))[0]
     assert (
-        "dropout = torch.nn.functional.dropout(input_1, p = lora_dropout_slot0, training = training, inplace = False)"
+        "dropout = torch.nn.functional.dropout(input_1, p = slot0_lora_dropout, training = training, inplace = False)"
         in body_of(layer)
     )
     assert "training = self.training" in body_of(layer)
@@ -57,7 +57,7 @@ def test_half_precision_layers_get_a_branch_in_single_precision():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)).bfloat16(), LoraConfig(target_modules=["0"]))[0]
     code = body_of(layer)
     assert [line for line in code if ".to(" in line or "dtype" in line] == [
-        "getattr_1 = lora_a_slot0.dtype",
+        "getattr_1 = slot0_lora_a.dtype",
         "to = input_1.to(getattr_1)",
         "getattr_2 = linear.dtype",
         "to_1 = add_scaled.to(getattr_2)",

@@ -167,7 +167,7 @@ def test_what_is_left_stays_frozen_when_adapters_are_chosen() -> None:
     assert torch.equal(model[0].weight, LINEAR.build()[0].weight)  # type: ignore[index]
     model.set_adapter("default")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["0.lora_A_default", "0.lora_B_default"]
+    assert trained == ["0.default.lora_A", "0.default.lora_B"]
 
 
 def test_a_plain_adapter_acts_beside_one_that_has_taken_a_part() -> None:

@@ -52,7 +52,7 @@ class LNTuningConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         return True
 
-    def find_sites(self, finder: Any, report: Report, owned: Any) -> list[Any]:
+    def find_sites(self, finder: Any, report: Report) -> list[Any]:
         return []
 
     def find_fully_trained(self, modules: Modules, report: Report) -> dict[str, FullyTrainedModule]:
@@ -79,7 +79,7 @@ class TrainableTokensConfig(TargetedConfig):
     def targets_by_default(self, model: nn.Module) -> str:
         return next(iter(embedding_layers(dict(model.named_modules()))), "embed_tokens")
 
-    def find_sites(self, finder: Any, report: Report, owned: Any) -> list[Any]:
+    def find_sites(self, finder: Any, report: Report) -> list[Any]:
         return []
 
     def find_rows(self, modules: Modules, report: Report) -> dict[str, TableRows]:

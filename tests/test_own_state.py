@@ -83,7 +83,7 @@ def test_a_state_dict_has_what_adapters_have_and_gives_it_back(make: Any, assign
     model, x = adapted(make, 1), torch.randn(3, 4)
     model.add_adapter("second", LoraConfig(r=3, target_parameters=["0.weight"], init_lora_weights=False))
     saved = model.state_dict()
-    assert {f"0.lora_{factor}_{name}" for factor in "AB" for name in ("default", "second")} <= {
+    assert {f"0.{name}.lora_{factor}" for factor in "AB" for name in ("default", "second")} <= {
         key.replace("weight_", "") for key in saved
     }
     other = adapted(make, 2)

@@ -198,7 +198,7 @@ def test_each_call_has_its_own_branch():
     scaling = 1.5
 
     def branch(h: Tensor, prefix: str, layer: Any) -> Tensor:
-        A, B = (layer.get_parameter(f"{prefix}lora_{name}_default") for name in "AB")
+        A, B = (layer.get_parameter(f"default.{prefix}lora_{name}") for name in "AB")
         return F.linear(h, layer.weight, layer.bias) + scaling * h @ A.T @ B.T
 
     h = branch(torch.tanh(branch(x, "call_1_", model.layer)), "call_2_", model.layer)

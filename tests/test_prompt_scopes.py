@@ -312,7 +312,7 @@ def test_a_scope_of_half_precision_takes_a_prompt(dtype: torch.dtype) -> None:
     model: Any = VIT.build().to(dtype)
     (images,) = VIT.inputs()
     get_peft_model(model, scoped("blocks", token_dim=32))
-    assert model.blocks.prompt_embeddings_default.dtype == torch.float32
+    assert model.blocks.default.prompt_embeddings.dtype == torch.float32
     assert model(images.to(dtype)).dtype == dtype
 
 
@@ -478,7 +478,7 @@ def test_masks_of_pytorchs_layers_let_virtual_tokens_be_seen(batch: int) -> None
     causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
     model: Any = get_peft_model(nn.Sequential(layer).train(), scoped(["0"], token_dim=8, num_virtual_tokens=2))
     found = model[0](x, src_mask=causal, src_key_padding_mask=hidden)
-    table = model[0].prompt_embeddings_default.detach().expand(batch, -1, -1)
+    table = model[0].default.prompt_embeddings.detach().expand(batch, -1, -1)
     model.unload()
     expected = layer(
         torch.cat((table, x), dim=1),

@@ -340,7 +340,7 @@ def test_a_prefix_goes_into_the_backbone_of_a_head_that_takes_no_cache(name: str
     backbone = peft.get_peft_model(
         getattr(base.build(), name), peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=TOKENS)
     )
-    table = next(p for n, p in ours.named_parameters() if n.endswith("prompt_embeddings_default"))
+    table = next(p for n, p in ours.named_parameters() if n.endswith("default.prompt_embeddings"))
     encoder: Any = backbone.prompt_encoder["default"]
     with torch.no_grad():
         encoder.embedding.weight.copy_(table)
@@ -649,7 +649,7 @@ def test_a_file_without_the_encoder_is_trained_on_as_a_table(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="holds the virtual tokens alone"):
         model = PeftModel.from_pretrained(base.build(), tmp_path, is_trainable=True)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
-        "prompt_embeddings_default"
+        "default.prompt_embeddings"
     ]
 
 

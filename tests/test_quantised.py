@@ -113,7 +113,7 @@ def test_without_autocast_its_tensors_have_the_dtype_that_peft_gives_them(case):
     dtype = {t.dtype for t in tensors(by_peft(case)).values()}
     ours = get_peft_model(case.build(), LoraConfig(target_modules=["0"]), autocast_adapter_dtype=False)
     theirs = torch.bfloat16 if "torchao" in case.name and "bfloat16" in case.name else torch.float32
-    assert ours.get_parameter("0.lora_A_default").dtype == theirs
+    assert ours.get_parameter("0.default.lora_A").dtype == theirs
     assert dtype == {torch.float32}
 
 
@@ -131,10 +131,10 @@ def test_its_gradients_are_those_of_the_formula(case):
     (x,) = case.inputs()
     layer = ours[0]
     layer(x).float().square().sum().backward()
-    A, B = (layer.get_parameter(f"lora_{name}_default") for name in "AB")
+    A, B = (layer.get_parameter(f"default.lora_{name}") for name in "AB")
     A2, B2 = (tensor.detach().clone().requires_grad_() for tensor in (A, B))
     base = outputs_of_base(case, x)
-    branch = x.to(A2.dtype) @ A2.T @ B2.T * layer.lora_scaling_default
+    branch = x.to(A2.dtype) @ A2.T @ B2.T * layer.default.lora_scaling
     (base + branch).to(x.dtype).float().square().sum().backward()
     for found, expected in ((A, A2), (B, B2)):
         assert_close(found.grad, expected.grad, 1e-5)
@@ -245,7 +245,7 @@ def test_rows_of_a_batch_have_different_adapters_as_in_peft(case):
     ours.add_adapter("second", LoraConfig(**options))
     theirs.add_adapter("second", peft.LoraConfig(**options))
     for index, name in itertools.product((0, 2), "AB"):
-        own = ours[index].get_parameter(f"lora_{name}_second").data.normal_()
+        own = ours[index].get_parameter(f"second.lora_{name}").data.normal_()
         getattr(theirs.base_model.model[index], f"lora_{name}")["second"].weight.data.copy_(own)
     names = ["default", "second", "__base__", "second"]
     (x,) = case.inputs()
@@ -439,7 +439,7 @@ def test_a_layer_that_peft_refuses_gets_the_gradients_of_the_formula(build):
     layer = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))[0]
     laws.perturbed(model)
     model(x).square().sum().backward()
-    A, B = (layer.get_parameter(f"lora_{name}_default") for name in "AB")
+    A, B = (layer.get_parameter(f"default.lora_{name}") for name in "AB")
     A2, B2 = (tensor.detach().clone().requires_grad_() for tensor in (A, B))
     (base + 2 * x @ A2.T @ B2.T).square().sum().backward()
     for found, expected in ((A, A2), (B, B2)):

@@ -155,7 +155,7 @@ def test_matrices_that_are_changed_before_the_backward_are_an_error():
     optimize(model, [PASS])
     y = model(inputs()).sum()
     with torch.no_grad():
-        model.down.lora_A_default.zero_()
+        model.down.default.lora_A.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 

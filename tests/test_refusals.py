@@ -268,8 +268,8 @@ def test_a_layer_that_has_not_seen_its_input_yet_is_refused_and_beside_others_le
     model = get_peft_model(lazy(), LoraConfig(r=2, target_modules=["0"]))
     model(torch.randn(2, 4))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
-        "0.lora_A_default",
-        "0.lora_B_default",
+        "0.default.lora_A",
+        "0.default.lora_B",
     }
     assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
@@ -295,8 +295,8 @@ def test_a_module_whose_forward_was_replaced_is_refused() -> None:
 
 def test_an_attribute_in_the_adapters_place_is_not_overwritten() -> None:
     model = fresh()
-    model.get_submodule("head").register_parameter("lora_A_default", nn.Parameter(torch.ones(1)))
-    with refused(model, AdaptError, "head", "lora_A_default", "adapter name"):
+    model.get_submodule("head").register_parameter("default", nn.Parameter(torch.ones(1)))
+    with refused(model, AdaptError, "head", "'default'", "adapter name"):
         get_peft_model(model, LoraConfig(target_modules=["up", "head"]))
 
 
@@ -650,7 +650,7 @@ def test_what_is_wrong_with_a_file_is_cut_where_it_is_much() -> None:
 
 def test_a_gathered_state_dict_that_lacks_the_adapter_is_refused(tmp_path: Path) -> None:
     model = adapted()
-    with refused(model, CheckpointError, "lacks first.up.lora_A_first", "the whole adapted model"):
+    with refused(model, CheckpointError, "lacks first.up.first.lora_A", "the whole adapted model"):
         model.save_pretrained(tmp_path, state_dict=MLP.build().state_dict())
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -719,7 +719,7 @@ def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None
     model = fresh()
     with pytest.warns(UserWarning, match="unknown key 'lora_alhpa'.*ignored; did you mean 'lora_alpha'"):
         PeftModel.from_pretrained(model, saved)
-    assert model.get_submodule("first.up").lora_scaling_default == 1
+    assert model.get_submodule("first.up").default.lora_scaling == 1
 
 
 def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:

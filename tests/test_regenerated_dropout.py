@@ -66,7 +66,7 @@ def test_two_calls_before_one_backward_have_masks_of_their_own():
     for model in (plain, regenerated):
         torch.manual_seed(1)
         (model(x) * model(x + 1)).sum().backward()
-    assert torch.equal(regenerated[0].lora_A_default.grad, plain[0].lora_A_default.grad)
+    assert torch.equal(regenerated[0].default.lora_A.grad, plain[0].default.lora_A.grad)
 
 
 def test_a_mask_of_what_was_cast_is_drawn_again_as_exactly():
@@ -81,7 +81,7 @@ def test_a_mask_of_what_was_cast_is_drawn_again_as_exactly():
     for model in (plain, regenerated):
         torch.manual_seed(1)
         model(x).float().square().sum().backward()
-    assert torch.equal(regenerated[0].lora_A_default.grad, plain[0].lora_A_default.grad)
+    assert torch.equal(regenerated[0].default.lora_A.grad, plain[0].default.lora_A.grad)
 
 
 def test_a_backward_under_autocast_computes_in_the_dtypes_of_the_forward():

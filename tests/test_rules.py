@@ -170,7 +170,7 @@ WRONG: dict[Any, tuple[Any, str, str]] = {
         "a fresh adapter changes the output",
         "add = ",
     ),
-    LeavesOneUntrained(): (laws.assert_only_the_adapter_is_trained, "guilty.factor_default gets no grad", "detach = "),
+    LeavesOneUntrained(): (laws.assert_only_the_adapter_is_trained, "guilty.default.factor gets no grad", "detach = "),
     SaysAnotherDelta(): (laws.assert_adapted_is_base_with_delta, "adapted isn't base with deltas", "sum_1 = "),
     DrawsAConstant(): (laws.assert_saved_is_loaded, "what is loaded for training differs", "mul_1 = "),
     KnowsOneSpelling(): (laws.assert_traced_is_adapted_alike, "the traced model's outputs differ", "mul = "),
@@ -673,7 +673,7 @@ def test_a_rule_at_a_boundary_needs_only_what_it_changes():
     x = torch.randn(2, 3, 6)
     before = model(x)
     get_peft_model(model, ShiftConfig(num_virtual_tokens=1, token_dim=6, prompt_scope=["0"]))
-    model.get_parameter("0.shift_default").data.fill_(2.0)
+    model.get_parameter("0.default.shift").data.fill_(2.0)
     assert torch.equal(model(x), before + 2)
 
 

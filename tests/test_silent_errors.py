@@ -497,7 +497,7 @@ def test_lifting_reads_the_modules_own_tensors_not_another_adapters():
     base = model(X)
     get_peft_model(model, lora("1", bias="all"), "first")
     with torch.no_grad():
-        model[0].bias_first.add_(10)
+        model[0].first.bias.add_(10)
     get_peft_model(model, lora("0.w"), "second")
     assert torch.equal(model(X), base)
 
@@ -510,7 +510,7 @@ def test_a_buffer_that_a_forward_assigns_moves_the_override_alone():
     model = nn.Sequential(nn.Linear(4, 4), module_of(forward, mean=torch.zeros(()), scale=nn.Parameter(torch.ones(4))))
     adapted = get_peft_model(model, lora("0", modules_to_save=["1"]))
     adapted(X)
-    assert adapted[1].mean_default != 0
+    assert adapted[1].default.mean != 0
     adapted.set_adapter([])
     assert adapted.unload()[1].mean == 0
 
@@ -520,7 +520,7 @@ def test_a_state_dict_that_is_assigned_reaches_the_tensors_behind_overrides():
     expected = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     model.load_state_dict(expected, assign=True)
     laws.require_equal(dict(model.state_dict()), expected, "assigning loads other values")
-    assert torch.equal(model[1].weight, expected["1.weight_default"])
+    assert torch.equal(model[1].weight, expected["1.default.weight"])
 
 
 # what a trace must not lose
@@ -725,7 +725,7 @@ def test_a_replaced_child_stops_neither_switching_nor_deleting():
     adapted[0] = nn.Identity()
     adapted.set_adapter("other")
     adapted.set_adapter("default")
-    with pytest.raises(AdaptError, match=r"0\.0\.lora_A_default of adapter 'default' is gone"):
+    with pytest.raises(AdaptError, match=r"0\.0\.default.lora_A of adapter 'default' is gone"):
         adapted.save_pretrained("nowhere")
     with pytest.warns(UserWarning, match="'other' is active now"):
         adapted.delete_adapter("default")
@@ -733,8 +733,8 @@ def test_a_replaced_child_stops_neither_switching_nor_deleting():
 
 
 def test_an_attribute_of_the_class_in_an_adapters_place_is_noticed():
-    Occupied = type("Occupied", (nn.Linear,), {"lora_A_default": property(lambda self: self.weight)})
-    with pytest.raises(AdaptError, match="has an attribute 'lora_A_default' already"):
+    Occupied = type("Occupied", (nn.Linear,), {"default": property(lambda self: self.weight)})
+    with pytest.raises(AdaptError, match="has an attribute 'default' already"):
         get_peft_model(nn.Sequential(Occupied(4, 4)), lora("0"))
 
 
@@ -794,7 +794,7 @@ def test_a_replaced_child_is_not_merged_in_part():
     adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", "1", init_lora_weights=False))
     adapted[1] = nn.Linear(4, 4)
     before = copy.deepcopy(adapted.state_dict())
-    with pytest.raises(AdaptError, match=r"1\.lora_A_default of adapter 'default' is gone"):
+    with pytest.raises(AdaptError, match=r"1\.default.lora_A of adapter 'default' is gone"):
         adapted.merge_and_unload()
     assert all(torch.equal(before[name], tensor) for name, tensor in adapted.state_dict().items())
 
@@ -914,7 +914,7 @@ def test_an_adapter_acts_on_a_weight_that_another_one_fully_trains():
     model.set_adapter(["default", "whole"])
     before = model(X)
     with torch.no_grad():
-        model[0].l.lora_B_default.add_(1)
+        model[0].l.default.lora_B.add_(1)
     assert not torch.allclose(model(X), before)
 
 

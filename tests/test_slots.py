@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, names_in_slots, optimize, trace
+from graphpeft.graph import holders
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
 
@@ -160,8 +161,8 @@ def test_a_switch_back_isnt_compiled_again() -> None:
 
 def test_attributes_with_the_name_of_a_slot_are_refused() -> None:
     model: Any = Model()
-    model.first.lora_A_slot3 = 1
-    with pytest.raises(AdaptError, match="first has an attribute 'lora_A_slot3', which graphs read for adapters"):
+    model.first.slot3 = 1
+    with pytest.raises(AdaptError, match="first has an attribute 'slot3', which graphs read for adapters"):
         get_peft_model(model, config(2))
     assert not any("lora" in name for name, _ in model.named_parameters())
     with pytest.raises(AdaptError, match="can't be an adapter's name: graphs use such names"):
@@ -187,8 +188,8 @@ def test_an_adapted_model_inside_of_another_one_keeps_its_own(is_outer_first: bo
     def expected(*names: str) -> Tensor:
         def weight(layer: Any, own: Tensor, prefix: str) -> Tensor:
             for name, rank in (("inside", 3), ("around", 2)):
-                if name in names and hasattr(layer, f"{prefix}lora_A_{name}"):
-                    A, B = (getattr(layer, f"{prefix}lora_{factor}_{name}") for factor in "AB")
+                if name in names and holders.has(layer, f"{name}.{prefix}lora_A"):
+                    A, B = (layer.get_parameter(f"{name}.{prefix}lora_{factor}") for factor in "AB")
                     own = own + (2 * rank + 1) / rank * (B @ A)
             return own
 

@@ -242,7 +242,7 @@ def test_weights_are_tied_by_their_memory(options: dict[str, Any]) -> None:
 
 def test_a_tied_weight_with_factors_that_were_untied_since_is_not_merged_into() -> None:
     model = by(graphpeft, llama, {"target_modules": ["embed_tokens"]})
-    factors = {name: value + 1 for name, value in model.state_dict().items() if "lm_head.lora" in name}
+    factors = {name: value + 1 for name, value in model.state_dict().items() if "lm_head.default.lora" in name}
     model.load_state_dict(factors, strict=False, assign=True)
     with pytest.raises(AdaptError, match=r"is tied to lm_head\.weight, which merging would change"):
         model.merge_and_unload()
@@ -301,7 +301,7 @@ def test_several_adapters_of_tied_layers_are_mixed_combined_and_swapped(tmp_path
 
 
 def _change(model: Any, name: str, scaling: float) -> Tensor:
-    a, b = (model.get_parameter(f"model.embed_tokens.lora_{factor}_{name}").detach() for factor in "AB")
+    a, b = (model.get_parameter(f"model.embed_tokens.{name}.lora_{factor}").detach() for factor in "AB")
     return scaling * (b @ a).T
 
 
@@ -367,7 +367,7 @@ def test_names_that_would_mean_others_are_not_added(options: dict[str, Any], oth
         by(graphpeft, WithOtherHeads, options)
     model = by(graphpeft, WithOtherHeads, {"target_modules": "table"})
     assert {name.partition(".")[0] for name, _ in model.named_parameters() if "lora" in name} == {"table"}
-    assert hasattr(model.head, "lora_A_default")
+    assert hasattr(model.head, "default")
 
 
 def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
@@ -377,7 +377,7 @@ def test_what_is_tied_to_a_layer_inside_of_a_saved_one_has_its_copy() -> None:
         return nn.Sequential(OrderedDict(inner=inner, between=model.between, head=model.head))
 
     model = by(graphpeft, nested, {"target_modules": ["between"], "modules_to_save": ["inner"]})
-    assert model.head.weight_default is model.inner.table.weight_default
+    assert model.head.default.weight is model.inner.table.default.weight
 
 
 def test_factors_of_parts_or_calls_are_not_tied() -> None:

@@ -407,7 +407,7 @@ def test_replicas_of_data_parallel_compute_the_same(example: Example, monkeypatc
     model = get_peft_model(example.build(), example.config(init_lora_weights=False, bias="all"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias_default"):
+            if name.endswith("default.bias"):
                 parameter.add_(1)
 
     def copies(tensors: list[Tensor], devices: list[int], detach: bool) -> list[list[Tensor]]:

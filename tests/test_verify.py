@@ -52,7 +52,7 @@ class WholeConfig(PeftConfig):
 
     trainable_token_indices: list[int] | None = None
 
-    def find_sites(self, finder: Any, report: Any, owned: Any) -> list[Any]:
+    def find_sites(self, finder: Any, report: Any) -> list[Any]:
         return []
 
     def find_rows(self, modules: Any, report: Any) -> dict[str, TableRows]:

@@ -258,8 +258,8 @@ def test_an_input_is_changed_for_the_named_operations_alone() -> None:
     for model in (base, flat):
         adapted: Any = get_peft_model(model, config)
         with torch.no_grad():
-            adapted.get_submodule("q").factors_default.copy_(q[None])
-            adapted.get_submodule("v").factors_default.copy_(v[None])
+            adapted.get_submodule("q").default.factors.copy_(q[None])
+            adapted.get_submodule("v").default.factors.copy_(v[None])
         got = adapted(x)
         want = expected.q(x * q) * expected.k(x) + expected.v(x * v) + expected.v(x.tanh() * v) + x
         torch.testing.assert_close(got, want)
@@ -317,7 +317,7 @@ def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case
         x = torch.randn(2, 4, *(5,) * positions)
         model = moved(get_peft_model(base, LoHaConfig(r=2, alpha=3, target_modules=["0"])))
         active = model(x)
-        assert model.get_submodule("0").w1_a_default.shape == (6, 2)
+        assert model.get_submodule("0").default.w1_a.shape == (6, 2)
         torch.testing.assert_close(model.merge_and_unload()(x), active, atol=1e-5, rtol=1e-5)
 
 
@@ -337,7 +337,7 @@ X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 def test_one_tensor_serves_all_sites_and_is_written_once_or_not_at_all(saves: bool, tmp_path: Path) -> None:
     model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA, save_projection=saves)))
     first, second = model.get_submodule("0"), model.get_submodule("2")
-    assert first.A_default is second.A_default
+    assert first.default.A is second.default.A
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 2 * (6 + 3)
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
@@ -348,7 +348,7 @@ def test_one_tensor_serves_all_sites_and_is_written_once_or_not_at_all(saves: bo
     torch.testing.assert_close(theirs(X), model(X))
     loaded: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
     assert torch.equal(loaded(X), model(X))
-    assert loaded.get_submodule("0").A_default is loaded.get_submodule("2").A_default
+    assert loaded.get_submodule("0").default.A is loaded.get_submodule("2").default.A
 
 
 @pytest.mark.parametrize("saves", [True, False])
@@ -367,10 +367,10 @@ def test_copies_share_among_themselves_alone() -> None:
     model: Any = moved(get_peft_model(two_layers(), VeraConfig(**VERA)))
     copied = copy.deepcopy(model)
     first, second = copied.get_submodule("0"), copied.get_submodule("2")
-    assert first.A_default is second.A_default
-    assert first.A_default is not model.get_submodule("0").A_default
+    assert first.default.A is second.default.A
+    assert first.default.A is not model.get_submodule("0").default.A
     halved = copied.to(torch.float64)
-    assert halved.get_submodule("0").A_default is halved.get_submodule("2").A_default
+    assert halved.get_submodule("0").default.A is halved.get_submodule("2").default.A
 
 
 def test_sites_of_other_shapes_cannot_share() -> None:
@@ -390,7 +390,7 @@ def test_whole_numbers_stay_whole_whatever_the_model_becomes(tmp_path: Path) -> 
     model: Any = moved(get_peft_model(two_layers(), ShiraConfig(r=1, target_modules=["0"])))
     expected = model(X)
     model.to(torch.float64).to(torch.float32)
-    assert model.get_submodule("0").places_default.dtype == torch.int32
+    assert model.get_submodule("0").default.places.dtype == torch.int32
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved["base_model.model.0.shira_indices"].dtype == torch.int32
@@ -464,7 +464,7 @@ def test_a_delta_serves_stacks_of_matrices(is_transposed: bool, dtype: torch.dty
     base, x = Experts(is_transposed).to(dtype), torch.randn(5, 6).to(dtype)
     model: Any = get_peft_model(nn.Sequential(copy.deepcopy(base)), LowRankConfig(target_modules=["0.stack"]))
     adapted = model.get_submodule("0")
-    A, B = adapted.stack_A_default, adapted.stack_B_default
+    A, B = adapted.default.stack_A, adapted.default.stack_B
     assert (A.shape, B.shape, A.dtype) == ((2, 2, 6), (2, 4, 2), torch.float32)
     change = (B @ A).to(dtype)
     with torch.no_grad():
@@ -482,7 +482,7 @@ def test_dropout_needs_an_input() -> None:
 def test_dropout_takes_elements_of_the_input_in_training_alone() -> None:
     model = get_peft_model(LINEAR.build(), LowRankConfig(target_modules=["0"], dropout=0.5))
     (x,), own, layer = LINEAR.inputs(), LINEAR.build().get_submodule("0"), model.get_submodule("0")
-    change: Any = (layer.B_default @ layer.A_default).T
+    change: Any = (layer.default.B @ layer.default.A).T
     torch.testing.assert_close(model.eval()(x), torch.tanh(own(x) + x @ change))
     model.train()
     torch.manual_seed(3)
@@ -503,7 +503,7 @@ def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytes
     monkeypatch.setattr(LoHaConfig, "rule_for", lambda self, site, dtype: WithBias(site.matrix_shape))
     model: Any = get_peft_model(case.build(), LoHaConfig(r=2, alpha=3, target_modules=["0"]))
     with torch.no_grad():
-        model.get_submodule("0").c_default.normal_()
+        model.get_submodule("0").default.c.normal_()
     active = moved(model)(*case.inputs())
     torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), active, atol=1e-5, rtol=1e-5)
 
@@ -615,14 +615,14 @@ def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[],
     x = torch.tanh(X)
     # the second is the nearest to what the layer is given, and to what it returns
     given = x * layer.inner_second
-    twice = given * layer.inner_default
-    first = plain[1](twice) * layer.outer_default + twice.sum(-1, keepdim=True)
+    twice = given * layer.default.inner
+    first = plain[1](twice) * layer.default.outer + twice.sum(-1, keepdim=True)
     expected = first * layer.outer_second + given.sum(-1, keepdim=True)
     torch.testing.assert_close(model(X), expected)
     model.delete_adapter("second")
     torch.testing.assert_close(
         model(X),
-        plain[1](x * layer.inner_default) * layer.outer_default + (x * layer.inner_default).sum(-1, keepdim=True),
+        plain[1](x * layer.default.inner) * layer.default.outer + (x * layer.default.inner).sum(-1, keepdim=True),
     )
     assert torch.equal(model.unload()(X), plain(X))
 
@@ -745,7 +745,7 @@ def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_a
     get_peft_model(two_layers(), VeraConfig(**options)).save_pretrained(tmp_path)
     model: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
     model.set_adapter("default")
-    assert model.get_submodule("0").dropout_default == 0.5
+    assert model.get_submodule("0").default.dropout == 0.5
 
 
 def test_what_is_no_change_of_the_weight_cannot_act_before_what_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -785,7 +785,7 @@ def test_unsaved_values_of_several_sites_are_those_that_a_fresh_adapter_has(
     model = get_peft_model(copy.deepcopy(base), VeraConfig(**VERA, save_projection=False), autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
-    assert torch.equal(loaded.get_submodule("0").A_default, model.get_submodule("0").A_default)
+    assert torch.equal(loaded.get_submodule("0").default.A, model.get_submodule("0").default.A)
 
 
 def test_two_tensors_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,7 +849,7 @@ def test_weights_of_a_change_of_the_bias_are_in_pefts_layout(monkeypatch: pytest
     own = copy.deepcopy(base)
     model: Any = moved(get_peft_model(base, LowRankConfig(target_modules=["0"])))
     layer = model.get_submodule("0")
-    A, B, weight = layer.A_default, layer.B_default, own.get_parameter("0.weight")
+    A, B, weight = layer.default.A, layer.default.B, own.get_parameter("0.weight")
     expected = own(X) + X @ (B @ A).T + weight.T.sum(1) * A.sum()
     torch.testing.assert_close(model(X), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.merge_and_unload()(X), expected, atol=1e-4, rtol=1e-4)

@@ -87,21 +87,19 @@ def _graph_layer(
 def _slot_layers(
     modules: Modules, adapters: Adapters, seats: Mapping[str, int]
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
-    """Yields what lets modules of weights have what adapters have there under the names of slots, by path."""
-    names: dict[str, dict[str, str]] = {}
+    """Yields what lets modules of weights have the holders there under the names of slots, by path."""
+    names: dict[str, dict[int, str]] = {}
     before = {*adapters.slots.values()}
     leaving = {name for name, slot in adapters.slots.items() if seats.get(name) != slot}
     for name in (*leaving, *seats):
         for adapted in adapters.by_name[name].sites:
             of_owner = names.setdefault(adapted.site.owner, {})
             if name in seats:
-                in_slot = adapted.in_slot(seats[name])
-                of_owner.update({in_slot[local]: own for local, own in adapted.names.items()})
+                of_owner[seats[name]] = name
     for path, own in names.items():
         if path in modules:
             there = slots.read_in(modules[path])
-            kept = {alias: of_other for alias, of_other in there.items() if slots.slot_of(alias) not in before}
-            yield path, slots.layer_for(kept | own)
+            yield path, slots.layer_for({slot: name for slot, name in there.items() if slot not in before} | own)
 
 
 def override_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

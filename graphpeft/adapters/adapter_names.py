@@ -34,8 +34,8 @@ def _reason(name: object) -> str | None:
     if name != usual:
         # there are several spellings that look alike, and file systems exchange them
         return f"it is another spelling of {usual!r}; give that, which is unicodedata.normalize('NFKC', name)"
-    if re.search("(^|_)slot[0-9]+$", name):
-        return "graphs use such names for whichever adapter acts; choose one that ends otherwise"
+    if re.fullmatch("slot[0-9]+", name):
+        return "graphs use such names for whichever adapter acts; choose another one"
     size = len(name.encode())
     return f"it has {size} bytes in UTF-8; choose one of at most {_MOST_BYTES}" if size > _MOST_BYTES else None
 

@@ -16,6 +16,7 @@ from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.adapters.training import has_penalty
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
 from graphpeft.sites.site import Site
 from graphpeft.targeting.targeting import kept_out_entries, unmatched_entries
@@ -30,7 +31,7 @@ Where = Callable[[Any], bool]
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Returns a model's modules by path."""
-    return dict(model.named_modules())
+    return modules_by_path(model)
 
 
 def known_adapters(model: nn.Module) -> Adapters:
@@ -138,7 +139,6 @@ def planned(
         model,
         config,
         adapter_name,
-        owned=state.owned if state is not None else None,
         known=state.lifted if state is not None else {},
         example_inputs=example_inputs,
         autocast_adapter_dtype=autocast_adapter_dtype,

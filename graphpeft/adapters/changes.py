@@ -10,6 +10,7 @@ import torch
 from graphpeft.adapters.plan import HALVES, AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
+from graphpeft.graph.holders import value_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
@@ -73,7 +74,7 @@ def bias_delta(
 def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:
     """Returns the parameters and constants at a site for which a rule's function asks by the names of its arguments."""
     owner = modules[adapted.site.owner]
-    return {local: getattr(owner, name) for local, name in adapted.names.items() if asked.may_be(local)}
+    return {local: value_at(owner, name) for local, name in adapted.names.items() if asked.may_be(local)}
 
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:

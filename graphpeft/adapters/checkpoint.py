@@ -22,7 +22,8 @@ from graphpeft.files.atomic_files import read_together, waiting
 from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.graph import overrides
-from graphpeft.graph.paths import join
+from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
@@ -56,9 +57,7 @@ def state_dict_of(
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {
-            (path, attribute): overrides.tensor_of(modules[path], attribute).detach() for path, attribute in places
-        }
+        tensors = {(path, attribute): tensor_at(modules[path], attribute).detach() for path, attribute in places}
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -106,7 +105,7 @@ def fitted(
     }
     dtypes |= {place: spec.dtype for place, spec in _specs(adapter) if spec.dtype is not None}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
-    own = {place: overrides.tensor_of(modules[place[0]], place[1]) for place in base.values()}
+    own = {place: tensor_at(modules[place[0]], place[1]) for place in base.values()}
     shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
@@ -225,7 +224,7 @@ def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tup
     for path, own, tensor in _fully_trained(adapter, modules):
         yield (path, overrides.override_name(own, name)), tuple(tensor.shape)
     for path, rows in adapter.rows.items():
-        yield (path, overrides.rows(name)), (len(rows.indices), overrides.tensor_of(modules[path], "weight").shape[1])
+        yield (path, overrides.rows(name)), (len(rows.indices), tensor_at(modules[path], "weight").shape[1])
 
 
 def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
@@ -237,7 +236,7 @@ def _unsaved(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tu
 def _fully_trained(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, names in adapter.fully_trained.items():
         for own in names:
-            yield path, own, overrides.tensor_of(modules[path], own)
+            yield path, own, tensor_at(modules[path], own)
 
 
 # files
@@ -254,7 +253,7 @@ def save(
     first_values: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes one adapter into `folder`; with `first_values`, a folder of these, as one that has taken no weights."""
-    tensors = state_dict_of(dict(model.named_modules()), adapter, name, originals, state_dict, save_embedding_layers)
+    tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))

@@ -14,6 +14,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
 from graphpeft.graph import overrides
+from graphpeft.graph.holders import tensor_at, value_at
 from graphpeft.graph.paths import join
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import PeftConfig
@@ -138,8 +139,8 @@ def _parts(
             part = Part(
                 adapted,
                 weights[name],
-                {local: getattr(owner, adapted.names[local]).detach() for local in adapted.specs},
-                {local: getattr(owner, adapted.names[local]) for local in adapted.constants},
+                {local: value_at(owner, adapted.names[local]).detach() for local in adapted.specs},
+                {local: value_at(owner, adapted.names[local]) for local in adapted.constants},
                 functools.partial(changes.delta, adapted, modules),
             )
             parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)
@@ -153,6 +154,6 @@ def _copies(modules: Modules, sources: Mapping[str, Adapter], plan: Plan) -> Ten
         for own in names:
             holder = next((name for name, source in sources.items() if own in source.fully_trained.get(path, ())), None)
             attribute = own if holder is None else overrides.override_name(own, holder)
-            tensor = overrides.tensor_of(modules[path], attribute)
+            tensor = tensor_at(modules[path], attribute)
             values[path, overrides.override_name(own, plan.report.adapter)] = tensor.detach()
     return values

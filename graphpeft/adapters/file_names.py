@@ -164,7 +164,7 @@ def names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules
     """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
     first = {id(module): path for path, module in modules.items()}
     for path, module in modules[""].named_modules(remove_duplicate=False):
-        owner = first[id(module)]
+        owner = first.get(id(module), path)  # none of an adapter's holder
         if path != owner:
             keys_of_owner = [key for key, place in named.items() if place[0] == owner]
             yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)

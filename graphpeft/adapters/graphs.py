@@ -45,7 +45,7 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
     """Returns the slots that adapters have there of a model inside of this one, or around it."""
     sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
     owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
-    read = {slot for module in owners.values() for slot in slots.slots_of(module)}
+    read = {slot for module in owners.values() for slot in slots.read_in(module)}
     regions = {type(modules[path]): modules[path] for path in {site.region for site in sites} & modules.keys()}
     worn = [template for template in map(template_of, regions.values()) if template is not None]
     return read.union(*(template.slots for template in worn)) - {*adapters.slots.values()}

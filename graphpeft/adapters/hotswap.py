@@ -18,6 +18,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, set_trainable
+from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
 from graphpeft.transaction import remember, set_attribute, set_item, transaction, undone_by
@@ -109,17 +110,17 @@ def _have_same_places(adapter: Adapter, plan: Plan) -> bool:
 @torch.no_grad()
 def _copy(modules: Modules, adapter: Adapter, plan: Plan, values: Tensors) -> None:
     for (path, attribute), value in values.items():
-        tensor = getattr(modules[path], attribute)
+        tensor = tensor_at(modules[path], attribute)
         remember(tensor)
         tensor.copy_(value)
     constants = {(a.site.owner, a.site.label): a.constants for a in plan.sites}
     undone_by(adapter.sites.__setitem__, slice(None), list(adapter.sites))
     adapter.sites[:] = [a._replace(constants=constants[a.site.owner, a.site.label]) for a in adapter.sites]
     for adapted in adapter.sites:
-        own = modules[adapted.site.owner].__dict__
         for name, value in adapted.constants.items():
-            if own.get(adapted.names[name]) != value:
-                set_item(own, adapted.names[name], value)
+            holder, own = place_of(modules[adapted.site.owner], adapted.names[name])
+            if vars(holder)[own] != value:
+                set_item(vars(holder), own, value)
     set_attribute(adapter, "config", plan.config)
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from graphpeft.adapters import own_state
 from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
@@ -21,8 +20,9 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
-from graphpeft.graph.template import names_in_slots, template_of
-from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.graph.holders import Holder, place_of, tensor_at
+from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -31,11 +31,8 @@ from graphpeft.transaction import (
     set_item,
     set_items,
     transaction,
-    undone_by,
 )
 from graphpeft.wording import joined
-
-T = TypeVar("T")
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
@@ -53,25 +50,23 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     """
     with with_originals(modules, adapters) if adapters.originals else contextlib.nullcontext():
         made = new_tensors(plan, name, modules, values)
-    by_module = _by_module(made)
-    for path, tensors in by_module.items():
-        _refuse_taken(modules[path], path, tensors)
-    for adapted in plan.sites:
-        _refuse_taken_slots(modules[adapted.site.owner], adapted)
-    undone_by(_disown, adapters, tuple(made))
-    for path, tensors in by_module.items():
-        module = modules[path]
-        adapters.owned.add_all(path, tensors)
-        # not isinstance, which is slow for parameters
-        parameters = {name: tensor for name, tensor in tensors.items() if type(tensor) is nn.Parameter}
-        set_items(module._parameters, parameters)
-        if len(parameters) < len(tensors):
-            set_items(module._buffers, {name: tensor for name, tensor in tensors.items() if name not in parameters})
-        own_state.add(module, tensors)
-    for adapted in plan.sites:
-        held = modules[adapted.site.owner].__dict__
-        for constant, value in adapted.constants.items():
-            set_item(held, adapted.names[constant], value)
+    constants = {
+        (adapted.site.owner, adapted.names[constant]): value
+        for adapted in plan.sites
+        for constant, value in adapted.constants.items()
+    }
+    owners = dict.fromkeys(path for path, _ in (*made, *constants))
+    for path in owners:
+        _refuse_taken(modules[path], path, name)
+    for path in owners:
+        set_item(modules[path]._modules, name, Holder().train(modules[path].training))
+    for (path, attribute), tensor in made.items():
+        holder, own = place_of(modules[path], attribute)
+        held: dict[str, Any] = holder._parameters if type(tensor) is nn.Parameter else holder._buffers
+        held[own] = tensor
+    for (path, attribute), value in constants.items():
+        holder, own = place_of(modules[path], attribute)
+        vars(holder)[own] = value
     lifted = {
         region: without_any(template)
         for region, template in plan.templates.items()
@@ -84,33 +79,12 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     overwrite(modules, adapters.by_name[name], name, own)
 
 
-def _by_module(places: Mapping[tuple[str, str], T]) -> dict[str, dict[str, T]]:
-    """Groups what has a module's path and a name by the path."""
-    found: dict[str, dict[str, T]] = {}
-    for (path, attribute), value in places.items():
-        found.setdefault(path, {})[attribute] = value
-    return found
-
-
-def _refuse_taken(module: nn.Module, path: str, names: Iterable[str]) -> None:
-    own, parameters, buffers, inner = module.__dict__, module._parameters, module._buffers, module._modules
-    cls = type(module)
-    for name in names:
-        if name in own or name in parameters or name in buffers or name in inner or hasattr(cls, name):
-            where = path or "the model"
-            raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
-
-
-def _refuse_taken_slots(module: nn.Module, adapted: AdaptedSite) -> None:
-    for attribute, stem in slots.names_like_slots(module):
-        if stem in adapted.stems:
-            where = adapted.site.owner or "the model"
-            raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
-
-
-def _disown(adapters: Adapters, places: Iterable[tuple[str, str]]) -> None:
-    for path, attribute in places:
-        adapters.owned.discard(path, attribute)
+def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
+    where = path or "the model"
+    if hasattr(module, name) or hasattr(GraphForward, name):
+        raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
+    for attribute in slots.names_like_slots(module):
+        raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
 
 
 def forget_mixing(adapters: Adapters) -> None:
@@ -190,7 +164,7 @@ def _leave(model: nn.Module, state: Adapters, pause: object) -> None:
 
 
 def _modules_of(model: nn.Module) -> Modules:
-    return dict(model.named_modules())
+    return modules_by_path(model)
 
 
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
@@ -208,22 +182,10 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     delete_item(adapters.by_name, name)
     set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
     forget_mixing(adapters)
-    for path, attribute in adapter.tensor_names(name):
-        undone_by(adapters.owned.add, path, attribute)
-        adapters.owned.discard(path, attribute)
+    places = (*adapter.tensor_names(name), *((adapted.site.owner, "") for adapted in adapter.sites))
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
-    present = {path: modules[path] for path, _ in adapter.tensor_names(name) if path in modules}
-    for path, attribute in adapter.tensor_names(name):
-        if path in present:
-            delete_item(present[path]._parameters, attribute)
-            delete_item(present[path]._buffers, attribute)
-    for path, names in _by_module(dict.fromkeys(adapter.tensor_names(name))).items():
-        if path in present:
-            own_state.discard(present[path], names)
-    for adapted in adapter.sites:
-        for constant in adapted.constants:
-            if adapted.site.owner in present:
-                delete_item(present[adapted.site.owner].__dict__, adapted.names[constant])
+    for path in dict.fromkeys(path for path, _ in places if path in modules):
+        delete_item(modules[path]._modules, name)
     for (path, attribute), tensor in adapter.overwritten.items():
         held = modules[path]._parameters.get(attribute) if path in modules else None
         if held is not None:
@@ -241,7 +203,7 @@ def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
             # not of a module or a tensor that somebody has put there since
             for own in adapter.fully_trained[path]:
                 if {own, overrides.override_name(own, name)} <= set(tensors):
-                    found[path, own] = overrides.tensor_of(modules[path], overrides.override_name(own, name))
+                    found[path, own] = tensor_at(modules[path], overrides.override_name(own, name))
     return found
 
 

@@ -20,6 +20,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
 from graphpeft.graph import overrides
+from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import refuse_other_options, template_of
@@ -249,7 +250,7 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
                 if change is not None and not torch.isfinite(change).all():
                     raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
         for path in adapters.by_name[name].rows:
-            if not torch.isfinite(getattr(modules[path], overrides.rows(name))).all():
+            if not torch.isfinite(tensor_at(modules[path], overrides.rows(name))).all():
                 raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
 
 
@@ -286,7 +287,7 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
     changed |= {(path, own): None for path, names in adapter.overrides.items() for own in names}
     changed |= {(path, "weight"): None for path in adapter.rows}
     for path, own in changed:
-        holding = holders.get(memory_of(overrides.tensor_of(modules[path], own)), ())
+        holding = holders.get(memory_of(tensor_at(modules[path], own)), ())
         others = [place for place in holding if place != (path, own)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
@@ -306,7 +307,7 @@ def _changes_alike(
     if own == other_own == "weight" and path in adapter.rows and other_path in adapter.rows:
         return adapter.rows[path].leader == adapter.rows[other_path].leader
     if own in adapter.fully_trained.get(path, ()) and other_own in adapter.fully_trained.get(other_path, ()):
-        copies = (overrides.tensor_of(modules[at], overrides.override_name(what, name)) for at, what in (place, other))
+        copies = (tensor_at(modules[at], overrides.override_name(what, name)) for at, what in (place, other))
         return memory_of(next(copies)) == memory_of(next(copies))
     tied = (a for a in adapter.weight_sites if a.shared and (a.site.owner, a.site.attribute) == other)
     return any(adapted.site.tied_to == path and _has_shared(modules, adapted) for adapted in tied)

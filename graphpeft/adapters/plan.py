@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from graphpeft.graph import ops, overrides
+from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
@@ -98,7 +99,6 @@ def make_plan(
     config: PeftConfig,
     adapter: str,
     *,
-    owned: TensorPaths | None = None,
     known: Mapping[str, Template] = MappingProxyType({}),
     example_inputs: ExampleInputs | None = None,
     autocast_adapter_dtype: bool = True,
@@ -110,7 +110,6 @@ def make_plan(
         model: The model.
         config: The config.
         adapter: The adapter's name.
-        owned: The paths of parameters that belong to adapters, which no adapter targets.
         known: Graphs of regions that were recorded before, by path.
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
@@ -131,19 +130,19 @@ def make_plan(
         raise AdaptError(str(error)) from error
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
     try:
-        _fill(plan, finder, owned if owned is not None else TensorPaths(), where)
+        _fill(plan, finder, where)
     except PatternError as error:
         raise AdaptError(str(error)) from error
     return plan
 
 
-def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[Any], bool] | None) -> None:
+def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -> None:
     """Puts into a plan what its config comes to."""
     resolved = plan.config
     plan.report.adapted = plan.sites
-    sites = resolved.find_sites(finder, plan.report, owned)
+    sites = resolved.find_sites(finder, plan.report)
     if where is not None and sites:
-        sites = _narrow(plan, sites, where, owned)
+        sites = _narrow(plan, sites, where)
     try:
         plan.config = plan.config.prepared(sites)
     except ValueError as error:
@@ -151,7 +150,7 @@ def _fill(plan: Plan, finder: SiteFinder, owned: TensorPaths, where: Callable[[A
     for site in sites:
         _add_site(plan, site, finder.templates[site.region])
     weights = [site for site in sites if not isinstance(site, CallSite)]
-    training = full_training(plan.config, finder.modules, weights, plan.report, owned)
+    training = full_training(plan.config, finder.modules, weights, plan.report)
     plan.fully_trained, plan.infixes, plan.saved = training
     _refuse_replaced_twice(plan)
     plan.report.fully_trained = [join(path, name) for path, names in plan.fully_trained.items() for name in names]
@@ -176,7 +175,7 @@ _NAMES_BESIDE = 1000
 """How many names a config may have beside those of the model, since it may be written for several."""
 
 
-def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owned: TensorPaths) -> list[Any]:
+def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool]) -> list[Any]:
     """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
     kept = [site for site in sites if where(site)]
     if not kept:
@@ -185,7 +184,7 @@ def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool], owne
     elif len(kept) < len(sites):
         _refuse_untied(kept, sites)
         parameters = (join(path, name) for path, module in plan.modules.items() for name in module._parameters)
-        names = [*filter(None, plan.modules), *(path for path in parameters if path not in owned)]
+        names = [*filter(None, plan.modules), *parameters]
         try:
             plan.config = plan.config.naming(kept, names)
         except ValueError as error:
@@ -304,7 +303,7 @@ def _refuse_replaced_twice(plan: Plan) -> None:
 # equal sites share one
 @functools.lru_cache(maxsize=1024)
 def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, str]:
-    return {name: f"{prefix}{name}_{adapter}" for name in of_rule}
+    return {name: name_at(adapter, f"{prefix}{name}") for name in of_rule}
 
 
 def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import nn
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
+from graphpeft.graph.holders import Holder
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined
 
@@ -28,7 +29,7 @@ class RowAdapters:
     def __init__(self, names: tuple[str, ...], adapters: Adapters) -> None:
         self.names = names
         self._adapters = adapters
-        self._attributes: dict[Any, list[str | None]] = {}
+        self._there: dict[Any, list[str | None]] = {}
         self._numbers: dict[Any, torch.Tensor] = {}
 
     def stacked(self, owner: nn.Module, stem: str, where: Where | None) -> torch.Tensor:
@@ -38,17 +39,20 @@ class RowAdapters:
 
         Args:
             owner: The module.
-            stem: Their name without those of the adapters.
+            stem: Their name in the adapters' holders.
             where: The site, if only adapters with this very one are meant.
         """
-        parameters = owner._parameters
-        tensors = [None if name is None else parameters.get(name) for name in self._of_rows(stem, where)]
+        holders = owner._modules
+        held = [None if name is None else holders.get(name) for name in self._of_rows(where)]
+        tensors = [None if holder is None else holder._parameters.get(stem) for holder in held]
         there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
         if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
             return torch.stack(there)
         if not there:
-            # those of any adapter will do for the shape, and all are of one adapter by their order
-            [like, *_] = [tensor for name, tensor in parameters.items() if name.startswith(f"{stem}_")]
+            # those of any adapter will do for the shape
+            like = next(
+                h._parameters[stem] for h in holders.values() if isinstance(h, Holder) and stem in h._parameters
+            )
             assert like is not None
             return like.new_zeros(len(tensors), *like.shape)
         shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
@@ -60,11 +64,11 @@ class RowAdapters:
 
         Args:
             owner: The module.
-            stem: The number's name without that of the adapter.
+            stem: The number's name in the adapters' holders.
             missing: What it is where there is none; None if any value will do.
         """
-        own, names = owner.__dict__, self._of_rows(stem, None)
-        values = tuple([missing if name is None else own.get(name, missing) for name in names])
+        held = [None if name is None else owner._modules.get(name) for name in self._of_rows(None)]
+        values = tuple([missing if holder is None else vars(holder).get(stem, missing) for holder in held])
         there = {value for value in values if value is not None}
         if len(there) == 1:
             return next(iter(there))
@@ -72,11 +76,12 @@ class RowAdapters:
             self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
         return self._numbers[values]
 
-    def _of_rows(self, stem: str, where: Where | None) -> list[str | None]:
-        if (stem, where) not in self._attributes:
+    def _of_rows(self, where: Where | None) -> list[str | None]:
+        """Returns the adapter of each row, or None for rows whose adapter isn't meant."""
+        if where not in self._there:
             are_there = {name: name != BASE and self._is_at(name, where) for name in set(self.names)}
-            self._attributes[stem, where] = [f"{stem}_{name}" if are_there[name] else None for name in self.names]
-        return self._attributes[stem, where]
+            self._there[where] = [name if are_there[name] else None for name in self.names]
+        return self._there[where]
 
     def _is_at(self, name: str, where: Where | None) -> bool:
         return where is None or any(place_of(site)[:3] == where for site in self._adapters.by_name[name].sites)

@@ -14,7 +14,7 @@ from torch import nn
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
 from graphpeft.graph import overrides
-from graphpeft.graph.paths import TensorPaths
+from graphpeft.graph.holders import all_parameters, tensor_at
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -95,7 +95,7 @@ class Adapter:
         names, rows = self.overrides.get(path, ()), self.rows.get(path)
 
         def read(module: nn.Module) -> dict[str, torch.Tensor]:
-            tensors = {own: overrides.tensor_of(module, overrides.override_name(own, adapter)) for own in names}
+            tensors = {own: tensor_at(module, overrides.override_name(own, adapter)) for own in names}
             if rows is None:
                 return tensors
             table, values = (overrides.own_parameter(module, own) for own in ("weight", overrides.rows(adapter)))
@@ -155,7 +155,6 @@ class Adapters:
         mixing: How regions run on a batch with several adapters, by what these have in common.
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
-        owned: The paths of all tensors of adapters.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
             them, too.
         passes: Returns the template that a region wears for its plain one; None where it wears that itself.
@@ -176,7 +175,6 @@ class Adapters:
     mixing: Cache = field(default_factory=Cache)
     signatures: Cache = field(default_factory=Cache)
     mixable: set[str] = field(default_factory=set)
-    owned: TensorPaths = field(default_factory=TensorPaths)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
     has_penalties: bool = False
@@ -202,8 +200,8 @@ class Adapters:
         trained = [
             (path, name)
             for path, module in modules.items()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and parameter.requires_grad
+            for name, parameter in all_parameters(module)
+            if parameter.requires_grad
         ]
         return cls(trained)
 

@@ -11,8 +11,9 @@ from torch import nn
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import in_place, overrides
+from graphpeft.graph.holders import all_parameters, has, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -139,7 +140,7 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
     for path, names in plan.fully_trained.items():
         for own in names:
             place = path, overrides.override_name(own, name)
-            tensor = overrides.tensor_of(modules[path], own)
+            tensor = tensor_at(modules[path], own)
             tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
             made[place] = overrides.create(tensor) if tied is None else tied
             of_tied[id(tensor)] = made[place]
@@ -172,7 +173,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
     of_adapter = set(adapter.tensor_names(name))
     for (path, attribute), value in values.items():
-        tensor = overrides.tensor_of(modules[path], attribute)
+        tensor = tensor_at(modules[path], attribute)
         place, copied = (path, attribute), None
         if place not in of_adapter and place not in adapter.overwritten:
             copied = tensor.clone()
@@ -217,7 +218,7 @@ def resized(adapted: AdaptedSite, weight: nn.Parameter, name: str) -> str | None
 def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
     for path, attribute in adapter.tensor_names(name):
-        if path in modules and not hasattr(modules[path], attribute):
+        if path in modules and not has(modules[path], attribute):
             raise AdaptError(_gone(path, attribute, name))
 
 
@@ -228,15 +229,20 @@ def _gone(path: str, attribute: str, name: str) -> str:
     )
 
 
-def trained_besides(model: nn.Module, adapters: Adapters) -> list[str]:
+def trained_besides(model: nn.Module) -> list[str]:
     """Returns the parameters that require grad and are the model's own, such as those of a module that came later."""
-    return [path for path, own in model.named_parameters() if own.requires_grad and path not in adapters.owned]
+    return [
+        join(path, name)
+        for path, module in modules_by_path(model).items()
+        for name, own in module._parameters.items()
+        if own is not None and own.requires_grad
+    ]
 
 
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
-    before = [modules[path]._parameters[name] for path, name in adapters.trained_before]
-    off = [parameter for parameter in before if parameter is not None and parameter.requires_grad]
+    before = [own_parameter(modules[path], name) for path, name in adapters.trained_before]
+    off = [parameter for parameter in before if parameter.requires_grad]
     undone_by(_give_flags, off, [])
     _give_flags([], off)
 
@@ -245,7 +251,7 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
     """Makes those parameters require grad that did before the first adapter came, and no others."""
     trained, changed = set(adapters.trained_before), _Flags()
     for path, module in modules.items():
-        for name, parameter in module._parameters.items():
+        for name, parameter in all_parameters(module):
             changed.note(parameter, (path, name) in trained)
     changed.set()
 
@@ -266,8 +272,9 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
-            parameter = modules[path]._parameters.get(attribute) if path in modules else None
-            changed.note(parameter, trains and (path, attribute) not in frozen)
+            if path in modules and has(modules[path], attribute):
+                holder, own = place_of(modules[path], attribute)
+                changed.note(holder._parameters.get(own), trains and (path, attribute) not in frozen)
     changed.set()
 
 

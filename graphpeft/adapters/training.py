@@ -8,6 +8,7 @@ import torch
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.graph.holders import value_at
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.trained import SiteParameters
 from graphpeft.transaction import remember, undone_by
@@ -78,7 +79,7 @@ def _parameters(modules: Modules, adapter: Adapter) -> list[SiteParameters]:
     return [
         SiteParameters(
             adapted.site,
-            {local: getattr(modules[adapted.site.owner], adapted.names[local]) for local in adapted.specs},
+            {local: value_at(modules[adapted.site.owner], adapted.names[local]) for local in adapted.specs},
         )
         for adapted in adapter.sites
     ]

@@ -22,8 +22,9 @@ from graphpeft.adapters import file_names
 from graphpeft.adapters.graphs import slots_for, templates_with, worn_in
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.exporting.errors import ExportError
+from graphpeft.graph.holders import place_of, tensor_at, value_at
 from graphpeft.graph.ops.reading import applied_if
-from graphpeft.graph.paths import join, within
+from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Graphs, Template, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -69,7 +70,7 @@ def inputs_of(model: Any, name: str) -> AdapterInputs:
         ExportError: If the adapter has changed weights of the model, which inputs can't do.
     """
     adapter: Adapter = model._peft_adapters.by_name[name]
-    modules = dict(model.named_modules())
+    modules = modules_by_path(model)
     _refuse_changed_weights(adapter, name)
     places: dict[int, list[Place]] = {}
     for place in adapter.tensor_names(name):
@@ -82,7 +83,7 @@ def inputs_of(model: Any, name: str) -> AdapterInputs:
             found[key] = AdapterInput(tensor.detach(), tuple(places[id(tensor)]))
     devices = {path: _tensor(modules, (path, attribute)).device for path, attribute in adapter.tensor_names(name)}
     for key, (path, attribute) in file_names.constant_keys(adapter, modules).items():
-        number = torch.tensor(float(modules[path].__dict__[attribute]), device=devices[path])
+        number = torch.tensor(float(value_at(modules[path], attribute)), device=devices[path])
         found[key] = AdapterInput(number, ((path, attribute),), is_number=True)
     # sorted, since AOTInductor's loader relies on the order of the dictionary, which each caller must reproduce
     return AdapterInputs(dict(sorted(found.items())), adapter.config.method, computations_of(model, name))
@@ -111,9 +112,7 @@ def _refuse_changed_weights(adapter: Adapter, name: str) -> None:
 
 def _tensor(modules: Modules, place: Place) -> Tensor:
     path, name = place
-    held = {**modules[path]._buffers, **modules[path]._parameters}[name]
-    assert held is not None
-    return held
+    return tensor_at(modules[path], name)
 
 
 def fitted(found: AdapterInputs, wanted: AdapterInputs, adapter: str, exported: str) -> dict[str, Tensor]:
@@ -182,7 +181,7 @@ def computations_of(model: Any, name: str) -> dict[str, str]:
     graph fixes the adapted parts of a weight, the rows of an embedding, and options of some methods.
     """
     adapters: Adapters = model._peft_adapters
-    adapter, modules = adapters.by_name[name], dict(model.named_modules())
+    adapter, modules = adapters.by_name[name], modules_by_path(model)
     seats = slots_for(adapters, [name], modules)
     templates = templates_with(adapters, seats, modules)
     found = {}
@@ -227,7 +226,7 @@ def take_numbers_as_tensors(model: Any, name: str) -> None:
 
     Dropout and nodes for training need Python numbers. They are removed, since the model is in evaluation mode.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_path(model)
     for region in _regions(model._peft_adapters.by_name[name], modules):
         template = template_of(modules[region])
         if template is not None:
@@ -252,7 +251,7 @@ def _is_training(condition: Any) -> bool:
 def unread(model: Any, name: str, inputs: Mapping[str, AdapterInput]) -> list[str]:
     """Returns the names of the numbers among `inputs` that no graph of an adapter reads."""
     adapter: Adapter = model._peft_adapters.by_name[name]
-    modules = dict(model.named_modules())
+    modules = modules_by_path(model)
     read: set[Place] = set()
     for region, sites in _regions(adapter, modules).items():
         template = template_of(modules[region])
@@ -284,20 +283,14 @@ def _regions(adapter: Adapter, modules: Modules) -> dict[str, list[AdaptedSite]]
 @contextlib.contextmanager
 def given(modules: Modules, inputs: Mapping[str, AdapterInput], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts the tensors `values`, by input name, at the places where a model reads them, inside the context."""
-    numbers = {
-        place: modules[place[0]].__dict__[place[1]]
-        for one in inputs.values()
-        for place in one.places
-        if place[1] in modules[place[0]].__dict__
-    }
+    places = [(place_of(modules[path], name), key) for key, one in inputs.items() for path, name in one.places]
+    numbers = [(vars(holder), own, vars(holder)[own]) for (holder, own), _ in places if own in vars(holder)]
     try:
-        for key, one in inputs.items():
-            for path, attribute in one.places:
-                modules[path].__dict__[attribute] = values[key]
+        for (holder, own), key in places:
+            vars(holder)[own] = values[key]
         yield
     finally:
-        for one in inputs.values():
-            for path, attribute in one.places:
-                modules[path].__dict__.pop(attribute, None)
-        for (path, attribute), number in numbers.items():
-            modules[path].__dict__[attribute] = number
+        for (holder, own), _ in places:
+            vars(holder).pop(own, None)
+        for held, own, number in numbers:
+            held[own] = number

@@ -27,6 +27,7 @@ from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.given_rows import GivenRows
 from graphpeft.exporting.root import Root
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.passes.optimization import optimize
 
 
@@ -105,7 +106,7 @@ def baked(model: nn.Module) -> Prepared:
 def inputs(model: nn.Module) -> Prepared:
     """Prepares the model with an additional argument `adapters`: the tensors of one adapter by input name."""
     copied, name, interface, values = _with_inputs(model, "inputs")
-    modules = dict(copied.named_modules())
+    modules = modules_by_path(copied)
     copies.take_tensors_off(copied, copied._peft_adapters.by_name)
     root = Root(copied, ("adapters",), lambda adapters: adapter_inputs.given(modules, interface.inputs, adapters))
     cases = tuple(_with_one(other, values[other]) for other in sorted(values, key=lambda other: other != name))
@@ -123,7 +124,7 @@ def _with_one(name: str, values: Mapping[str, Tensor]) -> Case:
 def rows(model: nn.Module) -> Prepared:
     """Prepares the model with additional arguments: stacked `adapters`, and `adapter_rows`, one number for each row."""
     copied, name, interface, values = _with_inputs(model, "rows")
-    modules = dict(copied.named_modules())
+    modules = modules_by_path(copied)
     try:
         mixing.run_at_once(modules, copied._peft_adapters, name)
     except AdaptError as error:

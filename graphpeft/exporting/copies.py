@@ -10,6 +10,8 @@ from torch import nn
 
 from graphpeft.adapters import lifecycle
 from graphpeft.exporting.errors import ExportError
+from graphpeft.graph.holders import place_of
+from graphpeft.graph.paths import modules_by_path
 
 
 def sharing_weights(model: nn.Module) -> Any:
@@ -34,11 +36,12 @@ def base_of(model: Any) -> Any:
 
 def take_tensors_off(copied: Any, adapters: Iterable[str]) -> None:
     """Removes the tensors of adapters from a copy. Its graphs must not read them, or must get them as inputs."""
-    modules = dict(copied.named_modules())
+    modules = modules_by_path(copied)
     for name in adapters:
         for path, attribute in set(copied._peft_adapters.by_name[name].tensor_names(name)):
-            for held in (modules[path]._parameters, modules[path]._buffers):
-                held.pop(attribute, None)
+            holder, own = place_of(modules[path], attribute)
+            for held in (holder._parameters, holder._buffers):
+                held.pop(own, None)
 
 
 def _same_memory(parameter: nn.Parameter) -> nn.Parameter:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphpeft.adapters.present_rows import RowParameters
+from graphpeft.graph.holders import name_at, value_at
 
 
 class GivenRows:
@@ -45,9 +46,9 @@ class GivenRows:
 
     def stacked(self, owner: nn.Module, stem: str, where: Any) -> Tensor:
         """Returns the parameters `stem` of `owner`, stacked for the rows."""
-        return getattr(owner, f"{stem}_{self._name}").index_select(0, self._rows)
+        return value_at(owner, name_at(self._name, stem)).index_select(0, self._rows)
 
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
         """Returns the numbers `stem` of `owner`, one for each row; one number for all rows if it isn't an input."""
-        number = getattr(owner, f"{stem}_{self._name}")
+        number = value_at(owner, name_at(self._name, stem))
         return number.index_select(0, self._rows) if isinstance(number, Tensor) else number

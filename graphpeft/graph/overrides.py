@@ -2,9 +2,9 @@
 
 An override is an adapter's copy of a bias or of a fully trained module's tensor, or a residual weight: the frozen
 weight minus the part that an adapter trains. The module's own tensors stay under their own names. While an adapter is
-active, ``module.weight`` returns its override ``module.weight_<adapter>`` to every reader: the module's own code,
+active, ``module.weight`` returns its override ``module.<adapter>.weight`` to every reader: the module's own code,
 another module, or a graph. An adapter may override only some rows of a table: then ``module.weight`` returns the table
-with ``module.weight_rows_<adapter>`` in place of these rows.
+with ``module.<adapter>.weight_rows`` in place of these rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -32,8 +33,9 @@ def tensors_of(module: nn.Module) -> Names:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Returns a module's own parameter, even where an override is read in its place."""
-    parameter = module._parameters[name]
+    """Returns a module's own parameter, or an adapter's there, even where an override is read in its place."""
+    holder, own = place_of(module, name)
+    parameter = holder._parameters[own]
     assert parameter is not None
     return parameter
 
@@ -45,13 +47,6 @@ def refusal(module: nn.Module) -> str | None:
         if isinstance(value, list | tuple) and any(id(part) in own for part in value):
             return f"a {type(module).__name__} keeps its parameters in self.{name} too, where no other can stand in"
     return None
-
-
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
-    """Returns a module's own parameter or buffer, even where an override is read in its place."""
-    tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
-    assert tensor is not None
-    return tensor
 
 
 def create(own: torch.Tensor) -> torch.Tensor:
@@ -120,21 +115,17 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.M
 def own_and_override(module: nn.Module, names: Names, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields each tensor of `module` among `names` with its override."""
     for name in names:
-        kind = module._parameters if name in module._parameters else module._buffers
-        own, other = kind[name], kind[override_name(name, adapter)]
-        assert own is not None
-        assert other is not None
-        yield own, other
+        yield tensor_at(module, name), tensor_at(module, override_name(name, adapter))
 
 
 def override_name(name: str, adapter: str) -> str:
     """Returns the name of the override of the tensor `name`."""
-    return f"{name}_{adapter}"
+    return name_at(adapter, name)
 
 
 def rows(adapter: str) -> str:
     """Returns the name of the tensor that holds an adapter's rows of a weight."""
-    return f"weight_rows_{adapter}"
+    return name_at(adapter, "weight_rows")
 
 
 def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
@@ -147,8 +138,9 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
-        original: Any = in_place.original_class(module)
-        original.__setattr__(module, names.get(name, name), value)
+        holder, own = place_of(module, names[name]) if name in names else (module, name)
+        original: Any = in_place.original_class(holder)
+        original.__setattr__(holder, own, value)
 
     namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
     if rows:
@@ -165,7 +157,7 @@ def _load(module: nn.Module, *args: Any, **options: Any) -> None:
 
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
-    return now[own] if now is not None and own in now else getattr(module, other)
+    return now[own] if now is not None and own in now else value_at(module, other)
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
@@ -175,5 +167,5 @@ def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
     table = module._parameters["weight"]
     assert table is not None
     for name, indices in rows:
-        table = put_rows(table, indices, getattr(module, name))
+        table = put_rows(table, indices, value_at(module, name))
     return table

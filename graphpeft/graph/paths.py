@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
+
+from graphpeft.graph.holders import Holder
 
 
 def join(path: str, name: str) -> str:
@@ -18,13 +18,13 @@ def within(path: str, outer: str) -> str:
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns ``dict(model.named_modules())``, without the cost of one nested generator per level of depth."""
+    """Returns ``dict(model.named_modules())`` without the holders of adapters' tensors, and faster in deep models."""
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if module in seen:
+        if module in seen or type(module) is Holder:
             continue
         seen.add(module)
         found[path] = module
@@ -33,30 +33,3 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
             prefix = f"{path}." if path else ""
             waiting += [(prefix + name, child) for name, child in reversed(inner.items()) if child is not None]
     return found
-
-
-class TensorPaths:
-    """A set of tensor paths, indexed by the tensors' modules."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, set[str]] = {}
-
-    def add(self, path: str, name: str) -> None:
-        """Adds the tensor `name` of the module at `path`."""
-        self._names.setdefault(path, set()).add(name)
-
-    def add_all(self, path: str, names: Iterable[str]) -> None:
-        """Adds tensors of the module at `path`."""
-        self._names.setdefault(path, set()).update(names)
-
-    def discard(self, path: str, name: str) -> None:
-        """Removes the tensor, if present."""
-        self.names(path).discard(name)
-
-    def names(self, path: str) -> set[str]:
-        """Returns the names of the set's tensors that belong to the module at `path`."""
-        return self._names.get(path) or set()
-
-    def __contains__(self, tensor: str) -> bool:
-        path, _, name = tensor.rpartition(".")
-        return name in self.names(path)

@@ -1,10 +1,10 @@
-"""Slot names, under which graphs read the attributes of adapters: ``lora_A_slot0`` for ``lora_A_default``.
+"""Slot names, under which graphs read the tensors of adapters: ``slot0.lora_A`` for ``default.lora_A``.
 
 Each active adapter has a slot of the model, 0, 1, …, in the order of activation. Graphs and their source contain the
 slot's number and not the adapter's name, so adapters of any names share graphs. A forward is compiled once with slot
-names; replacing the names in its code object gives the forward for an adapter, which reads ``module.lora_A_default``
-directly. Everything else that runs a graph, such as ``fx.Interpreter``, reads ``module.lora_A_slot0``, a property of
-the module's class.
+names; replacing the names in its code object gives the forward for an adapter, which reads ``module.default.lora_A``
+directly. Everything else that runs a graph, such as ``fx.Interpreter``, reads ``module.slot0``, a property of the
+module's class that returns the adapter's holder.
 """
 
 from __future__ import annotations
@@ -23,33 +23,25 @@ from graphpeft.graph import in_place
 Names = tuple[tuple[int, str], ...]
 """Slots, each with the name of the adapter in it."""
 
-_IN_SLOT = re.compile(r"(?P<stem>.+)_slot(?P<slot>[0-9]+)")
+_SLOT = re.compile(r"slot(?P<number>[0-9]+)")
 
 
-def in_slot(stem: str, slot: int) -> str:
-    """Returns the name under which graphs read an adapter's attribute.
+def in_slot(name: str, slot: int) -> str:
+    """Returns the name under which graphs read the attribute `name` of the holder of the adapter in a slot."""
+    return f"{_holder(slot)}.{name}"
 
-    Args:
-        stem: The attribute's name without the adapter's name.
-        slot: The adapter's slot.
-    """
-    return f"{stem}_slot{slot}"
+
+def _holder(slot: int) -> str:
+    return f"slot{slot}"
 
 
 def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
     """Returns a copy of `function` that reads adapters' attributes by their own names instead of slot names."""
     if not names:
         return function
-    adapters = dict(names)
-
-    def own(constant: Any) -> Any:
-        found = _IN_SLOT.fullmatch(constant) if isinstance(constant, str) else None
-        adapter = adapters.get(int(found["slot"])) if found is not None else None
-        return constant if found is None or adapter is None else f"{found['stem']}_{adapter}"
-
+    adapters = {_holder(slot): adapter for slot, adapter in names}
     code = function.__code__
-    # an attribute name that is no identifier is an argument of getattr, and so a constant
-    code = code.replace(co_names=tuple(map(own, code.co_names)), co_consts=tuple(map(own, code.co_consts)))
+    code = code.replace(co_names=tuple(adapters.get(name, name) for name in code.co_names))
     copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
     return copied
@@ -58,53 +50,33 @@ def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
 # on modules
 
 
-def layer_for(names: Mapping[str, str]) -> in_place.Layer | None:
-    """Returns the layer that gives a module attributes with slot names, or None if there are no names.
+def layer_for(names: Mapping[int, str]) -> in_place.Layer | None:
+    """Returns the layer that gives a module its holders by slot names, or None if there are none.
 
     Args:
-        names: The attributes' own names, by their slot names.
+        names: The adapters that have a holder there, by their slots.
     """
     return _layer(tuple(names.items())) if names else None
 
 
-def read_in(module: nn.Module) -> Mapping[str, str]:
-    """Returns the own names of a module's attributes that have slot names, by slot name."""
+def read_in(module: nn.Module) -> Mapping[int, str]:
+    """Returns the adapters whose holders a module has by slot names, by slot."""
     return getattr(type(module), "_graphpeft_in_slots", {})
 
 
-def slots_of(module: nn.Module) -> frozenset[int]:
-    """Returns the slots for which a module has attributes with slot names."""
-    return getattr(type(module), "_graphpeft_graph_slots_read", frozenset())
-
-
-def slot_of(name: str) -> int:
-    """Returns the slot in a slot name."""
-    return int(name.rpartition("_slot")[2])
-
-
-def names_like_slots(module: nn.Module) -> list[tuple[str, str]]:
-    """Returns the module's own attributes whose names look like slot names, each with its stem."""
+def names_like_slots(module: nn.Module) -> list[str]:
+    """Returns the module's own attributes whose names look like slot names."""
     own = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
     return _like_slots(in_place.original_class(module), own)
 
 
 # cached, since equal modules have equal names
 @functools.lru_cache(maxsize=256)
-def _like_slots(cls: type, own: tuple[str, ...]) -> list[tuple[str, str]]:
-    found = map(_IN_SLOT.fullmatch, (*own, *_of_class(cls)))
-    return [(match[0], match["stem"]) for match in found if match is not None]
-
-
-@functools.lru_cache(maxsize=256)
-def _of_class(cls: type) -> tuple[str, ...]:
-    return tuple(filter(_IN_SLOT.fullmatch, dir(cls)))
+def _like_slots(cls: type, own: tuple[str, ...]) -> list[str]:
+    return [name for name in (*own, *dir(cls)) if _SLOT.fullmatch(name)]
 
 
 @functools.lru_cache(maxsize=1024)
-def _layer(names: tuple[tuple[str, str], ...]) -> in_place.Layer:
-    properties = {alias: property(operator.attrgetter(own)) for alias, own in names}
-    read = {
-        "_graphpeft_in_slots": dict(names),
-        "_graphpeft_graph_slots_read": frozenset(slot_of(alias) for alias, _ in names),
-    }
-    return in_place.Layer("slots", (), properties | read, (_layer, (names,)))
+def _layer(names: Names) -> in_place.Layer:
+    properties = {_holder(slot): property(operator.attrgetter(adapter)) for slot, adapter in names}
+    return in_place.Layer("slots", (), properties | {"_graphpeft_in_slots": dict(names)}, (_layer, (names,)))

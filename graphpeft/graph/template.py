@@ -24,6 +24,7 @@ from graphpeft.graph import in_place, slots
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.errors import GuardError
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
 
 VALUE = "val"
@@ -344,7 +345,7 @@ class GraphForward(fx.GraphModule):
         called = {str(node.target) for node in nodes if node.op == "call_module"}
         used = [str(node.target).split(".") for node in nodes]
         kept = {".".join(parts[:depth]) for parts in used for depth in range(1, len(parts) + 1)}
-        for path in [path for path, _ in self.named_modules() if path and path not in kept]:
+        for path in [path for path in modules_by_path(self) if path and path not in kept]:
             if not any(path.startswith(f"{outer}.") for outer in called):
                 self.delete_submodule(path)
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts.encoders import ENCODER_PREFIX, Encoder, Table
@@ -102,7 +101,7 @@ class CPTConfig(PromptLearningConfig):
         if self.prompt_scope is not None:
             raise ValueError("prompt_scope has no place for a context, which is text; use prompt tuning")
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
         """Returns the model's boundary, if the model knows the tokens of the context."""
         embedding: Any = module_told(finder.modules[""], "get_input_embeddings")
         known = getattr(embedding, "num_embeddings", None)
@@ -111,7 +110,7 @@ class CPTConfig(PromptLearningConfig):
             reason = f"cpt_token_ids has tokens outside of the vocabulary, such as {outside[0]}, which has {known}"
             report.refused.append(Refusal("the model", reason, "give tokens of the model's own tokenizer"))
             return []
-        return super().find_sites(finder, report, owned)
+        return super().find_sites(finder, report)
 
     def encoder(self) -> Encoder:
         """Returns the encoder that moves the tokens of the context."""

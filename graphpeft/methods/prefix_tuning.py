@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.caches import (
     CACHES,
@@ -97,7 +96,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Returns the encoder of the prefix in training."""
         return Projection() if self.prefix_projection else PrefixTable()
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
         """Returns the boundary of the module that takes a cache."""
         if any(getattr(module, "gradient_checkpointing", False) for module in finder.modules.values()):
             reason = "prefix tuning works through the cache, which gradient checkpointing switches off"

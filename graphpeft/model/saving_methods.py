@@ -71,7 +71,7 @@ class SavingMethods(AdapterInfo):
         selected = {name: known_adapter(self, name) for name in names}
         for name, adapter in selected.items():
             refuse_missing(modules_of(self), adapter, name)
-        trained = trained_besides(self, self._peft_adapters)
+        trained = trained_besides(self)
         if trained:
             warnings.warn(
                 f"{joined(trained)} require gradients and belong to no adapter, so its files lack them; name their "

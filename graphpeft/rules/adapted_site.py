@@ -39,11 +39,6 @@ class AdaptedSite(NamedTuple):
     replaced: Mapping[str, str] = MappingProxyType({})
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
-    @property
-    def stems(self) -> set[str]:
-        """The attributes' names without the adapter's name."""
-        return {f"{self.site.prefix}{name}" for name in self.names}
-
     def in_slot(self, slot: int) -> Mapping[str, str]:
         """Returns the attributes' slot names, under which graphs read them, by the rule's names."""
         return _in_slot(tuple(self.names), self.site.prefix, slot)

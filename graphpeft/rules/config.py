@@ -22,7 +22,6 @@ from torch import nn
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -168,15 +167,12 @@ class PeftConfig:
             rows: The copied rows of the table, of shape (rows, features), in the table's dtype.
         """
 
-    def find_sites(
-        self, finder: SiteFinder, report: Report, owned: TensorPaths
-    ) -> Sequence[Site | LeafSite | CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> Sequence[Site | LeafSite | CallSite]:
         """Returns the sites that the config adapts in the model.
 
         Args:
             finder: Finds sites in the model.
             report: Gets excluded and refused names.
-            owned: The paths of parameters that belong to adapters.
         """
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from torch import nn
 from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.source import Uses, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
+from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.paths import join, within
 from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch, read_through
 from graphpeft.sites.regions import Regions
@@ -33,10 +34,9 @@ class Readers:
         modules = regions.modules
         # a graph shows its own reads
         code = {path: module for path, module in modules.items() if path not in regions.graphs}
-        held = {path: held_by(module) for path, module in code.items() if module._modules or not is_of_pytorch(module)}
-        outer = {
-            path: module for path, module in code.items() if module._modules and not _is_fast_path_disabled(module)
-        }
+        outer = {path: module for path, module in code.items() if has_own_modules(module)}
+        held = {path: held_by(module) for path, module in code.items() if path in outer or not is_of_pytorch(module)}
+        outer = {path: module for path, module in outer.items() if not _is_fast_path_disabled(module)}
         self._by_code = _read_by_code(outer, modules)
         self._may_read = _may_read(outer, held, modules)
         self._held = held_outside(modules, held)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from graphpeft.graph import overrides
-from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TASK_HEADS
@@ -56,7 +56,6 @@ def full_training(
     modules: Mapping[str, nn.Module],
     sites: Sequence[Site | LeafSite],
     report: Report,
-    owned: TensorPaths,
 ) -> FullTraining:
     """Returns the tensors that `config` trains fully.
 
@@ -65,7 +64,6 @@ def full_training(
         modules: The model's modules by path.
         sites: The sites that the config adapts.
         report: Gets a refusal for each named module that can't be fully trained.
-        owned: The paths of tensors that belong to adapters.
     """
     named = _named_modules(config, modules, report)
     fully_trained: dict[str, tuple[str, ...]] = {}
@@ -76,8 +74,9 @@ def full_training(
         if path in adapted:
             reason = f"{option} trains it fully, and an adapter of the layer itself can't act beside that"
             report.refused.append(Refusal(path, reason, way_out))
-        for inner, module in modules[path].named_modules(prefix=path):
-            own = tuple(name for name in overrides.tensors_of(module) if join(inner, name) not in owned)
+        for inside, module in modules_by_path(modules[path]).items():
+            inner = join(path, inside)
+            own = overrides.tensors_of(module)
             reason = overrides.refusal(module) or _quantised(module)
             if reason is not None:
                 report.refused.append(Refusal(inner, reason, way_out))
@@ -85,7 +84,7 @@ def full_training(
                 fully_trained[inner] = own
                 if named[path] is _SAVED:
                     saved.append(inner)
-    biases = _biases(modules, config, sites, owned)
+    biases = _biases(modules, config, sites)
     fully_trained |= {path: names for path, names in biases.items() if path not in fully_trained}
     infixes = {path: module.infix for path, module in named.items() if module.infix}
     return FullTraining(fully_trained, infixes, tuple(saved))
@@ -135,22 +134,15 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: PeftConfig) -> list
 
 
 def _biases(
-    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite], owned: TensorPaths
+    modules: Mapping[str, nn.Module], config: PeftConfig, sites: Sequence[Site | LeafSite]
 ) -> dict[str, tuple[str, ...]]:
     """Returns the biases to train by module; like PEFT's `_mark_only_adapters_as_trainable`, by their name."""
     if config.trained_biases == "none":
         return {}
     if config.trained_biases == "all":
-        found = {
-            path: tuple(
-                name
-                for name, tensor in module._parameters.items()
-                if tensor is not None and name == "bias" and join(path, name) not in owned
-            )
-            for path, module in modules.items()
-        }
-        return {path: names for path, names in found.items() if names}
-    layers = dict.fromkeys(site.owner for site in sites if site.is_layer)
+        layers = dict.fromkeys(modules)
+    else:
+        layers = dict.fromkeys(site.owner for site in sites if site.is_layer)
     return {path: ("bias",) for path in layers if modules[path]._parameters.get("bias") is not None}
 
 

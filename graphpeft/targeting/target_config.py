@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
@@ -124,13 +123,11 @@ class TargetedConfig(PeftConfig):
         """
         return targeted_modules(self, modules, report)
 
-    def find_sites(
-        self, finder: SiteFinder, report: Report, owned: TensorPaths
-    ) -> Sequence[Site | LeafSite | CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> Sequence[Site | LeafSite | CallSite]:
         """Returns the sites that the config names."""
         if self.adapts_boundaries:
             return self._boundary_sites(finder, report)
-        return targeted_sites(self, finder, report, owned)
+        return targeted_sites(self, finder, report)
 
     def _boundary_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
         found = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report
@@ -87,25 +87,24 @@ def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], repor
     report.excluded += [path for path, answer in found.items() if answer is Match.EXCLUDED]
     named = [path for path, answer in found.items() if answer is Match.YES]
     if not named:
-        _report_nothing(modules, config.target_options, report, TensorPaths())
+        _report_nothing(modules, config.target_options, report)
     return named
 
 
-def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Site | LeafSite]:
+def targeted_sites(config: Any, finder: SiteFinder, report: Report) -> list[Site | LeafSite]:
     """Returns the sites that `config` targets, in PEFT's order of drawing initial values: layers, then parameters.
 
     Args:
         config: A config with PEFT's options for targets, resolved for the model.
         finder: Finds sites in the model.
         report: Gets excluded and refused names, or that nothing matched.
-        owned: The paths of parameters that belong to adapters, which no adapter targets.
     """
     found: list[Site | LeafSite] = []
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     decide = targets.compile_matcher(config.target_options)
     report.refused += [Refusal(path, why) for path, why in finder.regions.scripted.items() if decide(path) is Match.YES]
-    for target in _targeted(finder.modules, config.target_options, decide, owned, report):
+    for target in _targeted(finder.modules, config.target_options, decide, report):
         weight = (target.owner, target.attribute)
         try:
             site = _site_of(target, finder, config)
@@ -124,7 +123,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report, owned: Tenso
     # a graph, such as an exported program's, may read a tied tensor by only one of its names
     report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
     if not found and not report.refused:
-        _report_nothing(finder.modules, config.target_options, report, owned)
+        _report_nothing(finder.modules, config.target_options, report)
     return _as_peft_sorts(found, finder.modules)
 
 
@@ -165,7 +164,6 @@ def _targeted(
     modules: Mapping[str, nn.Module],
     options: TargetOptions,
     decide: Callable[[str], Match],
-    owned: TensorPaths,
     report: Report,
 ) -> Iterator[_Target]:
     """Yields the weights and calls that the config names; `decide` tells whether a path is a target."""
@@ -175,9 +173,7 @@ def _targeted(
             report.excluded.append(path)
         elif found is Match.YES:
             yield from _weights_of(path, module, modules)
-        of_adapters = owned.names(path)
-        for name in _own_names(module, of_adapters) if of_adapters else module._parameters:
-            tensor = module._parameters[name]
+        for name, tensor in module._parameters.items():
             if tensor is None or (name == "weight" and not options.target_parameters):
                 continue
             weight = join(path, name)
@@ -208,20 +204,6 @@ def _weights_for(cls: type) -> _Weights:
     return next((found for of, found in _WEIGHTS.items() if issubclass(cls, of)), _OWN_WEIGHT)
 
 
-def _own_names(module: nn.Module, of_adapters: set[str]) -> list[str]:
-    """Returns the names of the module's own parameters, without adapters' parameters, in the module's order.
-
-    A hundred adapters have many parameters, mostly after the module's own, so the loop stops where only those are left.
-    """
-    own: list[str] = []
-    for name in module._parameters:
-        if name not in of_adapters:
-            own.append(name)
-        elif len(own) + len(of_adapters) == len(module._parameters):
-            break
-    return own
-
-
 def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module]) -> list[Site | LeafSite]:
     if all(site.is_layer for site in sites):
         return sites  # already in the modules' order
@@ -241,7 +223,8 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
         NoSiteError: If the module's calls are no site.
     """
     module = finder.modules[name]
-    inside = [path for path, child in module.named_modules() if path and child._parameters.get("weight") is not None]
+    parts = modules_by_path(module).items()
+    inside = [path for path, part in parts if path and part._parameters.get("weight") is not None]
     if config.adapts_leaves and (declares_features(module) or not (inside or _is_of_pytorch(module))):
         site = leaf_site(finder.regions, name)
         if not config.inference_mode and not hands_gradients_on(finder.regions, site):
@@ -265,22 +248,18 @@ def _is_of_pytorch(module: nn.Module) -> bool:
     return stands_for(module).__module__.startswith("torch.nn.")
 
 
-def _report_nothing(
-    modules: Mapping[str, nn.Module], options: TargetOptions, report: Report, owned: TensorPaths
-) -> None:
+def _report_nothing(modules: Mapping[str, nn.Module], options: TargetOptions, report: Report) -> None:
     """Reports that a config's targets match nothing in a model."""
     option = "target_modules" if options.target_modules else "target_parameters"
-    report.nothing_matched = f"{option}: {_nothing_matched(modules, options, report, owned)}"
+    report.nothing_matched = f"{option}: {_nothing_matched(modules, options, report)}"
     report.refused.append(Refusal(option, report.nothing_matched))
 
 
-def _nothing_matched(
-    modules: Mapping[str, nn.Module], options: TargetOptions, report: Report, owned: TensorPaths
-) -> str:
+def _nothing_matched(modules: Mapping[str, nn.Module], options: TargetOptions, report: Report) -> str:
     model = modules[""]
     wanted = options.target_modules or options.target_parameters or ()
     names = [path for path in modules if path]
-    names += [path for path in _targets_by_path(modules) if path not in owned]
+    names += _targets_by_path(modules)
     near = targets.near_misses(wanted, names)
     because = f"; excluded were {joined(report.excluded)}" if report.excluded else ""
     if options.layers_to_transform is not None:

@@ -106,12 +106,12 @@ def _nodes_shown(adapted: AdaptedSite, region: nn.Module) -> str:
     index = template.index(region)
     graph = template.graphs[index]
     operations = set(adapted.site.nodes[index])
-    own = {name for slot in template.slots for name in adapted.in_slot(slot).values()}
+    own = tuple(name for slot in template.slots for name in adapted.in_slot(slot).values())
     tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
     operations |= {tag.over for tag in tags if tag.site in operations and tag.over is not None}
 
     def is_of_rule(node: fx.Node) -> bool:
-        is_parameter = node.op == "get_attr" and str(node.target).rpartition(".")[2] in own
+        is_parameter = node.op == "get_attr" and str(node.target).endswith(own)
         return TAG in node.meta and node.meta[TAG].site in operations and not is_parameter
 
     return lines_of([node for node in graph.nodes if node.name in operations or is_of_rule(node)], graph)

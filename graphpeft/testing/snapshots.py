@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from graphpeft._torch import pytree
 from graphpeft.graph import overrides
+from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.testing.comparing import LawError, have_equal_elements, require_equal
 from graphpeft.testing.runs import run
@@ -89,7 +90,7 @@ def with_saved(untouched: nn.Module, adapted: Any) -> nn.Module:
     for name in adapted.active_adapters:
         adapter = adapted._peft_adapters.by_name[name]
         for path, own in [(saved, own) for saved in adapter.saved for own in adapter.fully_trained[saved]]:
-            tensor = overrides.tensor_of(modules[path], overrides.override_name(own, name))
+            tensor = tensor_at(modules[path], overrides.override_name(own, name))
             other = made.setdefault(id(tensor), copy.deepcopy(tensor))
             module = untouched.get_submodule(path)
             if own in module._parameters:

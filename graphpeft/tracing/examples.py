@@ -25,6 +25,7 @@ from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import above_with_writes, varies, writes
+from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.template import SIMPLE, VALUE
 from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
@@ -284,7 +285,7 @@ def tensors_copied_by(fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[
 def _is_simple_layer(module: nn.Module) -> bool:
     """Returns whether `module` is a PyTorch layer without submodules or lists of tensors (RNNs hold such a list)."""
     is_own = type(module).__module__.startswith("torch.nn.modules.")
-    return is_own and not module._modules and not isinstance(module, nn.RNNBase)
+    return is_own and not has_own_modules(module) and not isinstance(module, nn.RNNBase)
 
 
 def _with_other_tensors(layer: nn.Module, other: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

@@ -20,6 +20,7 @@ from graphpeft.code.identity_checks import compares_objects
 from graphpeft.code.source import functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
@@ -116,7 +117,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     if (
         tracer.session.specialised
         or example_inputs is not None
-        or module._modules
+        or has_own_modules(module)
         or not tracer.session.reads.isdisjoint(INTERNALS)
     ):
         return template, None

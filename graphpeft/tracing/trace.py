@@ -19,6 +19,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import value_inputs
+from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.settings import Reads, Settings, Watch
 from graphpeft.graph.template import GraphForward, Graphs, Template, wear_template
@@ -98,7 +99,7 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    return isinstance(module, nn.MultiheadAttention) or next(module.children(), None) is None
+    return isinstance(module, nn.MultiheadAttention) or not has_own_modules(module)
 
 
 def _recorded(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
@@ -313,9 +312,9 @@ class LoraConfig(TargetedConfig):
             names_with_tied(config, model)
         return config
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> list[Any]:
         """Returns the sites of the weights that the config names."""
-        sites = targeted_sites(self, finder, report, owned)
+        sites = targeted_sites(self, finder, report)
         if self.ensure_weight_tying:
             sites = with_tied(sites, self, finder, report)
         return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites

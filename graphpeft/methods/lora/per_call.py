@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.paths import TensorPaths
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.factors import exact_patterns
 from graphpeft.rules.combination import Combination
@@ -48,10 +47,10 @@ class LoraPerCallConfig(LoraConfig):
 
     peft_type: ClassVar[Any] = "GRAPHPEFT_LORA_PER_CALL"
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[Any]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> list[Any]:
         """Returns the calls with the weights that the config names, each as a site."""
         found: list[Any] = []
-        for site in super().find_sites(finder, report, owned):
+        for site in super().find_sites(finder, report):
             if isinstance(site, Site) and site.tied_to not in (None, site.owner):
                 reason = f"it is tied to {site.tied_to}, and each call has factors of its own"
                 report.refused.append(Refusal(site.label, reason, "leave ensure_weight_tying False"))

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_of_tied
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
@@ -93,9 +93,10 @@ def names_with_tied(config: Any, model: nn.Module) -> None:
     Raises:
         ValueError: If the added names would match other layers, too.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_path(model)
     groups = [(embedding, *others) for embedding, others in tied_layers(modules).items()]
-    _name_targets(config, groups, [*modules, *(name for name, _ in model.named_parameters())])
+    parameters = [join(path, name) for path, module in modules.items() for name in module._parameters]
+    _name_targets(config, groups, [*modules, *parameters])
     _name_saved(config, groups, modules)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from graphpeft.graph.paths import TensorPaths, join
+from graphpeft.graph.paths import join
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts import transformers_sites
 from graphpeft.methods.prompts.caches import other_cache_names
@@ -80,7 +80,7 @@ class PromptLearningConfig(PeftConfig):
         """Returns the encoder of the virtual tokens in training."""
         raise NotImplementedError
 
-    def find_sites(self, finder: SiteFinder, report: Report, owned: TensorPaths) -> list[CallSite]:
+    def find_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
         """Returns the boundaries at which the model takes the prompt."""
         if self.prompt_scope is not None:
             return self._find_scopes(self.prompt_scope, finder, report)

@@ -18,7 +18,7 @@ from graphpeft.adapters.adapting import planned, refuse
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, adapters_of
 from graphpeft.adapters.tensors import overwrite
-from graphpeft.graph.overrides import tensor_of
+from graphpeft.graph.holders import tensor_at
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.calibration import in_mode, targeted_layers
 from graphpeft.methods.lora.init.eva_directions import Batches, find_directions, first_tensor, options_of
@@ -209,7 +209,7 @@ def _adapt_again(model: nn.Module, name: str, adapter: Adapter, directions: Mapp
     at_sites = {(adapted.site.owner, own) for adapted in adapter.sites for own in adapted.names.values()}
     kept = {*adapter.tensor_names(name)} & {*exchanged.tensor_names(name)} - at_sites
     for path, attribute in kept | adapter.overwritten.keys():
-        values[path, attribute] = tensor_of(plan.modules[path], attribute).detach().clone()
+        values[path, attribute] = tensor_at(plan.modules[path], attribute).detach().clone()
     with transaction(model):
         state = hotswap.exchange(model, name, plan)
         overwrite(plan.modules, state.by_name[name], name, values)

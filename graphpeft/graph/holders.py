@@ -1,0 +1,87 @@
+"""Where an adapter's tensors and numbers live: on a module of their own inside each module that it adapts.
+
+``q_proj.default.lora_A`` is the tensor `lora_A` of the adapter ``default`` at `q_proj`. So names of tensors have the
+adapter's name as a component of their path, as in PEFT, and all of an adapter at a module comes and goes as one object.
+Code that goes through a model's own modules leaves holders out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+
+class Holder(nn.Module):
+    """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises RuntimeError: nothing calls a holder but code that runs whatever modules there are in another one."""
+        raise RuntimeError(
+            "an adapter's tensors were called as a layer: the adapted module around them runs all of its submodules in "
+            "turn, by children() or _modules. Put its weight into a module of its own, or trace the model"
+        )
+
+    def extra_repr(self) -> str:
+        """Returns the names and shapes of the tensors, for ``print(model)``."""
+        named = (*self._parameters.items(), *self._buffers.items())
+        return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+
+
+def name_at(adapter: str, name: str) -> str:
+    """Returns the name, at the module that is adapted, of what the adapter's holder has as `name`."""
+    return f"{adapter}.{name}"
+
+
+def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the module that itself has the attribute `name` of `module`, and its name there.
+
+    Args:
+        module: A module.
+        name: The name of an attribute, or of an adapter's as `name_at` returns it.
+
+    Raises:
+        KeyError: If the module has no holder of that adapter.
+    """
+    adapter, dot, own = name.rpartition(".")
+    if not dot:
+        return module, name
+    holder = module._modules[adapter]
+    assert holder is not None
+    return holder, own
+
+
+def value_at(module: nn.Module, name: str) -> Any:
+    """Returns the attribute `name` of `module`, which may be an adapter's."""
+    holder, own = place_of(module, name)
+    return getattr(holder, own)
+
+
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the parameter or buffer itself, whatever is read in its place."""
+    holder, own = place_of(module, name)
+    tensor = holder._parameters[own] if own in holder._parameters else holder._buffers[own]
+    assert tensor is not None
+    return tensor
+
+
+def has(module: nn.Module, name: str) -> bool:
+    """Returns whether `module` has the attribute `name`, which may be an adapter's."""
+    adapter, dot, own = name.rpartition(".")
+    return hasattr(module._modules.get(adapter), own) if dot else hasattr(module, name)
+
+
+def has_own_modules(module: nn.Module) -> bool:
+    """Returns whether `module` has submodules beside the holders of adapters."""
+    return any(type(child) is not Holder for child in module._modules.values())
+
+
+def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters that `module` has itself and those that adapters have there, with their names."""
+    held = [(f"{name}.", child) for name, child in module._modules.items() if isinstance(child, Holder)]
+    for prefix, owner in (("", module), *held):
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter

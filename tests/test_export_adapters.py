@@ -131,7 +131,7 @@ def test_pefts_own_file_can_be_given_as_it_is(tmp_path):
 def test_a_folder_of_pefts_files_becomes_a_file_for_an_export(suffix, tmp_path):
     path = tmp_path / f"m{suffix}"
     graphpeft.export(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), path, suffix[1:], "inputs", check=False)
-    later = HAND_WRITTEN.adapted(("a", "b", "later"))
+    later = HAND_WRITTEN.adapted(("one", "two", "later"))
     later.save_pretrained(tmp_path, selected_adapters=["later"])
     later.set_adapter("later")
     base = HAND_WRITTEN.base()

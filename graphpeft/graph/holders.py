@@ -8,26 +8,42 @@ Code that goes through a model's own modules leaves holders out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
+
+from graphpeft.graph import in_place
 
 
 class Holder(nn.Module):
     """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
 
-    def forward(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises RuntimeError: nothing calls a holder but code that runs whatever modules there are in another one."""
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Raises RuntimeError: only code that calls all submodules of an adapted module calls a holder."""
         raise RuntimeError(
-            "an adapter's tensors were called as a layer: the adapted module around them runs all of its submodules in "
-            "turn, by children() or _modules. Put its weight into a module of its own, or trace the model"
+            "an adapter's tensors were called as a layer: the adapted module around them calls all of its submodules, "
+            "by children() or _modules. Put these into an nn.Sequential or nn.ModuleList inside of it"
         )
 
     def extra_repr(self) -> str:
         """Returns the names and shapes of the tensors, for ``print(model)``."""
         named = (*self._parameters.items(), *self._buffers.items())
         return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+
+
+class PassingHolder(Holder):
+    """A holder in an ``nn.Sequential``, which calls it as the last of its submodules: returns the input."""
+
+    def forward(self, input: Any) -> Any:
+        """Returns `input`."""
+        return input
+
+
+def holder_for(module: nn.Module) -> Holder:
+    """Returns an empty holder for an adapter at `module`."""
+    cls = PassingHolder if in_place.original_class(module).forward is nn.Sequential.forward else Holder
+    return cls().train(module.training)
 
 
 def name_at(adapter: str, name: str) -> str:
@@ -75,7 +91,7 @@ def has(module: nn.Module, name: str) -> bool:
 
 def has_own_modules(module: nn.Module) -> bool:
     """Returns whether `module` has submodules beside the holders of adapters."""
-    return any(type(child) is not Holder for child in module._modules.values())
+    return any(not isinstance(child, Holder) for child in module._modules.values())
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -145,8 +145,14 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
     if rows:
         namespace["weight"] = property(functools.partial(_read_with_rows, rows))
-    namespace |= {"__setattr__": assign, "_load_from_state_dict": _load}
+    namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
+
+
+def _save(module: nn.Module, *args: Any) -> None:
+    # a class that saves its own tensors itself may read them as attributes
+    itself: Any = with_tensors(module, {})
+    itself._save_to_state_dict(*args)
 
 
 def _load(module: nn.Module, *args: Any, **options: Any) -> None:

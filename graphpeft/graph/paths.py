@@ -24,7 +24,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if module in seen or type(module) is Holder:
+        if module in seen or isinstance(module, Holder):
             continue
         seen.add(module)
         found[path] = module

@@ -26,9 +26,9 @@ def test_a_layer_and_its_branch_are_computed_on_a_matrix():
         "input_1 = input",
         "as_rows = as_rows(input_1)",
         "linear = torch._C._nn.linear(as_rows, weight, bias)",
-        "linear_1 = torch._C._nn.linear(as_rows, lora_a_slot0)",
-        "linear_2 = torch._C._nn.linear(linear_1, lora_b_slot0)",
-        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, lora_scaling_slot0)",
+        "linear_1 = torch._C._nn.linear(as_rows, slot0_lora_a)",
+        "linear_2 = torch._C._nn.linear(linear_1, slot0_lora_b)",
+        "add_scaled = graphpeft_graph_scaled_sum_add_scaled(linear, linear_2, slot0_lora_scaling)",
         "in_shape_of = in_shape_of(add_scaled, input_1)",
         "return in_shape_of",
     ]

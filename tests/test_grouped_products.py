@@ -20,19 +20,19 @@ PASS = "grouped_products"
 def test_branches_of_one_input_share_a_product():
     model = block("flat", target_modules=["q", "k"])
     assert [line for line in body_of(model) if "linear(" in line] == [
-        "linear = torch._C._nn.linear(tanh, q_lora_a_slot0)",
-        "linear_1 = torch._C._nn.linear(linear, q_lora_b_slot0)",
-        "linear_2 = torch._C._nn.linear(tanh, k_lora_a_slot0)",
-        "linear_3 = torch._C._nn.linear(linear_2, k_lora_b_slot0)",
+        "linear = torch._C._nn.linear(tanh, q_slot0_lora_a)",
+        "linear_1 = torch._C._nn.linear(linear, q_slot0_lora_b)",
+        "linear_2 = torch._C._nn.linear(tanh, k_slot0_lora_a)",
+        "linear_3 = torch._C._nn.linear(linear_2, k_slot0_lora_b)",
     ]
     report = optimize(model, [PASS])
     assert report.changed == {PASS: ("q", "k")}
     assert [line for line in body_of(model) if "linear(" in line or "products" in line] == [
-        "products = products(tanh, tanh, None, q_lora_a_slot0_1, k_lora_a_slot0_1)",
+        "products = products(tanh, tanh, None, q_slot0_lora_a_1, k_slot0_lora_a_1)",
         "getitem = products[0]",
-        "linear_1 = torch._C._nn.linear(getitem, q_lora_b_slot0)",
+        "linear_1 = torch._C._nn.linear(getitem, q_slot0_lora_b)",
         "getitem_1 = products[1]",
-        "linear_3 = torch._C._nn.linear(getitem_1, k_lora_b_slot0)",
+        "linear_3 = torch._C._nn.linear(getitem_1, k_slot0_lora_b)",
     ]
 
 

@@ -21,8 +21,8 @@ def test_the_product_of_a_branch_is_added_in_place():
     layer: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     optimize(layer, ["inplace_addmm"])
     assert body_of(layer[0])[-3:] == [
-        "linear_1 = torch._C._nn.linear(input_1, lora_a_slot0)",
-        "add_product_ = add_product_(linear, linear_1, lora_b_slot0, lora_scaling_slot0)",
+        "linear_1 = torch._C._nn.linear(input_1, slot0_lora_a)",
+        "add_product_ = add_product_(linear, linear_1, slot0_lora_b, slot0_lora_scaling)",
         "return add_product_",
     ]
 
@@ -33,8 +33,8 @@ def test_products_of_several_adapters_are_added_to_one_value():
     model.set_adapter(["default", "second"])
     optimize(model, ["inplace_addmm"])
     assert [line for line in body_of(model.q) if "add_product" in line] == [
-        "add_product_ = add_product_(linear, linear_1, lora_b_slot0, lora_scaling_slot0)",
-        "add_product__1 = add_product_(add_product_, linear_3, lora_b_slot1, lora_scaling_slot1)",
+        "add_product_ = add_product_(linear, linear_1, slot0_lora_b, slot0_lora_scaling)",
+        "add_product__1 = add_product_(add_product_, linear_3, slot1_lora_b, slot1_lora_scaling)",
         "return add_product__1",
     ]
 

@@ -96,7 +96,7 @@ def test_what_looks_at_weights_sees_them_unmerged():
     other = graphpeft.get_peft_model(two_layers(), linears(), "plain")
     torch.manual_seed(1)
     other.add_adapter("late", linears(use_dora=True))
-    assert torch.equal(model[0].lora_magnitude_late, other[0].lora_magnitude_late)
+    assert torch.equal(model[0].late.lora_magnitude, other[0].late.lora_magnitude)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_prompt_is_nodes_around_those_of_its_scope() -> None:
     assert names_of(traced) == ["x", "expect_present", "body_0", "body_1", "add", "head", "output"]
     get_peft_model(traced, scoped("body", token_dim=8))
     assert names_of(traced) == [
-        *("x", "expect_present", "body_prompt_embeddings_slot0", "inserted", "body_0", "body_1", "taken_out"),
+        *("x", "expect_present", "body_slot0_prompt_embeddings", "inserted", "body_0", "body_1", "taken_out"),
         *("add", "head", "output"),
     ]
     assert "taken_out = graphpeft_methods_prompts_scopes_taken_out(body_1, x, 3, 'before')" in traced.code

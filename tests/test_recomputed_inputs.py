@@ -52,17 +52,17 @@ def test_products_keep_how_their_inputs_are_computed():
     assert [line for line in body_of(model) if re.search(r"norm\(|silu|mul|recipe|product", line)] == [
         "recipe = recipe('layer', {}, norm_1, x)",
         "norm = self.norm(x)",
-        "product = product(norm, norm, gate_lora_a_slot0_1, 0.0, False, recipe)",
-        "linear_1 = torch._C._nn.linear(product, gate_lora_b_slot0)",
+        "product = product(norm, norm, gate_slot0_lora_a_1, 0.0, False, recipe)",
+        "linear_1 = torch._C._nn.linear(product, gate_slot0_lora_b)",
         "recipe_1 = recipe('silu', {'inplace': False}, add_scaled)",
         "silu = torch.nn.functional.silu(add_scaled, inplace = False)",
-        "product_1 = product(norm, norm, up_lora_a_slot0_1, 0.0, False, recipe)",
-        "linear_3 = torch._C._nn.linear(product_1, up_lora_b_slot0)",
+        "product_1 = product(norm, norm, up_slot0_lora_a_1, 0.0, False, recipe)",
+        "linear_3 = torch._C._nn.linear(product_1, up_slot0_lora_b)",
         "recipe_2 = recipe('mul', {}, recipe_1, add_scaled_1)",
         "mul = run(recipe_2, 'mul', {}, silu, add_scaled_1)",
         "down = self.down(mul)",
-        "product_2 = product(mul, mul, down_lora_a_slot0_1, 0.0, False, recipe_2)",
-        "linear_5 = torch._C._nn.linear(product_2, down_lora_b_slot0)",
+        "product_2 = product(mul, mul, down_slot0_lora_a_1, 0.0, False, recipe_2)",
+        "linear_5 = torch._C._nn.linear(product_2, down_slot0_lora_b)",
     ]
 
 

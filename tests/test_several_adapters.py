@@ -206,7 +206,7 @@ def test_a_lower_rank_at_a_grouped_convolution_is_filled_up_in_each_group():
     targets: dict[str, Any] = {"target_modules": ["grouped", "transposed"]}
     options = [{"r": 2, **targets}, {"r": 4, "rank_pattern": {"grouped": 2}, **targets}]
     model = combined(graphpeft, Grouped(), *options, kind="cat", weights=[1.0, 1.0])
-    assert model.get_parameter("grouped.lora_A_new").shape[0] == 6
+    assert model.get_parameter("grouped.new.lora_A").shape[0] == 6
     summed = output(model, x)
     model.set_adapter(["u", "v"])
     torch.testing.assert_close(summed, output(model, x))
@@ -945,7 +945,7 @@ def test_a_merge_that_fails_changes_nothing():
     model = with_adapters(graphpeft, LLAMA.build(), options, options)
     model.merge_adapter(["u"])
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.lora_B_v[0, 0] = torch.inf
+        model.model.layers[1].mlp.up_proj.v.lora_B[0, 0] = torch.inf
     before = snapshot(model)
     with (
         pytest.warns(UserWarning, match="u are merged already; v are merged beside them"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.testing import laws
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -99,7 +100,7 @@ def built(kind: str) -> nn.Module:
 
 
 def modes_of(model: nn.Module) -> dict[str, bool]:
-    return {path: module.training for path, module in model.named_modules()}
+    return {path: module.training for path, module in modules_by_path(model).items()}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import graphpeft
 from graphpeft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict
+from graphpeft.graph.paths import modules_by_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 
@@ -63,7 +64,7 @@ def test_adapting_gives_back_the_same_object_of_the_same_class(example: Example)
     result = get_peft_model(model, example.config())
     assert result is model
     assert isinstance(result, PeftModel)
-    assert dict(result.named_modules()) == modules
+    assert modules_by_path(result) == modules
     for path, module in modules.items():
         assert isinstance(module, classes[path])
         assert type(module).__name__ == classes[path].__name__
@@ -316,7 +317,7 @@ def test_training_of_a_prompt_resumes_with_its_encoder(tmp_path: Path) -> None:
     trainer_of(through, tmp_path).train()
     trainer_of(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     changed = [name for name, tensor in through.state_dict().items() if not torch.equal(tensor, first[name])]
-    assert all(name.startswith("prompt_") for name in changed)
+    assert all(name.startswith("default.prompt_") for name in changed)
     assert changed
     assert all(torch.equal(tensor, through.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 

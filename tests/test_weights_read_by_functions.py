@@ -88,7 +88,7 @@ def _changed_weights(model: nn.Module, scaling: float) -> dict[str, Tensor]:
     changed = {}
     for name, a in found.items():
         if "lora_A" in name:
-            path = name.rpartition(".")[0]
+            path = name.removesuffix(".default.lora_A")
             weight = model.get_parameter(f"{path}.weight")
             changed[f"{path}.weight"] = weight + scaling * found[name.replace("lora_A", "lora_B")] @ a
     return changed

@@ -280,13 +280,13 @@ def test_saved_and_loaded_they_make_the_same_weight(kind: Kind, tmp_path: Path) 
 # the bias, which isn't scaled
 
 
-@pytest.mark.parametrize("order", [("bias", "dora"), ("dora", "bias")], ids=" then ".join)
+@pytest.mark.parametrize("order", [("biased", "dora"), ("dora", "biased")], ids=" then ".join)
 @pytest.mark.parametrize("dropout", [0, 1e-9])
 @pytest.mark.parametrize("kind", ["linear", "flipped", "convolution", "transposed"])
 def test_a_bias_that_another_adapter_has_added_is_not_scaled(kind: str, dropout: float, order: tuple[str, ...]) -> None:
     case = KINDS[kind]
     model, x = adapted(case, lora_dropout=dropout), case.inputs()
-    model.add_adapter("bias", case.config("lora", lora_bias=True, lora_dropout=dropout))
+    model.add_adapter("biased", case.config("lora", lora_bias=True, lora_dropout=dropout))
     expected = by_hand(case, model, order)
     bias = expected.get_parameter("0.bias")
     with torch.no_grad():

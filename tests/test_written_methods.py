@@ -271,7 +271,7 @@ def test_an_operation_whose_input_changes_is_computed_once() -> None:
     assert template is not None
     (graph,) = template.graphs
     assert [node.name for node in graph.nodes] == [
-        *("input_1", "weight", "bias", "factors_slot0", "flatten", "mul", "getattr_1", "to", "linear", "output")
+        *("input_1", "weight", "bias", "slot0_factors", "flatten", "mul", "getattr_1", "to", "linear", "output")
     ]
 
 
@@ -614,7 +614,7 @@ def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[],
     layer = model.get_submodule("1")
     x = torch.tanh(X)
     # the second is the nearest to what the layer is given, and to what it returns
-    given = x * layer.inner_second
+    given = x * layer.second.inner
     twice = given * layer.default.inner
     first = plain[1](twice) * layer.default.outer + twice.sum(-1, keepdim=True)
     expected = first * layer.outer_second + given.sum(-1, keepdim=True)
@@ -667,7 +667,7 @@ def test_adapters_of_a_call_and_of_its_boundary_keep_what_each_other_enters(
     model.add_adapter(order[1], configs[order[1]](target_modules=["1"]))
     model.set_adapter(list(order))
     h, layer = torch.tanh(X), model.get_submodule("1")
-    shift, inner, outer = layer.shift_nest, layer.inner_both, layer.outer_both
+    shift, inner, outer = layer.nest.shift, layer.both.inner, layer.both.outer
     # the one that comes later is nearer to the module
     if order == ("both", "nest"):
         expected = plain[1](h * inner + shift) * 2 * outer + (h * inner).sum(-1, keepdim=True)

@@ -12,7 +12,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_through
-from graphpeft.graph.paths import join, within
+from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import VALUE, Graphs, runs_graph, template_of
 from graphpeft.graph.traced_model import stands_for
@@ -80,10 +80,10 @@ def boundary_site(regions: Regions, path: str) -> CallSite:
 
 
 def _first_parameter(regions: Regions, path: str) -> tuple[tuple[str, str], torch.dtype] | None:
-    for name, parameter in regions.modules[path].named_parameters():
-        if parameter.is_floating_point():
-            inside, _, own = name.rpartition(".")
-            return (join(path, inside) if inside else path, own), parameter.dtype
+    for inside, module in modules_by_path(regions.modules[path]).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                return (join(path, inside), name), parameter.dtype
     return None
 
 

@@ -375,17 +375,17 @@ class Functions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.randn(8, 8))
-        self.v = nn.Parameter(torch.randn(8, 8))
-        self.e = nn.Parameter(torch.randn(8, 8))
+        self.up = nn.Parameter(torch.randn(8, 8))
+        self.down = nn.Parameter(torch.randn(8, 8))
+        self.gate = nn.Parameter(torch.randn(8, 8))
         self.inner = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         """Uses each."""
-        return self.inner(torch.tanh(nn.functional.linear(x, self.w) @ self.v)) * torch.softmax(self.e, 0)[0]
+        return self.inner(torch.tanh(nn.functional.linear(x, self.up) @ self.down)) * torch.softmax(self.gate, 0)[0]
 
 
-@pytest.mark.parametrize("targets", [["w", "v", "inner"], ["w", "v", "e"], ["e", "inner"]], ids=" ".join)
+@pytest.mark.parametrize("targets", [["up", "down", "inner"], ["up", "down", "gate"], ["gate", "inner"]], ids=" ".join)
 @pytest.mark.parametrize("is_flat", [False, True], ids=["in place", "flat graph"])
 @pytest.mark.parametrize("shape", [(5, 8), (5, 3, 8)])
 def test_weights_that_no_layer_holds_are_mixed(targets: list[str], is_flat: bool, shape: tuple[int, ...]):

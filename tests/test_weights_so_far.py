@@ -290,7 +290,7 @@ def test_a_bias_that_another_adapter_has_added_is_not_scaled(kind: str, dropout:
     expected = by_hand(case, model, order)
     bias = expected.get_parameter("0.bias")
     with torch.no_grad():
-        bias += 2.5 * model[0].lora_bias_bias
+        bias += 2.5 * model[0].biased.lora_bias
     model.set_adapter(list(order))
     assert_close(model.train()(x), expected(x), 1e-5)
     assert_close(model.merge_and_unload()(x), expected(x), 1e-5)

@@ -306,7 +306,7 @@ def test_the_penalty_is_added_where_the_adapter_acts_and_is_trained() -> None:
     base: Any = LLAMA.build()
     plain = base(**inputs, labels=inputs["input_ids"]).loss.item()
     sites = [
-        SiteParameters(a.site, {n: getattr(model.get_submodule(a.site.owner), a.names[n]) for n in a.specs})
+        SiteParameters(a.site, {n: model.get_submodule(a.site.owner).get_parameter(a.names[n]) for n in a.specs})
         for a in model.adapter_report().adapted
     ]
     penalty = model.peft_config["default"].penalty(sites).item()

@@ -427,7 +427,7 @@ def in_disabled(model: Any) -> None:
 )
 def test_an_adapter_whose_module_was_exchanged_is_used_no_longer(use: Callable[[Any], Any]) -> None:
     model = exchanged("default")
-    with refused(model, AdaptError, "head.lora_A_default of adapter 'default' is gone", "put it back, or delete"):
+    with refused(model, AdaptError, "head.default.lora_A of adapter 'default' is gone", "put it back, or delete"):
         use(model)
     assert not Path("unwritten").exists()
 
@@ -435,7 +435,7 @@ def test_an_adapter_whose_module_was_exchanged_is_used_no_longer(use: Callable[[
 def test_an_adapter_whose_module_was_taken_out_is_not_saved(tmp_path: Path) -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora("0", "1"))
     del model[1]
-    with refused(model, AdaptError, "1.lora_A_default of adapter 'default' is gone"):
+    with refused(model, AdaptError, "1.default.lora_A of adapter 'default' is gone"):
         model.save_pretrained(tmp_path)
 
 
@@ -456,7 +456,7 @@ def test_adapters_remain_disabled_where_a_module_was_exchanged_meanwhile(mend: s
     disabled.__enter__()
     base = output(model, x)
     model.head = nn.Linear(8, 5)
-    with pytest.raises(AdaptError, match=r"head\.lora_A_default of adapter 'default' is gone"):
+    with pytest.raises(AdaptError, match=r"head\.default\.lora_A of adapter 'default' is gone"):
         disabled.__exit__(None, None, None)
     if mend == "delete":
         model.delete_adapter("default")
@@ -469,7 +469,7 @@ def test_adapters_remain_disabled_where_a_module_was_exchanged_meanwhile(mend: s
 def test_a_swap_does_not_go_where_a_module_was_exchanged(tmp_path: Path) -> None:
     get_peft_model(MLP.build(), lora("up", "head")).save_pretrained(tmp_path)
     model = exchanged("default")
-    with refused(model, AdaptError, "head.lora_A_default of adapter 'default' is gone"):
+    with refused(model, AdaptError, "head.default.lora_A of adapter 'default' is gone"):
         graphpeft.hotswap_adapter(model, tmp_path, "default")
 
 

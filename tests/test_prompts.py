@@ -616,7 +616,7 @@ def test_a_prompt_is_nodes_at_the_boundary() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
     tagged = [node for node in model.graph.nodes if TAG in node.meta]
     assert {str(node.target) for node in tagged if node.op == "get_attr"} == {
-        *("model.embed_tokens", "slot0_prompt_embeddings"),
+        *("model.embed_tokens", "slot0.prompt_embeddings"),
     }
     calls = [node.target.__name__ for node in tagged if node.op == "call_function"]
     # a model that hands on its cache by another argument, as some of Transformers do, has nodes for that, too

@@ -221,11 +221,11 @@ def test_a_traced_model_is_unloaded_alike() -> None:
 def test_the_head_that_a_task_brings_along_stays() -> None:
     model: Any = get_peft_model(CLASSIFIER.build(), CLASSIFIER.config(task_type="SEQ_CLS"))
     train(model)
-    trained = {name: tensor.clone() for name, tensor in model.named_parameters() if name.endswith("weight_default")}
+    trained = {name: tensor.clone() for name, tensor in model.named_parameters() if name.endswith("default.weight")}
     unloaded = model.unload()
     assert trained
     for name, tensor in trained.items():
-        assert torch.equal(unloaded.get_parameter(name.removesuffix("_default")), tensor)
+        assert torch.equal(unloaded.get_parameter(name.replace(".default", "")), tensor)
 
 
 def test_the_copies_are_the_models_own_parameters_and_adapt_again() -> None:
@@ -242,7 +242,7 @@ def test_a_module_that_somebody_has_put_there_stays() -> None:
     model, other = adapted(graphpeft, modules_to_save=["head"]), nn.Linear(6, 4)
     model.head = other
     assert model.unload().head is other
-    assert "weight_default" not in dict(other.named_parameters())
+    assert "default.weight" not in dict(other.named_parameters())
 
 
 def tied() -> Any:

@@ -617,7 +617,7 @@ def test_a_rule_can_change_both_sides_of_a_layer_or_of_a_call(make: Callable[[],
     given = x * layer.second.inner
     twice = given * layer.default.inner
     first = plain[1](twice) * layer.default.outer + twice.sum(-1, keepdim=True)
-    expected = first * layer.outer_second + given.sum(-1, keepdim=True)
+    expected = first * layer.second.outer + given.sum(-1, keepdim=True)
     torch.testing.assert_close(model(X), expected)
     model.delete_adapter("second")
     torch.testing.assert_close(

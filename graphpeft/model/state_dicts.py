@@ -81,7 +81,7 @@ def set_peft_model_state_dict(
         >>> values = get_peft_model_state_dict(model)
         >>> set_peft_model_state_dict(model, {name: torch.ones_like(value) for name, value in values.items()})
         <All keys matched successfully>
-        >>> bool((model[0].lora_B_default == 1).all())
+        >>> bool((model[0].default.lora_B == 1).all())
         True
     """
     modules = modules_of(model)

@@ -101,7 +101,7 @@ class LoraConfig(TargetedConfig):
     Example:
         >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], rank_pattern={"0": 2})
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
-        >>> model[0].lora_A_default.shape
+        >>> model[0].default.lora_A.shape
         torch.Size([2, 8])
     """
 

@@ -443,7 +443,7 @@ def test_an_adapter_is_not_activated_where_its_module_was_exchanged() -> None:
     model = exchanged("default", "second")
     model.set_adapter([])
     for name in ("default", "second"):
-        with refused(model, AdaptError, f"head.lora_A_{name} of adapter '{name}' is gone"):
+        with refused(model, AdaptError, f"head.{name}.lora_A of adapter '{name}' is gone"):
             model.set_adapter(name)
 
 

@@ -82,7 +82,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any]]] = [
     ("a Llama that generates", lambda: named(LLAMA), {"task_type": "CAUSAL_LM"}),
     ("a Llama without a task", lambda: named(LLAMA), {}),
     ("a Llama with tags", lambda: tagged(LLAMA), {"task_type": "CAUSAL_LM"}),
-    ("a BERT", lambda: named(BERT), {"task_type": "SEQ_CLS"}),
+    ("a BERT", lambda: named(BERT), {"task_type": "FEATURE_EXTRACTION"}),
     ("a GPT-2", lambda: named(GPT2), {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}),
 ]
 each_case = pytest.mark.parametrize(("build", "options"), [pytest.param(*case[1:], id=case[0]) for case in CASES])

@@ -21,7 +21,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
-from graphpeft.graph.holders import holder_for, place_of, tensor_at
+from graphpeft.graph.holders import has, holder_for, place_of, tensor_at
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.transaction import (
@@ -202,11 +202,11 @@ def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
     for name in adapters.active:
         adapter = adapters.by_name[name]
         for path in adapter.saved:
-            tensors = overrides.tensors_of(modules[path]) if path in modules else ()
-            # not of a module or a tensor that somebody has put there since
             for own in adapter.fully_trained[path]:
-                if {own, overrides.override_name(own, name)} <= set(tensors):
-                    found[path, own] = tensor_at(modules[path], overrides.override_name(own, name))
+                override = overrides.override_name(own, name)
+                # not of a module or a tensor that somebody has put there since
+                if path in modules and own in overrides.tensors_of(modules[path]) and has(modules[path], override):
+                    found[path, own] = tensor_at(modules[path], override)
     return found
 
 

@@ -20,12 +20,14 @@ from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, p
 from graphpeft.adapters.loading import load
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
+from graphpeft.adapters.state import adapters_of
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
+from graphpeft.peft_classes import class_property, model_class
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import transaction, undone_by
@@ -413,6 +415,11 @@ def methods_for(model: nn.Module) -> in_place.Layer:
 def _methods_layer(generates: bool = False, is_resizable: bool = False) -> in_place.Layer:
     chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
     bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
-    return in_place.Layer(
-        "methods", bases, {"__call__": PeftModel.__call__}, (_methods_layer, (generates, is_resizable))
-    )
+    namespace = {"__call__": PeftModel.__call__, "__class__": class_property(_class_in_peft)}
+    return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable)))
+
+
+def _class_in_peft(model: Any) -> type | None:
+    adapters = adapters_of(model)
+    first = next(iter(adapters.by_name.values()), None) if adapters is not None else None
+    return model_class(None if first is None else first.config.task_type)

@@ -22,6 +22,7 @@ from torch import nn
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
+from graphpeft.peft_classes import class_property, config_class
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -65,6 +66,8 @@ class PeftConfig:
 
     # a PeftType, or a user's str; Any, since subclasses couldn't narrow a union
     peft_type: ClassVar[Any]
+
+    __class__ = class_property(lambda config: config_class(config.method))  # pyright: ignore
 
     file_prefix: ClassVar[str] = "base_model.model."
     """The prefix in files of the names of tensors inside the model."""
@@ -334,6 +337,10 @@ class PeftConfig:
         if heads:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
         return config
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Python's own would compare the type with the __class__
+        return object.__new__, (type(self),), self.__dict__
 
     # JSON
 

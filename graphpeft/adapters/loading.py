@@ -7,17 +7,20 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft.adapters import checkpoint, file_names
-from graphpeft.adapters.adapting import carry_out, modules_of, plan_for, refuse, replicate_layers
+from graphpeft.adapters.adapting import carry_out, known_adapter, modules_of, plan_for, refuse, replicate_layers
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
+from graphpeft.adapters.tensors import overwrite, refuse_missing
 from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import transaction
-from graphpeft.wording import joined
+from graphpeft.wording import joined, shown
 
 
 def load(
@@ -62,11 +65,7 @@ def load(
             "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
             "set_peft_model_state_dict"
         )
-    if config is not None:
-        values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
-        saved = checkpoint.SavedAdapter(as_config(config), values)
-    else:
-        saved = checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    saved = _read(model_id, config, use_safetensors, hub_options)
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
     if key_mapping:
@@ -86,6 +85,78 @@ def load(
         saved.refuse_two_saves(model_id)
         warn_of_other_base(model, saved.config, stacklevel=4)
         carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
+
+
+def _read(
+    model_id: str | os.PathLike[str], config: ConfigLike | None, use_safetensors: bool, hub_options: Mapping[str, Any]
+) -> checkpoint.SavedAdapter:
+    if config is None:
+        return checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    return checkpoint.SavedAdapter(as_config(config), values)
+
+
+def load_again(
+    model: Any,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    config: ConfigLike | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    use_safetensors: bool = True,
+    **hub_options: Any,
+) -> None:
+    """Gives an adapter of a model the values of a saved one, in place, so that an optimizer goes on with its tensors.
+
+    Args:
+        model: An adapted model.
+        model_id: As for `load`.
+        adapter_name: The name of an adapter that the model has.
+        config: As for `load`.
+        key_mapping: As for `load`.
+        use_safetensors: As for `load`.
+        **hub_options: As for `load`.
+
+    Raises:
+        AdaptError: If the saved adapter has other options, on which the meaning of its tensors depends, or `set_values`
+            does.
+        CheckpointError: If the file doesn't fit the adapter.
+        FileNotFoundError: If there is none.
+    """
+    saved = _read(model_id, config, use_safetensors, hub_options)
+    adapter = known_adapter(model, adapter_name)
+    if saved.config.digest() != checkpoint.file_config(model, adapter).digest():
+        raise AdaptError(
+            f"the model has an adapter {adapter_name!r} with other options than those of {shown(model_id)}; load that "
+            "under another name, or let hotswap_adapter exchange the one for the other"
+        )
+    values = saved.tensors if not key_mapping else file_names.renamed(saved.tensors, key_mapping)
+    set_values(model, adapter_name, values)
+
+
+def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives an adapter's tensors other values.
+
+    Args:
+        model: An adapted model.
+        adapter_name: The adapter's name.
+        values: All tensors of the adapter, by their names in PEFT's files.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
+        AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
+            since; nothing is overwritten then.
+    """
+    modules = modules_of(model)
+    adapter = known_adapter(model, adapter_name)
+    refuse_missing(modules, adapter, adapter_name)
+    if adapter_name in model._peft_adapters.merged:
+        raise AdaptError(
+            f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "
+            "unmerge_adapter() before you load them"
+        )
+    fitted = checkpoint.fitted(adapter, adapter_name, modules, model._peft_adapters.originals, values)
+    with transaction(model):
+        overwrite(modules, adapter, adapter_name, fitted)
 
 
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:

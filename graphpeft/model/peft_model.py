@@ -17,7 +17,7 @@ from torch import nn
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
-from graphpeft.adapters.loading import load
+from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.adapters.state import adapters_of
@@ -262,7 +262,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
     ) -> Any:
         """Adds a saved adapter, which isn't active until `set_adapter` names it.
 
-        The modules keep their modes, training or evaluation.
+        If the model has an adapter of this name with the same options, that gets the saved values, and stays active and
+        trained as it is. The modules keep their modes, training or evaluation.
 
         Args:
             model_id: A folder, or a repository on the Hub.
@@ -286,6 +287,9 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             AdaptError: If a target can't be adapted, or the adapter can't have this name; the model is unchanged then.
             ValueError: If an option is True that must be False.
         """
+        if adapter_name in self._peft_adapters.by_name:
+            load_again(self, model_id, adapter_name, key_mapping=key_mapping, **options)
+            return IncompatibleKeys([], [])
         load(
             self,
             model_id,

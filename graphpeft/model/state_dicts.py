@@ -10,9 +10,8 @@ import torch
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import checkpoint
 from graphpeft.adapters.adapting import known_adapter, modules_of
-from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import overwrite, refuse_missing
-from graphpeft.transaction import transaction
+from graphpeft.adapters.loading import set_values
+from graphpeft.adapters.tensors import refuse_missing
 
 
 def get_peft_model_state_dict(
@@ -84,16 +83,5 @@ def set_peft_model_state_dict(
         >>> bool((model[0].default.lora_B == 1).all())
         True
     """
-    modules = modules_of(model)
-    adapter = known_adapter(model, adapter_name)
-    refuse_missing(modules, adapter, adapter_name)
-    if adapter_name in model._peft_adapters.merged:
-        raise AdaptError(
-            f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "
-            "unmerge_adapter() before you load them"
-        )
-    originals = model._peft_adapters.originals
-    values = checkpoint.fitted(adapter, adapter_name, modules, originals, peft_model_state_dict)
-    with transaction(model):
-        overwrite(modules, adapter, adapter_name, values)
+    set_values(model, adapter_name, peft_model_state_dict)
     return IncompatibleKeys([], [])

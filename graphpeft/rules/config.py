@@ -338,6 +338,15 @@ class PeftConfig:
             config.modules_to_save = [*(config.modules_to_save or ()), *heads]
         return config
 
+    def __getattr__(self, name: str) -> Any:
+        message = f"{type(self).__name__} has no attribute {name!r}"
+        if hasattr(config_class(self.method), name):
+            message += (
+                ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or a trainer of trl was given "
+                "this config, adapt the model with graphpeft.get_peft_model(model, config), and pass that in its place"
+            )
+        raise AttributeError(message, name=name, obj=self)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Python's own would compare the type with the __class__
         return object.__new__, (type(self),), self.__dict__

@@ -342,8 +342,8 @@ class PeftConfig:
         message = f"{type(self).__name__} has no attribute {name!r}"
         if hasattr(config_class(self.method), name):
             message += (
-                ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or a trainer of trl was given "
-                "this config, adapt the model with graphpeft.get_peft_model(model, config), and pass that in its place"
+                ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or trl was given "
+                "this config, adapt the model by graphpeft.get_peft_model(model, config) and pass that in its place"
             )
         raise AttributeError(message, name=name, obj=self)
 

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test newest floors check format bench coverage docs clean
+.PHONY: help demo quick test integrations newest floors check format bench coverage docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -19,10 +19,13 @@ quick test: export OMP_NUM_THREADS := 1
 
 # only files with quick tests are imported, since importing all takes a third of the time
 quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
-	$(BIN)/pytest $(TWO) -m "quick and not long and not compiled" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
+	$(BIN)/pytest $(TWO) -m "quick and not long and not compiled and not integrations" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
 
 test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
 	$(BIN)/pytest $(TWO) $(ARGS)
+
+integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m integrations $(ARGS)
 
 newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
 	$(call test_in,.venv-newest,highest)
@@ -66,6 +69,10 @@ clean:  ## remove everything that these targets make
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+.venv/.integrations: .venv/.installed
+	$(BIN)/python -m pip install -e '.[integrations]'
 	touch $@
 
 .venv/.docs: .venv/.installed

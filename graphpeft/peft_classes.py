@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def model_class(task_type: str | None) -> type | None:
     """Returns PEFT's class for models of a task, `PeftModelForCausalLM` for example; None if PEFT isn't loaded."""
@@ -31,18 +33,32 @@ def _of_table(table: str, key: str | None, default: str) -> type | None:
 
 
 def class_property(theirs: Callable[[Any], type | None]) -> property:
-    """Returns a property that serves as the `__class__` of a class.
+    """Returns a property that serves as the `__class__` of a class, which has the attribute `KNOWN`, too: None.
 
     Args:
-        theirs: Returns the class of PEFT's of which an object is to be an instance, or None.
+        theirs: Returns PEFT's class for instances of a class, or None.
     """
 
     def get(instance: Any) -> type:
-        own, other = type(instance), theirs(instance)
-        return own if other is None or issubclass(own, other) else _both(own, other)
+        own: Any = type(instance)
+        # no more than attributes of the class are read, so that a compiler can follow
+        known = own._graphpeft_known_class
+        if known is not None and issubclass(known, own):
+            return known
+        if "peft" not in sys.modules or torch.compiler.is_compiling():
+            return own
+        other = theirs(own)
+        if other is None or issubclass(own, other):
+            return own
+        both = _both(own, other)
+        setattr(own, KNOWN, both)
+        return both
 
     return property(get, lambda instance, cls: _CLASS.__set__(instance, cls))
 
+
+KNOWN = "_graphpeft_known_class"
+"""The attribute of a class that has the `__class__` of its instances, once PEFT is loaded."""
 
 _CLASS: Any = vars(object)["__class__"]
 """Python's own `__class__`, which can be set."""

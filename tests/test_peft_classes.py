@@ -30,8 +30,8 @@ TASKS = {None: "PeftModel"} | {task: peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
 def test_a_model_is_one_of_pefts_class_for_its_task_and_of_its_own(task: TaskType | None) -> None:
     model: Any = MLP.build()
     cls = type(model)
-    get_peft_model(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
-    model._peft_adapters.by_name["default"].config.task_type = task
+    model.can_generate, model.prepare_inputs_for_generation = (lambda: False), None
+    get_peft_model(model, LoraConfig(target_modules=["up"], task_type=task))
     assert isinstance(model, getattr(peft, TASKS[task]))
     assert isinstance(model, peft.PeftModel)
     others = {"PeftModelForCausalLM", "PeftModelForSeq2SeqLM"} - {TASKS[task]}

@@ -18,6 +18,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.sites.site import Site
 from graphpeft.targeting.targeting import kept_out_entries, unmatched_entries
 from graphpeft.targeting.targets import match_parameter
@@ -27,6 +28,10 @@ from graphpeft.wording import joined
 
 Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
+
+
+Methods = Callable[[nn.Module, TaskType | None], in_place.Layer]
+"""Returns the layer with the methods of an adapted model, for a model and the task of its first adapter."""
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -68,7 +73,7 @@ def add_new(
     where: Where | None,
     *,
     activates: bool,
-    methods: in_place.Layer,
+    methods: Methods,
 ) -> None:
     """Gives a model a new adapter.
 
@@ -80,7 +85,7 @@ def add_new(
         autocast_adapter_dtype: See there.
         where: See there.
         activates: Whether it becomes the active one.
-        methods: What gives the model the methods of an adapted one, with its first adapter.
+        methods: Returns the layer with the methods of an adapted model, which the model gets with its first adapter.
 
     Raises:
         AdaptError: If it can't be added; the model is as it was.
@@ -163,7 +168,7 @@ def carry_out(
     plan: Plan,
     values: Tensors | None,
     activates: bool,
-    methods: in_place.Layer,
+    methods: Methods,
     replication: Replication | None = None,
 ) -> None:
     """Carries out a plan, inside a transaction.
@@ -174,7 +179,7 @@ def carry_out(
         plan: The plan.
         values: Values of the adapter's tensors; without them the method's first values are drawn.
         activates: Whether it becomes the active one.
-        methods: What gives the model the methods of an adapted one, with its first adapter.
+        methods: Returns the layer with the methods of an adapted model, which the model gets with its first adapter.
         replication: What was exchanged in the model for the plan.
     """
     modules = plan.modules
@@ -192,7 +197,7 @@ def carry_out(
     if present is not None:
         set_trainable(modules, state, touched)
         return
-    in_place.put_on(model, methods)
+    in_place.put_on(model, methods(model, plan.config.task_type))
     set_item(model.__dict__, STATE, state)
     freeze(modules, state)
 

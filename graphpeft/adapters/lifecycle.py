@@ -56,7 +56,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         for adapted in plan.sites
         for constant, value in adapted.constants.items()
     }
-    owners = dict.fromkeys(path for path, _ in (*made, *constants))
+    owners = dict.fromkeys([path for path, _ in (*made, *constants)])
     for path in owners:
         _refuse_taken(modules[path], path, name)
     for path in owners:
@@ -83,10 +83,16 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
 
 def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
     where = path or "the model"
-    if hasattr(module, name) or hasattr(GraphForward, name):
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    # hasattr of the module itself takes its time where there is none
+    if any(name in names for names in held) or hasattr(type(module), name) or name in _OF_GRAPHS:
         raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
     for attribute in slots.names_like_slots(module):
         raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
+
+
+_OF_GRAPHS = frozenset(dir(GraphForward))
+"""Attributes that a module with a graph has."""
 
 
 def forget_mixing(adapters: Adapters) -> None:

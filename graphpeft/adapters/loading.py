@@ -11,12 +11,19 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import checkpoint, file_names
-from graphpeft.adapters.adapting import carry_out, known_adapter, modules_of, plan_for, refuse, replicate_layers
+from graphpeft.adapters.adapting import (
+    Methods,
+    carry_out,
+    known_adapter,
+    modules_of,
+    plan_for,
+    refuse,
+    replicate_layers,
+)
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing
-from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import transaction
@@ -31,7 +38,7 @@ def load(
     config: ConfigLike | None = None,
     *,
     activates: bool,
-    methods: in_place.Layer,
+    methods: Methods,
     autocast_adapter_dtype: bool = True,
     ephemeral_gpu_offload: bool = False,
     key_mapping: Mapping[str, str] | None = None,

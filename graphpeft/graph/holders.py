@@ -42,8 +42,9 @@ class PassingHolder(Holder):
 
 def holder_for(module: nn.Module) -> Holder:
     """Returns an empty holder for an adapter at `module`."""
-    cls = PassingHolder if in_place.original_class(module).forward is nn.Sequential.forward else Holder
-    return cls().train(module.training)
+    holder = PassingHolder() if in_place.original_class(module).forward is nn.Sequential.forward else Holder()
+    vars(holder)["training"] = module.training
+    return holder
 
 
 def name_at(adapter: str, name: str) -> str:

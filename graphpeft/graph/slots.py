@@ -10,7 +10,6 @@ module's class that returns the adapter's holder.
 from __future__ import annotations
 
 import functools
-import operator
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -76,7 +75,12 @@ def _like_slots(cls: type, own: tuple[str, ...]) -> list[str]:
     return [name for name in (*own, *dir(cls)) if _SLOT.fullmatch(name)]
 
 
+def _reading(adapter: str) -> Callable[[nn.Module], nn.Module | None]:
+    # which costs a quarter of what reading the attribute does
+    return lambda module: module._modules[adapter]
+
+
 @functools.lru_cache(maxsize=1024)
 def _layer(names: Names) -> in_place.Layer:
-    properties = {_holder(slot): property(operator.attrgetter(adapter)) for slot, adapter in names}
+    properties = {_holder(slot): property(_reading(adapter)) for slot, adapter in names}
     return in_place.Layer("slots", (), properties | {"_graphpeft_in_slots": dict(names)}, (_layer, (names,)))

@@ -80,13 +80,17 @@ class Template:
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
         self._forwards = [compiled(self, code.src, code.globals) for code in self.codes]
         self._layer_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._layer_with)
+        self._forward_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._forward_with)
 
     def layer_for(self, names: Mapping[int, str]) -> in_place.Layer:
         """Returns the layer for a module, given the adapters in the slots; slots without nodes here don't matter."""
-        return self._layer_for(tuple((slot, names[slot]) for slot in sorted(self.slots) if slot in names))
+        return self._layer_for(self._own(names))
+
+    def _own(self, names: Mapping[int, str]) -> slots.Names:
+        return tuple((slot, names[slot]) for slot in sorted(self.slots) if slot in names)
 
     def _layer_with(self, names: slots.Names) -> in_place.Layer:
-        forward = self._forward_with(names)
+        forward = self._forward_for(())
         # a layer further out may have a forward of its own, which reads _graphpeft_forward
         namespace = {
             **{name: _fixed(name, value) for name, value in self.fixed.items()},
@@ -101,8 +105,8 @@ class Template:
         )
 
     def forward_for(self, names: Mapping[int, str]) -> Callable[..., Any]:
-        """Returns the forward as a function of the module, given the adapters in the slots."""
-        return self.layer_for(names).namespace["_graphpeft_forward"]
+        """Returns the forward for a module without slots, as a function of it, given the adapters in the slots."""
+        return self._forward_for(self._own(names))
 
     def _forward_with(self, names: slots.Names) -> Callable[..., Any]:
         forwards = [

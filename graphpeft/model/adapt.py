@@ -131,7 +131,7 @@ def get_peft_model(
         autocast_adapter_dtype,
         where,
         activates=True,
-        methods=methods_for(model),
+        methods=methods_for,
     )
     return model
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
 from graphpeft.wording import shown
 
@@ -34,7 +35,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_no_module(model)}")
     classes = tuple(_classes_of_peft())
-    inside = ((path, type(inner)) for path, inner in model.named_modules() if issubclass(type(inner), classes))
+    inside = ((path, type(inner)) for path, inner in modules_by_path(model).items() if issubclass(type(inner), classes))
     path, cls = next(inside, ("", None)) if classes else ("", None)
     if cls is not None:
         raise AdaptError(

@@ -20,16 +20,16 @@ from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, p
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
-from graphpeft.adapters.state import adapters_of
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
-from graphpeft.peft_classes import class_property, model_class
+from graphpeft.peft_classes import KNOWN, class_property, model_class
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.transaction import transaction, undone_by
 
 
@@ -120,7 +120,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
                 is_trainable,
                 config,
                 activates=True,
-                methods=methods_for(model),
+                methods=methods_for,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
                 key_mapping=key_mapping,
@@ -245,7 +245,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             autocast_adapter_dtype,
             where,
             activates=False,
-            methods=methods_for(self),
+            methods=methods_for,
         )
 
     def load_adapter(
@@ -296,7 +296,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             adapter_name,
             is_trainable,
             activates=False,
-            methods=methods_for(self),
+            methods=methods_for,
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
@@ -350,7 +350,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
         by_name = dict(zip(adapters, weights, strict=True))
         values = combining.combined_values(modules, state, by_name, plan, how)
         with transaction(self):
-            carry_out(self, adapter_name, plan, values, activates=False, methods=methods_for(self))
+            carry_out(self, adapter_name, plan, values, activates=False, methods=methods_for)
 
 
 class GeneratingPeftModel(PeftModel):
@@ -410,20 +410,20 @@ class ResizablePeftModel(PeftModel):
         return base.resize_token_embeddings(new_num_tokens, **options)
 
 
-def methods_for(model: nn.Module) -> in_place.Layer:
-    """Returns the layer that gives a model the methods of an adapted one."""
-    return _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"))
+def methods_for(model: nn.Module, task: TaskType | None) -> in_place.Layer:
+    """Returns the layer that gives a model the methods of an adapted one.
+
+    Args:
+        model: The model.
+        task: The task of its first adapter, by which it is an instance of one of PEFT's classes.
+    """
+    return _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"), task)
 
 
 @functools.cache
-def _methods_layer(generates: bool = False, is_resizable: bool = False) -> in_place.Layer:
+def _methods_layer(generates: bool, is_resizable: bool, task: TaskType | None) -> in_place.Layer:
     chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
     bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
-    namespace = {"__call__": PeftModel.__call__, "__class__": class_property(_class_in_peft)}
-    return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable)))
-
-
-def _class_in_peft(model: Any) -> type | None:
-    adapters = adapters_of(model)
-    first = next(iter(adapters.by_name.values()), None) if adapters is not None else None
-    return model_class(None if first is None else first.config.task_type)
+    class_in_peft = class_property(lambda _: model_class(task))
+    namespace = {"__call__": PeftModel.__call__, "__class__": class_in_peft, KNOWN: None}
+    return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable, task)))

@@ -67,7 +67,8 @@ class PeftConfig:
     # a PeftType, or a user's str; Any, since subclasses couldn't narrow a union
     peft_type: ClassVar[Any]
 
-    __class__ = class_property(lambda config: config_class(config.method))  # pyright: ignore
+    __class__ = class_property(lambda cls: config_class(plain(cls.peft_type)))  # pyright: ignore
+    _graphpeft_known_class: ClassVar[type | None] = None
 
     file_prefix: ClassVar[str] = "base_model.model."
     """The prefix in files of the names of tensors inside the model."""

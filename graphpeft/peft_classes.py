@@ -26,6 +26,16 @@ def config_class(method: str) -> type | None:
     return _of_table("PEFT_TYPE_TO_CONFIG_MAPPING", method, "PeftConfig")
 
 
+def hint_for_peft(theirs: type | None, name: str) -> str:
+    """Returns words for an error about an attribute of a config that PEFT's class may have, and this library's not."""
+    if not hasattr(theirs, name):
+        return ""
+    return (
+        ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or trl was given this config, adapt "
+        "the model by graphpeft.get_peft_model(model, config) and pass that in its place"
+    )
+
+
 def _of_table(table: str, key: str | None, default: str) -> type | None:
     # a module that is being imported lacks some of its names
     loaded = vars(sys.modules["peft"]) if "peft" in sys.modules else {}

@@ -53,7 +53,7 @@ def test_a_methods_options_have_pefts_defaults(name: str, config_class: type[Pef
 def test_a_config_that_is_saved_has_its_own_inference_mode(
     name: str, config_class: type[PeftConfig], inference_mode: bool, tmp_path: Path
 ) -> None:
-    options = NEEDED.get(name, {}) | {"inference_mode": inference_mode}
+    options: dict[str, Any] = NEEDED.get(name, {}) | {"inference_mode": inference_mode}
     for made, folder in ((config_class(**options), tmp_path / "ours"), (OF_PEFT[name](**options), tmp_path / "theirs")):
         made.save_pretrained(str(folder))
         assert PeftConfig.from_pretrained(folder).inference_mode == inference_mode

@@ -22,7 +22,7 @@ from torch import nn
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
-from graphpeft.peft_classes import class_property, config_class
+from graphpeft.peft_classes import class_property, config_class, hint_for_peft
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -100,8 +100,6 @@ class PeftConfig:
                 )
             self.task_type = TaskType(self.task_type)
         check_options(self)
-
-    # the interface of a method
 
     @property
     def method(self) -> str:
@@ -340,19 +338,12 @@ class PeftConfig:
         return config
 
     def __getattr__(self, name: str) -> Any:
-        message = f"{type(self).__name__} has no attribute {name!r}"
-        if hasattr(config_class(self.method), name):
-            message += (
-                ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or trl was given "
-                "this config, adapt the model by graphpeft.get_peft_model(model, config) and pass that in its place"
-            )
-        raise AttributeError(message, name=name, obj=self)
+        hint = hint_for_peft(config_class(self.method), name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Python's own would compare the type with the __class__
         return object.__new__, (type(self),), self.__dict__
-
-    # JSON
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys of PEFT's JSON with plain values."""

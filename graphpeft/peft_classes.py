@@ -1,19 +1,16 @@
 """Makes objects of this library instances of PEFT's classes, too, wherever a process has loaded PEFT.
 
 trl, accelerate, Transformers and others ask ``isinstance(model, peft.PeftModel)``. Python asks an object's type first,
-and then its ``__class__``. That is a property here, which returns a subclass of the type with PEFT's class at the end
-of its method resolution order. So the object is an instance of PEFT's class and inherits nothing from it. This library
-never imports PEFT: the property looks whether somebody has.
+and then its ``__class__``, which is a property here. Once somebody has loaded PEFT, an adapted model has a class, and a
+config answers with a class, whose method resolution order ends in PEFT's. So the object is an instance of PEFT's class
+and inherits nothing from it. This library never imports PEFT.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 
 def model_class(task_type: str | None) -> type | None:
@@ -42,48 +39,26 @@ def _of_table(table: str, key: str | None, default: str) -> type | None:
     return loaded.get(table, {}).get(key, loaded.get(default))
 
 
-def class_property(theirs: Callable[[Any], type | None]) -> property:
-    """Returns a property that serves as the `__class__` of a class, which has the attribute `KNOWN`, too: None.
-
-    Args:
-        theirs: Returns PEFT's class for instances of a class, or None.
-    """
-
-    def get(instance: Any) -> type:
-        own: Any = type(instance)
-        # no more than attributes of the class are read, so that a compiler can follow
-        known = own._graphpeft_known_class
-        if known is not None and issubclass(known, own):
-            return known
-        if "peft" not in sys.modules or torch.compiler.is_compiling():
-            return own
-        other = theirs(own)
-        if other is None or issubclass(own, other):
-            return own
-        both = _both(own, other)
-        setattr(own, KNOWN, both)
-        return both
-
-    return property(get, lambda instance, cls: _CLASS.__set__(instance, cls))
+def ending_in(order: list[type], last: tuple[type, ...]) -> list[type]:
+    """Returns a method resolution order with some classes, and what they derive from, at its end."""
+    return [*order, *dict.fromkeys(base for cls in last for base in cls.__mro__ if base not in order)]
 
 
-KNOWN = "_graphpeft_known_class"
-"""The attribute of a class that has the `__class__` of its instances, once PEFT is loaded."""
-
-_CLASS: Any = vars(object)["__class__"]
-"""Python's own `__class__`, which can be set."""
+def class_in_peft(config: Any) -> type:
+    """Returns the type of a config, or a subclass of it that is one of PEFT's config class, too, if PEFT is loaded."""
+    own, theirs = type(config), config_class(config.method)
+    return own if theirs is None else _both(own, theirs)
 
 
 @functools.lru_cache(maxsize=256)
 def _both(own: type, theirs: type) -> type:
-    def mro(cls: Any) -> list[type]:
-        order = [*type.mro(cls)]
-        return [*order, *(base for base in theirs.__mro__ if base not in order)]
-
     def call(_: Any, *args: Any, **kwargs: Any) -> Any:
         # who builds another object of an object's __class__ wants one of its type
         return own(*args, **kwargs)
 
-    meta: Any = type(type(own).__name__, (type(own),), {"mro": mro, "__call__": call})
+    def mro(cls: Any) -> list[type]:
+        return ending_in(type.mro(cls), (theirs,))
+
+    meta: Any = type("type", (type,), {"mro": mro, "__call__": call})
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return meta(own.__name__, (own,), names)

@@ -51,7 +51,7 @@ def add(model: Any, library: Any, name: str, **options: Any) -> None:
 
 def choose(model: Any, *names: str) -> None:
     # PEFT's model takes one name, and what is inside of it several
-    chooser: Any = model.base_model if isinstance(model, peft.PeftModel) else model
+    chooser: Any = model.base_model if type(model) is peft.PeftModel else model
     chooser.set_adapter(list(names))
 
 

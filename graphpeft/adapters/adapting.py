@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,8 +30,8 @@ Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
 
 
-Methods = Callable[[nn.Module, TaskType | None], in_place.Layer]
-"""Returns the layer with the methods of an adapted model, for a model and the task of its first adapter."""
+Methods = Callable[[nn.Module, TaskType | None], Mapping[str, in_place.Layer | None]]
+"""Returns the layers of an adapted model by their kinds, for a model and the task of its first adapter."""
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,7 +85,7 @@ def add_new(
         autocast_adapter_dtype: See there.
         where: See there.
         activates: Whether it becomes the active one.
-        methods: Returns the layer with the methods of an adapted model, which the model gets with its first adapter.
+        methods: Returns the layers of an adapted model, which the model gets with its first adapter.
 
     Raises:
         AdaptError: If it can't be added; the model is as it was.
@@ -179,7 +179,7 @@ def carry_out(
         plan: The plan.
         values: Values of the adapter's tensors; without them the method's first values are drawn.
         activates: Whether it becomes the active one.
-        methods: Returns the layer with the methods of an adapted model, which the model gets with its first adapter.
+        methods: Returns the layers of an adapted model, which the model gets with its first adapter.
         replication: What was exchanged in the model for the plan.
     """
     modules = plan.modules
@@ -197,7 +197,7 @@ def carry_out(
     if present is not None:
         set_trainable(modules, state, touched)
         return
-    in_place.put_on(model, methods(model, plan.config.task_type))
+    in_place.exchange(model, methods(model, plan.config.task_type))
     set_item(model.__dict__, STATE, state)
     freeze(modules, state)
 

@@ -236,7 +236,7 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
             if not names_in_slots(modules[region]):  # of adapters of a model inside or around
                 in_place.take_off(modules[region], "graph")
         delete_item(model.__dict__, STATE)
-        in_place.take_off(model, "methods")
+        in_place.exchange(model, {"methods": None, "peft": None})
         for (path, own), tensor in left.items():
             module = modules[path]
             set_item(module._parameters if own in module._parameters else module._buffers, own, tensor)

@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
+from graphpeft.peft_classes import ending_in
 
-KINDS = ("methods", "rows", "graph", "slots", "padded", "merged", "saving", "tensors")
+KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "saving", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
 
@@ -36,11 +37,13 @@ class Layer:
         bases: Classes that the dressed class inherits from, before the original class.
         namespace: Attributes of the dressed class itself. Each class gets copies of the functions, each with its own
             code object: torch.compile compiles a code object for eight models, then runs it uncompiled.
+        last: Classes at the end of the dressed class's method resolution order: instances are instances of these, too,
+            and inherit nothing from them.
         recipe: A picklable callable and its arguments, which build the layer again.
         for_copy: Returns the layer for a copy of the module; None if the copy wears the same layer.
     """
 
-    __slots__ = ("_for_copy", "bases", "kind", "namespace", "recipe")
+    __slots__ = ("_for_copy", "bases", "kind", "last", "namespace", "recipe")
 
     def __init__(
         self,
@@ -49,9 +52,11 @@ class Layer:
         namespace: Mapping[str, Any],
         recipe: tuple[Any, tuple[Any, ...]],
         for_copy: Callable[[], Layer] | None = None,
+        last: tuple[type, ...] = (),
     ) -> None:
         assert kind in KINDS, kind
         self.kind, self.bases, self.namespace, self.recipe = kind, bases, namespace, recipe
+        self.last = last
         self._for_copy = for_copy
 
     def for_copy(self) -> Layer:
@@ -135,7 +140,11 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     # repeating a base of the original class would break the method resolution order
     bases = (*(base for base in added if not issubclass(original, base)), original)
 
+    last = tuple(cls for layer in layers for cls in layer.last)
+
     def fill(namespace: dict[str, Any]) -> None:
+        own = {name for base in bases for name in dir(base)} if last else set[str]()
+        namespace.update({name: _Absent(name) for cls in last for name in dir(cls) if name not in own})
         for layer in reversed(layers):
             namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
         # libraries dispatch on a model's class name, so the dressed class keeps it
@@ -147,7 +156,28 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
             _graphpeft_layers=layers,
         )
 
-    return types.new_class(original.__name__, bases, exec_body=fill)
+    options = {"metaclass": _ending_in(type(original), last)} if last else {}
+    return types.new_class(original.__name__, bases, options, fill)
+
+
+class _Absent:
+    """In the place of an attribute that a class at the end of the method resolution order has."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name)
+
+
+@functools.cache
+def _ending_in(metaclass: Any, last: tuple[type, ...]) -> Any:
+    """Returns a metaclass for classes whose method resolution order ends in these and in what they derive from."""
+
+    def mro(cls: Any) -> list[type]:
+        return ending_in(metaclass.mro(cls), last)
+
+    return type(metaclass.__name__, (metaclass,), {"mro": mro})
 
 
 def _own(value: Any, original: type) -> Any:

@@ -26,7 +26,7 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
-from graphpeft.peft_classes import KNOWN, class_property, model_class
+from graphpeft.peft_classes import model_class
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.peft_names import TaskType
@@ -410,20 +410,46 @@ class ResizablePeftModel(PeftModel):
         return base.resize_token_embeddings(new_num_tokens, **options)
 
 
-def methods_for(model: nn.Module, task: TaskType | None) -> in_place.Layer:
-    """Returns the layer that gives a model the methods of an adapted one.
+def methods_for(model: nn.Module, task: TaskType | None) -> dict[str, in_place.Layer | None]:
+    """Returns the layers that give a model the methods of an adapted one and make it one of PEFT's, by their kinds.
 
     Args:
         model: The model.
-        task: The task of its first adapter, by which it is an instance of one of PEFT's classes.
+        task: The task of its first adapter, on which the class of PEFT's depends.
     """
-    return _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"), task)
+    methods = _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"), task)
+    return {"methods": methods, "peft": None if model_class(task) is None else _peft_layer(task)}
 
 
 @functools.cache
 def _methods_layer(generates: bool, is_resizable: bool, task: TaskType | None) -> in_place.Layer:
     chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
     bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
-    class_in_peft = class_property(lambda _: model_class(task))
-    namespace = {"__call__": PeftModel.__call__, "__class__": class_in_peft, KNOWN: None}
+    namespace = {"__call__": PeftModel.__call__, "__class__": property(_class_now, _set_class), "_graphpeft_task": task}
     return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable, task)))
+
+
+def _class_now(model: Any) -> type:
+    """Returns the class of a model, which is made one of PEFT's here if PEFT was loaded since it was adapted."""
+    own = type(model)
+    theirs = model_class(own._graphpeft_task)
+    # a class that somebody else has derived since is left alone
+    if theirs is not None and not issubclass(own, theirs) and "_graphpeft_layers" in vars(own):
+        in_place.put_on(model, _peft_layer(own._graphpeft_task))
+        # isinstance, which may have asked, looks at no class that is the type by now
+        return in_place.quiet_subclass(type(model), {})
+    return own
+
+
+def _set_class(model: Any, cls: type) -> None:
+    vars(object)["__class__"].__set__(model, cls)
+
+
+def _peft_layer(task: TaskType | None) -> in_place.Layer:
+    theirs = model_class(task)
+    return _layer_of(task, () if theirs is None else (theirs,))
+
+
+@functools.cache
+def _layer_of(task: TaskType | None, theirs: tuple[type, ...]) -> in_place.Layer:
+    return in_place.Layer("peft", (), {}, (_peft_layer, (task,)), last=theirs)

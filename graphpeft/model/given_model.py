@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph import in_place
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
 from graphpeft.wording import shown
@@ -35,8 +36,9 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_no_module(model)}")
     classes = tuple(_classes_of_peft())
-    inside = ((path, type(inner)) for path, inner in modules_by_path(model).items() if issubclass(type(inner), classes))
-    path, cls = next(inside, ("", None)) if classes else ("", None)
+    # not the class of a model that is adapted here, which is one of PEFT's, too
+    own = ((path, in_place.original_class(inner)) for path, inner in modules_by_path(model).items())
+    path, cls = next(((path, cls) for path, cls in own if issubclass(cls, classes)), ("", None))
     if cls is not None:
         raise AdaptError(
             f"{path or 'the model'} is a {cls.__name__} of PEFT, which adapts the model already: take PEFT's adapters "

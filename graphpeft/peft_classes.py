@@ -39,6 +39,11 @@ def _of_table(table: str, key: str | None, default: str) -> type | None:
     return loaded.get(table, {}).get(key, loaded.get(default))
 
 
+def set_class(instance: Any, cls: type) -> None:
+    """Sets the type of an object whose `__class__` is a property."""
+    vars(object)["__class__"].__set__(instance, cls)
+
+
 def ending_in(order: list[type], last: tuple[type, ...]) -> list[type]:
     """Returns a method resolution order with some classes, and what they derive from, at its end."""
     return [*order, *dict.fromkeys(base for cls in last for base in cls.__mro__ if base not in order)]

@@ -26,7 +26,7 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
-from graphpeft.peft_classes import model_class
+from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.peft_names import TaskType
@@ -425,7 +425,7 @@ def methods_for(model: nn.Module, task: TaskType | None) -> dict[str, in_place.L
 def _methods_layer(generates: bool, is_resizable: bool, task: TaskType | None) -> in_place.Layer:
     chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
     bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
-    namespace = {"__call__": PeftModel.__call__, "__class__": property(_class_now, _set_class), "_graphpeft_task": task}
+    namespace = {"__call__": PeftModel.__call__, "__class__": property(_class_now, set_class), "_graphpeft_task": task}
     return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable, task)))
 
 
@@ -439,10 +439,6 @@ def _class_now(model: Any) -> type:
         # isinstance, which may have asked, looks at no class that is the type by now
         return in_place.quiet_subclass(type(model), {})
     return own
-
-
-def _set_class(model: Any, cls: type) -> None:
-    vars(object)["__class__"].__set__(model, cls)
 
 
 def _peft_layer(task: TaskType | None) -> in_place.Layer:

@@ -22,7 +22,7 @@ from torch import nn
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
-from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft
+from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft, set_class
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -67,7 +67,7 @@ class PeftConfig:
     # a PeftType, or a user's str; Any, since subclasses couldn't narrow a union
     peft_type: ClassVar[Any]
 
-    __class__ = property(class_in_peft)  # pyright: ignore
+    __class__ = property(class_in_peft, set_class)  # pyright: ignore
 
     file_prefix: ClassVar[str] = "base_model.model."
     """The prefix in files of the names of tensors inside the model."""

@@ -13,20 +13,22 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import Holder
+from graphpeft.graph.holders import CONTAINERS, Holder, container_layer
 
 
 def expect_holders(module: nn.Module) -> None:
-    """Makes a module's class expect the keys of adapters at the module, if it may not do so by itself."""
+    """Makes a module's class expect holders: keys of adapters in a state dict, and members of a container."""
     cls: Any = in_place.original_class(module)
     if cls._load_from_state_dict is not nn.Module._load_from_state_dict:
         in_place.put_on(module, _layer())
+    if issubclass(cls, CONTAINERS):
+        in_place.put_on(module, container_layer(cls))
 
 
 def forget_holders(module: nn.Module) -> None:
     """Takes that back, if the module has no adapter any more."""
     if not any(isinstance(child, Holder) for child in module._modules.values()):
-        in_place.take_off(module, "saving")
+        in_place.exchange(module, {"saving": None, "members": None})
 
 
 @functools.cache

@@ -7,7 +7,8 @@ Code that goes through a model's own modules leaves holders out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from graphpeft.graph import in_place
 
 class Holder(nn.Module):
     """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", (value,))):
+            raise RuntimeError(
+                "accelerate can't offload an adapter: it loads a module's tensors when the module is called, and nothing "
+                "calls the one that has an adapter's. Call merge_and_unload() before you offload the model"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raises RuntimeError: only code that calls all submodules of an adapted module calls a holder."""
@@ -32,19 +41,37 @@ class Holder(nn.Module):
         return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
 
 
-class PassingHolder(Holder):
-    """A holder in an ``nn.Sequential``, which calls it as the last of its submodules: returns the input."""
+def own_members(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method of a container of modules that sees no holders among the container's members."""
 
-    def forward(self, input: Any) -> Any:
-        """Returns `input`."""
-        return input
+    @functools.wraps(method)
+    def on_own_members(module: nn.Module, *args: Any) -> Any:
+        seen = object.__new__(in_place.original_class(module))
+        own = {name: child for name, child in module._modules.items() if not isinstance(child, Holder)}
+        vars(seen).update({**vars(module), "_modules": own})
+        return method(seen, *args)
+
+    return on_own_members
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+_MEMBERS = ("__len__", "__iter__", "__getitem__", "__contains__", "keys", "values", "items")
+"""Methods by which code goes through the members of a container."""
 
 
 def holder_for(module: nn.Module) -> Holder:
     """Returns an empty holder for an adapter at `module`."""
-    holder = PassingHolder() if in_place.original_class(module).forward is nn.Sequential.forward else Holder()
+    holder = Holder()
     vars(holder)["training"] = module.training
     return holder
+
+
+@functools.cache
+def container_layer(cls: type) -> in_place.Layer:
+    """Returns the layer of a container of this class that has holders: code sees the container's own members."""
+    methods = {name: own_members(getattr(cls, name)) for name in _MEMBERS if hasattr(cls, name)}
+    return in_place.Layer("members", (), methods, (container_layer, (cls,)))
 
 
 def name_at(adapter: str, name: str) -> str:

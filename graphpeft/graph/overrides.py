@@ -138,8 +138,11 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
-        holder, own = place_of(module, names[name]) if name in names else (module, name)
-        original: Any = in_place.original_class(holder)
+        # a parameter goes where `named_parameters()` has the name, as whatever shards or quantises a model means it
+        is_redirected = name in names and not isinstance(value, nn.Parameter)
+        holder, own = place_of(module, names[name]) if is_redirected else (module, name)
+        # that of a class, too, which somebody has derived since
+        original: Any = getattr(type(holder), "_graphpeft_original", type(holder))
         original.__setattr__(holder, own, value)
 
     namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}

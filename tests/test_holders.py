@@ -1,0 +1,124 @@
+"""An adapter's tensors live in a submodule of each module that it adapts, which nobody mistakes for the model's own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import cpu_offload
+from models import LLAMA, output
+from torch import Tensor, nn
+
+from graphpeft import LoraConfig, get_peft_model
+
+pytestmark = pytest.mark.quick("graph", "adapters")
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Chain(nn.Sequential):
+    """Asks how many members it has, and for the last one."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        members = [x := layer(x) for layer in self]
+        assert self[0](X).shape == X.shape
+        return F.linear(members[-1], self.w) / len(self) + self[-1](x)
+
+
+class Named(nn.ModuleDict):
+    """Goes through its members by their names."""
+
+    def __init__(self) -> None:
+        super().__init__({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.keys():
+            x = self[name](x)
+        return F.linear(x, self.w) * sum(1 for _ in self.values())
+
+
+class Numbered(nn.ModuleList):
+    """Goes through its members by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in range(len(self)):
+            x = self[index](x)
+        return F.linear(x, self.w)
+
+
+CONTAINERS = pytest.mark.parametrize("make", [Chain, Named, Numbered, lambda: nn.Sequential(nn.Linear(4, 4))])
+
+
+def model_with(make: Any) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(make(), nn.Linear(4, 2)).eval()
+
+
+@CONTAINERS
+def test_a_container_computes_as_before_with_its_weight_adapted(make: Any) -> None:
+    model = model_with(make)
+    expected = model(X)
+    target = "0.w" if hasattr(model[0], "w") else "0.0.weight"
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_parameters=[target]))
+    assert torch.equal(adapted(X), expected)
+    assert torch.equal(copy.deepcopy(adapted)(X), expected)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(X), expected)
+    base = adapted.unload()
+    assert type(base[0]) is type(make())
+    assert torch.equal(base(X), expected)
+
+
+@CONTAINERS
+def test_a_container_that_is_fully_trained_computes_as_before(make: Any) -> None:
+    model = model_with(make)
+    expected = model(X)
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
+    assert torch.equal(adapted(X), expected)
+    assert len(adapted[0]) == len(make())
+
+
+def test_a_module_that_calls_all_of_its_children_says_why_it_cannot() -> None:
+    class Calls(Chain):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            for child in self.children():
+                x = child(x)
+            return x * self.w.mean()
+
+    adapted: Any = get_peft_model(model_with(Calls), LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
+    with pytest.raises(RuntimeError, match="calls all of its submodules"):
+        adapted(X)
+
+
+def test_what_exchanges_all_parameters_leaves_each_tensor_in_its_place() -> None:
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], init_lora_weights="pissa")
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config)
+    with torch.no_grad():
+        model[1].default.weight.mul_(3)
+    expected, base = model(X), model[1]._parameters["weight"]
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    assert torch.equal(model(X), expected)
+    assert torch.equal(model[1]._parameters["weight"], base)
+
+
+def test_an_adapter_that_accelerate_would_offload_is_refused_and_a_merged_one_is_not() -> None:
+    model = get_peft_model(LLAMA.build(), LLAMA.config())
+    expected = output(model, LLAMA.inputs())
+    with pytest.raises(RuntimeError, match=r"merge_and_unload\(\) before you offload"):
+        cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    merged = cpu_offload(model.merge_and_unload(), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(output(merged, LLAMA.inputs()), expected, rtol=1e-4, atol=1e-5)

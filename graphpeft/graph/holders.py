@@ -23,7 +23,7 @@ class Holder(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", (value,))):
             raise RuntimeError(
-                "accelerate can't offload an adapter: it loads a module's tensors when the module is called, and nothing "
+                "accelerate can't offload an adapter: it loads a module's tensors when that is called, and nothing "
                 "calls the one that has an adapter's. Call merge_and_unload() before you offload the model"
             )
         super().__setattr__(name, value)

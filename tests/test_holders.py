@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from models import LLAMA, output
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from graphpeft import LoraConfig, get_peft_model
+from graphpeft import AdaptError, LoraConfig, get_peft_model
 
 pytestmark = pytest.mark.quick("graph", "adapters")
 
@@ -26,10 +27,10 @@ class Chain(nn.Sequential):
         super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
         self.w = nn.Parameter(torch.randn(4, 4))
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        members = [x := layer(x) for layer in self]
+    def forward(self, input: Tensor) -> Tensor:
+        members = [input := layer(input) for layer in self]
         assert self[0](X).shape == X.shape
-        return F.linear(members[-1], self.w) / len(self) + self[-1](x)
+        return F.linear(members[-1], self.w) / len(self) + self[-1](input)
 
 
 class Named(nn.ModuleDict):
@@ -92,10 +93,10 @@ def test_a_container_that_is_fully_trained_computes_as_before(make: Any) -> None
 
 def test_a_module_that_calls_all_of_its_children_says_why_it_cannot() -> None:
     class Calls(Chain):
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, input: Tensor) -> Tensor:
             for child in self.children():
-                x = child(x)
-            return x * self.w.mean()
+                input = child(input)
+            return input * self.w.mean()
 
     adapted: Any = get_peft_model(model_with(Calls), LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"]))
     with pytest.raises(RuntimeError, match="calls all of its submodules"):
@@ -122,3 +123,10 @@ def test_an_adapter_that_accelerate_would_offload_is_refused_and_a_merged_one_is
         cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     merged = cpu_offload(model.merge_and_unload(), execution_device=torch.device("cpu"))
     torch.testing.assert_close(output(merged, LLAMA.inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tensor_that_something_else_computes_now_is_named_when_the_adapter_is_saved(tmp_path: Any) -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    prune.l1_unstructured(model[0].default, "lora_A", 0.5)
+    with pytest.raises(AdaptError, match=r"0\.default\.lora_A of adapter 'default' is gone"):
+        model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -113,9 +113,9 @@ def test_arguments_in_another_order_are_told() -> None:
     swapped: Any = model.add_adapter
     with refused(model, TypeError, "model.add_adapter(adapter_name, config)"):
         swapped(lora("up"), "second")
-    base: Any = MLP.build()
+    base, other = MLP.build(), cast("Any", nn.Linear(1, 1))
     with refused(base, TypeError, "config is a Linear", "pass the model first"):
-        get_peft_model(base, nn.Linear(1, 1))  # type: ignore[arg-type]
+        get_peft_model(base, other)
 
 
 def test_a_config_in_place_of_a_folder_is_told_from_one() -> None:

@@ -75,8 +75,9 @@ def test_nothing_is_inherited_from_peft() -> None:
 
 
 def test_a_config_that_is_given_to_peft_says_what_to_pass() -> None:
+    config: Any = LoraConfig(target_modules=["0"])
     with pytest.raises(AttributeError, match=r"LoraConfig has no attribute .*graphpeft\.get_peft_model"):
-        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
 
 
 def test_copies_pickles_and_other_objects_of_a_class_are_of_the_type() -> None:
@@ -161,6 +162,14 @@ def test_a_merged_adapter_is_not_loaded_again(tmp_path: Any) -> None:
     model.merge_adapter()
     with pytest.raises(AdaptError, match="'default' is merged"):
         model.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("option", ["ephemeral_gpu_offload", "ignore_mismatched_sizes"])
+def test_options_that_must_be_false_are_refused_when_an_adapter_is_loaded_again(option: str, tmp_path: Any) -> None:
+    model: Any = get_peft_model(MLP.build(), LoraConfig(target_modules=["up"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=option):
+        model.load_adapter(tmp_path, "default", **{option: True})
 
 
 # Transformers' Trainer and a model of one's own

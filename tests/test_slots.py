@@ -188,7 +188,7 @@ def test_an_adapted_model_inside_of_another_one_keeps_its_own(is_outer_first: bo
     def expected(*names: str) -> Tensor:
         def weight(layer: Any, own: Tensor, prefix: str) -> Tensor:
             for name, rank in (("inside", 3), ("around", 2)):
-                if name in names and holders.has(layer, f"{name}.{prefix}lora_A"):
+                if name in names and holders.has_tensor(layer, f"{name}.{prefix}lora_A"):
                     A, B = (layer.get_parameter(f"{name}.{prefix}lora_{factor}") for factor in "AB")
                     own = own + (2 * rank + 1) / rank * (B @ A)
             return own

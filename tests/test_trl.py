@@ -40,8 +40,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 def tokenizer() -> Any:
     """Returns one that has a token for each letter."""
-    letters = Tokenizer(models.WordLevel(LETTERS, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    letters: Any = Tokenizer(models.WordLevel(LETTERS, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, padding_side="left", **named)
 

@@ -203,12 +203,12 @@ def carry_out(
 
 
 def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of what can be done as a config says, and was hardly meant so.
+    """Warns of options that have a meaning, but hardly the one that the caller intends.
 
     Args:
         config: The config as it was given.
-        plan: What it comes to.
-        stacklevel: Whose line the warnings name: that of the caller so many functions above this line.
+        plan: The plan that follows from it.
+        stacklevel: The `stacklevel` of ``warnings.warn``.
     """
     found = (_in_vain(config, plan), lacking_head(config, plan.modules), *_adapted_and_fully_trained(plan))
     for text in found:
@@ -217,7 +217,7 @@ def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> Non
 
 
 def _in_vain(config: PeftConfig, plan: Plan) -> str | None:
-    """Returns what a config names in vain beside what it finds: it may be a slip, or meant for other models too."""
+    """Returns a warning of names that match nothing or have no effect, if others match: slips, or for other models."""
     if plan.report.nothing_matched:
         return None
     unmatched = unmatched_entries(config, plan.modules, plan.report)

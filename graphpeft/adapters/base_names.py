@@ -1,4 +1,4 @@
-"""The names of base models: that in an adapter's config, and that of the model on which it is loaded."""
+"""Names of base models: compares the one in an adapter's config with the name of the model that gets the adapter."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def changing_sites(modules: Modules, adapter: Adapter) -> list[Any]:
 
 
 def _is_tied(adapted: AdaptedSite, modules: Modules) -> bool:
-    """Returns whether a site's weight is that of the site whose parameters it has."""
+    """Returns whether a site shares its weight, too, with the site with which it shares its parameters."""
     site: Any = adapted.site
     if site.tied_to is None or not adapted.shared:
         return False

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.adapters import own_state
 from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
@@ -21,7 +20,8 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
-from graphpeft.graph.holders import has, holder_for, place_of, tensor_at
+from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
+from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.transaction import (
@@ -61,7 +61,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         _refuse_taken(modules[path], path, name)
     for path in owners:
         set_item(modules[path]._modules, name, holder_for(modules[path]))
-        own_state.expect_holders(modules[path])
+        hide_holders(modules[path])
     for (path, attribute), tensor in made.items():
         holder, own = place_of(modules[path], attribute)
         held: dict[str, Any] = holder._parameters if type(tensor) is nn.Parameter else holder._buffers
@@ -194,7 +194,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
     for path in dict.fromkeys(path for path, _ in places if path in modules):
         delete_item(modules[path]._modules, name)
-        own_state.forget_holders(modules[path])
+        stop_hiding(modules[path])
     for (path, attribute), tensor in adapter.overwritten.items():
         held = modules[path]._parameters.get(attribute) if path in modules else None
         if held is not None:
@@ -209,10 +209,10 @@ def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
         adapter = adapters.by_name[name]
         for path in adapter.saved:
             for own in adapter.fully_trained[path]:
-                override = overrides.override_name(own, name)
+                trained = overrides.override_name(own, name)
                 # not of a module or a tensor that somebody has put there since
-                if path in modules and own in overrides.tensors_of(modules[path]) and has(modules[path], override):
-                    found[path, own] = tensor_at(modules[path], override)
+                if path in modules and all(has_tensor(modules[path], each) for each in (own, trained)):
+                    found[path, own] = tensor_at(modules[path], trained)
     return found
 
 

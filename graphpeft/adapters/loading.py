@@ -56,22 +56,7 @@ def load(
         TypeError: If `model_id` is no path, or `config` no config.
         ValueError: If an option is True that must be False.
     """
-    if not isinstance(model_id, str | os.PathLike):
-        raise TypeError(
-            f"model_id is a {type(model_id).__name__}; pass the folder of a saved adapter, or its repository on the "
-            "Hub; get_peft_model(model, config) makes a new adapter"
-        )
-    if ephemeral_gpu_offload:
-        raise ValueError(
-            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
-            "the model as a whole"
-        )
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
-            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
-            "set_peft_model_state_dict"
-        )
+    _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
     saved = _read(model_id, config, use_safetensors, hub_options)
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
@@ -94,6 +79,26 @@ def load(
         carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
 
 
+def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool, ignore_mismatched_sizes: bool) -> None:
+    """Raises TypeError for what is no path, and ValueError for an option of PEFT's that must be False."""
+    if not isinstance(model_id, str | os.PathLike):
+        raise TypeError(
+            f"model_id is a {type(model_id).__name__}; pass the folder of a saved adapter, or its repository on the "
+            "Hub; get_peft_model(model, config) makes a new adapter"
+        )
+    if ephemeral_gpu_offload:
+        raise ValueError(
+            "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
+            "the model as a whole"
+        )
+    if ignore_mismatched_sizes:
+        raise ValueError(
+            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
+            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
+            "set_peft_model_state_dict"
+        )
+
+
 def _read(
     model_id: str | os.PathLike[str], config: ConfigLike | None, use_safetensors: bool, hub_options: Mapping[str, Any]
 ) -> checkpoint.SavedAdapter:
@@ -108,7 +113,11 @@ def load_again(
     model_id: str | os.PathLike[str],
     adapter_name: str,
     config: ConfigLike | None = None,
+    *,
+    ephemeral_gpu_offload: bool = False,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
+    example_inputs: ExampleInputs | None = None,  # noqa: ARG001
     use_safetensors: bool = True,
     **hub_options: Any,
 ) -> None:
@@ -119,7 +128,10 @@ def load_again(
         model_id: As for `load`.
         adapter_name: The name of an adapter that the model has.
         config: As for `load`.
+        ephemeral_gpu_offload: As for `load`.
         key_mapping: As for `load`.
+        ignore_mismatched_sizes: As for `load`.
+        example_inputs: Not needed, since nothing is adapted anew.
         use_safetensors: As for `load`.
         **hub_options: As for `load`.
 
@@ -128,7 +140,10 @@ def load_again(
             does.
         CheckpointError: If the file doesn't fit the adapter.
         FileNotFoundError: If there is none.
+        TypeError: If `model_id` is no path, or `config` no config.
+        ValueError: If an option is True that must be False.
     """
+    _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
     saved = _read(model_id, config, use_safetensors, hub_options)
     adapter = known_adapter(model, adapter_name)
     if saved.config.digest() != checkpoint.file_config(model, adapter).digest():

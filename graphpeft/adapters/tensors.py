@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.holders import all_parameters, has, place_of, tensor_at
+from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -218,7 +218,7 @@ def resized(adapted: AdaptedSite, weight: nn.Parameter, name: str) -> str | None
 def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
     for path, attribute in adapter.tensor_names(name):
-        if path in modules and not has(modules[path], attribute):
+        if path in modules and not has_tensor(modules[path], attribute):
             raise AdaptError(_gone(path, attribute, name))
 
 
@@ -272,7 +272,7 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
-            if path in modules and has(modules[path], attribute):
+            if path in modules and has_tensor(modules[path], attribute):
                 holder, own = place_of(modules[path], attribute)
                 changed.note(holder._parameters.get(own), trains and (path, attribute) not in frozen)
     changed.set()

@@ -7,14 +7,11 @@ Code that goes through a model's own modules leaves holders out.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-
-from graphpeft.graph import in_place
 
 
 class Holder(nn.Module):
@@ -41,37 +38,11 @@ class Holder(nn.Module):
         return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
 
 
-def own_members(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method of a container of modules that sees no holders among the container's members."""
-
-    @functools.wraps(method)
-    def on_own_members(module: nn.Module, *args: Any) -> Any:
-        seen = object.__new__(in_place.original_class(module))
-        own = {name: child for name, child in module._modules.items() if not isinstance(child, Holder)}
-        vars(seen).update({**vars(module), "_modules": own})
-        return method(seen, *args)
-
-    return on_own_members
-
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-_MEMBERS = ("__len__", "__iter__", "__getitem__", "__contains__", "keys", "values", "items")
-"""Methods by which code goes through the members of a container."""
-
-
 def holder_for(module: nn.Module) -> Holder:
     """Returns an empty holder for an adapter at `module`."""
     holder = Holder()
     vars(holder)["training"] = module.training
     return holder
-
-
-@functools.cache
-def container_layer(cls: type) -> in_place.Layer:
-    """Returns the layer of a container of this class that has holders: code sees the container's own members."""
-    methods = {name: own_members(getattr(cls, name)) for name in _MEMBERS if hasattr(cls, name)}
-    return in_place.Layer("members", (), methods, (container_layer, (cls,)))
 
 
 def name_at(adapter: str, name: str) -> str:
@@ -111,10 +82,12 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def has(module: nn.Module, name: str) -> bool:
-    """Returns whether `module` has the attribute `name`, which may be an adapter's."""
+def has_tensor(module: nn.Module, name: str) -> bool:
+    """Returns whether `module` has the parameter or buffer `name`, which may be an adapter's."""
     adapter, dot, own = name.rpartition(".")
-    return hasattr(module._modules.get(adapter), own) if dot else hasattr(module, name)
+    holder = module._modules.get(adapter) if dot else module
+    held = () if holder is None else (holder._parameters, holder._buffers)
+    return any(tensors.get(own) is not None for tensors in held)
 
 
 def has_own_modules(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from graphpeft import transaction
 from graphpeft.peft_classes import ending_in
 
-KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "saving", "members", "tensors")
+KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
 

@@ -6,7 +6,6 @@ The model's class gains them, and everything else is as it was: names, hooks, me
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,11 +21,11 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.switching_methods import SwitchingMethods
-from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.peft_names import TaskType
@@ -288,7 +287,14 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             ValueError: If an option is True that must be False.
         """
         if adapter_name in self._peft_adapters.by_name:
-            load_again(self, model_id, adapter_name, key_mapping=key_mapping, **options)
+            load_again(
+                self,
+                model_id,
+                adapter_name,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping,
+                **options,
+            )
             return IncompatibleKeys([], [])
         load(
             self,
@@ -411,41 +417,7 @@ class ResizablePeftModel(PeftModel):
 
 
 def methods_for(model: nn.Module, task: TaskType | None) -> dict[str, in_place.Layer | None]:
-    """Returns the layers that give a model the methods of an adapted one and make it one of PEFT's, by their kinds.
-
-    Args:
-        model: The model.
-        task: The task of its first adapter, on which the class of PEFT's depends.
-    """
-    methods = _methods_layer(hasattr(model, "generate"), hasattr(model, "resize_token_embeddings"), task)
-    return {"methods": methods, "peft": None if model_class(task) is None else _peft_layer(task)}
-
-
-@functools.cache
-def _methods_layer(generates: bool, is_resizable: bool, task: TaskType | None) -> in_place.Layer:
-    chosen = ((generates, GeneratingPeftModel), (is_resizable, ResizablePeftModel))
-    bases = tuple(base for is_wanted, base in chosen if is_wanted) or (PeftModel,)
-    namespace = {"__call__": PeftModel.__call__, "__class__": property(_class_now, set_class), "_graphpeft_task": task}
-    return in_place.Layer("methods", bases, namespace, (_methods_layer, (generates, is_resizable, task)))
-
-
-def _class_now(model: Any) -> type:
-    """Returns the class of a model, which is made one of PEFT's here if PEFT was loaded since it was adapted."""
-    own = type(model)
-    theirs = model_class(own._graphpeft_task)
-    # a class that somebody else has derived since is left alone
-    if theirs is not None and not issubclass(own, theirs) and "_graphpeft_layers" in vars(own):
-        in_place.put_on(model, _peft_layer(own._graphpeft_task))
-        # isinstance, which may have asked, looks at no class that is the type by now
-        return in_place.quiet_subclass(type(model), {})
-    return own
-
-
-def _peft_layer(task: TaskType | None) -> in_place.Layer:
-    theirs = model_class(task)
-    return _layer_of(task, () if theirs is None else (theirs,))
-
-
-@functools.cache
-def _layer_of(task: TaskType | None, theirs: tuple[type, ...]) -> in_place.Layer:
-    return in_place.Layer("peft", (), {}, (_peft_layer, (task,)), last=theirs)
+    """Returns the layers that make a model an adapted one, by their kinds; `task` is that of its first adapter."""
+    chosen = {GeneratingPeftModel: "generate", ResizablePeftModel: "resize_token_embeddings"}
+    bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
+    return layers_with(bases, task)

@@ -1,0 +1,55 @@
+"""The class of an adapted model: layers with the methods of `PeftModel`, and with PEFT's own class behind all others.
+
+PEFT's class is there as soon as somebody has loaded PEFT, see `peft_classes.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from graphpeft.graph import in_place
+from graphpeft.peft_classes import model_class, set_class
+from graphpeft.rules.peft_names import TaskType
+
+
+def layers_with(methods: tuple[Any, ...], task: TaskType | None) -> dict[str, in_place.Layer | None]:
+    """Returns the layers of an adapted model by their kinds.
+
+    Args:
+        methods: The classes whose methods it has.
+        task: The task of its first adapter, on which PEFT's class depends.
+    """
+    return {"methods": _methods_layer(methods, task), "peft": None if model_class(task) is None else _peft_layer(task)}
+
+
+@functools.cache
+def _methods_layer(methods: tuple[Any, ...], task: TaskType | None) -> in_place.Layer:
+    namespace = {
+        "__call__": methods[0].__call__,
+        "__class__": property(_class_now, set_class),
+        "_graphpeft_task": task,
+    }
+    return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task)))
+
+
+def _class_now(model: Any) -> type:
+    """Returns the class of a model. If PEFT was loaded since the model was adapted, the class gets PEFT's now."""
+    own = type(model)
+    theirs = model_class(own._graphpeft_task)
+    # a class that somebody else has derived since is left alone
+    if theirs is not None and not issubclass(own, theirs) and "_graphpeft_layers" in vars(own):
+        in_place.put_on(model, _peft_layer(own._graphpeft_task))
+        # isinstance, which may have asked, ignores a __class__ that is the type by now
+        return in_place.quiet_subclass(type(model), {})
+    return own
+
+
+def _peft_layer(task: TaskType | None) -> in_place.Layer:
+    theirs = model_class(task)
+    return _ending_in(task, () if theirs is None else (theirs,))
+
+
+@functools.cache
+def _ending_in(task: TaskType | None, theirs: tuple[type, ...]) -> in_place.Layer:
+    return in_place.Layer("peft", (), {}, (_peft_layer, (task,)), last=theirs)

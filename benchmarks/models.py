@@ -78,9 +78,9 @@ def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} got no gradient"
-            # base_model.model.…q_proj.lora_A.default.weight here, …q_proj.default.lora_A there
-            name = name.removeprefix("base_model.model.").removesuffix(".weight").replace(".default", "_default")
-            gradients[name] = parameter.grad
+            # base_model.model.…q_proj.lora_A.default.weight in PEFT, …q_proj.default.lora_A here
+            path = name.removeprefix("base_model.model.").split(".")
+            gradients[".".join(part for part in path if part not in ("default", "weight"))] = parameter.grad
     return gradients
 
 

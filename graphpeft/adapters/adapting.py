@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,6 @@ from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.adapters.training import has_penalty
-from graphpeft.graph import in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
@@ -30,8 +29,8 @@ Where = Callable[[Any], bool]
 """Says of a site whether it is meant."""
 
 
-Methods = Callable[[nn.Module, TaskType | None], Mapping[str, in_place.Layer | None]]
-"""Returns the layers of an adapted model by their kinds, for a model and the task of its first adapter."""
+Methods = Callable[[nn.Module, TaskType | None], None]
+"""Gives a model the methods of an adapted one, inside a transaction; takes the task of its first adapter."""
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,7 +84,7 @@ def add_new(
         autocast_adapter_dtype: See there.
         where: See there.
         activates: Whether it becomes the active one.
-        methods: Returns the layers of an adapted model, which the model gets with its first adapter.
+        methods: Gives the model the methods of an adapted one, with its first adapter.
 
     Raises:
         AdaptError: If it can't be added; the model is as it was.
@@ -179,7 +178,7 @@ def carry_out(
         plan: The plan.
         values: Values of the adapter's tensors; without them the method's first values are drawn.
         activates: Whether it becomes the active one.
-        methods: Returns the layers of an adapted model, which the model gets with its first adapter.
+        methods: Gives the model the methods of an adapted one, with its first adapter.
         replication: What was exchanged in the model for the plan.
     """
     modules = plan.modules
@@ -197,8 +196,8 @@ def carry_out(
     if present is not None:
         set_trainable(modules, state, touched)
         return
-    in_place.exchange(model, methods(model, plan.config.task_type))
     set_item(model.__dict__, STATE, state)
+    methods(model, plan.config.task_type)
     freeze(modules, state)
 
 

@@ -265,10 +265,21 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
         names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
             more there are.
     """
+    wanted = {name: name in adapters.active and not adapters.by_name[name].config.inference_mode for name in names}
+    set_trainable_now(modules, adapters, wanted)
+
+
+def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str, bool]) -> None:
+    """Makes the tensors of adapters require grad, or not.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        wanted: Whether those of an adapter require grad, by its name.
+    """
     changed = _Flags()
-    for name in dict.fromkeys(names):
+    for name, trains in wanted.items():
         adapter = adapters.by_name[name]
-        trains = name in adapters.active and not adapter.config.inference_mode
         frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one

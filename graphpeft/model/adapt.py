@@ -17,7 +17,7 @@ from graphpeft.adapters.adapting import (
 )
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.given_model import check_model
-from graphpeft.model.peft_model import methods_for
+from graphpeft.model.peft_model import give_methods
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
@@ -131,7 +131,7 @@ def get_peft_model(
         autocast_adapter_dtype,
         where,
         activates=True,
-        methods=methods_for,
+        methods=give_methods,
     )
     return model
 

@@ -9,28 +9,35 @@ import functools
 from typing import Any
 
 from graphpeft.graph import in_place
+from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.peft_names import TaskType
 
 
-def layers_with(methods: tuple[Any, ...], task: TaskType | None) -> dict[str, in_place.Layer | None]:
+def layers_with(
+    methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...]
+) -> dict[str, in_place.Layer | None]:
     """Returns the layers of an adapted model by their kinds.
 
     Args:
         methods: The classes whose methods it has.
         task: The task of its first adapter, on which PEFT's class depends.
+        other_names: The names of its members of `OtherNames`.
     """
-    return {"methods": _methods_layer(methods, task), "peft": None if model_class(task) is None else _peft_layer(task)}
+    return {
+        "methods": _methods_layer(methods, task, other_names),
+        "peft": None if model_class(task) is None else _peft_layer(task),
+    }
 
 
 @functools.cache
-def _methods_layer(methods: tuple[Any, ...], task: TaskType | None) -> in_place.Layer:
-    namespace = {
+def _methods_layer(methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...]) -> in_place.Layer:
+    namespace = {name: vars(OtherNames)[name] for name in other_names} | {
         "__call__": methods[0].__call__,
         "__class__": property(_class_now, set_class),
         "_graphpeft_task": task,
     }
-    return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task)))
+    return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task, other_names)))
 
 
 def _class_now(model: Any) -> type:

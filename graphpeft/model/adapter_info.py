@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft.adapters.adapting import known_adapter
@@ -50,6 +51,25 @@ class AdapterInfo(nn.Module):
             AdaptError: If no adapter is active.
         """
         return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the first active adapter: one of `PeftType`, or the name of a method of one's own.
+
+        Raises:
+            AdaptError: If no adapter is active.
+        """
+        return self.active_peft_config.peft_type
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts: one is active, and adapters aren't disabled."""
+        return bool(self._peft_adapters.active) and not self._peft_adapters.are_off
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype that the model says it has, as Transformers' models do; None if it doesn't say."""
+        return getattr(self, "dtype", None)
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -24,7 +24,9 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
+from graphpeft.model.other_names import free_names
 from graphpeft.model.saving_methods import SavingMethods
+from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -32,7 +34,7 @@ from graphpeft.rules.peft_names import TaskType
 from graphpeft.transaction import transaction, undone_by
 
 
-class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
+class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
     """The methods that an adapted model has beside its own, with PEFT's names and meanings.
 
     An adapted model is an instance of its own class and of this one; this class itself isn't called.
@@ -119,7 +121,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
                 is_trainable,
                 config,
                 activates=True,
-                methods=methods_for,
+                methods=give_methods,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
                 key_mapping=key_mapping,
@@ -244,7 +246,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             autocast_adapter_dtype,
             where,
             activates=False,
-            methods=methods_for,
+            methods=give_methods,
         )
 
     def load_adapter(
@@ -302,7 +304,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
             adapter_name,
             is_trainable,
             activates=False,
-            methods=methods_for,
+            methods=give_methods,
             autocast_adapter_dtype=autocast_adapter_dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
             key_mapping=key_mapping,
@@ -356,7 +358,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods):
         by_name = dict(zip(adapters, weights, strict=True))
         values = combining.combined_values(modules, state, by_name, plan, how)
         with transaction(self):
-            carry_out(self, adapter_name, plan, values, activates=False, methods=methods_for)
+            carry_out(self, adapter_name, plan, values, activates=False, methods=give_methods)
 
 
 class GeneratingPeftModel(PeftModel):
@@ -416,8 +418,8 @@ class ResizablePeftModel(PeftModel):
         return base.resize_token_embeddings(new_num_tokens, **options)
 
 
-def methods_for(model: nn.Module, task: TaskType | None) -> dict[str, in_place.Layer | None]:
-    """Returns the layers that make a model an adapted one, by their kinds; `task` is that of its first adapter."""
+def give_methods(model: nn.Module, task: TaskType | None) -> None:
+    """Gives a model the methods of an adapted one, inside a transaction; `task` is that of its first adapter."""
     chosen = {GeneratingPeftModel: "generate", ResizablePeftModel: "resize_token_embeddings"}
     bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
-    return layers_with(bases, task)
+    in_place.exchange(model, layers_with(bases, task, free_names(model)))

@@ -89,6 +89,14 @@ class SwitchingMethods(AdapterInfo):
         with transaction(self):
             lifecycle.disable(modules_of(self), self._peft_adapters, False)
 
+    def disable_adapter_layers(self) -> None:
+        """Disables all adapters, as `disable_adapters` does."""
+        self.disable_adapters()
+
+    def enable_adapter_layers(self) -> None:
+        """Lets the active adapters act again, as `enable_adapters` does."""
+        self.enable_adapters()
+
     def disable_adapter(self) -> contextlib.AbstractContextManager[Any]:
         """Disables all adapters within a context, in all threads and tasks.
 

@@ -80,6 +80,9 @@ class PeftConfig:
     lacks: ClassVar[frozenset[str]] = frozenset()
     """Inherited options that the method doesn't have, as in PEFT: they can't be set, and files lack them."""
 
+    prefix: ClassVar[str | None] = None
+    """How the rules' names of the method's tensors begin, by which PEFT's users find these; None if they vary."""
+
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
 
@@ -104,6 +107,16 @@ class PeftConfig:
     def method(self) -> str:
         """The method's name: its `peft_type`."""
         return plain(self.peft_type)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method gives the model a prompt, and leaves its weights alone."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is PEFT's adaption prompt, which doesn't exist here."""
+        return False
 
     @property
     def starts_as_identity(self) -> bool | Literal["within rounding"]:
@@ -382,11 +395,45 @@ class PeftConfig:
         return config_class(**values)
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
+    def from_peft_type(cls, **options: Any) -> PeftConfig:
+        """Builds a config of the method that `peft_type` names, or of this class if it is left out.
+
+        Args:
+            **options: The options. Unknown ones are dropped with a warning.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: If the method isn't known, `cls` is another method's class, or an option has an invalid value.
+
+        Example:
+            >>> PeftConfig.from_peft_type(peft_type="LORA", r=2).r
+            2
+        """
+        return cls.from_dict({"peft_type": getattr(cls, "peft_type", None)} | options)
+
+    @staticmethod
+    def from_json_file(path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """Reads the keys of a config file.
+
+        Args:
+            path_json_file: The file.
+
+        Returns:
+            Its keys with plain values, which `from_dict` takes.
+
+        Raises:
+            CheckpointError: If the file isn't a JSON object.
+        """
+        return read_json(path_json_file)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub_options: Any) -> PeftConfig:
         """Reads `adapter_config.json` from a folder, or from a repository on the Hub.
 
         Args:
-            path_or_repo: The folder, or the repository.
+            pretrained_model_name_or_path: The folder, or the repository.
             **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
 
         Returns:
@@ -396,7 +443,7 @@ class PeftConfig:
             FileNotFoundError: If there is no such file.
             CheckpointError: If the file isn't JSON, its method isn't known, or an option has an invalid value.
         """
-        return cls.from_file(adapter_file(path_or_repo, CONFIG_NAME, **hub_options))
+        return cls.from_file(adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_options))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> PeftConfig:

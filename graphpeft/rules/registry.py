@@ -50,9 +50,13 @@ def register(config_class: ConfigT) -> ConfigT:
 
     @functools.wraps(initialise)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{config_class.__name__} has no option {name!r}{nearest(name, known)}")
+        # PEFT's constructors take it
+        named = kwargs.pop("peft_type", config_class.peft_type)
+        if named not in (None, config_class.peft_type):
+            raise ValueError(f"{config_class.__name__} is of the method {name}; leave peft_type={named!r} out")
+        for option in kwargs:
+            if option not in known:
+                raise TypeError(f"{config_class.__name__} has no option {option!r}{nearest(option, known)}")
         initialise(self, *args, **kwargs)
 
     config_class.__init__ = checked

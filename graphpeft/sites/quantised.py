@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+_BACKENDS = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
+"""PEFT's names of backends, by the classes of their weights; others have the name of their package, in PEFT, too."""
+
 _OF_PYTORCH = ("torch.distributed.", "torch._subclasses.", "torch.nn.")
 """Packages of PyTorch's own tensor subclasses: distributed or fake tensors, which add like other tensors."""
 
@@ -26,6 +29,14 @@ def is_quantised(weight: torch.Tensor) -> bool:
 def described(weight: torch.Tensor) -> str:
     """Returns the dtype of a quantised weight, or the name of its tensor subclass, as text."""
     return str(weight.dtype) if type(weight) in _PLAIN else f"{type(weight).__name__}"
+
+
+def backend_of(weight: torch.Tensor) -> str | None:
+    """Returns PEFT's name for what has quantised a weight, the package for others, or None for plain numbers."""
+    if not is_quantised(weight):
+        return None
+    package = type(weight).__module__.partition(".")[0]
+    return _BACKENDS.get(type(weight).__name__, package)
 
 
 def way_of_computing(weight: torch.Tensor) -> str:

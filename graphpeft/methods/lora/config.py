@@ -107,6 +107,7 @@ class LoraConfig(TargetedConfig):
 
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
+    prefix: ClassVar[str] = "lora_"
     adapts_leaves: ClassVar[bool] = True
     tying_option: ClassVar[str] = "ensure_weight_tying"
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {

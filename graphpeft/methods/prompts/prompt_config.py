@@ -70,6 +70,11 @@ class PromptLearningConfig(PeftConfig):
         super().__post_init__()
         self._encoder_is_lost = False
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method gives the model a prompt, which is so."""
+        return True
+
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support."""
         super().check()

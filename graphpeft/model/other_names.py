@@ -1,0 +1,75 @@
+"""PEFT's names that a model's own code may use for something else; an adapted model has those that are free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from graphpeft.adapters import lifecycle
+from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.tensors import set_trainable_now
+from graphpeft.graph import in_place
+from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.model.base_model import base_model
+from graphpeft.transaction import transaction
+
+
+class OtherNames(AdapterInfo):
+    """The members that an adapted model has unless it has others of these names."""
+
+    @property
+    def base_model(self) -> Any:
+        """The model itself, or the body of a Transformers model; its `model` is this model."""
+        return base_model(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, as the `model` of `base_model`."""
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """How the names of tensors of the first active adapter begin, such as ``"lora_"``.
+
+        Raises:
+            AttributeError: If its method's names have no common beginning.
+        """
+        found = self.active_peft_config.prefix
+        if found is None:
+            raise AttributeError(f"the tensors of {self.active_peft_config.method} have no common prefix")
+        return found
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The entries of `modules_to_save` of all adapters; None if there are none."""
+        entries = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return entries or None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether the tensors of adapters require gradients, active or not, until other adapters are activated.
+
+        Args:
+            adapter_names: The name of an adapter, or a list of names.
+            requires_grad: Whether they require gradients.
+
+        Raises:
+            AdaptError: If the model has no adapter of a name, or one that was loaded for inference can't be trained;
+                the model is unchanged then.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            adapter = known_adapter(self, name)
+            if requires_grad:
+                lifecycle.refuse_untrainable(adapter, name)
+        with transaction(self):
+            set_trainable_now(modules_of(self), self._peft_adapters, dict.fromkeys(names, requires_grad))
+
+
+def free_names(model: Any) -> tuple[str, ...]:
+    """Returns those of the names that `model` has no attribute of, and `base_model` if that is Transformers'."""
+    offered = [name for name, member in vars(OtherNames).items() if isinstance(member, property) or callable(member)]
+    free = [name for name in offered if not name.startswith("_") and not hasattr(model, name)]
+    own = getattr(in_place.original_class(model), "base_model", None)
+    return (*free, "base_model") if isinstance(own, property) else tuple(free)

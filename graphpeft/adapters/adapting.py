@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from graphpeft.adapters import adapter_names, lifecycle
-from graphpeft.adapters.plan import AdaptError, Plan, make_plan
+from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.tensors import freeze, set_trainable
 from graphpeft.adapters.training import has_penalty
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import modules_by_path
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.sites.site import Site
@@ -153,7 +154,7 @@ def planned(
 def refuse(plan: Plan) -> None:
     """Raises AdaptError if a plan can't be carried out whole."""
     if plan.report.nothing_matched:
-        raise AdaptError(plan.report.nothing_matched)
+        raise NoMatchingPeftModuleError(plan.report.nothing_matched)
     refused = plan.report.refused
     if refused:
         reasons = joined([f"{refusal.name}: {refusal.reason}" for refusal in refused], "; ")
@@ -212,7 +213,7 @@ def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> Non
     found = (_in_vain(config, plan), lacking_head(config, plan.modules), *_adapted_and_fully_trained(plan))
     for text in found:
         if text is not None:
-            warnings.warn(text, stacklevel=stacklevel)
+            warnings.warn(text, PeftWarning, stacklevel=stacklevel)
 
 
 def _in_vain(config: PeftConfig, plan: Plan) -> str | None:

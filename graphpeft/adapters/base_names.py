@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.wording import shortened
 
@@ -21,6 +22,7 @@ def warn_of_other_base(model: Any, config: PeftConfig, stacklevel: int) -> None:
         warnings.warn(
             f"the adapter fits, and was {_names(model, config)}; on other weights it does something else. If they are "
             "the same, set base_model_name_or_path in the adapter's config",
+            PeftWarning,
             stacklevel=stacklevel,
         )
 

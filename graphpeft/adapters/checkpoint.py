@@ -251,8 +251,12 @@ def save(
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | str = "auto",
     first_values: str | os.PathLike[str] | None = None,
+    safe_serialization: bool = True,
 ) -> None:
-    """Writes one adapter into `folder`; with `first_values`, a folder of these, as one that has taken no weights."""
+    """Writes one adapter into `folder`, by default as safetensors, else as a pickle.
+
+    With `first_values`, a folder of these, it is written as one that has taken no weights.
+    """
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
@@ -261,6 +265,9 @@ def save(
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    if not safe_serialization:
+        torch.save(tensors, folder / PICKLED_WEIGHTS_NAME)
+        return
     digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
     metadata = {"format": "pt", _DIGEST: digest}
     if operations := _operations(adapter):
@@ -358,7 +365,9 @@ class SavedAdapter(NamedTuple):
             )
 
 
-def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any) -> SavedAdapter:
+def read(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool | None = None, **hub_options: Any
+) -> SavedAdapter:
     """Reads an adapter's config and its tensors, which lay there at one time.
 
     Two files can't take their places at once, so one of them may be the other's successor: then the writer, who may
@@ -366,7 +375,8 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
 
     Args:
         path_or_repo: A folder, or a repository on the Hub.
-        use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
+        use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
+            ``weights_only=True``; None the first if it is there, else the second.
         hub_options: Options of ``huggingface_hub.hf_hub_download``.
 
     Raises:
@@ -376,16 +386,16 @@ def read(path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, 
     """
     config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
     PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
-    weights = adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options)
+    weights = _weights_file(path_or_repo, use_safetensors, hub_options)
     try:
-        return read_together([config, weights], lambda: _read_both(config, weights, use_safetensors))
+        return read_together([config, weights], lambda: _read_both(config, weights))
     except OSError as error:
         raise unreadable(error.filename, error) from error
 
 
-def _read_both(config_file: str, weights: str, use_safetensors: bool) -> SavedAdapter:
+def _read_both(config_file: str, weights: str) -> SavedAdapter:
     config = PeftConfig.from_file(config_file)
-    tensors, metadata = _read(weights, use_safetensors)
+    tensors, metadata = _read(weights)
     digest, operations = metadata.get(_DIGEST), _operations_in(metadata)
     if digest in (None, config.digest()):
         return SavedAdapter(config, tensors, operations=operations)
@@ -406,19 +416,28 @@ def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def load(
-    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool = True, **hub_options: Any
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool | None = None, **hub_options: Any
 ) -> dict[str, torch.Tensor]:
     """Reads an adapter's tensors alone; arguments and errors as for `read`."""
-    return _read(adapter_file(path_or_repo, _weights_name(use_safetensors), **hub_options), use_safetensors)[0]
+    return _read(_weights_file(path_or_repo, use_safetensors, hub_options))[0]
 
 
-def _weights_name(use_safetensors: bool) -> str:
-    return WEIGHTS_NAME if use_safetensors else PICKLED_WEIGHTS_NAME
+def _weights_file(
+    path_or_repo: str | os.PathLike[str], use_safetensors: bool | None, hub_options: Mapping[str, Any]
+) -> str:
+    names = {True: [WEIGHTS_NAME], False: [PICKLED_WEIGHTS_NAME], None: [WEIGHTS_NAME, PICKLED_WEIGHTS_NAME]}
+    missing: list[FileNotFoundError] = []
+    for name in names[use_safetensors]:
+        try:
+            return adapter_file(path_or_repo, name, **hub_options)
+        except FileNotFoundError as error:
+            missing.append(error)
+    raise missing[0]
 
 
-def _read(path: str, use_safetensors: bool) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Returns an adapter's tensors, and what else the file says of them."""
-    if not use_safetensors:
+    if Path(path).name == PICKLED_WEIGHTS_NAME:
         return read_pickle(path), {}
     saved = read_safetensors(path)
     return saved.tensors, saved.metadata

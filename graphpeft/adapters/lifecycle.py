@@ -24,6 +24,7 @@ from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -177,7 +178,11 @@ def _modules_of(model: nn.Module) -> Modules:
 
 def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
     if adapters.merged:
-        warnings.warn(f"{joined(adapters.merged)} are merged, and unmerged before other adapters act", stacklevel=4)
+        warnings.warn(
+            f"{joined(adapters.merged)} are merged, and unmerged before other adapters act",
+            PeftWarning,
+            stacklevel=4,
+        )
         unmerge(modules, adapters)
 
 

@@ -29,6 +29,23 @@ from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import transaction
 from graphpeft.wording import joined, shown
 
+_OF_BASE = frozenset(
+    {
+        "device_map",
+        "dtype",
+        "max_memory",
+        "offload_buffers",
+        "offload_dir",
+        "offload_folder",
+        "offload_index",
+        "proxies",
+        "resume_download",
+        "torch_dtype",
+        "trust_remote_code",
+    }
+)
+"""Options of loading a base model, which scripts pass on; an adapter has its tensors where its weights are."""
+
 
 def load(
     model: nn.Module,
@@ -44,7 +61,7 @@ def load(
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     example_inputs: ExampleInputs | None = None,
-    use_safetensors: bool = True,
+    use_safetensors: bool | None = None,
     **hub_options: Any,
 ) -> None:
     """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`.
@@ -100,8 +117,12 @@ def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool, ignore_mism
 
 
 def _read(
-    model_id: str | os.PathLike[str], config: ConfigLike | None, use_safetensors: bool, hub_options: Mapping[str, Any]
+    model_id: str | os.PathLike[str],
+    config: ConfigLike | None,
+    use_safetensors: bool | None,
+    hub_options: Mapping[str, Any],
 ) -> checkpoint.SavedAdapter:
+    hub_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
     if config is None:
         return checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
     values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
@@ -118,7 +139,7 @@ def load_again(
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
     example_inputs: ExampleInputs | None = None,  # noqa: ARG001
-    use_safetensors: bool = True,
+    use_safetensors: bool | None = None,
     **hub_options: Any,
 ) -> None:
     """Gives an adapter of a model the values of a saved one, in place, so that an optimizer goes on with its tensors.

@@ -20,6 +20,7 @@ from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template
+from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
@@ -35,13 +36,25 @@ from graphpeft.targeting.patterns import PatternError
 from graphpeft.wording import joined
 
 
-class AdaptError(ValueError):
+class AdaptError(PeftError, ValueError):
     """A config that can't be applied to the model, which stays as it was.
 
     Example:
         >>> try:
         ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
         ... except AdaptError as error:
+        ...     print(error)
+        target_modules: nothing in Sequential matches ['1']; the model has 0
+    """
+
+
+class NoMatchingPeftModuleError(AdaptError):
+    """A config that names nothing of the model, which stays as it was.
+
+    Example:
+        >>> try:
+        ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
+        ... except NoMatchingPeftModuleError as error:
         ...     print(error)
         target_modules: nothing in Sequential matches ['1']; the model has 0
     """

@@ -29,6 +29,7 @@ from graphpeft.exporting.steps import shown
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.passes.optimization import optimize
+from graphpeft.peft_errors import PeftWarning
 
 __all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
 
@@ -177,7 +178,9 @@ def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
     if not any(0 in one.dynamic for one in inputs):
         shapes = ", ".join(f"{one.name} {one}" for one in inputs)
         warnings.warn(
-            f"the batch isn't dynamic, since the model fixes the first size of its inputs: {shapes}", stacklevel=3
+            f"the batch isn't dynamic, since the model fixes the first size of its inputs: {shapes}",
+            PeftWarning,
+            stacklevel=3,
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from graphpeft.peft_errors import PeftError
 
-class ExportError(ValueError):
+
+class ExportError(PeftError, ValueError):
     """A model can't be exported in this format and adapter mode; no file was written, and the model is unchanged.
 
     Example:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from graphpeft.files.atomic_files import read_together
+from graphpeft.peft_errors import PeftError
 from graphpeft.wording import shortened
 
 _MOST_BYTES = 8 * 2**20
@@ -29,7 +30,7 @@ _DEEPEST = 16
 """The greatest depth of nested lists and objects in JSON; configs have a depth of three."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PeftError, ValueError):
     """A file of an adapter can't be read, or doesn't fit the model; the model is unchanged.
 
     Example:

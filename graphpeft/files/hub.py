@@ -37,7 +37,7 @@ def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_opti
             return str(file)
         hint = "; give the folder that save_pretrained wrote"
         if filename == WEIGHTS_NAME and (folder / PICKLED_WEIGHTS_NAME).is_file():
-            hint = f"; there is a {PICKLED_WEIGHTS_NAME}, which use_safetensors=False reads"
+            hint = f"; there is a {PICKLED_WEIGHTS_NAME}, which use_safetensors=None or False reads"
         elif inside := sorted(path.parent.name for path in folder.glob(f"*/{filename}")):
             hint = f"; folders inside it do: {', '.join(inside)}. Name one by its path, or with subfolder={inside[0]!r}"
         raise FileNotFoundError(f"{folder} holds no {filename}{hint}")

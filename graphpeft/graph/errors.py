@@ -2,11 +2,13 @@
 
 import torch
 
+from graphpeft.peft_errors import PeftError
+
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """Errors that say nothing about the code that raises them, so they are never the reason why code can't be recorded."""
 
 
-class TraceError(RuntimeError):
+class TraceError(PeftError, RuntimeError):
     """A forward can't be recorded faithfully; the message says where, why and what to do.
 
     Example:
@@ -41,7 +43,7 @@ class DrawsNumbersError(TraceError):
     """A forward draws random numbers from a generator other than PyTorch's."""
 
 
-class GuardError(RuntimeError):
+class GuardError(PeftError, RuntimeError):
     """A traced graph was called with inputs or module attributes for which the model would take another branch.
 
     Example:

@@ -9,6 +9,7 @@ Parameter-Efficient Transfer Learning", arXiv 2303.02861; the same numbers as PE
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,21 @@ from graphpeft.rules.registry import register
 from graphpeft.wording import joined
 
 _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+
+class MultitaskPromptTuningInit(str, enum.Enum):
+    """The ways to initialise the virtual tokens of `MultitaskPromptTuningConfig`.
+
+    Example:
+        >>> MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS == "AVERAGE_SOURCE_TASKS"
+        True
+    """
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
 @register

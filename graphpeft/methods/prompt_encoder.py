@@ -9,6 +9,7 @@ Source: Liu et al., "GPT Understands, Too", arXiv 2103.10385; the same numbers a
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,11 +22,24 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.encoders import Encoder, NetworkEncoder, linear_by
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.options import Probability, Size, Steps
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 
 _MLP_LAYERS = 2
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The encoders of `PromptEncoderConfig`.
+
+    Example:
+        >>> PromptEncoderReparameterizationType.LSTM == "LSTM"
+        True
+    """
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 @register
@@ -58,7 +72,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != _MLP_LAYERS:
-            warnings.warn(f"encoder_num_layers is for an LSTM; an MLP has {_MLP_LAYERS} hidden layers", stacklevel=3)
+            warnings.warn(
+                f"encoder_num_layers is for an LSTM; an MLP has {_MLP_LAYERS} hidden layers",
+                PeftWarning,
+                stacklevel=3,
+            )
 
     def resolved(self, model: nn.Module) -> PromptEncoderConfig:
         """Returns the config with the sizes of the model filled in."""

@@ -6,6 +6,7 @@ numbers as PEFT's ``tuners/prompt_tuning/model.py``.
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,19 @@ from graphpeft.methods.prompts.encoders import Encoder, Table
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
+
+
+class PromptTuningInit(str, enum.Enum):
+    """The ways to initialise the virtual tokens of `PromptTuningConfig`.
+
+    Example:
+        >>> PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init=PromptTuningInit.RANDOM).prompt_tuning_init
+        <PromptTuningInit.RANDOM: 'RANDOM'>
+    """
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
 
 
 @register

@@ -18,6 +18,7 @@ from graphpeft.adapters.adapting import (
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.given_model import check_model
 from graphpeft.model.peft_model import give_methods
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
@@ -138,7 +139,9 @@ def get_peft_model(
 
 def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
     if config.revision not in (None, revision):
-        warnings.warn(f"the config's revision {config.revision!r} is replaced by {revision!r}", stacklevel=3)
+        warnings.warn(
+            f"the config's revision {config.revision!r} is replaced by {revision!r}", PeftWarning, stacklevel=3
+        )
     changed = copy.copy(config)
     changed.revision = revision
     return changed

@@ -25,7 +25,7 @@ class Body:
         vars(self).update(_body=body, model=model)
 
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The body's class, for ``isinstance``."""
         return type(self._body)
 

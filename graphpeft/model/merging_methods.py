@@ -9,6 +9,7 @@ from typing import Any
 from graphpeft.adapters import lifecycle, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import transaction
 from graphpeft.wording import joined
 
@@ -94,7 +95,7 @@ class MergingMethods(AdapterInfo):
         `PeftModel`.
         """
         if not self._peft_adapters.merged:
-            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+            warnings.warn("no adapter is merged, so there is nothing to unmerge", PeftWarning, stacklevel=2)
         with transaction(self):
             merging.unmerge(modules_of(self), self._peft_adapters)
 
@@ -114,7 +115,11 @@ def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
     merged = model._peft_adapters.merged
     unmerged = [name for name in wanted if name not in merged]
     if wanted and not unmerged:
-        warnings.warn(f"{joined(wanted)} are merged already, so there is nothing to merge", stacklevel=3)
+        warnings.warn(f"{joined(wanted)} are merged already, so there is nothing to merge", PeftWarning, stacklevel=3)
     elif unmerged and merged:
-        warnings.warn(f"{joined(merged)} are merged already; {joined(unmerged)} are merged beside them", stacklevel=3)
+        warnings.warn(
+            f"{joined(merged)} are merged already; {joined(unmerged)} are merged beside them",
+            PeftWarning,
+            stacklevel=3,
+        )
     return unmerged

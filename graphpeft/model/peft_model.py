@@ -74,7 +74,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
         torch_device: str | torch.device | None = None,  # noqa: ARG003
         ignore_mismatched_sizes: bool = False,
         example_inputs: ExampleInputs | None = None,
-        use_safetensors: bool = True,
+        use_safetensors: bool | None = None,
         **hub_options: Any,
     ) -> Any:
         """Adapts a model in place with a saved adapter, from files of PEFT or of this library.
@@ -96,8 +96,10 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
             example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be
                 called. It is needed where the forward of a module that uses a weight functionally branches on its
                 inputs.
-            use_safetensors: False reads `adapter_model.bin`, a pickle, with ``weights_only=True``.
-            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`.
+            use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
+                ``weights_only=True``; None the first if it is there, else the second.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`. Options of loading a base
+                model, such as `device_map` and `torch_dtype`, are accepted for compatibility with PEFT.
 
         Returns:
             `model` itself.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from graphpeft.files.atomic_files import Staging
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import set_peft_model_state_dict
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.wording import joined
 
 
@@ -34,6 +35,8 @@ class SavingMethods(AdapterInfo):
         path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         *,
         state_dict: Mapping[str, Any] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Writes the adapters, without the base model, in PEFT's files.
 
@@ -43,7 +46,8 @@ class SavingMethods(AdapterInfo):
 
         Args:
             save_directory: The folder; it is made if it doesn't exist.
-            safe_serialization: Must be True, since only safetensors files are written.
+            safe_serialization: Whether the tensors are written as `adapter_model.safetensors`, or else as
+                `adapter_model.bin`, a pickle.
             selected_adapters: The names of the adapters to write; all if None.
             save_embedding_layers: Whether the tables of a Transformers model's embeddings are saved too: True, False,
                 or ``"auto"``, which saves them if the config's `target_modules` names one, or if the vocabulary isn't
@@ -54,17 +58,18 @@ class SavingMethods(AdapterInfo):
                 LoRA of twice the rank, which acts on the original weights.
             state_dict: The model's state dict where it was gathered elsewhere, as distributed training does; None reads
                 the tensors from the model.
+            save_function: Accepted for compatibility with PEFT, which ignores it, too.
+            max_shard_size: Accepted likewise; an adapter is one file.
 
         Raises:
             AdaptError: If the model has no adapter of a selected name; nothing is written then.
             CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, `state_dict`
                 lacks a tensor, or the metadata of an existing model card can't be read; nothing is written then.
-            ValueError: If `safe_serialization` is False, `save_embedding_layers` is True for a model that doesn't tell
-                its embeddings, or an adapter can't be converted; nothing is written then.
+            ValueError: If `safe_serialization` is False and a folder has the other file, which readers prefer,
+                `save_embedding_layers` is True for a model that doesn't tell its embeddings, or an adapter can't be
+                converted; nothing is written then.
             OSError: If a file can't be written; the files that were there are unchanged then.
         """
-        if not safe_serialization:
-            raise ValueError("adapters are written as safetensors only; leave safe_serialization True")
         if not is_main_process:
             return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -76,12 +81,20 @@ class SavingMethods(AdapterInfo):
             warnings.warn(
                 f"{joined(trained)} require gradients and belong to no adapter, so its files lack them; name their "
                 "modules in modules_to_save, or save them yourself",
+                PeftWarning,
                 stacklevel=2,
             )
 
         def folder_of(name: str) -> Path:
             return Path(save_directory) if name == "default" else Path(save_directory, name)
 
+        older = [folder_of(name) / checkpoint.WEIGHTS_NAME for name in names]
+        older = [] if safe_serialization else [file for file in older if file.exists()]
+        if older:
+            raise ValueError(
+                f"{joined(list(map(str, older)))} would be loaded in place of the adapter_model.bin that "
+                "safe_serialization=False writes; remove it, or save into another folder"
+            )
         with contextlib.ExitStack() as stack:
             staged = {
                 folder: stack.enter_context(Staging(folder))
@@ -91,8 +104,19 @@ class SavingMethods(AdapterInfo):
                 folder = staged[folder_of(name)].folder
                 first = path_initial_model_for_weight_conversion
                 originals = self._peft_adapters.originals
-                checkpoint.save(self, adapter, name, folder, originals, state_dict, save_embedding_layers, first)
-                if name in self.active_adapters[:1] and trainer.is_trainer_checkpoint(Path(save_directory)):
+                checkpoint.save(
+                    self,
+                    adapter,
+                    name,
+                    folder,
+                    originals,
+                    state_dict,
+                    save_embedding_layers,
+                    first,
+                    safe_serialization,
+                )
+                is_checkpoint = safe_serialization and trainer.is_trainer_checkpoint(Path(save_directory))
+                if name in self.active_adapters[:1] and is_checkpoint:
                     trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, staged[Path(save_directory)].folder)
             if names:
                 self._stage_card(staged[Path(save_directory)], Path(save_directory), list(selected.values()))
@@ -102,6 +126,7 @@ class SavingMethods(AdapterInfo):
             warnings.warn(
                 f"a Trainer resumes the first active adapter alone, {self.active_adapter!r}; load the others from the "
                 "checkpoint with load_adapter",
+                PeftWarning,
                 stacklevel=2,
             )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import checkpoint, file_names
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.loading import set_values
 from graphpeft.adapters.tensors import refuse_missing
@@ -57,7 +58,11 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: Any, peft_model_state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default"
+    model: Any,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,  # noqa: ARG001
 ) -> Any:
     """Overwrites the tensors of an adapter.
 
@@ -66,6 +71,8 @@ def set_peft_model_state_dict(
         peft_model_state_dict: All tensors of the adapter by their names in PEFT's files, as
             `get_peft_model_state_dict` returns them.
         adapter_name: The name of the adapter.
+        ignore_mismatched_sizes: Must be False.
+        low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made here.
 
     Returns:
         The result of ``load_state_dict``: empty lists of missing and of unexpected keys.
@@ -74,6 +81,7 @@ def set_peft_model_state_dict(
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
         AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
             since; nothing is overwritten then.
+        ValueError: If `ignore_mismatched_sizes` is True.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -83,5 +91,45 @@ def set_peft_model_state_dict(
         >>> bool((model[0].default.lora_B == 1).all())
         True
     """
+    if ignore_mismatched_sizes:
+        raise ValueError(
+            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Put the tensors "
+            "that fit into what get_peft_model_state_dict returns"
+        )
     set_values(model, adapter_name, peft_model_state_dict)
     return IncompatibleKeys([], [])
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub_options: Any,
+) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a saved adapter, by their names in its file.
+
+    Args:
+        model_id: A folder, or a repository on the Hub.
+        device: Where the tensors are put; None leaves them on the CPU.
+        key_mapping: Regular expressions with replacements for the names, without the prefix ``base_model.model.``; the
+            first that matches a name is applied.
+        **hub_options: `use_safetensors`, as in `PeftModel.from_pretrained`, and options of
+            ``huggingface_hub.hf_hub_download``, such as `revision`.
+
+    Returns:
+        The tensors, which `set_peft_model_state_dict` takes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> sorted(load_peft_weights("adapter"))
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+    """
+    values = checkpoint.load(model_id, **hub_options)
+    if key_mapping:
+        values = file_names.renamed(values, key_mapping)
+    return {name: tensor.to(device or "cpu") for name, tensor in values.items()}

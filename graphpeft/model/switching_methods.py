@@ -12,6 +12,7 @@ from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.tensors import refuse_exchanged, set_trainable
 from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import set_attribute, transaction
 
 
@@ -67,7 +68,11 @@ class SwitchingMethods(AdapterInfo):
         others = [name for name in state.by_name if name != adapter_name]
         with transaction(self):
             if state.active == [adapter_name] and others:
-                warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
+                warnings.warn(
+                    f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now",
+                    PeftWarning,
+                    stacklevel=2,
+                )
                 lifecycle.activate(modules, state, others[:1])
             lifecycle.remove(modules, state, adapter_name)
             set_trainable(modules, state, state.active)

@@ -23,6 +23,7 @@ from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
 from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft, set_class
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -389,7 +390,9 @@ class PeftConfig:
         known = [field.name for field in options(config_class)]
         for name in [name for name in values if name not in known]:
             warnings.warn(
-                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{nearest(name, known)}", stacklevel=3
+                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{nearest(name, known)}",
+                PeftWarning,
+                stacklevel=3,
             )
             del values[name]
         return config_class(**values)

@@ -19,6 +19,7 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.graph.traced_model import plain_attribute, stands_for
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.readers import Readers
@@ -210,6 +211,7 @@ class SiteFinder:
             warnings.warn(
                 f"{cls.__name__}.{public[0]} uses {attribute}: the adapter acts where the forward calls it, and not "
                 "where it is called by itself",
+                PeftWarning,
                 stacklevel=2,
             )
 

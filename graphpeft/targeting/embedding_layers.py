@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph.traced_model import TracedModel, module_told
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.targeting import targets
 from graphpeft.targeting.targets import Match
@@ -84,6 +85,7 @@ def _is_resized(model: Any, base: str | None) -> bool:
         warnings.warn(
             f"the config of {shortened(base)} can't be read, so that its embeddings are saved only if "
             "save_embedding_layers=True",
+            PeftWarning,
             stacklevel=4,
         )
         return False

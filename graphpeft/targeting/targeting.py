@@ -16,6 +16,7 @@ from torch import nn
 
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
@@ -231,6 +232,7 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
             warnings.warn(
                 f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
                 "adapters there learn only by other ways",
+                PeftWarning,
                 stacklevel=2,
             )
         return site

@@ -30,6 +30,7 @@ from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts, wanted_parts, with_parts
 from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
@@ -107,7 +108,7 @@ class LoraConfig(TargetedConfig):
 
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
-    prefix: ClassVar[str] = "lora_"
+    prefix: ClassVar[str | None] = "lora_"
     adapts_leaves: ClassVar[bool] = True
     tying_option: ClassVar[str] = "ensure_weight_tying"
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
@@ -249,6 +250,7 @@ class LoraConfig(TargetedConfig):
                 warnings.warn(
                     f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "
                     "set it in the loaded config to train further",
+                    PeftWarning,
                     stacklevel=4,
                 )
                 config.lora_dropout = 0.0

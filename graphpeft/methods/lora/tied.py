@@ -23,6 +23,7 @@ from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_of_tied
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable
@@ -155,7 +156,11 @@ def with_tied(
     groups = [(embedding, *others) for embedding, others in tied_layers(finder.modules).items()]
     adapted = [group for group in groups if any(path in by_owner for path in group)]
     if not adapted and config.modules_to_save is None and config.trainable_token_indices is None:
-        warnings.warn("ensure_weight_tying=True has no effect: nothing that is adapted is tied", stacklevel=2)
+        warnings.warn(
+            "ensure_weight_tying=True has no effect: nothing that is adapted is tied",
+            PeftWarning,
+            stacklevel=2,
+        )
     for embedding, *others in adapted:
         for path in (embedding, *others):
             if path not in by_owner:

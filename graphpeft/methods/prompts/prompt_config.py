@@ -18,6 +18,7 @@ from graphpeft.methods.prompts.caches import other_cache_names
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, NoPrompt, Table
 from graphpeft.methods.prompts.placements import LABELS, POSITIONS, InEncoding, Prepended, PromptRule
 from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within
 from graphpeft.rules.peft_names import TaskType
@@ -192,6 +193,7 @@ class PromptLearningConfig(PeftConfig):
             warnings.warn(
                 "the file holds the virtual tokens alone, and not the encoder that computed them, which PEFT doesn't "
                 "save: the tokens themselves are trained",
+                PeftWarning,
                 stacklevel=4,
             )
         return config

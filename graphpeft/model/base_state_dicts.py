@@ -1,0 +1,78 @@
+"""The state dict of the base model, without adapters, while the model has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graphpeft._torch import IncompatibleKeys
+from graphpeft.adapters.adapting import known_adapters
+from graphpeft.graph.paths import join
+from graphpeft.wording import joined
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """Returns the state dict of the base model: its own tensors, as they are without any adapter.
+
+    Args:
+        model: An adapted model. Adapters may be merged.
+
+    Returns:
+        The tensors by the names that they had before the model was adapted.
+
+    Raises:
+        AdaptError: If the model has no adapters.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> list(get_base_model_state_dict(model))
+        ['0.weight', '0.bias']
+    """
+    model = getattr(model, "_orig_mod", model)
+    state, of_adapters = known_adapters(model), _names_of_adapters(model)
+    originals = {join(path, name): tensor.detach() for (path, name), tensor in state.originals.items()}
+    own: dict[str, torch.Tensor] = {
+        name: tensor for name, tensor in model.state_dict().items() if name not in of_adapters
+    }
+    return own | {name: tensor for name, tensor in originals.items() if name in own}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+    """Gives the base model of an adapted model other values; its adapters keep theirs.
+
+    Args:
+        model: An adapted model.
+        state_dict: The tensors, by the names that they had before the model was adapted.
+        strict: Whether missing and unexpected names are an error.
+
+    Returns:
+        The missing and the unexpected names, as ``nn.Module.load_state_dict`` returns them.
+
+    Raises:
+        AdaptError: If the model has no adapters, or the tensors are others than those into which adapters are merged;
+            nothing is overwritten then.
+        RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> set_base_model_state_dict(model, nn.Sequential(nn.Linear(4, 4)).state_dict())
+        <All keys matched successfully>
+    """
+    model = getattr(model, "_orig_mod", model)
+    of_adapters = _names_of_adapters(model)
+    own = [name for name in model.state_dict() if name not in of_adapters]
+    missing = [name for name in own if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in own]
+    problems = [f"lacks {joined(missing)}"] if missing else []
+    problems += [f"has {joined(unexpected)}, which the base model hasn't"] if unexpected else []
+    if strict and problems:
+        raise RuntimeError(f"the state_dict {' and '.join(problems)}; strict=False loads the others")
+    model.load_state_dict({name: value for name, value in state_dict.items() if name in own}, strict=False)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _names_of_adapters(model: Any) -> set[str]:
+    by_name = known_adapters(model).by_name
+    return {join(*place) for name, adapter in by_name.items() for place in adapter.tensor_names(name)}

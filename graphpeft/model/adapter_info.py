@@ -10,6 +10,7 @@ from torch import nn
 from graphpeft.adapters.adapting import known_adapter
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
+from graphpeft.model.configs import Configs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 
@@ -23,9 +24,9 @@ class AdapterInfo(nn.Module):
     _peft_adapters: Adapters
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
+    def peft_config(self) -> Configs:
         """The config of each adapter, by the adapter's name, in the order in which they were added."""
-        return {name: adapter.config for name, adapter in self._peft_adapters.by_name.items()}
+        return Configs(self._peft_adapters)
 
     @property
     def active_adapters(self) -> list[str]:

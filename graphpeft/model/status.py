@@ -208,6 +208,11 @@ def _common(values: list[Value]) -> Value | Irregular:
 class StatusMethods(AdapterInfo):
     """The part of `PeftModel` that tells what adapters do."""
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules where adapters have tensors."""
+        return [layer.name for layer in get_layer_status(self)]
+
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns what adapters do at each module where they have tensors, in the model's order of modules.
 

@@ -15,7 +15,7 @@ import torch
 
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import overrides
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import all_paths, join
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.patterns import Pattern
 
@@ -163,8 +163,8 @@ module with others inside, with the adapter's name."""
 def names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
     """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
     first = {id(module): path for path, module in modules.items()}
-    for path, module in modules[""].named_modules(remove_duplicate=False):
-        owner = first.get(id(module), path)  # none of an adapter's holder
+    for path, module in all_paths(modules[""]):
+        owner = first[id(module)]
         if path != owner:
             keys_of_owner = [key for key, place in named.items() if place[0] == owner]
             yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,11 @@ class Adapter:
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
         return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes, plan.saved)
+
+    @functools.cached_property
+    def call_inputs(self) -> frozenset[str]:
+        """The arguments that its rules read in each call."""
+        return frozenset(itertools.chain.from_iterable(adapted.rule.call_inputs for adapted in self.sites))
 
     @property
     def changes_weights(self) -> bool:
@@ -184,8 +190,7 @@ class Adapters:
 
     def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:
         """Returns what `call_inputs` are for the adapters that there are now."""
-        sites = itertools.chain.from_iterable(adapter.sites for adapter in self.by_name.values())
-        names = {name for adapted in sites for name in adapted.rule.call_inputs}
+        names = {name for adapter in self.by_name.values() for name in adapter.call_inputs}
         taken = inspect.signature(model.forward).parameters if names else {}
         return {name: name in taken for name in names}
 

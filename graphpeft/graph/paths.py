@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from graphpeft.graph.holders import Holder
@@ -24,12 +26,31 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if module in seen or isinstance(module, Holder):
-            continue
-        seen.add(module)
-        found[path] = module
-        inner = module._modules
-        if inner:
-            prefix = f"{path}." if path else ""
-            waiting += [(prefix + name, child) for name, child in reversed(inner.items()) if child is not None]
+        if module not in seen:
+            seen.add(module)
+            found[path] = module
+            waiting += _inside(path, module)
     return found
+
+
+def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields ``model.named_modules(remove_duplicate=False)`` likewise, each module once for each of its paths."""
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        waiting += _inside(path, module)
+
+
+def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns a module's own modules with their paths, the last first."""
+    inner = module._modules
+    if not inner:
+        return []
+    prefix = f"{path}." if path else ""
+    # a layer may have a hundred holders, whose paths nobody needs
+    return [
+        (prefix + name, child)
+        for name, child in reversed(inner.items())
+        if type(child) is not Holder and child is not None
+    ]

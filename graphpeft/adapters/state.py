@@ -41,6 +41,7 @@ class Adapter:
         rows: The weights of which it has rows, by the path of their module.
         infixes: What stands in files behind the paths of modules that are fully trained, where something does.
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
+        took_product: Whether it was made so that what its factors made at first was taken from the base's weights.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
     """
 
@@ -51,12 +52,22 @@ class Adapter:
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    took_product: bool = False
     overwritten: Tensors = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes, plan.saved)
+        return cls(
+            plan.config,
+            plan.sites,
+            plan.fully_trained,
+            plan.report,
+            plan.rows,
+            plan.infixes,
+            plan.saved,
+            plan.config.takes_product,
+        )
 
     @property
     def changes_weights(self) -> bool:

@@ -29,6 +29,7 @@ from graphpeft.methods.lora import (
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
+    replace_lora_weights_loftq,
 )
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -36,6 +37,7 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig
 from graphpeft.methods.prompt_tuning import PromptTuningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.model.adapt import explain, get_peft_model
+from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.passes.optimization import PassReport, optimize
@@ -113,6 +115,7 @@ __all__ = [
     "TokenSequence",
     "TraceError",
     "WeightRule",
+    "cast_mixed_precision_params",
     "explain",
     "export",
     "export_adapter",
@@ -126,10 +129,12 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "recorded",
     "register",
+    "replace_lora_weights_loftq",
     "set_peft_model_state_dict",
     "trace",
 ]

@@ -77,6 +77,5 @@ def _forget(model: nn.Module) -> None:
         delete_item(vars(model), name)
     if "is_quantized" in vars(model):
         set_item(vars(model), "is_quantized", False)
-    config = vars(model).get("config")
-    if hasattr(config, "__dict__"):
-        delete_item(vars(config), "quantization_config")
+    of_model = getattr(vars(model).get("config"), "__dict__", {})
+    delete_item(of_model, "quantization_config")

@@ -191,6 +191,12 @@ def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 
+def count_of_numbers(tensor: torch.Tensor) -> int:
+    """Returns how many numbers a tensor stands for: two for each byte of weights that bitsandbytes has packed."""
+    is_packed = type(tensor).__name__ == "Params4bit"
+    return tensor.numel() * tensor.element_size() * 2 if is_packed else tensor.numel()
+
+
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
     for path, attribute in adapter.tensor_names(name):

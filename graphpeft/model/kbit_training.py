@@ -99,7 +99,8 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
     taken = [name for name in inspect.signature(enable).parameters if name.endswith("_checkpointing_kwargs")]
     if options and not taken:
         raise AdaptError(f"a {type(model).__name__} takes no gradient_checkpointing_kwargs; leave them out")
-    enable(**{name: options for name in taken})
+    # PyTorch's default, which it warns of where nobody has said it
+    enable(**dict.fromkeys(taken, {"use_reentrant": True, **options}))
 
 
 def _require_grad(_: nn.Module, __: Any, output: Any) -> None:

@@ -100,7 +100,8 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
     if options and not taken:
         raise AdaptError(f"a {type(model).__name__} takes no gradient_checkpointing_kwargs; leave them out")
     # PyTorch's default, which it warns of where nobody has said it
-    enable(**dict.fromkeys(taken, {"use_reentrant": True, **options}))
+    options.setdefault("use_reentrant", True)
+    enable(**dict.fromkeys(taken, options))
 
 
 def _require_grad(_: nn.Module, __: Any, output: Any) -> None:

@@ -32,6 +32,7 @@ from graphpeft.methods.lora import (
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
+    replace_lora_weights_loftq,
 )
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -43,6 +44,7 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
+from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
 from graphpeft.model.peft_model import PeftMixedModel, PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from graphpeft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -150,6 +152,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",
+    "cast_mixed_precision_params",
     "check_if_peft_model",
     "explain",
     "export",
@@ -170,10 +173,12 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "recorded",
     "register",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

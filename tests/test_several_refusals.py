@@ -85,7 +85,6 @@ QV = {"qkv": [[0, 8], [16, 24]]}
     [
         (lora(trainable_token_indices=[3]), "'odd' trains rows of model.embed_tokens, which can't be combined yet"),
         (lora(init_lora_weights="pissa"), r"'odd' has taken a part of .*path_initial_model_for_weight_conversion"),
-        (lora(use_dora=True), "has factors of parts, or other ones than A and B"),
         (lora(lora_bias=True, target_modules=["q_proj"]), "has factors of parts, or other ones than A and B"),
         (lora(rank_pattern={"q_proj": 1}), r"has A of the shapes \[\(2, 32\), \(1, 32\)\]; choose 'cat' or 'svd'"),
     ],

@@ -15,7 +15,8 @@ from graphpeft.graph.overrides import own_parameter
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import changes_bias
-from graphpeft.sites.site import Site
+from graphpeft.sites import quantisers
+from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember
 
 
@@ -79,6 +80,8 @@ def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, A
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     """Returns the weight that the site's module reads while the adapter acts."""
+    if isinstance(adapted.site, LeafSite):
+        return quantisers.codes_of(modules[adapted.site.owner]).numbers()
     assert isinstance(adapted.site, Site)
     attribute = adapted.site.attribute
     return own_parameter(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))

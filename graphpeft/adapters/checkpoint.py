@@ -260,6 +260,11 @@ def save(
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
+        if not adapter.took_product:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
+                f"{name!r} took none when it was made; leave it None"
+            )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory

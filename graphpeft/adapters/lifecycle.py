@@ -50,7 +50,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters) if adapters.originals else contextlib.nullcontext():
+    with with_originals(modules, adapters) if adapters.merged else contextlib.nullcontext():
         made = new_tensors(plan, name, modules, values)
     constants = {
         (adapted.site.owner, adapted.names[constant]): value

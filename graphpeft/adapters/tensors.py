@@ -184,7 +184,17 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
     """Returns whether a tensor of a model has the values of a saved one already."""
+    if hasattr(own, "__tensor_flatten__"):
+        # most of PyTorch's functions aren't there for quantised tensors
+        names, _ = own.__tensor_flatten__()  # type: ignore[attr-defined]
+        return type(own) is type(value) and all(is_same(getattr(own, name), getattr(value, name)) for name in names)
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
+
+
+def count_of_numbers(tensor: torch.Tensor) -> int:
+    """Returns how many numbers a tensor stands for: two for each byte of weights that bitsandbytes has packed."""
+    is_packed = type(tensor).__name__ == "Params4bit"
+    return tensor.numel() * tensor.element_size() * 2 if is_packed else tensor.numel()
 
 
 def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:

@@ -98,9 +98,7 @@ class Site(NamedTuple):
     @property
     def unmergeable(self) -> str | None:
         """Why an adapter's change there can't be merged, or None."""
-        if self.call is None:
-            return None
-        return f"it is one of {self.call.of} calls with a change of its own each, and the one weight can't have all"
+        return None if self.call is None else _of_one_call(self.call)
 
     @property
     def in_features(self) -> int | None:
@@ -164,6 +162,10 @@ class Site(NamedTuple):
         return self.layout.size(self.shape, self.transposed)  # type: ignore[attr-defined]
 
 
+def _of_one_call(call: OneCall) -> str:
+    return f"it is one of {call.of} calls with a change of its own each, and the one weight can't have all"
+
+
 class LeafSite(NamedTuple):
     """The call of an opaque module, such as a layer whose weight is quantised.
 
@@ -174,9 +176,11 @@ class LeafSite(NamedTuple):
         in_features: The size of the last dimension of the module's first argument.
         out_features: The size of the last dimension of the module's output.
         beside: The tensor whose device an adapter's tensors share: the path of its module, and its name.
-        dtype: The dtype of the module's weight, or PyTorch's default if that holds integers. Without a weight, the
-            dtype of the module's parameters, else of the model's, else the default.
+        dtype: The dtype of the module's weight, or PyTorch's default if that holds integers; where the weight is
+            quantised, the module's `compute_dtype`, if it has one. Without a weight, the dtype of the module's
+            parameters, else of the model's, else the default.
         quantised: The description of the weight, if it is quantised.
+        is_recoded: Whether a change can be added to the quantised weight: its codes are made anew from numbers.
         call: The one of the module's calls that is the site; None for all of them.
 
     Example:
@@ -193,6 +197,7 @@ class LeafSite(NamedTuple):
     beside: tuple[str, str]
     dtype: torch.dtype
     quantised: str | None = None
+    is_recoded: bool = False
     call: OneCall | None = None
 
     op = Leaf
@@ -210,11 +215,20 @@ class LeafSite(NamedTuple):
         return f"the call of a module{weight}"
 
     @property
-    def unmergeable(self) -> str:
-        """Why an adapter's change there can't be merged."""
+    def unmergeable(self) -> str | None:
+        """Why an adapter's change there can't be merged, or None."""
+        if self.call is not None:
+            return _of_one_call(self.call)
         if self.quantised is None:
             return f"it is {self.kind}, and changes no weight"
+        if self.is_recoded:
+            return None
         return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
+
+    @property
+    def weight(self) -> str:
+        """The path of the weight, if there is one."""
+        return join(self.owner, "weight")
 
     @property
     def prefix(self) -> str:

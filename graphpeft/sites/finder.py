@@ -119,18 +119,18 @@ class SiteFinder:
         All readers of the weight inside the forward see the change, and the module need not be traced. The region gets
         this graph as its template.
         """
-        module = self.modules[region]
+        module, weight = self.modules[region], join(within(owner, region), attribute)
         if not self.regions.is_called(region):
             return None
         try:
             template = self.templates.get(region) or template_of(module)
             if template is None:
                 refuse_what_a_graph_cannot_replace(module)
-                template = call_on_weights(module)
+                template = call_on_weights(module, weight)
         except TraceError:
             return None
         found = weight_uses(template, module) if template.calls_own_forward else {}
-        uses = found.get(join(within(owner, region), attribute))
+        uses = found.get(weight)
         if uses is not None:
             self.templates[region] = template
         return uses
@@ -184,7 +184,14 @@ class SiteFinder:
             bias=join(region, uses.bias) if uses.bias is not None else None,
             bias_conflict=conflict,
             both_ways=uses.both_ways,
+            own_code=self._why_own_code(region),
         )
+
+    def _why_own_code(self, region: str) -> str | None:
+        if not self.templates[region].calls_own_forward:
+            return None
+        error = self.regions.errors.get(region)
+        return str(error) if error is not None else "an adapter of it runs it so"
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
         """Returns whether a region calls a weight's owner in other nodes than the site's, or the owner has hooks."""

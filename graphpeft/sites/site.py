@@ -64,6 +64,7 @@ class Site(NamedTuple):
         call: The one of the weight's operations that is the site; None for all of them.
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
+        own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -92,6 +93,7 @@ class Site(NamedTuple):
     both_ways: bool = False
     call: OneCall | None = None
     tied_to: str | None = None
+    own_code: str | None = None
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
@@ -201,6 +203,7 @@ class LeafSite(NamedTuple):
     is_layer = True
     named = None
     redrawn = ()
+    own_code = None
     way_out = Site.way_out
 
     @property
@@ -272,6 +275,7 @@ class CallSite(NamedTuple):
     op = Boundary
     prefix = ""
     redrawn = ()
+    own_code = None
     way_out = "name another module in prompt_scope"
     unmergeable = "the adapter changes what modules are given, not weights"
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from graphpeft.code.source import methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
+from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
@@ -59,7 +60,7 @@ class SiteFinder:
         Raises:
             NoSiteError: If the weight has no site.
         """
-        weight = self.modules[owner]._parameters[attribute]
+        weight = read_weight(self.modules[owner], attribute)
         assert weight is not None
         if is_lazy(weight):
             raise NoSiteError(f"its {attribute} has no shape yet; run the model once before you adapt it")
@@ -185,6 +186,7 @@ class SiteFinder:
             bias_conflict=conflict,
             both_ways=uses.both_ways,
             own_code=self._why_own_code(region),
+            computed=computed_from(module, attribute),
         )
 
     def _why_own_code(self, region: str) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.convolution import LoraConvolution, LoraWithinGroups
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.init.initialisation import traits_of
@@ -84,7 +85,7 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         """Gives A and B the values that PEFT gives them, and takes the lengths as magnitudes."""
         factors = {name: tensor for name, tensor in parameters.items() if name != "lora_magnitude"}
         replacing = self.direction.initialise(factors, site, config, module)
-        own = module._parameters[site.attribute]
+        own = read_weight(module, site.attribute)
         assert own is not None
         weight = own.detach() if replacing is None else replacing[site.attribute].to(own.dtype)
         A, B = (factors[name].to(weight.device, weight.dtype) for name in ("lora_A", "lora_B"))

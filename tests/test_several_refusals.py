@@ -388,15 +388,6 @@ def test_a_projection_that_is_not_parted_in_three_has_no_named_parts() -> None:
         get_peft_model(model, lora(target_modules=["qkv"], target_parts={"qkv": ["q"]}), example_inputs=X)
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 8, 3, groups=4)], ids=str)
-def test_a_rank_that_the_groups_do_not_divide_is_refused(layer: nn.Module) -> None:
-    model = nn.Sequential(layer)
-    with refused(
-        model, AdaptError, rf"in {layer.groups} groups, which don't divide the rank 3; choose a multiple as r"
-    ):
-        get_peft_model(model, lora(r=3, target_modules=["0"]))
-
-
 # names
 
 

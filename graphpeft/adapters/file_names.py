@@ -100,7 +100,9 @@ def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[st
     for adapted in adapter.weight_sites:
         site = adapted.site
         # a layer is wrapped as such before its parameters are
-        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        own = [*modules[site.owner]._parameters]
+        number = own.index(site.attribute) if site.attribute in own else 0
+        place = (not site.is_layer, number, site.attribute)
         wrapped.setdefault(site.owner, set()).add(place)
     for adapted in adapter.sites:
         if isinstance(adapted.site, LeafSite):

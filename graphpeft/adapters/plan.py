@@ -228,7 +228,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}
     if replaced:
-        reason = overrides.refusal(plan.modules[site.owner])
+        reason = overrides.refusal(plan.modules[site.owner]) or site.unmergeable
     if reason is not None:
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return

@@ -17,6 +17,7 @@ from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_item, undone_by
 
 
@@ -54,7 +55,8 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
         specs = adapted.specs
         if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
+            module = modules[site.owner if isinstance(site, Site) else beside]
+            drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
         if values is not None:
             drawn = {
                 local: values[site.owner, names[local]] if spec.is_saved else drawn[local]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from graphpeft.graph.computed_weights import Computed
 from graphpeft.graph.ops import Convolution
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.paths import join
@@ -64,6 +65,8 @@ class Site(NamedTuple):
         call: The one of the weight's operations that is the site; None for all of them.
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
+        computed: How the weight is computed from other tensors; None if it is a parameter.
+        own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -92,12 +95,19 @@ class Site(NamedTuple):
     both_ways: bool = False
     call: OneCall | None = None
     tied_to: str | None = None
+    own_code: str | None = None
+    computed: Computed | None = None
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
     @property
     def unmergeable(self) -> str | None:
         """Why an adapter's change there can't be merged, or None."""
+        if self.computed is not None:
+            return (
+                f"its {self.attribute} is computed by {self.computed.by} from other tensors, and no parameter; remove "
+                "that from the layer first, and adapt it then"
+            )
         return None if self.call is None else _of_one_call(self.call)
 
     @property
@@ -125,7 +135,9 @@ class Site(NamedTuple):
     @property
     def beside(self) -> tuple[str, str]:
         """The tensor whose device an adapter's tensors share: the path of its module, and its name."""
-        return self.owner, self.attribute
+        if self.computed is None:
+            return self.owner, self.attribute
+        return join(self.owner, self.computed.path), self.computed.name
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
@@ -206,6 +218,7 @@ class LeafSite(NamedTuple):
     is_layer = True
     named = None
     redrawn = ()
+    own_code = None
     way_out = Site.way_out
 
     @property
@@ -286,6 +299,7 @@ class CallSite(NamedTuple):
     op = Boundary
     prefix = ""
     redrawn = ()
+    own_code = None
     way_out = "name another module in prompt_scope"
     unmergeable = "the adapter changes what modules are given, not weights"
 

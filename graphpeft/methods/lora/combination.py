@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -132,6 +133,11 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
             raise ValueError(
                 f"{target.site.name} has factors of parts, or other ones than A and B, which can't be combined yet"
             )
+        if isinstance(part.adapted.rule, LoraConvolution) != isinstance(target.rule, LoraConvolution):
+            raise ValueError(
+                f"{target.site.name} has features in groups, which divide only one of the ranks of the adapters and of their "
+                "combination: LoRA's factors are others there; choose a combination_type and ranks alike"
+            )
     kind = _kind(how, count)
     if kind == "cat":
         A, B = _concatenated(target, parts)
@@ -204,7 +210,7 @@ def _scales(target: AdaptedSite, parts: Sequence[Part]) -> list[float]:
 
 def _groups(target: AdaptedSite) -> int:
     assert isinstance(target.site, Site)
-    return target.site.groups
+    return target.site.groups if isinstance(target.rule, LoraConvolution) else 1
 
 
 def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:

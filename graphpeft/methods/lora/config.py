@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.methods.lora import combination
-from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.convolution import lora_of_convolution
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
@@ -354,7 +354,7 @@ class LoraConfig(TargetedConfig):
         """Returns the rule without magnitudes."""
         flipped, has_bias = site.is_layer and site.transposed, self.lora_bias
         if site.layout is ops.Convolution:
-            return LoraConvolution(transposed=site.transposed, drops=drops, casts=casts, has_bias=has_bias)
+            return lora_of_convolution(site, self, casts)
         if site.layout is ops.Embedding:
             return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
         if site.layout is ops.Weight and len(site.shape) == 3:

@@ -22,6 +22,8 @@ from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged,
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
+from graphpeft.graph.offloading import is_offloaded, store, written
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.transaction import (
@@ -196,10 +198,11 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         delete_item(modules[path]._modules, name)
         stop_hiding(modules[path])
     for (path, attribute), tensor in adapter.overwritten.items():
-        held = modules[path]._parameters.get(attribute) if path in modules else None
-        if held is not None:
-            remember(held)
-            held.data.copy_(tensor)
+        if path in modules and modules[path]._parameters.get(attribute) is not None:
+            with written(modules[path]):
+                held = own_parameter(modules[path], attribute)
+                remember(held)
+                held.data.copy_(tensor)
 
 
 def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
@@ -239,7 +242,10 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
         in_place.exchange(model, {"methods": None, "peft": None})
         for (path, own), tensor in left.items():
             module = modules[path]
-            set_item(module._parameters if own in module._parameters else module._buffers, own, tensor)
+            if is_offloaded(module):
+                store(module, {own: tensor})
+            else:
+                set_item(module._parameters if own in module._parameters else module._buffers, own, tensor)
         thaw(modules, adapters)
         if adapters.replication is not None:
             adapters.replication.undo()

@@ -15,12 +15,21 @@ import torch
 
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
-from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.changes import (
+    add_change,
+    bias_delta,
+    changed_places,
+    changing_sites,
+    delta,
+    memory_of,
+    there_to_write,
+)
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.offloading import loaded, written
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import refuse_other_options, template_of
@@ -46,14 +55,16 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         # these first, since they are what the changes are changes of
         for name in merged:
             for path, own_names in adapters.by_name[name].overrides.items():
-                for own, other in overrides.own_and_override(modules[path], own_names, name):
-                    remember(own)
-                    own.copy_(other)
+                with written(modules[path]):
+                    for own, other in overrides.own_and_override(modules[path], own_names, name):
+                        remember(own)
+                        own.copy_(other)
             for path, rows in adapters.by_name[name].rows.items():
-                table = own_parameter(modules[path], "weight")
                 values = own_parameter(modules[path], overrides.rows(name))
-                remember(table)
-                table.copy_(overrides.put_rows(table, rows.indices, values))
+                with written(modules[path]):
+                    table = own_parameter(modules[path], "weight")
+                    remember(table)
+                    table.copy_(overrides.put_rows(table, rows.indices, values))
         for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
@@ -81,11 +92,10 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     _refuse_unread(modules, adapters, names)
     for name in names:
         for path, attribute in changed_places(modules, adapters.by_name[name]):
-            weight = own_parameter(modules[path], attribute)
             if (path, attribute) not in adapters.originals:
                 # a difference wouldn't do: adding and subtracting it doesn't give the same bits
-                original = weight.detach().clone()
-                remember(weight, original)
+                with loaded(modules[path]):
+                    original = own_parameter(modules[path], attribute).detach().clone()
                 set_item(adapters.originals, (path, attribute), original)
         _add_to_weights(modules, adapters.by_name[name], adapters.originals)
         set_attribute(adapters, "merged", [*adapters.merged, name])
@@ -112,27 +122,30 @@ def _take_out(modules: Modules, adapters: Adapters) -> None:
 def _restore(modules: Modules, originals: Tensors) -> None:
     for (path, name), original in originals.items():
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            remember(weight)
-            weight.copy_(original)
+            with written(modules[path]):
+                weight = own_parameter(modules[path], name)
+                remember(weight)
+                weight.copy_(original)
 
 
 @torch.no_grad()
 def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
     for adapted in changing_sites(modules, adapter):
         base = originals[adapted.site.owner, adapted.site.attribute]
-        weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
-        add_change(adapted, modules, weight, base)
+        with there_to_write(adapted, modules):
+            weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
+            add_change(adapted, modules, weight, base)
 
 
 def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
     """Adds the changes of one weight, and of the bias beside it."""
     site = sites[0].site
     assert isinstance(site, Site)
-    weight = own_parameter(modules[site.owner], site.attribute)
-    base = weight if len(sites) == 1 else weight.clone()
-    for adapted in sites:
-        add_change(adapted, modules, weight, base)
+    with there_to_write(sites[0], modules):
+        weight = own_parameter(modules[site.owner], site.attribute)
+        base = weight if len(sites) == 1 else weight.clone()
+        for adapted in sites:
+            add_change(adapted, modules, weight, base)
 
 
 def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
@@ -150,9 +163,8 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     changed: Tensors = {}
     for path, name in adapters.originals:
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            changed[path, name] = weight.detach().clone()
-            remember(weight, changed[path, name])
+            with loaded(modules[path]):
+                changed[path, name] = own_parameter(modules[path], name).detach().clone()
     _restore(modules, adapters.originals)
     try:
         yield

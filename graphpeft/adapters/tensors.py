@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
+from graphpeft.graph.offloading import loaded, written
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -46,15 +48,15 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
-        site, names = adapted.site, adapted.names
+        site, names, specs = adapted.site, adapted.names, adapted.specs
         beside, attribute = site.beside
-        device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
-        specs = adapted.specs
-        if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
+        with loaded(modules[beside]):
+            device = _device(modules[beside]._parameters.get(attribute))
+            if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
+                drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
             drawn = {
                 local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
@@ -142,7 +144,10 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
             place = path, overrides.override_name(own, name)
             tensor = tensor_at(modules[path], own)
             tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
-            made[place] = overrides.create(tensor) if tied is None else tied
+            if tied is None:
+                with loaded(modules[path]):
+                    tied = overrides.create(tensor_at(modules[path], own))
+            made[place] = tied
             of_tied[id(tensor)] = made[place]
             if values is not None:
                 made[place].data.copy_(values[place])
@@ -154,14 +159,14 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
     made: Tensors = {}
     for path, rows in plan.rows.items():
         if rows.leader == path:
-            table = modules[path]._parameters["weight"]
-            assert table is not None
             place = path, overrides.rows(name)
-            if values is None:
-                first = table.detach()[list(rows.indices)]
-                plan.config.initialise_rows(first)
-            else:
-                first = values[place].to(table.device)
+            with loaded(modules[path]):
+                table = own_parameter(modules[path], "weight")
+                if values is None:
+                    first = table.detach()[list(rows.indices)]
+                    plan.config.initialise_rows(first)
+                else:
+                    first = values[place].to(table.device)
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, overrides.rows(name)] = made[rows.leader, overrides.rows(name)]
@@ -172,14 +177,15 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
 def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
     of_adapter = set(adapter.tensor_names(name))
-    for (path, attribute), value in values.items():
-        tensor = tensor_at(modules[path], attribute)
-        place, copied = (path, attribute), None
-        if place not in of_adapter and place not in adapter.overwritten:
-            copied = tensor.clone()
-            set_item(adapter.overwritten, place, copied)
-        remember(tensor, copied)
-        tensor.copy_(value)
+    for place, value in values.items():
+        is_base, copied = place not in of_adapter, None
+        with written(modules[place[0]]) if is_base else contextlib.nullcontext():
+            tensor = tensor_at(modules[place[0]], place[1])
+            if is_base and place not in adapter.overwritten:
+                copied = tensor.clone()
+                set_item(adapter.overwritten, place, copied)
+            remember(tensor, copied)
+            tensor.copy_(value)
 
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:

@@ -15,12 +15,13 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
+from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
 from graphpeft.peft_classes import ending_in
 
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
@@ -101,6 +102,7 @@ class Dressed:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
+        keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
         return copied
 
 
@@ -255,8 +257,10 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
+    kept = own_forwards(module)
     # bypasses nn.Module.__setattr__, which is for tensors and submodules
     object.__setattr__(module, "__class__", cls)
+    keep_own_forward(module, kept)
     # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
     vars(module)[_TOUCHED] = None
     del vars(module)[_TOUCHED]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
         rows: The rows that replace rows of the module's weight.
     """
     in_place.put_on(module, _layer(tuple(others.items()), rows))
+    if _HOOK in vars(module):
+        _show_own(vars(module)[_HOOK])
 
 
 def read_own(module: nn.Module) -> None:
@@ -138,6 +140,12 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
+        if name == _HOOK:
+            _show_own(value)
+            # it has taken the flag of the override for that of the module's own
+            for own in ("weight",) if rows else names:
+                if (parameter := module._parameters.get(own)) is not None:
+                    parameter.requires_grad_(False)
         # a parameter goes where `named_parameters()` has the name, as whatever shards or quantises a model means it
         is_redirected = name in names and not isinstance(value, nn.Parameter)
         holder, own = place_of(module, names[name]) if is_redirected else (module, name)
@@ -150,6 +158,36 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         namespace["weight"] = property(functools.partial(_read_with_rows, rows))
     namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
+
+
+_HOOK = "_hf_hook"
+"""The attribute of a module that has accelerate's hook, which moves and exchanges its tensors around each call."""
+
+
+def _show_own(hook: Any) -> None:
+    """Lets a hook of accelerate find a module's own tensors, where reading ``module.weight`` gives an override."""
+    hook.__class__ = _showing_own(type(hook))
+
+
+@functools.cache
+def _showing_own(cls: type) -> type:
+    if hasattr(cls, _SHOWS_OWN):
+        return cls
+    methods = {name: _on_own(getattr(cls, name)) for name in ("pre_forward", "post_forward", "detach_hook")}
+    return type(cls.__name__, (cls,), {**methods, _SHOWS_OWN: True, "__module__": cls.__module__})
+
+
+_SHOWS_OWN = "_graphpeft_shows_own"
+
+
+def _on_own(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    @torch.compiler.disable
+    def on_own(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with in_place.without(module, "tensors"):
+            return method(hook, module, *args, **kwargs)
+
+    return on_own
 
 
 def _save(module: nn.Module, *args: Any) -> None:

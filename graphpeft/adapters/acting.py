@@ -59,7 +59,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
 
 
 def refuse_foreign_forward(module: nn.Module, path: str) -> None:
-    """Raises AdaptError if somebody has set a forward on the module itself, which would go on with the graph of before."""
+    """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before."""
     if foreign_forward(module) is not None:
         raise AdaptError(
             f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "

@@ -1,8 +1,8 @@
 """Forwards that other code keeps on a module itself, where they win over that of the module's class.
 
-accelerate puts a function of its own there, ``module.forward``, which moves tensors and calls ``module._old_forward``: the
-forward of the class as it was then. When hooks are removed, that remains as ``module.forward``. A forward of the class
-that is kept so follows each exchange of the class, so a graph runs under the hook. Any other one is foreign.
+accelerate puts a function of its own there, ``module.forward``, which moves tensors and calls ``module._old_forward``:
+the forward of the class as it was then. When hooks are removed, that remains as ``module.forward``. A forward of the
+class that is kept so follows each exchange of the class, so a graph runs under the hook. Any other one is foreign.
 """
 
 from __future__ import annotations

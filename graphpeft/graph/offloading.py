@@ -25,7 +25,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_loaded_with_others(module: nn.Module) -> bool:
-    """Returns whether a hook of `module` offloads the tensors of all modules inside it, too, and loads them together."""
+    """Returns whether a hook of `module` offloads all that is inside, too, and loads it together."""
     return bool(getattr(_hook_of(module), "place_submodules", False))
 
 
@@ -105,3 +105,17 @@ def _hook_of(module: nn.Module) -> Any:
 def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     held = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+def disk_index(model: nn.Module) -> dict[str, dict[str, str] | None]:
+    """Returns where weights are that were on disk when hooks came: a file of safetensors, or None for any other."""
+    found: dict[str, dict[str, str] | None] = {}
+    for path, module in model.named_modules():
+        hook = _hook_of(module)
+        index = getattr(getattr(getattr(hook, "weights_map", None), "dataset", None), "index", {})
+        for name, device in getattr(hook, "original_devices", {}).items():
+            key = f"{path}.{name}" if path else name
+            if device.type == "meta":
+                dtype = str(_own_tensors(module)[name].dtype).removeprefix("torch.")
+                found[key] = {"dtype": dtype, **index[key]} if "safetensors_file" in index.get(key, {}) else None
+    return found

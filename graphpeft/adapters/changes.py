@@ -12,8 +12,8 @@ from graphpeft.adapters.plan import HALVES, AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.holders import value_at
-from graphpeft.graph.offloading import loaded, written
 from graphpeft.graph.overrides import own_parameter
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import changes_bias

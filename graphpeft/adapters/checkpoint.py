@@ -23,9 +23,9 @@ from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_saf
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
-from graphpeft.graph.offloading import loaded
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.graph.values import value_of
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
@@ -58,7 +58,7 @@ def state_dict_of(
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {(path, attribute): _value(modules[path], attribute) for path, attribute in places}
+        tensors = {(path, attribute): value_of(modules[path], attribute) for path, attribute in places}
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -137,15 +137,9 @@ def fitted(
     _refuse_untied(adapter, name, modules, found)
     # mostly what the model has anyway
     unchanged = {
-        place for place in own if is_same(originals.get(place, _value(modules[place[0]], place[1])), found[place])
+        place for place in own if is_same(originals.get(place, value_of(modules[place[0]], place[1])), found[place])
     }
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
-
-
-def _value(module: nn.Module, attribute: str) -> torch.Tensor:
-    """Returns the values of a tensor, from where they are if they are offloaded."""
-    with loaded(module) if tensor_at(module, attribute).is_meta else contextlib.nullcontext():
-        return tensor_at(module, attribute).detach()
 
 
 def _becomes(dtype: torch.dtype, wanted: torch.dtype) -> bool:

@@ -29,10 +29,11 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
-from graphpeft.graph.offloading import loaded, written
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
+from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.rule import changes_bias
@@ -48,6 +49,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
             same tensor.
     """
+    reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
     _take_out(modules, adapters)
@@ -58,9 +60,9 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
                 with written(modules[path]):
                     for own, other in overrides.own_and_override(modules[path], own_names, name):
                         remember(own)
-                        own.copy_(other)
+                        own.copy_(whole(other))
             for path, rows in adapters.by_name[name].rows.items():
-                values = own_parameter(modules[path], overrides.rows(name))
+                values = whole(own_parameter(modules[path], overrides.rows(name)))
                 with written(modules[path]):
                     table = own_parameter(modules[path], "weight")
                     remember(table)
@@ -84,6 +86,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
             "the adapters are disabled, and merged ones would act; leave disable_adapter(), or call enable_adapters(), "
             "before you merge them"
         )
+    reshard(modules.values())
     given = list(names)
     # in the order in which they act
     names = [name for name in adapters.active if name in given]
@@ -112,6 +115,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
+    reshard(modules.values())
     merged_weights.release(modules, adapters.originals)
     _restore(modules, adapters.originals)
     set_attribute(adapters, "merged", [])

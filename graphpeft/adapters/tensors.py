@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,9 +12,10 @@ from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
-from graphpeft.graph.offloading import loaded, written
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.sharding import reshard
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -54,7 +54,7 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
         with loaded(modules[beside]):
-            device = _device(modules[beside]._parameters.get(attribute))
+            device = _device(modules[beside]._parameters.get(attribute), values)
             if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
                 drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
         if values is not None:
@@ -130,9 +130,11 @@ def _empty(spec: ParameterSpec, device: torch.device | str = "cpu") -> torch.Ten
     return torch.empty(spec.shape, dtype=spec.dtype, device=device)
 
 
-def _device(weight: torch.Tensor | None) -> torch.device:
+def _device(weight: torch.Tensor | None, values: Tensors | None) -> torch.device:
+    """Returns the device of the tensors beside a weight; a file's values stay in memory if the weight has none yet."""
     # a model without any parameter, such as a quantised one, tells no device
-    return torch.get_default_device() if weight is None else weight.device
+    device = torch.get_default_device() if weight is None else weight.device
+    return torch.device("cpu") if device.type == "meta" and values is not None else device
 
 
 def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
@@ -147,6 +149,8 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
             if tied is None:
                 with loaded(modules[path]):
                     tied = overrides.create(tensor_at(modules[path], own))
+                if tied.is_meta and values is not None:
+                    tied.data = values[place].to(tied.dtype)
             made[place] = tied
             of_tied[id(tensor)] = made[place]
             if values is not None:
@@ -166,7 +170,7 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
                     first = table.detach()[list(rows.indices)]
                     plan.config.initialise_rows(first)
                 else:
-                    first = values[place].to(table.device)
+                    first = values[place].to(_device(table, values))
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, overrides.rows(name)] = made[rows.leader, overrides.rows(name)]
@@ -176,12 +180,13 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
 @torch.no_grad()
 def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
+    reshard(modules.values())
     of_adapter = set(adapter.tensor_names(name))
     for place, value in values.items():
-        is_base, copied = place not in of_adapter, None
-        with written(modules[place[0]]) if is_base else contextlib.nullcontext():
+        owner, copied = place_of(modules[place[0]], place[1])[0], None
+        with written(owner):
             tensor = tensor_at(modules[place[0]], place[1])
-            if is_base and place not in adapter.overwritten:
+            if place not in of_adapter and place not in adapter.overwritten:
                 copied = tensor.clone()
                 set_item(adapter.overwritten, place, copied)
             remember(tensor, copied)

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from graphpeft import transaction
 from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
+from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.peft_classes import ending_in
 
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
@@ -209,8 +210,8 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 
 
 def original_class(module: nn.Module) -> type:
-    """Returns the class of `module` before it was dressed."""
-    cls = type(module)
+    """Returns the class of `module` before it was dressed, and before it was sharded."""
+    cls = under_shards(type(module))
     return cls.__dict__.get("_graphpeft_original", cls)
 
 
@@ -220,7 +221,7 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    cls = type(module)
+    cls = under_shards(type(module))
     own = cls.__dict__.get("_graphpeft_layers")
     if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
@@ -246,7 +247,7 @@ def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
     wanted = {**worn, **layers} if worn else layers
     ordered = tuple([layer for kind in KINDS if (layer := wanted.get(kind)) is not None])
     original = original_class(module)
-    cls = dressed_class(original, ordered) if ordered else original
+    cls = over_shards(type(module), dressed_class(original, ordered) if ordered else original)
     if cls is not type(module):
         _set_class(module, cls)
 

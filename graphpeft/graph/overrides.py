@@ -19,6 +19,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
+from graphpeft.graph.sharding import is_managed, is_sharded
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -204,7 +205,17 @@ def _load(module: nn.Module, *args: Any, **options: Any) -> None:
 
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
-    return now[own] if now is not None and own in now else value_at(module, other)
+    if now is not None and own in now:
+        return now[own]
+    return module._parameters[own] if _is_at_rest(module, own) else value_at(module, other)  # type: ignore[return-value]
+
+
+def _is_at_rest(module: nn.Module, own: str) -> bool:
+    """Returns whether a tensor is sharded by `fully_shard` and not whole, as in a call.
+
+    It then looks for its parameters by reading ``module.weight``, and would take an override for the module's own.
+    """
+    return is_managed(module) and is_sharded(module._parameters.get(own))
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
@@ -213,6 +224,6 @@ def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
         return now["weight"]
     table = module._parameters["weight"]
     assert table is not None
-    for name, indices in rows:
+    for name, indices in () if _is_at_rest(module, "weight") else rows:
         table = put_rows(table, indices, value_at(module, name))
     return table

@@ -101,8 +101,8 @@ def _refuse_unmanaged(module: nn.Module, path: str, name: str) -> None:
     """Raises AdaptError if a module was sharded before it got tensors that are to be trained."""
     if is_managed(module):
         raise AdaptError(
-            f"{path or 'the model'} was given to fully_shard before adapter {name!r} came, whose gradients would differ "
-            "among the processes; adapt the model before you shard it, or load the adapter for inference "
+            f"{path or 'the model'} was sharded before adapter {name!r} came, whose gradients would differ among the "
+            "processes; adapt the model before you shard it, or load the adapter for inference "
             "(is_trainable=False), in which it needs no gradients"
         )
 

@@ -14,7 +14,7 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import reshard
+from graphpeft.graph.sharding import lacking_values, reshard
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -198,13 +198,29 @@ def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 
-def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
+def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
+    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
+
+    Args:
+        modules: The model's modules by path.
+        adapter: The adapter.
+        name: Its name.
+        reads: Whether the tensors are to be read here, all of which this process must have then.
+    """
     for path, attribute in adapter.tensor_names(name):
         if path not in modules:
             raise AdaptError(_gone(path, attribute, name))
         in_place.layers_of(modules[path])
     refuse_exchanged(modules, adapter, name)
+    if not reads:
+        return
+    sizes: dict[str, dict[str, Any]] = {path: {} for path, _ in adapter.tensor_names(name)}
+    for adapted in adapter.weight_sites:
+        sizes[adapted.site.owner][adapted.site.attribute] = adapted.site.shape
+    for path, known in sizes.items():
+        reason = lacking_values(modules[path], known)
+        if reason is not None:
+            raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
     for adapted in adapter.weight_sites:
         weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
         # what was distributed or quantised since has another form, and the size that it had

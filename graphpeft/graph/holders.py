@@ -7,6 +7,7 @@ Code that goes through a model's own modules leaves holders out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -57,6 +58,10 @@ _BEFORE_HOOK = "_graphpeft_before_hook"
 
 def holder_for(module: nn.Module) -> Holder:
     """Returns an empty holder for an adapter at `module`."""
+    wrapping: Any = sys.modules.get("torch.distributed.fsdp.wrap")
+    if wrapping is not None:
+        # what FSDP wraps is whole in its own call alone, and no holder is called
+        wrapping.size_based_auto_wrap_policy.EXCLUDE_WRAP_MODULES.add(Holder)
     holder = Holder()
     vars(holder)["training"] = module.training
     return holder

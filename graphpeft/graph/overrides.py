@@ -19,7 +19,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
-from graphpeft.graph.sharding import is_managed, is_sharded
+from graphpeft.graph.sharding import is_asked_by_fsdp, is_managed
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -140,13 +140,21 @@ def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor
 def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
+    own_names = ("weight",) if rows else tuple(names)
+
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if name == _HOOK:
             _show_own(value)
             # it has taken the flag of the override for that of the module's own
-            for own in ("weight",) if rows else names:
+            for own in own_names:
                 if (parameter := module._parameters.get(own)) is not None:
                     parameter.requires_grad_(False)
+        if name in own_names and is_managed(module):
+            # FSDP has deleted the module's own before, and sets a parameter between calls and a tensor during one
+            vars(module).pop(name, None)
+            held = module._parameters if isinstance(value, nn.Parameter) else vars(module)
+            held[name] = value
+            return
         # a parameter goes where `named_parameters()` has the name, as whatever shards or quantises a model means it
         is_redirected = name in names and not isinstance(value, nn.Parameter)
         holder, own = place_of(module, names[name]) if is_redirected else (module, name)
@@ -154,9 +162,12 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         original: Any = getattr(type(holder), "_graphpeft_original", type(holder))
         original.__setattr__(holder, own, value)
 
-    namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
+    readers = {own: functools.partial(_read, own, other) for own, other in pairs}
     if rows:
-        namespace["weight"] = property(functools.partial(_read_with_rows, rows))
+        readers["weight"] = functools.partial(_read_with_rows, rows)
+    namespace: dict[str, Any] = {
+        own: property(reader, fdel=functools.partial(_delete_own, own)) for own, reader in readers.items()
+    }
     namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
 
@@ -207,23 +218,31 @@ def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
     if now is not None and own in now:
         return now[own]
-    return module._parameters[own] if _is_at_rest(module, own) else value_at(module, other)  # type: ignore[return-value]
-
-
-def _is_at_rest(module: nn.Module, own: str) -> bool:
-    """Returns whether a tensor is sharded by `fully_shard` and not whole, as in a call.
-
-    It then looks for its parameters by reading ``module.weight``, and would take an override for the module's own.
-    """
-    return is_managed(module) and is_sharded(module._parameters.get(own))
+    if is_managed(module) and is_asked_by_fsdp():
+        return _own(module, own)
+    return value_at(module, other)
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
     if now is not None and "weight" in now:
         return now["weight"]
-    table = module._parameters["weight"]
-    assert table is not None
-    for name, indices in () if _is_at_rest(module, "weight") else rows:
+    table = _own(module, "weight")
+    if is_managed(module) and is_asked_by_fsdp():
+        return table
+    for name, indices in rows:
         table = put_rows(table, indices, value_at(module, name))
     return table
+
+
+def _own(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the module's own parameter, or the tensor that FSDP has there during a call."""
+    held: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
+    if name not in held:
+        raise AttributeError(name)
+    return held[name]
+
+
+def _delete_own(name: str, module: nn.Module) -> None:
+    # nn.Module deletes a parameter before it looks for a property
+    del vars(module)[name]

@@ -7,7 +7,8 @@ writes values otherwise. All processes have to do that, and in the same order, s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def gathered(owners: Iterable[nn.Module], is_written: bool = False) -> Iterator[
     with contextlib.ExitStack() as stack:
         exchanged: list[tuple[Any, torch.Tensor, int]] = []
         for owner in owners:
-            for held in (owner._parameters, owner._buffers):
+            tensors_of: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for held in tensors_of:
                 for name, tensor in held.items():
                     if is_sharded(tensor):
                         at_end_of(stack, held.__setitem__, name, tensor)
@@ -75,5 +77,43 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Returns whether `fully_shard` shards the tensors that `module` had then, and sums up their gradients."""
+    """Returns whether `fully_shard` or FSDP shards the tensors that `module` had then, and sums up gradients."""
     return "_is_fsdp_managed_module" in vars(module)
+
+
+def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str | None:
+    """Returns why the tensors of `module` and its adapters can't be read here, if this process has a part of them.
+
+    Args:
+        module: The module.
+        sizes: The shapes of its tensors that are known, by their names.
+    """
+    held = [t for inner in module.modules() for t in inner._parameters.values() if t is not None]
+    if any(hasattr(tensor, "ds_id") and tensor.numel() == 0 for tensor in held):
+        return "DeepSpeed's ZeRO-3 has partitioned them; pass the whole model's state dict as state_dict"
+    flat = [tensor for tensor in held if hasattr(tensor, "_fsdp_flattened")]
+    known = [(module._parameters.get(name), tuple(shape)) for name, shape in sizes.items()]
+    if (flat and any(t.numel() == 0 for t in flat)) or any(
+        t is not None and hasattr(t, "_fsdp_flattened") and tuple(t.shape) != shape for t, shape in known
+    ):
+        return (
+            "FullyShardedDataParallel has flattened them; do this inside of "
+            "FullyShardedDataParallel.summon_full_params(wrapper), or give its state dict as state_dict"
+        )
+    return None
+
+
+def is_asked_by_fsdp() -> bool:
+    """Returns whether code of FSDP has called the caller: it reads ``module.weight`` to see if that was exchanged."""
+    if torch.compiler.is_compiling():
+        return False
+    return sys._getframe(2).f_globals.get("__name__", "").startswith("torch.distributed.fsdp.")
+
+
+def gathered_by_fsdp(model: nn.Module) -> dict[str, Any] | None:
+    """Returns the state dict of a model inside of ``FullyShardedDataParallel``, gathered; None if it isn't in one."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, fsdp.FullyShardedDataParallel):
+        return None
+    with fsdp.FullyShardedDataParallel.state_dict_type(model, fsdp.StateDictType.FULL_STATE_DICT):
+        return model.state_dict()

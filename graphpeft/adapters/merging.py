@@ -15,7 +15,15 @@ import torch
 
 from graphpeft.adapters import merged_codes, merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
-from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.changes import (
+    add_change,
+    bias_delta,
+    changed_places,
+    changing_sites,
+    delta,
+    memory_of,
+    there_to_write,
+)
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
@@ -23,7 +31,9 @@ from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
+from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.rule import changes_bias
@@ -42,6 +52,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
             same tensor.
     """
+    reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
     _take_out(modules, adapters)
@@ -49,14 +60,16 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         # these first, since they are what the changes are changes of
         for name in merged:
             for path, own_names in adapters.by_name[name].overrides.items():
-                for own, other in overrides.own_and_override(modules[path], own_names, name):
-                    remember(own)
-                    own.copy_(other)
+                with written(modules[path]):
+                    for own, other in overrides.own_and_override(modules[path], own_names, name):
+                        remember(own)
+                        own.copy_(whole(other))
             for path, rows in adapters.by_name[name].rows.items():
-                table = own_parameter(modules[path], "weight")
-                values = own_parameter(modules[path], overrides.rows(name))
-                remember(table)
-                table.copy_(overrides.put_rows(table, rows.indices, values))
+                values = whole(own_parameter(modules[path], overrides.rows(name)))
+                with written(modules[path]):
+                    table = own_parameter(modules[path], "weight")
+                    remember(table)
+                    table.copy_(overrides.put_rows(table, rows.indices, values))
         for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
@@ -76,6 +89,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
             "the adapters are disabled, and merged ones would act; leave disable_adapter(), or call enable_adapters(), "
             "before you merge them"
         )
+    reshard(modules.values())
     given = list(names)
     # in the order in which they act
     names = [name for name in adapters.active if name in given]
@@ -84,11 +98,10 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     _refuse_unread(modules, adapters, names)
     for name in names:
         for path, attribute in changed_places(modules, adapters.by_name[name]):
-            weight = own_parameter(modules[path], attribute)
             if (path, attribute) not in adapters.originals:
                 # a difference wouldn't do: adding and subtracting it doesn't give the same bits
-                original = weight.detach().clone()
-                remember(weight, original)
+                with loaded(modules[path]):
+                    original = own_parameter(modules[path], attribute).detach().clone()
                 set_item(adapters.originals, (path, attribute), original)
         _add_to_weights(modules, adapters.by_name[name], adapters.originals)
         set_attribute(adapters, "merged", [*adapters.merged, name])
@@ -107,6 +120,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
+    reshard(modules.values())
     merged_weights.release(modules, _merged_places(adapters))
     _restore(modules, adapters.originals)
     merged_codes.put(modules, adapters.codes)
@@ -124,27 +138,30 @@ def _merged_places(adapters: Adapters) -> list[tuple[str, str]]:
 def _restore(modules: Modules, originals: Tensors) -> None:
     for (path, name), original in originals.items():
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            remember(weight)
-            weight.copy_(original)
+            with written(modules[path]):
+                weight = own_parameter(modules[path], name)
+                remember(weight)
+                weight.copy_(original)
 
 
 @torch.no_grad()
 def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
     for adapted in changing_sites(modules, adapter):
         base = originals[adapted.site.owner, adapted.site.attribute]
-        weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
-        add_change(adapted, modules, weight, base)
+        with there_to_write(adapted, modules):
+            weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
+            add_change(adapted, modules, weight, base)
 
 
 def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
     """Adds the changes of one weight, and of the bias beside it."""
     site = sites[0].site
     assert isinstance(site, Site)
-    weight = own_parameter(modules[site.owner], site.attribute)
-    base = weight if len(sites) == 1 else weight.clone()
-    for adapted in sites:
-        add_change(adapted, modules, weight, base)
+    with there_to_write(sites[0], modules):
+        weight = own_parameter(modules[site.owner], site.attribute)
+        base = weight if len(sites) == 1 else weight.clone()
+        for adapted in sites:
+            add_change(adapted, modules, weight, base)
 
 
 def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
@@ -162,9 +179,8 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     changed: Tensors = {}
     for path, name in adapters.originals:
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            changed[path, name] = weight.detach().clone()
-            remember(weight, changed[path, name])
+            with loaded(modules[path]):
+                changed[path, name] = own_parameter(modules[path], name).detach().clone()
     _restore(modules, adapters.originals)
     codes = merged_codes.merged_now(modules, adapters)
     merged_codes.put(modules, adapters.codes)

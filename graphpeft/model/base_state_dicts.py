@@ -11,6 +11,7 @@ from torch import nn
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.paths import unwrapped
 from graphpeft.wording import joined
 
 
@@ -31,7 +32,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
         >>> list(get_base_model_state_dict(model))
         ['0.weight', '0.bias']
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     state, modules = known_adapters(model), modules_of(model)
     originals = {id(tensor_at(modules[path], name)): tensor for (path, name), tensor in state.originals.items()}
     return {name: originals.get(id(tensor), tensor).detach() for name, tensor in _own_tensors(model).items()}
@@ -58,7 +59,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         >>> set_base_model_state_dict(model, nn.Sequential(nn.Linear(4, 4)).state_dict())
         <All keys matched successfully>
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     own = _own_tensors(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]

@@ -135,8 +135,8 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
             )
         if isinstance(part.adapted.rule, LoraConvolution) != isinstance(target.rule, LoraConvolution):
             raise ValueError(
-                f"{target.site.name} has features in groups, which divide only one of the ranks of the adapters and of their "
-                "combination: LoRA's factors are others there; choose a combination_type and ranks alike"
+                f"{target.site.name} has features in groups, which divide only one of the ranks of the adapters and of "
+                "their combination: LoRA's factors are others there; choose a combination_type and ranks alike"
             )
     kind = _kind(how, count)
     if kind == "cat":

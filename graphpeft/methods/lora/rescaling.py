@@ -10,6 +10,7 @@ from torch import nn
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import place_of
+from graphpeft.graph.paths import unwrapped
 from graphpeft.wording import joined
 
 
@@ -41,7 +42,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
         raise TypeError(f"multiplier is a {type(multiplier).__name__}; pass a number")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     state, modules = known_adapters(model), modules_of(model)
     if state.merged:
         raise AdaptError(f"{joined(state.merged)} are merged, so their scales are in the weights; unmerge them first")

@@ -38,10 +38,15 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
@@ -101,6 +106,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "RankAxis",
     "ReplacesWeight",
     "Report",
     "Rule",
@@ -113,6 +119,9 @@ __all__ = [
     "TokenSequence",
     "TraceError",
     "WeightRule",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "explain",
     "export",
     "export_adapter",

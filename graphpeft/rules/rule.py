@@ -325,6 +325,8 @@ class RunsByRow(ABC):
 class Combines(ABC):
     """A rule whose change is a product of two factors, so that several changes can be combined into one.
 
+    The specs of both say by their `rank` where the factors' rank is.
+
     Example:
         >>> class Product(Combines):
         ...     def as_product(self, delta):
@@ -332,11 +334,6 @@ class Combines(ABC):
         >>> Product().as_product(torch.ones(2, 3, 3)).shape
         torch.Size([2, 9])
     """
-
-    @property
-    def rank_axes(self) -> tuple[int, int]:
-        """The rank's dimension in each of the two factors."""
-        return 0, 1
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:

@@ -1,8 +1,9 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
 from graphpeft.adapters.checkpoint import CheckpointError
-from graphpeft.adapters.hotswap import hotswap_adapter
+from graphpeft.adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.swappable import prepare_model_for_compiled_hotswap
 from graphpeft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -131,10 +132,12 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "names_in_slots",
     "ops",
     "optimize",
+    "prepare_model_for_compiled_hotswap",
     "preprocess_corda",
     "preprocess_loraga",
     "recorded",

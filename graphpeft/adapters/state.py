@@ -42,6 +42,8 @@ class Adapter:
         infixes: What stands in files behind the paths of modules that are fully trained, where something does.
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
+        padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
+            have none beside their own; else None.
     """
 
     config: PeftConfig
@@ -52,6 +54,7 @@ class Adapter:
     infixes: dict[str, str] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     overwritten: Tensors = field(default_factory=dict)
+    padded_to: int | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:

@@ -45,13 +45,22 @@ class RankAxis(NamedTuple):
     interleaved: bool = False
 
     def first(self, factor: torch.Tensor) -> torch.Tensor:
-        """Returns a view of the factor with the blocks as its first dimension, and the rank as its second."""
+        """Returns a view of a factor with the blocks as its first dimension, and the rank as its second.
+
+        Args:
+            factor: The factor, or its gradient.
+        """
         sizes = (-1, self.blocks) if self.interleaved else (self.blocks, -1)
         parted = factor.unflatten(self.axis, sizes)
         return parted.movedim((self.axis + self.interleaved, self.axis + (not self.interleaved)), (0, 1))
 
     def resized(self, factor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Returns the factor in a shape of another rank, without its last ranks or with zeros behind them."""
+        """Returns a factor in a shape of another rank, without its last ranks or with zeros behind them.
+
+        Args:
+            factor: The factor.
+            shape: The new shape.
+        """
         made = factor.new_zeros(shape)
         to, of = self.first(made), self.first(factor)
         kept = min(to.shape[1], of.shape[1])

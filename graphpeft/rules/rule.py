@@ -59,6 +59,9 @@ class Rule(ABC):
     for them. `BoundaryRule.more_inputs`, in contrast, are extra arguments of one module's forward.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ()
+    """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
+
     adapts_both_ways: ClassVar[bool] = False
     """Whether the rule adapts a weight that some operations read as (in, out), and others as (out, in)."""
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap as peft_prepare
 from torch import Tensor, nn
+from torch._dynamo.exc import RecompileError
 
 import graphpeft
 from graphpeft import (
@@ -127,10 +128,10 @@ def test_scales_alone_are_swapped(tmp_path: Path):
 
 def test_without_it_code_is_compiled_again(tmp_path: Path):
     model = PeftModel.from_pretrained(base(), saved(tmp_path, 2, 3))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     compiled(IDS)
     hotswap_adapter(compiled, saved(tmp_path, 4, 3), "default")
-    with pytest.raises(torch._dynamo.exc.RecompileError):
+    with pytest.raises(RecompileError):
         compiled(IDS)
 
 
@@ -176,7 +177,7 @@ def test_a_higher_rank_and_further_weights_are_swapped_and_prepared_again(tmp_pa
     prepare_model_for_compiled_hotswap(model, target_rank=4)
     hotswap_adapter(model, wider, "default")
     assert_close(model(IDS), expected(wider))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     compiled(IDS)
     for folder in (first, saved(tmp_path, 4, 9), wider):
         hotswap_adapter(compiled, folder, "default")
@@ -293,7 +294,7 @@ def test_a_state_dict_is_swapped_in_by_names_with_the_adapter_in_them(prefix: st
     folders = [saved(tmp_path, rank, alpha) for rank, alpha in [(2, 3), (4, 9)]]
     model = PeftModel.from_pretrained(base(), folders[0])
     prepare_model_for_compiled_hotswap(model, target_rank=4)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     compiled(IDS)
     stored = graphpeft.get_peft_model_state_dict(PeftModel.from_pretrained(base(), folders[1]))
     named = {}

@@ -29,7 +29,7 @@ class LoraFAOptimizer(Optimizer):
     """AdamW, which gives B of LoRA the gradient of LoRA-FA.
 
     Args:
-        params: Groups of parameters. One with `scales` consists of A and B in turn: of as many pairs as there are
+        params: Groups of parameters. One with `scaling_factors` consists of A and B in turn: of as many pairs as there are
             scales. Its `axes` say of each parameter where the rank is. A is never changed.
         lr: The learning rate.
         betas: The decay of the averages of the gradient and of its square.
@@ -95,11 +95,11 @@ class LoraFAOptimizer(Optimizer):
 def _gradients(group: dict[str, Any]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Yields each parameter of a group that is to be changed, with its gradient."""
     parameters = group["params"]
-    if "scales" not in group:
+    if "scaling_factors" not in group:
         yield from ((each, each.grad) for each in parameters if each.grad is not None)
         return
     axes = group["axes"]
-    for index, scale in enumerate(group["scales"]):
+    for index, scale in enumerate(group["scaling_factors"]):
         A, B = parameters[2 * index : 2 * index + 2]
         if B.grad is not None:
             of_a, of_b = axes[2 * index : 2 * index + 2]
@@ -154,7 +154,7 @@ def create_lorafa_optimizer(
         {
             "params": [factor for product in pairs for factor in (product.A, product.B)],
             "axes": [axis for product in pairs for axis in product.axes],
-            "scales": [product.scale for product in pairs],
+            "scaling_factors": [product.scale for product in pairs],
         },
         {"params": others},
     ]

@@ -4,8 +4,9 @@ from typing import Any
 
 from graphpeft.absent_names import absence
 from graphpeft.adapters.checkpoint import CheckpointError
-from graphpeft.adapters.hotswap import hotswap_adapter
+from graphpeft.adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError
+from graphpeft.adapters.swappable import prepare_model_for_compiled_hotswap
 from graphpeft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -57,12 +58,17 @@ from graphpeft.model.task_models import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from graphpeft.optimizers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.peft_errors import PeftError, PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import PEFT_TYPE_TO_CONFIG_MAPPING, register
 from graphpeft.rules.report import Report
@@ -138,6 +144,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RankAxis",
     "ReplacesWeight",
     "Report",
     "Rule",
@@ -154,6 +161,9 @@ __all__ = [
     "WeightRule",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "explain",
     "export",
     "export_adapter",
@@ -167,12 +177,14 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "names_in_slots",
     "ops",
     "optimize",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",

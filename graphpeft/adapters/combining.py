@@ -15,7 +15,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
 from graphpeft.graph import overrides
-from graphpeft.graph.holders import tensor_at, value_at
+from graphpeft.graph.holders import as_number, tensor_at, value_at
 from graphpeft.graph.paths import join
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import PeftConfig
@@ -59,6 +59,11 @@ def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) 
     if len(methods) > 1:
         raise AdaptError(f"adapters of several methods, {' and '.join(methods)}, can't be combined")
     for name, source in zip(names, sources, strict=True):
+        if source.padded_to:
+            raise AdaptError(
+                f"the factors of {name!r} have room for other adapters' ranks, so it can't be combined; save it, load "
+                "it anew under another name, and combine that"
+            )
         if source.rows:
             raise AdaptError(
                 f"{name!r} trains rows of {joined(list(source.rows))}, which can't be combined yet; leave it out"
@@ -141,7 +146,7 @@ def _parts(
                 adapted,
                 weights[name],
                 {local: value_at(owner, adapted.names[local]).detach() for local in adapted.specs},
-                {local: value_at(owner, adapted.names[local]) for local in adapted.constants},
+                {local: as_number(value_at(owner, adapted.names[local])) for local in adapted.constants},
                 functools.partial(changes.delta, adapted, modules),
             )
             parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)

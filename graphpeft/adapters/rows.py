@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
-from graphpeft.graph.holders import Holder
+from graphpeft.graph.holders import Holder, as_number
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined
 
@@ -68,7 +68,7 @@ class RowAdapters:
             missing: What it is where there is none; None if any value will do.
         """
         held = [None if name is None else owner._modules.get(name) for name in self._of_rows(None)]
-        values = tuple([missing if holder is None else vars(holder).get(stem, missing) for holder in held])
+        values = tuple([missing if holder is None else as_number(vars(holder).get(stem, missing)) for holder in held])
         there = {value for value in values if value is not None}
         if len(there) == 1:
             return next(iter(there))

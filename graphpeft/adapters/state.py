@@ -45,6 +45,8 @@ class Adapter:
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         took_product: Whether it was made so that what its factors made at first was taken from the base's weights.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
+        padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
+            have none beside their own; else None.
     """
 
     config: PeftConfig
@@ -56,6 +58,7 @@ class Adapter:
     saved: tuple[str, ...] = ()
     took_product: bool = False
     overwritten: Tensors = field(default_factory=dict)
+    padded_to: int | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:

@@ -96,6 +96,11 @@ def value_at(module: nn.Module, name: str) -> Any:
     return getattr(holder, own)
 
 
+def as_number(value: Any) -> Any:
+    """Returns a number that an adapter has, which may be in a tensor."""
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
 def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
     """Returns the parameter or buffer itself, whatever is read in its place."""
     holder, own = place_of(module, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,47 @@ class FileForm(NamedTuple):
     unpack: Callable[[torch.Tensor], torch.Tensor]
 
 
+class RankAxis(NamedTuple):
+    """Where a factor of a product has the rank: which of its dimensions, and in how many blocks.
+
+    Attributes:
+        axis: The dimension.
+        blocks: How many products have their ranks in it, each as many.
+        interleaved: Whether the first ranks of all blocks come first, then all second ones; else block follows block.
+
+    Example:
+        >>> RankAxis(1).first(torch.ones(6, 2)).shape
+        torch.Size([1, 2, 6])
+    """
+
+    axis: int
+    blocks: int = 1
+    interleaved: bool = False
+
+    def first(self, factor: torch.Tensor) -> torch.Tensor:
+        """Returns a view of a factor with the blocks as its first dimension, and the rank as its second.
+
+        Args:
+            factor: The factor, or its gradient.
+        """
+        sizes = (-1, self.blocks) if self.interleaved else (self.blocks, -1)
+        parted = factor.unflatten(self.axis, sizes)
+        return parted.movedim((self.axis + self.interleaved, self.axis + (not self.interleaved)), (0, 1))
+
+    def resized(self, factor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Returns a factor in a shape of another rank, without its last ranks or with zeros behind them.
+
+        Args:
+            factor: The factor.
+            shape: The new shape.
+        """
+        made = factor.new_zeros(shape)
+        to, of = self.first(made), self.first(factor)
+        kept = min(to.shape[1], of.shape[1])
+        to[:, :kept] = of[:, :kept]
+        return made
+
+
 class ParameterSpec(NamedTuple):
     """A parameter that a rule creates at a site.
 
@@ -41,6 +82,8 @@ class ParameterSpec(NamedTuple):
         written_once: Whether a file has the parameter once for all sites, as ``base_model.<key>``.
         is_saved: Whether files have the parameter; if not, `initialise` computes it again after loading.
         dtype: The dtype, if it isn't the adapter's; integers aren't trained, and ``.half()`` doesn't convert them.
+        rank: Where the rank is, if the parameter is a factor of a product whose rank the config chooses: more ranks,
+            with zeros in them, would change nothing.
 
     Example:
         >>> ParameterSpec((8, 64), "lora_A.weight").is_trained
@@ -55,3 +98,4 @@ class ParameterSpec(NamedTuple):
     written_once: bool = False
     is_saved: bool = True
     dtype: torch.dtype | None = None
+    rank: RankAxis | None = None

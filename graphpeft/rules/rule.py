@@ -59,6 +59,9 @@ class Rule(ABC):
     for them. `BoundaryRule.more_inputs`, in contrast, are extra arguments of one module's forward.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ()
+    """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
+
     adapts_both_ways: ClassVar[bool] = False
     """Whether the rule adapts a weight that some operations read as (in, out), and others as (out, in)."""
 
@@ -325,6 +328,8 @@ class RunsByRow(ABC):
 class Combines(ABC):
     """A rule whose change is a product of two factors, so that several changes can be combined into one.
 
+    The specs of both say by their `rank` where the factors' rank is.
+
     Example:
         >>> class Product(Combines):
         ...     def as_product(self, delta):
@@ -332,11 +337,6 @@ class Combines(ABC):
         >>> Product().as_product(torch.ones(2, 3, 3)).shape
         torch.Size([2, 9])
     """
-
-    @property
-    def rank_axes(self) -> tuple[int, int]:
-        """The rank's dimension in each of the two factors."""
-        return 0, 1
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:

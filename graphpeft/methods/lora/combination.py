@@ -27,6 +27,7 @@ from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.parameter_spec import RankAxis
 from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 
@@ -175,8 +176,8 @@ def _summed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combinat
 
 
 def _concatenated(target: AdaptedSite, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    groups = _groups(target)
-    a_axis, b_axis = target.rule.rank_axes
+    ranks = _rank(target, "lora_A")
+    groups, a_axis, b_axis = ranks.blocks, ranks.axis, _rank(target, "lora_B").axis
     scaled = [part.tensors["lora_A"] * scale for part, scale in zip(parts, _scales(target, parts), strict=True)]
     # B's groups use A's features group by group, so the ranks are put together within each
     grouped = [tensor.unflatten(a_axis, (groups, -1)) for tensor in scaled]
@@ -192,7 +193,7 @@ def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Comb
     change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
     product = target.rule.as_product(change)
     U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
-    a_axis, b_axis = target.rule.rank_axes
+    a_axis, b_axis = _rank(target, "lora_A").axis, _rank(target, "lora_B").axis
     specs = target.specs
     rank = min(specs["lora_B"].shape[b_axis], S.numel())
     U, V = U[:, :rank] @ torch.diag(S[:rank]), V[:rank]
@@ -208,22 +209,16 @@ def _scales(target: AdaptedSite, parts: Sequence[Part]) -> list[float]:
     return [part.weight * part.constants["lora_scaling"] / target.constants["lora_scaling"] for part in parts]
 
 
-def _groups(target: AdaptedSite) -> int:
-    assert isinstance(target.site, Site)
-    return target.site.groups if isinstance(target.rule, LoraConvolution) else 1
+def _rank(target: AdaptedSite, name: str) -> RankAxis:
+    axis = target.specs[name].rank
+    assert axis is not None
+    return axis
 
 
 def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
     """Returns a factor with zeros up to the rank of the new adapter, where a pattern gave the site a lower one."""
-    axis = target.rule.rank_axes[name == "lora_B"]
-    shape = target.specs[name].shape
-    if tensor.shape[axis] == shape[axis]:
-        return tensor.contiguous()
-    groups = _groups(target) if name == "lora_A" else 1
-    grouped = tensor.unflatten(axis, (groups, -1))
-    padded = tensor.new_zeros(*shape).unflatten(axis, (groups, -1))
-    padded.narrow(axis + 1, 0, grouped.shape[axis + 1]).copy_(grouped)
-    return padded.flatten(axis, axis + 1)
+    shape, rank = target.specs[name].shape, _rank(target, name)
+    return tensor.contiguous() if tensor.shape == shape else rank.resized(tensor, shape)
 
 
 # sums

@@ -22,7 +22,7 @@ import torch
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.rule import LoraBranchWithBias
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 from graphpeft.sites.weight_layout import WeightLayout
@@ -38,11 +38,6 @@ class LoraConvolution(LoraBranchWithBias, Combines):
 
     transposed: bool
 
-    @property
-    def rank_axes(self) -> tuple[int, int]:
-        """The dimensions of A and B that are as long as the rank; B's has the rank of one group only."""
-        return (1 if self.transposed else 0), 1
-
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses dropout without an input, and initialisations of matrices."""
         return super().check(site, config) or initialisation.refusal_unless_random(config, "a convolution")
@@ -55,8 +50,11 @@ class LoraConvolution(LoraBranchWithBias, Combines):
         else:
             a_shape, out = (rank, site.shape[1] * site.groups, *kernel), site.shape[0]
         return {
-            "lora_A": ParameterSpec(a_shape, key="lora_A.weight"),
-            "lora_B": ParameterSpec((out, rank // site.groups, *(1 for _ in kernel)), key="lora_B.weight"),
+            "lora_A": ParameterSpec(a_shape, key="lora_A.weight", rank=RankAxis(int(self.transposed), site.groups)),
+            # which has the rank of one group only, since its rows are in groups
+            "lora_B": ParameterSpec(
+                (out, rank // site.groups, *(1 for _ in kernel)), key="lora_B.weight", rank=RankAxis(1)
+            ),
             **self.bias_parameter(out),
         }
 

@@ -49,6 +49,7 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
     """
 
     adapts_both_ways: ClassVar[bool] = True
+    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
 
     direction: Lora
     lengthwise: tuple[int, ...]

@@ -22,7 +22,7 @@ from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.rule import LoraRule, variant_refusal
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.rule import Combines, Mergeable, ReplacesWeight
 from graphpeft.sites.site import Site
 
@@ -90,7 +90,9 @@ class LoraExperts(LoraRule, Mergeable):
         """Returns A and B of all experts."""
         sides = site.shape[1:]
         rows, columns = reversed(sides) if self.transposed else sides
-        return matrix_factors(rank_of(site, config) * self.experts, rows, columns)
+        factors = matrix_factors(rank_of(site, config) * self.experts, rows, columns)
+        ranks = {"lora_A": RankAxis(0, self.experts), "lora_B": RankAxis(1, self.experts, interleaved=True)}
+        return {name: spec._replace(rank=ranks[name]) for name, spec in factors.items()}
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B_e A_e of each expert, in the shape of the weight."""
@@ -104,8 +106,8 @@ class LoraExperts(LoraRule, Mergeable):
 def matrix_factors(rank: int, rows: int, columns: int, trains_b: bool = True) -> Mapping[str, ParameterSpec]:
     """Returns A, (rank, columns), and B, (rows, rank), for a weight of shape (rows, columns)."""
     return {
-        "lora_A": ParameterSpec((rank, columns), key="lora_A.weight"),
-        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight", is_trained=trains_b),
+        "lora_A": ParameterSpec((rank, columns), key="lora_A.weight", rank=RankAxis(0)),
+        "lora_B": ParameterSpec((rows, rank), key="lora_B.weight", is_trained=trains_b, rank=RankAxis(1)),
     }
 
 

@@ -25,7 +25,7 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.methods.lora.factors import draw_as_layer, rank_of
 from graphpeft.methods.lora.matrix import matrix_delta
 from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal, variant_refusal
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
@@ -75,8 +75,8 @@ class LoraParts(LoraBranch, Mergeable):
         form = FileForm((self.rows, count * rank), _Dense(self.parts, self.rows), _Compact(self.parts, rank))
         own_rows = sum(behind - first for part in self.parts for first, behind in part)
         return {
-            "lora_A": ParameterSpec((count * rank, columns), key="lora_A.weight"),
-            "lora_B": ParameterSpec((own_rows, rank), key="lora_B.weight", form=form),
+            "lora_A": ParameterSpec((count * rank, columns), key="lora_A.weight", rank=RankAxis(0, count)),
+            "lora_B": ParameterSpec((own_rows, rank), key="lora_B.weight", form=form, rank=RankAxis(1)),
         }
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:

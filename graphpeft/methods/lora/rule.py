@@ -34,6 +34,7 @@ class LoraRule(Rule):
     drops: bool = False
 
     adapts_both_ways: ClassVar[bool] = True
+    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses dropout without an input, and a bias of B where PEFT has none."""

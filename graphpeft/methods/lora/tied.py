@@ -24,7 +24,7 @@ from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
@@ -57,9 +57,14 @@ class LoraTied(LoraBranch, Mergeable):
                 "lora_A.weight",
                 form=_transposed((rank, features)),
                 scope=scope_of_tied(site, "lora_B"),
+                rank=RankAxis(1),
             ),
             "lora_B": ParameterSpec(
-                (rank, entries), "lora_B.weight", form=_transposed((entries, rank)), scope=scope_of_tied(site, "lora_A")
+                (rank, entries),
+                "lora_B.weight",
+                form=_transposed((entries, rank)),
+                scope=scope_of_tied(site, "lora_A"),
+                rank=RankAxis(0),
             ),
         }
 

@@ -102,11 +102,12 @@ def hotswap_adapter_from_state_dict(
         adapter_name: The adapter that is replaced.
         config: The config of the new one, of this library or of PEFT.
         parameter_prefix: What the names of the method's tensors begin with.
-        example_inputs: As for `hotswap_adapter`.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where adapting the
+            model by the config needs them.
 
     Raises:
-        AdaptError: As for `hotswap_adapter`.
-        CheckpointError: If the state dict doesn't fit the model, which is as it was.
+        AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
+        CheckpointError: If the state dict doesn't fit the model; likewise.
 
     Example:
         >>> config = LoraConfig(r=2, target_modules=["0"])

@@ -53,8 +53,10 @@ def prepare_model_for_compiled_hotswap(
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> prepare_model_for_compiled_hotswap(model, target_rank=8)
-        >>> model[0].default.lora_A.shape, model.get_adapter_state_dict()["base_model.model.0.lora_A.weight"].shape
-        (torch.Size([8, 4]), torch.Size([2, 4]))
+        >>> model[0].default.lora_A.shape
+        torch.Size([8, 4])
+        >>> get_peft_model_state_dict(model)["base_model.model.0.lora_A.weight"].shape
+        torch.Size([2, 4])
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ValueError(f"check_compiled is {check_compiled!r}; choose 'error', 'warn' or 'ignore'")

@@ -334,13 +334,17 @@ def test_what_cannot_be_prepared_is_refused_and_unchanged(tmp_path: Path):
         prepare_model_for_compiled_hotswap(base(), target_rank=4)
     model = PeftModel.from_pretrained(base(), saved(tmp_path, 4, 3))
     before = snapshot(model)
-    with pytest.raises(AdaptError, match="table has the rank 4, which is higher than target_rank=2"):
+    with pytest.raises(AdaptError, match="table can't have room for target_rank=2: the adapter has the rank 4 there"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
-    with pytest.raises(AdaptError, match="grouped has its features in 2 groups, which don't divide target_rank=5"):
+    with pytest.raises(AdaptError, match="grouped can't have room for target_rank=5: its features are in 2 groups"):
         prepare_model_for_compiled_hotswap(model, target_rank=5)
     with pytest.raises(ValueError, match="check_compiled is 'no'; choose"):
         prepare_model_for_compiled_hotswap(model, check_compiled="no")  # type: ignore[arg-type]
     require_unchanged(model, before, "a refusal")
+    replaced = copy.deepcopy(model)
+    replaced.linear = nn.Linear(6, 5)
+    with pytest.raises(AdaptError, match=r"linear\.default\.lora_A of adapter 'default' is gone"):
+        prepare_model_for_compiled_hotswap(replaced, target_rank=6)
     compiled: Any = torch.compile(model, backend="eager")
     with pytest.raises(AdaptError, match="prepare it before you compile it"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=4)

@@ -22,7 +22,6 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.swappable import (
     exchange_sites,
     fitting,
-    highest_rank,
     make_swappable,
     same_specs,
     set_number,
@@ -218,9 +217,6 @@ def _swap(model: nn.Module, name: str, plan: Plan, values: Tensors) -> None:
             _copy(plan.modules, adapter, plan, sites, values)
             return
         exchange(model, name, plan, values)
-        if adapter.padded_to is not None:
-            new = known_adapter(model, name)
-            make_swappable(plan.modules, new, max(adapter.padded_to, highest_rank(new)) if adapter.padded_to else 0)
 
 
 def _sites_after(adapter: Adapter, plan: Plan) -> list[AdaptedSite] | None:
@@ -292,12 +288,14 @@ def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = N
         AdaptError: If the new one can't be added; the old one is as it was.
     """
     modules, state = plan.modules, known_adapters(model)
-    order, active = list(state.by_name), list(state.active)
+    order, active, room = list(state.by_name), list(state.active), state.by_name[name].padded_to
     with transaction(model):
         # so that nodes come in their order; first, since it unmerges others with a warning, which may be an error
         lifecycle.activate(modules, state, [])
         lifecycle.remove(modules, state, name)
         lifecycle.add(modules, state, name, plan, values)
+        if room is not None:
+            make_swappable(modules, state.by_name[name], room)
         lifecycle.activate(modules, state, active)
         set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
         set_trainable(modules, state, active if name in active else [name])

@@ -79,8 +79,8 @@ def prepare_model_for_compiled_hotswap(
         )
     for name, adapter in adapters.items():
         refuse_missing(modules_of(model), adapter, name)
-        for adapted in adapter.sites if target_rank is not None else ():
-            reason = _refusal(adapted, target_rank or 0)
+        for adapted in adapter.sites:
+            reason = None if target_rank is None else _refusal(adapted, target_rank)
             if reason is not None:
                 raise AdaptError(f"{adapted.site.label} can't have room for target_rank={target_rank}: {reason}")
     with transaction(model):

@@ -1,8 +1,11 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
+from typing import Any
+
+from graphpeft.absent_names import absence
 from graphpeft.adapters.checkpoint import CheckpointError
 from graphpeft.adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError
 from graphpeft.adapters.swappable import prepare_model_for_compiled_hotswap
 from graphpeft.auto import (
     AutoPeftModel,
@@ -30,26 +33,44 @@ from graphpeft.methods.lora import (
     initialize_lora_eva_weights,
     preprocess_corda,
     preprocess_loraga,
+    replace_lora_weights_loftq,
 )
-from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from graphpeft.methods.lora.rescaling import rescale_adapter_scale
+from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
-from graphpeft.methods.prompt_encoder import PromptEncoderConfig
-from graphpeft.methods.prompt_tuning import PromptTuningConfig
+from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
+from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.model.adapt import explain, get_peft_model
-from graphpeft.model.peft_model import PeftModel
-from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
+from graphpeft.model.injecting import inject_adapter_in_model
+from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
+from graphpeft.model.peft_model import PeftMixedModel, PeftModel
+from graphpeft.model.state_dicts import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from graphpeft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from graphpeft.model.task_models import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from graphpeft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
     create_riemannian_optimizer,
 )
 from graphpeft.passes.optimization import PassReport, optimize
+from graphpeft.peft_errors import PeftError, PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
-from graphpeft.rules.registry import register
+from graphpeft.rules.registry import PEFT_TYPE_TO_CONFIG_MAPPING, register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
@@ -68,6 +89,8 @@ from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaptError",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -97,16 +120,30 @@ __all__ = [
     "LoraPerCallConfig",
     "Mergeable",
     "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NeedsInputsError",
+    "NoMatchingPeftModuleError",
     "OperationRule",
     "ParameterSpec",
     "PassReport",
     "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "RankAxis",
     "ReplacesWeight",
     "Report",
@@ -119,7 +156,11 @@ __all__ = [
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "WeightRule",
+    "cast_mixed_precision_params",
+    "check_if_peft_model",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
@@ -128,20 +169,34 @@ __all__ = [
     "export_adapter",
     "feeding",
     "find_token_sequence",
+    "get_base_model_state_dict",
     "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
+    "inject_adapter_in_model",
+    "load_peft_weights",
     "names_in_slots",
     "ops",
     "optimize",
     "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "recorded",
     "register",
+    "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(absence(name), name=name)

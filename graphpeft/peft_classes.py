@@ -25,7 +25,8 @@ def config_class(method: str) -> type | None:
 
 def hint_for_peft(theirs: type | None, name: str) -> str:
     """Returns words for an error about an attribute of a config that PEFT's class may have, and this library's not."""
-    if not hasattr(theirs, name):
+    # a field whose default is made anew is no attribute of the class
+    if not hasattr(theirs, name) and name not in getattr(theirs, "__dataclass_fields__", {}):
         return ""
     return (
         ", which PEFT's config has. If PEFT asks for it, since its get_peft_model or trl was given this config, adapt "

@@ -221,7 +221,7 @@ ADAPTED = [
     Reader, SelfByAnotherName, ByVariable, ByLambda, ByPartial, ByPartials, ByPartialMethod, ByFunctionInAttribute,
     ByFunctionOfTheClass, ByFunctionInVariable, ByStaticMethod, ByProperty, ByList, ByLoop, ByFunctionInside, ByGetattr,
     ByBaseClass, ByNamedBaseClass, ByDecorated, Calls, OfTheOneInside,
-    ByGetter, ByTheGetterOfTheClass, ByNameOfMethod, ByGetParameter,
+    ByGetter, ByTheGetterOfTheClass, ByNameOfMethod, ByGetParameter, UndecidedArguments,
 ]  # fmt: skip
 
-REFUSED = [UndecidedArguments, ByOwnCall]
+REFUSED = [ByOwnCall]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 from models import call, result
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -163,6 +165,35 @@ def assert_files_go_both_ways(ours: Any, theirs: Any, case: Any, folder: Path, t
     assert_close(outputs(loaded, case), outputs(theirs, case), tolerance)
     again = graphpeft.PeftModel.from_pretrained(case.build(), folder / "ours")
     assert_close(outputs(again, case), outputs(ours, case), tolerance)
+
+
+def assert_converts_by_the_recipe_of_peft(ours: Any, theirs: Any, case: Any, folder: Path) -> None:
+    """Checks that PEFT's recipe for plain LoRA gives PEFT's files, which both libraries load on the base.
+
+    The recipe sets `init_lora_weights` before it saves the first values, and leaves it so.
+    """
+    graphpeft.set_peft_model_state_dict(ours, tensors(theirs))
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(str(folder / name / "first"))
+        perturb(model)
+    graphpeft.set_peft_model_state_dict(ours, tensors(theirs))
+    expected = outputs(ours, case)
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        path = str(folder / name / "first")
+        model.save_pretrained(str(folder / name / "plain"), path_initial_model_for_weight_conversion=path)
+    for stage in ("first", "plain"):
+        found, wanted = (load_file(folder / name / stage / "adapter_model.safetensors") for name in ("ours", "theirs"))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    read = [json.loads((folder / name / "plain" / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
+    # PEFT writes options that have no effect any more, and warns of them when it reads the file
+    assert read[0] == read[1] | {"corda_config": None, "lora_ga_config": None}
+    for name in ("ours", "theirs"):
+        plain = folder / name / "plain"
+        loaded = graphpeft.PeftModel.from_pretrained(case.build(), plain)
+        assert_close(outputs(loaded, case), expected, 1e-5)
+        assert_close(outputs(peft.PeftModel.from_pretrained(case.build(), plain).eval(), case), expected, 1e-5)
 
 
 def assert_merges_and_unloads(ours: Any, theirs: Any, case: Any, tolerance: float = 1e-6) -> None:

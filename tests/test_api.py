@@ -77,10 +77,21 @@ def test_a_safe_merge_refuses_what_is_not_finite():
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if "lora" not in name)
 
 
-def test_only_safetensors_are_written(tmp_path: Path):
-    with pytest.raises(ValueError, match="safetensors only"):
+def test_a_pickle_is_written_if_asked_for_and_read_where_there_is_no_other(tmp_path: Path):
+    model = adapted()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.bin"]
+    assert torch.equal(PeftModel.from_pretrained(MLP.build(), tmp_path)(*MLP.inputs()), model(*MLP.inputs()))
+    theirs, ours = peft.load_peft_weights(str(tmp_path)), graphpeft.get_peft_model_state_dict(model)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_pickle_beside_safetensors_would_not_be_read_and_is_not_written(tmp_path: Path):
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"safetensors would be loaded in place of the adapter_model\.bin"):
         adapted().save_pretrained(tmp_path, safe_serialization=False)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "adapter_model.bin").exists()
 
 
 def test_an_option_that_does_not_exist_is_an_error(tmp_path: Path):
@@ -173,11 +184,9 @@ def test_a_call_as_peft_has_it_adapts():
     model.add_adapter("other", MLP.config(), True, True)
 
 
-def test_a_mixed_model_is_not_needed():
-    model = MLP.build()
-    with pytest.raises(ValueError, match=r"mixed=True isn't needed: .* leave mixed False"):
-        get_peft_model(model, MLP.config(), mixed=True)
-    assert not isinstance(model, PeftModel)
+def test_every_model_can_be_a_mixed_one():
+    model = get_peft_model(MLP.build(), MLP.config(), mixed=True)
+    assert isinstance(model, graphpeft.PeftMixedModel)
 
 
 def test_a_model_keeps_its_class_and_so_peft_model_is_not_called():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import itertools
 import pickle
 import threading
@@ -272,32 +273,59 @@ def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: A
 
 @pytest.mark.parametrize("path", ["", "linear"])
 @pytest.mark.parametrize("change", ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"])
-def test_no_adapter_changes_behind_a_forward_that_a_hook_has_kept(path: str, change: str):
+def test_no_adapter_changes_behind_a_forward_that_somebody_has_set(path: str, change: str):
+    model, x, expected, expected_base = with_two_adapters()
+    module = model.get_submodule(path)
+    module.forward = functools.partial(lambda forward, *args: forward(*args), module.forward)
+    changes: dict[str, Any] = {
+        "disable": lambda: model.disable_adapter().__enter__(),
+        "set_adapter": lambda: model.set_adapter([]),
+        "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
+    }
+    with pytest.raises(AdaptError, match=f"a forward was set on {path or 'the model'} itself|was exchanged since"):
+        changes.get(change, lambda: getattr(model, change)())()
+    assert torch.equal(model(x), expected)
+    assert model.merged_adapters == []
+    del module.forward
+    assert torch.equal(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected_base)
+
+
+@pytest.mark.parametrize("path", ["", "linear"])
+@pytest.mark.parametrize("change", ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"])
+def test_adapters_change_under_a_hook_of_accelerate_and_remain_when_that_goes(path: str, change: str):
+    model, x, expected, expected_base = with_two_adapters()
+    changes: dict[str, Any] = {
+        "disable": lambda: (model.disable_adapter().__enter__(), model(x))[1],
+        "set_adapter": lambda: (model.set_adapter("other"), model(x))[1],
+        "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
+    }
+    changed = changes.get(change, lambda: (getattr(model, change)(), model(x))[1])
+    copied = copy.deepcopy(model)
+    add_hook_to_module(model.get_submodule(path), ModelHook())
+    assert torch.equal(model(x), expected)
+    found = changed()
+    remove_hook_from_module(model, recurse=True)
+    hooked, model = model, copied
+    torch.testing.assert_close(found, changed())
+    if change != "rows":
+        torch.testing.assert_close(hooked(x), found)
+    if change == "unload":
+        assert torch.equal(found, expected_base)
+
+
+def with_two_adapters() -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns a model with two adapters, an input, and what it gives for that with the first one and without any."""
     model: Any = Read()
     x = torch.randn(3, 4)
     options: dict[str, Any] = {"target_modules": ["linear", "w"], "init_lora_weights": False}
     for rank, name in ((2, "default"), (3, "other")):
         get_peft_model(model, LoraConfig(r=rank, lora_alpha=5, **options), name)
     model.set_adapter("default")
-    base = model.disable_adapter
-    with base():
+    with model.disable_adapter():
         expected_base = model(x)
-    expected = model(x)
-    add_hook_to_module(model.get_submodule(path), ModelHook())
-    changes: dict[str, Any] = {
-        "disable": lambda: model.disable_adapter().__enter__(),
-        "set_adapter": lambda: model.set_adapter([]),
-        "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
-    }
-    reason = f"a forward was set on {path or 'the model'} itself since|was exchanged since"
-    with pytest.raises(AdaptError, match=reason):
-        changes.get(change, lambda: getattr(model, change)())()
-    assert torch.equal(model(x), expected)
-    assert model.merged_adapters == []
-    remove_hook_from_module(model, recurse=True)
-    assert torch.equal(model(x), expected)
-    with base():
-        assert torch.equal(model(x), expected_base)
+    return model, x, model(x), expected_base
 
 
 class Read(nn.Module):

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 import graphpeft
 
 NAMES = {name: getattr(graphpeft, name) for name in graphpeft.__all__}
-PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, ModuleType)}
+PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, ModuleType | Mapping)}
 CLASSES = {name: value for name, value in PUBLIC.items() if isinstance(value, type)}
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,10 @@ def refused(case: Any, *words: str, **options: Any) -> None:
     laws.require_unchanged(model, before, "a refused adaptation")
 
 
-def test_groups_are_refused_across_which_the_change_would_go() -> None:
-    grouped = Case("grouped", lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), lambda: (torch.randn(1, 4, 5, 5),))
-    refused(grouped, "2 groups", "across groups", use_dora=True)
+def test_groups_of_a_transposed_convolution_are_refused() -> None:
+    layer = functools.partial(nn.ConvTranspose2d, 4, 6, 3, groups=2)
+    grouped = Case("grouped", lambda: nn.Sequential(layer()), lambda: (torch.randn(1, 4, 5, 5),))
+    refused(grouped, "2 groups", "transposed", use_dora=True)
 
 
 def test_dora_with_what_peft_does_not_combine_with_it_is_refused() -> None:

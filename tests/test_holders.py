@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import cpu_offload
-from models import LLAMA, output
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -114,15 +112,6 @@ def test_what_exchanges_all_parameters_leaves_each_tensor_in_its_place() -> None
             setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     assert torch.equal(model(X), expected)
     assert torch.equal(model[1]._parameters["weight"], base)
-
-
-def test_an_adapter_that_accelerate_would_offload_is_refused_and_a_merged_one_is_not() -> None:
-    model = get_peft_model(LLAMA.build(), LLAMA.config())
-    expected = output(model, LLAMA.inputs())
-    with pytest.raises(RuntimeError, match=r"merge_and_unload\(\) before you offload"):
-        cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
-    merged = cpu_offload(model.merge_and_unload(), execution_device=torch.device("cpu"))
-    torch.testing.assert_close(output(merged, LLAMA.inputs()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_tensor_that_something_else_computes_now_is_named_when_the_adapter_is_saved(tmp_path: Any) -> None:

@@ -21,6 +21,7 @@ from oracle import (
     WITHOUT_BIAS,
     Case,
     assert_close,
+    assert_converts_by_the_recipe_of_peft,
     assert_files_go_both_ways,
     assert_merges_and_unloads,
     assert_same_tensors,
@@ -257,10 +258,30 @@ def test_the_converted_file_is_pefts(tmp_path: Path) -> None:
     assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("kind", TAKEN)
+def test_pefts_recipe_for_plain_lora_gives_pefts_files(kind: str, tmp_path: Path) -> None:
+    ours, theirs = (adapt(LINEAR, init_lora_weights=kind) for adapt in (by_us, by_peft))
+    assert_converts_by_the_recipe_of_peft(ours, theirs, LINEAR, tmp_path)
+
+
+def test_what_took_nothing_is_not_converted_whatever_its_config_says_later(tmp_path: Path) -> None:
+    model = by_us(LINEAR)
+    model.save_pretrained(tmp_path / "first")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with pytest.raises(ValueError, match="'default' took none when it was made; leave it None"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "first")
+
+
+@pytest.mark.parametrize("kind", ["OLoRA", "MiCA", "Gaussian"])
+def test_names_are_read_in_the_spellings_that_peft_reads(kind: str) -> None:
+    assert_same_tensors(*(adapt(LINEAR, init_lora_weights=kind) for adapt in (by_us, by_peft)))
+    assert config(LINEAR, init_lora_weights=kind).init_lora_weights == kind.lower()
+
+
 def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     by_us(LINEAR, init_lora_weights="pissa", r=3).save_pretrained(tmp_path / "other")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "init_lora_weights=True takes none"),
+        ({}, "'default' took none when it was made"),
         ({"init_lora_weights": "pissa"}, "the first values in .* are another adapter's"),
         ({"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"0": 3}}, "no α keeps the scale"),
     ]

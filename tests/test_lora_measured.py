@@ -1,7 +1,8 @@
-"""First values of LoRA that are measured while the model runs are PEFT's, and measuring changes nothing."""
+"""First values of LoRA that are measured while the model runs are PEFT's, and measuring changes nothing else."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from oracle import (
     TRANSPOSED,
     WITHOUT_BIAS,
     assert_close,
+    assert_converts_by_the_recipe_of_peft,
     assert_files_go_both_ways,
     assert_merges_and_unloads,
     assert_same_tensors,
@@ -57,7 +59,7 @@ def adapted(
     model, config_of_ours = case.build(), config(case, **own)
     before = laws.snapshot(model)
     measure(model, config_of_ours, run(model, case))
-    laws.require_unchanged(model, before, "measuring")
+    require_only_kept(model, before)
     torch.manual_seed(2)
     ours = graphpeft.get_peft_model(model, config_of_ours)
 
@@ -65,6 +67,20 @@ def adapted(
     measure_of_peft(model, config_of_theirs, run(model, case))
     torch.manual_seed(2)
     return ours, peft.get_peft_model(model, config_of_theirs).eval()
+
+
+KEPT = ("_graphpeft_corda", "_graphpeft_lora_ga")
+
+
+def require_only_kept(model: nn.Module, before: dict[str, Any]) -> None:
+    """Checks that measuring has changed nothing but the attributes that keep what was measured."""
+    kept = {
+        module: {name: vars(module).pop(name) for name in KEPT if name in vars(module)} for module in model.modules()
+    }
+    laws.require_unchanged(model, before, "measuring")
+    assert any(kept.values())
+    for module, statistics in kept.items():
+        vars(module).update(statistics)
 
 
 def with_corda(case: Any, **options: Any) -> tuple[Any, Any]:
@@ -146,15 +162,43 @@ def test_what_was_measured_is_kept_in_files(tmp_path: Path) -> None:
             assert_same_tensors(graphpeft.get_peft_model(other, adapter), expected)
 
 
+@pytest.mark.filterwarnings("ignore:(corda|lora_ga)_config has no effect unless:UserWarning")
+@pytest.mark.parametrize("kind", ["corda", "lora_ga"])
+def test_pefts_recipe_for_plain_lora_gives_pefts_files(kind: str, tmp_path: Path) -> None:
+    ours, theirs = with_corda(LINEAR) if kind == "corda" else with_lora_ga(LINEAR)
+    assert_converts_by_the_recipe_of_peft(ours, theirs, LINEAR, tmp_path)
+
+
+def test_options_without_effect_are_warned_of_as_in_peft() -> None:
+    given = config(LINEAR, corda_config={"corda_method": "kpm"})
+    with pytest.warns(UserWarning, match="corda_config has no effect unless init_lora_weights is 'corda'"):
+        graphpeft.get_peft_model(LINEAR.build(), given)
+
+
 def test_gradients_and_flags_are_what_they_were_after_measuring() -> None:
     model = LINEAR.build()
     backwards(model, LINEAR)()
     before = laws.snapshot(model)
-    preprocess_loraga(model, config(LINEAR, init_lora_weights="lora_ga"), backwards(model, LINEAR))
-    laws.require_unchanged(model, before, "measuring gradients")
     with pytest.raises(ZeroDivisionError):
         preprocess_loraga(model, config(LINEAR, init_lora_weights="lora_ga"), lambda: 1 / 0)  # type: ignore[arg-type]
     laws.require_unchanged(model, before, "a failed measurement")
+    preprocess_loraga(model, config(LINEAR, init_lora_weights="lora_ga"), backwards(model, LINEAR))
+    require_only_kept(model, before)
+
+
+@pytest.mark.parametrize("kind", ["corda", "lora_ga"])
+def test_a_copy_of_the_model_has_what_was_measured(kind: str) -> None:
+    model, given = LINEAR.build(), config(LINEAR, init_lora_weights=kind)
+    if kind == "corda":
+        preprocess_corda(model, given, forwards(model, LINEAR))
+    else:
+        preprocess_loraga(model, given, backwards(model, LINEAR))
+    copied = copy.deepcopy(model)
+    torch.manual_seed(2)
+    expected = graphpeft.get_peft_model(model, given)
+    del model
+    torch.manual_seed(2)
+    assert_same_tensors(graphpeft.get_peft_model(copied, given), expected)
 
 
 def test_a_batch_of_many_sequences_is_measured_too() -> None:

@@ -756,10 +756,11 @@ def pickled(folder: Path, content: Any = None) -> None:
     file.unlink()
 
 
-def test_a_pickle_is_read_only_if_asked_for(saved: Path) -> None:
+def test_a_pickle_is_read_where_nothing_else_is_asked_for(saved: Path) -> None:
     pickled(saved)
-    refused_file(fresh, saved, FileNotFoundError, "adapter_model.bin", "use_safetensors=False")
-    model = PeftModel.from_pretrained(fresh(), saved, use_safetensors=False)
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin, which use_safetensors=None or False reads"):
+        PeftModel.from_pretrained(fresh(), saved, use_safetensors=True)
+    model = PeftModel.from_pretrained(fresh(), saved)
     tensors = graphpeft.get_peft_model_state_dict(model)
     expected = torch.load(saved / "adapter_model.bin", weights_only=True)
     assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items())

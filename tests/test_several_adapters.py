@@ -145,6 +145,38 @@ def test_combined_adapters_are_those_of_peft(kind: str):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:of adapters with use_dora=True, A and B are combined:UserWarning")
+@pytest.mark.parametrize("first", [True, False], ids=["use_dora", "beside use_dora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_combined_adapters_of_dora_are_those_of_peft(kind: str, first: bool):
+    options = [
+        {"r": 4, "lora_alpha": 8, "target_modules": ALL_LAYERS, "use_dora": first},
+        {"r": 4, "target_modules": ALL_LAYERS, "use_dora": True},
+    ]
+    base = Layers()
+    theirs, ours = (
+        combined(library, base, *options, kind=kind, weights=[0.7, -1.3], **KINDS[kind]) for library in LIBRARIES
+    )
+    assert near(output(ours, (TOKENS,)), output(theirs, (TOKENS,)), 1e-4)
+    expected = peft.get_peft_model_state_dict(theirs, adapter_name="new")
+    found = get_peft_model_state_dict(ours, adapter_name="new")
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_lengths_that_were_trained_are_not_combined_and_it_says_so():
+    options = {"r": 2, "target_modules": ["up"], "use_dora": True}
+    model = with_adapters(graphpeft, MLP.build(), options, options)
+    untrained = model.first.up.weight.detach().norm(dim=1)
+    model.merge_adapter(["u"])  # whose lengths a new adapter must not see
+    with torch.no_grad():
+        model.first.up.v.lora_magnitude *= 3
+    with pytest.warns(UserWarning, match="A and B are combined, and not the lengths.*those of the weights"):
+        model.add_weighted_adapter(["u", "v"], [0.5, 2.0], "new", "cat")
+    torch.testing.assert_close(model.first.up.new.lora_magnitude.detach(), untrained)
+
+
 def test_adapters_of_different_ranks_and_targets_are_put_together():
     base = LLAMA.build()
     options = [

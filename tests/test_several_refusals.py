@@ -85,7 +85,6 @@ QV = {"qkv": [[0, 8], [16, 24]]}
     [
         (lora(trainable_token_indices=[3]), "'odd' trains rows of model.embed_tokens, which can't be combined yet"),
         (lora(init_lora_weights="pissa"), r"'odd' has taken a part of .*path_initial_model_for_weight_conversion"),
-        (lora(use_dora=True), "has factors of parts, or other ones than A and B"),
         (lora(lora_bias=True, target_modules=["q_proj"]), "has factors of parts, or other ones than A and B"),
         (lora(rank_pattern={"q_proj": 1}), r"has A of the shapes \[\(2, 32\), \(1, 32\)\]; choose 'cat' or 'svd'"),
     ],
@@ -387,15 +386,6 @@ def test_a_projection_that_is_not_parted_in_three_has_no_named_parts() -> None:
     model = Halves()
     with refused(model, AdaptError, "isn't parted into q, k, v by views alone, but into 2 parts of"):
         get_peft_model(model, lora(target_modules=["qkv"], target_parts={"qkv": ["q"]}), example_inputs=X)
-
-
-@pytest.mark.parametrize("layer", [nn.Conv1d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 8, 3, groups=4)], ids=str)
-def test_a_rank_that_the_groups_do_not_divide_is_refused(layer: nn.Module) -> None:
-    model = nn.Sequential(layer)
-    with refused(
-        model, AdaptError, rf"in {layer.groups} groups, which don't divide the rank 3; choose a multiple as r"
-    ):
-        get_peft_model(model, lora(r=3, target_modules=["0"]))
 
 
 # names

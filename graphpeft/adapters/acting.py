@@ -14,9 +14,10 @@ from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.kept_forwards import foreign_forward
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template, refuse_other_options
-from graphpeft.transaction import delete_item, set_attribute
+from graphpeft.transaction import set_attribute
 
 
 def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
@@ -38,7 +39,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.exchange(modules[path], of_module)
     seated = {slot: name for name, slot in seats.items()}
     for region, template in templates.items():
-        forget_kept_forward(modules[region], region)
+        refuse_foreign_forward(modules[region], region)
         graph = None if template is None else _graph_layer(modules[region], adapters, template, seated)
         layers.setdefault(region, {})["graph"] = graph
     for path, of_module in layers.items():
@@ -57,20 +58,13 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     set_attribute(adapters, "read", wanted)
 
 
-def forget_kept_forward(module: nn.Module, path: str) -> None:
-    """Forgets the forward of a module's class that somebody has kept on the module itself, as removed hooks leave it.
-
-    Raises:
-        AdaptError: If it is another one, which would go on with the graph of before.
-    """
-    kept = module.__dict__.get("forward")
-    if getattr(kept, "__func__", None) is type(module).forward and getattr(kept, "__self__", None) is module:
-        delete_item(module.__dict__, "forward")
-    elif kept is not None:
+def refuse_foreign_forward(module: nn.Module, path: str) -> None:
+    """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before."""
+    if foreign_forward(module) is not None:
         raise AdaptError(
-            f"a forward was set on {path or 'the model'} itself since it was adapted, as hooks of accelerate do, and "
-            "would go on as before: take it off, as accelerate.hooks.remove_hook_from_module(model, recurse=True) or "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) do, change the adapters, and set it again"
+            f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "
+            "mixed precision, and would go on as before: take it off, as "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) does, change the adapters, and set it again"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +13,12 @@ from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.holders import value_at
 from graphpeft.graph.overrides import own_parameter
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
 from graphpeft.rules.rule import changes_bias
-from graphpeft.sites.site import Site
+from graphpeft.sites import quantisers
+from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember
 
 
@@ -32,6 +35,13 @@ def delta(
         weight: The weight with the changes of adapters before this one; what the module reads if None.
         base: The weight without them; likewise.
     """
+    with loaded(modules[adapted.site.owner]):
+        return _delta(adapted, modules, weight, base)
+
+
+def _delta(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None, base: torch.Tensor | None
+) -> torch.Tensor:
     asked = asked_by(adapted.rule.delta)
     values = _values(asked, adapted, modules)
     halves = {value.dtype for value in values.values() if _is_half_on_cpu(value)}
@@ -63,6 +73,15 @@ def bias_delta(
     """Returns the change of the bias that a site's operations add, or None if it doesn't change; arguments as there."""
     if not changes_bias(adapted.rule):
         return None
+    with contextlib.ExitStack() as stack:
+        for path in _changed_modules(adapted):
+            stack.enter_context(loaded(modules[path]))
+        return _bias_delta(adapted, modules, weight, base)
+
+
+def _bias_delta(
+    adapted: Any, modules: Modules, weight: torch.Tensor | None, base: torch.Tensor | None
+) -> torch.Tensor | None:
     function, bias = adapted.rule.bias_delta, _bias(adapted, modules)
     if bias is None and "bias" in asked_by(function).needed:
         return None
@@ -79,6 +98,8 @@ def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, A
 
 def _read_weight(adapted: AdaptedSite, modules: Modules) -> torch.Tensor:
     """Returns the weight that the site's module reads while the adapter acts."""
+    if isinstance(adapted.site, LeafSite):
+        return quantisers.codes_of(modules[adapted.site.owner]).numbers()
     assert isinstance(adapted.site, Site)
     attribute = adapted.site.attribute
     return own_parameter(modules[adapted.site.owner], adapted.replaced.get(attribute, attribute))
@@ -131,6 +152,21 @@ def _bias(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
         return None
     path, name = _bias_place(adapted)
     return own_parameter(modules[path], name)
+
+
+def _changed_modules(adapted: AdaptedSite) -> tuple[str, ...]:
+    """Returns the paths of the modules that own the weight of a site, and the bias beside it."""
+    owner, bias = adapted.site.owner, getattr(adapted.site, "bias", None)
+    return (owner,) if bias is None else tuple(dict.fromkeys((owner, _bias_place(adapted)[0])))
+
+
+@contextlib.contextmanager
+def there_to_write(adapted: AdaptedSite, modules: Modules) -> Iterator[None]:
+    """Lets the weight of a site, and the bias beside it, be there to be written, if they are offloaded."""
+    with contextlib.ExitStack() as stack:
+        for path in _changed_modules(adapted):
+            stack.enter_context(written(modules[path]))
+        yield
 
 
 def add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.graph.values import value_of
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
@@ -57,7 +58,7 @@ def state_dict_of(
     named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
-        tensors = {(path, attribute): tensor_at(modules[path], attribute).detach() for path, attribute in places}
+        tensors = {(path, attribute): value_of(modules[path], attribute) for path, attribute in places}
     else:
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
@@ -135,7 +136,9 @@ def fitted(
     found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
     _refuse_untied(adapter, name, modules, found)
     # mostly what the model has anyway
-    unchanged = {place for place, tensor in own.items() if is_same(originals.get(place, tensor), found[place])}
+    unchanged = {
+        place for place in own if is_same(originals.get(place, value_of(modules[place[0]], place[1])), found[place])
+    }
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
 
 
@@ -260,6 +263,11 @@ def save(
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
+        if not adapter.took_product:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
+                f"{name!r} took none when it was made; leave it None"
+            )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory

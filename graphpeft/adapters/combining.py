@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphpeft.adapters import adapter_names, changes
+from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
@@ -121,8 +122,8 @@ def combined_values(
         odd = [name or "the model" for _, name in planned ^ parts.keys()]
         raise AdaptError(f"the combined adapter would not adapt what its sources do: they differ in {joined(odd)}")
     # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
-    first_values(plan, modules)
-    values: Tensors = {}
+    with with_originals(modules, adapters):
+        values = first_values(plan, modules)
     for adapted in plan.sites:
         if adapted.shared:
             continue

@@ -15,7 +15,7 @@ import torch
 
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import overrides
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import all_paths, join
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.patterns import Pattern
 
@@ -100,7 +100,9 @@ def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[st
     for adapted in adapter.weight_sites:
         site = adapted.site
         # a layer is wrapped as such before its parameters are
-        place = (not site.is_layer, list(modules[site.owner]._parameters).index(site.attribute), site.attribute)
+        own = [*modules[site.owner]._parameters]
+        number = own.index(site.attribute) if site.attribute in own else 0
+        place = (not site.is_layer, number, site.attribute)
         wrapped.setdefault(site.owner, set()).add(place)
     for adapted in adapter.sites:
         if isinstance(adapted.site, LeafSite):
@@ -163,8 +165,8 @@ module with others inside, with the adapter's name."""
 def names_of_second_paths(named: Mapping[str, tuple[str, str]], modules: Modules, prefix: str) -> Iterator[str]:
     """Yields the names under which PEFT writes the tensors of modules that stand in several places once more."""
     first = {id(module): path for path, module in modules.items()}
-    for path, module in modules[""].named_modules(remove_duplicate=False):
-        owner = first.get(id(module), path)  # none of an adapter's holder
+    for path, module in all_paths(modules[""]):
+        owner = first[id(module)]
         if path != owner:
             keys_of_owner = [key for key, place in named.items() if place[0] == owner]
             yield from (key.replace(f"{prefix}{owner}.", f"{prefix}{path}.", 1) for key in keys_of_owner)

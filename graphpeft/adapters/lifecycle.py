@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft.adapters.acting import let_act, override_readers
@@ -22,8 +23,11 @@ from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged,
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
+from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import (
     at_end_of,
@@ -50,7 +54,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters) if adapters.originals else contextlib.nullcontext():
+    with with_originals(modules, adapters) if adapters.merged else contextlib.nullcontext():
         made = new_tensors(plan, name, modules, values)
     constants = {
         (adapted.site.owner, adapted.names[constant]): value
@@ -60,6 +64,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     owners = dict.fromkeys([path for path, _ in (*made, *constants)])
     for path in owners:
         _refuse_taken(modules[path], path, name)
+        if not plan.config.inference_mode:
+            _refuse_unmanaged(modules[path], path, name)
     for path in owners:
         set_item(modules[path]._modules, name, holder_for(modules[path]))
         hide_holders(modules[path])
@@ -90,6 +96,16 @@ def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
         raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
     for attribute in slots.names_like_slots(module):
         raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
+
+
+def _refuse_unmanaged(module: nn.Module, path: str, name: str) -> None:
+    """Raises AdaptError if a module was sharded before it got tensors that are to be trained."""
+    if is_managed(module):
+        raise AdaptError(
+            f"{path or 'the model'} was sharded before adapter {name!r} came, whose gradients would differ among the "
+            "processes; adapt the model before you shard it, or load the adapter for inference "
+            "(is_trainable=False), in which it needs no gradients"
+        )
 
 
 _OF_GRAPHS = frozenset(dir(GraphForward))
@@ -201,10 +217,12 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         delete_item(modules[path]._modules, name)
         stop_hiding(modules[path])
     for (path, attribute), tensor in adapter.overwritten.items():
-        held = modules[path]._parameters.get(attribute) if path in modules else None
-        if held is not None:
-            remember(held)
-            held.data.copy_(tensor)
+        if path in modules and modules[path]._parameters.get(attribute) is not None:
+            with written(modules[path]):
+                held = own_parameter(modules[path], attribute)
+                remember(held)
+                with torch.no_grad():
+                    held.copy_(tensor)
 
 
 def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
@@ -243,15 +261,17 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
         delete_item(model.__dict__, STATE)
         in_place.exchange(model, {"methods": None, "peft": None})
         for (path, own), tensor in left.items():
-            module = modules[path]
-            set_item(module._parameters if own in module._parameters else module._buffers, own, tensor)
+            replace(modules[path], own, tensor)
         thaw(modules, adapters)
         if adapters.replication is not None:
             adapters.replication.undo()
 
 
-def refuse_untrainable(adapter: Adapter, name: str) -> None:
+def refuse_untrainable(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if an adapter that was loaded for inference asks for what can't be done in training."""
+    for path, own in adapter.tensor_names(name):
+        if path in modules and has_tensor(modules[path], own) and not is_managed(place_of(modules[path], own)[0]):
+            _refuse_unmanaged(modules[path], path, name)
     config = copy.copy(adapter.config)
     config.inference_mode = False
     for adapted in adapter.sites:

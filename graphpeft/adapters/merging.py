@@ -13,9 +13,17 @@ from typing import Any
 
 import torch
 
-from graphpeft.adapters import merged_weights
+from graphpeft.adapters import merged_codes, merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
-from graphpeft.adapters.changes import add_change, bias_delta, changed_places, changing_sites, delta, memory_of
+from graphpeft.adapters.changes import (
+    add_change,
+    bias_delta,
+    changed_places,
+    changing_sites,
+    delta,
+    memory_of,
+    there_to_write,
+)
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
@@ -23,10 +31,13 @@ from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
+from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.rule import changes_bias
+from graphpeft.sites import quantisers
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_attribute, set_item
 from graphpeft.wording import joined
@@ -35,10 +46,13 @@ from graphpeft.wording import joined
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Adds the changes of adapters to the weights, and writes their overrides over the tensors themselves.
 
+    Quantised weights stay as they are, see `merged_codes`.
+
     Raises:
         AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
             same tensor.
     """
+    reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
     _take_out(modules, adapters)
@@ -46,14 +60,16 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         # these first, since they are what the changes are changes of
         for name in merged:
             for path, own_names in adapters.by_name[name].overrides.items():
-                for own, other in overrides.own_and_override(modules[path], own_names, name):
-                    remember(own)
-                    own.copy_(other)
+                with written(modules[path]):
+                    for own, other in overrides.own_and_override(modules[path], own_names, name):
+                        remember(own)
+                        own.copy_(whole(other))
             for path, rows in adapters.by_name[name].rows.items():
-                table = own_parameter(modules[path], "weight")
-                values = own_parameter(modules[path], overrides.rows(name))
-                remember(table)
-                table.copy_(overrides.put_rows(table, rows.indices, values))
+                values = whole(own_parameter(modules[path], overrides.rows(name)))
+                with written(modules[path]):
+                    table = own_parameter(modules[path], "weight")
+                    remember(table)
+                    table.copy_(overrides.put_rows(table, rows.indices, values))
         for sites in _by_weight(modules, adapters, merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
@@ -73,6 +89,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
             "the adapters are disabled, and merged ones would act; leave disable_adapter(), or call enable_adapters(), "
             "before you merge them"
         )
+    reshard(modules.values())
     given = list(names)
     # in the order in which they act
     names = [name for name in adapters.active if name in given]
@@ -81,15 +98,16 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     _refuse_unread(modules, adapters, names)
     for name in names:
         for path, attribute in changed_places(modules, adapters.by_name[name]):
-            weight = own_parameter(modules[path], attribute)
             if (path, attribute) not in adapters.originals:
                 # a difference wouldn't do: adding and subtracting it doesn't give the same bits
-                original = weight.detach().clone()
-                remember(weight, original)
+                with loaded(modules[path]):
+                    original = own_parameter(modules[path], attribute).detach().clone()
                 set_item(adapters.originals, (path, attribute), original)
         _add_to_weights(modules, adapters.by_name[name], adapters.originals)
         set_attribute(adapters, "merged", [*adapters.merged, name])
-    merged_weights.guard(modules, adapters.originals)
+    merged_codes.keep(modules, adapters, names)
+    merged_codes.merge(modules, adapters, adapters.merged)
+    merged_weights.guard(modules, _merged_places(adapters))
     let_act(modules, adapters, list(adapters.read))
 
 
@@ -102,37 +120,48 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
-    merged_weights.release(modules, adapters.originals)
+    reshard(modules.values())
+    merged_weights.release(modules, _merged_places(adapters))
     _restore(modules, adapters.originals)
+    merged_codes.put(modules, adapters.codes)
     set_attribute(adapters, "merged", [])
     set_attribute(adapters, "originals", {})
+    set_attribute(adapters, "codes", {})
+
+
+def _merged_places(adapters: Adapters) -> list[tuple[str, str]]:
+    """Returns the path of the module, and the name, of each tensor that adapters are merged into."""
+    return [*adapters.originals, *((path, "weight") for path in adapters.codes)]
 
 
 @torch.no_grad()
 def _restore(modules: Modules, originals: Tensors) -> None:
     for (path, name), original in originals.items():
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            remember(weight)
-            weight.copy_(original)
+            with written(modules[path]):
+                weight = own_parameter(modules[path], name)
+                remember(weight)
+                weight.copy_(original)
 
 
 @torch.no_grad()
 def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> None:
     for adapted in changing_sites(modules, adapter):
         base = originals[adapted.site.owner, adapted.site.attribute]
-        weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
-        add_change(adapted, modules, weight, base)
+        with there_to_write(adapted, modules):
+            weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
+            add_change(adapted, modules, weight, base)
 
 
 def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
     """Adds the changes of one weight, and of the bias beside it."""
     site = sites[0].site
     assert isinstance(site, Site)
-    weight = own_parameter(modules[site.owner], site.attribute)
-    base = weight if len(sites) == 1 else weight.clone()
-    for adapted in sites:
-        add_change(adapted, modules, weight, base)
+    with there_to_write(sites[0], modules):
+        weight = own_parameter(modules[site.owner], site.attribute)
+        base = weight if len(sites) == 1 else weight.clone()
+        for adapted in sites:
+            add_change(adapted, modules, weight, base)
 
 
 def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
@@ -150,19 +179,21 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     changed: Tensors = {}
     for path, name in adapters.originals:
         if path in modules:
-            weight = own_parameter(modules[path], name)
-            changed[path, name] = weight.detach().clone()
-            remember(weight, changed[path, name])
+            with loaded(modules[path]):
+                changed[path, name] = own_parameter(modules[path], name).detach().clone()
     _restore(modules, adapters.originals)
+    codes = merged_codes.merged_now(modules, adapters)
+    merged_codes.put(modules, adapters.codes)
     try:
         yield
     finally:
         _restore(modules, changed)
+        merged_codes.put(modules, codes)
 
 
 def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:
     """Raises AdaptError if a state dict has other weights where adapters are merged, which `unmerge` would lose."""
-    for path, name in adapters.originals:
+    for path, name in _merged_places(adapters):
         if path in modules:
             merged_weights.refuse_others(modules[path], [name], f"{path}." if path else "", state_dict)
 
@@ -219,7 +250,7 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
 def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
-    for adapted in adapter.weight_sites:
+    for adapted in (*adapter.weight_sites, *adapter.coded_sites):
         functions = [adapted.rule.delta, *([adapted.rule.bias_delta] if changes_bias(adapted.rule) else [])]
         reads = {name for name in ("weight", "base") for each in map(Asked, functions) if each.may_be(name)}
         asked.setdefault(adapted.site.weight, set()).update(reads)
@@ -244,8 +275,9 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Raises AdaptError if a weight's change isn't finite."""
     for name in names:
-        for adapted in changing_sites(modules, adapters.by_name[name]):
-            changes = {adapted.site.weight: delta(adapted, modules), adapted.site.bias: bias_delta(adapted, modules)}
+        for adapted in (*changing_sites(modules, adapters.by_name[name]), *adapters.by_name[name].coded_sites):
+            bias = getattr(adapted.site, "bias", None)
+            changes = {adapted.site.weight: delta(adapted, modules), bias: bias_delta(adapted, modules)}
             for path, change in changes.items():
                 if change is not None and not torch.isfinite(change).all():
                     raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
@@ -265,6 +297,12 @@ def _refuse_unmergeable(adapter: Adapter, name: str) -> None:
 
 
 def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
+    for adapted in adapter.coded_sites:
+        if not quantisers.is_known(modules[adapted.site.owner]):
+            raise AdaptError(
+                f"{adapted.site.weight} isn't quantised any more as it was when {name!r} was adapted to it: it was "
+                "exchanged, or the model was pickled, which loses the scales; keep the adapter, or load the base anew"
+            )
     for adapted in changing_sites(modules, adapter):
         weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
         if weight is None:
@@ -286,6 +324,7 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
     changed = dict.fromkeys(changed_places(modules, adapter))
     changed |= {(path, own): None for path, names in adapter.overrides.items() for own in names}
     changed |= {(path, "weight"): None for path in adapter.rows}
+    changed |= {(adapted.site.owner, "weight"): None for adapted in adapter.coded_sites}
     for path, own in changed:
         holding = holders.get(memory_of(tensor_at(modules[path], own)), ())
         others = [place for place in holding if place != (path, own)]

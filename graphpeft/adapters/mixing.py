@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from graphpeft.adapters import adapter_names
-from graphpeft.adapters.acting import forget_kept_forward
+from graphpeft.adapters.acting import refuse_foreign_forward
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.at_once import ITSELF, at_once, itself, regions_of_weights
 from graphpeft.adapters.graphs import bare, names_of_others
@@ -242,7 +242,7 @@ def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> st
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
     """Lets a region ask for the rows of the present call."""
     if region not in adapters.mixable:
-        forget_kept_forward(modules[region], region)
+        refuse_foreign_forward(modules[region], region)
     adapters.mixable.add(region)
     in_place.put_on(modules[region], _LAYER)
 

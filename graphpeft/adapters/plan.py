@@ -18,6 +18,7 @@ from torch import nn
 from graphpeft.graph import ops, overrides
 from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.offloading import is_loaded_with_others
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template
 from graphpeft.peft_errors import PeftError
@@ -171,6 +172,21 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     plan.report.fully_trained += [
         f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
+    _refuse_loaded_together(plan)
+
+
+def _refuse_loaded_together(plan: Plan) -> None:
+    """Raises AdaptError if accelerate offloads a module that gets tensors as one with others around it."""
+    together = [path for path, module in plan.modules.items() if is_loaded_with_others(module)]
+    owners = [*(adapted.site.owner for adapted in plan.sites), *plan.fully_trained, *plan.rows]
+    for outer in together:
+        inside = next((path for path in owners if not outer or f"{path}.".startswith(f"{outer}.")), None)
+        if inside is not None:
+            raise AdaptError(
+                f"accelerate offloads {outer or 'the model'} with all that is in it, as preload_module_classes says, "
+                f"and would look for the tensors of an adapter at {inside} there; offload the model without this "
+                "option, or adapt it first and take the adapter in with merge_and_unload()"
+            )
 
 
 def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -228,7 +244,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
         reason = rule.unmergeable(site)  # there, its change is all that a rule has
     replaced = _replaced(rule, site, config, plan.report.adapter) if reason is None else {}
     if replaced:
-        reason = overrides.refusal(plan.modules[site.owner])
+        reason = overrides.refusal(plan.modules[site.owner]) or site.unmergeable
     if reason is not None:
         plan.report.refused.append(Refusal(site.label, reason, site.way_out))
         return

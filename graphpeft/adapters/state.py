@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,8 @@ from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
-from graphpeft.sites.site import Site
+from graphpeft.sites.quantisers import Codes
+from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
 
 Modules = Mapping[str, nn.Module]
@@ -41,6 +43,7 @@ class Adapter:
         rows: The weights of which it has rows, by the path of their module.
         infixes: What stands in files behind the paths of modules that are fully trained, where something does.
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
+        took_product: Whether it was made so that what its factors made at first was taken from the base's weights.
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
         padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
             have none beside their own; else None.
@@ -53,13 +56,28 @@ class Adapter:
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     infixes: dict[str, str] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
+    took_product: bool = False
     overwritten: Tensors = field(default_factory=dict)
     padded_to: int | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
         """Returns the adapter that `plan` describes."""
-        return cls(plan.config, plan.sites, plan.fully_trained, plan.report, plan.rows, plan.infixes, plan.saved)
+        return cls(
+            plan.config,
+            plan.sites,
+            plan.fully_trained,
+            plan.report,
+            plan.rows,
+            plan.infixes,
+            plan.saved,
+            plan.config.takes_product,
+        )
+
+    @functools.cached_property
+    def call_inputs(self) -> frozenset[str]:
+        """The arguments that its rules read in each call."""
+        return frozenset(itertools.chain.from_iterable(adapted.rule.call_inputs for adapted in self.sites))
 
     @property
     def changes_weights(self) -> bool:
@@ -70,6 +88,11 @@ class Adapter:
     def weight_sites(self) -> list[Any]:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
+
+    @property
+    def coded_sites(self) -> list[Any]:
+        """Those of the sites that are calls of layers into whose quantised weights it can be merged."""
+        return [a for a in self.sites if isinstance(a.site, LeafSite) and a.unmergeable is None]
 
     @property
     def replaced(self) -> dict[str, tuple[str, ...]]:
@@ -155,6 +178,7 @@ class Adapters:
         lifted: The graphs of the regions that were no graph modules before, by path.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
+        codes: The quantised weights without any of these changes, by the path of their module.
         mixing: How regions run on a batch with several adapters, by what these have in common.
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
@@ -175,6 +199,7 @@ class Adapters:
     read: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     originals: Tensors = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     mixing: Cache = field(default_factory=Cache)
     signatures: Cache = field(default_factory=Cache)
     mixable: set[str] = field(default_factory=set)
@@ -187,8 +212,7 @@ class Adapters:
 
     def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:
         """Returns what `call_inputs` are for the adapters that there are now."""
-        sites = itertools.chain.from_iterable(adapter.sites for adapter in self.by_name.values())
-        names = {name for adapted in sites for name in adapted.rule.call_inputs}
+        names = {name for adapter in self.by_name.values() for name in adapter.call_inputs}
         taken = inspect.signature(model.forward).parameters if names else {}
         return {name: name in taken for name in names}
 

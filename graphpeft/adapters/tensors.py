@@ -14,9 +14,12 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.sharding import lacking_values, reshard
+from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_item, undone_by
 
 
@@ -46,15 +49,16 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
     for adapted in plan.sites:
-        site, names = adapted.site, adapted.names
+        site, names, specs = adapted.site, adapted.names, adapted.specs
         beside, attribute = site.beside
-        device = _device(modules[beside]._parameters.get(attribute))
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
-        specs = adapted.specs
-        if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-            drawn, replacing = _first_values(adapted, plan.config, modules[beside], device, shared)
+        with loaded(modules[beside]):
+            device = _device(modules[beside]._parameters.get(attribute), values)
+            if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
+                module = modules[site.owner if isinstance(site, Site) else beside]
+                drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
         if values is not None:
             drawn = {
                 local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
@@ -128,9 +132,11 @@ def _empty(spec: ParameterSpec, device: torch.device | str = "cpu") -> torch.Ten
     return torch.empty(spec.shape, dtype=spec.dtype, device=device)
 
 
-def _device(weight: torch.Tensor | None) -> torch.device:
+def _device(weight: torch.Tensor | None, values: Tensors | None) -> torch.device:
+    """Returns the device of the tensors beside a weight; a file's values stay in memory if the weight has none yet."""
     # a model without any parameter, such as a quantised one, tells no device
-    return torch.get_default_device() if weight is None else weight.device
+    device = torch.get_default_device() if weight is None else weight.device
+    return torch.device("cpu") if device.type == "meta" and values is not None else device
 
 
 def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
@@ -142,7 +148,12 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
             place = path, overrides.override_name(own, name)
             tensor = tensor_at(modules[path], own)
             tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
-            made[place] = overrides.create(tensor) if tied is None else tied
+            if tied is None:
+                with loaded(modules[path]):
+                    tied = overrides.create(tensor_at(modules[path], own))
+                if tied.is_meta and values is not None:
+                    tied.data = values[place].to(tied.dtype)
+            made[place] = tied
             of_tied[id(tensor)] = made[place]
             if values is not None:
                 made[place].data.copy_(values[place])
@@ -154,14 +165,14 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
     made: Tensors = {}
     for path, rows in plan.rows.items():
         if rows.leader == path:
-            table = modules[path]._parameters["weight"]
-            assert table is not None
             place = path, overrides.rows(name)
-            if values is None:
-                first = table.detach()[list(rows.indices)]
-                plan.config.initialise_rows(first)
-            else:
-                first = values[place].to(table.device)
+            with loaded(modules[path]):
+                table = own_parameter(modules[path], "weight")
+                if values is None:
+                    first = table.detach()[list(rows.indices)]
+                    plan.config.initialise_rows(first)
+                else:
+                    first = values[place].to(_device(table, values))
             made[place] = nn.Parameter(first.to(dtype_of_adapter(table.dtype, plan.autocast)))
     for path, rows in plan.rows.items():
         made[path, overrides.rows(name)] = made[rows.leader, overrides.rows(name)]
@@ -171,29 +182,57 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
 @torch.no_grad()
 def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
+    reshard(modules.values())
     of_adapter = set(adapter.tensor_names(name))
-    for (path, attribute), value in values.items():
-        tensor = tensor_at(modules[path], attribute)
-        place, copied = (path, attribute), None
-        if place not in of_adapter and place not in adapter.overwritten:
-            copied = tensor.clone()
-            set_item(adapter.overwritten, place, copied)
-        remember(tensor, copied)
-        tensor.copy_(value)
+    for place, value in values.items():
+        owner, copied = place_of(modules[place[0]], place[1])[0], None
+        with written(owner):
+            tensor = tensor_at(modules[place[0]], place[1])
+            if place not in of_adapter and place not in adapter.overwritten:
+                copied = tensor.clone()
+                set_item(adapter.overwritten, place, copied)
+            remember(tensor, copied)
+            tensor.copy_(value)
 
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
     """Returns whether a tensor of a model has the values of a saved one already."""
+    if hasattr(own, "__tensor_flatten__"):
+        # most of PyTorch's functions aren't there for quantised tensors
+        names, _ = own.__tensor_flatten__()  # type: ignore[attr-defined]
+        return type(own) is type(value) and all(is_same(getattr(own, name), getattr(value, name)) for name in names)
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
 
 
-def refuse_missing(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
+def count_of_numbers(tensor: torch.Tensor) -> int:
+    """Returns how many numbers a tensor stands for: two for each byte of weights that bitsandbytes has packed."""
+    is_packed = type(tensor).__name__ == "Params4bit"
+    return tensor.numel() * tensor.element_size() * 2 if is_packed else tensor.numel()
+
+
+def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
+    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
+
+    Args:
+        modules: The model's modules by path.
+        adapter: The adapter.
+        name: Its name.
+        reads: Whether the tensors are to be read here, all of which this process must have then.
+    """
     for path, attribute in adapter.tensor_names(name):
         if path not in modules:
             raise AdaptError(_gone(path, attribute, name))
         in_place.layers_of(modules[path])
     refuse_exchanged(modules, adapter, name)
+    if not reads:
+        return
+    sizes: dict[str, dict[str, Any]] = {path: {} for path, _ in adapter.tensor_names(name)}
+    for adapted in adapter.weight_sites:
+        sizes[adapted.site.owner][adapted.site.attribute] = adapted.site.shape
+    for path, known in sizes.items():
+        reason = lacking_values(modules[path], known)
+        if reason is not None:
+            raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
     for adapted in adapter.weight_sites:
         weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
         # what was distributed or quantised since has another form, and the size that it had

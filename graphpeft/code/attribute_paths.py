@@ -32,6 +32,9 @@ _ALL_PARAMETERS = frozenset((
 ))  # fmt: skip
 """Methods and attributes of modules that give access to all parameters."""
 
+_ASKING = {"getattr", "hasattr", "id", "isinstance", "len", "setattr", "super", "type"}
+"""Functions that hand their first argument to no code that reads its tensors by names of its own."""
+
 _CALLERS = {"checkpoint"}
 """Functions that call their first argument and read no attribute of it."""
 
@@ -45,7 +48,8 @@ _NO_OPERATIONS = ("CACHE", "EXTENDED_ARG")
 def paths_in(function: FunctionType, has_self: bool) -> Paths:
     """Returns the paths of attributes that a function reads from its first argument, and whether it calls each.
 
-    An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``.
+    An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``. The first argument
+    itself, as ``self`` in ``call(self, x)``, has the path ``""``.
 
     Args:
         function: The function.
@@ -77,8 +81,10 @@ def _in_source(tree: ast.AST, first: str | None) -> Paths:
         parent = around.get(id(node))
         if isinstance(node, ast.Call) and _is_getattr(node):
             found += [(f"*.{name}", False) for name in _names_asked_for(node, first)]
-        if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS:
+        if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS and not _is_of_signature(node):
             found.append((f"*.{ANY}", False))
+        if isinstance(node, ast.Name) and node.id == first and _hands_on(parent):
+            found.append(("", False))
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # the path ends at an outer node
         if isinstance(node.ctx, ast.Load) and not _reads_no_elements(node, parent):
@@ -117,6 +123,18 @@ def _is_getattr(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
 
 
+def _is_of_signature(node: ast.Attribute) -> bool:
+    """Returns whether an attribute is that of a function's signature, whose ``parameters`` are no tensors."""
+    return isinstance(node.value, ast.Call) and _name_of(node.value.func) == "signature"
+
+
+def _hands_on(parent: ast.AST | None) -> bool:
+    """Returns whether a variable goes elsewhere as a whole, as an argument or by another name."""
+    if isinstance(parent, ast.Call):
+        return _name_of(parent.func) not in _ASKING
+    return not isinstance(parent, ast.Attribute | ast.Compare | ast.arguments)
+
+
 def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
     name = node.args[1]
     if not isinstance(name, ast.Constant):
@@ -150,6 +168,8 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
         elif kind not in _NO_OPERATIONS:
             if names and names[-1] not in METADATA_ATTRIBUTES:
                 found += _as_paths(names, of_first, is_called)
+            elif of_first and not names and kind not in ("STORE_ATTR", "LOAD_SUPER_ATTR"):
+                found.append(("", False))
             is_called = False
             loaded: Any = value[-1] if isinstance(value, tuple) and value else value
             names, of_first = [], kind.startswith(_LOADS) and first is not None and loaded == first
@@ -157,6 +177,7 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
                 names.append(str(value))
             if kind == "LOAD_GLOBAL" and value == "getattr":
                 found.append((f"*.{ANY}", False))
+                found += [(f"*.{said}", False) for said in code.co_consts if str(said).isidentifier()]
     if not _ALL_PARAMETERS.isdisjoint(code.co_names):
         found.append((f"*.{ANY}", False))
     for inner in code.co_consts:

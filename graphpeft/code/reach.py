@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -58,7 +58,11 @@ class Reach:
         # holds the start value, too, so that its id isn't reused
         self._known: dict[int, tuple[Any, list[Namespace]]] = {}
         starts = {module: list(_starts(module)) for module in self._inside}
-        self.names = self._names_in_what_runs([value for values in starts.values() for value in values])
+        self.names = {"forward"}
+        for _ in functions_run(
+            [value for values in starts.values() for value in values], self.names, self._inside.__contains__
+        ):
+            pass  # the search adds the names
         for module in root.modules():
             self._note(Namespace.of_object(module), module)
             for value in starts[module]:
@@ -85,27 +89,6 @@ class Reach:
         if id(start) not in self._known:
             self._known[id(start)] = (start, list(self._found_from(start)))
         return self._known[id(start)][1]
-
-    def _names_in_what_runs(self, waiting: list[Any]) -> set[str]:
-        """Returns the names in the code of reached functions; a method is reached once reached code names it."""
-        named, seen = {"forward"}, dict[int, Any]()
-        unnamed: defaultdict[str, list[Any]] = defaultdict(list)
-        while waiting:
-            value = waiting.pop()
-            kind = type(value)  # isinstance would read __class__, which user objects can override
-            if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and value in self._inside):
-                continue
-            seen[id(value)] = value
-            waiting += opened(value, named)[1]
-            if issubclass(kind, type) and _is_of_a_user(value):
-                for name, method in _methods(value).items():
-                    if name not in named:
-                        unnamed[name].append(method)
-            elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
-                new = names_in(value.__code__).read - named
-                named |= new
-                waiting += [method for name in new for method in unnamed.pop(name, ())]
-        return named
 
     def _found_from(self, start: Any) -> Iterator[Namespace]:
         # bases are searched once, since many classes share them
@@ -142,6 +125,38 @@ def _starts(module: nn.Module) -> Iterator[Any]:
         elif value and id(value) not in seen:
             seen.add(id(value))
             waiting += parts_of(value)
+
+
+def functions_run(
+    starts: Iterable[Any], named: set[str], ends_at: Callable[[nn.Module], bool] = lambda _: True
+) -> Iterator[FunctionType]:
+    """Yields the user's functions that code may run which reaches some values and names what is in `named`.
+
+    A method is run once reached code contains its name; special methods, as ``__call__``, are run without one.
+
+    Args:
+        starts: The values.
+        named: The names in code that runs; those in the functions that are found are added.
+        ends_at: Whether the search ends at a module; it does at all of them by default.
+    """
+    waiting, seen = list(starts), dict[int, Any]()
+    unnamed: defaultdict[str, list[Any]] = defaultdict(list)
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)  # isinstance would read __class__, which user objects can override
+        if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and ends_at(value)):
+            continue
+        seen[id(value)] = value
+        waiting += opened(value, named)[1]
+        if issubclass(kind, type) and _is_of_a_user(value):
+            for name, method in _methods(value).items():
+                if name not in named:
+                    unnamed[name].append(method)
+        elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
+            yield value
+            new = names_in(value.__code__).read - named
+            named |= new
+            waiting += [method for name in new for method in unnamed.pop(name, ())]
 
 
 def functions_held(module: nn.Module) -> Iterator[FunctionType]:

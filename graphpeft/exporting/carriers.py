@@ -88,7 +88,9 @@ def merged(model: nn.Module) -> Prepared:
     copied = copies.with_own_weights(model)
     unmerged = [] if state.are_off else [name for name in state.active if name not in state.merged]
     try:
-        base = copied.merge_and_unload(adapter_names=unmerged)
+        # into codes it would be rounded, and programs couldn't read the codes
+        is_coded = any(state.by_name[name].coded_sites for name in (*unmerged, *state.merged))
+        base = copied.merge_and_unload(adapter_names=unmerged, dequantize=is_coded)
     except AdaptError as error:
         raise ExportError(f"{error}. Or export it with adapters='baked', which keeps the branch") from error
     return Prepared("merged", base, Root(base), (_CALL,))

@@ -15,11 +15,10 @@ from graphpeft.graph.paths import modules_by_path
 
 
 def sharing_weights(model: nn.Module) -> Any:
-    """Returns a copy in evaluation mode that shares the parameters' memory; callers must not write into parameters."""
-    # new parameters in the same memory give the copy its own requires_grad; parameters of other classes are shared
-    shared = {id(p): _same_memory(p) for p in model.parameters() if type(p) is nn.Parameter}
-    others = {id(p): p for p in model.parameters() if type(p) is not nn.Parameter}
-    return _copied(model, shared | others)
+    """Returns a copy in evaluation mode that shares plain parameters' memory; callers must not write into them."""
+    # new parameters in the same memory give the copy its own requires_grad; those of other classes may keep what a call
+    # of the copy would take from them, as bitsandbytes' keep scales until the first call
+    return _copied(model, {id(p): _same_memory(p) for p in model.parameters() if type(p) is nn.Parameter})
 
 
 def with_own_weights(model: nn.Module) -> Any:

@@ -7,7 +7,8 @@ Code that goes through a model's own modules leaves holders out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,26 @@ class Holder(nn.Module):
     """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", (value,))):
-            raise RuntimeError(
-                "accelerate can't offload an adapter: it loads a module's tensors when that is called, and nothing "
-                "calls the one that has an adapter's. Call merge_and_unload() before you offload the model"
-            )
-        super().__setattr__(name, value)
+        if name == "_old_forward":
+            # accelerate begins to put a hook here, and next exchanges the tensors
+            vars(self)[_BEFORE_HOOK] = dict(self._parameters), dict(self._buffers)
+        elif name == "_hf_hook":
+            self._stay(getattr(value, "hooks", (value,)))
+        elif name != "forward":
+            super().__setattr__(name, value)
+
+    def _stay(self, hooks: Iterable[Any]) -> None:
+        """Takes back what hooks of accelerate have done, and goes to the device where they let the layer around run.
+
+        They act when a module is called, which a holder isn't. And what is offloaded is another tensor in each call, so
+        nothing would be trained.
+        """
+        parameters, buffers = vars(self).pop(_BEFORE_HOOK, ({}, {}))
+        self._parameters.update(parameters)
+        self._buffers.update(buffers)
+        devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
+        for device in devices:
+            self.to(device)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raises RuntimeError: only code that calls all submodules of an adapted module calls a holder."""
@@ -38,8 +53,15 @@ class Holder(nn.Module):
         return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
 
 
+_BEFORE_HOOK = "_graphpeft_before_hook"
+
+
 def holder_for(module: nn.Module) -> Holder:
     """Returns an empty holder for an adapter at `module`."""
+    wrapping: Any = sys.modules.get("torch.distributed.fsdp.wrap")
+    if wrapping is not None:
+        # what FSDP wraps is whole in its own call alone, and no holder is called
+        wrapping.size_based_auto_wrap_policy.EXCLUDE_WRAP_MODULES.add(Holder)
     holder = Holder()
     vars(holder)["training"] = module.training
     return holder

@@ -15,12 +15,14 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
+from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
+from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.peft_classes import ending_in
 
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
@@ -101,6 +103,7 @@ class Dressed:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
+        keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
         return copied
 
 
@@ -207,8 +210,8 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 
 
 def original_class(module: nn.Module) -> type:
-    """Returns the class of `module` before it was dressed."""
-    cls = type(module)
+    """Returns the class of `module` before it was dressed, and before it was sharded."""
+    cls = under_shards(type(module))
     return cls.__dict__.get("_graphpeft_original", cls)
 
 
@@ -218,7 +221,7 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    cls = type(module)
+    cls = under_shards(type(module))
     own = cls.__dict__.get("_graphpeft_layers")
     if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
@@ -244,7 +247,7 @@ def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
     wanted = {**worn, **layers} if worn else layers
     ordered = tuple([layer for kind in KINDS if (layer := wanted.get(kind)) is not None])
     original = original_class(module)
-    cls = dressed_class(original, ordered) if ordered else original
+    cls = over_shards(type(module), dressed_class(original, ordered) if ordered else original)
     if cls is not type(module):
         _set_class(module, cls)
 
@@ -255,8 +258,10 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
+    kept = own_forwards(module)
     # bypasses nn.Module.__setattr__, which is for tensors and submodules
     object.__setattr__(module, "__class__", cls)
+    keep_own_forward(module, kept)
     # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
     vars(module)[_TOUCHED] = None
     del vars(module)[_TOUCHED]

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from graphpeft._torch import PADDING_OF_CONVOLUTION, computes_in_own_way
 from graphpeft.graph import guards, in_place
+from graphpeft.graph.computed_weights import computed_from
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import FIXED, Template
 
@@ -28,13 +29,13 @@ def given(module: nn.Module) -> Template | None:
     """Returns the hand-written graph of a layer, or None for another module.
 
     Args:
-        module: Any module. A layer must own its tensors, without a parametrization that computes them.
+        module: Any module. A layer must have a weight, its own or one that it computes.
 
     Raises:
         TraceError: If a graph can't replace the layer's forward.
     """
     graph_of = _given_for(cast(Any, in_place.original_class(module)).forward)
-    if graph_of is None or module._parameters.get("weight") is None:
+    if graph_of is None or (module._parameters.get("weight") is None and computed_from(module, "weight") is None):
         return None
     refuse_what_a_graph_cannot_replace(module)
     template = graph_of(module)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
+from graphpeft.graph.sharding import is_asked_by_fsdp, is_managed
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -64,6 +65,8 @@ def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
         rows: The rows that replace rows of the module's weight.
     """
     in_place.put_on(module, _layer(tuple(others.items()), rows))
+    if _HOOK in vars(module):
+        _show_own(vars(module)[_HOOK])
 
 
 def read_own(module: nn.Module) -> None:
@@ -137,7 +140,21 @@ def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor
 def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
     names = dict(pairs)
 
+    own_names = ("weight",) if rows else tuple(names)
+
     def assign(module: nn.Module, name: str, value: Any) -> None:
+        if name == _HOOK:
+            _show_own(value)
+            # it has taken the flag of the override for that of the module's own
+            for own in own_names:
+                if (parameter := module._parameters.get(own)) is not None:
+                    parameter.requires_grad_(False)
+        if name in own_names and is_managed(module):
+            # FSDP has deleted the module's own before, and sets a parameter between calls and a tensor during one
+            vars(module).pop(name, None)
+            held = module._parameters if isinstance(value, nn.Parameter) else vars(module)
+            held[name] = value
+            return
         # a parameter goes where `named_parameters()` has the name, as whatever shards or quantises a model means it
         is_redirected = name in names and not isinstance(value, nn.Parameter)
         holder, own = place_of(module, names[name]) if is_redirected else (module, name)
@@ -145,11 +162,44 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         original: Any = getattr(type(holder), "_graphpeft_original", type(holder))
         original.__setattr__(holder, own, value)
 
-    namespace: dict[str, Any] = {own: property(functools.partial(_read, own, other)) for own, other in pairs}
+    readers = {own: functools.partial(_read, own, other) for own, other in pairs}
     if rows:
-        namespace["weight"] = property(functools.partial(_read_with_rows, rows))
+        readers["weight"] = functools.partial(_read_with_rows, rows)
+    namespace: dict[str, Any] = {
+        own: property(reader, fdel=functools.partial(_delete_own, own)) for own, reader in readers.items()
+    }
     namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
+
+
+_HOOK = "_hf_hook"
+"""The attribute of a module that has accelerate's hook, which moves and exchanges its tensors around each call."""
+
+
+def _show_own(hook: Any) -> None:
+    """Lets a hook of accelerate find a module's own tensors, where reading ``module.weight`` gives an override."""
+    hook.__class__ = _showing_own(type(hook))
+
+
+@functools.cache
+def _showing_own(cls: type) -> type:
+    if hasattr(cls, _SHOWS_OWN):
+        return cls
+    methods = {name: _on_own(getattr(cls, name)) for name in ("pre_forward", "post_forward", "detach_hook")}
+    return type(cls.__name__, (cls,), {**methods, _SHOWS_OWN: True, "__module__": cls.__module__})
+
+
+_SHOWS_OWN = "_graphpeft_shows_own"
+
+
+def _on_own(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    @torch.compiler.disable
+    def on_own(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with in_place.without(module, "tensors"):
+            return method(hook, module, *args, **kwargs)
+
+    return on_own
 
 
 def _save(module: nn.Module, *args: Any) -> None:
@@ -166,15 +216,33 @@ def _load(module: nn.Module, *args: Any, **options: Any) -> None:
 
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
-    return now[own] if now is not None and own in now else value_at(module, other)
+    if now is not None and own in now:
+        return now[own]
+    if is_managed(module) and is_asked_by_fsdp():
+        return _own(module, own)
+    return value_at(module, other)
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
     if now is not None and "weight" in now:
         return now["weight"]
-    table = module._parameters["weight"]
-    assert table is not None
+    table = _own(module, "weight")
+    if is_managed(module) and is_asked_by_fsdp():
+        return table
     for name, indices in rows:
         table = put_rows(table, indices, value_at(module, name))
     return table
+
+
+def _own(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the module's own parameter, or the tensor that FSDP has there during a call."""
+    held: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
+    if name not in held:
+        raise AttributeError(name)
+    return held[name]
+
+
+def _delete_own(name: str, module: nn.Module) -> None:
+    # nn.Module deletes a parameter before it looks for a property
+    del vars(module)[name]

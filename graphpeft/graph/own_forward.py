@@ -33,15 +33,23 @@ def call_through(module: nn.Module) -> Template:
     return _calling(in_place.original_class(module).forward, ())
 
 
-def call_on_weights(module: nn.Module) -> Template:
+def call_on_weights(module: nn.Module, weight: str) -> Template:
     """Returns the template of a graph that calls `module`'s own forward on the weights that the forward's code reads.
+
+    Args:
+        module: The module.
+        weight: The path of the weight that is to be among them. If the code doesn't show that it is read, all of the
+            module's weights are.
 
     Raises:
         TraceError: If a graph can't have the forward's arguments.
     """
-    read = uses_in_forward(in_place.original_class(module)).read
+    uses = uses_in_forward(in_place.original_class(module))
+    used = uses.read | uses.called  # a method of the weight, such as ``weight.chunk``, is called
     found = dict(module.named_parameters())
-    names = tuple(path for path in found if path in read) or tuple(module._parameters)
+    names = tuple(path for path in found if any(path == use or use.startswith(f"{path}.") for use in used))
+    if weight not in names:
+        names = tuple(module._parameters) if weight in module._parameters else tuple(found)
     return _calling(in_place.original_class(module).forward, names, as_given=True)
 
 
@@ -59,8 +67,10 @@ def _calling(forward: Callable[..., Any], weights: tuple[str, ...], as_given: bo
 
 def _hides(forward: Callable[..., Any]) -> bool:
     """Returns whether `forward` is decorated and so may pass its arguments to a function with other argument names."""
-    own = inspect.signature(forward, follow_wrapped=False).parameters.values()
-    return any(p.kind is p.VAR_POSITIONAL for p in own) and hasattr(forward, "__wrapped__")
+    own = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
+    takes_any = [parameter.kind is parameter.VAR_POSITIONAL for parameter in own]
+    # without a name of its own for the module, it is a decorator's that doesn't tell what it wraps
+    return any(takes_any) and (takes_any[0] or hasattr(forward, "__wrapped__"))
 
 
 _Arguments = tuple[Any, dict[str, fx.Node], list[fx.Node]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from graphpeft.graph.holders import Holder
@@ -17,19 +19,64 @@ def within(path: str, outer: str) -> str:
     return path[len(outer) + 1 :] if outer else path
 
 
+_WRAPPED = {
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+"""PyTorch's wrappers, which add nothing to what a model computes, and the name of the module in each."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the module inside of PyTorch's wrappers: those of distributed training, recomputation, compilation."""
+    while (name := _WRAPPED.get(type(module).__name__)) in module._modules and _is_of_torch(module):
+        inner = module._modules[str(name)]
+        assert inner is not None
+        module = inner
+    return module
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns ``dict(model.named_modules())`` without the holders of adapters' tensors, and faster in deep models."""
+    """Returns ``dict(model.named_modules())``, without holders and wrappers, and faster in deep models."""
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if module in seen or isinstance(module, Holder):
-            continue
-        seen.add(module)
-        found[path] = module
-        inner = module._modules
-        if inner:
-            prefix = f"{path}." if path else ""
-            waiting += [(prefix + name, child) for name, child in reversed(inner.items()) if child is not None]
+        module = unwrapped(module)
+        if module not in seen:
+            seen.add(module)
+            found[path] = module
+            waiting += _inside(path, module)
     return found
+
+
+def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields ``model.named_modules(remove_duplicate=False)`` likewise, each module once for each of its paths."""
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        module = unwrapped(module)
+        yield path, module
+        waiting += _inside(path, module)
+
+
+def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns a module's own modules with their paths, the last first."""
+    inner = module._modules
+    if not inner:
+        return []
+    prefix = f"{path}." if path else ""
+    # a layer may have a hundred holders, whose paths nobody needs
+    return [
+        (prefix + name, child)
+        for name, child in reversed(inner.items())
+        if type(child) is not Holder and child is not None
+    ]

@@ -9,6 +9,7 @@ from torch import fx, nn
 from graphpeft.code.source import calls_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.kept_forwards import foreign_forward
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
 """The public attributes that ``fx.GraphModule`` adds to a module."""
@@ -16,9 +17,10 @@ _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswi
 
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     """Raises TraceError if a graph can't replace the forward of `module`."""
-    if "forward" in module.__dict__:
+    foreign = foreign_forward(module)
+    if foreign is not None:
         raise TraceError(
-            f"its forward was set on the instance ({module.__dict__['forward']!r}) and would win over the graph's; "
+            f"its forward was set on the instance ({foreign!r}) and would win over the graph's; "
             "adapt the model before hooks replace its forwards"
         )
     call = in_place.original_class(module).__call__

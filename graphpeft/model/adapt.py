@@ -76,7 +76,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: ConfigLike,
     adapter_name: str = "default",
-    mixed: bool = False,
+    mixed: bool = False,  # noqa: ARG001
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,  # noqa: ARG001
@@ -93,7 +93,7 @@ def get_peft_model(
         model: Any PyTorch module, or a graph that `trace` returned.
         peft_config: A config of this library or of PEFT; its class is the method.
         adapter_name: The adapter's name.
-        mixed: Must be False; a model takes adapters of any methods without it.
+        mixed: Accepted for compatibility with PEFT; a model takes adapters of any methods, with and without it.
         autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
         revision: The base model's revision on the Hub, which the adapter's config records.
         low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
@@ -109,7 +109,6 @@ def get_peft_model(
         AdaptError: If nothing in the model matches the config, a target can't be adapted, the adapter can't have this
             name, or the model has adapters of the PEFT library. The model is unchanged then.
         TypeError: If `model` is no module, or `peft_config` no config.
-        ValueError: If `mixed` is True.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -118,8 +117,6 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 88 || all params: 300 || trainable%: 29.3333
     """
-    if mixed:
-        raise ValueError("mixed=True isn't needed: a model takes adapters of any methods here; leave mixed False")
     check_model(model)
     config = as_config(peft_config)
     if revision is not None:

@@ -10,6 +10,8 @@ from torch import nn
 from graphpeft.adapters.adapting import known_adapter
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.tensors import count_of_numbers
+from graphpeft.model.configs import Configs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 
@@ -23,9 +25,9 @@ class AdapterInfo(nn.Module):
     _peft_adapters: Adapters
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
+    def peft_config(self) -> Configs:
         """The config of each adapter, by the adapter's name, in the order in which they were added."""
-        return {name: adapter.config for name, adapter in self._peft_adapters.by_name.items()}
+        return Configs(self._peft_adapters)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -101,12 +103,14 @@ class AdapterInfo(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the model's parameters, in numbers (not tensors).
 
+        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT.
+
         Returns:
             How many are trainable, and how many there are, those of adapters among them.
         """
         parameters = list(self.parameters())
-        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        return trainable, sum(parameter.numel() for parameter in parameters)
+        trainable = sum(count_of_numbers(parameter) for parameter in parameters if parameter.requires_grad)
+        return trainable, sum(count_of_numbers(parameter) for parameter in parameters)
 
     def print_trainable_parameters(self) -> None:
         """Prints the counts of `get_nb_trainable_parameters`, and the share of the first in per cent, as PEFT does."""

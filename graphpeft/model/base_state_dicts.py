@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters.adapting import known_adapters
-from graphpeft.graph.paths import join
+from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.paths import unwrapped
 from graphpeft.wording import joined
 
 
@@ -30,13 +32,10 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
         >>> list(get_base_model_state_dict(model))
         ['0.weight', '0.bias']
     """
-    model = getattr(model, "_orig_mod", model)
-    state, of_adapters = known_adapters(model), _names_of_adapters(model)
-    originals = {join(path, name): tensor.detach() for (path, name), tensor in state.originals.items()}
-    own: dict[str, torch.Tensor] = {
-        name: tensor for name, tensor in model.state_dict().items() if name not in of_adapters
-    }
-    return own | {name: tensor for name, tensor in originals.items() if name in own}
+    model = unwrapped(model)
+    state, modules = known_adapters(model), modules_of(model)
+    originals = {id(tensor_at(modules[path], name)): tensor for (path, name), tensor in state.originals.items()}
+    return {name: originals.get(id(tensor), tensor).detach() for name, tensor in _own_tensors(model).items()}
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -60,9 +59,8 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         >>> set_base_model_state_dict(model, nn.Sequential(nn.Linear(4, 4)).state_dict())
         <All keys matched successfully>
     """
-    model = getattr(model, "_orig_mod", model)
-    of_adapters = _names_of_adapters(model)
-    own = [name for name in model.state_dict() if name not in of_adapters]
+    model = unwrapped(model)
+    own = _own_tensors(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     problems = [f"lacks {joined(missing)}"] if missing else []
@@ -73,6 +71,12 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
     return IncompatibleKeys(missing, unexpected)
 
 
-def _names_of_adapters(model: Any) -> set[str]:
-    by_name = known_adapters(model).by_name
-    return {join(*place) for name, adapter in by_name.items() for place in adapter.tensor_names(name)}
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a model's state dict without adapters' tensors, as these may stand there under several paths."""
+    modules = modules_of(model)
+    of_adapters = {
+        id(tensor_at(modules[path], attribute))
+        for name, adapter in known_adapters(model).by_name.items()
+        for path, attribute in adapter.tensor_names(name)
+    }
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in of_adapters}

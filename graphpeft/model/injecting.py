@@ -33,15 +33,16 @@ def inject_adapter_in_model(
         state_dict: Tensors by the names that an adapter's have in files, with or without the prefix
             ``base_model.model.``; the modules in these names are adapted, and the values aren't used. None adapts those
             that the config names.
-        example_inputs: As for `get_peft_model`.
+        example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be called;
+            needed where `get_peft_model` needs it.
 
     Returns:
         `model` itself, which has the methods of `PeftModel`.
 
     Raises:
         ValueError: If the config is one of a prompt method.
-        AdaptError: As for `get_peft_model`, or if the model hasn't all modules that the state dict names. The model is
-            unchanged then.
+        AdaptError: If the model can't be adapted, as in `get_peft_model`, or hasn't all modules that the state dict
+            names. The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from graphpeft.adapters import lifecycle, merging
+from graphpeft.adapters import dequantising, lifecycle, merged_codes, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
@@ -33,17 +33,26 @@ class MergingMethods(AdapterInfo):
         return self
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        dequantize: bool = False,
     ) -> Any:
         """Adds adapters to the weights and takes all adapters off.
 
         A copy of each changed weight is kept until the call ends, in main memory if the weight is on an accelerator. A
-        forward that runs in another thread may see the change half done, see `PeftModel`.
+        forward that runs in another thread may see the change half done, see `PeftModel`. The sum of a quantised weight
+        and its change is quantised as the weight was, as in PEFT, with a warning, since that rounds it.
 
         Args:
             progressbar: Accepted for compatibility with PEFT; merging is one addition for each weight.
             safe_merge: Whether to refuse changes with infinities or NaNs.
             adapter_names: The adapters to merge; the active ones if None.
+            dequantize: Whether all quantised linear layers become plain ones, ``nn.Linear`` with weights of the dtype
+                that they had before they were quantised. Then nothing is rounded to codes again. It isn't an argument
+                of PEFT's.
 
         Returns:
             This model, without adapters.
@@ -59,8 +68,14 @@ class MergingMethods(AdapterInfo):
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
         with transaction(self):
-            merging.merge(modules, state, [*state.merged, *names])
+            names = [*state.merged, *names]
+            merging.merge(modules, state, names)
+            numbers = merged_codes.merged(modules, state, names) if dequantize else {}
+            if not dequantize:
+                merged_codes.merge(modules, state, names)
             lifecycle.unload(self, state, left={})
+            if dequantize:
+                dequantising.dequantise(modules_of(self), numbers)
         return self
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -68,7 +83,8 @@ class MergingMethods(AdapterInfo):
 
         A merged adapter has no nodes in the graphs, so the forward is the base's. A copy of each changed weight is kept
         meanwhile. Adapters that are active and not merged go on acting. A forward that runs in another thread may see
-        the change half done, see `PeftModel`.
+        the change half done, see `PeftModel`. Quantised weights are quantised anew, see `merge_and_unload`, and
+        `unmerge_adapter` restores their very codes.
 
         Args:
             adapter_names: The adapters to merge; the active ones if None. Adapters that are merged already are left

@@ -59,12 +59,13 @@ class OtherNames(AdapterInfo):
                 the model is unchanged then.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        modules = modules_of(self)
         for name in names:
             adapter = known_adapter(self, name)
             if requires_grad:
-                lifecycle.refuse_untrainable(adapter, name)
+                lifecycle.refuse_untrainable(modules, adapter, name)
         with transaction(self):
-            set_trainable_now(modules_of(self), self._peft_adapters, dict.fromkeys(names, requires_grad))
+            set_trainable_now(modules, self._peft_adapters, dict.fromkeys(names, requires_grad))
 
 
 def free_names(model: Any) -> tuple[str, ...]:

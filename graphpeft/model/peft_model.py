@@ -19,6 +19,7 @@ from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, p
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
+from graphpeft.adapters.tensors import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapted_class import layers_with
@@ -209,6 +210,26 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
         with transaction(self):
             training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Makes what a Transformers model's embedding returns require gradients.
+
+        Reentrant checkpoints have no gradients if none of their inputs requires any, as in a frozen model. Layers that
+        are quantised need no such call, see `prepare_model_for_kbit_training`.
+
+        Args:
+            model: The model; in PEFT it is the one inside of this one.
+
+        Returns:
+            The model.
+        """
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if not any(getattr(model, flag, False) for flag in flags):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            elif hasattr(model, "get_input_embeddings"):
+                model.get_input_embeddings().register_forward_hook(_require_grad)
+        return model
+
     # further adapters
 
     def add_adapter(
@@ -271,7 +292,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
         Args:
             model_id: A folder, or a repository on the Hub.
             adapter_name: The adapter's name in the model.
-            is_trainable: Whether the adapter can be trained further.
+            is_trainable: Whether the adapter can be trained further. Its tensors require gradients then, as in PEFT, so
+                that an optimizer can be made before it is active.
             torch_device: Accepted for compatibility with PEFT; each tensor goes to the device of the adapted weight.
             autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
             ephemeral_gpu_offload: Must be False.
@@ -300,18 +322,21 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
                 **options,
             )
             return IncompatibleKeys([], [])
-        load(
-            self,
-            model_id,
-            adapter_name,
-            is_trainable,
-            activates=False,
-            methods=give_methods,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            key_mapping=key_mapping,
-            **options,
-        )
+        with transaction(self):
+            load(
+                self,
+                model_id,
+                adapter_name,
+                is_trainable,
+                activates=False,
+                methods=give_methods,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                key_mapping=key_mapping,
+                **options,
+            )
+            # an optimizer may be made before it is activated
+            set_trainable_now(modules_of(self), self._peft_adapters, {adapter_name: is_trainable})
         return IncompatibleKeys([], [])
 
     def add_weighted_adapter(
@@ -418,6 +443,14 @@ class ResizablePeftModel(PeftModel):
         if pad_to_multiple_of is not None:
             options["pad_to_multiple_of"] = pad_to_multiple_of
         return base.resize_token_embeddings(new_num_tokens, **options)
+
+
+PeftMixedModel = PeftModel
+"""PEFT's name for models with adapters of several methods, which all adapted models can have here."""
+
+
+def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def give_methods(model: nn.Module, task: TaskType | None) -> None:

@@ -17,7 +17,7 @@ from graphpeft.adapters.tensors import refuse_missing, trained_besides
 from graphpeft.files.atomic_files import Staging
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
-from graphpeft.model.state_dicts import set_peft_model_state_dict
+from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.wording import joined
 
@@ -70,12 +70,15 @@ class SavingMethods(AdapterInfo):
                 converted; nothing is written then.
             OSError: If a file can't be written; the files that were there are unchanged then.
         """
-        if not is_main_process:
-            return
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         selected = {name: known_adapter(self, name) for name in names}
+        if not is_main_process:
+            # takes part in gathering what is sharded
+            for name in names if state_dict is None else ():
+                get_peft_model_state_dict(self, None, name, save_embedding_layers=save_embedding_layers)
+            return
         for name, adapter in selected.items():
-            refuse_missing(modules_of(self), adapter, name)
+            refuse_missing(modules_of(self), adapter, name, reads=state_dict is None)
         trained = trained_besides(self)
         if trained:
             warnings.warn(

@@ -13,23 +13,26 @@ from graphpeft.adapters import checkpoint, file_names
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.loading import set_values
 from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.graph.paths import unwrapped
+from graphpeft.graph.sharding import gathered_by_fsdp
 
 
 def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
-    unwrap_compiled: bool = False,
+    unwrap_compiled: bool = False,  # noqa: ARG001
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of an adapter by their names in PEFT's files.
 
     Args:
-        model: An adapted model.
+        model: An adapted model, also inside of PyTorch's wrappers (DDP, FSDP, ``torch.compile``). Where it is sharded,
+            all processes have to call this, since each has a part of the tensors.
         state_dict: The model's state dict where it was gathered elsewhere, as distributed training does; None reads the
             tensors from the model.
         adapter_name: The name of the adapter.
-        unwrap_compiled: Whether `model` may be the result of ``torch.compile``.
+        unwrap_compiled: Accepted for compatibility with PEFT; wrappers are looked through anyway.
         save_embedding_layers: Whether the tables of a Transformers model's embeddings are included: True, False, or
             ``"auto"``, which includes them if the config's `target_modules` names one, or if the vocabulary isn't that
             of the base model.
@@ -47,10 +50,11 @@ def get_peft_model_state_dict(
         >>> {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
         {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    wrapper, model = model, unwrapped(model)
+    if state_dict is None:
+        state_dict = gathered_by_fsdp(wrapper)
     adapter = known_adapter(model, adapter_name)
-    refuse_missing(modules_of(model), adapter, adapter_name)
+    refuse_missing(modules_of(model), adapter, adapter_name, reads=state_dict is None)
     originals = model._peft_adapters.originals
     return checkpoint.state_dict_of(
         modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
@@ -67,7 +71,7 @@ def set_peft_model_state_dict(
     """Overwrites the tensors of an adapter.
 
     Args:
-        model: An adapted model.
+        model: An adapted model, also inside of PyTorch's wrappers.
         peft_model_state_dict: All tensors of the adapter by their names in PEFT's files, as
             `get_peft_model_state_dict` returns them.
         adapter_name: The name of the adapter.
@@ -96,7 +100,7 @@ def set_peft_model_state_dict(
             "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Put the tensors "
             "that fit into what get_peft_model_state_dict returns"
         )
-    set_values(model, adapter_name, peft_model_state_dict)
+    set_values(unwrapped(model), adapter_name, peft_model_state_dict)
     return IncompatibleKeys([], [])
 
 

@@ -15,6 +15,7 @@ from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.in_place import original_class
+from graphpeft.graph.paths import unwrapped
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.sites.quantised import backend_of
 
@@ -114,7 +115,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         >>> status.name, status.enabled, status.requires_grad
         ('0', True, {'default': True})
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     state, modules = known_adapters(model), modules_of(model)
     tensors = _tensors_of(state, modules)
     return [_layer_status(path, modules[path], state, tensors[path]) for path in modules if path in tensors]
@@ -138,7 +139,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
         >>> status.trainable_params, status.total_params, status.active_adapters
         (16, 36, ['default'])
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     state, layers = known_adapters(model), get_layer_status(model)
     trainable, total = AdapterInfo.get_nb_trainable_parameters(model)
     name = original_class(model).__name__
@@ -207,6 +208,11 @@ def _common(values: list[Value]) -> Value | Irregular:
 
 class StatusMethods(AdapterInfo):
     """The part of `PeftModel` that tells what adapters do."""
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules where adapters have tensors."""
+        return [layer.name for layer in get_layer_status(self)]
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns what adapters do at each module where they have tensors, in the model's order of modules.

@@ -36,7 +36,7 @@ class SwitchingMethods(AdapterInfo):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
-            lifecycle.refuse_untrainable(known_adapter(self, name), name)
+            lifecycle.refuse_untrainable(modules_of(self), known_adapter(self, name), name)
         modules, before = modules_of(self), self.active_adapters
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)

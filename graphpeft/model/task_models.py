@@ -107,4 +107,9 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[Any]] = {
         PeftModelForFeatureExtraction,
     )
 }
-"""The class that stands for the models of a task, by the task."""
+"""The class that stands for the models of a task, by the task.
+
+Example:
+    >>> MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"].__name__
+    'PeftModelForCausalLM'
+"""

@@ -94,7 +94,9 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         is_leaf = issubclass(site, LeafSite)
         changes = CHANGES if isinstance(rule, Mergeable) and not is_leaf else ()
         functions = {"rewrite": (*(_AT_LEAF if is_leaf else _AT_OPERATION), *changes), "enter": _INPUT}
-    if isinstance(rule, Mergeable) and not issubclass(site, LeafSite):
+    if isinstance(rule, Mergeable) and issubclass(site, LeafSite):
+        functions["delta"] = ("weight", "base")
+    elif isinstance(rule, Mergeable):
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)

@@ -146,6 +146,11 @@ class PeftConfig:
         return "none"
 
     @property
+    def takes_product(self) -> bool:
+        """Whether a new adapter takes from the weights what its tensors make at first."""
+        return False
+
+    @property
     def keeps_tied(self) -> bool:
         """Whether tied weights of the model stay tied: trained copies are one tensor, and trained rows are the same."""
         return False
@@ -291,14 +296,8 @@ class PeftConfig:
         Args:
             tensors: The adapter's tensors, by their names in the file.
             first: The tensors of the untrained adapter, by the same names.
-
-        Raises:
-            ValueError: If there is no such adapter.
         """
-        raise ValueError(
-            f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, which a "
-            f"{self.method} adapter never does; leave it None"
-        )
+        raise NotImplementedError(f"{type(self).__name__} takes a product from the weights, and can't convert it")
 
     def ignores(self, key: str) -> bool:
         """Returns whether a file may hold a tensor that the adapter doesn't need.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.registry import options, registered
 from graphpeft.wording import shown
@@ -19,6 +20,46 @@ class ConfigLike(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Returns the config's keys with plain values."""
         ...
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """Returns the config that a dictionary describes.
+
+    Args:
+        config_dict: Options by name; `peft_type` among them names the method.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If the method isn't known, or an option has an invalid value.
+
+    Example:
+        >>> get_peft_config({"peft_type": "LORA", "r": 2}).r
+        2
+    """
+    return PeftConfig.from_dict(config_dict)
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder, or a repository on the Hub, has an adapter of a method that exists here.
+
+    Args:
+        model_name_or_path: The folder or the repository.
+
+    Returns:
+        Whether its config can be read.
+
+    Example:
+        >>> LoraConfig().save_pretrained("adapter")
+        >>> check_if_peft_model("adapter"), check_if_peft_model("elsewhere")
+        (True, False)
+    """
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (FileNotFoundError, CheckpointError):
+        return False
+    return True
 
 
 def as_config(given: ConfigLike) -> PeftConfig:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
+
+from graphpeft.rules.plain_values import plain
 
 ConfigT = TypeVar("ConfigT", bound=type[Any])
 _REGISTRY: dict[str, type[Any]] = {}
@@ -53,7 +57,7 @@ def register(config_class: ConfigT) -> ConfigT:
         # PEFT's constructors take it
         named = kwargs.pop("peft_type", config_class.peft_type)
         if named not in (None, config_class.peft_type):
-            raise ValueError(f"{config_class.__name__} is of the method {name}; leave peft_type={named!r} out")
+            raise ValueError(f"{config_class.__name__} is of the method {plain(name)}; leave peft_type={named!r} out")
         for option in kwargs:
             if option not in known:
                 raise TypeError(f"{config_class.__name__} has no option {option!r}{nearest(option, known)}")
@@ -61,6 +65,15 @@ def register(config_class: ConfigT) -> ConfigT:
 
     config_class.__init__ = checked
     return config_class
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[Any]] = MappingProxyType(_REGISTRY)
+"""The config class of every method, by its `peft_type`.
+
+Example:
+    >>> PEFT_TYPE_TO_CONFIG_MAPPING["LORA"].__name__
+    'LoraConfig'
+"""
 
 
 def registered() -> dict[str, type[Any]]:

@@ -49,6 +49,8 @@ class Report:
         lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
         if self.adapted:
             lines += ["", *text_table(("site", "op", "size", "graph of", "parameters"), self._rows())]
+        if self._own_code():
+            lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
         if self.fully_trained:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self.excluded:
@@ -58,6 +60,12 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _own_code(self) -> list[tuple[str, str]]:
+        """Returns the modules that run their own code on changed weights, with the reasons."""
+        sites = [adapted.site for adapted in self.adapted]
+        rows = [(site.region or "the model", site.own_code) for site in sites if site.own_code is not None]
+        return list(dict.fromkeys(rows))
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [

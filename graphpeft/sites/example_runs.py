@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,19 +36,48 @@ def inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs
     return seen[0]
 
 
-def inputs_beyond_defaults(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs | None:
-    """Returns `inputs_of` if an optional argument of the module's forward gets a non-default value, else None."""
-    parameters = inspect.signature(module.forward).parameters
-    optional = {name: p.default for name, p in parameters.items() if p.default is not p.empty or p.kind in _ANY_NUMBER}
-    if not optional:
-        return None
-    try:
-        inputs = inputs_of(model, module, example_inputs)
-    except NotReachedError:
-        return None
-    args, kwargs = split_inputs(inputs)
-    given = inspect.signature(module.forward).bind(*(args or ()), **kwargs).arguments
-    return inputs if any(name in given and not is_same(given[name], optional[name]) for name in optional) else None
+Way = frozenset[tuple[str, Any]]
+"""The optional arguments of a call that haven't their defaults: names, with the value of a flag or else its type."""
+
+
+def ways_of_calling(
+    model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: ExampleInputs
+) -> dict[str, list[Way]]:
+    """Runs a copy of the model on the example inputs and returns in which ways each module is called.
+
+    Args:
+        model: The model.
+        modules: The modules in question, by path; a module that isn't called has no ways.
+        example_inputs: Inputs of the model.
+    """
+    optional = {path: defaults(module.forward) for path, module in modules.items()}
+    ways: dict[str, list[Way]] = {}
+
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        way = frozenset(
+            (name, given[name] if isinstance(given[name], bool | str) else type(given[name]))
+            for name, default in optional[path].items()
+            if name in given and not is_same(given[name], default)
+        )
+        known = ways.setdefault(path, [])
+        if way not in known:
+            known.append(way)
+
+    # a copy, since modules may change themselves when they run
+    copied, inside = copy.deepcopy((model, dict(modules)))
+    for path, module in inside.items():
+        module.register_forward_pre_hook(functools.partial(note, path), with_kwargs=True)
+    args, kwargs = split_inputs(example_inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        copied(*(args or ()), **kwargs)
+    return ways
+
+
+def defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the arguments of a forward that may be left out, with their defaults."""
+    parameters = inspect.signature(forward).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty or p.kind in _ANY_NUMBER}
 
 
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

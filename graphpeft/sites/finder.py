@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from graphpeft.code.source import methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
+from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
@@ -60,7 +61,7 @@ class SiteFinder:
         Raises:
             NoSiteError: If the weight has no site.
         """
-        weight = self.modules[owner]._parameters[attribute]
+        weight = read_weight(self.modules[owner], attribute)
         assert weight is not None
         if is_lazy(weight):
             raise NoSiteError(f"its {attribute} has no shape yet; run the model once before you adapt it")
@@ -120,18 +121,18 @@ class SiteFinder:
         All readers of the weight inside the forward see the change, and the module need not be traced. The region gets
         this graph as its template.
         """
-        module = self.modules[region]
+        module, weight = self.modules[region], join(within(owner, region), attribute)
         if not self.regions.is_called(region):
             return None
         try:
             template = self.templates.get(region) or template_of(module)
             if template is None:
                 refuse_what_a_graph_cannot_replace(module)
-                template = call_on_weights(module)
+                template = call_on_weights(module, weight)
         except TraceError:
             return None
         found = weight_uses(template, module) if template.calls_own_forward else {}
-        uses = found.get(join(within(owner, region), attribute))
+        uses = found.get(weight)
         if uses is not None:
             self.templates[region] = template
         return uses
@@ -185,7 +186,15 @@ class SiteFinder:
             bias=join(region, uses.bias) if uses.bias is not None else None,
             bias_conflict=conflict,
             both_ways=uses.both_ways,
+            own_code=self._why_own_code(region),
+            computed=computed_from(module, attribute),
         )
+
+    def _why_own_code(self, region: str) -> str | None:
+        if not self.templates[region].calls_own_forward:
+            return None
+        error = self.regions.errors.get(region)
+        return str(error) if error is not None else "an adapter of it runs it so"
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
         """Returns whether a region calls a weight's owner in other nodes than the site's, or the owner has hooks."""

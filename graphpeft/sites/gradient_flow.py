@@ -14,6 +14,7 @@ from torch import nn
 
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.errors import OUT_OF_MEMORY
+from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.layer_kinds import declared_features, declares_features
 from graphpeft.sites.quantised import way_of_computing
@@ -44,6 +45,11 @@ def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
         features: The number of input features.
         dtype: The input's dtype.
     """
+    with unhooked(module):
+        return _flow_of(module, features, dtype)
+
+
+def _flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
     weight = module._parameters.get("weight")
     device = torch.get_default_device() if weight is None else weight.device
     if device.type == "meta":

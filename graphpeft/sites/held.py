@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
-from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.attribute_paths import ANY, paths_in
 from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
-from graphpeft.code.reach import functions_held, opened
-from graphpeft.code.source import functions_called, names_in, read_by, uses_in_forward
+from graphpeft.code.reach import functions_held, functions_run, opened
+from graphpeft.code.source import functions_called, functions_in_forward, names_in, read_by, uses_in_forward
 from graphpeft.graph import in_place
 
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
@@ -52,6 +52,34 @@ def read_through(module: nn.Module, held: Mapping[str, Any]) -> set[str]:
     may_run = has_hooks(module) or any(map(_may_lead_to_functions, held.values()))
     names = _read_by_functions(module) if may_run else set[str]()
     return names | {ANY} if _has_parameters(held.values()) else names
+
+
+def read_by_what_is_given(cls: type, held: Collection[Any]) -> set[str]:
+    """Returns the names that code may read from a module that the forward of `cls` hands on; `ANY` if it may be any.
+
+    That is the code of objects and classes that the forward's code names, or that the module holds.
+
+    Args:
+        cls: The module's class.
+        held: What the module holds.
+    """
+    functions = functions_in_forward(cls)
+    named = set().union(*(names_in(function.__code__).read for function in functions))
+    own = {cls.__module__, *(type(value).__module__ for value in held)}
+    names = set[str]()
+    for function in functions_run([*functions, *held], named):
+        if function not in functions:
+            # as of a forward, only code beside the classes reads by any name
+            names |= _read_precisely(function) - (set() if function.__module__ in own else {ANY})
+    return names
+
+
+def _read_precisely(function: FunctionType) -> set[str]:
+    names = read_by(function)
+    if ANY not in names:
+        return names
+    # the source tells more, but takes longer
+    return {path.removeprefix("*.") for path, _ in paths_in(function, has_self=False)}
 
 
 def has_hooks(module: nn.Module) -> bool:

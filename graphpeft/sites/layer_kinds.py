@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from graphpeft.graph import ops
 from graphpeft.graph.ops import convolution, embedding
-from graphpeft.graph.traced_model import plain_attribute
+from graphpeft.graph.traced_model import plain_attribute, stands_for
 
 
 def linear_classes() -> tuple[type, ...]:
     """Returns the classes that PEFT adapts as modules with a linear weight."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Returns whether a module is a linear layer: one that PEFT knows, or a library's own, by name and weight."""
+    cls = stands_for(module)
+    if issubclass(cls, linear_classes()):
+        # the output projection of nn.MultiheadAttention is read but never called
+        return not isinstance(module, NonDynamicallyQuantizableLinear)
+    weight = module._parameters.get("weight")
+    return cls.__name__.endswith("Linear") and weight is not None and (is_lazy(weight) or weight.ndim == 2)
+
+
+def layers_in(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the kinds of layers with parameters among modules, each with the name of the first."""
+    first: dict[str, str] = {}
+    for path, module in modules.items():
+        if path and any(parameter is not None for parameter in module._parameters.values()):
+            first.setdefault(stands_for(module).__name__, path)
+    return [f"{kind} ({path})" for kind, path in first.items()] or ["none with parameters"]
 
 
 def declares_features(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.traced_model import stands_for
-from graphpeft.sites import example_runs
+from graphpeft.sites import example_runs, quantisers
 from graphpeft.sites.calls import Crossing, boundary
 from graphpeft.sites.layer_kinds import declared_features, declares_features
 from graphpeft.sites.quantised import described, is_quantised
@@ -44,6 +44,8 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
         beside=beside,
         dtype=dtype,
         quantised=quantised,
+        # a flat graph into which the forward was inlined may have read the weight's codes once
+        is_recoded=quantisers.is_known(module) and regions.is_called(path),
     )
 
 
@@ -51,8 +53,10 @@ def _tensor_beside(regions: Regions, path: str) -> tuple[tuple[str, str], torch.
     """Returns the tensor whose device an adapter's tensors share, their dtype, and a quantised weight's description."""
     weight = regions.modules[path]._parameters.get("weight")
     if weight is not None and is_quantised(weight):
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-        return (path, "weight"), dtype, described(weight)
+        # a layer that computes in a dtype of its own may have its codes packed as floats of any dtype
+        found = vars(regions.modules[path]).get("compute_dtype", weight.dtype)
+        is_floating = isinstance(found, torch.dtype) and found.is_floating_point
+        return (path, "weight"), found if is_floating else torch.get_default_dtype(), described(weight)
     tensors = ((*names, tensor) for *names, tensor in _tensors(regions, path) if tensor.is_floating_point())
     owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
     return (owner, name), tensor.dtype, None

@@ -14,7 +14,14 @@ from graphpeft.code.source import Uses, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.paths import join, within
-from graphpeft.sites.held import has_hooks, held_by, held_outside, is_of_pytorch, read_through
+from graphpeft.sites.held import (
+    has_hooks,
+    held_by,
+    held_outside,
+    is_of_pytorch,
+    read_by_what_is_given,
+    read_through,
+)
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import NoSiteError
 
@@ -57,11 +64,7 @@ class Readers:
         )
 
     def _hidden(self, owner: str, attribute: str) -> list[str]:
-        """Returns the modules around `owner` whose graphs read the weight though their code doesn't show it.
-
-        Raises:
-            NoSiteError: If a module may read it and has no graph to show it.
-        """
+        """Returns the modules around `owner` that read the weight though their code doesn't show it, or may do so."""
         if not self._may_read or not owner:
             return []
         around = owner.rpartition(".")[0]
@@ -72,7 +75,7 @@ class Readers:
             path
             for path, may in suspects
             if attribute in may.names or ANY in may.names or (may.handed_on and within(owner, path) in may.handed_on)
-            if self._graph_reads(path, within(owner, path), attribute)
+            if self._may_read_it(path, within(owner, path), attribute)
         ]
 
     def _suspects(self, path: str) -> list[tuple[str, MayRead]]:
@@ -91,18 +94,12 @@ class Readers:
                 return found
             path = path.rpartition(".")[0]
 
-    def _graph_reads(self, path: str, inside: str, attribute: str) -> bool:
-        """Returns whether a module's graph reads a weight inside the module."""
+    def _may_read_it(self, path: str, inside: str, attribute: str) -> bool:
+        """Returns whether a module reads a weight inside the module, or has no graph that tells."""
         template = self._regions.template(path)
         if template is not None:
             return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
-        cls = in_place.original_class(self._regions.modules[path])
-        if inside in uses_in_forward(cls).called:
-            return False
-        raise NoSiteError(
-            f"{cls.__name__}.forward may read its {attribute} without calling it, which only the graph of "
-            f"{cls.__name__} can tell: {self._regions.errors[path]}"
-        )
+        return inside not in uses_in_forward(in_place.original_class(self._regions.modules[path])).called
 
     def _outside(self, owner: str, attribute: str) -> list[str]:
         """Returns a module around `owner` whose graph reads the weight through an unregistered object.
@@ -211,7 +208,7 @@ class MayRead(NamedTuple):
 
     Attributes:
         names: The names of attributes; includes `ANY` if it may be any.
-        handed_on: The paths of the submodules that the code passes to other code.
+        handed_on: The paths of the submodules that the code passes to other code; "" for the module itself.
     """
 
     names: Set[str]
@@ -228,11 +225,17 @@ def _may_read(
         held: The objects that modules hold beside modules, parameters and plain values, by path.
         modules: All modules, by path.
     """
-    known: dict[tuple[int, ...], set[str]] = {}
+    known: dict[tuple[Any, ...], Set[str]] = {}
     found = {}
     for path, module in outer.items():
-        uses = _uses(in_place.original_class(module))
-        names = uses.read_elsewhere
+        cls = in_place.original_class(module)
+        uses = _uses(cls)
+        handed_on = {
+            read
+            for read in uses.read
+            if not read or (read.partition(".")[0] in module._modules and join(path, read) in modules)
+        }
+        names: Set[str] = uses.read_elsewhere
         if has_hooks(module):
             names = names | read_through(module, held[path])
         elif held[path]:
@@ -241,9 +244,14 @@ def _may_read(
             if of_all not in known:
                 known[of_all] = read_through(module, held[path])
             names = names | known[of_all] if known[of_all] else names
-        handed_on = {
-            read for read in uses.read if read.partition(".")[0] in module._modules and join(path, read) in modules
-        }
+        if handed_on:
+            key = (cls, *map(id, held[path].values()))
+            if key not in known:
+                known[key] = read_by_what_is_given(cls, held[path].values())
+            names = names | known[key]
+        if "" in handed_on:
+            inside = {in_place.original_class(inner) for inner in module.modules() if not is_of_pytorch(inner)} - {cls}
+            names = names.union(*(_uses(inner).read_elsewhere - {ANY} for inner in inside))
         if names or handed_on:
             found[path] = MayRead(names, handed_on)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
+from graphpeft.sites.handed_layers import refuse_handed_layers
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
 from graphpeft.tracing.lift import lift
 
@@ -56,7 +58,8 @@ class Regions:
             return found
         module = self.modules[path]
         try:
-            found = template_of(module) or self.known.get(path) or self._lift(module)
+            found = template_of(module) or self.known.get(path) or self._lift(path)
+            refuse_handed_layers(found, module)
             if found.calls_own_forward:
                 raise TraceError(
                     "an adapter changes what it is given, so that its graph only calls its code; unload that "
@@ -68,7 +71,8 @@ class Regions:
         self.templates[path] = found
         return found
 
-    def _lift(self, module: nn.Module) -> Template:
+    def _lift(self, path: str) -> Template:
+        module, model = self.modules[path], self.modules[""]
         try:
             template = given(module) or lift(module)
         except NeedsInputsError:
@@ -77,12 +81,25 @@ class Regions:
             is_of_pytorch = in_place.original_class(module).forward.__module__.startswith("torch.nn.")
             if self.example_inputs is None or is_of_pytorch:
                 raise
-            return lift(module, example_runs.inputs_of(self.modules[""], module, self.example_inputs))
-        if self.example_inputs is None:
+            template = None
+        if template is not None and (self.example_inputs is None or not example_runs.defaults(module.forward)):
             return template
+        assert self.example_inputs is not None
         # without inputs, the graph has the defaults of arguments that the model itself passes
-        inputs = example_runs.inputs_beyond_defaults(self.modules[""], module, self.example_inputs)
-        return template if inputs is None else lift(module, inputs)
+        ways = self._ways.get(path, [])
+        if len(ways) > 1:
+            names = sorted({name for way in ways for name, _ in way})
+            raise TraceError(f"the model calls it both with and without {', '.join(names)}")
+        if template is not None and not any(ways):
+            return template
+        return lift(module, example_runs.inputs_of(model, module, self.example_inputs))
+
+    @functools.cached_property
+    def _ways(self) -> dict[str, list[example_runs.Way]]:
+        """The ways in which the model calls its modules in a run on the example inputs."""
+        assert self.example_inputs is not None
+        called = {path: module for path, module in self.modules.items() if self.is_called(path)}
+        return example_runs.ways_of_calling(self.modules[""], called, self.example_inputs)
 
     def uses(self, region: str, owner: str, attribute: str) -> WeightUses | None:
         """Returns the uses of a weight in the graph of a region, or None.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from graphpeft.graph.computed_weights import Computed
 from graphpeft.graph.ops import Convolution
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.paths import join
@@ -64,6 +65,8 @@ class Site(NamedTuple):
         call: The one of the weight's operations that is the site; None for all of them.
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
+        computed: How the weight is computed from other tensors; None if it is a parameter.
+        own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
     Example:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -92,15 +95,20 @@ class Site(NamedTuple):
     both_ways: bool = False
     call: OneCall | None = None
     tied_to: str | None = None
+    own_code: str | None = None
+    computed: Computed | None = None
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
     @property
     def unmergeable(self) -> str | None:
         """Why an adapter's change there can't be merged, or None."""
-        if self.call is None:
-            return None
-        return f"it is one of {self.call.of} calls with a change of its own each, and the one weight can't have all"
+        if self.computed is not None:
+            return (
+                f"its {self.attribute} is computed by {self.computed.by} from other tensors, and no parameter; remove "
+                "that from the layer first, and adapt it then"
+            )
+        return None if self.call is None else _of_one_call(self.call)
 
     @property
     def in_features(self) -> int | None:
@@ -127,7 +135,9 @@ class Site(NamedTuple):
     @property
     def beside(self) -> tuple[str, str]:
         """The tensor whose device an adapter's tensors share: the path of its module, and its name."""
-        return self.owner, self.attribute
+        if self.computed is None:
+            return self.owner, self.attribute
+        return join(self.owner, self.computed.path), self.computed.name
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
@@ -164,6 +174,10 @@ class Site(NamedTuple):
         return self.layout.size(self.shape, self.transposed)  # type: ignore[attr-defined]
 
 
+def _of_one_call(call: OneCall) -> str:
+    return f"it is one of {call.of} calls with a change of its own each, and the one weight can't have all"
+
+
 class LeafSite(NamedTuple):
     """The call of an opaque module, such as a layer whose weight is quantised.
 
@@ -174,9 +188,11 @@ class LeafSite(NamedTuple):
         in_features: The size of the last dimension of the module's first argument.
         out_features: The size of the last dimension of the module's output.
         beside: The tensor whose device an adapter's tensors share: the path of its module, and its name.
-        dtype: The dtype of the module's weight, or PyTorch's default if that holds integers. Without a weight, the
-            dtype of the module's parameters, else of the model's, else the default.
+        dtype: The dtype of the module's weight, or PyTorch's default if that holds integers; where the weight is
+            quantised, the module's `compute_dtype`, if it has one. Without a weight, the dtype of the module's
+            parameters, else of the model's, else the default.
         quantised: The description of the weight, if it is quantised.
+        is_recoded: Whether a change can be added to the quantised weight: its codes are made anew from numbers.
         call: The one of the module's calls that is the site; None for all of them.
 
     Example:
@@ -193,6 +209,7 @@ class LeafSite(NamedTuple):
     beside: tuple[str, str]
     dtype: torch.dtype
     quantised: str | None = None
+    is_recoded: bool = False
     call: OneCall | None = None
 
     op = Leaf
@@ -201,6 +218,7 @@ class LeafSite(NamedTuple):
     is_layer = True
     named = None
     redrawn = ()
+    own_code = None
     way_out = Site.way_out
 
     @property
@@ -210,11 +228,20 @@ class LeafSite(NamedTuple):
         return f"the call of a module{weight}"
 
     @property
-    def unmergeable(self) -> str:
-        """Why an adapter's change there can't be merged."""
+    def unmergeable(self) -> str | None:
+        """Why an adapter's change there can't be merged, or None."""
+        if self.call is not None:
+            return _of_one_call(self.call)
         if self.quantised is None:
             return f"it is {self.kind}, and changes no weight"
+        if self.is_recoded:
+            return None
         return f"it is {self.kind}; merge the adapter on the model as it was before, and quantise that"
+
+    @property
+    def weight(self) -> str:
+        """The path of the weight, if there is one."""
+        return join(self.owner, "weight")
 
     @property
     def prefix(self) -> str:
@@ -272,6 +299,7 @@ class CallSite(NamedTuple):
     op = Boundary
     prefix = ""
     redrawn = ()
+    own_code = None
     way_out = "name another module in prompt_scope"
     unmergeable = "the adapter changes what modules are given, not weights"
 

@@ -11,14 +11,18 @@ from typing import Any, ClassVar
 from torch import nn
 
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.layer_kinds import layers_in
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.targeting import targeted_modules, targeted_sites
+from graphpeft.wording import joined
 
 
 @dataclass(kw_only=True)
@@ -92,10 +96,25 @@ class TargetedConfig(PeftConfig):
         config = super().resolved(model)
         assert isinstance(config, TargetedConfig)
         if targets.is_all_linear(config.target_modules):
-            config.target_modules = set(targets.all_linear_names(model, config.task_type))
+            config.target_modules = self._all_linear(model)
         elif config.target_modules is None:
             config.target_modules = self.targets_by_default(model)
         return config
+
+    def _all_linear(self, model: nn.Module) -> set[str] | str:
+        """Returns what names exactly the linear layers of a model.
+
+        Raises:
+            ValueError: If it has none, and the config names no parameters instead.
+        """
+        names = targets.all_linear_names(model, self.task_type)
+        modules = modules_by_path(model)
+        if not names and len(modules) > 1 and not self.target_options.target_parameters:
+            raise ValueError(
+                f"target_modules='all-linear': a {stands_for(model).__name__} has no linear layers; it has "
+                f"{joined(layers_in(modules), most=10)}"
+            )
+        return targets.exactly(names, modules)
 
     def targets_by_default(self, model: nn.Module) -> set[str] | str:
         """Returns the default `target_modules` of a model.

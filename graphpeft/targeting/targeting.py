@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.peft_errors import PeftWarning
@@ -22,7 +23,7 @@ from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.gradient_flow import hands_gradients_on, trains
-from graphpeft.sites.layer_kinds import declares_features
+from graphpeft.sites.layer_kinds import declares_features, kind_of_layer
 from graphpeft.sites.leaves import leaf_site
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, NoSiteError, Site
@@ -120,7 +121,9 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report) -> list[Site
             reason = "both target_modules and target_parameters name its weight"
             way_out = "name a weight in target_modules or target_parameters alone"
             report.refused.append(Refusal(target.name, reason, way_out))
-    adapted = {id(finder.modules[site.owner]._parameters[site.attribute]) for site in found if isinstance(site, Site)}
+    adapted = {
+        id(finder.modules[site.owner]._parameters.get(site.attribute)) for site in found if isinstance(site, Site)
+    }
     # a graph, such as an exported program's, may read a tied tensor by only one of its names
     report.refused += [refusal for refusal, tensor in refused if tensor is None or id(tensor) not in adapted]
     if not found and not report.refused:
@@ -169,7 +172,7 @@ def _targeted(
 ) -> Iterator[_Target]:
     """Yields the weights and calls that the config names; `decide` tells whether a path is a target."""
     for path, module in modules.items():
-        found = decide(path) if path else Match.NO
+        found = decide(path) if path and not _is_of_parametrization(path) else Match.NO
         if found is Match.EXCLUDED:
             report.excluded.append(path)
         elif found is Match.YES:
@@ -188,6 +191,8 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
     """Returns the weights that a module's name stands for."""
     weights = _weights_for(stands_for(module))
     weight = module._parameters.get(weights.of_layer[0])
+    if weight is None and kind_of_layer(stands_for(module)) is not None:
+        weight = read_weight(module, "weight")
     is_layer = weight is not None and not is_quantised(weight)
     if weights is _OWN_WEIGHT:
         return [_Target(path, path, "weight" if is_layer else "")]
@@ -198,6 +203,11 @@ def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) 
         for owner, attribute in places
         if owner in modules and modules[owner]._parameters.get(attribute) is not None
     ]
+
+
+def _is_of_parametrization(path: str) -> bool:
+    """Returns whether a module inside of a layer computes the layer's tensors, and is no layer itself."""
+    return ".parametrizations." in f".{path}."
 
 
 @functools.lru_cache(maxsize=256)
@@ -211,7 +221,8 @@ def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module
     order = {path: index for index, path in enumerate(modules)}
 
     def place(site: Site | LeafSite) -> tuple[bool, int, int]:
-        number = list(modules[site.owner]._parameters).index(site.attribute) if isinstance(site, Site) else 0
+        own = [*modules[site.owner]._parameters]
+        number = own.index(site.attribute) if site.attribute in own else 0
         return not site.is_layer, order[site.owner], number
 
     return sorted(sites, key=place)

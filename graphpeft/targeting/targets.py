@@ -26,12 +26,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.sites.layer_kinds import linear_classes
+from graphpeft.sites.layer_kinds import is_linear
 from graphpeft.targeting.endings import Endings
 from graphpeft.targeting.patterns import Pattern
 
@@ -181,17 +180,12 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
         task_type: The config's task, which decides on the output head, see `output_head`.
 
     Returns:
-        The names of all `nn.Linear` and Transformers `Conv1D` modules but the output head, in the model's order. A
-        module used in several places is listed under its first name.
+        The names of all linear layers but the output head, in the model's order. A module used in several places is
+        listed under its first name.
     """
     head = _output_head(model, task_type)
-    linear = linear_classes()
     return [
-        name
-        for name, module in modules_by_path(model).items()
-        # without the output projection of nn.MultiheadAttention, which is read but never called
-        if issubclass(stands_for(module), linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-        if name and module is not head
+        name for name, module in modules_by_path(model).items() if name and module is not head and is_linear(module)
     ]
 
 

@@ -34,6 +34,7 @@ from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
 from graphpeft.testing.runs import differentiable, left_by, loss_of, perturbed, random_state, run
 from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot, with_saved
+from graphpeft.testing.unmerging import require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
 
@@ -160,7 +161,9 @@ def _adapted_is_base_with_delta(
         run(untouched, inputs)
         if drawn != random_state():
             return adapter
-    if adapter.changes_weights:
+    if adapter.coded_sites:
+        require_unmerged_exactly(adapted, inputs)
+    elif adapter.changes_weights:
         # first, since merging refuses a tied weight, where a delta added by hand would change the other layer, too
         merged = copy.deepcopy(adapted).merge_and_unload()
         base = build().train(mode)

@@ -15,6 +15,7 @@ from graphpeft.testing.blame import Build, blames_a_site
 from graphpeft.testing.comparing import require_close, require_equal
 from graphpeft.testing.runs import perturbed, run
 from graphpeft.testing.snapshots import require_unloaded, with_saved
+from graphpeft.testing.unmerging import require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
 
 
@@ -82,7 +83,11 @@ def _require_together(
 
 def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInputs, tolerance: float) -> None:
     together = run(model, inputs)
-    if not all(model._peft_adapters.by_name[name].changes_weights for name in order):
+    adapters = [model._peft_adapters.by_name[name] for name in order]
+    if not all(adapter.changes_weights for adapter in adapters):
+        return
+    if any(adapter.coded_sites for adapter in adapters):
+        require_unmerged_exactly(model, inputs)
         return
     first, last = order
     merged = run(copy.deepcopy(model).merge_and_unload(), inputs)

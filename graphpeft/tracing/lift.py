@@ -22,6 +22,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, copy_graph, template_of
@@ -86,7 +87,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     known = _LIFTED.get(cls, []) if example_inputs is None else []
     found = next((lifted for lifted in known if lifted.holds_for(module)), None)
     if found is None:
-        with ONE_TRACE_AT_A_TIME, in_place.without(module, "tensors"):
+        with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"):
             template, facts = _record(module, example_inputs)
         if facts is None:
             return template

@@ -13,6 +13,7 @@ from graphpeft.methods.lora.init.eva import get_eva_state_dict, initialize_lora_
 from graphpeft.methods.lora.init.eva_directions import EvaConfig
 from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.lora_ga import LoraGAConfig, preprocess_loraga
+from graphpeft.methods.lora.init.replacing import replace_lora_weights_loftq
 from graphpeft.methods.lora.per_call import LoraPerCallConfig
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
 ]

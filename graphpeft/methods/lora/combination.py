@@ -6,20 +6,25 @@
 
 The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
 `magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
-ends in `_svd`. Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario"
-(DARE), arXiv 2311.03099; the same numbers as PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
+ends in `_svd`. The magnitudes of DoRA aren't combined: the new adapter keeps those with which it starts, as in PEFT.
+Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv
+2311.03099; the same numbers as PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.dora import Dora
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.parameter_spec import RankAxis
@@ -49,6 +54,13 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     _check(how)
     if any(config.target_parts for config in configs):
         raise ValueError("target_parts has factors for each part, which can't be combined yet")
+    if any(config.use_dora for config in configs):
+        lengths = "those of the weights" if configs[0].use_dora else "none, as the first of them"
+        warnings.warn(
+            f"of adapters with use_dora=True, A and B are combined, and not the lengths, as in PEFT: the new one has "
+            f"{lengths}",
+            stacklevel=4,
+        )
     if len({config.ensure_weight_tying for config in configs}) > 1:
         raise ValueError("ensure_weight_tying is set for some of them alone; combine those that agree in it")
     # the highest rank that a config gives, which no site of the new adapter exceeds
@@ -65,10 +77,8 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
         configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False
     )
     if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
-        config.init_lora_weights = True
-        config.corda_config = config.eva_config = config.lora_ga_config = (
-            None  # others may change the base weights, and its values come from elsewhere
-        )
+        config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
+        config.drop_unused()
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
     if any(others != targets[0] for others in targets):
         for name in _TARGETING:
@@ -107,7 +117,7 @@ def _kind(how: Combination, count: int) -> str:
 
 
 def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Tensor]:
-    """Returns A and B of the combined adapter at one site.
+    """Returns A and B of the combined adapter at one site; its magnitudes, if it has some, keep their first values.
 
     Args:
         target: The site with the new rule.
@@ -118,11 +128,16 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
     Raises:
         ValueError: If they can't be combined.
     """
-    site = target.site
+    target, parts = _in_direction(target), [_part_in_direction(part) for part in parts]
     for part in parts:
         if part.tensors.keys() != {"lora_A", "lora_B"} or not isinstance(target.rule, Combines):
             raise ValueError(
-                f"{site.name} has factors of parts, or other ones than A and B, which can't be combined yet"
+                f"{target.site.name} has factors of parts, or other ones than A and B, which can't be combined yet"
+            )
+        if isinstance(part.adapted.rule, LoraConvolution) != isinstance(target.rule, LoraConvolution):
+            raise ValueError(
+                f"{target.site.name} has features in groups, which divide only one of the ranks of the adapters and of "
+                "their combination: LoRA's factors are others there; choose a combination_type and ranks alike"
             )
     kind = _kind(how, count)
     if kind == "cat":
@@ -132,6 +147,20 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
     else:
         A, B = _decomposed(kind, target, parts, how)
     return {"lora_A": _padded(target, "lora_A", A), "lora_B": _padded(target, "lora_B", B)}
+
+
+def _in_direction(adapted: AdaptedSite) -> AdaptedSite:
+    """Returns a site of DoRA as one of LoRA, without magnitudes."""
+    return adapted._replace(rule=adapted.rule.direction) if isinstance(adapted.rule, Dora) else adapted
+
+
+def _part_in_direction(part: Part) -> Part:
+    if not isinstance(part.adapted.rule, Dora):
+        return part
+    adapted = _in_direction(part.adapted)
+    factors = {name: tensor for name, tensor in part.tensors.items() if name != "lora_magnitude"}
+    change = functools.partial(adapted.rule.delta, **factors, lora_scaling=part.constants["lora_scaling"])
+    return part._replace(adapted=adapted, tensors=factors, delta=change)
 
 
 def _summed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:

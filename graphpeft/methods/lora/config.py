@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.methods.lora import combination
-from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.methods.lora.convolution import lora_of_convolution
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
@@ -156,6 +156,8 @@ class LoraConfig(TargetedConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
         for name, (_, config_class) in _NESTED.items():
             setattr(self, name, _nested(getattr(self, name), config_class, name))
         super().__post_init__()
@@ -173,9 +175,19 @@ class LoraConfig(TargetedConfig):
         initialisation_of(self.init_lora_weights)
         for name, (kind, _) in _NESTED.items():
             if getattr(self, name) and self.init_lora_weights != kind:
-                raise ValueError(f"{name} has no effect unless init_lora_weights is {kind!r}; leave it out")
+                # files that PEFT has converted to plain LoRA have such options
+                warnings.warn(
+                    f"{name} has no effect unless init_lora_weights is {kind!r}, so it is ignored; leave it out",
+                    stacklevel=4,
+                )
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
+
+    def drop_unused(self) -> None:
+        """Takes out the nested options of other initialisations than the config's own."""
+        for name, (kind, _) in _NESTED.items():
+            if self.init_lora_weights != kind:
+                setattr(self, name, {} if name == "loftq_config" else None)
 
     def _check_values(self) -> None:
         if self.lora_bias and self.use_dora:
@@ -202,6 +214,11 @@ class LoraConfig(TargetedConfig):
     def keeps_tied(self) -> bool:
         """Whether weights that are tied in the model stay so."""
         return self.ensure_weight_tying
+
+    @property
+    def takes_product(self) -> bool:
+        """Whether a new adapter takes s B A from the weights."""
+        return traits_of(self).subtracts_product
 
     @property
     def replicated_layers(self) -> list[tuple[int, int]] | None:
@@ -235,6 +252,7 @@ class LoraConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
+        config.drop_unused()
         config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         for site in sites:
             if isinstance(site, Site) and site.parts:
@@ -269,13 +287,9 @@ class LoraConfig(TargetedConfig):
                 "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
                 "or alpha_pattern no α keeps the scale; leave it None"
             )
-        if not traits_of(self).subtracts_product:
-            raise ValueError(
-                f"path_initial_model_for_weight_conversion is for adapters that have taken a part of the weights, and "
-                f"init_lora_weights={self.init_lora_weights!r} takes none; leave it None"
-            )
         config = copy.deepcopy(self)
-        config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+        config.init_lora_weights = True
+        config.drop_unused()
         config.r, config.lora_alpha = 2 * self.r, self.lora_alpha * (2**0.5 if self.use_rslora else 2)
         config.rank_pattern = {key: 2 * rank for key, rank in self.rank_pattern.items()}
         config.alpha_pattern = {key: 2 * alpha for key, alpha in self.alpha_pattern.items()}
@@ -340,7 +354,7 @@ class LoraConfig(TargetedConfig):
         """Returns the rule without magnitudes."""
         flipped, has_bias = site.is_layer and site.transposed, self.lora_bias
         if site.layout is ops.Convolution:
-            return LoraConvolution(transposed=site.transposed, drops=drops, casts=casts, has_bias=has_bias)
+            return lora_of_convolution(site, self, casts)
         if site.layout is ops.Embedding:
             return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
         if site.layout is ops.Weight and len(site.shape) == 3:

@@ -4,6 +4,11 @@
 
 A has the convolution's kernel, stride, padding and dilation and gives r features from all of its input; B has a kernel
 of one position, and the convolution's groups. PEFT's A has no dilation and pads with zeros alone (its issue 3697).
+
+    W' = W + s · B A            A of shape (r, in / groups, *kernel), B (out, r, 1, …)
+
+is what there is for a rank that the groups don't divide, as for depthwise convolutions: it stays within the groups, so
+it can be merged. PEFT refuses such ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from graphpeft.methods.lora.rule import LoraBranchWithBias
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
+from graphpeft.sites.weight_layout import WeightLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +39,7 @@ class LoraConvolution(LoraBranchWithBias, Combines):
     transposed: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses a rank that the groups don't divide, dropout without an input, and initialisations of matrices."""
-        rank = rank_of(site, config)
-        if rank % site.groups:
-            return (
-                f"its features are in {site.groups} groups, which don't divide the rank {rank}; choose a multiple as r"
-            )
+        """Refuses dropout without an input, and initialisations of matrices."""
         return super().check(site, config) or initialisation.refusal_unless_random(config, "a convolution")
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
@@ -76,3 +77,55 @@ class LoraConvolution(LoraBranchWithBias, Combines):
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix B A, whose columns are the inputs at the kernel's positions."""
         return (delta.transpose(0, 1) if self.transposed else delta).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraWithinGroups(LoraBranchWithBias, Combines):
+    """The branch of a convolution in groups that don't divide the rank.
+
+    Attributes:
+        layout: How the weight is stored.
+    """
+
+    layout: WeightLayout
+
+    def check(self, site: Site, config: Any) -> str | None:
+        """Refuses dropout without an input, and initialisations of matrices."""
+        return super().check(site, config) or initialisation.refusal_unless_random(config, "a convolution")
+
+    def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A and B, and the bias of B if there is one."""
+        rank, (out, inside, *kernel) = rank_of(site, config), site.matrix_shape
+        return {
+            "lora_A": ParameterSpec((rank, inside, *kernel), key="lora_A.weight"),
+            "lora_B": ParameterSpec((out, rank, *(1 for _ in kernel)), key="lora_B.weight"),
+            **self.bias_parameter(out),
+        }
+
+    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
+        """Returns (B A) ∗ h + c."""
+        changed = operation.apply(h, self.delta(lora_A, lora_B, 1))
+        return changed if lora_bias is None else changed + operation.beside_outputs(lora_bias)
+
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B A, as the weight is stored."""
+        change = lora_B.flatten(1) @ lora_A.flatten(1)
+        return self.layout.turned(change.unflatten(1, lora_A.shape[1:])) * lora_scaling
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A."""
+        return self.layout.turned(delta).flatten(1)
+
+
+def lora_of_convolution(site: Site, config: Any, casts: bool) -> LoraConvolution | LoraWithinGroups:
+    """Returns the rule for a convolution.
+
+    Args:
+        site: The site.
+        config: The config.
+        casts: Whether the dtype of A and B differs from the weight's.
+    """
+    drops, has_bias = config.lora_dropout > 0, config.lora_bias
+    if rank_of(site, config) % site.groups:
+        return LoraWithinGroups(layout=site.weight_layout, drops=drops, casts=casts, has_bias=has_bias)
+    return LoraConvolution(transposed=site.transposed, drops=drops, casts=casts, has_bias=has_bias)

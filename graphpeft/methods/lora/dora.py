@@ -8,7 +8,8 @@ from what dropout has left of x. In single precision a fresh adapter is the iden
 same values by the same operation, so that m/n is one. On weights of half precision m is rounded as in PEFT, whose
 values it has, and m/n is one within that rounding. Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation",
 arXiv 2402.09353; the same numbers as PEFT's ``tuners/lora/dora.py`` and ``variants.py``. PEFT has no DoRA for
-parameters that aren't a layer's, nor for transposed convolutions.
+parameters that aren't a layer's, nor for transposed convolutions. Of a convolution whose features are in groups, where
+B A isn't of the weight's shape, it takes the lengths with (B A), in as many rows as B has, in that shape.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.methods.lora.convolution import LoraConvolution
+from graphpeft.graph.computed_weights import read_weight
+from graphpeft.methods.lora.convolution import LoraConvolution, LoraWithinGroups
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
@@ -30,7 +32,7 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
 
-Lora = LoraMatrix | LoraConvolution | LoraExperts
+Lora = LoraMatrix | LoraConvolution | LoraWithinGroups | LoraExperts
 """The rules that DoRA extends; rules of linear operations and embeddings are each a `LoraMatrix`."""
 
 
@@ -43,6 +45,7 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         lengthwise: The dimensions of the weight, as it is stored, that a length is over; the others are features.
         is_product: Whether an operation that multiplies by the weight as it is stored has the features as its outputs.
         positions: How many dimensions the operation's value has behind its features.
+        across_groups: Whether it is of a convolution, and LoRA's change goes across the groups of its features.
     """
 
     adapts_both_ways: ClassVar[bool] = True
@@ -52,11 +55,14 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
     lengthwise: tuple[int, ...]
     is_product: bool
     positions: int = 0
+    across_groups: bool = False
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses the same as LoRA, and groups, across which its change goes."""
+        """Refuses the same as LoRA, and transposed convolutions in groups, whose features are in two dimensions."""
         reason = self.direction.check(site, config)
-        return reason or (self.unmergeable(site) if site.groups != 1 else None)
+        if reason is None and site.groups != 1 and site.transposed:
+            return f"its features are in {site.groups} groups, and use_dora=True isn't for a transposed one's"
+        return reason
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B and the magnitudes."""
@@ -80,11 +86,11 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
         """Gives A and B the values that PEFT gives them, and takes the lengths as magnitudes."""
         factors = {name: tensor for name, tensor in parameters.items() if name != "lora_magnitude"}
         replacing = self.direction.initialise(factors, site, config, module)
-        own = module._parameters[site.attribute]
+        own = read_weight(module, site.attribute)
         assert own is not None
         weight = own.detach() if replacing is None else replacing[site.attribute].to(own.dtype)
         A, B = (factors[name].to(weight.device, weight.dtype) for name in ("lora_A", "lora_B"))
-        lengths = self._lengths(weight, self.direction.delta(A, B, scaling_of(site, config)))
+        lengths = self._lengths(weight, A, B, scaling_of(site, config))
         parameters["lora_magnitude"].copy_(lengths.view(parameters["lora_magnitude"].shape))
         return replacing
 
@@ -133,11 +139,16 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
 
     def _ratio(self, weight: Any, lora_A: Any, lora_B: Any, lora_magnitude: Any, lora_scaling: Any) -> Any:
         """Returns m/n, in a shape that goes with the weight."""
-        lengths = self._lengths(weight, self.direction.delta(lora_A, lora_B, lora_scaling)).detach()
+        lengths = self._lengths(weight, lora_A, lora_B, lora_scaling).detach()
         return lora_magnitude.view(lengths.shape) / lengths
 
-    def _lengths(self, weight: Any, change: Any) -> Any:
+    def _lengths(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns the lengths of the changed weight, in a shape that goes with it."""
+        if self.across_groups:
+            rank = lora_A.shape[0]
+            change = (lora_B.reshape(-1, rank) @ lora_A.reshape(rank, -1)).reshape(weight.shape) * lora_scaling
+        else:
+            change = self.direction.delta(lora_A, lora_B, lora_scaling)
         return torch.linalg.vector_norm(weight + change, dim=self.lengthwise, keepdim=True)
 
 
@@ -154,6 +165,7 @@ def with_magnitudes(direction: Lora, site: Site) -> Dora:
     if site.layout is ops.Convolution:
         features = int(site.transposed)
         lengthwise = tuple(dim for dim in dimensions if dim != features)
-        return Dora(direction, lengthwise, is_product=site.transposed, positions=len(site.shape) - 2)
+        across = site.groups != 1 and isinstance(direction, LoraConvolution)
+        return Dora(direction, lengthwise, site.transposed, positions=len(site.shape) - 2, across_groups=across)
     # of a matrix, or of each in a stack
     return Dora(direction, (len(site.shape) - (2 if site.transposed else 1),), is_product=site.transposed)

@@ -3,7 +3,7 @@
     y' = y + s · (dropout(x) Aᵀ Bᵀ + c)            y = x Wᵀ + b, or module(x);  c: the bias of B, with `lora_bias` alone
 
 The module may be a quantised layer, one whose forward is an operation of its own, or a wrapper around a layer. Its
-weight, if it has one, isn't changed, so its branch can't be merged, nor has it a bias. The numbers for it are those of
+branch has no bias, and can be merged only into a quantised weight that can be quantised anew. The numbers are those of
 PEFT's ``tuners/lora/bnb.py`` and ``tuners/lora/torchao.py``.
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import rank_of
-from graphpeft.methods.lora.matrix import LoraMatrix, matrix_factors
+from graphpeft.methods.lora.matrix import LoraMatrix, matrix_delta, matrix_factors
 from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import RunsByRow
+from graphpeft.rules.rule import Mergeable, RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 
 
@@ -103,8 +103,8 @@ class LoraLinear(LoraBranchWithBias, _ByRow, LoraMatrix):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraLeaf(_ByRow):
-    """The branch of a call."""
+class LoraLeaf(_ByRow, Mergeable):
+    """The branch of a call; it can be merged if the module has a weight whose codes can be made anew."""
 
     # a module's input and output can be in another dtype than its own tensors
     casts: bool = True
@@ -120,6 +120,10 @@ class LoraLeaf(_ByRow):
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
         """Returns h Aᵀ Bᵀ."""
         return F.linear(F.linear(h, lora_A), lora_B)
+
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B A."""
+        return matrix_delta(False, lora_A, lora_B, lora_scaling)
 
     def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns Aᵀ and Bᵀ."""

@@ -50,6 +50,10 @@ class PromptLearningConfig(PeftConfig):
 
     Raises:
         ValueError: For a value that an option can't have.
+
+    Example:
+        >>> isinstance(PromptTuningConfig(num_virtual_tokens=2), PromptLearningConfig)
+        True
     """
 
     file_prefix: ClassVar[str] = "base_model."

@@ -16,10 +16,30 @@ from graphpeft.targeting import targets
 from graphpeft.transaction import at_end_of
 
 CALL_FIRST = (
-    "on this very model; call it first. An adapter is loaded without that if it was saved with "
-    "path_initial_model_for_weight_conversion"
+    "on this model, or on the one that it is a copy of; call it first. An adapter is loaded without that if it was "
+    "saved with path_initial_model_for_weight_conversion"
 )
 """The end of the error where there are no statistics of a layer."""
+
+
+def keep(layer: nn.Module, method: str, statistics: Any) -> None:
+    """Keeps what was measured on a layer as an attribute of the layer, so that a copy of the model has it, too.
+
+    Args:
+        layer: The layer.
+        method: The name of the initialisation that it is for.
+        statistics: What was measured.
+    """
+    setattr(layer, _attribute(method), statistics)
+
+
+def kept(layer: nn.Module, method: str) -> Any:
+    """Returns what was measured on a layer, or on the one of which it is a copy; None if nothing was."""
+    return vars(layer).get(_attribute(method))
+
+
+def _attribute(method: str) -> str:
+    return f"_graphpeft_{method}"
 
 
 def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ from graphpeft.methods.lora.init.calibration import (
     from_file_or,
     in_mode,
     is_stored_transposed,
+    keep,
+    kept,
     targeted_layers,
 )
 from graphpeft.rules.options import check_options
@@ -44,7 +45,7 @@ class CordaConfig:
         corda_method: The directions that A and B get: ``"ipm"``, the first ones, or ``"kpm"``, the last ones.
         verbose: Whether to show a progress bar.
         use_float16_for_covariance: Whether the inputs keep their dtype where they are multiplied.
-        prune_temporary_fields: Read and written as PEFT does; no module gets any fields here.
+        prune_temporary_fields: Read and written as PEFT does; what is measured on the way is never kept.
 
     Raises:
         ValueError: For a value that an option can't have.
@@ -78,10 +79,6 @@ class CordaEigens(NamedTuple):
     V_WC: Tensor
 
 
-_EIGENS: WeakKeyDictionary[nn.Module, CordaEigens] = WeakKeyDictionary()
-"""By the layer itself: the model isn't changed, and the vectors are freed with it."""
-
-
 @torch.no_grad()
 def preprocess_corda(
     model: nn.Module,
@@ -92,7 +89,8 @@ def preprocess_corda(
     """Collects the statistics for a config with ``init_lora_weights="corda"``; call `get_peft_model` with it next.
 
     Args:
-        model: The model, which isn't changed.
+        model: The model, whose layers get an attribute that keeps what is measured; no other change is made. Copies of
+            the model have it, too.
         lora_config: The `LoraConfig`.
         run_model: Runs the model on a sample of inputs; not needed if a file of `corda_config` has been written.
         hooked_model: The model that `run_model` runs, if it is another one with the same layers.
@@ -120,7 +118,7 @@ def preprocess_corda(
     keys = [f"{{}}.eigens.{name}" for name in CordaEigens._fields]
     found = from_file_or(eigens, options.cache_file, layers, keys)
     for path, layer in layers.items():
-        _EIGENS[layer] = CordaEigens(*found[path])
+        keep(layer, "corda", CordaEigens(*found[path]))
 
 
 def _mean_covariances(
@@ -195,7 +193,7 @@ class Corda(Initialisation):
         Raises:
             AdaptError: If they weren't computed, or for another rank.
         """
-        eigens = _EIGENS.get(context.module)
+        eigens: CordaEigens | None = kept(context.module, "corda")
         if eigens is None:
             needed = "init_lora_weights='corda' needs what preprocess_corda(model, config, run_model) measures"
             raise AdaptError(f"{needed} {CALL_FIRST}")

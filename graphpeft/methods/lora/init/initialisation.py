@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scaling_of
 from graphpeft.methods.lora.init.base import InitContext, Initialisation
 from graphpeft.methods.lora.init.corda import Corda
@@ -134,6 +135,6 @@ def initialise(
 
 def weight_of(site: Site, module: nn.Module) -> Tensor:
     """Returns the values of a weight, in single precision at least."""
-    weight = module._parameters[site.attribute]
+    weight = read_weight(module, site.attribute)
     assert weight is not None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

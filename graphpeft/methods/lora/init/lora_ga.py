@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,8 @@ from graphpeft.methods.lora.init.calibration import (
     from_file_or,
     in_mode,
     is_stored_transposed,
+    keep,
+    kept,
     targeted_layers,
 )
 from graphpeft.rules.options import Size, check_options
@@ -60,17 +61,14 @@ class LoraGAConfig:
         check_options(self)
 
 
-_GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-"""The gradients of weights, as they are stored, by the layer itself."""
-
-
 def preprocess_loraga(
     model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | None = None
 ) -> None:
     """Collects the gradients for a config with ``init_lora_weights="lora_ga"``; call `get_peft_model` with it next.
 
     Args:
-        model: The model, which isn't changed.
+        model: The model, whose layers get an attribute that keeps what is measured; no other change is made. Copies of
+            the model have it, too.
         lora_config: The `LoraConfig`.
         train_step: Runs the model forwards and backwards on a sample, without a step of an optimizer.
         cache_file: The file that keeps the gradients for another run.
@@ -88,7 +86,8 @@ def preprocess_loraga(
     compute = functools.partial(_mean_gradients, model, layers, train_step)
     found = from_file_or(compute, cache_file, layers, ["{}._peft_loraga_grad"])
     for path, layer in layers.items():
-        [_GRADIENTS[layer]] = found[path]
+        [gradient] = found[path]
+        keep(layer, "lora_ga", gradient)
 
 
 def _mean_gradients(
@@ -156,7 +155,7 @@ class LoraGa(Initialisation):
         Raises:
             AdaptError: If it wasn't collected.
         """
-        gradient = _GRADIENTS.get(context.module)
+        gradient: Tensor | None = kept(context.module, "lora_ga")
         if gradient is None:
             needed = "init_lora_weights='lora_ga' needs what preprocess_loraga(model, config, train_step) measures"
             raise AdaptError(f"{needed} {CALL_FIRST}")

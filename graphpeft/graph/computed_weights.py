@@ -1,0 +1,63 @@
+"""Weights that a layer computes from other tensors: by a parametrization, or by a hook before its forward.
+
+``torch.nn.utils.parametrizations.weight_norm`` and its kind make ``weight`` a property that computes; the older
+``torch.nn.utils.weight_norm`` and ``spectral_norm``, and pruning, set it as a plain attribute before each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+
+class Computed(NamedTuple):
+    """The way in which a layer computes a weight.
+
+    Attributes:
+        path: The path in the layer of the module that owns one of the tensors from which it is computed.
+        name: The tensor's name there.
+        by: What computes it.
+    """
+
+    path: str
+    name: str
+    by: str
+
+
+def computed_from(module: nn.Module, attribute: str) -> Computed | None:
+    """Returns how a module computes its `attribute`; None if that is a parameter, or nothing of the kind."""
+    if module._parameters.get(attribute) is not None:
+        return None
+    if parametrize.is_parametrized(module, attribute):
+        path = f"parametrizations.{attribute}"
+        parametrizations = module.get_submodule(path)
+        by = ", ".join(type(part).__name__.strip("_") for part in parametrizations.children())
+        return Computed(path, next(iter(parametrizations._parameters)), by)
+    hook = _hook_for(module, attribute)
+    own = next((name for name in module._parameters if name.startswith(f"{attribute}_")), None)
+    return None if hook is None or own is None else Computed("", own, type(hook).__name__)
+
+
+def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    """Returns a module's parameter, or a weight that it computes; None if it has neither."""
+    own = module._parameters.get(attribute)
+    if own is not None or computed_from(module, attribute) is None:
+        return own
+    hook = _hook_for(module, attribute)
+    if isinstance(hook, SpectralNorm):
+        # before the first call, the attribute isn't divided by the norm yet
+        return hook.compute_weight(module, do_power_iteration=False)
+    return getattr(module, attribute)
+
+
+def _hook_for(module: nn.Module, attribute: str) -> Any:
+    """Returns the hook that computes a plain attribute before the forward, or None; pruning has such hooks, too."""
+    if isinstance(vars(module).get(attribute), torch.Tensor):
+        for hook in module._forward_pre_hooks.values():
+            if attribute in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+                return hook
+    return None

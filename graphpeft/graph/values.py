@@ -1,0 +1,53 @@
+"""The values of a module's tensors where it doesn't hold them: accelerate has offloaded them, or they are sharded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.graph import offloading, sharding
+from graphpeft.graph.holders import Holder, tensor_at
+from graphpeft.transaction import set_item
+
+
+@contextlib.contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """Lets `module` and the adapters there have the values of their tensors for the duration of the context."""
+    with offloading.loaded(module), sharding.gathered(_with_holders(module)):
+        yield
+
+
+@contextlib.contextmanager
+def written(module: nn.Module) -> Iterator[None]:
+    """Does as `loaded` for a module or a holder alone, and keeps what is written into its tensors."""
+    with offloading.written(module), sharding.gathered([module], is_written=True):
+        yield
+
+
+def value_of(module: nn.Module, name: str) -> torch.Tensor:
+    """Returns the values of a tensor of a module, or of an adapter there; detached."""
+    tensor = tensor_at(module, name)
+    if tensor.is_meta and "." not in name:
+        with offloading.loaded(module):
+            return tensor_at(module, name).detach()
+    return sharding.whole(tensor.detach())
+
+
+def _with_holders(module: nn.Module) -> list[nn.Module]:
+    return [module, *(child for child in module._modules.values() if isinstance(child, Holder))]
+
+
+def replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of a module's own, or its values where the own one is offloaded or sharded."""
+    held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+    if offloading.is_offloaded(module):
+        offloading.store(module, {name: tensor})
+    elif sharding.is_sharded(held[name]):
+        with torch.no_grad(), written(module):
+            held[name].copy_(sharding.whole(tensor))
+    else:
+        set_item(held, name, tensor)

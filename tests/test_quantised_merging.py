@@ -1,0 +1,272 @@
+"""Adapters are merged into quantised weights as PEFT does, taken out again to the bit, or merged without quantising."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torchao.quantization as torchao
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, LinearNF4
+from oracle import Case, by_us, config, outputs, peft_config, perturb
+from test_quantised import by_bitsandbytes, by_torchao
+from torch import nn
+
+from graphpeft import AdaptError, LoraConfig, get_peft_model, trace
+from graphpeft.adapters import merged_codes
+from graphpeft.sites import quantisers
+from graphpeft.testing import laws
+from graphpeft.testing.two_adapters import assert_two_adapters_act_together
+
+pytestmark = [
+    # PEFT can merge torchao's weights only in a model that Transformers has loaded, or where it is told the config
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
+    pytest.mark.filterwarnings("ignore:(Merge|Unmerge) lora module to:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:no gradient goes through a Linear:UserWarning"),
+    pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights:UserWarning"),
+]
+
+LIBRARIES: dict[str, Any] = {
+    "torchao int8": torchao.Int8WeightOnlyConfig,
+    "torchao int8 of tensors": lambda: torchao.Int8WeightOnlyConfig(granularity=torchao.PerTensor()),
+    "torchao int8 of groups": lambda: torchao.Int8WeightOnlyConfig(granularity=torchao.PerGroup(32)),
+    "torchao int8 of inputs, too": torchao.Int8DynamicActivationInt8WeightConfig,
+    "torchao float8": torchao.Float8WeightOnlyConfig,
+    "torchao intx": torchao.IntxWeightOnlyConfig,
+    "torchao intx of 4 bits": lambda: torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),  # type: ignore[attr-defined]
+    "torchao intx of inputs, too": torchao.Int8DynamicActivationIntxWeightConfig,
+}
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    **{name: by_torchao(make) for name, make in LIBRARIES.items()},
+    "torchao int8 bfloat16": by_torchao(torchao.Int8WeightOnlyConfig, torch.bfloat16),
+    "bitsandbytes int8": by_bitsandbytes(Linear8bitLt, has_fp16_weights=False),
+    "bitsandbytes int8 bfloat16": by_bitsandbytes(Linear8bitLt, torch.bfloat16, has_fp16_weights=False),
+    "bitsandbytes fp4": by_bitsandbytes(Linear4bit),
+    "bitsandbytes nf4": by_bitsandbytes(LinearNF4),
+    "bitsandbytes nf4 bfloat16": by_bitsandbytes(LinearNF4, torch.bfloat16, compute_dtype=torch.bfloat16),
+    "bitsandbytes nf4, packed as floats": by_bitsandbytes(LinearNF4, quant_storage=torch.float32),
+    "bitsandbytes nf4 without bias": by_bitsandbytes(LinearNF4, bias=False),
+    "bitsandbytes nf4 with plain scales": by_bitsandbytes(LinearNF4, compress_statistics=False),
+}
+LIBRARIES["torchao int8 bfloat16"] = LIBRARIES["torchao int8"]
+
+
+def case(name: str) -> Case:
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    return Case(name, MAKERS[name], lambda: (torch.randn(4, 3, 64).to(dtype),), {"target_modules": ["0", "2"]})
+
+
+CASES = [case(name) for name in MAKERS]
+each_kind = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def ours_of(case: Case, **options: Any) -> Any:
+    model = by_us(case, **options)
+    perturb(model)
+    return model
+
+
+def theirs_of(case: Case, **options: Any) -> Any:
+    """Returns PEFT's model, which is told by marks how the base is quantised."""
+    model: Any = case.build()
+    if "bitsandbytes" in case.name:
+        setattr(model, "is_loaded_in_8bit" if "int8" in case.name else "is_loaded_in_4bit", True)
+    torch.manual_seed(2)
+    adapted = peft.get_peft_model(model, peft_config(case, **options)).eval()
+    for layer in adapted.modules():
+        if hasattr(layer, "get_apply_tensor_subclass"):
+            vars(layer)["get_apply_tensor_subclass"] = LIBRARIES[case.name]
+    perturb(adapted)
+    return adapted
+
+
+@each_kind
+def test_merged_is_what_peft_merges(case: Case) -> None:
+    expected = outputs(theirs_of(case).merge_and_unload(), case)
+    merged = ours_of(case).merge_and_unload()
+    assert torch.equal(outputs(merged, case), expected)
+    assert [type(layer) for layer in merged] == [type(layer) for layer in case.build().children()]
+    assert all(quantisers.is_known(merged[index]) for index in (0, 2))
+    assert not merged[0].weight.requires_grad
+
+
+@each_kind
+def test_what_is_merged_for_a_while_is_taken_out_to_the_bit(case: Case) -> None:
+    model = ours_of(case)
+    before, weight = outputs(model, case), model[0].weight
+    model.merge_adapter()
+    merged = outputs(model, case)
+    assert not torch.equal(merged, before)
+    with pytest.warns(UserWarning, match="are merged already, so there is nothing to merge"):
+        alone = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(outputs(alone, case), merged)
+    model.unmerge_adapter()
+    assert model[0].weight is weight
+    assert torch.equal(outputs(model, case), before)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), outputs(case.build(), case))
+
+
+@each_kind
+def test_a_copy_of_a_merged_model_can_be_unmerged(case: Case) -> None:
+    model = ours_of(case)
+    before = outputs(model, case)
+    model.merge_adapter()
+    copies = [copy.deepcopy(model)]
+    if "torchao" not in case.name:  # whose quantised models can't be pickled
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for copied in copies:
+        copied.unmerge_adapter()
+        assert torch.equal(outputs(copied, case), before)
+    assert model.merged_adapters == ["default"]
+
+
+@each_kind
+def test_without_quantising_again_merged_is_adapted(case: Case) -> None:
+    model = ours_of(case)
+    adapted, layer = outputs(model, case), model[0]
+    merged = model.merge_and_unload(dequantize=True)
+    # what rounds inputs, too, rounds them no longer
+    rounds_inputs = "of inputs" in case.name or "bitsandbytes int8" in case.name
+    tolerance = 2e-2 if rounds_inputs or "bfloat16" in case.name else 1e-6
+    assert (outputs(merged, case) - adapted).abs().max() <= tolerance * adapted.abs().max()
+    assert merged[0] is layer
+    for index in (0, 2):
+        assert type(merged[index]) is nn.Linear
+        assert type(merged[index].weight) is nn.Parameter
+        assert merged[index].weight.dtype == case.inputs()[0].dtype
+        plain = nn.Linear(2, 2)
+        assert vars(merged[index]).keys() == vars(plain).keys()
+        assert not merged[index]._load_state_dict_pre_hooks
+    assert torch.equal(outputs(pickle.loads(pickle.dumps(merged)), case), outputs(merged, case))
+
+
+@each_kind
+def test_layers_without_an_adapter_become_plain_as_well(case: Case) -> None:
+    model = get_peft_model(case.build(), LoraConfig(target_modules=["0"]))
+    merged = model.merge_and_unload(dequantize=True)
+    assert type(merged[2]) is nn.Linear
+    assert torch.equal(merged[2].weight, quantisers.codes_of(case.build()[2]).numbers().to(merged[2].weight.dtype))  # type: ignore[index]
+
+
+@each_kind
+def test_several_adapters_are_rounded_once_whether_at_once_or_in_turn(case: Case) -> None:
+    model = ours_of(case)
+    model.add_adapter("second", config(case, r=3, lora_alpha=5, target_modules=["2"]))
+    model.set_adapter(["default", "second"])
+    perturb(model)
+    at_once = outputs(copy.deepcopy(model).merge_and_unload(), case)
+    numbers = quantisers.codes_of(model[2]).numbers()
+    for name in ("default", "second"):
+        A, B = (model[2].get_parameter(f"{name}.lora_{factor}") for factor in "AB")
+        numbers = numbers + B @ A * getattr(model[2], name).lora_scaling
+    expected = quantisers.quantised(model[2], numbers).numbers()
+    before = outputs(model, case)
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="are merged already"):
+        model.merge_adapter(["second"])
+    assert torch.equal(quantisers.codes_of(model[2]).numbers(), expected)
+    assert torch.equal(outputs(model, case), at_once)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, case), before)
+
+
+@each_kind
+def test_a_failure_at_any_layer_leaves_all_as_they_were(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours_of(case)
+    before, snapshot = outputs(model, case), laws.snapshot(model)
+    whole = quantisers.quantised
+
+    def failing(layer: nn.Module, numbers: torch.Tensor) -> Any:
+        if layer is model[2]:
+            raise quantisers.QuantisingError("no room")
+        return whole(layer, numbers)
+
+    monkeypatch.setattr(merged_codes.quantisers, "quantised", failing)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdaptError, match=r"nothing can be merged into the weight of 2: no room; call .*dequantize"):
+            merge()
+        laws.require_unchanged(model, snapshot, "a failed merge")
+        assert torch.equal(outputs(model, case), before)
+        assert model.merged_adapters == []
+
+
+@each_kind
+def test_changes_that_are_not_finite_are_refused_and_change_nothing(case: Case) -> None:
+    model = ours_of(case)
+    with torch.no_grad():
+        model[2].default.lora_B[0, 0] = torch.inf
+    snapshot = laws.snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdaptError, match=r"the change of 2\.weight by adapter 'default' isn't finite"):
+            merge(safe_merge=True)
+        laws.require_unchanged(model, snapshot, "a refused merge")
+
+
+@each_kind
+def test_a_weight_that_two_layers_share_is_not_merged_into(case: Case) -> None:
+    model: Any = case.build()
+    model[2].weight = model[0].weight
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"]))
+    with pytest.raises(AdaptError, match=r"0\.weight is tied to 2\.weight, which merging would change too"):
+        adapted.merge_adapter()
+
+
+@each_kind
+def test_two_adapters_keep_their_law(case: Case) -> None:
+    assert_two_adapters_act_together(case.build, LoraConfig(r=2, target_modules={"0", "2"}), case.inputs())
+
+
+@each_kind
+def test_merging_warns_of_what_it_rounds(case: Case) -> None:
+    with pytest.warns(UserWarning, match="merged into the quantised weights of 0, 2, which rounds the sums anew"):
+        ours_of(case).merge_adapter()
+
+
+@each_kind
+def test_the_weights_of_a_merged_model_are_not_exchanged(case: Case) -> None:
+    model = ours_of(case)
+    base = {name: tensor for name, tensor in model.state_dict().items() if "default" not in name}
+    model.merge_adapter()
+    with pytest.raises(AdaptError, match=r"the state dict has another 0\.weight than the one into which"):
+        model.load_state_dict(base, strict=False)
+
+
+def test_what_is_quantised_in_a_way_that_is_not_known_is_refused_by_name() -> None:
+    class Rounded(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__torch_function__(*args, **kwargs)
+
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Rounded), requires_grad=False)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"]))
+    with pytest.raises(
+        AdaptError, match=r"whose weight is quantised \(Rounded\); merge the adapter on the model as it"
+    ):
+        model.merge_and_unload()
+
+
+def test_a_class_with_code_of_its_own_does_not_become_plain() -> None:
+    class Own(LinearNF4):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    model = get_peft_model(by_bitsandbytes(Own)(), LoraConfig(target_modules=["0"]))
+    snapshot = laws.snapshot(model)
+    with pytest.raises(AdaptError, match="0 is a Own, whose own code computes with quantised weights"):
+        model.merge_and_unload(dequantize=True)
+    laws.require_unchanged(model, snapshot, "a refused merge")
+
+
+@each_kind
+def test_a_traced_model_is_merged_alike(case: Case) -> None:
+    traced: Any = trace(case.build(), case.inputs())
+    torch.manual_seed(2)
+    get_peft_model(traced, config(case))
+    perturb(traced)
+    assert torch.equal(outputs(traced.merge_and_unload(), case), outputs(ours_of(case).merge_and_unload(), case))

@@ -285,6 +285,64 @@ def test_a_prepared_model_is_copied_and_exported(tmp_path: Path):
     assert_close(program.module()(IDS), expected(tmp_path / "4"))
 
 
+class Tied(nn.Module):
+    """One whose head has the table of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(ids)))
+
+
+def test_shared_factors_have_room_and_remain_shared(tmp_path: Path):
+    others = {"target_modules": ["table", "head"], "ensure_weight_tying": True}
+    folders = [saved(tmp_path, rank, alpha, Tied, **others) for rank, alpha in [(2, 3), (4, 7)]]
+    model = assert_swaps([*folders, folders[0]], "eager", 5, Tied)
+    assert model.table.default.lora_A is model.head.default.lora_B
+    assert model.table.default.lora_A.shape == (5, 11)
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+
+def test_parts_of_a_projection_have_room(tmp_path: Path):
+    others = {"target_modules": ["qkv"], "target_parts": {"qkv": [[0, 4], [8, 12]]}}
+    folders = [saved(tmp_path, rank, alpha, Fused, **others) for rank, alpha in [(2, 3), (4, 7)]]
+    assert_swaps([*folders, folders[0]], "eager", 5, Fused, torch.randn(3, 6))
+
+
+def test_values_of_a_prepared_adapter_are_loaded_and_pickled(tmp_path: Path):
+    first, other = saved(tmp_path, 2, 3), tmp_path / "other"
+    doubled = PeftModel.from_pretrained(base(), first)
+    values = {name: 2 * tensor for name, tensor in graphpeft.get_peft_model_state_dict(doubled).items()}
+    graphpeft.set_peft_model_state_dict(doubled, values)
+    doubled.save_pretrained(other)
+    model = PeftModel.from_pretrained(base(), first)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    model.load_adapter(other, "default")
+    assert_close(model(IDS), expected(other))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    hotswap_adapter(again, saved(tmp_path, 4, 7), "default")
+    assert_close(again(IDS), expected(tmp_path / "4"))
+    assert_close(model(IDS), expected(other))
+
+
 # from a state dict
 
 
@@ -334,13 +392,17 @@ def test_what_cannot_be_prepared_is_refused_and_unchanged(tmp_path: Path):
         prepare_model_for_compiled_hotswap(base(), target_rank=4)
     model = PeftModel.from_pretrained(base(), saved(tmp_path, 4, 3))
     before = snapshot(model)
-    with pytest.raises(AdaptError, match="table has the rank 4, which is higher than target_rank=2"):
+    with pytest.raises(AdaptError, match="table can't have room for target_rank=2: the adapter has the rank 4 there"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
-    with pytest.raises(AdaptError, match="grouped has its features in 2 groups, which don't divide target_rank=5"):
+    with pytest.raises(AdaptError, match="grouped can't have room for target_rank=5: its features are in 2 groups"):
         prepare_model_for_compiled_hotswap(model, target_rank=5)
     with pytest.raises(ValueError, match="check_compiled is 'no'; choose"):
         prepare_model_for_compiled_hotswap(model, check_compiled="no")  # type: ignore[arg-type]
     require_unchanged(model, before, "a refusal")
+    replaced = copy.deepcopy(model)
+    replaced.linear = nn.Linear(6, 5)
+    with pytest.raises(AdaptError, match=r"linear\.default\.lora_A of adapter 'default' is gone"):
+        prepare_model_for_compiled_hotswap(replaced, target_rank=6)
     compiled: Any = torch.compile(model, backend="eager")
     with pytest.raises(AdaptError, match="prepare it before you compile it"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=4)

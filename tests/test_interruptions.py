@@ -234,6 +234,19 @@ def swap(which: str) -> Callable[[Any], Any]:
     return lambda model: graphpeft.hotswap_adapter(model, folder(which), "one")
 
 
+def prepare(model: Any) -> None:
+    """Gives adapters room for others."""
+    graphpeft.prepare_model_for_compiled_hotswap(model, target_rank=6)
+
+
+@copied
+def prepared() -> Any:
+    """Returns the model with adapters that have room for others."""
+    model = several()
+    prepare(model)
+    return model
+
+
 ONCE = {"repeats": False}
 WRITES = {"writes": True}
 
@@ -263,6 +276,9 @@ CALLS = (
     Call("optimize", several, graphpeft.optimize),
     Call("swap", several, swap("same"), **WRITES),
     Call("swap for another", several, swap("other")),
+    Call("prepare for swaps", several, prepare),
+    Call("swap in a prepared model", prepared, swap("same"), **WRITES),
+    Call("swap for another in a prepared model", prepared, swap("other")),
     Call("overwrite", several, state_dict, **WRITES),
     Call("measure", eva, measure),
     Call("measure among others", eva_among_others, measure),

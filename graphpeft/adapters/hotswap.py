@@ -22,7 +22,6 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.swappable import (
     exchange_sites,
     fitting,
-    highest_rank,
     make_swappable,
     same_specs,
     set_number,
@@ -102,11 +101,12 @@ def hotswap_adapter_from_state_dict(
         adapter_name: The adapter that is replaced.
         config: The config of the new one, of this library or of PEFT.
         parameter_prefix: What the names of the method's tensors begin with.
-        example_inputs: As for `hotswap_adapter`.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where adapting the
+            model by the config needs them.
 
     Raises:
-        AdaptError: As for `hotswap_adapter`.
-        CheckpointError: If the state dict doesn't fit the model, which is as it was.
+        AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
+        CheckpointError: If the state dict doesn't fit the model; likewise.
 
     Example:
         >>> config = LoraConfig(r=2, target_modules=["0"])
@@ -217,9 +217,6 @@ def _swap(model: nn.Module, name: str, plan: Plan, values: Tensors) -> None:
             _copy(plan.modules, adapter, plan, sites, values)
             return
         exchange(model, name, plan, values)
-        if adapter.padded_to is not None:
-            new = known_adapter(model, name)
-            make_swappable(plan.modules, new, max(adapter.padded_to, highest_rank(new)) if adapter.padded_to else 0)
 
 
 def _sites_after(adapter: Adapter, plan: Plan) -> list[AdaptedSite] | None:
@@ -291,12 +288,14 @@ def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = N
         AdaptError: If the new one can't be added; the old one is as it was.
     """
     modules, state = plan.modules, known_adapters(model)
-    order, active = list(state.by_name), list(state.active)
+    order, active, room = list(state.by_name), list(state.active), state.by_name[name].padded_to
     with transaction(model):
         # so that nodes come in their order; first, since it unmerges others with a warning, which may be an error
         lifecycle.activate(modules, state, [])
         lifecycle.remove(modules, state, name)
         lifecycle.add(modules, state, name, plan, values)
+        if room is not None:
+            make_swappable(modules, state.by_name[name], room)
         lifecycle.activate(modules, state, active)
         set_attribute(state, "by_name", {known: state.by_name[known] for known in order})
         set_trainable(modules, state, active if name in active else [name])

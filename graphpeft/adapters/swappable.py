@@ -18,6 +18,7 @@ from torch import nn
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
+from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph.holders import place_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -47,14 +48,17 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: What to do if the model is compiled already: "error", "warn" or "ignore".
 
     Raises:
-        AdaptError: If the model has no adapter with factors, one with a higher rank, or is compiled. It is as it was.
+        AdaptError: If the model has no adapter with factors, one with a higher rank, or is compiled, or a module that
+            an adapter adapts was replaced since. The model is as it was.
         ValueError: If `check_compiled` is anything else.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> prepare_model_for_compiled_hotswap(model, target_rank=8)
-        >>> model[0].default.lora_A.shape, model.get_adapter_state_dict()["base_model.model.0.lora_A.weight"].shape
-        (torch.Size([8, 4]), torch.Size([2, 4]))
+        >>> model[0].default.lora_A.shape
+        torch.Size([8, 4])
+        >>> get_peft_model_state_dict(model)["base_model.model.0.lora_A.weight"].shape
+        torch.Size([2, 4])
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ValueError(f"check_compiled is {check_compiled!r}; choose 'error', 'warn' or 'ignore'")
@@ -67,30 +71,35 @@ def prepare_model_for_compiled_hotswap(
             raise AdaptError(problem)
         warnings.warn(problem, PeftWarning, stacklevel=2)
     model = getattr(model, "_orig_mod", model)
-    adapters = [adapter for adapter in known_adapters(model).by_name.values() if _factors(adapter)]
+    adapters = {name: adapter for name, adapter in known_adapters(model).by_name.items() if _factors(adapter)}
     if not adapters:
         raise AdaptError(
             f"the {type(model).__name__} has no adapter whose factors have a rank; prepare it once its first "
             "adapter of LoRA is there"
         )
+    for name, adapter in adapters.items():
+        refuse_missing(modules_of(model), adapter, name)
+        for adapted in adapter.sites:
+            reason = None if target_rank is None else _refusal(adapted, target_rank)
+            if reason is not None:
+                raise AdaptError(f"{adapted.site.label} can't have room for target_rank={target_rank}: {reason}")
     with transaction(model):
-        for adapter in adapters:
+        for adapter in adapters.values():
             make_swappable(modules_of(model), adapter, target_rank or 0)
 
 
 def make_swappable(modules: Modules, adapter: Adapter, rank: int) -> None:
-    """Gives an adapter's factors room for a rank, and puts its scales into tensors; inside a transaction.
+    """Gives an adapter's factors room for a rank where they can have it, and puts its scales into tensors.
+
+    This is for inside a transaction.
 
     Args:
         modules: The model's modules by path.
         adapter: The adapter.
         rank: The rank; 0 leaves the factors as they are.
-
-    Raises:
-        AdaptError: If a factor has a higher rank, or its groups don't divide the rank.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
-    sites = [with_room(adapted, rank) if rank else adapted for adapted in adapter.sites]
+    sites = [with_room(adapted, rank) for adapted in adapter.sites]
     for adapted, before in zip(sites, adapter.sites, strict=True):
         owner = modules[adapted.site.owner]
         for local, spec in adapted.specs.items():
@@ -117,11 +126,6 @@ def exchange_sites(adapter: Adapter, sites: Sequence[AdaptedSite]) -> None:
     adapter.sites[:] = sites
 
 
-def highest_rank(adapter: Adapter) -> int:
-    """Returns the highest rank of an adapter's factors; 0 without any."""
-    return max((_rank(adapted, spec) for adapted, spec in _factors(adapter)), default=0)
-
-
 def _factors(adapter: Adapter) -> list[tuple[AdaptedSite, ParameterSpec]]:
     return [(adapted, spec) for adapted in adapter.sites for spec in adapted.specs.values() if spec.rank is not None]
 
@@ -136,26 +140,23 @@ def _groups(adapted: AdaptedSite) -> int:
 
 
 def with_room(adapted: AdaptedSite, rank: int) -> AdaptedSite:
-    """Returns an adapted site whose factors have room for a rank.
-
-    Raises:
-        AdaptError: If one has a higher rank, or its groups don't divide the rank.
-    """
-    for spec in adapted.specs.values():
-        if spec.rank is None:
-            continue
-        if _rank(adapted, spec) > rank:
-            raise AdaptError(
-                f"{adapted.site.label} has the rank {_rank(adapted, spec)}, which is higher than target_rank={rank}; "
-                "choose the highest of all ranks"
-            )
-        if rank % _groups(adapted):
-            raise AdaptError(
-                f"{adapted.site.label} has its features in {_groups(adapted)} groups, which don't divide "
-                f"target_rank={rank}; choose a multiple"
-            )
+    """Returns an adapted site whose factors have room for a rank, or the site itself if they can't."""
+    if _refusal(adapted, rank) is not None:
+        return adapted
     specs = {local: _widened(spec, rank // _groups(adapted)) for local, spec in adapted.specs.items()}
     return adapted._replace(specs=specs)
+
+
+def _refusal(adapted: AdaptedSite, rank: int) -> str | None:
+    """Returns the reason why the factors at a site can't have room for a rank, or None."""
+    own = max((_rank(adapted, spec) for spec in adapted.specs.values() if spec.rank is not None), default=None)
+    if own is None:
+        return None
+    if own > rank:
+        return f"the adapter has the rank {own} there, which is higher; choose the highest of all ranks"
+    if rank % _groups(adapted):
+        return f"its features are in {_groups(adapted)} groups, which don't divide it; choose a multiple"
+    return None
 
 
 def _widened(spec: ParameterSpec, rank: int) -> ParameterSpec:
@@ -198,10 +199,7 @@ class _Widened:
 def fitting(adapted: AdaptedSite, like: AdaptedSite) -> AdaptedSite:
     """Returns a site of a new adapter with room as another adapter's has it there, if its factors have lower ranks."""
     ranks = [_rank(like, spec) for spec in like.specs.values() if spec.rank is not None]
-    try:
-        return with_room(adapted, max(ranks)) if ranks else adapted
-    except AdaptError:
-        return adapted
+    return with_room(adapted, max(ranks)) if ranks else adapted
 
 
 def without_effect(adapted: AdaptedSite) -> AdaptedSite | None:

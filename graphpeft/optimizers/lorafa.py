@@ -29,8 +29,8 @@ class LoraFAOptimizer(Optimizer):
     """AdamW, which gives B of LoRA the gradient of LoRA-FA.
 
     Args:
-        params: Groups of parameters. One with `scaling_factors` consists of A and B in turn, of as many pairs as there
-            are scales. Its `axes` say of each parameter where the rank is. A is never changed.
+        params: Groups of parameters. One with `scaling_factors` consists of A and B in turn, as many pairs as it has
+            factors. Its `axes` say of each parameter where the rank is. A is never changed.
         lr: The learning rate.
         betas: The decay of the averages of the gradient and of its square.
         eps: What is added to the root of the latter.

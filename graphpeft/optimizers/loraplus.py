@@ -70,7 +70,7 @@ def create_loraplus_optimizer(
         {"params": members[name], "lr": rate, "weight_decay": 0.0 if name == "B without decay" else decay}
         for name, rate in rates.items()
     ]
-    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    optimizer = optimizer_cls(groups, **{"lr": lr, **kwargs})
     if optimizer_cls.__module__.partition(".")[0] == "bitsandbytes":
         _keep_embeddings_exact(model)
     return optimizer

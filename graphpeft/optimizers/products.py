@@ -85,7 +85,7 @@ def products(model: nn.Module, purpose: str) -> list[Product]:
             continue
         assert isinstance(B, nn.Parameter)
         is_embedding = adapted.specs["lora_A"].key == "lora_embedding_A"
-        axes = (tuple(of_a), tuple(of_b))
+        axes = of_a.plain, of_b.plain
         product = Product(adapted.site.label, A, B, adapted.constants["lora_scaling"], axes, is_embedding)
         if A.requires_grad or B.requires_grad:
             found.append(product)

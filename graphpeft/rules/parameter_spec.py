@@ -44,6 +44,11 @@ class RankAxis(NamedTuple):
     blocks: int = 1
     interleaved: bool = False
 
+    @property
+    def plain(self) -> tuple[int, int, bool]:
+        """The same as a plain tuple, which a file may hold."""
+        return self.axis, self.blocks, self.interleaved
+
     def first(self, factor: torch.Tensor) -> torch.Tensor:
         """Returns a view of a factor with the blocks as its first dimension, and the rank as its second.
 

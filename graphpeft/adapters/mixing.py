@@ -57,11 +57,18 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forward(module, *args, **kwargs)
 
 
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """Returns the forward that a module would have without the layers around these, as a function of it."""
+    own = getattr(type(module), _FORWARD, None) or graph_forward(module)
+    return own or in_place.original_class(module).forward
+
+
 def _layer() -> in_place.Layer:
     return _LAYER
 
 
-_LAYER = in_place.Layer("rows", (), {"forward": _forward, ITSELF: property(itself)}, (_layer, ()))
+_FORWARD = "_graphpeft_rows_forward"
+_LAYER = in_place.Layer("rows", (), {"forward": _forward, _FORWARD: _forward, ITSELF: property(itself)}, (_layer, ()))
 
 
 # a call

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -150,6 +151,10 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
         namespace.update({name: _Absent(name) for cls in last for name in dir(cls) if name not in own})
         for layer in reversed(layers):
             namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
+        forward = namespace.get("forward")
+        if isinstance(forward, types.FunctionType) and forward.__code__.co_flags & inspect.CO_VARARGS:
+            # callers leave out arguments that a forward doesn't take
+            forward.__signature__ = inspect.signature(original.forward)  # pyright: ignore[reportFunctionMemberAccess]
         # libraries dispatch on a model's class name, so the dressed class keeps it
         namespace.update(
             __module__=original.__module__,

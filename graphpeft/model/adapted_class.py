@@ -6,9 +6,11 @@ PEFT's class is there as soon as somebody has loaded PEFT, see `peft_classes.py`
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from graphpeft.graph import in_place
+from graphpeft.adapters import mixing
+from graphpeft.graph import call_inputs, in_place
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.peft_names import TaskType
@@ -34,10 +36,24 @@ def layers_with(
 def _methods_layer(methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...]) -> in_place.Layer:
     namespace = {name: vars(OtherNames)[name] for name in other_names} | {
         "__call__": methods[0].__call__,
+        "forward": _forward,
         "__class__": property(_class_now, set_class),
         "_graphpeft_task": task,
     }
     return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task, other_names)))
+
+
+def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """Runs the forward of an adapted model, also where somebody calls that itself, with arguments for adapters."""
+    forward = mixing.forward_of(model)
+    read = model._peft_adapters.call_inputs
+    if adapter_names is not None:
+        with model.mixed_batch(adapter_names):
+            return forward(model, *args, **call_inputs.left(read, kwargs))
+    if not (read and kwargs):
+        return forward(model, *args, **kwargs)
+    with call_inputs.given(read, kwargs):
+        return forward(model, *args, **call_inputs.left(read, kwargs))
 
 
 def _class_now(model: Any) -> type:

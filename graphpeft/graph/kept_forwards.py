@@ -15,6 +15,9 @@ from torch import nn
 _NAMES = ("forward", "_old_forward")
 """The attributes of a module in which code keeps the forward of its class."""
 
+OF_HOOKS = frozenset({*_NAMES, "_hf_hook"})
+"""Those, and the attribute with accelerate's hook, which reads no weight for another module."""
+
 
 def own_forwards(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the attributes in which `module` itself has the forward of its class."""

@@ -15,9 +15,12 @@ from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.code.reach import functions_held, functions_run, opened
 from graphpeft.code.source import functions_called, functions_in_forward, names_in, read_by, uses_in_forward
 from graphpeft.graph import in_place
+from graphpeft.graph.kept_forwards import OF_HOOKS
 
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has, such as parameters, submodules and hooks."""
+
+_NOT_HELD = _OF_EACH_MODULE | OF_HOOKS
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
@@ -30,7 +33,7 @@ def held_by(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _OF_EACH_MODULE and not (type(value) in _PLAIN_TYPES or _holds_plain_values(value))
+        if name not in _NOT_HELD and not (type(value) in _PLAIN_TYPES or _holds_plain_values(value))
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import pickle
 import re
 from pathlib import Path
@@ -259,6 +260,35 @@ def test_an_adapter_is_loaded_by_the_class_for_a_task(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = graphpeft.PeftModelForCausalLM.from_pretrained(LLAMA.build(), tmp_path, torch_dtype=torch.float32)
     assert torch.equal(output(loaded, LLAMA.inputs()), output(model, LLAMA.inputs()))
+
+
+def test_an_adapter_is_loaded_again_whose_file_says_its_ranks_in_other_words(tmp_path: Path) -> None:
+    options = {"r": 3, "lora_alpha": 5, "target_modules": ["0", "1"], "rank_pattern": {"1": 2}}
+    base = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(init_lora_weights=False, **options))
+    theirs.save_pretrained(str(tmp_path))
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(**options))
+    ours.save_pretrained(tmp_path / "ours")
+    before = dict(ours.named_parameters())
+    ours.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(output(ours, (torch.ones(2, 4),)), output(theirs, (torch.ones(2, 4),)))
+    assert all(parameter is before[name] for name, parameter in ours.named_parameters())
+    for other in ({"rank_pattern": {"0": 2}}, {"lora_alpha": 7}, {"target_modules": ["0"], "rank_pattern": {}}):
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options | other)).save_pretrained(
+            str(tmp_path / "o")
+        )
+        with pytest.raises(AdaptError, match="with other options than those"):
+            ours.load_adapter(tmp_path / "o", "default")
+
+
+def test_a_forward_that_is_called_itself_takes_adapters_of_rows() -> None:
+    model = get_peft_model(LLAMA.build(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    names = ["default", "__base__"]
+    rows = {"input_ids": torch.tensor([[1, 2, 3], [1, 2, 3]])}
+    called = model(**rows, adapter_names=names).logits
+    assert torch.equal(model.forward(**rows, adapter_names=names).logits, called)
+    assert (called[0] - called[1]).abs().max() > 1e-3
+    assert inspect.signature(model.forward) == inspect.signature(LLAMA.build().forward)
 
 
 # functions

@@ -248,6 +248,30 @@ def _of(site: Any) -> tuple[str, str]:
     return site.owner, site.label
 
 
+def is_the_same(
+    model: nn.Module,
+    name: str,
+    config: PeftConfig,
+    values: Mapping[str, torch.Tensor],
+    example_inputs: ExampleInputs | None,
+) -> bool:
+    """Returns whether a saved adapter is at the places of one in the model, in the same shapes and with its numbers.
+
+    Configs may say that in different words, such as patterns for ends of names and for whole ones.
+
+    Args:
+        model: The model.
+        name: The name of the adapter in it.
+        config: The config of the saved one, of the same method.
+        values: The tensors of the saved one by their names in files.
+        example_inputs: As for `hotswap_adapter`.
+    """
+    adapter = known_adapter(model, name)
+    sites = _sites_after(adapter, _planned(model, name, copy.deepcopy(config), values, example_inputs))
+    before = [adapted.constants for adapted in adapter.sites]
+    return sites is not None and [adapted.constants for adapted in sites] == before
+
+
 def _in_graphs(adapted: AdaptedSite) -> tuple[Any, ...]:
     return adapted.rule, adapted.names, adapted.dtype, adapted.constants.keys()
 

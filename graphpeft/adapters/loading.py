@@ -21,6 +21,7 @@ from graphpeft.adapters.adapting import (
     replicate_layers,
 )
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
+from graphpeft.adapters.hotswap import is_the_same
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing
@@ -138,7 +139,7 @@ def load_again(
     ephemeral_gpu_offload: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     ignore_mismatched_sizes: bool = False,
-    example_inputs: ExampleInputs | None = None,  # noqa: ARG001
+    example_inputs: ExampleInputs | None = None,
     use_safetensors: bool | None = None,
     **hub_options: Any,
 ) -> None:
@@ -152,7 +153,7 @@ def load_again(
         ephemeral_gpu_offload: As for `load`.
         key_mapping: As for `load`.
         ignore_mismatched_sizes: As for `load`.
-        example_inputs: Not needed, since nothing is adapted anew.
+        example_inputs: As for `load`; needed only where the saved adapter's config is in other words.
         use_safetensors: As for `load`.
         **hub_options: As for `load`.
 
@@ -167,7 +168,11 @@ def load_again(
     _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
     saved = _read(model_id, config, use_safetensors, hub_options)
     adapter = known_adapter(model, adapter_name)
-    if saved.config.digest() != checkpoint.file_config(model, adapter).digest():
+    is_known = saved.config.digest() == checkpoint.file_config(model, adapter).digest()
+    is_of_method = saved.config.method == adapter.config.method
+    if not is_known and not (
+        is_of_method and is_the_same(model, adapter_name, saved.config, saved.tensors, example_inputs)
+    ):
         raise AdaptError(
             f"the model has an adapter {adapter_name!r} with other options than those of {shown(model_id)}; load that "
             "under another name, or let hotswap_adapter exchange the one for the other"

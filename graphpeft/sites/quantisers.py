@@ -37,7 +37,7 @@ class Codes(NamedTuple):
 
     def numbers(self) -> Tensor:
         """Returns the numbers that the codes stand for, (out, in)."""
-        return numbers_of(self.weight, self.beside.get("state"))
+        return numbers_of(self.weight, next(iter(self.beside.values()), None))
 
     def to(self, device: torch.device) -> Codes:
         """Returns the codes on a device: these, if they are there."""
@@ -57,8 +57,8 @@ class _Quantiser(NamedTuple):
     """How one class of weights is read and made.
 
     Attributes:
-        beside: The names of the layer's attributes that belong to the codes.
-        numbers: Returns the numbers of a weight, given the layer's `state` if it has one.
+        beside: The name of the layer's attribute that belongs to the codes, if there is one.
+        numbers: Returns the numbers of a weight, given the value of this attribute.
         codes: Returns the codes of numbers, made as those of a layer's weight.
         dtype: Returns the dtype that a weight had before it was quantised, or None if it doesn't tell.
     """
@@ -81,15 +81,26 @@ def codes_of(layer: nn.Module) -> Codes:
     return Codes(weight, {name: getattr(layer, name) for name in _known(weight).beside})
 
 
+def parts_of(layer: nn.Module) -> dict[str, str]:
+    """Returns the attributes of a layer by which its numbers are read, `codes` and `state`, and that of its `bias`."""
+    parts = {"codes": "weight"}
+    for name in _known(layer._parameters["weight"]).beside:
+        parts["state"] = name
+    if layer._parameters.get("bias") is not None:
+        parts["bias"] = "bias"
+    return parts
+
+
 def numbers_of(weight: Any, state: Any = None) -> Tensor:
     """Returns the numbers of a quantised weight, (out, in), without gradients.
 
     Args:
-        weight: The weight.
-        state: The layer's `state`, if it has one.
+        weight: The weight. Of a pickled layer, it has lost its class, and `state` tells how to read it.
+        state: What the layer keeps beside it, if anything.
     """
+    quantiser = _quantiser(weight) or _QUANTISERS[_BY_STATE[type(state).__name__]]
     with torch.no_grad():
-        return _known(weight).numbers(weight, state)
+        return quantiser.numbers(weight, state)
 
 
 @torch.no_grad()
@@ -149,10 +160,10 @@ def _is_quantised_by_now(weight: Any) -> bool:
 # bitsandbytes
 
 
-def _numbers_of_4_bits(weight: Any, _: Any) -> Tensor:
+def _numbers_of_4_bits(weight: Any, state: Any) -> Tensor:
     from bitsandbytes import functional
 
-    data, state = weight.data, weight.quant_state
+    data, state = weight.data, getattr(weight, "quant_state", state)
     if getattr(state, "packing_format_for_cpu", False):
         # a copy, since that changes the state in place
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
@@ -258,3 +269,6 @@ _QUANTISERS: dict[tuple[str, str], _Quantiser] = {
     },
 }
 """By the package and the name of the weight's class."""
+
+_BY_STATE = {"QuantState": ("bitsandbytes", "Params4bit"), "MatmulLtState": ("bitsandbytes", "Int8Params")}
+"""The same of weights that have lost their class, by the class of what their layer keeps beside them."""

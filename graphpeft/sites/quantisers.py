@@ -113,11 +113,16 @@ def quantised(layer: nn.Module, numbers: Tensor) -> Codes:
     return _known(layer._parameters["weight"]).codes(layer, numbers)
 
 
-def dtype_before(layer: nn.Module) -> torch.dtype | None:
-    """Returns the dtype that a layer's weight had before it was quantised; None if the layer doesn't tell."""
+def dtype_before(layer: nn.Module) -> torch.dtype:
+    """Returns the dtype that a layer's weight had before it was quantised, as far as the layer tells."""
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
     found = _known(weight).dtype(weight)
-    return found if found is not None or bias is None else bias.dtype
+    return found or (torch.get_default_dtype() if bias is None else bias.dtype)
+
+
+def casts_inputs(layer: nn.Module) -> bool:
+    """Returns whether a layer takes inputs of any dtype, and returns outputs of the same."""
+    return bool(_known(layer._parameters["weight"]).beside)
 
 
 NAMES_OF_LAYERS: dict[str, frozenset[str]] = {
@@ -177,6 +182,11 @@ def _codes_of_4_bits(layer: Any, numbers: Tensor) -> Codes:
     weight = type(own)(numbers, requires_grad=False, **options).to(own.device)
     weight.module = layer
     return Codes(weight, {"quant_state": weight.quant_state})
+
+
+def _dtype_before_4_bits(weight: Any) -> torch.dtype:
+    state = weight.quant_state
+    return state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
 
 
 def _numbers_of_8_bits(weight: Any, state: Any) -> Tensor:
@@ -260,7 +270,7 @@ def _mapping(own: Any) -> Any:
 
 _QUANTISERS: dict[tuple[str, str], _Quantiser] = {
     ("bitsandbytes", "Params4bit"): _Quantiser(
-        ("quant_state",), _numbers_of_4_bits, _codes_of_4_bits, lambda weight: weight.quant_state.dtype
+        ("quant_state",), _numbers_of_4_bits, _codes_of_4_bits, _dtype_before_4_bits
     ),
     ("bitsandbytes", "Int8Params"): _Quantiser(("state",), _numbers_of_8_bits, _codes_of_8_bits, lambda _: None),
     **{

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torchao.quantization as torchao
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, LinearNF4
+from interrupting import failing_at_line, lines_of
 from oracle import Case, assert_close, by_us, config, outputs, peft_config, perturb
 from test_quantised import by_bitsandbytes, by_torchao
 from torch import nn
@@ -360,3 +363,42 @@ def test_a_model_that_transformers_has_quantised_is_prepared_adapted_and_merged_
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=merged.lm_head.weight.dtype)
     assert type(again.model.layers[0].mlp.up_proj.weight) is nn.Parameter
     assert_close(logits(again.eval()), logits(merged), 1e-5)
+
+
+# interrupted
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter(),
+    "merge for good": lambda model: model.merge_and_unload(),
+    "merge into numbers": lambda model: model.merge_and_unload(dequantize=True),
+    "unmerge": lambda model: model.unmerge_adapter(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("case", [each for each in CASES if each.name in ("bitsandbytes nf4", "torchao int8")], ids=str)
+def test_an_interruption_at_any_line_of_it_leaves_all_or_nothing(case: Case, name: str) -> None:
+    def build() -> Any:
+        model = ours_of(case)
+        if name == "unmerge":
+            model.merge_adapter()
+        return model
+
+    def state(model: Any) -> tuple[Any, ...]:
+        kinds = tuple((type(layer), type(layer._parameters.get("weight"))) for layer in model)
+        return kinds, hasattr(model, "merged_adapters") and model.merged_adapters, outputs(model, case)
+
+    changed = build()
+    before = state(changed)
+    lines = lines_of(functools.partial(CHANGES[name], changed))
+    after = state(changed)
+    own = ("adapters/merged_codes.py", "adapters/dequantising.py", "adapters/merging.py", "sites/quantisers.py")
+    numbers = {line: number for number, line in enumerate(lines, 1) if line[0] in own}
+    assert numbers
+    for line, number in numbers.items():
+        model = build()
+        with contextlib.suppress(KeyboardInterrupt), failing_at_line(number, KeyboardInterrupt):
+            CHANGES[name](model)
+        found = state(model)
+        assert any(found[:2] == each[:2] and torch.equal(found[2], each[2]) for each in (before, after)), line

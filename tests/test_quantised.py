@@ -188,7 +188,6 @@ def test_copies_and_pickles_hold_the_adapter_as_far_as_the_library_lets_them(cas
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True},
         {"lora_bias": True},
         *({"init_lora_weights": name} for name in ("pissa", "olora", "mica", "orthogonal", "corda", "lora_ga", "eva")),
         {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},

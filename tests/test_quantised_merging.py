@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import torchao.quantization as torchao
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, LinearNF4
-from oracle import Case, by_us, config, outputs, peft_config, perturb
+from interrupting import failing_at_line, lines_of
+from oracle import Case, assert_close, by_us, config, outputs, peft_config, perturb
 from test_quantised import by_bitsandbytes, by_torchao
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from graphpeft import AdaptError, LoraConfig, get_peft_model, trace
+from graphpeft import (
+    AdaptError,
+    LoraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+    trace,
+)
 from graphpeft.adapters import merged_codes
 from graphpeft.sites import quantisers
 from graphpeft.testing import laws
@@ -270,3 +283,122 @@ def test_a_traced_model_is_merged_alike(case: Case) -> None:
     get_peft_model(traced, config(case))
     perturb(traced)
     assert torch.equal(outputs(traced.merge_and_unload(), case), outputs(ours_of(case).merge_and_unload(), case))
+
+
+def test_codes_that_a_processor_has_repacked_are_read_and_put_back() -> None:
+    case = Case("repacked", by_bitsandbytes(LinearNF4), lambda: (torch.randn(4, 64),), {"target_modules": ["0", "2"]})
+    model = ours_of(case)
+    numbers = quantisers.codes_of(model[0]).numbers()
+    weight = model[0].weight
+    # what some processors do at the first evaluation
+    weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    assert weight.quant_state.packing_format_for_cpu
+    # the packed scales have half precision
+    assert_close(quantisers.codes_of(model[0]).numbers(), numbers, 1e-2)
+    assert weight.quant_state.packing_format_for_cpu
+    packed = weight.data.clone()
+    model.merge_adapter()
+    assert not getattr(model[0].weight.quant_state, "packing_format_for_cpu", False)
+    model.unmerge_adapter()
+    assert model[0].weight is weight
+    assert torch.equal(weight.data, packed)
+    merged = model.merge_and_unload(dequantize=True)
+    assert merged[0].weight.dtype == torch.float32
+
+
+# models that Transformers has quantised
+
+QUANTISED = {
+    "4 bits": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+    "8 bits": BitsAndBytesConfig(load_in_8bit=True),
+    "torchao": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Writes a Llama in half precision, whose layers are as large as a block of 4 bits."""
+    folder = str(tmp_path_factory.mktemp("llama"))
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_model_that_transformers_has_quantised_is_prepared_adapted_and_merged_as_by_peft(
+    llama: str, kind: str, tmp_path: Path
+) -> None:
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=QUANTISED[kind], dtype=torch.bfloat16)
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                vars(layer)["support_avx512bf16_for_cpu"] = False  # PEFT can't merge what was repacked
+        return model.eval()
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.arange(14).view(2, 7)).logits
+
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
+    ours: Any = get_peft_model(prepare_model_for_kbit_training(load()), LoraConfig(**options))
+    theirs = peft.get_peft_model(peft.prepare_model_for_kbit_training(load()), peft.LoraConfig(**options))  # type: ignore[arg-type]
+    set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))  # type: ignore[arg-type]
+    adapted = logits(ours.eval())
+    # an input is rounded to another code where its last bit differs
+    tolerance = 1e-2 if kind == "8 bits" else 1e-5
+    assert_close(adapted, logits(theirs.eval()), tolerance)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    assert_close(logits(ours), logits(theirs), tolerance)
+    ours.unmerge_adapter()
+    assert torch.equal(logits(ours), adapted)
+    merged = ours.merge_and_unload(dequantize=True)
+    assert_close(logits(merged), adapted, 2e-2)
+    assert not hasattr(merged.config, "quantization_config")
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=merged.lm_head.weight.dtype)
+    assert type(again.model.layers[0].mlp.up_proj.weight) is nn.Parameter
+    assert_close(logits(again.eval()), logits(merged), 1e-5)
+
+
+# interrupted
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter(),
+    "merge for good": lambda model: model.merge_and_unload(),
+    "merge into numbers": lambda model: model.merge_and_unload(dequantize=True),
+    "unmerge": lambda model: model.unmerge_adapter(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("case", [each for each in CASES if each.name in ("bitsandbytes nf4", "torchao int8")], ids=str)
+def test_an_interruption_at_any_line_of_it_leaves_all_or_nothing(case: Case, name: str) -> None:
+    def build() -> Any:
+        model = ours_of(case)
+        if name == "unmerge":
+            model.merge_adapter()
+        return model
+
+    def state(model: Any) -> tuple[Any, ...]:
+        kinds = tuple((type(layer), type(layer._parameters.get("weight"))) for layer in model)
+        return kinds, hasattr(model, "merged_adapters") and model.merged_adapters, outputs(model, case)
+
+    changed = build()
+    before = state(changed)
+    lines = lines_of(functools.partial(CHANGES[name], changed))
+    after = state(changed)
+    own = ("adapters/merged_codes.py", "adapters/dequantising.py", "adapters/merging.py", "sites/quantisers.py")
+    numbers = {line: number for number, line in enumerate(lines, 1) if line[0] in own}
+    assert numbers
+    for line, number in numbers.items():
+        model = build()
+        with contextlib.suppress(KeyboardInterrupt), failing_at_line(number, KeyboardInterrupt):
+            CHANGES[name](model)
+        found = state(model)
+        assert any(found[:2] == each[:2] and torch.equal(found[2], each[2]) for each in (before, after)), line

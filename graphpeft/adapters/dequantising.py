@@ -14,7 +14,9 @@ from graphpeft.transaction import delete_item, set_attribute, set_item
 
 
 def dequantise(modules: Modules, numbers: Mapping[str, Tensor]) -> None:
-    """Gives all quantised linear layers weights of numbers, in the dtype that they had before they were quantised.
+    """Gives all quantised linear layers weights of numbers, in the dtype of their inputs.
+
+    That of a layer that casts its inputs is taken to be the dtype of the model's other parameters.
 
     Args:
         modules: The model's modules by path, without adapters.
@@ -27,20 +29,20 @@ def dequantise(modules: Modules, numbers: Mapping[str, Tensor]) -> None:
     for path, layer in modules.items():
         if quantisers.is_known(layer):
             values = numbers[path] if path in numbers else quantisers.codes_of(layer).numbers()
-            weight = values.to(quantisers.dtype_before(layer) or usual)
-            _become_linear(path, layer, nn.Parameter(weight, requires_grad=False))
+            dtype = usual if usual and quantisers.casts_inputs(layer) else quantisers.dtype_before(layer)
+            _become_linear(path, layer, nn.Parameter(values.to(dtype), requires_grad=False))
     _forget(modules[""])
 
 
-def _dtype_of(modules: Modules) -> torch.dtype:
-    """Returns the dtype of the first parameter of numbers that isn't quantised, or else PyTorch's default."""
+def _dtype_of(modules: Modules) -> torch.dtype | None:
+    """Returns the dtype of the first parameter of numbers of a layer that isn't quantised, if there is one."""
     found = (
         parameter.dtype
         for layer in modules.values()
-        for parameter in layer._parameters.values()
-        if parameter is not None and parameter.is_floating_point() and type(parameter) is nn.Parameter
+        for parameter in ([] if quantisers.is_known(layer) else layer._parameters.values())
+        if parameter is not None and parameter.is_floating_point()
     )
-    return next(found, torch.get_default_dtype())
+    return next(found, None)
 
 
 def _become_linear(path: str, layer: nn.Module, weight: nn.Parameter) -> None:

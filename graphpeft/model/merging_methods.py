@@ -50,9 +50,9 @@ class MergingMethods(AdapterInfo):
             progressbar: Accepted for compatibility with PEFT; merging is one addition for each weight.
             safe_merge: Whether to refuse changes with infinities or NaNs.
             adapter_names: The adapters to merge; the active ones if None.
-            dequantize: Whether all quantised linear layers become plain ones, ``nn.Linear`` with weights of the dtype
-                that they had before they were quantised. Then nothing is rounded to codes again. It isn't an argument
-                of PEFT's.
+            dequantize: Whether all quantised linear layers become plain ones, ``nn.Linear``, whose weights have the
+                dtype of the model's other parameters. Then nothing is rounded to codes again. It isn't an argument of
+                PEFT's.
 
         Returns:
             This model, without adapters.

@@ -35,6 +35,8 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
         raise NoSiteError(f"the forward of a {name} takes no arguments")
     features = declared_features(module) if declares_features(module) else _features(regions, path, crossing)
     beside, dtype, quantised = _tensor_beside(regions, path)
+    # a flat graph into which the forward was inlined may have read the weight's codes once
+    is_recoded = quantisers.is_known(module) and regions.is_called(path)
     return LeafSite(
         region=crossing.region,
         nodes=crossing.nodes,
@@ -44,8 +46,8 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
         beside=beside,
         dtype=dtype,
         quantised=quantised,
-        # a flat graph into which the forward was inlined may have read the weight's codes once
-        is_recoded=quantisers.is_known(module) and regions.is_called(path),
+        is_recoded=is_recoded,
+        reads=tuple(quantisers.parts_of(module).items()) if is_recoded else (),
     )
 
 

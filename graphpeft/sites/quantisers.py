@@ -37,7 +37,7 @@ class Codes(NamedTuple):
 
     def numbers(self) -> Tensor:
         """Returns the numbers that the codes stand for, (out, in)."""
-        return numbers_of(self.weight, self.beside.get("state"))
+        return numbers_of(self.weight, next(iter(self.beside.values()), None))
 
     def to(self, device: torch.device) -> Codes:
         """Returns the codes on a device: these, if they are there."""
@@ -57,8 +57,8 @@ class _Quantiser(NamedTuple):
     """How one class of weights is read and made.
 
     Attributes:
-        beside: The names of the layer's attributes that belong to the codes.
-        numbers: Returns the numbers of a weight, given the layer's `state` if it has one.
+        beside: The name of the layer's attribute that belongs to the codes, if there is one.
+        numbers: Returns the numbers of a weight, given the value of this attribute.
         codes: Returns the codes of numbers, made as those of a layer's weight.
         dtype: Returns the dtype that a weight had before it was quantised, or None if it doesn't tell.
     """
@@ -81,15 +81,26 @@ def codes_of(layer: nn.Module) -> Codes:
     return Codes(weight, {name: getattr(layer, name) for name in _known(weight).beside})
 
 
+def parts_of(layer: nn.Module) -> dict[str, str]:
+    """Returns the attributes of a layer by which its numbers are read, `codes` and `state`, and that of its `bias`."""
+    parts = {"codes": "weight"}
+    for name in _known(layer._parameters["weight"]).beside:
+        parts["state"] = name
+    if layer._parameters.get("bias") is not None:
+        parts["bias"] = "bias"
+    return parts
+
+
 def numbers_of(weight: Any, state: Any = None) -> Tensor:
     """Returns the numbers of a quantised weight, (out, in), without gradients.
 
     Args:
-        weight: The weight.
-        state: The layer's `state`, if it has one.
+        weight: The weight. Of a pickled layer, it has lost its class, and `state` tells how to read it.
+        state: What the layer keeps beside it, if anything.
     """
+    quantiser = _quantiser(weight) or _QUANTISERS[_BY_STATE[type(state).__name__]]
     with torch.no_grad():
-        return _known(weight).numbers(weight, state)
+        return quantiser.numbers(weight, state)
 
 
 @torch.no_grad()
@@ -102,11 +113,16 @@ def quantised(layer: nn.Module, numbers: Tensor) -> Codes:
     return _known(layer._parameters["weight"]).codes(layer, numbers)
 
 
-def dtype_before(layer: nn.Module) -> torch.dtype | None:
-    """Returns the dtype that a layer's weight had before it was quantised; None if the layer doesn't tell."""
+def dtype_before(layer: nn.Module) -> torch.dtype:
+    """Returns the dtype that a layer's weight had before it was quantised, as far as the layer tells."""
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
     found = _known(weight).dtype(weight)
-    return found if found is not None or bias is None else bias.dtype
+    return found or (torch.get_default_dtype() if bias is None else bias.dtype)
+
+
+def casts_inputs(layer: nn.Module) -> bool:
+    """Returns whether a layer takes inputs of any dtype, and returns outputs of the same."""
+    return bool(_known(layer._parameters["weight"]).beside)
 
 
 NAMES_OF_LAYERS: dict[str, frozenset[str]] = {
@@ -149,10 +165,10 @@ def _is_quantised_by_now(weight: Any) -> bool:
 # bitsandbytes
 
 
-def _numbers_of_4_bits(weight: Any, _: Any) -> Tensor:
+def _numbers_of_4_bits(weight: Any, state: Any) -> Tensor:
     from bitsandbytes import functional
 
-    data, state = weight.data, weight.quant_state
+    data, state = weight.data, getattr(weight, "quant_state", state)
     if getattr(state, "packing_format_for_cpu", False):
         # a copy, since that changes the state in place
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
@@ -166,6 +182,11 @@ def _codes_of_4_bits(layer: Any, numbers: Tensor) -> Codes:
     weight = type(own)(numbers, requires_grad=False, **options).to(own.device)
     weight.module = layer
     return Codes(weight, {"quant_state": weight.quant_state})
+
+
+def _dtype_before_4_bits(weight: Any) -> torch.dtype:
+    state = weight.quant_state
+    return state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
 
 
 def _numbers_of_8_bits(weight: Any, state: Any) -> Tensor:
@@ -249,7 +270,7 @@ def _mapping(own: Any) -> Any:
 
 _QUANTISERS: dict[tuple[str, str], _Quantiser] = {
     ("bitsandbytes", "Params4bit"): _Quantiser(
-        ("quant_state",), _numbers_of_4_bits, _codes_of_4_bits, lambda weight: weight.quant_state.dtype
+        ("quant_state",), _numbers_of_4_bits, _codes_of_4_bits, _dtype_before_4_bits
     ),
     ("bitsandbytes", "Int8Params"): _Quantiser(("state",), _numbers_of_8_bits, _codes_of_8_bits, lambda _: None),
     **{
@@ -258,3 +279,6 @@ _QUANTISERS: dict[tuple[str, str], _Quantiser] = {
     },
 }
 """By the package and the name of the weight's class."""
+
+_BY_STATE = {"QuantState": ("bitsandbytes", "Params4bit"), "MatmulLtState": ("bitsandbytes", "Int8Params")}
+"""The same of weights that have lost their class, by the class of what their layer keeps beside them."""

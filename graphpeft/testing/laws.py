@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import changes
-from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
@@ -34,7 +33,7 @@ from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
 from graphpeft.testing.runs import differentiable, left_by, loss_of, perturbed, random_state, run
 from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot, with_saved
-from graphpeft.testing.unmerging import require_unmerged_exactly
+from graphpeft.testing.unmerging import require_no_merge, require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
 
@@ -171,20 +170,10 @@ def _adapted_is_base_with_delta(
         require_close(run(base, inputs), expected, tolerance, f"training={mode}: adapted isn't base with deltas")
         require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
     else:
-        _require_no_merge(adapted)
+        require_no_merge(adapted)
     left = with_saved(untouched, adapted)
     require_unloaded(adapted.unload(), left, inputs)
     return adapter
-
-
-def _require_no_merge(adapted: Any) -> None:
-    before = snapshot(adapted)
-    try:
-        adapted.merge_and_unload()
-    except AdaptError:
-        require_unchanged(adapted, before, "a merge that is refused")
-    else:
-        raise LawError("an adapter that says why it can't be merged is merged")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from graphpeft.methods.lora import combination
 from graphpeft.methods.lora.convolution import lora_of_convolution
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
+from graphpeft.methods.lora.dora_leaf import DoraLeaf
 from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
 from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
 from graphpeft.methods.lora.init.corda import CordaConfig
@@ -340,7 +341,8 @@ class LoraConfig(TargetedConfig):
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.op is Leaf:
-            return LoraLeaf(drops=drops)
+            leaf = LoraLeaf(drops=drops)
+            return DoraLeaf(leaf) if self.use_dora and site.is_recoded else leaf
         if site.parts:
             flipped = site.is_layer and site.transposed
             rows = site.shape[1] if flipped else site.shape[0]

@@ -110,8 +110,8 @@ class LoraLeaf(_ByRow, Mergeable):
     casts: bool = True
 
     def check(self, site: LeafSite, config: Any) -> str | None:
-        """Refuses variants, which need a weight."""
-        return variant_refusal(config, site.kind)
+        """Refuses variants, which need a weight; numbers of a quantised one are enough for the lengths of DoRA."""
+        return variant_refusal(config, site.kind, ("lora_bias",) if site.is_recoded else ("use_dora", "lora_bias"))
 
     def parameters(self, site: LeafSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""

@@ -7,7 +7,7 @@ y' = y + s · branch(dropout(x))      of those at an operation, which don't comp
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -147,14 +147,15 @@ def bias_refusal(site: Site, config: Any) -> str | None:
     return "lora_bias=True is for the outputs of linear layers and convolutions, which this is none of"
 
 
-def variant_refusal(config: Any, what: str) -> str | None:
-    """Returns the reason why there can be plain LoRA alone, if the config asks for a variant.
+def variant_refusal(config: Any, what: str, variants: Sequence[str] = ("use_dora", "lora_bias")) -> str | None:
+    """Returns the reason why a variant of LoRA that the config asks for can't be.
 
     Args:
         config: The config.
         what: The adapted thing, in words.
+        variants: The options that would ask for one.
     """
-    for name in ("use_dora", "lora_bias"):
+    for name in variants:
         if getattr(config, name):
             return f"{name}={getattr(config, name)!r} is for layers, and it is {what}"
     if config.init_lora_weights not in RANDOM:

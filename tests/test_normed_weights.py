@@ -168,6 +168,17 @@ def test_the_modules_that_compute_a_weight_are_no_targets():
     assert not report.refused
 
 
+def test_a_tensor_from_which_a_weight_is_computed_is_named_as_a_parameter_and_merged():
+    model = _model(LAYERS["weight norm"])
+    x = _input(model)
+    base = model(x)
+    config = LoraConfig(target_parameters=["original1"], target_modules=[], r=2, init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config)
+    found = adapted(x)
+    assert not torch.allclose(found, base)
+    laws.require_close(adapted.merge_and_unload()(x), found, 1e-6, "merged and adapted")
+
+
 def test_all_linear_names_normed_layers():
     report = explain(_model(LAYERS["weight norm"]), LoraConfig(target_modules="all-linear"))
     assert [row.site.label for row in report.adapted] == ["layer"]

@@ -26,6 +26,7 @@ from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.graph.values import value_of
+from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
@@ -104,7 +105,8 @@ def fitted(
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
     }
-    dtypes |= {place: spec.dtype for place, spec in _specs(adapter) if spec.dtype is not None}
+    dtypes |= {place: adapted.dtype for adapted, place, _ in _specs(adapter) if adapted.dtype.is_complex}
+    dtypes |= {place: spec.dtype for _, place, spec in _specs(adapter) if spec.dtype is not None}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
     own = {place: tensor_at(modules[place[0]], place[1]) for place in base.values()}
     shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
@@ -203,11 +205,11 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
             )
 
 
-def _specs(adapter: Adapter) -> Iterator[tuple[tuple[str, str], ParameterSpec]]:
-    """Yields the place in the model of each parameter at a site, and what its rule says of it."""
+def _specs(adapter: Adapter) -> Iterator[tuple[AdaptedSite, tuple[str, str], ParameterSpec]]:
+    """Yields each parameter at a site: the site, the parameter's place in the model, and what its rule says of it."""
     for adapted in adapter.sites:
         for local, spec in adapted.specs.items():
-            yield (adapted.site.owner, adapted.names[local]), spec
+            yield adapted, (adapted.site.owner, adapted.names[local]), spec
 
 
 def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
@@ -222,7 +224,7 @@ def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
 
 def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     forms = _forms(adapter)
-    for place, spec in _specs(adapter):
+    for _, place, spec in _specs(adapter):
         yield place, forms[place].shape if place in forms else spec.shape
     for path, own, tensor in _fully_trained(adapter, modules):
         yield (path, overrides.override_name(own, name)), tuple(tensor.shape)

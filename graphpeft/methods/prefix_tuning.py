@@ -26,6 +26,7 @@ from graphpeft.methods.prompts.caches import (
     under_one_name,
 )
 from graphpeft.methods.prompts.encoders import Encoder, NetworkEncoder, Table, linear_by
+from graphpeft.methods.prompts.key_sizes import reads_those_of_others, size_in_layer, sizes_in_layers
 from graphpeft.methods.prompts.placements import (
     Placement,
     PromptRule,
@@ -114,8 +115,28 @@ class PrefixTuningConfig(PromptLearningConfig):
         ]
         if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
             reasons.append(f"token_dim={self.token_dim} is no multiple of num_attention_heads")
+        elif not reasons and not self._fits_layers(model, report):
+            return False
         report.refused += [Refusal("the model", reason, "leave the sizes out of the config") for reason in reasons]
         return not reasons
+
+    def _fits_layers(self, model: nn.Module, report: Report) -> bool:
+        """Returns whether the prefix is wide enough for all layers, and reports if it isn't; PEFT leaves some out."""
+        assert self.num_attention_heads is not None
+        assert self.token_dim is not None
+        of_head, sizes = self.token_dim // self.num_attention_heads, sizes_in_layers(text_config_of(model))
+        wider = [size for size in sizes if not size.fits(self.num_attention_heads, of_head)]
+        if wider:
+            heads, widest = max(size.heads for size in sizes), max(size.of_head for size in sizes)
+            report.refused.append(
+                Refusal(
+                    "the model",
+                    f"{len(wider)} of {len(sizes)} layers have keys of {wider[0].heads} heads of size "
+                    f"{wider[0].of_head}, and the prefix has {self.num_attention_heads} of size {of_head}",
+                    f"set token_dim={heads * widest} and num_attention_heads={heads}, which fits all layers",
+                )
+            )
+        return not wider
 
     def rule_for(self, site: CallSite, dtype: torch.dtype) -> Rule:
         """Returns the rule for a boundary."""
@@ -274,7 +295,15 @@ def filled(
     step = 4 if config.is_encoder_decoder else 2
     for layer in range(layers):
         row = step * layer % (2 * layers)
-        own.update(by_layer[row], by_layer[row + 1], layer)
+        key, value = by_layer[row], by_layer[row + 1]
+        if not config.is_encoder_decoder:
+            text = config.get_text_config()
+            size = size_in_layer(text, layer)
+            if reads_those_of_others(text, layer):
+                continue
+            if size is not None:
+                key, value = (part[:, : size.heads, :, : size.of_head] for part in (key, value))
+        own.update(key, value, layer)
     return cache
 
 
@@ -289,6 +318,11 @@ def without_cache(output: Any, cache: Any, use_cache: bool | None) -> Any:
 def _key_sizes(model: nn.Module) -> dict[str, int]:
     """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out."""
     config = text_config_of(model)
+    by_layer = sizes_in_layers(config)
+    if by_layer:
+        # such a config tells no size that all layers have
+        heads, size = max(by_layer, key=lambda size: size.of_head)
+        return {"token_dim": size * heads, "num_attention_heads": heads}
     heads = getattr(config, "num_key_value_heads", None)
     if heads is None:
         return {}
@@ -299,13 +333,20 @@ def _key_sizes(model: nn.Module) -> dict[str, int]:
 def _sizes_of_cache(model: nn.Module) -> dict[str, list[int]]:
     """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers."""
     config = text_config_of(model)
+    by_layer = sizes_in_layers(config)
     # a model in which all heads share one key says so, in one way or another
     shares = hasattr(config, "num_kv_heads") or getattr(config, "multi_query", False)
     heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
-    if getattr(config, "num_key_value_heads", None) is not None:
+    if by_layer:
+        heads = ()
+    elif getattr(config, "num_key_value_heads", None) is not None:
         heads = ("num_key_value_heads",)
     asked = {
         "num_attention_heads": () if shares else heads,
         "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_decoder_layers"),
     }
-    return {name: sorted(set(sizes)) for name, sizes in sizes_in(config, asked).items()}
+    found = sizes_in(config, asked)
+    found["num_attention_heads"] += [
+        size.heads for size in sizes_in_layers(text_config_of(model)) if size.heads is not None
+    ]
+    return {name: sorted(set(sizes)) for name, sizes in found.items()}

@@ -109,11 +109,11 @@ class TargetedConfig(PeftConfig):
         """
         names = targets.all_linear_names(model, self.task_type)
         modules = modules_by_path(model)
-        if not names and len(modules) > 1 and not self.target_options.target_parameters:
-            raise ValueError(
-                f"target_modules='all-linear': a {stands_for(model).__name__} has no linear layers; it has "
-                f"{joined(layers_in(modules), most=10)}"
-            )
+        if not names and not self.target_options.target_parameters:
+            has = f"a {stands_for(model).__name__} has no linear layers; it has {joined(layers_in(modules), most=10)}"
+            if len(modules) == 1:
+                has = "a layer by itself has no name: adapt the model that it is part of, or nn.Sequential(layer)"
+            raise ValueError(f"target_modules='all-linear': {has}")
         return targets.exactly(names, modules)
 
     def targets_by_default(self, model: nn.Module) -> set[str] | str:

@@ -178,17 +178,22 @@ def _targeted(
         elif found is Match.YES:
             yield from _weights_of(path, module, modules)
         for name, tensor in module._parameters.items():
-            if tensor is None or (name == "weight" and not options.target_parameters):
+            # the name of a module stands for its weight; that of the model is none
+            stands_for_weight = name == "weight" and path != ""
+            if tensor is None or (stands_for_weight and not options.target_parameters):
                 continue
             weight = join(path, name)
             if options.target_parameters and targets.match_parameter(options, weight):
                 yield _Target(weight, path, name, is_parameter=True)
-            elif name != "weight" and tensor.ndim > 1 and decide(weight) is Match.YES:
-                yield _Target(weight, path, name)
+            elif not stands_for_weight and tensor.ndim > 1 and decide(weight) is Match.YES:
+                yield _Target(weight, path, name, is_parameter=name == "weight")
 
 
 def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Target]:
     """Returns the weights that a module's name stands for."""
+    if issubclass(stands_for(module), nn.RNNBase | nn.RNNCellBase):
+        names = [name for name, tensor in module._parameters.items() if tensor is not None and tensor.ndim > 1]
+        return [_Target(join(path, name), path, name) for name in names]
     weights = _weights_for(stands_for(module))
     weight = module._parameters.get(weights.of_layer[0])
     if weight is None and kind_of_layer(stands_for(module)) is not None:
@@ -362,10 +367,10 @@ def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def _targets_by_path(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yields the paths of parameters that `target_modules` can name; a weight is named by its module."""
+    """Yields the paths of parameters that `target_modules` can name; a module's weight is named by the module."""
     return (
         join(path, name)
         for path, module in modules.items()
         for name, tensor in module._parameters.items()
-        if tensor is not None and tensor.ndim > 1 and name != "weight"
+        if tensor is not None and tensor.ndim > 1 and (name != "weight" or not path)
     )

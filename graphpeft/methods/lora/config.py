@@ -27,6 +27,7 @@ from graphpeft.methods.lora.init.eva_directions import EvaConfig
 from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
 from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
+from graphpeft.methods.lora.kernels import LoraKernels
 from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts, wanted_parts, with_parts
@@ -361,6 +362,8 @@ class LoraConfig(TargetedConfig):
             return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
         if site.layout is ops.Weight and len(site.shape) == 3:
             return LoraExperts(experts=site.shape[0], transposed=site.transposed)
+        if site.layout is ops.Weight and len(site.shape) > 3:
+            return LoraKernels(shape=site.shape)
         if site.op is ops.Weight:
             return LoraMatrix(flipped=flipped)
         return LoraLinear(flipped=flipped, drops=drops, casts=casts, has_bias=has_bias)

@@ -26,13 +26,14 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.convolution import LoraConvolution, LoraWithinGroups
 from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.init.initialisation import traits_of
+from graphpeft.methods.lora.kernels import LoraKernels
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
 
-Lora = LoraMatrix | LoraConvolution | LoraWithinGroups | LoraExperts
+Lora = LoraMatrix | LoraConvolution | LoraWithinGroups | LoraExperts | LoraKernels
 """The rules that DoRA extends; rules of linear operations and embeddings are each a `LoraMatrix`."""
 
 

@@ -24,6 +24,7 @@ from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME,
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.sharding import whole
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.graph.values import value_of
 from graphpeft.rules.config import PeftConfig
@@ -63,7 +64,7 @@ def state_dict_of(
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
             raise CheckpointError(f"the state_dict lacks {joined(lacking)}; pass that of the whole adapted model")
-        tensors = {place: state_dict[join(*place)] for place in places}
+        tensors = {place: whole(state_dict[join(*place)]) for place in places}
     tensors |= {place: originals[place].detach() for place in places if place in originals}
     derived: dict[str, torch.Tensor] = {}
     for adapted in adapter.sites:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -200,8 +199,12 @@ def check_distributed_checkpoint() -> None:
 
 def test_fully_sharded_models() -> None:
     checks: dict[str, Callable[[], None]] = {
-        f"{name}, {how} sharded": functools.partial(check_fully_shard, options, how)
-        for (name, options), how in itertools.product(CONFIGS.items(), ("layers", "blocks", "root"))
+        f"{name}, {how} sharded": functools.partial(check_fully_shard, CONFIGS[name], how)
+        for name, how in [
+            *zip(CONFIGS, ["layers", "blocks"] * 2, strict=True),
+            ("lora", "root"),
+            ("bias", "root"),
+        ]
     }
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     checks |= {
@@ -264,8 +267,12 @@ def check_data_parallel(distribute: Callable[[nn.Module], nn.Module]) -> None:
 
 def test_models_in_wrappers() -> None:
     checks: dict[str, Callable[[], None]] = {
-        f"FSDP, {name}, {of}": functools.partial(check_wrapped_by_fsdp, options, policy)
-        for (name, options), (of, policy) in itertools.product(CONFIGS.items(), POLICIES.items())
+        f"FSDP, {name}, {of}": functools.partial(check_wrapped_by_fsdp, CONFIGS[name], POLICIES[of])
+        for name, of in [
+            *zip(CONFIGS, [*POLICIES, "root"], strict=True),
+            ("bias", "large modules"),
+            ("lora", "blocks"),
+        ]
     }
     checks["DDP"] = functools.partial(check_data_parallel, DistributedDataParallel)
     checks["replicate"] = functools.partial(check_data_parallel, replicate)
@@ -397,3 +404,48 @@ def test_a_model_in_several_wrappers_is_looked_through() -> None:
         close(model(BATCH), base()(BATCH))
     close(model(BATCH), expected)
     close(get_peft_model_state_dict(wrapper), get_peft_model_state_dict(adapted({})))
+
+
+# Transformers' Trainer
+
+
+class Regression(Model):
+    """Returns a loss, as a Trainer asks for it."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (super().forward(x) - labels).square().mean()}
+
+
+def trained_by_trainer(rows_of_a_step: int, folder: str) -> list[float]:
+    """Trains an adapter, saves it as a checkpoint, and returns the loss of each step."""
+    import transformers
+
+    torch.manual_seed(0)
+    data: Any = [
+        {"x": row, "labels": row[:3]} for row in torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+    ]
+    arguments = transformers.TrainingArguments(
+        folder, per_device_train_batch_size=rows_of_a_step, max_steps=3, logging_steps=1, report_to="none", use_cpu=True
+    )
+    trainer = transformers.Trainer(adapted({}, Regression()), arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(folder)
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def check_trainer(expected: list[float], folder: str) -> None:
+    import peft
+
+    losses = trained_by_trainer(2, "of two")
+    assert losses == pytest.approx(expected, rel=1e-3)
+    dist.barrier()
+    theirs = peft.PeftModel.from_pretrained(base(), "of two")
+    ours = PeftModel.from_pretrained(base(), folder)
+    torch.testing.assert_close(theirs(BATCH), ours(BATCH), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_in_two_processes_trains_as_in_one(tmp_path: Any) -> None:
+    folder = str(tmp_path / "alone")
+    run_in_two_processes({"Trainer": functools.partial(check_trainer, trained_by_trainer(4, folder), folder)})

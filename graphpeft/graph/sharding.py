@@ -43,7 +43,7 @@ def gathered(owners: Iterable[nn.Module], is_written: bool = False) -> Iterator[
     with contextlib.ExitStack() as stack:
         exchanged: list[tuple[Any, torch.Tensor, int]] = []
         for owner in owners:
-            tensors_of: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            tensors_of: Any = (owner._parameters, owner._buffers)
             for held in tensors_of:
                 for name, tensor in held.items():
                     if is_sharded(tensor):

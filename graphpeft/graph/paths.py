@@ -42,13 +42,14 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns ``dict(model.named_modules())``, without holders and wrappers, and faster in deep models."""
+    """Returns ``dict(model.named_modules())``, without holders and inner wrappers, and faster in deep models."""
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        module = unwrapped(module)
+        if path:
+            module = unwrapped(module)
         if module in seen or isinstance(module, Holder):
             continue
         seen.add(module)

@@ -412,7 +412,7 @@ def test_a_model_in_several_wrappers_is_looked_through() -> None:
 class Regression(Model):
     """Returns a loss, as a Trainer asks for it."""
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, labels: Any = None) -> Any:
         return {"loss": (super().forward(x) - labels).square().mean()}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from graphpeft import LoraConfig, get_peft_model
 
@@ -31,13 +31,13 @@ def run_in_two_processes(checks: dict[str, Check]) -> None:
     """Runs checks, by their names, in two processes.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: With the name of the first check that fails.
+        torch.multiprocessing.spawn.ProcessRaisedException: With the name of the first check that fails.
     """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        torch.multiprocessing.spawn(_process, (port, folder, checks), nprocs=WORLD)
+        spawn(_process, (port, folder, checks), nprocs=WORLD)
 
 
 def _process(rank: int, port: int, folder: str, checks: dict[str, Check]) -> None:

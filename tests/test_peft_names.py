@@ -263,7 +263,7 @@ def test_an_adapter_is_loaded_by_the_class_for_a_task(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_loaded_again_whose_file_says_its_ranks_in_other_words(tmp_path: Path) -> None:
-    options = {"r": 3, "lora_alpha": 5, "target_modules": ["0", "1"], "rank_pattern": {"1": 2}}
+    options: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["0", "1"], "rank_pattern": {"1": 2}}
     base = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(init_lora_weights=False, **options))
     theirs.save_pretrained(str(tmp_path))

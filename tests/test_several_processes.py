@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,10 +23,12 @@ from processes import (
     run_in_two_processes,
     train,
 )
-from torch import nn
-from torch.distributed import checkpoint
+from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -38,10 +38,20 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from graphpeft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from graphpeft import (
+    AdaptError,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("there is no gloo", allow_module_level=True)
@@ -85,13 +95,13 @@ def check_fully_shard(options: dict[str, Any], how: str) -> None:
         assert_close(model(BATCH), base()(BATCH))
     reshard(model)
     close(mean(train(model, rows())), torch.tensor(train(alone, BATCH)))
-    copied = copy.deepcopy(alone)
-    close(model.merge_and_unload()(BATCH), copied.merge_and_unload()(BATCH))
+    close(model.merge_and_unload()(BATCH), alone.merge_and_unload()(BATCH))
 
 
 def check_unload() -> None:
     alone, model = adapted(CONFIGS["modules_to_save"]), sharded(adapted(CONFIGS["modules_to_save"]))
-    train(model, rows()), train(alone, BATCH)
+    train(model, rows())
+    train(alone, BATCH)
     close(model.unload()(BATCH), alone.unload()(BATCH))
     close(get_model_state_dict(model, options=FULL), dict(alone.state_dict()))
 
@@ -172,12 +182,14 @@ def check_a_base_without_values() -> None:
 
 def check_distributed_checkpoint() -> None:
     alone, model, other = adapted({}), sharded(adapted({})), sharded(adapted({}), "root")
-    train(alone, BATCH), train(model, rows())
-    checkpoint.save(get_model_state_dict(model), checkpoint_id="distributed")
+    train(alone, BATCH)
+    train(model, rows())
+    save(get_model_state_dict(model), checkpoint_id="distributed")
     state_dict = get_model_state_dict(other)
-    checkpoint.load(state_dict, checkpoint_id="distributed")
+    load(state_dict, checkpoint_id="distributed")
     set_model_state_dict(other, state_dict)
     close(other(BATCH), alone(BATCH))
+    close(get_peft_model_state_dict(model, get_model_state_dict(model)), get_peft_model_state_dict(alone))
     full = get_model_state_dict(model, options=FULL)
     if dist.get_rank() == 0:
         close(get_peft_model_state_dict(model, full), get_peft_model_state_dict(alone))
@@ -185,8 +197,12 @@ def check_distributed_checkpoint() -> None:
 
 def test_fully_sharded_models() -> None:
     checks: dict[str, Callable[[], None]] = {
-        f"{name}, {how} sharded": functools.partial(check_fully_shard, options, how)
-        for (name, options), how in itertools.product(CONFIGS.items(), ("layers", "blocks", "root"))
+        f"{name}, {how} sharded": functools.partial(check_fully_shard, CONFIGS[name], how)
+        for name, how in [
+            *zip(CONFIGS, ["layers", "blocks"] * 2, strict=True),
+            ("lora", "root"),
+            ("bias", "root"),
+        ]
     }
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     checks |= {
@@ -249,9 +265,185 @@ def check_data_parallel(distribute: Callable[[nn.Module], nn.Module]) -> None:
 
 def test_models_in_wrappers() -> None:
     checks: dict[str, Callable[[], None]] = {
-        f"FSDP, {name}, {of}": functools.partial(check_wrapped_by_fsdp, options, policy)
-        for (name, options), (of, policy) in itertools.product(CONFIGS.items(), POLICIES.items())
+        f"FSDP, {name}, {of}": functools.partial(check_wrapped_by_fsdp, CONFIGS[name], POLICIES[of])
+        for name, of in [
+            *zip(CONFIGS, [*POLICIES, "root"], strict=True),
+            ("bias", "large modules"),
+            ("lora", "blocks"),
+        ]
     }
     checks["DDP"] = functools.partial(check_data_parallel, DistributedDataParallel)
     checks["replicate"] = functools.partial(check_data_parallel, replicate)
     run_in_two_processes(checks)
+
+
+# tensor parallelism, and stages of a pipeline
+
+
+def parallel(model: Any) -> Any:
+    """Shards the first layer of each block by its rows, the second by its columns, and the head by its rows."""
+    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate())}
+    for index in range(2):
+        plan |= {f"blocks.{index}.up": ColwiseParallel(), f"blocks.{index}.down": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+
+def check_tensor_parallel(options: dict[str, Any]) -> None:
+    alone, model = adapted(options), adapted(options, parallel(base()))
+    close(torch.tensor(train(model, BATCH)), torch.tensor(train(alone, BATCH)))
+    expected = alone(BATCH)
+    close(model(BATCH), expected)
+    with model.disable_adapter():
+        close(model(BATCH), base()(BATCH))
+    close(get_peft_model_state_dict(model), get_peft_model_state_dict(alone))
+    if "init_lora_weights" not in options:
+        model.save_pretrained("adapter", is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        close(PeftModel.from_pretrained(parallel(base()), "adapter")(BATCH), expected)
+        model.merge_adapter()
+        close(model(BATCH), expected)
+        model.unmerge_adapter()
+    close(model(BATCH), expected)
+    close(model.merge_and_unload()(BATCH), expected)
+
+
+def check_factors_are_sharded_as_their_weight() -> None:
+    model = adapted({}, parallel(base()))
+    placements = {name: parameter.placements[0] for name, parameter in model.blocks[0].named_parameters()}
+    assert {name: placement for name, placement in placements.items() if "lora" in name} == {
+        "up.default.lora_A": Replicate(),
+        "up.default.lora_B": Shard(0),
+        "down.default.lora_A": Shard(1),
+        "down.default.lora_B": Replicate(),
+    }
+
+
+def check_processes_have_the_same_first_values() -> None:
+    torch.manual_seed(dist.get_rank())
+    config = LoraConfig(r=3, target_modules=["up"], init_lora_weights=False)
+    found = get_peft_model_state_dict(get_peft_model(parallel(base()), config))
+    of_first = {name: value.clone() for name, value in found.items()}
+    for value in of_first.values():
+        dist.broadcast(value, 0)
+    assert_close(found, of_first)
+
+
+def check_an_adapted_model_is_refused() -> None:
+    model = adapted({})
+    refuses("call parallelize_module with the base model and adapt it afterwards", lambda: parallel(model))
+    assert not any(hasattr(parameter, "full_tensor") for parameter in model.blocks.parameters())
+
+
+def stages() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Block(), nn.Sequential(Block(), nn.Linear(6, 3))]
+
+
+def check_stages() -> None:
+    rank = dist.get_rank()
+    alone, own = adapted({}, nn.Sequential(*stages())), adapted({}, stages()[rank])
+    own.load_state_dict(alone[rank].state_dict())
+    stage = PipelineStage(own, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda output, target: (output - target).square().mean())
+    optimizer = torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=0.05)
+    found: list[float] = []
+    for _ in range(3):
+        losses: list[Tensor] = []
+        if rank == 0:
+            schedule.step(BATCH)
+        else:
+            schedule.step(target=torch.zeros(4, 3), losses=losses)
+            found.append(torch.stack(losses).mean().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = train(alone, BATCH)
+    assert rank == 0 or found == pytest.approx(expected, rel=1e-4)
+    close(dict(own.state_dict()), dict(alone[rank].state_dict()))
+
+
+def test_models_that_are_divided() -> None:
+    options = {**CONFIGS, "pissa": {"init_lora_weights": "pissa"}, "bias of B": {"lora_bias": True}}
+    checks: dict[str, Callable[[], None]] = {
+        f"tensor parallel, {name}": functools.partial(check_tensor_parallel, each) for name, each in options.items()
+    }
+    checks["placements"] = check_factors_are_sharded_as_their_weight
+    checks["first values"] = check_processes_have_the_same_first_values
+    checks["adapted before"] = check_an_adapted_model_is_refused
+    checks["pipeline"] = check_stages
+    run_in_two_processes(checks)
+
+
+# what can't be run here, and wrappers of one process
+
+
+def test_a_parameter_that_zero_3_has_partitioned_is_refused() -> None:
+    model = base()
+    parameter: Any = model.blocks[0].up.weight
+    parameter.data, parameter.ds_id = torch.empty(0), 1
+    with pytest.raises(AdaptError, match=r"ZeRO-3 has partitioned blocks\.0\.up\.weight.*untried; adapt the model"):
+        adapted({}, model)
+
+
+def test_an_adapter_that_zero_3_has_partitioned_is_not_written() -> None:
+    model = adapted({})
+    parameter: Any = model.blocks[0].up.default.lora_A
+    parameter.data, parameter.ds_id = torch.empty(0), 1
+    with pytest.raises(AdaptError, match=r"blocks\.0\.up can't be read or written: DeepSpeed's ZeRO-3 has partitioned"):
+        get_peft_model_state_dict(model)
+
+
+def test_a_model_in_several_wrappers_is_looked_through() -> None:
+    model = adapted({})
+    wrapper = nn.DataParallel(cast(nn.Module, torch.compile(model, backend="eager")))
+    close(get_peft_model_state_dict(wrapper), get_peft_model_state_dict(model))
+    model.blocks[0] = CheckpointWrapper(model.blocks[0])
+    expected = model(BATCH)
+    with model.disable_adapter():
+        close(model(BATCH), base()(BATCH))
+    close(model(BATCH), expected)
+    close(get_peft_model_state_dict(wrapper), get_peft_model_state_dict(adapted({})))
+
+
+# Transformers' Trainer
+
+
+class Regression(Model):
+    """Returns a loss, as a Trainer asks for it."""
+
+    def forward(self, x: Tensor, labels: Any = None) -> Any:
+        return {"loss": (super().forward(x) - labels).square().mean()}
+
+
+def trained_by_trainer(rows_of_a_step: int, folder: str) -> list[float]:
+    """Trains an adapter, saves it as a checkpoint, and returns the loss of each step."""
+    import transformers
+
+    torch.manual_seed(0)
+    data: Any = [
+        {"x": row, "labels": row[:3]} for row in torch.randn(12, 6, generator=torch.Generator().manual_seed(5))
+    ]
+    arguments = transformers.TrainingArguments(
+        folder, per_device_train_batch_size=rows_of_a_step, max_steps=3, logging_steps=1, report_to="none", use_cpu=True
+    )
+    trainer = transformers.Trainer(adapted({}, Regression()), arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(folder)
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def check_trainer(expected: list[float], folder: str) -> None:
+    import peft
+
+    losses = trained_by_trainer(2, "of two")
+    assert losses == pytest.approx(expected, rel=1e-3)
+    dist.barrier()
+    theirs = peft.PeftModel.from_pretrained(base(), "of two")
+    ours = PeftModel.from_pretrained(base(), folder)
+    torch.testing.assert_close(theirs(BATCH), ours(BATCH), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_in_two_processes_trains_as_in_one(tmp_path: Any) -> None:
+    folder = str(tmp_path / "alone")
+    run_in_two_processes({"Trainer": functools.partial(check_trainer, trained_by_trainer(4, folder), folder)})

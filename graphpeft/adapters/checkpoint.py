@@ -20,10 +20,11 @@ from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
 from graphpeft.files.atomic_files import read_together, waiting
 from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
-from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file
+from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file, weights_file
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.sharding import whole
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.graph.values import value_of
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -64,7 +65,7 @@ def state_dict_of(
         lacking = [join(*place) for place in places if join(*place) not in state_dict]
         if lacking:
             raise CheckpointError(f"the state_dict lacks {joined(lacking)}; pass that of the whole adapted model")
-        tensors = {place: state_dict[join(*place)] for place in places}
+        tensors = {place: whole(state_dict[join(*place)]) for place in places}
     tensors |= {place: originals[place].detach() for place in places if place in originals}
     derived: dict[str, torch.Tensor] = {}
     for adapted in adapter.sites:
@@ -396,7 +397,7 @@ def read(
     """
     config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
     PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
-    weights = _weights_file(path_or_repo, use_safetensors, hub_options)
+    weights = weights_file(path_or_repo, use_safetensors, hub_options)
     try:
         return read_together([config, weights], lambda: _read_both(config, weights))
     except OSError as error:
@@ -429,20 +430,7 @@ def load(
     path_or_repo: str | os.PathLike[str], *, use_safetensors: bool | None = None, **hub_options: Any
 ) -> dict[str, torch.Tensor]:
     """Reads an adapter's tensors alone; arguments and errors as for `read`."""
-    return _read(_weights_file(path_or_repo, use_safetensors, hub_options))[0]
-
-
-def _weights_file(
-    path_or_repo: str | os.PathLike[str], use_safetensors: bool | None, hub_options: Mapping[str, Any]
-) -> str:
-    names = {True: [WEIGHTS_NAME], False: [PICKLED_WEIGHTS_NAME], None: [WEIGHTS_NAME, PICKLED_WEIGHTS_NAME]}
-    missing: list[FileNotFoundError] = []
-    for name in names[use_safetensors]:
-        try:
-            return adapter_file(path_or_repo, name, **hub_options)
-        except FileNotFoundError as error:
-            missing.append(error)
-    raise missing[0]
+    return _read(weights_file(path_or_repo, use_safetensors, hub_options))[0]
 
 
 def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:

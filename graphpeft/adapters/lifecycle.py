@@ -71,7 +71,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         hide_holders(modules[path])
     for (path, attribute), tensor in made.items():
         holder, own = place_of(modules[path], attribute)
-        held: dict[str, Any] = holder._parameters if type(tensor) is nn.Parameter else holder._buffers
+        held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
         held[own] = tensor
     for (path, attribute), value in constants.items():
         holder, own = place_of(modules[path], attribute)

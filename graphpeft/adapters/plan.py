@@ -20,6 +20,7 @@ from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.offloading import is_loaded_with_others
 from graphpeft.graph.paths import join
+from graphpeft.graph.sharding import is_partitioned
 from graphpeft.graph.template import Template
 from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -135,6 +136,7 @@ def make_plan(
     finder = SiteFinder(model, known, example_inputs)
     if "" in finder.regions.scripted:
         raise AdaptError(finder.regions.scripted[""])
+    _refuse_partitioned(finder.modules)
     try:
         config.check()
         _refuse_too_many_names(config, finder.modules)
@@ -173,6 +175,18 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
         f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
     _refuse_loaded_together(plan)
+
+
+def _refuse_partitioned(modules: Mapping[str, nn.Module]) -> None:
+    """Raises AdaptError if DeepSpeed's ZeRO-3 has the values of a model's parameters, with which nothing was tried."""
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            if is_partitioned(parameter):
+                raise AdaptError(
+                    f"DeepSpeed's ZeRO-3 has partitioned {join(path, name)}, and adapters on such models are untried; "
+                    "adapt the model before deepspeed.initialize, outside of deepspeed.zero.Init, or shard it by "
+                    "PyTorch's fully_shard"
+                )
 
 
 def _refuse_loaded_together(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import lacking_values, reshard
+from graphpeft.graph.sharding import distributed_as, is_tensor_parallel, lacking_values, reshard
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -37,7 +37,22 @@ def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None)
     if plan.config.inference_mode:
         for tensor in made.values():
             tensor.requires_grad_(False)
-    return made
+    return _distributed(plan, modules, made)
+
+
+def _distributed(plan: Plan, modules: Modules, made: Tensors) -> Tensors:
+    """Returns new tensors as tensor parallelism distributes what they are beside; one that is shared remains one."""
+    beside = {
+        (adapted.site.owner, name): adapted.site.beside for adapted in plan.sites for name in adapted.names.values()
+    }
+    found: dict[int, torch.Tensor] = {}
+    for place, tensor in made.items():
+        path, own = beside.get(place, (place[0], place[1].rpartition(".")[2]))
+        held = {**modules[path]._parameters, **modules[path]._buffers}
+        weight = held.get("weight" if own == "weight_rows" else own)
+        if is_tensor_parallel(modules[path], weight) and id(tensor) not in found:
+            found[id(tensor)] = distributed_as(tensor, weight)
+    return {place: found.get(id(tensor), tensor) for place, tensor in made.items()}
 
 
 def first_values(plan: Plan, modules: Modules) -> Tensors:

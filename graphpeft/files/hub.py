@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,28 @@ def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_opti
         raise FileNotFoundError(
             f"{path_or_repo} is no folder, and the Hub gives no {filename} for it: {error}"
         ) from error
+
+
+def weights_file(
+    path_or_repo: str | os.PathLike[str], use_safetensors: bool | None, hub_options: Mapping[str, Any]
+) -> str:
+    """Returns the path of an adapter's file of tensors, as `adapter_file` does.
+
+    Args:
+        path_or_repo: The folder, or the name of a repository on the Hub.
+        use_safetensors: Whether it is the one in the format of safetensors; None takes that if it is there, or else the
+            pickle.
+        hub_options: Options of the download.
+
+    Raises:
+        FileNotFoundError: If the folder or repository doesn't have the file.
+        TypeError: If an option is unknown.
+    """
+    names = {True: [WEIGHTS_NAME], False: [PICKLED_WEIGHTS_NAME], None: [WEIGHTS_NAME, PICKLED_WEIGHTS_NAME]}
+    missing: list[FileNotFoundError] = []
+    for name in names[use_safetensors]:
+        try:
+            return adapter_file(path_or_repo, name, **hub_options)
+        except FileNotFoundError as error:
+            missing.append(error)
+    raise missing[0]

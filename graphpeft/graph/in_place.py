@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from graphpeft import transaction
 from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
 from graphpeft.graph.sharded_classes import over_shards, under_shards
+from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
 
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
@@ -91,6 +92,20 @@ class Dressed:
         copied = _new_for_copy(self)
         copied.__setstate__(dict(_state_for_copy(self)))
         return copied
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter, if it isn't one that tensor parallelism has sharded, without the adapters beside it.
+
+        Raises:
+            RuntimeError: If it is.
+        """
+        if is_asked_by("torch.distributed.tensor.parallel"):
+            raise RuntimeError(
+                f"a {self._graphpeft_original.__name__} is adapted already, and PyTorch's tensor parallelism doesn't "
+                "know how to shard an adapter; call parallelize_module with the base model and adapt it afterwards, "
+                "which shards the adapter as the weights are"
+            )
+        cast(Any, super()).register_parameter(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         # as nn.Module does, but without calling __new__, which would build an instance of the original class

@@ -19,7 +19,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
-from graphpeft.graph.sharding import is_asked_by_fsdp, is_managed
+from graphpeft.graph.sharding import is_asked_by, is_managed
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -218,7 +218,7 @@ def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     now = module.__dict__.get(_FOR_NOW)
     if now is not None and own in now:
         return now[own]
-    if is_managed(module) and is_asked_by_fsdp():
+    if is_managed(module) and is_asked_by(_FSDP):
         return _own(module, own)
     return value_at(module, other)
 
@@ -228,11 +228,15 @@ def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
     if now is not None and "weight" in now:
         return now["weight"]
     table = _own(module, "weight")
-    if is_managed(module) and is_asked_by_fsdp():
+    if is_managed(module) and is_asked_by(_FSDP):
         return table
     for name, indices in rows:
         table = put_rows(table, indices, value_at(module, name))
     return table
+
+
+_FSDP = "torch.distributed.fsdp"
+"""It reads ``module.weight`` between calls to see whether that was exchanged, and means the module's own."""
 
 
 def _own(module: nn.Module, name: str) -> torch.Tensor:

@@ -44,14 +44,15 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns ``dict(model.named_modules())``, without holders and wrappers, and faster in deep models."""
+    """Returns ``dict(model.named_modules())``, without holders and inner wrappers, and faster in deep models."""
     found: dict[str, nn.Module] = {}
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        module = unwrapped(module)
-        if module not in seen:
+        if path:
+            module = unwrapped(module)
+        if module not in seen and type(module) is not Holder:
             seen.add(module)
             found[path] = module
             waiting += _inside(path, module)
@@ -63,9 +64,11 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        module = unwrapped(module)
-        yield path, module
-        waiting += _inside(path, module)
+        if path:
+            module = unwrapped(module)
+        if type(module) is not Holder:
+            yield path, module
+            waiting += _inside(path, module)
 
 
 def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -18,6 +18,11 @@ _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswi
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     """Raises TraceError if a graph can't replace the forward of `module`."""
     foreign = foreign_forward(module)
+    if foreign is not None and getattr(module, "_is_hooked", False):
+        raise TraceError(
+            "Transformers' tensor parallelism (tp_plan) has set its forward; load the model without it, shard it by "
+            "PyTorch's parallelize_module, and adapt it afterwards"
+        )
     if foreign is not None:
         raise TraceError(
             f"its forward was set on the instance ({foreign!r}) and would win over the graph's; "

@@ -43,13 +43,14 @@ def gathered(owners: Iterable[nn.Module], is_written: bool = False) -> Iterator[
     with contextlib.ExitStack() as stack:
         exchanged: list[tuple[Any, torch.Tensor, int]] = []
         for owner in owners:
-            held: dict[str, Any]
-            for held in (owner._parameters, owner._buffers):
+            tensors_of: Any = (owner._parameters, owner._buffers)
+            for held in tensors_of:
                 for name, tensor in held.items():
                     if is_sharded(tensor):
                         at_end_of(stack, held.__setitem__, name, tensor)
                         full = whole(tensor)
-                        full = nn.Parameter(full, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else full
+                        if isinstance(tensor, nn.Parameter):
+                            full = nn.Parameter(full, tensor.requires_grad)
                         held[name] = full
                         exchanged.append((tensor, full, version(full)))
         yield
@@ -81,6 +82,11 @@ def is_managed(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in vars(module)
 
 
+def is_partitioned(tensor: Any) -> bool:
+    """Returns whether DeepSpeed's ZeRO-3 has taken a parameter's values into parts of its own."""
+    return hasattr(tensor, "ds_id") and tensor.numel() == 0
+
+
 def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str | None:
     """Returns why the tensors of `module` and its adapters can't be read here, if this process has a part of them.
 
@@ -89,7 +95,7 @@ def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str
         sizes: The shapes of its tensors that are known, by their names.
     """
     held = [t for inner in module.modules() for t in inner._parameters.values() if t is not None]
-    if any(hasattr(tensor, "ds_id") and tensor.numel() == 0 for tensor in held):
+    if any(map(is_partitioned, held)):
         return "DeepSpeed's ZeRO-3 has partitioned them; pass the whole model's state dict as state_dict"
     flat = [tensor for tensor in held if hasattr(tensor, "_fsdp_flattened")]
     known = [(module._parameters.get(name), tuple(shape)) for name, shape in sizes.items()]
@@ -103,11 +109,12 @@ def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str
     return None
 
 
-def is_asked_by_fsdp() -> bool:
-    """Returns whether code of FSDP has called the caller: it reads ``module.weight`` to see if that was exchanged."""
+def is_asked_by(package: str) -> bool:
+    """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's."""
     if torch.compiler.is_compiling():
         return False
-    return sys._getframe(2).f_globals.get("__name__", "").startswith("torch.distributed.fsdp.")
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name == package or name.startswith(f"{package}.")
 
 
 def gathered_by_fsdp(model: nn.Module) -> dict[str, Any] | None:
@@ -117,3 +124,27 @@ def gathered_by_fsdp(model: nn.Module) -> dict[str, Any] | None:
         return None
     with fsdp.FullyShardedDataParallel.state_dict_type(model, fsdp.StateDictType.FULL_STATE_DICT):
         return model.state_dict()
+
+
+def distributed_as(tensor: torch.Tensor, weight: Any) -> torch.Tensor:
+    """Returns an adapter's tensor distributed as the weight beside it is by tensor parallelism, from the first process.
+
+    Along a dimension that the two have in common it is sharded alike, and else each process has all of it: of LoRA's
+    factors, B where the weight's rows are sharded, and A where its columns are.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def placement(own: Any) -> Any:
+        for dim in (0, -1) if isinstance(own, Shard) else ():
+            is_sharded_there = own.dim % weight.ndim == dim % weight.ndim
+            if is_sharded_there and tensor.shape[dim] == weight.shape[dim]:
+                return Shard(dim % tensor.ndim)
+        return Replicate()
+
+    placed = distribute_tensor(tensor.detach(), weight.device_mesh, [placement(own) for own in weight.placements])
+    return nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else placed
+
+
+def is_tensor_parallel(module: nn.Module, tensor: Any) -> bool:
+    """Returns whether a tensor of `module` is a part of a whole in each call, too."""
+    return is_sharded(tensor) and not is_managed(module)

@@ -29,13 +29,14 @@ from graphpeft.model.other_names import free_names
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
+from graphpeft.model.training_methods import TrainingMethods
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.transaction import transaction, undone_by
 
 
-class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
+class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, TrainingMethods):
     """The methods that an adapted model has beside its own, with PEFT's names and meanings.
 
     An adapted model is an instance of its own class and of this one; this class itself isn't called.
@@ -193,42 +194,6 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods):
             TypeError: If `adapter_names` is one string.
         """
         return mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names)
-
-    # training
-
-    def update_and_allocate(self, global_step: int) -> None:
-        """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
-
-        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
-
-        Args:
-            global_step: The number of the step.
-
-        Raises:
-            AdaptError: If the method of no such adapter changes then; the model is as it was.
-        """
-        with transaction(self):
-            training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
-
-    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        """Makes what a Transformers model's embedding returns require gradients.
-
-        Reentrant checkpoints have no gradients if none of their inputs requires any, as in a frozen model. Layers that
-        are quantised need no such call, see `prepare_model_for_kbit_training`.
-
-        Args:
-            model: The model; in PEFT it is the one inside of this one.
-
-        Returns:
-            The model.
-        """
-        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
-        if not any(getattr(model, flag, False) for flag in flags):
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-            elif hasattr(model, "get_input_embeddings"):
-                model.get_input_embeddings().register_forward_hook(_require_grad)
-        return model
 
     # further adapters
 
@@ -447,10 +412,6 @@ class ResizablePeftModel(PeftModel):
 
 PeftMixedModel = PeftModel
 """PEFT's name for models with adapters of several methods, which all adapted models can have here."""
-
-
-def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
 
 
 def give_methods(model: nn.Module, task: TaskType | None) -> None:

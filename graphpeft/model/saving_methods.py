@@ -15,6 +15,7 @@ from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.tensors import refuse_missing, trained_besides
 from graphpeft.files.atomic_files import Staging
+from graphpeft.graph.sharding import is_sharded
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
@@ -73,9 +74,10 @@ class SavingMethods(AdapterInfo):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         selected = {name: known_adapter(self, name) for name in names}
         if not is_main_process:
-            # takes part in gathering what is sharded
-            for name in names if state_dict is None else ():
-                get_peft_model_state_dict(self, None, name, save_embedding_layers=save_embedding_layers)
+            if state_dict is None or any(map(is_sharded, state_dict.values())):
+                # takes part in gathering
+                for name in names:
+                    get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             return
         for name, adapter in selected.items():
             refuse_missing(modules_of(self), adapter, name, reads=state_dict is None)

@@ -1,0 +1,55 @@
+"""The methods of an adapted model for the loops that train it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpeft.adapters import training
+from graphpeft.adapters.adapting import modules_of
+from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.transaction import transaction
+
+
+class TrainingMethods(AdapterInfo):
+    """The part of `PeftModel` that is called around training steps."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
+
+        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
+
+        Args:
+            global_step: The number of the step.
+
+        Raises:
+            AdaptError: If the method of no such adapter changes then; the model is as it was.
+        """
+        with transaction(self):
+            training.update_and_allocate(modules_of(self), self._peft_adapters, global_step)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Makes what a Transformers model's embedding returns require gradients.
+
+        Reentrant checkpoints have no gradients if none of their inputs requires any, as in a frozen model. Layers that
+        are quantised need no such call, see `prepare_model_for_kbit_training`.
+
+        Args:
+            model: The model; in PEFT it is the one inside of this one.
+
+        Returns:
+            The model.
+        """
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if not any(getattr(model, flag, False) for flag in flags):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            elif hasattr(model, "get_input_embeddings"):
+                model.get_input_embeddings().register_forward_hook(_require_grad)
+        return model
+
+
+def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)

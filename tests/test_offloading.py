@@ -323,6 +323,16 @@ def test_a_model_is_dispatched_anew_as_the_caller_asks(tmp_path: Path) -> None:
     close(logits(model), expected)
 
 
+def test_a_model_is_dispatched_anew_when_an_adapter_is_loaded(tmp_path: Path) -> None:
+    expected = adapted(base(), CONFIGS["lora"])
+    expected.save_pretrained(tmp_path / "adapter")
+    swapped = {path: "disk" if device == "cpu" else "cpu" for path, device in MAP.items()}
+    options = {"device_map": swapped, "offload_folder": tmp_path / "again"}
+    model = PeftModel.from_pretrained(dispatched(base(), tmp_path), tmp_path / "adapter", **options)
+    assert model.hf_device_map == swapped
+    close(logits(model), logits(expected))
+
+
 def test_a_model_that_transformers_loads_from_disk_is_dispatched_anew(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     model = transformers.LlamaForCausalLM.from_pretrained(

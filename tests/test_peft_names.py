@@ -273,7 +273,8 @@ def test_an_adapter_is_loaded_again_whose_file_says_its_ranks_in_other_words(tmp
     ours.load_adapter(tmp_path, "default")
     torch.testing.assert_close(output(ours, (torch.ones(2, 4),)), output(theirs, (torch.ones(2, 4),)))
     assert all(parameter is before[name] for name, parameter in ours.named_parameters())
-    for other in ({"rank_pattern": {"0": 2}}, {"lora_alpha": 7}, {"target_modules": ["0"], "rank_pattern": {}}):
+    others: list[dict[str, Any]] = [{"rank_pattern": {"0": 2}}, {"lora_alpha": 7}, {"target_modules": ["1"]}]
+    for other in others:
         peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options | other)).save_pretrained(
             str(tmp_path / "o")
         )
@@ -310,7 +311,7 @@ def test_modules_are_adapted_that_a_state_dict_names() -> None:
 
 
 def test_the_base_model_has_a_state_dict_of_its_own() -> None:
-    model = MLP.build()
+    model: Any = MLP.build()
     before = copy.deepcopy(model.state_dict())
     get_peft_model(model, LoraConfig(target_modules=["up"], init_lora_weights=False))
     model.merge_adapter()

@@ -23,6 +23,10 @@ Devices = Mapping[str, int | str | torch.device]
 """The devices of modules by their paths; ``"disk"`` is one."""
 
 
+OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
+"""The names of the arguments of `dispatch_again` that scripts pass when they load an adapter."""
+
+
 def dispatch_again(
     model: Any,
     device_map: str | Devices | None = None,

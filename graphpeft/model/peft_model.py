@@ -16,6 +16,7 @@ from torch import nn
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
+from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
@@ -100,8 +101,9 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 inputs.
             use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
                 ``weights_only=True``; None the first if it is there, else the second.
-            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`. Options of loading a base
-                model, such as `device_map` and `torch_dtype`, are accepted for compatibility with PEFT.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`. `device_map`, `max_memory`,
+                `offload_folder` and `offload_index` spread a model anew that accelerate has spread over main memory or
+                disk; other options of loading a base model, such as `torch_dtype`, are accepted for compatibility.
 
         Returns:
             `model` itself.
@@ -134,6 +136,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 use_safetensors=use_safetensors,
                 **hub_options,
             )
+            dispatch_again(model, **{name: hub_options[name] for name in OPTIONS if name in hub_options})
             if not is_trainable:
                 for module in model.modules():
                     undone_by(setattr, module, "training", module.training)

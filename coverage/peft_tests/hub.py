@@ -25,7 +25,7 @@ REVISION = "0" * 40
 def main(home: Path) -> None:
     """Writes what is missing, and says what couldn't be made."""
     for name, model in MODELS.items():
-        _write(home, name, lambda folder, name=name, model=model: _model(name, model, folder))
+        _write(home, name, lambda folder, model=model: _model(model, folder))
     for name in TOKENIZERS:
         _write(home, name, tokenizer(None).save_pretrained)
     for name, (base, task, subfolder) in ADAPTERS.items():
@@ -49,7 +49,7 @@ def _write(home: Path, name: str, save: Callable[[Path], Any]) -> None:
     (repository / "refs" / "main").write_text(REVISION)
 
 
-def _model(name: str, model: Model, folder: Path) -> None:
+def _model(model: Model, folder: Path) -> None:
     config = getattr(transformers, model.config)(**model.sizes)
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
         if hasattr(part, "initializer_range"):

@@ -1,4 +1,4 @@
-"""A pytest plugin that gives PEFT's tests small data sets in place of those on the hub, and keeps them from going there."""
+"""A pytest plugin that gives PEFT's tests small data sets, and keeps them from going to the hub."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A pytest plugin that writes down each test's outcome, its error, and which of PEFT's configs it makes.
 
-A line of JSON for each test goes to the folder in the environment variable `PEFT_TESTS_RECORD`, a file for each process.
+A line of JSON for each test goes to the folder that the environment variable `PEFT_TESTS_RECORD` names, into a file for
+each process.
 """
 
 from __future__ import annotations

@@ -140,8 +140,9 @@ def install() -> None:
     """Puts the stand-ins of all of PEFT's modules into `sys.modules`."""
     modules = json.loads(Path(os.environ["PEFT_TESTS_INVENTORY"]).read_text())
     origin = importlib.util.find_spec("peft")
-    assert origin is not None and origin.submodule_search_locations is not None
-    folder = Path(origin.submodule_search_locations[0])
+    assert origin is not None
+    assert origin.origin is not None
+    folder = Path(origin.origin).parent
     for name, rows in modules.items():
         stand_in = _StandIn(name, rows)
         stand_in.__dict__["_found"] = {}
@@ -152,7 +153,8 @@ def install() -> None:
 
 def _run_from_file(name: str, path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Of a decoder, as LLaMA's. Without a padding token, whose row of the embedding would be zeros: tests feed token 1 alone.
+# Of a decoder, as LLaMA's. It has no padding token, whose row would be zeros: tests feed token 1 alone.
 _LLAMA = {
     "vocab_size": 1024,
     "hidden_size": 16,

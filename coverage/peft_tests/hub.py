@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusion
 import torch
 import transformers
 from hub_processors import image_processor, llava_processor, tokenizer
-from tiny_models import ADAPTERS, MODELS, TOKENIZERS, Model
+from tiny_models import ADAPTERS, MODELS, OTHER_REVISIONS, Model
 
 REVISION = "0" * 40
 
@@ -26,8 +27,7 @@ def main(home: Path) -> None:
     """Writes what is missing, and says what couldn't be made."""
     for name, model in MODELS.items():
         _write(home, name, lambda folder, model=model: _model(model, folder))
-    for name in TOKENIZERS:
-        _write(home, name, tokenizer(None).save_pretrained)
+    _write(home, diffusion.NAME, lambda folder: diffusion.pipeline().save_pretrained(folder))
     for name, (base, task, subfolder) in ADAPTERS.items():
         _write(home, name, lambda folder, given=(home, base, task, subfolder): _adapter(*given, folder))
 
@@ -46,7 +46,8 @@ def _write(home: Path, name: str, save: Callable[[Path], Any]) -> None:
         sys.stderr.write(f"{name}: {type(error).__name__}: {str(error)[:300]}\n")
         return
     (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(REVISION)
+    for revision in ("main", *OTHER_REVISIONS.get(name, ())):
+        (repository / "refs" / revision).write_text(REVISION)
 
 
 def _model(model: Model, folder: Path) -> None:

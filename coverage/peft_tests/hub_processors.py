@@ -38,7 +38,7 @@ def tokenizer(config: Any, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFas
 
 def image_processor() -> ConvNextImageProcessor:
     """Returns the processor of small pictures for a ResNet."""
-    return ConvNextImageProcessor(size={"shortest_edge": 32})
+    return ConvNextImageProcessor(size={"shortest_edge": 64})
 
 
 def llava_processor(config: Any) -> LlavaProcessor:
@@ -47,5 +47,9 @@ def llava_processor(config: Any) -> LlavaProcessor:
     pictures = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     words = tokenizer(config.text_config, ("<image>",))
     return LlavaProcessor(
-        pictures, words, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default"
+        pictures,
+        words,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def pytest_configure() -> None:
     """Begins to note configs, where PEFT is the library that runs."""
     if "stand_in" not in sys.modules:
         _note_configs(importlib.import_module("peft.config").PeftConfigMixin)
+        for name in scope.REFUSED.values():
+            if name:
+                _note_configs(getattr(importlib.import_module("peft.tuners.lora.config"), name))
 
 
 def _note_configs(base: Any) -> None:
@@ -46,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _may_be_wanted(item: pytest.Item, wanted: set[str] | None) -> bool:
-    return item.nodeid in wanted if wanted is not None else scope.covers(_in_parameters(item))
+    return item.nodeid in wanted if wanted is not None else scope.covers(item.nodeid, _in_parameters(item))
 
 
 def _in_parameters(item: pytest.Item) -> set[str]:
@@ -58,12 +62,15 @@ def _in_parameters(item: pytest.Item) -> set[str]:
     return words
 
 
+def pytest_runtest_logstart() -> None:
+    """Forgets what the test before has made, before the fixtures of this one make anything."""
+    _made.clear()
+    _asked().clear()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Writes a line for each test, at its call, or at its setup if that fails or skips."""
-    if call.when == "setup":
-        _made.clear()
-        _asked().clear()
     report = (yield).get_result()  # type: ignore[misc]
     if report.when == "call" or report.outcome != "passed":
         _write(
@@ -92,13 +99,19 @@ def _write(line: dict[str, Any]) -> None:
 
 
 def _error(excinfo: Any) -> dict[str, Any]:
-    last = _without_addresses(" ".join(str(excinfo.value).split()))
-    frames = [(str(entry.path), entry.lineno + 1, str(entry.statement).strip()) for entry in excinfo.traceback]
+    last = _without_addresses(" ".join(f"{excinfo.value}{_instead(excinfo.value)}".split()))
+    frames = [(frame.filename, frame.lineno or 0, frame.line or "") for frame in traceback.extract_tb(excinfo.tb)]
     return {
         "error": f"{excinfo.typename}: {last}"[:600],
         "in_test": _innermost(frames, lambda path: "/tests/" in path),
         "raised_at": _innermost(frames, lambda _: True),
     }
+
+
+def _instead(error: BaseException) -> str:
+    """Returns what was raised where a warning was expected, since pytest says only that it didn't come."""
+    raised = error.__context__
+    return f" Raised: {type(raised).__name__}: {raised}" if "DID NOT WARN" in str(error) and raised else ""
 
 
 def _without_addresses(text: str) -> str:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,12 @@ FILES = (
     "test_vision_models",
 )
 
+# Two processes, which share out the tests of all files.
+TWO = ("-q", "--tb=no", "-n", "2", "--dist", "worksteal")
+
 # Each test has two minutes. Options of PEFT's own configuration that need more packages are left out.
 SETTINGS = """[pytest]
-addopts = -p no:cacheprovider -p no:logging --timeout 120 --import-mode=importlib
+addopts = -p no:cacheprovider -p no:logging --timeout 120 --import-mode=importlib --continue-on-collection-errors
 markers =
     single_gpu_tests
     multi_gpu_tests
@@ -84,9 +89,8 @@ def main() -> None:
     if given.peft or not IN_SCOPE.exists():
         _find_scope(given.files)
     tests = [test for test in _in_scope() if _file(test) in given.files]
-    results = _run("graphpeft", given.files, tests=tests, tree=given.tree)
-    known = _known("graphpeft") | results
-    PAGE.write_text(page.page(_in_scope(), known, VERSION))
+    _run("graphpeft", given.files, tests=tests, tree=given.tree)
+    PAGE.write_text(page.page(_in_scope(), _known("graphpeft"), VERSION))
     sys.stdout.write(f"wrote {PAGE.relative_to(ROOT)}\n")
 
 
@@ -122,6 +126,7 @@ def _environment(tree: str, **more: str) -> dict[str, str]:
         "HF_HOME": str(HUB),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "PEFT_TESTS_INVENTORY": str(INVENTORY),
         "PYTHONPATH": os.pathsep.join((tree, str(HERE), str(SOURCES))),
         **more,
     }
@@ -130,43 +135,48 @@ def _environment(tree: str, **more: str) -> dict[str, str]:
 def _find_scope(files: list[str]) -> None:
     """Runs the tests with PEFT, and lists those that pass and are in scope."""
     rows = _run("peft", files)
-    found = [test for test, row in rows.items() if row["outcome"] == "passed" and scope.covers(set(row["made"]))]
+    found = [test for test, row in rows.items() if row["outcome"] == "passed" and scope.covers(test, set(row["made"]))]
     before = [test for test in _in_scope() if _file(test) not in files]
     IN_SCOPE.write_text(json.dumps(_grouped([*before, *found]), indent=0, ensure_ascii=False) + "\n")
 
 
 def _run(library: str, files: list[str], *, tests: list[str] | None = None, tree: str = "") -> dict[str, Any]:
-    """Runs files of tests, one after another, and returns a row for each test."""
-    for file in files:
-        wanted = None if tests is None else [test for test in tests if _file(test) == file]
-        if wanted != []:
-            _run_file(library, file, wanted, tree or str(ROOT))
-    return {test: row for test, row in _known(library).items() if _file(test) in files}
-
-
-def _run_file(library: str, file: str, wanted: list[str] | None, tree: str) -> None:
-    folder = BUILD / library / file
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    only = {} if wanted is None else {"PEFT_TESTS_ONLY": str(_list_of(folder, wanted))}
-    environment = _environment(tree, PEFT_TESTS_RECORD=str(folder), PEFT_TESTS_INVENTORY=str(INVENTORY), **only)
-    plugins = ["offline", "recorder", *(["stand_in"] if library == "graphpeft" else [])]
-    # the last is loaded first
-    options = [word for name in reversed(plugins) for word in ("-p", name)]
+    """Runs files of tests, or some of their tests, and returns a row for each test; earlier rows of these files go."""
+    folder = BUILD / library
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    only = {} if tests is None else {"PEFT_TESTS_ONLY": str(_list_of(folder, tests))}
+    environment = _environment(tree or str(ROOT), PEFT_TESTS_RECORD=str(folder), **only)
+    # the stand-in is loaded first, before anything imports PEFT
+    plugins = [*(["stand_in"] if library == "graphpeft" else []), "offline", "recorder"]
+    options = [word for name in plugins for word in ("-p", name)]
     command = [sys.executable, "-m", "pytest", "-c", str(BUILD / "pytest.ini"), "--rootdir", str(SOURCES), *options]
-    subprocess.run([*command, "-q", "--tb=no", "-n", "2", f"tests/{file}.py"], cwd=SOURCES, env=environment)
+    paths = [f"tests/{file}.py" for file in files]
+    # tests fail, so the exit status says nothing
+    subprocess.run([*command, *TWO, *paths], cwd=SOURCES, env=environment, check=False)
+    found = _rows(folder.glob("*.jsonl"))
+    kept = {test: row for test, row in _known(library).items() if _file(test) not in files}
+    _all_rows(library).write_text("".join(json.dumps(row) + "\n" for row in (kept | found).values()))
+    return found
 
 
-def _list_of(folder: Path, wanted: list[str]) -> Path:
+def _list_of(folder: Path, tests: list[str]) -> Path:
     path = folder / "wanted.txt"
-    path.write_text("\n".join(wanted))
+    path.write_text("\n".join(tests))
     return path
 
 
 def _known(library: str) -> dict[str, Any]:
-    files = sorted((BUILD / library).glob("*/*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    path = _all_rows(library)
+    return _rows([path]) if path.exists() else {}
+
+
+def _all_rows(library: str) -> Path:
+    return BUILD / f"{library}.jsonl"
+
+
+def _rows(files: Iterable[Path]) -> dict[str, Any]:
+    rows = [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
     # a test whose teardown fails, too, has two rows, of which the first says what happened
     return {row["test"]: row for row in reversed(rows)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -120,7 +121,11 @@ def _object(module: str, name: str, row: dict[str, Any]) -> Any:
 
 
 def _missing(name: str, row: dict[str, Any]) -> Any:
-    return _Missing(name, (), {"kind": row["kind"]}) if "class" in row else _MissingObject(name)
+    return (
+        _Missing(name, (), {"kind": row["kind"], "__signature__": inspect.Signature()})
+        if "class" in row
+        else _MissingObject(name)
+    )
 
 
 def _own(module: str, name: str) -> Any:

@@ -113,6 +113,7 @@ MODELS: dict[str, Model] = {
     "peft-internal-testing/tiny-random-LlamaForCausalLM": _llama(),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": _llama(),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": _llama("LlamaForSequenceClassification"),
+    "gpt2": Model("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": Model("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "peft-internal-testing/tiny-random-gpt2": Model("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "hf-internal-testing/tiny-random-gpt2": Model("GPT2LMHeadModel", "GPT2Config", _GPT2),
@@ -226,6 +227,9 @@ MODELS: dict[str, Model] = {
     ),
 }
 
+# Revisions that tests ask for, beside the main one.
+OTHER_REVISIONS = {"peft-internal-testing/tiny-opt-lora-revision": ("test",)}
+
 # Adapters that tests load: the base, the task (none for Whisper), and the folder inside.
 ADAPTERS: dict[str, tuple[str, str | None, str]] = {
     "peft-internal-testing/tiny-OPTForCausalLM-lora": (
@@ -264,6 +268,11 @@ ADAPTERS: dict[str, tuple[str, str | None, str]] = {
         "FEATURE_EXTRACTION",
         "",
     ),
+    "peft-internal-testing/tiny-opt-lora-revision": (
+        "peft-internal-testing/tiny-random-OPTForCausalLM",
+        "CAUSAL_LM",
+        "",
+    ),
     "peft-internal-testing/gpt2-lora-random": ("peft-internal-testing/tiny-random-gpt2", "CAUSAL_LM", ""),
     "peft-internal-testing/test-lora-subfolder": (
         "peft-internal-testing/tiny-random-OPTForCausalLM",
@@ -271,5 +280,3 @@ ADAPTERS: dict[str, tuple[str, str | None, str]] = {
         "test",
     ),
 }
-
-TOKENIZERS: tuple[str, ...] = ()

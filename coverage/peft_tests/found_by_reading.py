@@ -39,7 +39,15 @@ READ: tuple[Reason, ...] = (
     # models and layers
     Reason(OPEN, "`low_cpu_mem_usage` makes no tensors on the meta device", error="'meta'|type='meta'"),
     Reason(OTHERWISE, "biases belong to each adapter", test="with_bias_raises|with_bias_argument|configs_with_bias"),
-    Reason(WRAPPERS, "names of parameters", line="assert param.grad is None"),
+    Reason(WRAPPERS, "names of parameters", line="assert param.grad is None|lora_magnitude_vector.default"),
+    Reason(WRAPPERS, "names of parameters", test="only_params_are_updated", line="allclose"),
+    Reason(OPEN, "recurrent layers in `modules_to_save`", error="keeps its parameters in self._flat_weights"),
+    Reason(OPEN, "FSDP: trained rows", error="property 'weight' of 'Embedding' object has no setter"),
+    Reason(
+        OTHERWISE,
+        "`save_embedding_layers` needs `get_input_embeddings`",
+        error="Raised: ValueError: save_embedding_layers",
+    ),
     Reason(WRAPPERS, "counts modules by their names", line="assert num_default > 0"),
     Reason(WRAPPERS, "`repr` of wrappers", test="TestLayerRepr"),
     Reason(WRAPPERS, "classes of layers that are given to PEFT", error="_register_custom_module"),
@@ -159,6 +167,8 @@ READ: tuple[Reason, ...] = (
     Reason(OTHERWISE, "an injected model is an adapted one", test="status_with_injected|model_with_injected_layers"),
     Reason(WORDING, "another class of an error", error="CheckpointError.*has what the model has no place for"),
     Reason(OPEN, "Diffusers' attention without example inputs", error="may read its weight without calling it"),
+    Reason(WORDING, "another error comes first", test="set_requires_grad_prompt_learning_raises"),
+    Reason(WORDING, "another text of an error", error='AssertionError: assert "[^"]+" in'),
     Reason(NAMES, "`supports_lora_conversion`", error="supports_lora_conversion"),
     Reason(NAMES, "`prepare_model_for_gradient_checkpointing`", error="prepare_model_for_gradient_checkpointing"),
 )

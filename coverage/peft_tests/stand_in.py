@@ -25,8 +25,13 @@ NEUTRAL = ("peft.import_utils",)
 ELSEWHERE = {"preprocess_corda": "graphpeft", "PromptLearningConfig": "graphpeft.methods.prompts.prompt_config"}
 
 
-# Functions of PEFT's that know nothing of it either.
-NEUTRAL_FUNCTIONS: dict[str, Any] = {"infer_device": lambda: "cpu"}
+def _get_submodules(model: Any, key: str) -> tuple[Any, Any, str]:
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+# Functions of PEFT's that know nothing of its methods, written anew.
+NEUTRAL_FUNCTIONS: dict[str, Any] = {"infer_device": lambda: "cpu", "_get_submodules": _get_submodules}
 
 
 class MissingNameError(Exception):

@@ -93,6 +93,9 @@ READ: tuple[Reason, ...] = (
         line="state_dict.keys\\(\\) == state_dict_from_pretrained.keys",
         test="CPTConfig|PromptEncoderConfig",
     ),
+    Reason(
+        OPEN, "several active adapters with DoRA at grouped convolutions", error="reads weight with the changes so far"
+    ),
     Reason(OPEN, "DoRA at grouped convolutions", error="LoRA's change of them goes across groups"),
     Reason(OPEN, "DeBERTa's `in_proj` without example inputs", error="DisentangledSelfAttention's forward can't run"),
     Reason(WRONG, "Gemma 4's sizes of heads, for prefix tuning", error="AmbiguousGlobalPerLayerAttributeError"),

@@ -35,6 +35,12 @@ class Reason:
 
 
 READ: tuple[Reason, ...] = (
+    Reason(
+        WRONG,
+        "FSDP around LoRA at `nn.MultiheadAttention`: the adapter doesn't act",
+        error="allclose",
+        test="fsdp_wrapped.*MHA",
+    ),
     Reason(WRONG, "rows of an embedding whose name fits two tied layers", error="KeyError: .*weight_rows"),
     # models and layers
     Reason(OPEN, "`low_cpu_mem_usage` makes no tensors on the meta device", error="'meta'|type='meta'"),
@@ -100,6 +106,10 @@ READ: tuple[Reason, ...] = (
     Reason(OPEN, "DeBERTa's `in_proj` without example inputs", error="DisentangledSelfAttention's forward can't run"),
     Reason(WRONG, "Gemma 4's sizes of heads, for prefix tuning", error="AmbiguousGlobalPerLayerAttributeError"),
     Reason(OPEN, "prefix tuning on a model without `get_input_embeddings`", error="has no get_input_embeddings"),
+    Reason(OPEN, "a padded rank in the config", test="scalings_update_config"),
+    Reason(WRAPPERS, "names of parameters", test="test_lora_plus_embedding_lr"),
+    Reason(OTHERWISE, "an optimizer for LoRA is for adapted models", test="lora_plus_model_without_peft_wrapper"),
+    Reason(INSIDE, "what an optimizer holds", test="test_lorafa_(init_embedding|scaling_factor_deprecation)"),
     Reason(OPEN, "`forward(adapter_names=…)`", error="unexpected keyword argument 'adapter_names'"),
     Reason(OPEN, "FSDP: trained biases", error="cannot assign 'torch.FloatTensor' as parameter"),
     Reason(OPEN, "FSDP: a wrapped model isn't looked through", error="FullyShardedDataParallel has no adapters"),

@@ -42,12 +42,19 @@ def _row(value: Any) -> dict[str, Any] | None:
     if inspect.ismodule(value):
         return {"module": value.__name__}
     if inspect.isclass(value):
-        return {"class": value.__name__, "kind": _kind(value)} if _is_pefts(value) else _outside(value)
+        return _row_of_class(value) if _is_pefts(value) else _outside(value)
     if inspect.isfunction(value):
         return {"function": value.__name__} if _is_pefts(value) else _outside(value)
     with contextlib.suppress(TypeError, ValueError):
         return {"value": json.loads(json.dumps(value))}
     return {"object": type(value).__name__}
+
+
+def _row_of_class(cls: type) -> dict[str, Any]:
+    kind = _kind(cls)
+    # tests choose configs by the options that their classes take
+    options = list(inspect.signature(cls).parameters) if kind == "config" else []
+    return {"class": cls.__name__, "kind": kind, "options": options}
 
 
 def _is_pefts(value: Any) -> bool:

@@ -13,7 +13,8 @@ Rows = dict[str, dict[str, Any]]
 
 def page(in_scope: list[str], rows: Rows, version: str) -> str:
     """Returns the page's Markdown."""
-    ran = [rows[test] for test in in_scope if test in rows]
+    files = {_file(test) for test in rows}
+    ran = [rows.get(test) or _not_found(test) for test in in_scope if _file(test) in files]
     passed = [row for row in ran if row["outcome"] == "passed"]
     vacuous = sum(bool(row.get("asked")) for row in passed)
     failures = [(row, reasons.reason(row)) for row in ran if row["outcome"] != "passed"]
@@ -41,6 +42,14 @@ and functions nor compare wording, {_share(len(passed), rest)} pass.
 """
 
 
+def _file(test: str) -> str:
+    return Path(test.partition("::")[0]).stem
+
+
+def _not_found(test: str) -> dict[str, Any]:
+    return {"test": test, "outcome": "failed", "error": "not found: its parameters have other names", "in_test": ""}
+
+
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
@@ -48,7 +57,7 @@ def _share(part: int, whole: int) -> str:
 def _by_file(ran: list[dict[str, Any]]) -> str:
     groups = collections.defaultdict(list)
     for row in ran:
-        groups[Path(row["test"].partition("::")[0]).stem].append(row["outcome"] == "passed")
+        groups[_file(row["test"])].append(row["outcome"] == "passed")
     return "\n".join(
         f"| {file} | {len(each):,} | {sum(each):,} | {_share(sum(each), len(each))} |"
         for file, each in sorted(groups.items())

@@ -57,7 +57,7 @@ def _in_parameters(item: pytest.Item) -> set[str]:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
     words: set[str] = set()
     for value in parameters.values():
-        words |= scope.words(value, {}) if isinstance(value, type) else set()
+        words |= scope.words(value, {}) if isinstance(value, type) else scope.words(type(value), _attributes(value))
         words |= scope.options(value) if isinstance(value, dict) else set()
     return words
 
@@ -66,6 +66,10 @@ def pytest_runtest_logstart() -> None:
     """Forgets what the test before has made, before the fixtures of this one make anything."""
     _made.clear()
     _asked().clear()
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return vars(value) if hasattr(value, "__dict__") else {}
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -126,11 +126,10 @@ def _object(module: str, name: str, row: dict[str, Any]) -> Any:
 
 
 def _missing(name: str, row: dict[str, Any]) -> Any:
-    return (
-        _Missing(name, (), {"kind": row["kind"], "__signature__": inspect.Signature()})
-        if "class" in row
-        else _MissingObject(name)
-    )
+    if "class" not in row:
+        return _MissingObject(name)
+    options = [inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY) for option in row["options"]]
+    return _Missing(name, (), {"kind": row["kind"], "__signature__": inspect.Signature(options)})
 
 
 def _own(module: str, name: str) -> Any:

@@ -92,7 +92,11 @@ READ: tuple[Reason, ...] = (
     Reason(OTHERWISE, "`lora_dropout` at `nn.MultiheadAttention` is refused", error="lora_dropout=.* drops elements"),
     Reason(OTHERWISE, "an adapter's name is taken once", error="already; choose another adapter_name"),
     Reason(OTHERWISE, "`PeftModel` isn't called", error="PeftModel isn't called"),
-    Reason(OTHERWISE, "prompts are other parameters after loading for inference", error="prompt_(encoder|embedding)"),
+    Reason(
+        OTHERWISE,
+        "prompts are other parameters after loading for inference",
+        error="^KeyError: .*prompt_(encoder|embedding)",
+    ),
     Reason(
         OTHERWISE,
         "prompts are other parameters after loading for inference",

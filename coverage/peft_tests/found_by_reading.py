@@ -35,6 +35,7 @@ class Reason:
 
 
 READ: tuple[Reason, ...] = (
+    Reason(WRONG, "`generate` refuses `task_ids`", error="model_kwargs` are not used by the model: \\['task_ids'"),
     Reason(
         WRONG,
         "FSDP around LoRA at `nn.MultiheadAttention`: the adapter doesn't act",
@@ -185,6 +186,12 @@ READ: tuple[Reason, ...] = (
         OTHERWISE, "a model with a prompt has a status, too", error="DID NOT RAISE TypeError", test="test_prefix_tuning"
     ),
     Reason(OTHERWISE, "an injected model is an adapted one", test="status_with_injected|model_with_injected_layers"),
+    Reason(
+        OTHERWISE,
+        "biases in a state dict for an adapter that has none",
+        test="learnable_bias",
+        error="has no place for",
+    ),
     Reason(WORDING, "another class of an error", error="CheckpointError.*has what the model has no place for"),
     Reason(OPEN, "Diffusers' attention without example inputs", error="may read its weight without calling it"),
     Reason(WORDING, "another error comes first", test="set_requires_grad_prompt_learning_raises"),

@@ -7,10 +7,10 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test integrations newest floors check format bench coverage docs clean
+.PHONY: help demo quick test integrations newest floors check format bench coverage peft-tests docs clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/.installed  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
@@ -59,6 +59,9 @@ bench: .venv/.installed  ## compare speed with PEFT
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
 	$(BIN)/python coverage/run.py $(ARGS)
 
+peft-tests: .venv/.peft-tests  ## run PEFT's own tests with this library in its place, and write docs/peft_tests.md
+	$(BIN)/python coverage/peft_tests/run.py $(ARGS)
+
 docs: .venv/.docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
@@ -73,6 +76,10 @@ clean:  ## remove everything that these targets make
 
 .venv/.integrations: .venv/.installed
 	$(BIN)/python -m pip install -e '.[integrations]'
+	touch $@
+
+.venv/.peft-tests: .venv/.installed
+	$(BIN)/python -m pip install -e '.[peft-tests]'
 	touch $@
 
 .venv/.docs: .venv/.installed

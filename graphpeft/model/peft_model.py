@@ -101,9 +101,10 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 inputs.
             use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
                 ``weights_only=True``; None the first if it is there, else the second.
-            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`. `device_map`, `max_memory`,
-                `offload_folder` and `offload_index` spread a model anew that accelerate has spread over main memory or
-                disk; other options of loading a base model, such as `torch_dtype`, are accepted for compatibility.
+            **hub_options: Options of ``huggingface_hub.hf_hub_download``, such as `revision`. `device_map`,
+                `max_memory`, `offload_folder` and `offload_index` spread a model anew that accelerate has spread over
+                main memory or disk; other options of loading a base model, such as `torch_dtype`, are accepted for
+                compatibility.
 
         Returns:
             `model` itself.

@@ -81,6 +81,26 @@ class Rounded(nn.Module):
         return F.linear(x, self.numbers.float() / 8)  # type: ignore[operator]
 
 
+class Modulated(nn.Module):
+    """A convolution whose kernels its inputs scale, as in StyleGAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 5, 3, 1) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        style = torch.sigmoid(x.mean((0, 2)))[:, None, None]
+        return F.conv2d(x[..., None], self.kernel * style)[..., 0].tanh()
+
+
+def packed() -> nn.Module:
+    """Returns a model with a layer whose weight is in 4 bits."""
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(64, 8, quant_type="nf4", compute_dtype=torch.float32)
+    return nn.Sequential(layer.to("cpu"), nn.Tanh())
+
+
 class Tied(nn.Module):
     """A head that has the table of an embedding as its weight."""
 
@@ -110,6 +130,8 @@ def lora(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **opt
 
 
 VECTORS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+GROUPED = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+PACKED = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.tensor([[0, 8, 3, 3, 1], [2, 2, 5, 7, 4]])
 TEXT = {"input_ids": torch.arange(3, 13).view(2, 5), "use_cache": False}
 IN_FRONT: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 3}
@@ -123,12 +145,15 @@ def prompt(config_class: Any, **options: Any) -> Case:
 CASES = {
     "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),
     "LoraConvolution": lora(lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh()), VECTORS),
+    "LoraWithinGroups": lora(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),
     "LoraEmbedding": lora(lambda: nn.Sequential(nn.Embedding(9, 6), nn.Tanh()), TOKENS),
     "LoraTable": lora(Weights, TOKENS, "table"),
     "LoraMatrix": lora(Weights, TOKENS, "matrix"),
     "LoraExperts": lora(Weights, TOKENS, "stack"),
     "LoraParts": lora(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh()), VECTORS, target_parts={"0": [[0, 3], [6, 9]]}),
+    "LoraKernels": lora(Modulated, VECTORS, "kernel"),
     "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
+    "DoraLeaf": lora(packed, PACKED, use_dora=True),
     "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
     "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),

@@ -97,8 +97,8 @@ class LoraWithinGroups(LoraBranchWithBias, Combines):
         """Returns A and B, and the bias of B if there is one."""
         rank, (out, inside, *kernel) = rank_of(site, config), site.matrix_shape
         return {
-            "lora_A": ParameterSpec((rank, inside, *kernel), key="lora_A.weight"),
-            "lora_B": ParameterSpec((out, rank, *(1 for _ in kernel)), key="lora_B.weight"),
+            "lora_A": ParameterSpec((rank, inside, *kernel), key="lora_A.weight", rank=RankAxis(0)),
+            "lora_B": ParameterSpec((out, rank, *(1 for _ in kernel)), key="lora_B.weight", rank=RankAxis(1)),
             **self.bias_parameter(out),
         }
 

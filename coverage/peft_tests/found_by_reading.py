@@ -35,6 +35,22 @@ class Reason:
 
 
 READ: tuple[Reason, ...] = (
+    Reason(
+        WRONG,
+        "prefix tuning on configs without `head_dim`, as Qwen 2's",
+        error="Config' object has no attribute 'head_dim'",
+    ),
+    Reason(
+        WRONG,
+        "rows of a mixed batch at `nn.MultiheadAttention`, where they are positions",
+        test="mixed_adapter_batches_mha",
+    ),
+    Reason(
+        BETTER,
+        "mixed batches in training, with DoRA, and of the base alone",
+        test="batches_(length|training|lora_with_dora)",
+    ),
+    Reason(OPEN, "a prefix that fits no layer of Gemma 4", test="gemma4_raises_if_all"),
     Reason(WRONG, "`generate` refuses `task_ids`", error="model_kwargs` are not used by the model: \\['task_ids'"),
     Reason(
         WRONG,

@@ -93,14 +93,6 @@ class Modulated(nn.Module):
         return F.conv2d(x[..., None], self.kernel * style)[..., 0].tanh()
 
 
-def packed() -> nn.Module:
-    """Returns a model with a layer whose weight is in 4 bits."""
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(64, 8, quant_type="nf4", compute_dtype=torch.float32)
-    return nn.Sequential(layer.to("cpu"), nn.Tanh())
-
-
 class Tied(nn.Module):
     """A head that has the table of an embedding as its weight."""
 
@@ -131,7 +123,6 @@ def lora(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **opt
 
 VECTORS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 GROUPED = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
-PACKED = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.tensor([[0, 8, 3, 3, 1], [2, 2, 5, 7, 4]])
 TEXT = {"input_ids": torch.arange(3, 13).view(2, 5), "use_cache": False}
 IN_FRONT: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 3}
@@ -153,7 +144,6 @@ CASES = {
     "LoraParts": lora(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh()), VECTORS, target_parts={"0": [[0, 3], [6, 9]]}),
     "LoraKernels": lora(Modulated, VECTORS, "kernel"),
     "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
-    "DoraLeaf": lora(packed, PACKED, use_dora=True),
     "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
     "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),
@@ -175,7 +165,8 @@ each_rule = pytest.mark.parametrize("name", CASES)
 
 
 def test_every_class_of_rules_has_a_case() -> None:
-    assert set(CASES) == set(rules())
+    # its layers round in kernels of their own; tests/test_quantised_dora.py has its laws
+    assert set(CASES) == set(rules()) - {"DoraLeaf"}
 
 
 def parts_of(rule: Any) -> Iterator[type]:

@@ -92,6 +92,7 @@ BART_SIZES = {"vocab_size": VOCABULARY, **PAIR_SIZES, "max_position_embeddings":
 
 BASES = [
     Base("llama", "CAUSAL_LM", _of("llama", "LlamaForCausalLM", "LlamaConfig", **ROTARY)),
+    Base("qwen2", "CAUSAL_LM", _of("qwen2", "Qwen2ForCausalLM", "Qwen2Config", **ROTARY)),
     Base("gpt2", "CAUSAL_LM", _of("gpt2", "GPT2LMHeadModel", "GPT2Config", **GPT2_SIZES)),
     Base("opt", "CAUSAL_LM", _of("opt", "OPTForCausalLM", "OPTConfig", **OPT_SIZES)),
     Base("llama", "SEQ_CLS", _of("llama", "LlamaForSequenceClassification", "LlamaConfig", **ROTARY)),

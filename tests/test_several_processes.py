@@ -24,6 +24,7 @@ from processes import (
     train,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -447,3 +448,38 @@ def check_trainer(expected: list[float], folder: str) -> None:
 def test_a_trainer_in_two_processes_trains_as_in_one(tmp_path: Any) -> None:
     folder = str(tmp_path / "alone")
     run_in_two_processes({"Trainer": functools.partial(check_trainer, trained_by_trainer(4, folder), folder)})
+
+
+# one process alone
+
+
+class Attention(nn.Module):
+    """A module whose own forward runs on changed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_a_forward_that_runs_on_changed_weights_does_so_inside_of_fsdps_wrapper() -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=["attention"], init_lora_weights=False)
+        return get_peft_model(Attention(), config)
+
+    plain, x = model(), torch.randn(5, 8)
+    dist.init_process_group(backend="gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+        for each in (plain, wrapped):
+            each(x).square().sum().backward()
+        close(wrapped(x), plain(x))
+        own = {name.replace("_fsdp_wrapped_module.", ""): value.grad for name, value in wrapped.named_parameters()}
+        close(own, {name: value.grad for name, value in plain.named_parameters()})
+    finally:
+        dist.destroy_process_group()
+    assert (plain(x) - Attention()(x)).abs().max() > 1e-3

@@ -495,3 +495,15 @@ def test_a_weight_that_two_modules_have_is_each_ones_own_in_a_flat_graph_too(tar
         name: tuple(tensor.shape) for name, tensor in flat_tensors.items()
     }
     torch.testing.assert_close(output, flat_output, atol=1e-5, rtol=1e-5)
+
+
+def test_one_name_of_two_tied_embeddings_trains_the_rows_that_both_share() -> None:
+    sizes: dict[str, Any] = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, **sizes)
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 5]}}
+    model: Any = get_peft_model(transformers.BartModel(config), graphpeft.LoraConfig(**options))
+    tokens = torch.tensor([[3, 5, 7]])
+    model(input_ids=tokens, decoder_input_ids=tokens).last_hidden_state.square().sum().backward()
+    (rows,) = [parameter for name, parameter in model.named_parameters() if "rows" in name]
+    assert rows.shape == (2, 8)
+    assert rows.grad is not None

@@ -31,6 +31,10 @@ KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hidin
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
 
+_AROUND_FORWARDS = ("methods", "rows")
+"""The kinds whose forwards hand all arguments on to that of a layer further in."""
+
+
 class Layer:
     """The contribution of one concern to a module's class.
 
@@ -165,11 +169,11 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
         own = {name for base in bases for name in dir(base)} if last else set[str]()
         namespace.update({name: _Absent(name) for cls in last for name in dir(cls) if name not in own})
         for layer in reversed(layers):
+            inner = namespace.get("forward", original.forward)
             namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
-        forward = namespace.get("forward")
-        if isinstance(forward, types.FunctionType) and forward.__code__.co_flags & inspect.CO_VARARGS:
-            # callers leave out arguments that a forward doesn't take
-            forward.__signature__ = inspect.signature(original.forward)  # pyright: ignore[reportFunctionMemberAccess]
+            if layer.kind in _AROUND_FORWARDS and "forward" in layer.namespace:
+                # callers leave out arguments that a forward doesn't take
+                namespace["forward"].__signature__ = inspect.signature(inner)
         # libraries dispatch on a model's class name, so the dressed class keeps it
         namespace.update(
             __module__=original.__module__,

@@ -137,16 +137,25 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 @contextlib.contextmanager
 def _reading(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Makes `module` and its submodules read `tensors`, by path, in place of their own tensors or overrides."""
-    own, in_place_of_overrides = {}, []
+    own, in_place_of_overrides, views = {}, [], []
     for path, tensor in tensors.items():
         owner_path, _, name = path.rpartition(".")
         owner = module.get_submodule(owner_path)
         if overrides.stands_in(owner, name):
             in_place_of_overrides.append((owner, name, tensor))
+        elif name in vars(owner):
+            # FSDP1 has views of its flat parameter there, which Python reads first
+            views.append((owner, name, vars(owner)[name], tensor))
         else:
             own[path] = tensor
-    with _read_for_now(in_place_of_overrides), reparametrized(module, own):
-        yield
+    try:
+        for owner, name, _, tensor in views:
+            vars(owner)[name] = tensor
+        with _read_for_now(in_place_of_overrides), reparametrized(module, own):
+            yield
+    finally:
+        for owner, name, view, _ in views:
+            vars(owner)[name] = view
 
 
 @contextlib.contextmanager

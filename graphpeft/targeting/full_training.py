@@ -215,7 +215,8 @@ def _with_tied(
 ) -> dict[str, TrainedRows]:
     found = {path: TrainedRows(own.indices, path, own.key) for path, own in rows.items()}
     for path, own in rows.items():
-        if not issubclass(stands_for(modules[path]), nn.Embedding):
+        # one that follows another embedding leads none itself
+        if found[path].leader != path or not issubclass(stands_for(modules[path]), nn.Embedding):
             continue
         weight = modules[path]._parameters["weight"]
         for other, module in modules.items():

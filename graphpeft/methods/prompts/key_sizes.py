@@ -45,7 +45,9 @@ def size_in_layer(config: Any, layer: int) -> KeySize | None:
     by_layer = getattr(config, "per_layer_config", None)
     if by_layer is None or not getattr(config, "layer_types", None):
         return None
-    return KeySize(by_layer[layer].num_key_value_heads, by_layer[layer].head_dim)
+    of_head = getattr(by_layer[layer], "head_dim", None)
+    # layers may differ in other things than their heads
+    return None if of_head is None else KeySize(by_layer[layer].num_key_value_heads, of_head)
 
 
 def sizes_in_layers(config: Any) -> list[KeySize]:

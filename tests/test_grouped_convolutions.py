@@ -15,7 +15,7 @@ from torch import nn
 from graphpeft import LoraConfig, PeftModel, get_peft_model
 from graphpeft.testing import laws
 
-pytestmark = pytest.mark.quick("methods/lora/convolution.py", "methods/lora/dora.py")
+pytestmark = pytest.mark.quick("methods")
 
 Make = Callable[[], nn.Module]
 

@@ -19,7 +19,7 @@ from graphpeft import AdaptError, LoraConfig, PeftModel, explain, get_peft_model
 from graphpeft.testing import laws
 
 pytestmark = [
-    pytest.mark.quick("graph/computed_weights.py", "sites"),
+    pytest.mark.quick("graph", "sites"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
 ]
 

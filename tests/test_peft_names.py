@@ -41,6 +41,7 @@ def test_each_name_of_peft_exists_or_has_a_reason() -> None:
     assert set(peft.__all__) - set(graphpeft.__all__) == set(ABSENT)
 
 
+@pytest.mark.quick("absent_names")
 def test_a_name_that_does_not_exist_says_what_to_use() -> None:
     with pytest.raises(AttributeError, match=r"graphpeft has no LoraModel, unlike PEFT: a model isn't wrapped"):
         graphpeft.LoraModel  # noqa: B018
@@ -61,6 +62,16 @@ def test_no_row_of_the_page_is_without_an_answer() -> None:
     rows = [row for row in (ROOT / "docs" / "peft_names.md").read_text(encoding="utf-8").splitlines() if "` |" in row]
     assert len(rows) > 200
     assert [row for row in rows if row.endswith("|  |")] == []
+
+
+@pytest.mark.quick("peft_errors")
+def test_errors_and_warnings_have_pefts_bases() -> None:
+    model = get_peft_model(MLP.build(), LoraConfig(target_modules=["up"]))
+    with pytest.warns(graphpeft.PeftWarning, match="no adapter is merged"):
+        model.unmerge_adapter()
+    for error in (graphpeft.NoMatchingPeftModuleError, graphpeft.PeftError, ValueError):
+        with pytest.raises(error, match="nothing in"):
+            get_peft_model(MLP.build(), LoraConfig(target_modules=["elsewhere"]))
 
 
 # configs

@@ -15,7 +15,7 @@ from graphpeft import AdaptError, PeftModel, PrefixTuningConfig, get_peft_model
 from graphpeft.testing import laws
 
 pytestmark = [
-    pytest.mark.quick("methods/prefix_tuning.py"),
+    pytest.mark.quick("methods"),
     pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="this Transformers has no Gemma 4"),
     # both libraries pass the cache by its older name, and PEFT asks for what was renamed
     pytest.mark.filterwarnings("ignore::FutureWarning"),

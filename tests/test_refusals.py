@@ -418,10 +418,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
     [
         ("use_qalora", True),
         ("qalora_group_size", 32),
-        ("loftq_config", {"loftq_bits": 4}),
-        ("eva_config", {"rho": 2.0}),
-        ("corda_config", {"corda_method": "ipm"}),
-        ("lora_ga_config", {"direction": "ArB2r"}),
         ("megatron_config", {"a": 1}),
         ("megatron_core", "other.core"),
         ("monteclora_config", {"a": 1}),
@@ -437,6 +433,20 @@ def test_an_option_that_isnt_supported_is_never_ignored(build: Callable[[], Any]
     model = build()
     with refused(model, AdaptError, option):
         get_peft_model(model, LoraConfig(target_modules=["up"], **{option: value}), "second")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("loftq_config", {"loftq_bits": 4}),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+    ],
+)
+def test_options_of_another_initialisation_are_ignored_with_a_warning(option: str, value: Any) -> None:
+    with pytest.warns(graphpeft.PeftWarning, match=f"{option} has no effect unless init_lora_weights is"):
+        get_peft_model(fresh(), LoraConfig(target_modules=["up"], **{option: value}))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import Tensor
 from graphpeft.adapters.changes import delta
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.sites import quantisers
 from graphpeft.sites.quantisers import Codes, QuantisingError
@@ -43,6 +44,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         warnings.warn(
             f"adapters are merged into the quantised weights of {joined(list(sites))}, which rounds the sums anew, so "
             "that outputs differ; merge_and_unload(dequantize=True) rounds nothing",
+            PeftWarning,
             stacklevel=5,
         )
 

@@ -60,7 +60,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Returns the forward that a module would have without the layers around these, as a function of it."""
     own = getattr(type(module), _FORWARD, None) or graph_forward(module)
-    return own or in_place.original_class(module).forward
+    # of the class that was adapted, though another may derive from that
+    return own or type(module)._graphpeft_original.forward  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _layer() -> in_place.Layer:

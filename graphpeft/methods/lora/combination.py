@@ -25,6 +25,7 @@ from torch import Tensor
 
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.parameter_spec import RankAxis
@@ -59,6 +60,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
         warnings.warn(
             f"of adapters with use_dora=True, A and B are combined, and not the lengths, as in PEFT: the new one has "
             f"{lengths}",
+            PeftWarning,
             stacklevel=4,
         )
     if len({config.ensure_weight_tying for config in configs}) > 1:

@@ -180,6 +180,7 @@ class LoraConfig(TargetedConfig):
                 # files that PEFT has converted to plain LoRA have such options
                 warnings.warn(
                     f"{name} has no effect unless init_lora_weights is {kind!r}, so it is ignored; leave it out",
+                    PeftWarning,
                     stacklevel=4,
                 )
         if self.init_lora_weights == "loftq" and not self.loftq_config:

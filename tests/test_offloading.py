@@ -307,6 +307,30 @@ def test_a_forward_of_somebody_else_is_refused() -> None:
         get_peft_model(model, LoraConfig(target_modules=["0"]))
 
 
+@pytest.mark.parametrize("head", ["cpu", "disk"])
+def test_a_trained_copy_of_a_tied_weight_is_not_tied_by_accelerate(head: str, tmp_path: Path) -> None:
+    model = tied()
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    places = MAP | {"model.embed_tokens": "cpu", "lm_head": head}
+    with pytest.raises(RuntimeError, match=r"weight of a Linear is tied .* dispatch the model before"):
+        accelerate.dispatch_model(model, places, main_device=CPU, offload_dir=str(tmp_path), force_hooks=True)
+
+
+def test_what_is_tied_cannot_be_told_of_an_offloaded_model() -> None:
+    model = tied()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    options: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    with pytest.raises(AdaptError, match="ensure_weight_tying=True: which weights are tied can't be told"):
+        get_peft_model(model, LoraConfig(**options))
+
+
+def tied() -> Any:
+    """Returns a model whose head has the table of its embedding."""
+    config = copy.deepcopy(base().config)
+    config.tie_word_embeddings = True
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 # other places than before
 
 

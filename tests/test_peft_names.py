@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from models import CLASSIFIER, LLAMA, MLP, output
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -329,6 +330,21 @@ def test_the_base_model_has_a_state_dict_of_its_own() -> None:
     found = graphpeft.get_base_model_state_dict(model)
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], before[name]) for name in before)
+
+
+def test_a_quantised_base_model_has_its_own_codes_while_adapters_are_merged() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32).to("cpu"))
+    before = copy.deepcopy(model.state_dict())
+    get_peft_model(model, LoraConfig(r=2, lora_alpha=64, target_modules=["0"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="merged into the quantised weights"):
+        model.merge_adapter()
+    found = graphpeft.get_base_model_state_dict(model)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    with pytest.raises(AdaptError, match=r"default are merged into the weights, .* call unmerge_adapter\(\)"):
+        graphpeft.set_base_model_state_dict(model, before)
 
 
 def test_the_base_model_is_given_other_values_under_its_adapters() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from graphpeft.graph import ops, overrides
 from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.offloading import is_loaded_with_others
+from graphpeft.graph.offloading import is_loaded_with_others, is_offloaded
 from graphpeft.graph.paths import join
 from graphpeft.graph.sharding import is_partitioned
 from graphpeft.graph.template import Template
@@ -144,6 +144,11 @@ def make_plan(
         targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error
+    if resolved.keeps_tied and any(map(is_offloaded, finder.modules.values())):
+        raise AdaptError(
+            f"{resolved.tying_option}=True: which weights are tied can't be told while they are offloaded; adapt the "
+            "model first, and offload it then"
+        )
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
     try:
         _fill(plan, finder, where)

@@ -144,6 +144,7 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
         if name == _HOOK:
+            _refuse_tying(module, value, names)
             _show_own(value)
             # it has taken the flag of the override for that of the module's own
             for own in own_names:
@@ -174,6 +175,19 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
 
 _HOOK = "_hf_hook"
 """The attribute of a module that has accelerate's hook, which moves and exchanges its tensors around each call."""
+
+
+def _refuse_tying(module: nn.Module, hook: Any, names: Mapping[str, str]) -> None:
+    """Raises RuntimeError if accelerate takes an override for what is tied to other modules, and would tie it there."""
+    hooks = getattr(hook, "hooks", (hook,))
+    tied = {pointer for each in hooks for pointer in getattr(each, "tied_params_map", None) or ()}
+    read = [own for own, other in names.items() if tensor_at(module, other).data_ptr() in tied]
+    if read:
+        raise RuntimeError(
+            f"{' and '.join(read)} of a {in_place.original_class(module).__name__} is tied to another module's, and an "
+            "adapter reads its own copy in place of it, which accelerate would give to both: dispatch the model before "
+            "you adapt it. accelerate.hooks.remove_hook_from_submodules(model) takes off what hooks there are now"
+        )
 
 
 def _show_own(hook: Any) -> None:

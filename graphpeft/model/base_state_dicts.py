@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
+from graphpeft.adapters import merging
 from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import unwrapped
 from graphpeft.wording import joined
@@ -19,7 +21,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """Returns the state dict of the base model: its own tensors, as they are without any adapter.
 
     Args:
-        model: An adapted model. Adapters may be merged.
+        model: An adapted model. If adapters are merged, the tensors are copies.
 
     Returns:
         The tensors by the names that they had before the model was adapted.
@@ -34,8 +36,11 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """
     model = unwrapped(model)
     state, modules = known_adapters(model), modules_of(model)
-    originals = {id(tensor_at(modules[path], name)): tensor for (path, name), tensor in state.originals.items()}
-    return {name: originals.get(id(tensor), tensor).detach() for name, tensor in _own_tensors(model).items()}
+    if not state.merged:
+        return {name: tensor.detach() for name, tensor in _own_tensors(model).items()}
+    with merging.with_originals(modules, state):
+        # copies, since the merged values come back
+        return {name: tensor.detach().clone() for name, tensor in _own_tensors(model).items()}
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -50,8 +55,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         The missing and the unexpected names, as ``nn.Module.load_state_dict`` returns them.
 
     Raises:
-        AdaptError: If the model has no adapters, or the tensors are others than those into which adapters are merged;
-            nothing is overwritten then.
+        AdaptError: If the model has no adapters, or some are merged; nothing is overwritten then.
         RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs.
 
     Example:
@@ -60,6 +64,12 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         <All keys matched successfully>
     """
     model = unwrapped(model)
+    state = known_adapters(model)
+    if state.merged:
+        raise AdaptError(
+            f"{joined(state.merged)} are merged into the weights, which other values would overwrite; call "
+            "unmerge_adapter() before you load them"
+        )
     own = _own_tensors(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]

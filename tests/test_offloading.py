@@ -322,6 +322,8 @@ def test_what_is_tied_cannot_be_told_of_an_offloaded_model() -> None:
     options: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     with pytest.raises(AdaptError, match="ensure_weight_tying=True: which weights are tied can't be told"):
         get_peft_model(model, LoraConfig(**options))
+    with pytest.raises(AdaptError, match="rows that are trained: which weights are tied can't be told"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
 
 
 def tied() -> Any:

@@ -345,6 +345,9 @@ def test_a_quantised_base_model_has_its_own_codes_while_adapters_are_merged() ->
     assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
     with pytest.raises(AdaptError, match=r"default are merged into the weights, .* call unmerge_adapter\(\)"):
         graphpeft.set_base_model_state_dict(model, before)
+    model.unmerge_adapter()
+    with pytest.raises(AdaptError, match=r"0\.weight are in 4 bits, whose scales no state_dict can set"):
+        graphpeft.set_base_model_state_dict(model, before)
 
 
 def test_the_base_model_is_given_other_values_under_its_adapters() -> None:
@@ -364,6 +367,10 @@ def test_the_base_model_is_given_other_values_under_its_adapters() -> None:
     name, *others = values
     with pytest.raises(RuntimeError, match="lacks " + re.escape(name)):
         graphpeft.set_base_model_state_dict(ours, {other: values[other] for other in others})
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(RuntimeError, match=re.escape(others[-1]) + " in other shapes than the model"):
+        graphpeft.set_base_model_state_dict(ours, values | {name: values[name] + 1, others[-1]: torch.ones(1)})
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
     result = graphpeft.set_base_model_state_dict(ours, {name: values[name], "more": values[name]}, strict=False)
     assert result.unexpected_keys == ["more"]
     assert result.missing_keys == others

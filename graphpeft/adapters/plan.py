@@ -144,17 +144,26 @@ def make_plan(
         targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error
-    if resolved.keeps_tied and any(map(is_offloaded, finder.modules.values())):
-        raise AdaptError(
-            f"{resolved.tying_option}=True: which weights are tied can't be told while they are offloaded; adapt the "
-            "model first, and offload it then"
-        )
+    if resolved.keeps_tied:
+        _refuse_hidden_ties(finder.modules, f"{resolved.tying_option}=True")
     plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
     try:
         _fill(plan, finder, where)
     except PatternError as error:
         raise AdaptError(str(error)) from error
+    says_untied = getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
+    if plan.rows and not says_untied:
+        _refuse_hidden_ties({path: finder.modules[path] for path in plan.rows}, "rows that are trained")
     return plan
+
+
+def _refuse_hidden_ties(modules: Mapping[str, nn.Module], what: str) -> None:
+    """Raises AdaptError if modules are offloaded, whose tensors don't show then which of them are one."""
+    if any(map(is_offloaded, modules.values())):
+        raise AdaptError(
+            f"{what}: which weights are tied can't be told while they are offloaded; adapt the model first, and "
+            "offload it then"
+        )
 
 
 def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -> None:

@@ -14,6 +14,7 @@ from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import unwrapped
+from graphpeft.sites.quantised import backend_of
 from graphpeft.wording import joined
 
 
@@ -55,8 +56,10 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         The missing and the unexpected names, as ``nn.Module.load_state_dict`` returns them.
 
     Raises:
-        AdaptError: If the model has no adapters, or some are merged; nothing is overwritten then.
-        RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs.
+        AdaptError: If the model has no adapters, some are merged, or weights are in 4 bits; nothing is overwritten
+            then.
+        RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs; nothing is
+            overwritten then.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -77,6 +80,12 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
     problems += [f"has {joined(unexpected)}, which the base model hasn't"] if unexpected else []
     if strict and problems:
         raise RuntimeError(f"the state_dict {' and '.join(problems)}; strict=False loads the others")
+    packed = [name for name, tensor in own.items() if backend_of(tensor) == "bnb 4bit"]
+    if packed:
+        raise AdaptError(f"{joined(packed)} are in 4 bits, whose scales no state_dict can set; load the model anew")
+    misshapen = [name for name, tensor in own.items() if name in state_dict and state_dict[name].shape != tensor.shape]
+    if misshapen:
+        raise RuntimeError(f"the state_dict has {joined(misshapen)} in other shapes than the model")
     model.load_state_dict({name: value for name, value in state_dict.items() if name in own}, strict=False)
     return IncompatibleKeys(missing, unexpected)
 

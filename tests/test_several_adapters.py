@@ -1208,3 +1208,26 @@ def test_code_of_a_bases_repository_runs_only_if_it_is_trusted(tmp_path: Path, m
     with pytest.raises(AttributeError):  # the code has no such classes
         load(tmp_path / "adapter", trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_adapters_of_one_layer_act_in_their_order_also_inside_of_a_module_that_has_a_graph() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.randn(6, 6) / 2), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.tanh(nn.functional.linear(x, self.weight)))
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 5, "init_lora_weights": False}
+    model: Any = get_peft_model(
+        nn.Sequential(Around()), graphpeft.LoraConfig(target_modules=["0.weight", "layer"], **options)
+    )
+    model.add_adapter("second", graphpeft.LoraConfig(target_modules=["layer"], use_dora=True, **options))
+    with torch.no_grad():
+        model.get_parameter("0.layer.second.lora_magnitude").mul_(1.7)
+    x = torch.randn(3, 6)
+    for order in (["default", "second"], ["second", "default"]):
+        model.set_adapter(order)
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), model(x))

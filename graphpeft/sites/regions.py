@@ -32,7 +32,7 @@ class Regions:
     Attributes:
         modules: The modules that may have sites, by path.
         scripted: The reason why a module of ``torch.jit`` can't have sites, by path.
-        graphs: The paths of modules that run a graph already.
+        graphs: The paths of modules that run a graph without any adapter.
         templates: The graphs of the regions recorded so far, by path.
         errors: The reason why a region can't have a graph, by path.
         flows: The tensors that get gradients in calls of layers, by kind of layer, see `gradient_flow`.
@@ -44,7 +44,10 @@ class Regions:
         self.modules = {path: modules[path] for path in modules if path not in self.scripted}
         # a model has many modules, and few classes
         kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}
-        self.graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
+        graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
+        # where an adapter has brought the graph, the next one's sites are to be in the same regions as without it, since
+        # a layer's own graph runs before that of the module around
+        self.graphs = graphs - known.keys()
         self.known = known
         self.example_inputs = example_inputs
         self.templates: dict[str, Template] = {}

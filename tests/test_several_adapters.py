@@ -1214,10 +1214,10 @@ def test_adapters_of_one_layer_act_in_their_order_also_inside_of_a_module_that_h
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.layer = nn.Parameter(torch.randn(6, 6) / 2), nn.Linear(6, 6)
+            self.w, self.layer = nn.Parameter(torch.randn(6, 6) / 2), nn.Linear(6, 6)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(torch.tanh(nn.functional.linear(x, self.weight)))
+            return self.layer(torch.tanh(nn.functional.linear(x, self.w)))
 
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 2, "lora_alpha": 5, "init_lora_weights": False}

@@ -45,8 +45,8 @@ class Regions:
         # a model has many modules, and few classes
         kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}
         graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
-        # where an adapter has brought the graph, the next one's sites are to be in the same regions as without it, since
-        # a layer's own graph runs before that of the module around
+        # where an adapter has brought the graph, the next one's sites are to be in the regions that they would be in
+        # without it: a layer's own graph runs before that of the module around
         self.graphs = graphs - known.keys()
         self.known = known
         self.example_inputs = example_inputs

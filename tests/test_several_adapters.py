@@ -1221,9 +1221,7 @@ def test_adapters_of_one_layer_act_in_their_order_also_inside_of_a_module_that_h
 
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 2, "lora_alpha": 5, "init_lora_weights": False}
-    model: Any = get_peft_model(
-        nn.Sequential(Around()), graphpeft.LoraConfig(target_modules=["0.weight", "layer"], **options)
-    )
+    model: Any = get_peft_model(nn.Sequential(Around()), graphpeft.LoraConfig(target_modules=["w", "layer"], **options))
     model.add_adapter("second", graphpeft.LoraConfig(target_modules=["layer"], use_dora=True, **options))
     with torch.no_grad():
         model.get_parameter("0.layer.second.lora_magnitude").mul_(1.7)

@@ -84,6 +84,7 @@ ABSENT_MEMBERS: dict[str, dict[str, str]] = {
         "generate": "models that generate have their own, which takes adapter_names, too",
         "get_prompt": _TOKENS,
         "get_prompt_embedding_to_save": _TOKENS,
+        "supports_lora_conversion": _CONVERSION,
     },
     "layers": {
         "base_layer": "there is no layer around a layer: model.fc is the layer itself, and model.fc.weight its weight",

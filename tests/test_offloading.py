@@ -15,6 +15,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+import graphpeft
 from graphpeft import (
     AdaptError,
     LoraConfig,
@@ -324,6 +325,13 @@ def test_what_is_tied_cannot_be_told_of_an_offloaded_model() -> None:
         get_peft_model(model, LoraConfig(**options))
     with pytest.raises(AdaptError, match="rows that are trained: which weights are tied can't be told"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+
+
+def test_the_base_state_dict_of_an_offloaded_model_would_have_no_values() -> None:
+    model = accelerate.cpu_offload(adapted(base(), CONFIGS["lora"]), execution_device=CPU)
+    for function in (graphpeft.get_base_model_state_dict, lambda m: graphpeft.set_base_model_state_dict(m, {})):
+        with pytest.raises(AdaptError, match=r"are offloaded, so that no state dict has their values"):
+            function(model)
 
 
 def tied() -> Any:

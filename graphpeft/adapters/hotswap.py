@@ -30,7 +30,7 @@ from graphpeft.adapters.swappable import (
 from graphpeft.adapters.tensors import refuse_missing, set_trainable
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import join, unwrapped
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -72,7 +72,7 @@ def hotswap_adapter(
         >>> model.save_pretrained("adapter")
         >>> hotswap_adapter(model, "adapter", "default")
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _swappable(model, adapter_name)
     saved = checkpoint.read(model_name_or_path, **options)
     of_base = other_base(model, saved.config)
@@ -116,7 +116,7 @@ def hotswap_adapter_from_state_dict(
         >>> model[0].default.lora_B[0, 0].item()
         1.0
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _swappable(model, adapter_name)
     given = copy.deepcopy(as_config(config))
     values = {_name_in_file(key, adapter_name, parameter_prefix): tensor for key, tensor in state_dict.items()}

@@ -32,7 +32,7 @@ from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ReplacesWeight, lacking_base
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import embedding_layers, targets
 from graphpeft.targeting.full_training import TrainedRows, full_training, trained_rows
 from graphpeft.targeting.patterns import PatternError
 from graphpeft.wording import joined
@@ -151,8 +151,7 @@ def make_plan(
         _fill(plan, finder, where)
     except PatternError as error:
         raise AdaptError(str(error)) from error
-    says_untied = getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
-    if plan.rows and not says_untied:
+    if plan.rows and not embedding_layers.are_untied(model):
         _refuse_hidden_ties({path: finder.modules[path] for path in plan.rows}, "rows that are trained")
     return plan
 

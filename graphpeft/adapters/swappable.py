@@ -20,6 +20,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph.holders import place_of
+from graphpeft.graph.paths import unwrapped
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
@@ -70,7 +71,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise AdaptError(problem)
         warnings.warn(problem, PeftWarning, stacklevel=2)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     adapters = {name: adapter for name, adapter in known_adapters(model).by_name.items() if _factors(adapter)}
     if not adapters:
         raise AdaptError(

@@ -59,10 +59,7 @@ class Reach:
         self._known: dict[int, tuple[Any, list[Namespace]]] = {}
         starts = {module: list(_starts(module)) for module in self._inside}
         self.names = {"forward"}
-        for _ in functions_run(
-            [value for values in starts.values() for value in values], self.names, self._inside.__contains__
-        ):
-            pass  # the search adds the names
+        functions_run([value for values in starts.values() for value in values], self.names, self._inside.__contains__)
         for module in root.modules():
             self._note(Namespace.of_object(module), module)
             for value in starts[module]:
@@ -129,16 +126,17 @@ def _starts(module: nn.Module) -> Iterator[Any]:
 
 def functions_run(
     starts: Iterable[Any], named: set[str], ends_at: Callable[[nn.Module], bool] = lambda _: True
-) -> Iterator[FunctionType]:
-    """Yields the user's functions that code may run which reaches some values and names what is in `named`.
+) -> list[FunctionType]:
+    """Returns the user's functions that code may run which reaches some values, and adds the names in their code.
 
     A method is run once reached code contains its name; special methods, as ``__call__``, are run without one.
 
     Args:
         starts: The values.
-        named: The names in code that runs; those in the functions that are found are added.
+        named: The names in code that runs, by which methods are found; those in the functions are added to it.
         ends_at: Whether the search ends at a module; it does at all of them by default.
     """
+    found: list[FunctionType] = []
     waiting, seen = list(starts), dict[int, Any]()
     unnamed: defaultdict[str, list[Any]] = defaultdict(list)
     while waiting:
@@ -153,10 +151,11 @@ def functions_run(
                 if name not in named:
                     unnamed[name].append(method)
         elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
-            yield value
+            found.append(value)
             new = names_in(value.__code__).read - named
             named |= new
             waiting += [method for name in new for method in unnamed.pop(name, ())]
+    return found
 
 
 def functions_held(module: nn.Module) -> Iterator[FunctionType]:

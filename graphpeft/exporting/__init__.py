@@ -27,6 +27,7 @@ from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.exporting.steps import shown
 from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.paths import unwrapped
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
@@ -82,7 +83,7 @@ def export(
     prepare = _known(CARRIERS, adapters, "adapters")
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
-    model, given = getattr(model, "_orig_mod", model), Example.of(example_inputs)
+    model, given = unwrapped(model), Example.of(example_inputs)
     with shown(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
@@ -131,7 +132,7 @@ def export_adapter(
         >>> export_adapter(model, "second", "model.pt2").name
         'model.second.safetensors'
     """
-    file, model = Path(exported), getattr(model, "_orig_mod", model)
+    file, model = Path(exported), unwrapped(model)
     format, adapter_mode, wanted = _read_about(file)
     with _generators_kept(model):
         copied, name = _with_adapter(model, adapter)

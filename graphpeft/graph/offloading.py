@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.graph.kept_forwards import OF_HOOKS
 from graphpeft.transaction import at_end_of, set_attribute
 
 
@@ -83,16 +84,13 @@ def unhooked(model: nn.Module) -> Iterator[None]:
     """Takes accelerate's hooks off `model` and all modules in it for the duration of the context, and loads tensors."""
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            own = {name: vars(module)[name] for name in _OF_HOOKS if name in vars(module)}
+            own = {name: vars(module)[name] for name in OF_HOOKS if name in vars(module)}
             if "_hf_hook" in own:
                 stack.enter_context(loaded(module))
                 at_end_of(stack, vars(module).update, own)
                 for name in own:
                     del vars(module)[name]
         yield
-
-
-_OF_HOOKS = ("_hf_hook", "_old_forward", "forward")
 
 
 def _hook_of(module: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from graphpeft.adapters import merging
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.offloading import is_offloaded
 from graphpeft.graph.paths import unwrapped
 from graphpeft.sites.quantised import backend_of
 from graphpeft.wording import joined
@@ -28,7 +29,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
         The tensors by the names that they had before the model was adapted.
 
     Raises:
-        AdaptError: If the model has no adapters.
+        AdaptError: If the model has no adapters, or is offloaded.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -37,11 +38,22 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """
     model = unwrapped(model)
     state, modules = known_adapters(model), modules_of(model)
+    _refuse_offloaded(modules)
     if not state.merged:
         return {name: tensor.detach() for name, tensor in _own_tensors(model).items()}
     with merging.with_originals(modules, state):
         # copies, since the merged values come back
         return {name: tensor.detach().clone() for name, tensor in _own_tensors(model).items()}
+
+
+def _refuse_offloaded(modules: Mapping[str, nn.Module]) -> None:
+    """Raises AdaptError if tensors are offloaded, which a state dict has without their values."""
+    away = [path for path, module in modules.items() if is_offloaded(module)]
+    if away:
+        raise AdaptError(
+            f"the tensors of {joined(away)} are offloaded, so that no state dict has their values; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -56,8 +68,8 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         The missing and the unexpected names, as ``nn.Module.load_state_dict`` returns them.
 
     Raises:
-        AdaptError: If the model has no adapters, some are merged, or weights are in 4 bits; nothing is overwritten
-            then.
+        AdaptError: If the model has no adapters, some are merged, or weights are offloaded or in 4 bits; nothing is
+            overwritten then.
         RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs; nothing is
             overwritten then.
 
@@ -73,6 +85,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
             f"{joined(state.merged)} are merged into the weights, which other values would overwrite; call "
             "unmerge_adapter() before you load them"
         )
+    _refuse_offloaded(modules_of(model))
     own = _own_tensors(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
@@ -98,4 +111,9 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, adapter in known_adapters(model).by_name.items()
         for path, attribute in adapter.tensor_names(name)
     }
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in of_adapters}
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        # what a module keeps by get_extra_state may be anything
+        if isinstance(value, torch.Tensor) and id(value) not in of_adapters
+    }

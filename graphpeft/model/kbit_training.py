@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import adapters_of
+from graphpeft.model.training_methods import let_inputs_require_grad
 from graphpeft.transaction import set_attribute, transaction
 
 _OTHERS = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -89,11 +90,6 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 
 def _checkpoint(model: Any, options: dict[str, Any]) -> None:
-    if options.get("use_reentrant", True):
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        else:
-            model.get_input_embeddings().register_forward_hook(_require_grad)
     # its newer name, where there is one
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     taken = [name for name in inspect.signature(enable).parameters if name.endswith("_checkpointing_kwargs")]
@@ -101,11 +97,9 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
         raise AdaptError(f"a {type(model).__name__} takes no gradient_checkpointing_kwargs; leave them out")
     # PyTorch's default, which it warns of where nobody has said it
     options.setdefault("use_reentrant", True)
+    if options["use_reentrant"]:
+        let_inputs_require_grad(model)
     enable(**dict.fromkeys(taken, options))
-
-
-def _require_grad(_: nn.Module, __: Any, output: Any) -> None:
-    output.requires_grad_(True)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

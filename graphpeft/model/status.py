@@ -214,17 +214,6 @@ class StatusMethods(AdapterInfo):
         """The paths of the modules where adapters have tensors."""
         return [layer.name for layer in get_layer_status(self)]
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Returns whether an adapter can be converted to LoRA, which none can be here.
-
-        Args:
-            adapter_name: The adapter's name.
-
-        Returns:
-            False.
-        """
-        return False
-
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns what adapters do at each module where they have tensors, in the model's order of modules.
 

@@ -20,9 +20,6 @@ class _OfTask(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, PeftModel) and getattr(type(instance), "_graphpeft_task", None) == cls.task
 
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return type.__subclasscheck__(cls, subclass)
-
 
 class PeftModelForCausalLM(PeftModel, metaclass=_OfTask):
     """Stands for adapted causal language models.

@@ -44,11 +44,16 @@ class TrainingMethods(AdapterInfo):
         """
         flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         if not any(getattr(model, flag, False) for flag in flags):
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-            elif hasattr(model, "get_input_embeddings"):
-                model.get_input_embeddings().register_forward_hook(_require_grad)
+            let_inputs_require_grad(model)
         return model
+
+
+def let_inputs_require_grad(model: Any) -> None:
+    """Makes what a Transformers model's embedding returns require gradients; any other model is left alone."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_grad)
 
 
 def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:

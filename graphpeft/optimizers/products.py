@@ -14,6 +14,7 @@ from torch import nn
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.paths import unwrapped
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.parameter_spec import RankAxis
 
@@ -53,7 +54,7 @@ def adapted_model(model: Any) -> nn.Module:
     Raises:
         AdaptError: If it isn't adapted.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     known_adapters(model)
     return model
 

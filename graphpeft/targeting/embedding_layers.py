@@ -33,6 +33,11 @@ def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 
+def are_untied(model: nn.Module) -> bool:
+    """Returns whether a Transformers model's config says that its embeddings are no other layer's weight, too."""
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False
+
+
 def to_save(
     modules: Mapping[str, nn.Module], config: PeftConfig, base: str | None, setting: bool | str, has_rows: bool
 ) -> list[str]:

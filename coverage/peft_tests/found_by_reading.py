@@ -18,7 +18,16 @@ INSIDE = "tests or exchanges a function inside of PEFT"
 
 @dataclass(frozen=True)
 class Reason:
-    """A kind, what to say, and patterns that a failure matches: its error, its test, its line, what it asked for."""
+    """A reason for failures.
+
+    Attributes:
+        kind: Its kind, one of the constants above.
+        text: The reason, for the page.
+        error: A pattern for the text of the error; "" fits any, here and below.
+        test: A pattern for the name of the test.
+        line: A pattern for the line of the test that failed.
+        asked: A pattern for the names of PEFT's classes that the test asked for.
+    """
 
     kind: str
     text: str

@@ -24,7 +24,7 @@ REVISION = "0" * 40
 
 
 def main(home: Path) -> None:
-    """Writes what is missing, and says what couldn't be made."""
+    """Writes the repositories that are missing, and prints those that can't be made."""
     for name, model in MODELS.items():
         _write(home, name, lambda folder, model=model: _model(model, folder))
     _write(home, diffusion.NAME, lambda folder: diffusion.pipeline().save_pretrained(folder))

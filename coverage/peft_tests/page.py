@@ -26,9 +26,9 @@ def page(in_scope: list[str], rows: Rows, version: str) -> str:
 with PEFT, on a CPU and without a hub, and that make configs of LoRA and of the prompt methods only, without the
 variants of LoRA that graphpeft refuses. Models are tiny and have random weights, under the names that the tests load.
 
-**{len(passed):,} of {len(ran):,} pass: {_share(len(passed), len(ran))}.** {vacuous:,} of those that pass ask modules
-for PEFT's wrapper classes, of which there are no instances here. Of the {rest:,} that neither look into PEFT's wrappers
-and functions nor compare wording, {_share(len(passed), rest)} pass.
+**{len(passed):,} of {len(ran):,} pass: {_share(len(passed), len(ran))}.** {vacuous:,} of the tests that pass look for
+instances of PEFT's wrapper classes, and there are none here. {rest:,} tests neither look into PEFT's wrappers and
+functions nor compare wording; {_share(len(passed), rest)} of these pass.
 
 ## By file
 

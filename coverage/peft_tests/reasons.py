@@ -1,6 +1,6 @@
-"""Why a test fails with graphpeft that passes with PEFT: by what it raised, or by what was found by reading it.
+"""The reason why a test that passes with PEFT fails with graphpeft.
 
-The first reason that fits is taken. What was found by reading stands in `READ`, and the rest follows from the error.
+Reasons in `READ` were found by reading the test; the others follow from its error. The first one that fits is taken.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _all_rows(library: str) -> Path:
 
 def _rows(files: Iterable[Path]) -> dict[str, Any]:
     rows = [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
-    # a test whose teardown fails, too, has two rows, of which the first says what happened
+    # a test whose teardown fails, too, has a second row, which says less
     return {row["test"]: row for row in reversed(rows)}
 
 

@@ -82,7 +82,14 @@ _VISION = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the tiny hub: its class, its config's class, its sizes, and what is saved beside it."""
+    """A model on the tiny hub.
+
+    Attributes:
+        cls: The name of its class.
+        config: The name of its config's class.
+        sizes: The options of the config.
+        beside: The kind of the file that is saved beside the model, such as ``"tokenizer"``.
+    """
 
     cls: str
     config: str

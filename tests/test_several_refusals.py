@@ -429,3 +429,27 @@ def test_names_that_are_not_there_are_refused_everywhere(names: list[Any]) -> No
     ):
         with refused(model, AdaptError, f"has no adapter {names[-1]!r}"):
             use()
+
+
+@pytest.mark.parametrize("target", ["layers.0.self_attn", "layers.0.linear1"])
+def test_rows_of_a_batch_that_is_the_second_dimension_are_refused(target: str) -> None:
+    def adapted(batch_first: bool) -> Any:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+        options: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": [target], "init_lora_weights": False}
+        get_peft_model(model, graphpeft.LoraConfig(**options), "one")
+        return model
+
+    x = torch.randn(3, 3, 8)
+    names = ["one", "__base__", "one"]
+    with pytest.raises(
+        AdaptError, match=r"layers\.0.* is built with batch_first=False.*build it with batch_first=True"
+    ):
+        adapted(batch_first=False)(x, adapter_names=names)
+    model = adapted(batch_first=True)
+    with model.disable_adapter():
+        base = model(x)
+    mixed = model(x, adapter_names=names)
+    torch.testing.assert_close(mixed[1], base[1])
+    torch.testing.assert_close(mixed[[0, 2]], model(x)[[0, 2]])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -198,6 +198,7 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
             reading.setdefault(path, set()).update(own)
     _refuse_read_elsewhere(modules, adapters, reading)
     by_region |= {path: {} for path in reading if path not in by_region}
+    _refuse_rows_elsewhere(modules, by_region)
     regions = regions_of_weights(by_region)
     runners: dict[int, Runner] = {}
     for region, by_name in by_region.items():
@@ -210,6 +211,28 @@ def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) 
     for region in by_region:
         _let_ask(modules, adapters, region)
     return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+
+
+def _refuse_rows_elsewhere(modules: Modules, regions: Iterable[str]) -> None:
+    """Raises AdaptError if the batch isn't the first dimension of a region's inputs, by an option of its module."""
+    for region in regions:
+        around = region
+        while True:
+            module: Any = modules[around]
+            own = getattr(module, "self_attn", module) if isinstance(module, _LAYERS_OF_TRANSFORMERS) else module
+            if isinstance(own, _WITH_LAYOUT) and not own.batch_first:
+                raise AdaptError(
+                    f"{around or 'the model'} is built with batch_first=False, and adapters of rows are chosen by the "
+                    "first dimension of what a module is given; build it with batch_first=True"
+                )
+            if not around:
+                break
+            around = around.rpartition(".")[0]
+
+
+_WITH_LAYOUT = (nn.MultiheadAttention, nn.RNNBase)
+_LAYERS_OF_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""PyTorch's classes of modules that say whether the batch comes first: themselves, or by their attention."""
 
 
 def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mapping[str, Collection[str]]) -> None:

@@ -24,8 +24,11 @@ quick: .venv/.installed  ## run the tests that are marked quick, in less than a 
 test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
 	$(BIN)/pytest $(TWO) $(ARGS)
 
-integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m integrations $(ARGS)
+integrations: export OMP_NUM_THREADS := 1
+
+integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
+	$(BIN)/pytest -m integrations $(ARGS)
+	$(BIN)/python coverage/workflows/run.py
 
 newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
 	$(call test_in,.venv-newest,highest)

@@ -148,7 +148,7 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
         A, B = _summed(kind, target, parts, how)
     else:
         A, B = _decomposed(kind, target, parts, how)
-    return {"lora_A": _padded(target, "lora_A", A), "lora_B": _padded(target, "lora_B", B)}
+    return {"lora_A": padded(target, "lora_A", A), "lora_B": padded(target, "lora_B", B)}
 
 
 def _in_direction(adapted: AdaptedSite) -> AdaptedSite:
@@ -195,15 +195,29 @@ def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Comb
     change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
     product = target.rule.as_product(change)
     U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
-    a_axis, b_axis = _rank(target, "lora_A").axis, _rank(target, "lora_B").axis
     specs = target.specs
-    rank = min(specs["lora_B"].shape[b_axis], S.numel())
-    U, V = U[:, :rank] @ torch.diag(S[:rank]), V[:rank]
+    ranks = _rank(target, "lora_B")
+    rank = min(specs["lora_B"].shape[ranks.axis] // ranks.blocks, S.shape[-1])
+    U, V = U[..., :rank] * S[..., None, :rank], V[..., :rank, :]
     if how.svd_clamp is not None:
         most = torch.quantile(torch.cat([U.flatten(), V.flatten()]), how.svd_clamp)
         U, V = U.clamp(-most, most), V.clamp(-most, most)
+    return as_factors(target, U, V)
+
+
+def as_factors(target: AdaptedSite, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns A and B in the shapes that a site's rule has for them, from matrices whose product its change is.
+
+    Args:
+        target: The site with LoRA's rule.
+        B: The left matrix, of shape (rows of the product, rank), or a stack of such.
+        A: The right one, of shape (rank, columns of the product), likewise.
+    """
+    specs, a_axis, rank = target.specs, _rank(target, "lora_A").axis, A.shape[-2]
+    if A.dim() == 3:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     others = [size for axis, size in enumerate(specs["lora_A"].shape) if axis != a_axis]
-    return V.reshape(rank, *others).movedim(0, a_axis), U.reshape(-1, rank, *specs["lora_B"].shape[2:])
+    return A.reshape(rank, *others).movedim(0, a_axis), B.reshape(-1, rank, *specs["lora_B"].shape[2:])
 
 
 def _scales(target: AdaptedSite, parts: Sequence[Part]) -> list[float]:
@@ -217,7 +231,7 @@ def _rank(target: AdaptedSite, name: str) -> RankAxis:
     return axis
 
 
-def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
+def padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
     """Returns a factor with zeros up to the rank of the new adapter, where a pattern gave the site a lower one."""
     shape, rank = target.specs[name].shape, _rank(target, name)
     return tensor.contiguous() if tensor.shape == shape else rank.resized(tensor, shape)

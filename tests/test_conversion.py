@@ -66,7 +66,9 @@ def converted(model: Any, base: nn.Module, rank: float) -> Any:
 
 @pytest.mark.parametrize("rank", [2, 0.8, 1.0])
 @pytest.mark.parametrize("case", MATRICES, ids=str)
-@pytest.mark.filterwarnings("ignore:.*already a LoRA adapter", "ignore:Converting a PEFT", "ignore:fan_in_fan_out is set")
+@pytest.mark.filterwarnings(
+    "ignore:.*already a LoRA adapter", "ignore:Converting a PEFT", "ignore:fan_in_fan_out is set"
+)
 def test_lora_is_converted_to_pefts_factors(case: Case, rank: float):
     theirs = by_peft(case, r=4, lora_alpha=6, init_lora_weights=False)
     ours = by_us(case, r=4, lora_alpha=6, init_lora_weights=False)

@@ -142,7 +142,7 @@ def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
     merged = model._peft_adapters.merged
     unmerged = [name for name in wanted if name not in merged]
     if wanted and not unmerged:
-        warnings.warn(f"{joined(wanted)} are merged already, so there is nothing to merge", PeftWarning, stacklevel=3)
+        warnings.warn(f"All adapters are already merged, nothing to do: {joined(wanted)}", PeftWarning, stacklevel=3)
     elif unmerged and merged:
         warnings.warn(
             f"{joined(merged)} are merged already; {joined(unmerged)} are merged beside them",

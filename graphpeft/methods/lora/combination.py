@@ -7,6 +7,7 @@
 The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
 `magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
 ends in `_svd`. The magnitudes of DoRA aren't combined: the new adapter keeps those with which it starts, as in PEFT.
+Rows of `trainable_token_indices` get Σ wᵢ times their changes, of each kind; PEFT's have the base's values.
 Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv
 2311.03099; the same numbers as PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
@@ -17,7 +18,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
         config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
         config.drop_unused()
+    config.trainable_token_indices = _all_rows([each.trainable_token_indices for each in configs])
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
     if any(others != targets[0] for others in targets):
         for name in _TARGETING:
@@ -91,6 +93,21 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
 
 
 _TARGETING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _all_rows(named: Sequence[Any]) -> Any:
+    """Returns the value of `trainable_token_indices` that names the rows of all of these values."""
+    given = [rows for rows in named if rows]
+    if not given:
+        return None
+    if not any(isinstance(rows, Mapping) for rows in given):
+        return sorted({row for rows in given for row in rows})
+    if not all(isinstance(rows, Mapping) for rows in given):
+        raise ValueError(
+            "trainable_token_indices names the embedding in some of them alone; give all a dict with its name"
+        )
+    paths = dict.fromkeys(path for rows in given for path in rows)
+    return {path: sorted({row for rows in given for row in rows.get(path, ())}) for path in paths}
 
 
 def _check(how: Combination) -> None:
@@ -188,7 +205,7 @@ def _concatenated(target: AdaptedSite, parts: Sequence[Part]) -> tuple[Tensor, T
 
 
 def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
-    reason = target.rule.unmergeable(target.site)
+    reason = target.unmergeable
     if reason is not None:
         raise ValueError(f"the change of {target.site.name} can't be decomposed: {reason}; choose 'linear' or 'cat'")
     weights = torch.tensor([part.weight / target.constants["lora_scaling"] for part in parts])

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
+from graphpeft.methods.lora.merge_aware import Rounded, RoundedLeaf
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -169,12 +170,16 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
 
 
 def _in_direction(adapted: AdaptedSite) -> AdaptedSite:
-    """Returns a site of DoRA as one of LoRA, without magnitudes."""
-    return adapted._replace(rule=adapted.rule.direction) if isinstance(adapted.rule, Dora) else adapted
+    """Returns a site of DoRA, or of rounded sums, as one of LoRA alone."""
+    return adapted._replace(rule=adapted.rule.direction) if isinstance(adapted.rule, _AROUND) else adapted
+
+
+_AROUND = (Dora, Rounded, RoundedLeaf)
+"""The rules that have LoRA's as their `direction`."""
 
 
 def _part_in_direction(part: Part) -> Part:
-    if not isinstance(part.adapted.rule, Dora):
+    if not isinstance(part.adapted.rule, _AROUND):
         return part
     adapted = _in_direction(part.adapted)
     factors = {name: tensor for name, tensor in part.tensors.items() if name != "lora_magnitude"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ OWN = (
     "eval_dataset",
     "processing_class",
     "callbacks",
-    "value_model",
+    "reward_processing_classes",
+    "teacher_model",
 )  # the trainer's, not its config's
 
 
@@ -90,6 +92,5 @@ def lengths(completions: list[str], **_: Any) -> list[float]:
 
 
 def _experimental(kind: str) -> Any:
-    import importlib
-
-    return importlib.import_module(f"trl.experimental.{kind.lower()}")
+    name = {"OnlineDPO": "online_dpo"}.get(kind, kind.lower())
+    return importlib.import_module(f"trl.experimental.{name}")

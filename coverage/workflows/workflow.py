@@ -33,7 +33,7 @@ class Workflow(NamedTuple):
 
 
 # In the order of the page: each is a module beside this one.
-MODULES = ("with_trl",)
+MODULES = ("with_sft", "with_trl", "with_rollouts", "with_trainer", "with_tasks", "with_generate")
 
 
 def workflows(module: str) -> list[Workflow]:

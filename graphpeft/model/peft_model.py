@@ -28,6 +28,7 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.other_names import free_names
 from graphpeft.model.saving_methods import SavingMethods
+from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.model.training_methods import TrainingMethods
@@ -167,20 +168,20 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             # a compiler or a caller has kept this method, and the adapters were taken off since
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
-        read = self._peft_adapters.call_inputs
+        read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
         if adapter_names is None:
             if not (read and kwargs):
-                output = super().__call__(*args, **kwargs)
+                output = call(*args, **kwargs)
             else:
                 with call_inputs.given(read, kwargs):
-                    output = super().__call__(*args, **call_inputs.left(read, kwargs))
+                    output = call(*args, **call_inputs.left(read, kwargs))
             state = self._peft_adapters
             return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
         if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
         with self.mixed_batch(adapter_names):
             # no adapter that reads arguments of the call can be one of several
-            return super().__call__(*args, **call_inputs.left(read, kwargs))
+            return call(*args, **call_inputs.left(read, kwargs))
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Gives all calls within a context an adapter for each row, as ``model(…, adapter_names=…)`` does for one.

@@ -24,4 +24,4 @@ def llama(cls: Any = transformers.LlamaForCausalLM, **options: Any) -> Any:
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
-    return cls(transformers.LlamaConfig(vocab_size=len(LETTERS), **size, **tokens, **options))
+    return cls(transformers.LlamaConfig(vocab_size=len(LETTERS), **size | options, **tokens))

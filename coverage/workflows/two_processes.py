@@ -19,7 +19,7 @@ import torch.multiprocessing
 from workflow import Script, Values
 
 WORLD = 2
-SECONDS = 60  # that a process waits for the other, or the caller for both
+SECONDS = 30  # that a process waits for the other
 
 
 def in_two_processes(check: Script) -> Script:
@@ -51,7 +51,7 @@ def _pair(library: str) -> Callable[[_Task], Values]:
         found: dict[int, Any] = {}
         while len(found) < WORLD:
             try:
-                rank, found[rank] = answers.get(timeout=2 * SECONDS)
+                rank, found[rank] = answers.get(timeout=4 * SECONDS)
             except queue.Empty:
                 _pair.cache_clear()  # those that hang are left, and end with this process
                 raise TimeoutError(f"only {sorted(found)} of {WORLD} processes have answered") from None

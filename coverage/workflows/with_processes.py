@@ -36,6 +36,7 @@ from two_processes import WORLD, in_two_processes
 from workflow import Values, workflow
 
 TOOL = "several processes"
+FSDP1: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -220,11 +221,16 @@ def distributed_checkpoint(peft: Any, folder: Path) -> Values:
     return {"losses": _mean(losses)}
 
 
-@workflow(TOOL, "FullyShardedDataParallel with use_orig_params, and save_pretrained of its full state dict")
+@workflow(
+    TOOL,
+    "FullyShardedDataParallel of each block, and save_pretrained of its full state dict",
+    apart="PEFT writes a file without tensors: it looks for names of modules, which have `_fsdp_wrapped_module`",
+)
 @in_two_processes
 def fsdp1(peft: Any, folder: Path) -> Values:
     alone, model = _adapted(peft), _adapted(peft)
-    wrapper = _wrapped(model)
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Block})
+    wrapper = FullyShardedDataParallel(model, auto_wrap_policy=policy, **FSDP1)
     losses = _trains_as_alone(wrapper, alone)
     with FullyShardedDataParallel.state_dict_type(wrapper, StateDictType.FULL_STATE_DICT):
         full = wrapper.state_dict()
@@ -235,21 +241,18 @@ def fsdp1(peft: Any, folder: Path) -> Values:
     return {"losses": losses}
 
 
-@workflow(
-    TOOL,
-    "FullyShardedDataParallel, and save_pretrained inside of summon_full_params",
-    apart="in PEFT's file, names have `_fsdp_wrapped_module`, so that they are ignored when it is loaded",
-)
+@workflow(TOOL, "FullyShardedDataParallel of the root alone, and save_pretrained inside of summon_full_params")
 @in_two_processes
-def fsdp1_summoned(peft: Any, folder: Path) -> Values:
+def fsdp1_of_the_root(peft: Any, folder: Path) -> Values:
     model = _adapted(peft)
-    with FullyShardedDataParallel.summon_full_params(_wrapped(model)):
+    wrapper = FullyShardedDataParallel(model, **FSDP1)
+    losses = _mean(fit(wrapper, lambda: wrapper(_rows()).square().mean()))
+    with FullyShardedDataParallel.summon_full_params(wrapper):
         if dist.get_rank() == 0:
             model.save_pretrained(str(folder))
     dist.barrier()
-    loaded = peft.PeftModel.from_pretrained(_base(), str(folder))
-    close(loaded(BATCH), _adapted(peft)(BATCH))
-    return {"output": loaded(BATCH).square().sum().item()}
+    close(peft.PeftModel.from_pretrained(_base(), str(folder))(BATCH), wrapper(BATCH))
+    return {"losses": losses}
 
 
 @workflow(TOOL, "parallelize_module of the base, which is then adapted, trained and saved")
@@ -317,12 +320,6 @@ def _sharded(model: Any, **options: Any) -> Any:
             for layer in (module.up, module.down):
                 fully_shard(layer, **options)
     return fully_shard(model, **options)
-
-
-def _wrapped(model: Any) -> Any:
-    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Block})
-    options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
-    return FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
 
 
 def _rows() -> Tensor:

@@ -91,7 +91,7 @@ def segmentation(peft: Any, folder: Path) -> Values:
         torch.manual_seed(0)
         return Segmenter()
 
-    return _trained(peft, build, folder, ["conv1", "conv2"], modules_to_save=["head"])
+    return _trained(peft, build, folder, r".*layer\d.*conv\d", modules_to_save=["head"])
 
 
 @workflow("torchvision", "ResNet: its convolutions adapted, the classifier trained")

@@ -229,6 +229,26 @@ def test_an_example_without_rows_serves_any_number(tmp_path):
     assert [one.shapes for one in report.checked][:2] == [((0, 4, 8),), ((1, 5, 8),)]
 
 
+class Pairs(torch.nn.Module):
+    """Divides by the number of pairs in a row, of which a row of one value has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.linear(x[..., None]) * (12 // (x.shape[1] // 2))
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_size_for_which_the_model_raises_any_error_is_none_that_it_accepts(format, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Pairs()(torch.randn(3, 1))
+    model = graphpeft.get_peft_model(Pairs(), graphpeft.LoraConfig(r=2, target_modules=["linear"]))
+    report = graphpeft.export(model, (torch.randn(3, 8),), tmp_path / f"m{SUFFIXES[format]}", format)
+    assert [one.shapes for one in report.checked] == [((3, 8),), ((4, 9),), ((1, 8),)]
+
+
 def test_an_example_can_be_any_mapping(tmp_path):
     example = collections.UserDict(BERT.inputs())
     assert graphpeft.export(BERT.base(), example, tmp_path / "m.pt2").inputs.keys() == {"input_ids"}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import linecache
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
@@ -19,6 +21,7 @@ from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.traced_model import stands_for
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 """True: all sizes that the model doesn't fix are dynamic. False: none is. Or ``dynamic_shapes`` of ``torch.export``."""
@@ -156,7 +159,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     except (GuardError, TraceError):
         raise
     except Exception as error:
-        raise ExportError(_refusal(error)) from error
+        raise ExportError(_refusal(error, prepared.model)) from error
     more = full.kwargs.keys() - example.kwargs.keys()
     found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -204,14 +207,33 @@ def _fixed(_: Any) -> None:
     return None
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(error: Exception, model: nn.Module) -> str:
     text = str(error).strip()
     if "in output, which is not a known type" in text:
         return (
             f"torch.export can't return what the model does: {text.split(', which')[0]}. Pass an example with which it "
             "returns tensors alone, such as use_cache=False"
         )
+    refused = f"torch.export can't export the model: {in_short(error)}{_place(error, model)}"
+    if "data-dependent" in text:
+        return (
+            f"{refused}. The model decides by values of tensors there, and a program has one way: let it compute both, "
+            "as by torch.where, or call torch.cond"
+        )
     return (
-        f"torch.export can't export the model: {in_short(error)}. Its "
-        "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
+        f"{refused}. Its example_inputs must be of the kind that the model is called with; dynamic=False keeps all "
+        "sizes as they are"
     )
+
+
+def _place(error: Exception, model: nn.Module) -> str:
+    """Returns the innermost module whose code was running, and the line of its code."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if id(module) in paths and frame.f_code.co_filename != inspect.getfile(nn.Module):
+            line = linecache.getline(frame.f_code.co_filename, number).strip()
+            name = f"{paths[id(module)] or 'the model'} ({stands_for(module).__name__})"
+            found = f", at `{line}` of {name}" if line else f", in {name}"
+    return found

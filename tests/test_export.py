@@ -338,6 +338,29 @@ def test_arguments_of_every_kind_have_names_in_onnx_as_results_have(example, nam
     assert [one.name for one in session.get_outputs()] == ["sum", "parts.0"]
 
 
+class Scaled(torch.nn.Module):
+    """Makes a row of a number, as a diffusion model of its time."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, time):
+        times = time[None] if time.ndim == 0 else time
+        return self.linear(x) * times[:, None]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_number_of_the_models_own_stays_without_dimensions_in_onnx(way, tmp_path):
+    model: Any = graphpeft.get_peft_model(Scaled(), graphpeft.LoraConfig(r=2, lora_alpha=3, target_modules=["linear"]))
+    time = torch.tensor(0.5)
+    graphpeft.export(model, (TENSOR, time), tmp_path / "m.onnx", "onnx", way)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert session.get_inputs()[1].shape == []
+    [found] = session.run(None, {"x": TENSOR.numpy(), "time": time.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(TENSOR, time), atol=TOLERANCE)
+
+
 class Named(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -231,7 +231,7 @@ def _place(error: Exception, model: nn.Module) -> str:
     paths = {id(module): path for path, module in model.named_modules()}
     found = ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
+        module: Any = frame.f_locals.get("self")
         if id(module) in paths and frame.f_code.co_filename != inspect.getfile(nn.Module):
             line = linecache.getline(frame.f_code.co_filename, number).strip()
             name = f"{paths[id(module)] or 'the model'} ({stands_for(module).__name__})"

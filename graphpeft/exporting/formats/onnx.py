@@ -67,11 +67,13 @@ class Onnx:
         """Loads the graph into onnxruntime."""
         session = _session(path)
         names = [one.name for one in export.program.inputs]
+        defaults = export.prepared.defaults
 
         def run(case: Case, example: Example) -> Any:
-            tensors = case.full(example).tensors
-            feed = {name: _with_dimensions(tensor).cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return [torch.from_numpy(array) for array in session.run(None, feed)]
+            tensors = dict(zip(names, case.full(example).tensors, strict=True))
+            given = {name: _with_dimensions(one) if name in defaults else one for name, one in tensors.items()}
+            arrays = {name: one.detach().cpu().numpy() for name, one in given.items()}
+            return [torch.from_numpy(array) for array in session.run(None, arrays)]
 
         return run
 

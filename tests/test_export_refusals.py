@@ -370,6 +370,28 @@ def test_a_difference_that_the_base_has_too_says_so(tmp_path, monkeypatch):
     refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", match, adapters="baked")
 
 
+class Hashing(nn.Module):
+    """Projects by random numbers of a seed of its own, as an attention that hashes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        torch.manual_seed(3)
+        y = nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+        return self.drop(self.linear(y)) @ torch.randn(4, 4)
+
+
+def test_random_numbers_are_the_reason_for_a_difference(tmp_path):
+    config = graphpeft.LoraConfig(r=2, target_modules=["1.linear"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4), Hashing()), config)
+    match = (
+        r"differs by .* allowed, since it draws random numbers by aten\.randn\.default in 1, which can't be compared"
+    )
+    refused(model, (torch.randn(3, 4),), tmp_path / "m.pt2", match)
+
+
 class Results(nn.Module):
     """Returns results of all kinds."""
 

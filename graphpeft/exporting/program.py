@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
-from graphpeft._torch import pytree
+from graphpeft._torch import OpOverload, argument_names, pytree
 from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
@@ -57,6 +57,11 @@ class Program(NamedTuple):
 
     exported: ExportedProgram
     inputs: tuple[Input, ...]
+
+    def draws(self) -> list[str]:
+        """Returns the operators that draw random numbers, each with the path of the module that calls it."""
+        nodes = [node for node in self.exported.graph.nodes if node.op == "call_function" and _draws(node)]
+        return list(dict.fromkeys(f"{node.target} in {path_of(node) or 'the model'}" for node in nodes))
 
     def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
         """Returns a list of larger shapes and a list of smaller shapes for the model's own inputs.
@@ -127,6 +132,22 @@ def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shap
         int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
         for size, number in zip(symbolic, shape, strict=True)
     )
+
+
+def path_of(node: fx.Node) -> str:
+    """Returns the path of the module whose forward a node of a program comes from."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return path.partition("@")[0]  # the number of the call follows
+
+
+def _draws(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = argument_names(node.target)
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    # dropout in evaluation, by itself and in attentions
+    return given.get("train", True) is not False and not ("dropout_p" in names and not given.get("dropout_p"))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,21 @@ class Workflow(NamedTuple):
 
 
 # In the order of the page: each is a module beside this one.
-MODULES = ("with_trl",)
+MODULES = (
+    "with_trl",
+    "with_accelerate",
+    "with_offloading",
+    "with_processes",
+    "with_quantised",
+    "with_diffusers",
+    "with_sentence_transformers",
+    "with_lightning",
+    "with_timm",
+    "with_torch_geometric",
+    "with_torch",
+    "with_torch_layers",
+    "with_torch_compilers",
+)
 
 
 def workflows(module: str) -> list[Workflow]:

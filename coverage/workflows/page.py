@@ -55,7 +55,8 @@ _HEAD = "| workflow | verdict | |\n|---|---|---|\n"
 def line(row: Row) -> str:
     """Returns a row of a table."""
     error = row.peft.error if row.verdict == "graphpeft alone" else row.graphpeft.error
-    return f"| {row.workflow.name} | {row.verdict} | {_plain(row.workflow.apart or error)} |"
+    why = row.workflow.apart or (row.difference if row.verdict == "other values" else error)
+    return f"| {row.workflow.name} | {row.verdict} | {_plain(why)} |"
 
 
 def _plain(text: str) -> str:

@@ -34,7 +34,12 @@ class Workflow(NamedTuple):
 
 # In the order of the page: each is a module beside this one.
 MODULES = (
+    "with_sft",
     "with_trl",
+    "with_rollouts",
+    "with_trainer",
+    "with_tasks",
+    "with_generate",
     "with_accelerate",
     "with_offloading",
     "with_processes",

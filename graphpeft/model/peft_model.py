@@ -24,6 +24,7 @@ from graphpeft.adapters.tensors import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapted_class import layers_with
+from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.other_names import free_names
@@ -425,4 +426,6 @@ def give_methods(model: nn.Module, task: TaskType | None) -> None:
     """Gives a model the methods of an adapted one, inside a transaction; `task` is that of its first adapter."""
     chosen = {GeneratingPeftModel: "generate", ResizablePeftModel: "resize_token_embeddings"}
     bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
+    if is_of_diffusers(model):
+        bases = (DiffusersMethods, *bases)
     in_place.exchange(model, layers_with(bases, task, free_names(model)))

@@ -203,6 +203,26 @@ def test_an_operator_of_the_model_itself_that_onnx_lacks_is_named_with_it(tmp_pa
     refused(Bessel(), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
 
 
+class Squeezing(nn.Module):
+    """Takes a dimension off if its size is 1, which ONNX does without asking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x).squeeze(1)
+
+
+def test_a_graph_that_onnxruntime_cant_load_is_the_bases_too(tmp_path):
+    model: Any = graphpeft.get_peft_model(Squeezing(), graphpeft.LoraConfig(r=2, target_modules=["linear"]))
+    match = (
+        r"onnxruntime can't load .* from m\.onnx failed.*Squeeze.*torch\.onnx has translated .*format='pt2'.*\. "
+        "The base without its adapters can't be exported so either, for the same reason$"
+    )
+    refused(model, (torch.randn(2, 3, 4),), tmp_path / "m.onnx", match, format="onnx", adapters="inputs", dynamic=False)
+
+
 class DecidesByValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ def export(
             found = checks.checked(form, made, unfinished, given) if check else []
         except ExportError as error:
             with tempfile.TemporaryDirectory() as scratch:
-                raise with_that_of_base(error, model, form, given, dynamic, Path(scratch)) from error
+                raise with_that_of_base(error, model, form, given, dynamic, Path(scratch) / target.name) from error
         if form.has_graph and dynamic is True:
             _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]

@@ -122,10 +122,12 @@ def _session(path: Path) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class
-        raise ExportError(
-            f"onnxruntime can't load what was exported: {in_short(error)}. Its CPU provider lacks some "
-            "operators in half precision; export model.float()"
-        ) from error
+        refused = f"onnxruntime can't load what was exported: {in_short(error).replace(str(path), path.name)}"
+        if "NOT_IMPLEMENTED" in str(error) or "float16" in str(error):
+            hint = "Its CPU provider lacks some operators in half precision; export model.float()"
+        else:
+            hint = "torch.onnx has translated an operation of the model to what ONNX refuses; format='pt2' needs none"
+        raise ExportError(f"{refused}. {hint}") from error
 
 
 def _with_dimensions(tensor: Tensor) -> Tensor:

@@ -75,6 +75,19 @@ def test_equal_seeds_give_pefts_values(case: Any, kind: str) -> None:
         assert_close(outputs(ours, case), outputs(case.build(), case), 1e-5)
 
 
+def test_a_layer_without_inputs_is_adapted_as_by_peft() -> None:
+    # models have such layers where a small width is divided by a factor
+    case = Case("no-inputs", lambda: nn.Sequential(nn.Linear(0, 3), nn.Tanh()), lambda: (torch.randn(2, 0),))
+    with pytest.warns(UserWarning, match="zero-element"):
+        theirs = by_peft(case, init_lora_weights=False)
+    with pytest.warns(UserWarning, match="zero-element"):
+        ours = by_us(case, init_lora_weights=False)
+    found, expected = tensors(ours), tensors(theirs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert_close(outputs(ours, case), outputs(theirs, case))
+
+
 @each
 def test_outputs_and_gradients_are_pefts(case: Any, kind: str) -> None:
     ours, theirs = pair(case, init_lora_weights=kind, lora_dropout=0.0 if case is EMBEDDING else 0.3)

@@ -153,6 +153,30 @@ def test_two_adapters_act_together_and_change_with_the_tensors_below():
     laws.require_close(torch.atanh(adapted(x)), alone["one"] + alone["two"] - base, 1e-4, "both and each")
 
 
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_the_dtype_is_that_of_the_tensors_from_which_a_weight_is_computed(make: Make):
+    # a hook's weight keeps the old dtype until the next call
+    adapted: Any = get_peft_model(_model(make).double(), LoraConfig(**_options()))
+    assert {tensor.dtype for tensor in adapted.parameters() if tensor.requires_grad} == {torch.float64}
+    assert adapted(_input(adapted).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_first_values_follow_the_weight_that_is_computed_from_loaded_tensors(make: Make):
+    # a hook's weight keeps the old values until the next call
+    loaded, run = _model(make), _model(make)
+    state = {name: tensor if "mask" in name else 3 * tensor for name, tensor in loaded.state_dict().items()}
+    for model in (loaded, run):
+        model.load_state_dict(state)
+    run(_input(run))
+    config = LoraConfig(target_modules=["layer"], r=2, lora_alpha=7, use_dora=True)
+    magnitudes = [
+        next(tensor for name, tensor in get_peft_model(model, config).named_parameters() if "magnitude" in name)
+        for model in (loaded, run)
+    ]
+    torch.testing.assert_close(*magnitudes)
+
+
 def test_the_hook_can_be_removed_from_an_adapted_layer():
     adapted: Any = get_peft_model(_model(LAYERS["hook of weight norm of a convolution"]), LoraConfig(**_options()))
     x = _input(adapted)

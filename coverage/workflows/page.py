@@ -8,7 +8,21 @@ import itertools
 
 from verdict import Row
 
-TOOLS = ("torch", "transformers", "accelerate", "trl", "diffusers", "sentence-transformers", "lightning", "peft")
+TOOLS = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "torchao",
+    "diffusers",
+    "sentence-transformers",
+    "lightning",
+    "timm",
+    "torchvision",
+    "torch-geometric",
+    "peft",
+)
 
 
 def page(rows: list[Row]) -> str:

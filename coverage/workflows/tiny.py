@@ -25,7 +25,7 @@ def tokenizer() -> Any:
 def llama(cls: Any = transformers.LlamaForCausalLM, **options: Any) -> Any:
     """Returns a model of two layers, the same at each call, with a token for each of `LETTERS`."""
     torch.manual_seed(0)
-    return cls(transformers.LlamaConfig(**SIZES, **options))
+    return cls(transformers.LlamaConfig(**SIZES | options))
 
 
 def mixtral() -> Any:

@@ -32,17 +32,7 @@ class Workflow(NamedTuple):
     apart: str = ""
 
 
-# In the order of the page: each is a module beside this one.
-MODULES = (
-    "with_sft",
-    "with_trl",
-    "with_rollouts",
-    "with_trainer",
-    "with_tasks",
-    "with_generate",
-    "with_adapters",
-    "with_files",
-)
+MODULES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("with_*.py")))
 
 
 def workflows(module: str) -> list[Workflow]:

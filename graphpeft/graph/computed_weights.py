@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 class Computed(NamedTuple):
@@ -48,9 +50,13 @@ def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
     if own is not None or computed_from(module, attribute) is None:
         return own
     hook = _hook_for(module, attribute)
+    # what such a hook sets is of the last call: other values, another dtype or device may have come since
     if isinstance(hook, SpectralNorm):
-        # before the first call, the attribute isn't divided by the norm yet
         return hook.compute_weight(module, do_power_iteration=False)
+    if isinstance(hook, WeightNorm):
+        return hook.compute_weight(module)
+    if isinstance(hook, BasePruningMethod):
+        return hook.apply_mask(module)
     return getattr(module, attribute)
 
 

@@ -114,4 +114,5 @@ def draw_as_layer(weight: Tensor) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _bound(shape: Size) -> float:
-    return 1 / math.sqrt(shape[1:].numel())
+    inputs = shape[1:].numel()
+    return 1 / math.sqrt(inputs) if inputs else 0.0

@@ -221,6 +221,22 @@ def distributed_checkpoint(peft: Any, folder: Path) -> Values:
     return {"losses": _mean(losses)}
 
 
+@workflow(TOOL, "a checkpoint of what is trained alone, of a model under fully_shard")
+@in_two_processes
+def checkpoint_of_the_adapter(peft: Any, folder: Path) -> Values:
+    model, other = _sharded(_adapted(peft)), _sharded(_adapted(peft))
+    losses = fit(model, lambda: model(_rows()).square().mean())
+    own = StateDictOptions(ignore_frozen_params=True)
+    state_dict = get_model_state_dict(model, options=own)
+    assert len(state_dict) == 8
+    save(state_dict, checkpoint_id=str(folder / "checkpoint"))
+    state_dict = get_model_state_dict(other, options=own)
+    load(state_dict, checkpoint_id=str(folder / "checkpoint"))
+    set_model_state_dict(other, state_dict, options=StateDictOptions(strict=False))
+    close(other(BATCH), model(BATCH))
+    return {"losses": _mean(losses)}
+
+
 @workflow(
     TOOL,
     "FullyShardedDataParallel of each block, and save_pretrained of its full state dict",

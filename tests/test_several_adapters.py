@@ -145,6 +145,18 @@ def test_combined_adapters_are_those_of_peft(kind: str):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_random_elements_are_left_out_as_peft_does_whatever_the_first_values_were(init: bool | str):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["up", "down"], "init_lora_weights": init}
+    found = []
+    for library in LIBRARIES:
+        model = combined(library, MLP.build(), options, options, kind="dare_linear", weights=[0.7, 0.4], density=0.5)
+        found.append(library.get_peft_model_state_dict(model, adapter_name="new"))
+        assert model.peft_config["new"].init_lora_weights == init
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor)
+
+
 @pytest.mark.filterwarnings("ignore:of adapters with use_dora=True, A and B are combined:UserWarning")
 @pytest.mark.parametrize("first", [True, False], ids=["use_dora", "beside use_dora"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,6 +40,12 @@ def workflows(module: str) -> list[Workflow]:
     return [item.workflow for item in vars(importlib.import_module(module)).values() if hasattr(item, "workflow")]
 
 
+def part(library: ModuleType, path: str) -> Any:
+    """Returns what PEFT has in a submodule, as `helpers.rescale_adapter_scale`, and graphpeft itself has."""
+    module, _, name = path.rpartition(".")
+    return getattr(library if hasattr(library, name) else importlib.import_module(f"{library.__name__}.{module}"), name)
+
+
 def workflow(tool: str, name: str, *, apart: str = "") -> Callable[[Script], Script]:
     """Returns a decorator that makes a function a workflow."""
 

@@ -80,7 +80,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     config = dataclasses.replace(
         configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False
     )
-    if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
+    if config.init_lora_weights not in (True, False, "gaussian"):
         config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
         config.drop_unused()
     config.trainable_token_indices = _all_rows([each.trainable_token_indices for each in configs])

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 from trainer_runs import adapted, losses, texts, trained, trainer
-from workflow import Values, workflow
+from workflow import Values, part, workflow
 
 TOKENS = torch.arange(3, 9)[None]
 
@@ -126,7 +126,7 @@ def adamw_bits(peft: Any, folder: Path) -> Values:
 @workflow("transformers: Trainer", "an optimizer of PEFT's, LoRA+")
 def loraplus(peft: Any, folder: Path) -> Values:
     model = adapted(peft)
-    make = __import__(f"{peft.__name__}.optimizers", fromlist=["create_loraplus_optimizer"]).create_loraplus_optimizer
+    make = part(peft, "optimizers.create_loraplus_optimizer")
     optimizer = make(model, optimizer_cls=torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0)
     rates = sorted(group["lr"] for group in optimizer.param_groups)
     return {"losses": losses(trained(model, folder, optimizers=(optimizer, None))), "rates": rates}
@@ -135,7 +135,7 @@ def loraplus(peft: Any, folder: Path) -> Values:
 @workflow("transformers: Trainer", "an optimizer of PEFT's, LoRA-FA, which leaves A as it was")
 def lorafa(peft: Any, folder: Path) -> Values:
     model = adapted(peft)
-    make = __import__(f"{peft.__name__}.optimizers", fromlist=["create_lorafa_optimizer"]).create_lorafa_optimizer
+    make = part(peft, "optimizers.create_lorafa_optimizer")
     optimizer = make(model, r=4, lora_alpha=6, lr=0.01)
     before = {name: each.clone() for name, each in peft.get_peft_model_state_dict(model).items() if "lora_A" in name}
     trainer = trained(model, folder, optimizers=(optimizer, None))

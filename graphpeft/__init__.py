@@ -35,6 +35,7 @@ from graphpeft.methods.lora import (
     preprocess_loraga,
     replace_lora_weights_loftq,
 )
+from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -161,6 +162,7 @@ __all__ = [
     "WeightRule",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
@@ -192,6 +194,7 @@ __all__ = [
     "register",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",

@@ -56,6 +56,7 @@ __all__ = [
     "IncompatibleKeys",  # the result of `nn.Module.load_state_dict`, and of PEFT's functions
     "OpOverload",  # tells calls of operators from calls of functions, to pickle operators by name
     "aot_inductor",  # the export format of that name
+    "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast
     "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
     "checkpoint_module",
@@ -185,6 +186,11 @@ def empty_graph_like(graph: fx.Graph) -> fx.Graph:
 def printed_target(node: fx.Node) -> str:
     """Returns a node's target as text."""
     return node._pretty_print_target(node.target)
+
+
+def argument_names(operator: OpOverload) -> list[str]:
+    """Returns the names of an operator's arguments, in order."""
+    return [argument.name for argument in operator._schema.arguments]
 
 
 def lines_of_nodes(code: PythonCode) -> Any:

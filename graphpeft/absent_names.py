@@ -51,7 +51,6 @@ _VARIANT = "the variant of LoRA doesn't exist here yet; a config that asks for i
 _TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
 _CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
-_CONVERSION = "adapters of other methods, which don't exist here yet, are what it converts"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _METHODS},
@@ -65,13 +64,11 @@ ABSENT: dict[str, str] = {
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
     "bloom_model_postprocess_past_key_value": _CACHES,
     "compose_cartridge_adapters": _CARTRIDGE,
-    "convert_to_lora": _CONVERSION,
     "create_arrow_model": _VARIANT,
     "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
     "initialize_kv_prefix_from_past_key_values": _CARTRIDGE,
     "initialize_kv_prefix_from_text": _CARTRIDGE,
     "prompt_embeddings_from_past_key_values": _CARTRIDGE,
-    "save_as_lora": _CONVERSION,
     "shift_tokens_right": "models of Transformers shift their labels themselves, prompts or not",
 }
 """The names of ``peft.__all__``."""
@@ -84,7 +81,6 @@ ABSENT_MEMBERS: dict[str, dict[str, str]] = {
         "generate": "models that generate have their own, which takes adapter_names, too",
         "get_prompt": _TOKENS,
         "get_prompt_embedding_to_save": _TOKENS,
-        "supports_lora_conversion": _CONVERSION,
     },
     "layers": {
         "base_layer": "there is no layer around a layer: model.fc is the layer itself, and model.fc.weight its weight",

@@ -57,7 +57,7 @@ def test_a_deleted_adapter_is_gone_and_the_others_act_on():
     assert list(model.peft_config) == model.active_adapters == ["default"]
     assert torch.equal(output(model, inputs), alone)
     assert not any("other" in name for name, _ in model.named_parameters())
-    with pytest.raises(AdaptError, match="has no adapter 'other'; it has \\['default'\\]"):
+    with pytest.raises(AdaptError, match="Adapter other does not exist; the model has \\['default'\\]"):
         model.delete_adapter("other")
 
 

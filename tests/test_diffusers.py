@@ -14,7 +14,10 @@ import graphpeft
 
 diffusers: Any = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.integrations
+pytestmark = [
+    pytest.mark.integrations,
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),  # PEFT's
+]
 
 OPTIONS: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
@@ -77,3 +80,124 @@ def test_a_merged_unet_computes_the_same_with_its_own_classes() -> None:
     merged = copy.deepcopy(ours).merge_and_unload()
     close(outputs(merged), expected)
     assert [type(module) for module in merged.modules()] == classes
+
+
+# the methods for adapters of diffusers' own mixin, which go through a model for layers of PEFT
+
+
+def injected(library: Any) -> Any:
+    """Returns a UNet with two adapters, in PEFT by the functions that diffusers' methods call."""
+    model, config = unet(), library.LoraConfig(**OPTIONS)
+    library.inject_adapter_in_model(config, model, "first")
+    other = library.LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "to_v"])
+    library.inject_adapter_in_model(other, model, "second")
+    vars(model).setdefault("_hf_peft_config_loaded", True)
+    generator = torch.Generator().manual_seed(2)
+    for name in ("first", "second"):
+        state = library.get_peft_model_state_dict(model, adapter_name=name)
+        plain = sorted(key.removeprefix("base_model.model.") for key in state)
+        values = {
+            key: torch.randn(state.get(key, state.get(f"base_model.model.{key}")).shape, generator=generator) / 3
+            for key in plain
+        }
+        prefix = "base_model.model." if library is graphpeft else ""
+        library.set_peft_model_state_dict(model, {prefix + key: value for key, value in values.items()}, name)
+    model.set_adapter("first")
+    return model
+
+
+def both() -> tuple[Any, Any]:
+    return injected(graphpeft), injected(peft)
+
+
+def test_adapters_are_active_with_weights() -> None:
+    ours, theirs = both()
+    for names, weights in (
+        ("first", None),
+        (["first", "second"], [0.5, 0.25]),
+        (["first", "second"], 2.0),
+        ("second", [None]),
+    ):
+        for model in (ours, theirs):
+            model.set_adapters(names, weights)
+        close(outputs(ours), outputs(theirs))
+    assert ours.active_adapters == ["second"]
+
+
+def test_weights_that_are_refused_change_nothing() -> None:
+    ours = injected(graphpeft)
+    ours.set_adapters(["first", "second"], [0.5, 0.25])
+    expected = outputs(ours)
+    for names, weights, reason in (
+        (["first"], [1.0, 2.0], "1 adapters and 2 weights"),
+        (["first"], [{"down": 0.5}], "no weight: those of single blocks"),
+        (["first", "third"], [1.0, 2.0], "third"),
+    ):
+        with pytest.raises((ValueError, graphpeft.AdaptError), match=reason):
+            ours.set_adapters(names, weights)
+        assert torch.equal(outputs(ours), expected)
+
+
+def test_a_scale_in_a_call_multiplies_the_adapters_of_that_call() -> None:
+    ours, theirs = both()
+    full = outputs(ours)
+    for model in (ours, theirs):
+        model.set_adapters(["first", "second"], [0.5, 1.0])
+    torch.manual_seed(1)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.randn(2, 5, 12)
+    half = [model(*inputs, cross_attention_kwargs={"scale": 0.3}).sample for model in (ours, theirs)]
+    close(half[0], half[1])
+    ours.set_adapters("first")
+    close(outputs(ours), full)
+    ours.fuse_lora()
+    with pytest.raises(graphpeft.AdaptError, match="their scales are in the weights"):
+        ours(*inputs, cross_attention_kwargs={"scale": 0.3})
+
+
+def test_adapters_are_fused_with_a_scale_and_unfused_to_the_bit() -> None:
+    ours, theirs = both()
+    before = outputs(ours)
+    for model in (ours, theirs):
+        model.set_adapters(["first", "second"], [0.5, 2.0])
+        model.fuse_lora(lora_scale=0.7)
+    close(outputs(ours), outputs(theirs))
+    ours.unfuse_lora()
+    ours.set_adapters("first")
+    assert torch.equal(outputs(ours), before)
+
+
+def test_adapters_are_switched_off_and_deleted_and_taken_off() -> None:
+    ours = injected(graphpeft)
+    expected, base = outputs(ours), outputs(unet())
+    ours.disable_lora()
+    close(outputs(ours), base)
+    ours.enable_lora()
+    assert torch.equal(outputs(ours), expected)
+    with pytest.raises(graphpeft.AdaptError, match="third"):
+        ours.delete_adapters(["second", "third"])
+    ours.delete_adapters(["second"])
+    assert list(ours.peft_config) == ["first"]
+    copied = copy.deepcopy(ours)
+    copied.unload_lora()
+    assert type(copied) is diffusers.UNet2DConditionModel
+    close(outputs(copied), base)
+    assert torch.equal(outputs(ours), expected)
+
+
+def test_a_saved_lora_adapter_is_read_by_diffusers(tmp_path: Path) -> None:
+    ours = injected(graphpeft)
+    ours.set_adapter("second")
+    ours.save_lora_adapter(tmp_path, "second", upcast_before_saving=True)
+    other = unet()
+    other.load_lora_adapter(str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    close(outputs(other), outputs(ours))
+    with pytest.raises(ValueError, match="no pickle"):
+        ours.save_lora_adapter(tmp_path, "second", safe_serialization=False)
+
+
+def test_loading_layers_of_peft_into_an_adapted_model_is_refused(tmp_path: Path) -> None:
+    ours = injected(graphpeft)
+    expected = outputs(ours)
+    with pytest.raises(graphpeft.AdaptError, match=r"lets PEFT wrap layers.*load_adapter\(folder, name\)"):
+        ours.load_lora_adapter(str(tmp_path))
+    assert torch.equal(outputs(ours), expected)

@@ -271,18 +271,20 @@ def test_a_copy_made_within_a_context_is_disabled_until_it_is_enabled(copying: A
 # forwards that are set on modules later
 
 
-@pytest.mark.parametrize("path", ["", "linear"])
-@pytest.mark.parametrize("change", ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"])
-def test_no_adapter_changes_behind_a_forward_that_somebody_has_set(path: str, change: str):
+CHANGES = ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_adapter_changes_behind_a_forward_that_somebody_has_set(change: str):
     model, x, expected, expected_base = with_two_adapters()
-    module = model.get_submodule(path)
+    module = model.linear
     module.forward = functools.partial(lambda forward, *args: forward(*args), module.forward)
     changes: dict[str, Any] = {
         "disable": lambda: model.disable_adapter().__enter__(),
         "set_adapter": lambda: model.set_adapter([]),
         "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
     }
-    with pytest.raises(AdaptError, match=f"a forward was set on {path or 'the model'} itself|was exchanged since"):
+    with pytest.raises(AdaptError, match="a forward was set on linear itself"):
         changes.get(change, lambda: getattr(model, change)())()
     assert torch.equal(model(x), expected)
     assert model.merged_adapters == []
@@ -292,8 +294,24 @@ def test_no_adapter_changes_behind_a_forward_that_somebody_has_set(path: str, ch
         assert torch.equal(model(x), expected_base)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_adapters_change_under_a_forward_that_somebody_has_set_on_the_model(change: str):
+    model, x, _, _ = with_two_adapters()
+    changes: dict[str, Any] = {
+        "disable": lambda: (model.disable_adapter().__enter__(), model(x))[1],
+        "set_adapter": lambda: (model.set_adapter("other"), model(x))[1],
+        "rows": lambda: model(x, adapter_names=["default", "other", "__base__"]),
+    }
+    changed = changes.get(change, lambda: (getattr(model, change)(), model(x))[1])
+    copied = copy.deepcopy(model)
+    expected = changed()
+    model = copied
+    model.forward = functools.partial(lambda forward, *args: forward(*args) + 1, model.forward)
+    torch.testing.assert_close(changed(), expected + 1)
+
+
 @pytest.mark.parametrize("path", ["", "linear"])
-@pytest.mark.parametrize("change", ["disable", "set_adapter", "merge_adapter", "merge_and_unload", "unload", "rows"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_adapters_change_under_a_hook_of_accelerate_and_remain_when_that_goes(path: str, change: str):
     model, x, expected, expected_base = with_two_adapters()
     changes: dict[str, Any] = {
@@ -341,5 +359,5 @@ class Read(nn.Module):
 
 def test_names_of_rows_are_checked_while_adapters_are_disabled_too():
     model = adapted()
-    with model.disable_adapter(), pytest.raises(AdaptError, match="has no adapter 'x'"):
+    with model.disable_adapter(), pytest.raises(AdaptError, match="Adapter x does not exist"):
         model(X, adapter_names=["a", "x", "b"])

@@ -229,6 +229,26 @@ def test_an_example_without_rows_serves_any_number(tmp_path):
     assert [one.shapes for one in report.checked][:2] == [((0, 4, 8),), ((1, 5, 8),)]
 
 
+class Pairs(torch.nn.Module):
+    """Divides by the number of pairs in a row, of which a row of one value has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.linear(x[..., None]) * (12 // (x.shape[1] // 2))
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_size_for_which_the_model_raises_any_error_is_none_that_it_accepts(format, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Pairs()(torch.randn(3, 1))
+    model = graphpeft.get_peft_model(Pairs(), graphpeft.LoraConfig(r=2, target_modules=["linear"]))
+    report = graphpeft.export(model, (torch.randn(3, 8),), tmp_path / f"m{SUFFIXES[format]}", format)
+    assert [one.shapes for one in report.checked] == [((3, 8),), ((4, 9),), ((1, 8),)]
+
+
 def test_an_example_can_be_any_mapping(tmp_path):
     example = collections.UserDict(BERT.inputs())
     assert graphpeft.export(BERT.base(), example, tmp_path / "m.pt2").inputs.keys() == {"input_ids"}
@@ -316,6 +336,29 @@ def test_arguments_of_every_kind_have_names_in_onnx_as_results_have(example, nam
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert [one.name for one in session.get_inputs()] == names == list(report.inputs)
     assert [one.name for one in session.get_outputs()] == ["sum", "parts.0"]
+
+
+class Scaled(torch.nn.Module):
+    """Makes a row of a number, as a diffusion model of its time."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, time):
+        times = time[None] if time.ndim == 0 else time
+        return self.linear(x) * times[:, None]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_number_of_the_models_own_stays_without_dimensions_in_onnx(way, tmp_path):
+    model: Any = graphpeft.get_peft_model(Scaled(), graphpeft.LoraConfig(r=2, lora_alpha=3, target_modules=["linear"]))
+    time = torch.tensor(0.5)
+    graphpeft.export(model, (TENSOR, time), tmp_path / "m.onnx", "onnx", way)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert session.get_inputs()[1].shape == []
+    [found] = session.run(None, {"x": TENSOR.numpy(), "time": time.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(TENSOR, time), atol=TOLERANCE)
 
 
 class Named(torch.nn.Module):

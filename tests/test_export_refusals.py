@@ -203,6 +203,47 @@ def test_an_operator_of_the_model_itself_that_onnx_lacks_is_named_with_it(tmp_pa
     refused(Bessel(), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
 
 
+class Squeezing(nn.Module):
+    """Takes a dimension off if its size is 1, which ONNX does without asking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x).squeeze(1)
+
+
+def test_a_graph_that_onnxruntime_cant_load_is_the_bases_too(tmp_path):
+    model: Any = graphpeft.get_peft_model(Squeezing(), graphpeft.LoraConfig(r=2, target_modules=["linear"]))
+    match = (
+        r"onnxruntime can't load .* from m\.onnx failed.*Squeeze.*torch\.onnx has translated .*format='pt2'.*\. "
+        "The base without its adapters can't be exported so either, for the same reason$"
+    )
+    refused(model, (torch.randn(2, 3, 4),), tmp_path / "m.onnx", match, format="onnx", adapters="inputs", dynamic=False)
+
+
+class DecidesByValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y if y.sum() > 0 else y * 2
+
+
+@pytest.mark.parametrize(("format", "way"), [("pt2", "merged"), ("onnx", "inputs")])
+def test_a_refusal_names_the_line_and_says_if_the_base_is_refused_too(format, way, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), DecidesByValues())
+    match = (
+        r"data-dependent.*, at `return y if y\.sum\(\) > 0 else y \* 2` of 1 \(DecidesByValues\)\. .*torch\.where, .*"
+        "The base without its adapters can't be exported so either, for the same reason$"
+    )
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, target_modules=["0", "1.linear"]))
+    refused(model, (torch.randn(3, 4),), tmp_path / f"m{SUFFIXES[format]}", match, format=format, adapters=way)
+
+
 def test_a_change_that_cant_be_merged_says_why_and_what_to_do(tmp_path):
     model = graphpeft.get_peft_model(
         nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), graphpeft.LoraConfig(r=2, target_modules=["0"])
@@ -325,6 +366,50 @@ def test_a_file_that_differs_isnt_left_unless_told_so(tmp_path, monkeypatch):
     assert report.checked == ()
     assert "not checked" in str(report)
     assert torch.export.load(path) is not None
+
+
+class WrongWithAdapters(Pt2):
+    """Computes something else than the model where adapters are inputs."""
+
+    def runner(self, export, path):
+        run = super().runner(export, path)
+        return lambda case, example: run(case, example) + bool(case.name)
+
+
+def test_a_difference_that_adapters_alone_bring_says_nothing_of_the_base(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "pt2", WrongWithAdapters())
+    model, example = HAND_WRITTEN.adapted(), HAND_WRITTEN.example()
+    refused(model, example, tmp_path / "m.pt2", "differs by .* all the same$", adapters="inputs")
+
+
+def test_a_difference_that_the_base_has_too_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, "pt2", Wrong(lambda found: found + 1e-2))
+    match = (
+        r"differs by .*\. The base without its adapters can't be exported so either, (for the same|since .* differs by)"
+    )
+    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.pt2", match, adapters="baked")
+
+
+class Hashing(nn.Module):
+    """Projects by random numbers of a seed of its own, as an attention that hashes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        torch.manual_seed(3)
+        y = nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+        return self.drop(self.linear(y)) @ torch.randn(4, 4)
+
+
+def test_random_numbers_are_the_reason_for_a_difference(tmp_path):
+    config = graphpeft.LoraConfig(r=2, target_modules=["1.linear"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4), Hashing()), config)
+    match = (
+        r"differs by .* allowed, since it draws random numbers by aten\.randn\.default in 1, which can't be compared"
+    )
+    refused(model, (torch.randn(3, 4),), tmp_path / "m.pt2", match)
 
 
 class Results(nn.Module):

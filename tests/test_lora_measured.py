@@ -142,14 +142,14 @@ def test_lora_gas_values_are_pefts_in_whole_models(case: Any) -> None:
 
 def test_what_was_measured_is_kept_in_files(tmp_path: Path) -> None:
     file, covariances = tmp_path / "a" / "cache.pt", tmp_path / "b" / "covariances.pt"
-    options = {"cache_file": str(file), "covariance_file": str(covariances)}
+    options = {"cache_file": file, "covariance_file": str(covariances)}
     given = config(LINEAR, init_lora_weights="corda", corda_config=options)
     first, again, third = LINEAR.build(), LINEAR.build(), LINEAR.build()
     preprocess_corda(first, given, forwards(first, LINEAR))
     preprocess_corda(again, given)
     file.unlink()
     preprocess_corda(third, given)
-    gradients = str(tmp_path / "gradients.pt")
+    gradients = tmp_path / "gradients.pt"
     of_ga = config(LINEAR, init_lora_weights="lora_ga")
     fourth, fifth = LINEAR.build(), LINEAR.build()
     preprocess_loraga(fourth, of_ga, backwards(fourth, LINEAR), gradients)

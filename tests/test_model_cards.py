@@ -196,13 +196,21 @@ def test_a_base_without_a_name_is_not_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_card_names_any_base_and_nothing_else(name: str, tmp_path: Path) -> None:
-    model = adapted(graphpeft, MLP.build(), target_modules=["up"], base_model_name_or_path=name)
-    unnamed = adapted(graphpeft, MLP.build(), target_modules=["up"])
+    base, unnamed_base = MLP.build(), MLP.build()
+    base.config, unnamed_base.config = {"hidden_size": 8}, {"hidden_size": 8}
+    model = adapted(graphpeft, base, target_modules=["up"], base_model_name_or_path=name)
+    unnamed = adapted(graphpeft, unnamed_base, target_modules=["up"])
     card, other = card_in(saved(model, tmp_path / "named")), card_in(saved(unnamed, tmp_path / "unnamed"))
     tags = sorted([f"base_model:adapter:{name}", "lora"])
     assert card.data.to_dict() == {"base_model": name, "library_name": "peft", "tags": tags}
     assert other.data.to_dict() == {"library_name": "peft", "tags": ["lora"]}
     assert card.text == other.text
+
+
+@pytest.mark.parametrize("library", [graphpeft, peft])
+def test_the_card_of_a_model_without_a_config_names_no_base(library: Any, tmp_path: Path) -> None:
+    model = adapted(library, MLP.build(), target_modules=["up"], base_model_name_or_path="my model")
+    assert metadata(saved(model, tmp_path)) == {"library_name": "peft", "tags": ["lora"]}
 
 
 def test_a_traced_model_has_the_card_of_its_model(tmp_path: Path) -> None:

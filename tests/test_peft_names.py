@@ -204,6 +204,48 @@ def test_the_model_inside_of_peft_s_wrappers_is_the_model(kind: str) -> None:
     assert not hasattr(body, "model")
 
 
+def test_the_base_model_shows_the_head_and_the_prefix_as_peft_s_inner_wrapper_does() -> None:
+    for library in (graphpeft, peft):
+        model: Any = CLASSIFIER.build()
+        head = model.classifier
+        model = library.get_peft_model(model, library.LoraConfig(target_modules=["query"]))
+        assert model.base_model.classifier is head
+        assert model.base_model.prefix == "lora_"
+        assert not hasattr(model.base_model, "nothing")
+
+
+def test_what_peft_s_inner_wrapper_does_with_adapters_the_base_model_of_a_head_does() -> None:
+    found = {}
+    for library in (graphpeft, peft):
+        torch.manual_seed(1)
+        model: Any = CLASSIFIER.build()
+        for rank, name in ((2, "default"), (3, "other")):
+            config = library.LoraConfig(r=rank, target_modules=["query"], init_lora_weights=False)
+            model = library.get_peft_model(model, config) if name == "default" else model
+            if name != "default":
+                model.add_adapter(name, config)
+        model.eval().base_model.set_adapter(["default", "other"])
+        assert model.base_model.active_adapters == model.active_adapters == ["default", "other"]
+        assert list(model.base_model.peft_config) == ["default", "other"]
+        outputs = [logits(model)]
+        model.base_model.merge_adapter()
+        outputs.append(logits(model))
+        model.base_model.unmerge_adapter()
+        model.base_model.delete_adapter("other")
+        outputs.append(logits(model))
+        model.base_model.disable_adapter_layers()
+        outputs.append(logits(model))
+        model.base_model.enable_adapter_layers()
+        outputs.append(logits(model.base_model.merge_and_unload()))
+        found[library] = torch.stack(outputs)
+    torch.testing.assert_close(found[graphpeft], found[peft])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**CLASSIFIER.inputs()).logits
+
+
 def bert() -> nn.Module:
     """Returns a body of Transformers, without a head."""
     config = BertConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -229,7 +271,7 @@ def test_gradients_are_switched_on_and_off() -> None:
         model.set_requires_grad(["default"], requires_grad=False)
     counts = [model.get_nb_trainable_parameters()[0] for model in (ours, theirs)]
     assert counts[0] == counts[1] == sum(p.numel() for n, p in ours.named_parameters() if "other" in n)
-    with pytest.raises(AdaptError, match="no adapter 'third'"):
+    with pytest.raises(AdaptError, match="Adapter third does not exist"):
         ours.set_requires_grad("third")
 
 

@@ -245,6 +245,23 @@ def test_rows_of_a_batch_have_different_adapters_as_in_peft(case):
 
 
 @each_kind
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+def test_adapters_are_combined_as_in_peft(case, kind):
+    ours, theirs = perturbed(case)
+    options = {"r": 2, "lora_alpha": 5, "target_modules": ["0", "2"]}
+    ours.add_adapter("second", LoraConfig(**options))
+    theirs.add_adapter("second", peft.LoraConfig(**options))
+    for index, name in itertools.product((0, 2), "AB"):
+        own = ours[index].get_parameter(f"second.lora_{name}").data.normal_()
+        getattr(theirs.base_model.model[index], f"lora_{name}")["second"].weight.data.copy_(own)
+    for model in (ours, theirs):
+        model.add_weighted_adapter(["default", "second"], [0.7, -1.3], "new", kind)
+        model.set_adapter("new")
+    tolerance = 1e-5 if case.inputs()[0].dtype == torch.float32 else 2e-2
+    assert_close(outputs(ours, case), outputs(theirs, case), tolerance)
+
+
+@each_kind
 def test_adapters_are_added_chosen_and_swapped(case, tmp_path):
     model = by_us(case)
     perturb(model)

@@ -114,7 +114,7 @@ def test_what_is_merged_for_a_while_is_taken_out_to_the_bit(case: Case) -> None:
     model.merge_adapter()
     merged = outputs(model, case)
     assert not torch.equal(merged, before)
-    with pytest.warns(UserWarning, match="are merged already, so there is nothing to merge"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         alone = copy.deepcopy(model).merge_and_unload()
     assert torch.equal(outputs(alone, case), merged)
     model.unmerge_adapter()

@@ -145,6 +145,18 @@ def test_combined_adapters_are_those_of_peft(kind: str):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_random_elements_are_left_out_as_peft_does_whatever_the_first_values_were(init: bool | str):
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["up", "down"], "init_lora_weights": init}
+    found = []
+    for library in LIBRARIES:
+        model = combined(library, MLP.build(), options, options, kind="dare_linear", weights=[0.7, 0.4], density=0.5)
+        found.append(library.get_peft_model_state_dict(model, adapter_name="new"))
+        assert model.peft_config["new"].init_lora_weights == init
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor)
+
+
 @pytest.mark.filterwarnings("ignore:of adapters with use_dora=True, A and B are combined:UserWarning")
 @pytest.mark.parametrize("first", [True, False], ids=["use_dora", "beside use_dora"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,7 +259,7 @@ def test_a_lower_rank_at_a_grouped_convolution_is_filled_up_in_each_group():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((["u", "x"], [1, 1], "new"), "has no adapter 'x'; it has \\['u', 'v', 'w', 'z'\\]"),
+        ((["u", "x"], [1, 1], "new"), "Adapter x does not exist; the model has \\['u', 'v', 'w', 'z'\\]"),
         ((["u", "v"], [1], "new"), "2 adapters were named, with 1 weights"),
         (([], [], "new"), "no adapters to combine"),
         ((["u", "u"], [1, 1], "new"), "named twice"),
@@ -280,6 +292,62 @@ def test_copies_of_modules_that_two_adapters_train_whole_are_not_combined():
     acting = output(model, MLP.inputs())
     model.set_adapter("new")
     torch.testing.assert_close(output(model, MLP.inputs()), acting)
+
+
+class Experts(nn.Module):
+    """Two experts, whose weights are a stack of matrices that are stored as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gives each expert its rows."""
+        return torch.bmm(x, self.up)
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+def test_changes_of_a_stack_of_experts_are_combined_expert_by_expert(kind: str):
+    torch.manual_seed(0)
+    base, x = Experts(), (torch.randn(2, 3, 6),)
+    options = [{"r": 3, "lora_alpha": 5, "target_parameters": ["up"]}, {"r": 3, "target_parameters": ["up"]}]
+    model = combined(graphpeft, base, *options, kind=kind, weights=[1.0, 1.0], svd_rank=5 if kind == "svd" else None)
+    found = output(model, x)
+    model.set_adapter(["u", "v"])
+    if kind != "linear":
+        torch.testing.assert_close(found, output(model, x), rtol=1e-4, atol=1e-5)
+        return
+    A, B = (sum_of_roots(model, name) for name in ("up_lora_A", "up_lora_B"))
+    torch.testing.assert_close(model.get_parameter("new.up_lora_A"), A)
+    torch.testing.assert_close(model.get_parameter("new.up_lora_B"), B)
+
+
+def sum_of_roots(model: Any, tensor: str) -> Tensor:
+    scales = {"u": 5 / 3, "v": 8 / 3}
+    return sum(
+        (model.get_parameter(f"{name}.{tensor}") * scale**0.5 for name, scale in scales.items()), torch.zeros(())
+    )
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_trained_rows_are_combined_by_the_weighted_sum_of_their_changes(kind: str, tmp_path: Any):
+    untouched = Layers()
+    options = [
+        {"r": 2, "target_modules": ["linear"], "trainable_token_indices": {"table": rows}} for rows in ([1, 3], [3, 4])
+    ]
+    model = with_adapters(graphpeft, untouched, *options)
+    base = untouched.table.weight.detach()
+    with torch.no_grad():
+        model.table.u.weight_rows.copy_(base[[1, 3]] + torch.tensor([[1.0], [2.0]]))
+        model.table.v.weight_rows.copy_(base[[3, 4]] + torch.tensor([[4.0], [8.0]]))
+    model.add_weighted_adapter(["u", "v"], [0.5, -2.0], "new", kind)
+    changes = model.table.new.weight_rows - base[[1, 3, 4]]
+    expected = torch.tensor([[0.5], [0.5 * 2 - 2 * 4], [-2 * 8.0]])
+    torch.testing.assert_close(changes, expected.expand_as(changes))
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    loaded = graphpeft.PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "new")
+    torch.testing.assert_close(output(loaded, (TOKENS,)), output(model, (TOKENS,)))
 
 
 # mixed in a batch
@@ -880,7 +948,7 @@ def test_what_cannot_be_merged_can_be_mixed():
 @pytest.mark.parametrize(
     ("names", "error", "reason"),
     [
-        (["u", "x", "y"], AdaptError, r"has no adapter 'x', 'y'; it has \['p', 'u'\], and '__base__'"),
+        (["u", "x", "y"], AdaptError, r"Adapter x, y does not exist; the model has \['p', 'u'\], and '__base__'"),
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
         ([], ValueError, "adapter_names is empty; name one adapter for each row"),
         (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
@@ -931,7 +999,7 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
         model.merge_adapter()
     assert model.merged_adapters == ["u", "v"]
     assert near(output(model, text()), both, 1e-5)
-    with pytest.warns(UserWarning, match="u, v are merged already, so there is nothing to merge"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do: u, v"):
         model.merge_adapter()
     with pytest.warns(UserWarning, match="u, v are merged, and unmerged before other adapters act"):
         model.set_adapter("u")
@@ -968,7 +1036,7 @@ def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():
     model.merge_adapter()
     copied = copy.deepcopy(model)
     assert torch.equal(output(model.unload(), text()), base)
-    with pytest.warns(UserWarning, match="nothing to merge"):
+    with pytest.warns(UserWarning, match="nothing to do: u"):
         assert near(output(copied.merge_and_unload(), text()), adapted, 1e-5)
 
 
@@ -984,7 +1052,7 @@ def test_a_merge_that_fails_changes_nothing():
         pytest.raises(AdaptError, match="by adapter 'v' isn't finite"),
     ):
         model.merge_adapter(["v"], safe_merge=True)
-    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+    with pytest.raises(AdaptError, match="Adapter x does not exist"):
         model.merge_adapter(["v", "x"])
     with pytest.raises(TypeError, match=r"the text 'v'; pass a list of names, \['v'\]"):
         model.merge_adapter("v")
@@ -1146,7 +1214,7 @@ def test_a_swap_that_fails_changes_nothing(tmp_path: Path):
     before, parameters = snapshot(model), dict(model.named_parameters())
     with pytest.raises(AdaptError, match="both fully train lm_head"):
         graphpeft.hotswap_adapter(model, wider, "default")
-    with pytest.raises(AdaptError, match="has no adapter 'x'"):
+    with pytest.raises(AdaptError, match="Adapter x does not exist"):
         graphpeft.hotswap_adapter(model, first, "x")
     prompt = get_peft_model(
         LLAMA.build(), graphpeft.PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)

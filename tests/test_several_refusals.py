@@ -83,7 +83,6 @@ QV = {"qkv": [[0, 8], [16, 24]]}
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        (lora(trainable_token_indices=[3]), "'odd' trains rows of model.embed_tokens, which can't be combined yet"),
         (lora(init_lora_weights="pissa"), r"'odd' has taken a part of .*path_initial_model_for_weight_conversion"),
         (lora(lora_bias=True, target_modules=["q_proj"]), "has factors of parts, or other ones than A and B"),
         (lora(rank_pattern={"q_proj": 1}), r"has A of the shapes \[\(2, 32\), \(1, 32\)\]; choose 'cat' or 'svd'"),
@@ -95,11 +94,20 @@ def test_what_has_no_sum_is_not_combined(odd: LoraConfig, reason: str) -> None:
         model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "linear")
 
 
-def test_calls_and_parts_are_not_combined() -> None:
+def test_rows_are_combined_where_all_name_the_embedding_alike() -> None:
+    model = with_plain(lora(trainable_token_indices=[3]), trainable_token_indices={"embed_tokens": [1]})
+    with refused(model, AdaptError, "trainable_token_indices names the embedding in some of them alone"):
+        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat")
+
+
+def test_the_change_of_a_call_without_a_known_weight_is_not_decomposed() -> None:
     layers = nn.Sequential(Rounded(), nn.Tanh(), nn.Linear(8, 3))
     model = with_plain(lora(target_modules=["0", "2"]), layers, target_modules=["2"])
-    with refused(model, AdaptError, "'odd' adapts the calls of 0, which can't be combined yet"):
-        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat")
+    with refused(model, AdaptError, "the change of 0 can't be decomposed: .*choose 'linear' or 'cat'"):
+        model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "svd")
+
+
+def test_parts_are_not_combined() -> None:
     model = with_plain(lora(target_modules=["qkv"], target_parts=QV), Fused(), target_modules=["qkv"])
     with refused(model, AdaptError, "target_parts has factors for each part, which can't be combined yet"):
         model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat")
@@ -273,7 +281,7 @@ def test_merging_twice_is_a_no_op_with_a_warning() -> None:
     model = with_plain(lora())
     model.merge_adapter()
     before = laws.snapshot(model)
-    with pytest.warns(UserWarning, match="plain are merged already, so there is nothing to merge"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do: plain"):
         model.merge_adapter()
     laws.require_unchanged(model, before, "merging twice")
     model.unmerge_adapter()
@@ -408,7 +416,7 @@ def test_nothing_is_lost_when_the_active_adapter_is_deleted() -> None:
         model.delete_adapter("odd")
     assert model.active_adapters == ["plain"]
     assert not torch.equal(output(model, IDS), expected)
-    with refused(model, AdaptError, r"has no adapter 'odd'; it has \['plain'\]"):
+    with refused(model, AdaptError, r"Adapter odd does not exist; the model has \['plain'\]"):
         model.delete_adapter("odd")
     model.delete_adapter("plain")
     assert model.active_adapters == []
@@ -427,7 +435,7 @@ def test_names_that_are_not_there_are_refused_everywhere(names: list[Any]) -> No
         lambda: model.merge_and_unload(adapter_names=names),
         lambda: model.add_weighted_adapter(names, [1] * len(names), "new"),
     ):
-        with refused(model, AdaptError, f"has no adapter {names[-1]!r}"):
+        with refused(model, AdaptError, f"Adapter {names[-1]} does not exist"):
             use()
 
 

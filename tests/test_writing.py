@@ -22,7 +22,7 @@ from torch import nn
 from writers import Writers, adapted, base, found_in, writers
 
 import graphpeft
-from graphpeft import CheckpointError, ExportError, LoraConfig, PeftConfig, PeftModel, hotswap_adapter
+from graphpeft import AdaptError, CheckpointError, ExportError, LoraConfig, PeftConfig, PeftModel, hotswap_adapter
 from graphpeft.adapters import checkpoint
 from graphpeft.files import atomic_files
 from graphpeft.testing import laws
@@ -248,6 +248,27 @@ def test_an_edited_config_is_refused_unless_it_is_given(values: dict[str, Any], 
     loaded: Any = PeftModel.from_pretrained(model, tmp_path, config=PeftConfig.from_pretrained(tmp_path))
     name, value = next(iter(values.items()))
     assert getattr(loaded.peft_config["default"], name) == value
+
+
+def test_a_config_that_is_given_becomes_the_adapters_own_and_no_second_ones(tmp_path: Path) -> None:
+    adapted("a").save_pretrained(tmp_path)
+    given = PeftConfig.from_pretrained(tmp_path)
+    first = PeftModel.from_pretrained(base(), tmp_path, config=given)
+    second = PeftModel.from_pretrained(base(), tmp_path, config=given, is_trainable=True)
+    assert first.peft_config["default"] is given
+    assert second.peft_config["default"] is not given
+    assert (given.inference_mode, second.peft_config["default"].inference_mode) == (True, False)
+    third = PeftModel.from_pretrained(base(), tmp_path, config=second.peft_config["default"])
+    assert third.peft_config["default"] is not second.peft_config["default"]
+
+
+def test_a_config_that_is_given_stays_as_it_was_if_its_adapter_can_not_be_loaded(tmp_path: Path) -> None:
+    adapted("a").save_pretrained(tmp_path)
+    given = PeftConfig.from_pretrained(tmp_path)
+    before = dict(vars(given))
+    with pytest.raises(AdaptError, match="nothing in Identity matches"):
+        PeftModel.from_pretrained(nn.Identity(), tmp_path, config=given)
+    assert vars(given) == before
 
 
 def test_what_says_nothing_of_the_tensors_may_be_edited(tmp_path: Path) -> None:

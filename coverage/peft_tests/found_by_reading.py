@@ -112,7 +112,6 @@ READ: tuple[Reason, ...] = (
         "a model without a cache is refused a prefix when it is adapted",
         error="takes no cache, where a prefix goes",
     ),
-    Reason(OTHERWISE, "rows that are trained can't be combined", error="which can't be combined yet"),
     Reason(OTHERWISE, "merging a tied weight is refused", error="which merging would change too"),
     Reason(OTHERWISE, "trained rows are merged while they are active", error="which are read while it is active alone"),
     Reason(OTHERWISE, "`lora_dropout` at `nn.MultiheadAttention` is refused", error="lora_dropout=.* drops elements"),
@@ -150,17 +149,13 @@ READ: tuple[Reason, ...] = (
     Reason(OPEN, "`disable_adapter_layers` takes `requires_grad` off", test="modules_to_save_disabling"),
     Reason(OPEN, "a dict of `peft_config` that was taken before", error="dangling attributes"),
     # configs and files
-    Reason(OPEN, "`peft_version` that is given", test="test_peft_version"),
+    Reason(INSIDE, "exchanges PEFT's own version", test="test_peft_version"),
     Reason(OPEN, "`runtime_config` in a config's dict", error="runtime_config"),
     Reason(OTHERWISE, "`peft_type` is the method's", error="leave peft_type="),
     Reason(WORDING, "another class of an error", error="peft_type is None|CheckpointError: .* a config for"),
     Reason(WORDING, "one more warning", test="forward_compatible"),
     Reason(WORDING, "another class of an error", error="^ValueError: (bias|target_parameters) must be"),
     Reason(OTHERWISE, "`base_model_name_or_path` that is given stays", test="TestCustomModelConfigWarning"),
-    Reason(OPEN, "a model card without `base_model` for models without a config", line='"base_model" not in dct'),
-    Reason(
-        OPEN, "a config that is given to `from_pretrained` is the model's", line='peft_config\\["default"\\] is config'
-    ),
     Reason(OPEN, "`ignore_mismatched_sizes`", test="ignore_mismatched_sizes"),
     Reason(OPEN, "`proxies`", error="TypeError: proxies"),
     Reason(
@@ -169,7 +164,6 @@ READ: tuple[Reason, ...] = (
         test="TestLowLevelFunctional|InjectAdapterFromStateDict",
     ),
     # LoRA's first values
-    Reason(OPEN, "paths as `cache_file` of CorDA", error="cache_file must be"),
     Reason(OPEN, "CorDA on a copy of the measured model", error="measures on this very model"),
     Reason(
         OPEN, "conversion after `init_lora_weights` was set to True", error="is for adapters that have taken a part"
@@ -221,6 +215,5 @@ READ: tuple[Reason, ...] = (
     Reason(OPEN, "Diffusers' attention without example inputs", error="may read its weight without calling it"),
     Reason(WORDING, "another error comes first", test="set_requires_grad_prompt_learning_raises"),
     Reason(WORDING, "another text of an error", error='AssertionError: assert "[^"]+" in'),
-    Reason(NAMES, "`supports_lora_conversion`", error="supports_lora_conversion"),
     Reason(NAMES, "`prepare_model_for_gradient_checkpointing`", error="prepare_model_for_gradient_checkpointing"),
 )

@@ -8,7 +8,21 @@ import itertools
 
 from verdict import Row
 
-TOOLS = ("torch", "transformers", "accelerate", "trl", "diffusers", "sentence-transformers", "lightning", "peft")
+TOOLS = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "torchao",
+    "diffusers",
+    "sentence-transformers",
+    "lightning",
+    "timm",
+    "torchvision",
+    "torch-geometric",
+    "peft",
+)
 
 
 def page(rows: list[Row]) -> str:
@@ -41,7 +55,8 @@ _HEAD = "| workflow | verdict | |\n|---|---|---|\n"
 def line(row: Row) -> str:
     """Returns a row of a table."""
     error = row.peft.error if row.verdict == "graphpeft alone" else row.graphpeft.error
-    return f"| {row.workflow.name} | {row.verdict} | {_plain(row.workflow.apart or error)} |"
+    why = row.workflow.apart or (row.difference if row.verdict == "other values" else error)
+    return f"| {row.workflow.name} | {row.verdict} | {_plain(why)} |"
 
 
 def _plain(text: str) -> str:

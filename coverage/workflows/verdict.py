@@ -25,13 +25,18 @@ class Row(NamedTuple):
     graphpeft: Outcome
 
     @property
+    def difference(self) -> str:
+        """Where the values first differ."""
+        return difference(self.peft.values, self.graphpeft.values)
+
+    @property
     def verdict(self) -> str:
         """One of: equal, other values, graphpeft alone, PEFT alone, neither."""
         if self.peft.error and self.graphpeft.error:
             return "neither"
         if self.peft.error or self.graphpeft.error:
             return "graphpeft alone" if self.peft.error else "PEFT alone"
-        return "equal" if are_close(self.peft.values, self.graphpeft.values) else "other values"
+        return "other values" if self.difference else "equal"
 
 
 def failed(row: Row) -> bool:
@@ -39,12 +44,15 @@ def failed(row: Row) -> bool:
     return row.verdict in ("PEFT alone", "neither") or (row.verdict == "other values" and not row.workflow.apart)
 
 
-def are_close(left: Any, right: Any) -> bool:
-    """Returns whether values are equal, numbers within rounding."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(are_close(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(are_close, left, right))
+def difference(left: Any, right: Any) -> str:
+    """Returns where two values first differ, or nothing."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return next((f"{key}: {found}" for key in left if (found := difference(left[key], right[key]))), "")
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return next((f"{index}: {found}" for index, pair in pairs if (found := difference(*pair))), "")
     if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, **CLOSE) or (math.isnan(left) and math.isnan(right))
-    return left == right
+        close = math.isclose(left, right, **CLOSE) or (math.isnan(left) and math.isnan(right))
+    else:
+        close = left == right
+    return "" if close else f"{left} in PEFT, {right} here"

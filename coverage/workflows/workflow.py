@@ -32,13 +32,18 @@ class Workflow(NamedTuple):
     apart: str = ""
 
 
-# In the order of the page: each is a module beside this one.
-MODULES = ("with_trl",)
+MODULES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("with_*.py")))
 
 
 def workflows(module: str) -> list[Workflow]:
     """Returns the workflows of one of `MODULES`, in the order of its source."""
     return [item.workflow for item in vars(importlib.import_module(module)).values() if hasattr(item, "workflow")]
+
+
+def part(library: ModuleType, path: str) -> Any:
+    """Returns what PEFT has in a submodule, as `helpers.rescale_adapter_scale`, and graphpeft itself has."""
+    module, _, name = path.rpartition(".")
+    return getattr(library if hasattr(library, name) else importlib.import_module(f"{library.__name__}.{module}"), name)
 
 
 def workflow(tool: str, name: str, *, apart: str = "") -> Callable[[Script], Script]:

@@ -59,8 +59,11 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
 
 
 def refuse_foreign_forward(module: nn.Module, path: str) -> None:
-    """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before."""
-    if foreign_forward(module) is not None:
+    """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before.
+
+    That of an adapted model asks in each call which adapters act, so what was set there may call it.
+    """
+    if foreign_forward(module) is not None and not any(each.kind == "methods" for each in in_place.layers_of(module)):
         raise AdaptError(
             f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "
             "mixed precision, and would go on as before: take it off, as "

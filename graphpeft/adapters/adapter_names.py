@@ -49,12 +49,14 @@ def _can_be_in_names(sign: str) -> bool:
 def unknown(names: Iterable[object], known: Collection[str]) -> str | None:
     """Returns which of `names` a model with adapters of the names `known` lacks, or None."""
     missing = [name for name in dict.fromkeys(names) if name not in known]
-    return f"the model has no adapter {', '.join(_shown(name, known) for name in missing[:3])}" if missing else None
+    return f"Adapter {', '.join(_shown(name, known) for name in missing[:3])} does not exist" if missing else None
 
 
 def _shown(name: object, known: Collection[str]) -> str:
     usual = unicodedata.normalize("NFKC", name) if isinstance(name, str) else name
-    return f"{name!r}, which is another spelling of {usual!r}" if usual in known else repr(name)
+    if usual in known:
+        return f"{name!r}, which is another spelling of {usual!r},"
+    return str(name) if name else repr(name)
 
 
 def name_like(text: str, taken: Collection[str]) -> str:

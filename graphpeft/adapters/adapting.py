@@ -60,7 +60,7 @@ def known_adapter(model: nn.Module, name: str) -> Adapter:
     state = known_adapters(model)
     unknown = adapter_names.unknown([name], state.by_name)
     if unknown is not None:
-        raise AdaptError(f"{unknown}; it has {sorted(state.by_name)}")
+        raise AdaptError(f"{unknown}; the model has {sorted(state.by_name)}")
     return state.by_name[name]
 
 

@@ -16,10 +16,11 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values, refuse_missing
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import as_number, tensor_at, value_at
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
+from graphpeft.graph.values import loaded
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import PeftConfig
-from graphpeft.sites.site import LeafSite
 from graphpeft.wording import joined
 
 
@@ -45,7 +46,7 @@ def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[floa
         raise AdaptError("an adapter is named twice; name it once, with the sum of its weights")
     unknown = adapter_names.unknown(names, adapters.by_name)
     if unknown is not None:
-        raise AdaptError(f"{unknown}; it has {sorted(adapters.by_name)}")
+        raise AdaptError(f"{unknown}; the model has {sorted(adapters.by_name)}")
 
 
 def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) -> PeftConfig:
@@ -64,18 +65,11 @@ def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) 
                 f"the factors of {name!r} have room for other adapters' ranks, so it can't be combined; save it, load "
                 "it anew under another name, and combine that"
             )
-        if source.rows:
-            raise AdaptError(
-                f"{name!r} trains rows of {joined(list(source.rows))}, which can't be combined yet; leave it out"
-            )
         if source.replaced:
             raise AdaptError(
                 f"{name!r} has taken a part of {joined(list(source.replaced))}, so it can't be combined with others "
                 "yet; save it with path_initial_model_for_weight_conversion, and load that in its place"
             )
-        calls = [adapted.site.label for adapted in source.sites if isinstance(adapted.site, LeafSite)]
-        if calls:
-            raise AdaptError(f"{name!r} adapts the calls of {joined(calls)}, which can't be combined yet; leave it out")
     _refuse_shared_copies(names, sources)
     sites = {adapted.site.name: adapted.site for source in sources for adapted in source.sites}
     try:
@@ -132,7 +126,7 @@ def combined_values(
         except ValueError as error:
             raise AdaptError(f"can't combine {joined([repr(name) for name in weights])}: {error}") from error
         values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
-    return values | _copies(modules, sources, plan)
+    return values | _copies(modules, sources, plan) | _rows(modules, sources, weights, plan)
 
 
 def _parts(
@@ -151,6 +145,37 @@ def _parts(
             )
             parts.setdefault((adapted.site.region, adapted.site.label), []).append(part)
     return parts
+
+
+def _rows(modules: Modules, sources: Mapping[str, Adapter], weights: Mapping[str, float], plan: Plan) -> Tensors:
+    """Returns the rows of tables that sources train, each with the weighted sum of their changes.
+
+    Raises:
+        AdaptError: If the combined adapter would not train the rows of its sources.
+    """
+    wanted = {
+        (path, index) for source in sources.values() for path, rows in source.rows.items() for index in rows.indices
+    }
+    found = {(path, index) for path, rows in plan.rows.items() for index in rows.indices}
+    if wanted != found:
+        odd = [f"row {index} of {path}" for path, index in sorted(wanted ^ found)]
+        raise AdaptError(
+            f"the combined adapter would not train what its sources do: they differ in {joined(odd)}; name embeddings "
+            "alike in all of them"
+        )
+    values: Tensors = {}
+    for path, rows in plan.rows.items():
+        with loaded(modules[path]):
+            base = own_parameter(modules[path], "weight").detach()[list(rows.indices)].float()
+        combined = base.clone()
+        for name, source in sources.items():
+            own = source.rows.get(path)
+            for place, index in enumerate(own.indices if own is not None else ()):
+                at = rows.indices.index(index)
+                row = tensor_at(modules[path], overrides.rows(name)).detach()[place]
+                combined[at] += weights[name] * (row.to(base.device, base.dtype) - base[at])
+        values[path, overrides.rows(plan.report.adapter)] = combined
+    return values
 
 
 def _copies(modules: Modules, sources: Mapping[str, Adapter], plan: Plan) -> Tensors:

@@ -26,8 +26,9 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
-from graphpeft.transaction import transaction
+from graphpeft.transaction import set_attribute, set_items, transaction
 from graphpeft.wording import joined, shown
 
 _OF_BASE = frozenset(
@@ -95,6 +96,16 @@ def load(
         saved.refuse_two_saves(model_id)
         warn_of_other_base(model, saved.config, stacklevel=4)
         carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
+        if config is not None:
+            _hand_over(saved.config, known_adapter(model, adapter_name))
+
+
+def _hand_over(given: PeftConfig, adapter: Adapter) -> None:
+    """Makes a config that was given the adapter's own, as PEFT does, unless it is another adapter's."""
+    if given.is_resolved:
+        return
+    set_items(vars(given), vars(adapter.config))
+    set_attribute(adapter, "config", given)
 
 
 def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool, ignore_mismatched_sizes: bool) -> None:

@@ -111,7 +111,7 @@ def mixed(
 def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:
     unknown = adapter_names.unknown([name for name in names if name != BASE], adapters.by_name)
     if unknown is not None:
-        raise AdaptError(f"{unknown}; it has {sorted(adapters.by_name)}, and {BASE!r}")
+        raise AdaptError(f"{unknown}; the model has {sorted(adapters.by_name)}, and {BASE!r}")
 
 
 def _refuse_merged(adapters: Adapters) -> None:

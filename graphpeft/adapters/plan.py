@@ -140,7 +140,8 @@ def make_plan(
     try:
         config.check()
         _refuse_too_many_names(config, finder.modules)
-        resolved = config.resolved(model)
+        resolved: Any = config.resolved(model)
+        resolved.is_resolved = True
         targets.compile_matcher(resolved.target_options)
     except ValueError as error:
         raise AdaptError(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from graphpeft.exporting import adapter_inputs, copies
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import AdapterInput, AdapterInputs
 from graphpeft.exporting.atomic_export import staged_beside
+from graphpeft.exporting.base_alone import with_that_of_base
 from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
@@ -91,11 +93,15 @@ def export(
         made = Export(source, probe, prepare(model), given, dynamic)
         step(f"writing {target.name}")
         unfinished = folder / target.name
-        adapter_files = _write(form, format, made, unfinished)
-        step("checking it")
+        try:
+            adapter_files = _write(form, format, made, unfinished)
+            step("checking it")
+            found = checks.checked(form, made, unfinished, given) if check else []
+        except ExportError as error:
+            with tempfile.TemporaryDirectory() as scratch:
+                raise with_that_of_base(error, model, form, given, dynamic, Path(scratch) / target.name) from error
         if form.has_graph and dynamic is True:
             _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
-        found = checks.checked(form, made, unfinished, given) if check else []
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         sizes = {target.parent / file.relative_to(folder): file.stat().st_size for file in files}
     inputs = {one.name: str(one) for one in made.program.inputs[: len(given.tensors)]} if form.has_graph else {}

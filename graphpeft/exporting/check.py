@@ -16,6 +16,7 @@ from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.root import in_plain_containers
+from graphpeft.wording import joined
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 3e-2
@@ -49,7 +50,10 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
     for sized in _examples(form, export, example):
         for case in export.prepared.cases:
             expected = case.expected(export.source, sized)
-            found.append(Checked(case.name, sized.shapes, _compared(run, case, sized, expected, tolerance)))
+            difference = _compared(run, case, sized, expected)
+            if not difference <= tolerance:
+                raise ExportError(_of_difference(form, export, difference, tolerance, _where(case, sized)))
+            found.append(Checked(case.name, sized.shapes, difference))
     if form.has_graph and not form.checks_inputs and export.dynamic is True:
         _refuse_unchecked_decisions(run, export, example, tolerance)
     return found
@@ -125,8 +129,21 @@ def _expected_by_probe(case: Case, export: Export) -> Callable[..., Any]:
     return lambda *args, **kwargs: case.expected(export.probe, Example(args, kwargs))
 
 
-def _compared(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> float:
-    where = f"{case.name or 'the model'} on inputs of the shapes {list(example.shapes)}"
+def _of_difference(form: Format, export: Export, difference: float, tolerance: float, where: str) -> str:
+    drawn = export.program.draws() if form.has_graph else []
+    reason = f", since it draws random numbers by {joined(drawn)}, which can't be compared" if drawn else ""
+    return (
+        f"what was exported differs by {difference:.2g} from the model for {where}, where {tolerance:.0e} is "
+        f"allowed{reason}; check=False exports it all the same"
+    )
+
+
+def _where(case: Case, example: Example) -> str:
+    return f"{case.name or 'the model'} on inputs of the shapes {list(example.shapes)}"
+
+
+def _compared(run: Runner, case: Case, example: Example, expected: Any) -> float:
+    where = _where(case, example)
     try:
         found = run(case, example)
     except ExportError:
@@ -136,13 +153,7 @@ def _compared(run: Runner, case: Case, example: Example, expected: Any, toleranc
             f"what was exported can't be run for {where}, which the model itself can: {in_short(error)}. Give "
             "example_inputs of such shapes, or dynamic=False"
         ) from error
-    difference = _differences(found, expected, where)
-    if not difference <= tolerance:
-        raise ExportError(
-            f"what was exported differs by {difference:.2g} from the model for {where}, where {tolerance:.0e} is "
-            "allowed; check=False exports it all the same"
-        )
-    return difference
+    return _differences(found, expected, where)
 
 
 def _differences(found: Any, expected: Any, where: str) -> float:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from graphpeft._torch import pytree
 from graphpeft.exporting.errors import ExportError
-from graphpeft.graph.errors import GuardError
 
 Shape = tuple[int, ...]
 
@@ -130,9 +129,9 @@ def wider(model: Callable[..., Any], example: Example) -> Iterator[Example]:
 
 
 def can_call(model: Callable[..., Any], example: Example) -> bool:
-    """Returns whether a call of a model with an example raises no error of the model's code."""
+    """Returns whether a call of a model with an example raises no error."""
     try:
         example.call(model)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, GuardError):
+    except Exception:  # a model's code may raise any, as a ZeroDivisionError for a size of 1
         return False
     return True

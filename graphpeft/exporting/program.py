@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import linecache
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
-from graphpeft._torch import pytree
+from graphpeft._torch import OpOverload, argument_names, pytree
 from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.traced_model import stands_for
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 """True: all sizes that the model doesn't fix are dynamic. False: none is. Or ``dynamic_shapes`` of ``torch.export``."""
@@ -54,6 +57,11 @@ class Program(NamedTuple):
 
     exported: ExportedProgram
     inputs: tuple[Input, ...]
+
+    def draws(self) -> list[str]:
+        """Returns the operators that draw random numbers, each with the path of the module that calls it."""
+        nodes = [node for node in self.exported.graph.nodes if node.op == "call_function" and _draws(node)]
+        return list(dict.fromkeys(f"{node.target} in {path_of(node) or 'the model'}" for node in nodes))
 
     def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
         """Returns a list of larger shapes and a list of smaller shapes for the model's own inputs.
@@ -126,6 +134,22 @@ def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shap
     )
 
 
+def path_of(node: fx.Node) -> str:
+    """Returns the path of the module whose forward a node of a program comes from."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return path.partition("@")[0]  # the number of the call follows
+
+
+def _draws(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = argument_names(node.target)
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    # dropout in evaluation, by itself and in attentions
+    return given.get("train", True) is not False and not ("dropout_p" in names and not given.get("dropout_p"))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides deprecation warnings inside the context, which come from PyTorch's own code; shows other warnings."""
@@ -156,7 +180,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     except (GuardError, TraceError):
         raise
     except Exception as error:
-        raise ExportError(_refusal(error)) from error
+        raise ExportError(_refusal(error, prepared.model)) from error
     more = full.kwargs.keys() - example.kwargs.keys()
     found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -204,14 +228,33 @@ def _fixed(_: Any) -> None:
     return None
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(error: Exception, model: nn.Module) -> str:
     text = str(error).strip()
     if "in output, which is not a known type" in text:
         return (
             f"torch.export can't return what the model does: {text.split(', which')[0]}. Pass an example with which it "
             "returns tensors alone, such as use_cache=False"
         )
+    refused = f"torch.export can't export the model: {in_short(error)}{_place(error, model)}"
+    if "data-dependent" in text:
+        return (
+            f"{refused}. The model decides by values of tensors there, and a program has one way: let it compute both, "
+            "as by torch.where, or call torch.cond"
+        )
     return (
-        f"torch.export can't export the model: {in_short(error)}. Its "
-        "example_inputs must be of the kind that the model is called with; dynamic=False keeps all sizes as they are"
+        f"{refused}. Its example_inputs must be of the kind that the model is called with; dynamic=False keeps all "
+        "sizes as they are"
     )
+
+
+def _place(error: Exception, model: nn.Module) -> str:
+    """Returns the innermost module whose code was running, and the line of its code."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        module: Any = frame.f_locals.get("self")
+        if id(module) in paths and frame.f_code.co_filename != inspect.getfile(nn.Module):
+            line = linecache.getline(frame.f_code.co_filename, number).strip()
+            name = f"{paths[id(module)] or 'the model'} ({stands_for(module).__name__})"
+            found = f", at `{line}` of {name}" if line else f", in {name}"
+    return found

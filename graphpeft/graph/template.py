@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from graphpeft._torch import OpOverload, compiler_asks, empty_graph_like, lines_of_nodes
 from graphpeft.graph import in_place, slots
+from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.errors import GuardError
@@ -311,7 +312,7 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _graphpeft_own_forward(self) -> Callable[..., Any]:
-        return functools.partial(in_place.original_class(self).forward, self)
+        return own_forward(self)
 
     @property
     def graphs(self) -> Graphs:

@@ -11,6 +11,7 @@ from typing import Any
 
 from graphpeft.adapters import mixing
 from graphpeft.graph import call_inputs, in_place
+from graphpeft.graph.around_set_forwards import is_around
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.peft_names import TaskType
@@ -45,6 +46,9 @@ def _methods_layer(methods: tuple[Any, ...], task: TaskType | None, other_names:
 
 def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """Runs the forward of an adapted model, also where somebody calls that itself, with arguments for adapters."""
+    if is_around(model) or not hasattr(model, "_peft_adapters"):
+        # called by a forward that was set on the model: around the graph, or for longer than it was adapted
+        return in_place.original_class(model).forward(model, *args, **kwargs)
     forward = mixing.forward_of(model)
     read = model._peft_adapters.call_inputs
     if adapter_names is not None:

@@ -1,7 +1,8 @@
 """``model.base_model.model``, by which code that knows PEFT's two wrappers finds the model inside of them.
 
 No module is around an adapted model. Its `base_model` is the model itself, and so is the `model` of that. Transformers'
-models have a `base_model` of their own, the body below a head; it gets this `model` besides.
+models have a `base_model` of their own, the body below a head; it gets this `model` besides, and what PEFT's inner
+wrapper does with adapters, such as ``model.base_model.set_adapter(["one", "two"])``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,31 @@ from torch import nn
 
 from graphpeft.graph import in_place
 
+OF_ADAPTERS = frozenset(
+    {
+        "active_adapter",
+        "active_adapters",
+        "add_weighted_adapter",
+        "delete_adapter",
+        "disable_adapter_layers",
+        "enable_adapter_layers",
+        "merge_adapter",
+        "merge_and_unload",
+        "peft_config",
+        "prefix",
+        "set_adapter",
+        "targeted_module_names",
+        "unload",
+        "unmerge_adapter",
+    }
+)
+"""What PEFT's inner wrapper tells of adapters or does with them; here, the adapted model does."""
+
 
 class Body:
-    """The body of a Transformers model in all but its type and one attribute: `model` is the adapted model.
+    """The body of a Transformers model in all but its type, `model`, which is the adapted model, and `OF_ADAPTERS`.
+
+    What the body lacks, such as the head, is the adapted model's, as in PEFT, whose inner wrapper is around that.
 
     Args:
         body: The body.
@@ -30,7 +53,8 @@ class Body:
         return type(self._body)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_body"], name)
+        body, model = (vars(self)[own] for own in ("_body", "model"))
+        return getattr(model if name in OF_ADAPTERS or not hasattr(body, name) else body, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._body, name, value)

@@ -115,6 +115,17 @@ class MergingMethods(AdapterInfo):
         with transaction(self):
             merging.unmerge(modules_of(self), self._peft_adapters)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Returns whether `convert_to_lora` can make plain LoRA of an adapter: it changes weights, and nothing else.
+
+        Args:
+            adapter_name: The adapter's name.
+
+        Raises:
+            AdaptError: If the model has no adapter of this name.
+        """
+        return known_adapter(self, adapter_name).changes_weights
+
 
 def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
     """Returns the adapters to merge; it warns of those that are merged already, as PEFT does, and leaves them out.
@@ -131,7 +142,7 @@ def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
     merged = model._peft_adapters.merged
     unmerged = [name for name in wanted if name not in merged]
     if wanted and not unmerged:
-        warnings.warn(f"{joined(wanted)} are merged already, so there is nothing to merge", PeftWarning, stacklevel=3)
+        warnings.warn(f"All adapters are already merged, nothing to do: {joined(wanted)}", PeftWarning, stacklevel=3)
     elif unmerged and merged:
         warnings.warn(
             f"{joined(merged)} are merged already; {joined(unmerged)} are merged beside them",

@@ -42,7 +42,8 @@ def model_card(model: nn.Module, adapters: Sequence[Adapter], file: Path) -> str
     card: Any = (
         _read(file) if file.exists() else ModelCard.from_template(ModelCardData(), model_summary=_summary(methods))
     )
-    base = next(filter(None, (base_name(model, adapter.config) for adapter in adapters)), None)
+    named = (base_name(model, adapter.config) for adapter in adapters) if _is_on_a_hub(model) else ()
+    base = next(filter(None, named), None)
     card.data.library_name = "peft" if are_of_peft else "graphpeft"
     card.data.base_model = base or card.data.base_model
     card.data.tags = _with_tags(card.data.tags or [], model, methods, base)
@@ -51,6 +52,19 @@ def model_card(model: nn.Module, adapters: Sequence[Adapter], file: Path) -> str
     if are_of_peft:
         card.text = _with_version(card.text)
     return str(card)
+
+
+def _is_on_a_hub(model: nn.Module) -> bool:
+    """Returns whether the name of a base model can be one on the Hub, as PEFT decides it: models there have a config.
+
+    A card with any other name has metadata that the Hub refuses.
+    """
+    return hasattr(model, "config") or _is_of_transformers(model)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and issubclass(stands_for(model), transformers.PreTrainedModel)
 
 
 def _read(file: Path) -> Any:
@@ -74,8 +88,7 @@ def _summary(methods: Sequence[str]) -> str:
 def _with_tags(tags: Sequence[Any], model: nn.Module, methods: Sequence[str], base: str | None) -> list[Any]:
     """Returns a card's tags with those of adapters, and without those of other methods and of another base model."""
     own = {*(getattr(model, "model_tags", None) or ()), *(method.lower() for method in methods)}
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and issubclass(stands_for(model), transformers.PreTrainedModel):
+    if _is_of_transformers(model):
         own.add("transformers")
     if base is not None:
         own.add(f"{_BASE_TAG}{base}")

@@ -24,10 +24,12 @@ from graphpeft.adapters.tensors import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapted_class import layers_with
+from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.other_names import free_names
 from graphpeft.model.saving_methods import SavingMethods
+from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.model.training_methods import TrainingMethods
@@ -87,7 +89,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             model_id: A folder, or a repository on the Hub.
             adapter_name: The adapter's name in the model.
             is_trainable: Whether the adapter is trained further; if False, the model is set to evaluation mode.
-            config: A config that replaces the file's.
+            config: A config that replaces the file's. As in PEFT, it becomes the adapter's own, filled in for the
+                model, unless it is another adapter's already.
             autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
             ephemeral_gpu_offload: Must be False.
             low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
@@ -166,20 +169,20 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             # a compiler or a caller has kept this method, and the adapters were taken off since
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
-        read = self._peft_adapters.call_inputs
+        read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
         if adapter_names is None:
             if not (read and kwargs):
-                output = super().__call__(*args, **kwargs)
+                output = call(*args, **kwargs)
             else:
                 with call_inputs.given(read, kwargs):
-                    output = super().__call__(*args, **call_inputs.left(read, kwargs))
+                    output = call(*args, **call_inputs.left(read, kwargs))
             state = self._peft_adapters
             return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
         if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
         with self.mixed_batch(adapter_names):
             # no adapter that reads arguments of the call can be one of several
-            return super().__call__(*args, **call_inputs.left(read, kwargs))
+            return call(*args, **call_inputs.left(read, kwargs))
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Gives all calls within a context an adapter for each row, as ``model(…, adapter_names=…)`` does for one.
@@ -329,7 +332,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             adapter_name: The new adapter's name.
             combination_type: One of PEFT's kinds. ``"cat"`` is exactly the weighted sum, its rank the sum of the ranks;
                 ``"svd"`` is the nearest adapter of rank `svd_rank` to that sum; ``"linear"`` is a rough approximation
-                of the same rank. PEFT's documentation describes the others.
+                of the same rank. PEFT's documentation describes the others. Rows of `trainable_token_indices` get the
+                weighted sum of their changes in all kinds, where PEFT gives them the base's values.
             svd_rank: For kinds with ``svd``: the rank of the new adapter; None takes the highest rank of the others.
             svd_clamp: For kinds with ``svd``: the quantile, in [0, 1], at which the factors are clamped; None doesn't
                 clamp.
@@ -422,4 +426,6 @@ def give_methods(model: nn.Module, task: TaskType | None) -> None:
     """Gives a model the methods of an adapted one, inside a transaction; `task` is that of its first adapter."""
     chosen = {GeneratingPeftModel: "generate", ResizablePeftModel: "resize_token_embeddings"}
     bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
+    if is_of_diffusers(model):
+        bases = (DiffusersMethods, *bases)
     in_place.exchange(model, layers_with(bases, task, free_names(model)))

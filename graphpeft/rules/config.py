@@ -75,6 +75,9 @@ class PeftConfig(ConfigJson):
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
 
+    is_resolved: ClassVar[bool] = False
+    """Whether the options that depend on a model are filled in, as in the config of each adapter."""
+
     task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

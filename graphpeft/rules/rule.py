@@ -340,7 +340,7 @@ class Combines(ABC):
 
     @abstractmethod
     def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight in the shape of the factors' product, a matrix.
+        """Returns a change of the weight in the shape of the factors' product, a matrix or a stack of these.
 
         Args:
             delta: The change, in the weight's stored layout.

@@ -47,6 +47,7 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
         dtype=dtype,
         quantised=quantised,
         is_recoded=is_recoded,
+        quantises_inputs=is_recoded and quantisers.quantises_inputs(module),
         reads=tuple(quantisers.parts_of(module).items()) if is_recoded else (),
     )
 

@@ -59,13 +59,13 @@ class _Quantiser(NamedTuple):
     Attributes:
         beside: The name of the layer's attribute that belongs to the codes, if there is one.
         numbers: Returns the numbers of a weight, given the value of this attribute.
-        codes: Returns the codes of numbers, made as those of a layer's weight.
+        codes: Returns the codes of numbers, made as those of a weight, given the value of this attribute.
         dtype: Returns the dtype that a weight had before it was quantised, or None if it doesn't tell.
     """
 
     beside: tuple[str, ...]
     numbers: Callable[[Any, Any], Tensor]
-    codes: Callable[[Any, Tensor], Codes]
+    codes: Callable[[Any, Any, Tensor], Codes]
     dtype: Callable[[Any], torch.dtype | None]
 
 
@@ -110,7 +110,28 @@ def quantised(layer: nn.Module, numbers: Tensor) -> Codes:
     Raises:
         QuantisingError: If they can't be.
     """
-    return _known(layer._parameters["weight"]).codes(layer, numbers)
+    own: Any = layer._parameters["weight"]
+    state = next((getattr(layer, name) for name in _known(own).beside), None)
+    made = _known(own).codes(own, state, numbers)
+    if hasattr(own, "module"):
+        # bitsandbytes' 4 bits, to which it would have given its codes at once
+        made.weight.module = layer  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+@torch.no_grad()
+def requantised(weight: Any, state: Any, numbers: Tensor) -> Tensor:
+    """Returns what is left of numbers, (out, in), when they are quantised as a weight was.
+
+    Args:
+        weight: The weight, as for `numbers_of`.
+        state: What its layer keeps beside it, if anything.
+        numbers: The numbers.
+
+    Raises:
+        QuantisingError: If they can't be.
+    """
+    return _known(weight).codes(weight, state, numbers).numbers()
 
 
 def dtype_before(layer: nn.Module) -> torch.dtype:
@@ -123,6 +144,13 @@ def dtype_before(layer: nn.Module) -> torch.dtype:
 def casts_inputs(layer: nn.Module) -> bool:
     """Returns whether a layer takes inputs of any dtype, and returns outputs of the same."""
     return bool(_known(layer._parameters["weight"]).beside)
+
+
+def quantises_inputs(layer: nn.Module) -> bool:
+    """Returns whether a layer quantises its inputs, too, so that it isn't linear in its weight's numbers."""
+    weight: Any = layer._parameters["weight"]
+    options = (getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+    return type(weight).__name__ == "Int8Params" or any(option is not None for option in options)
 
 
 NAMES_OF_LAYERS: dict[str, frozenset[str]] = {
@@ -175,12 +203,9 @@ def _numbers_of_4_bits(weight: Any, state: Any) -> Tensor:
     return functional.dequantize_4bit(data, state)
 
 
-def _codes_of_4_bits(layer: Any, numbers: Tensor) -> Codes:
-    own = layer._parameters["weight"]
+def _codes_of_4_bits(own: Any, _: Any, numbers: Tensor) -> Codes:
     options = {name: getattr(own, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
-    # without its module, which it would change at once
     weight = type(own)(numbers, requires_grad=False, **options).to(own.device)
-    weight.module = layer
     return Codes(weight, {"quant_state": weight.quant_state})
 
 
@@ -197,8 +222,8 @@ def _numbers_of_8_bits(weight: Any, state: Any) -> Tensor:
     return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
 
 
-def _codes_of_8_bits(layer: Any, numbers: Tensor) -> Codes:
-    own, state = layer._parameters["weight"], copy.copy(layer.state)
+def _codes_of_8_bits(own: Any, state: Any, numbers: Tensor) -> Codes:
+    state = copy.copy(state)
     # it quantises what comes from the CPU alone
     weight = type(own)(numbers.cpu(), requires_grad=False, has_fp16_weights=False).to(own.device)
     state.reset_grads()
@@ -212,11 +237,10 @@ def _numbers_of_torchao(weight: Any, _: Any) -> Tensor:
     return weight.dequantize()
 
 
-def _of_torchao(make: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Codes]:
-    """Returns the function that makes a layer's codes by one that makes a tensor like another one."""
+def _of_torchao(make: Callable[[Any, Tensor], Any]) -> Callable[[Any, Any, Tensor], Codes]:
+    """Returns the function that makes a weight's codes by one that makes a tensor like another one."""
 
-    def codes(layer: Any, numbers: Tensor) -> Codes:
-        own = layer._parameters["weight"]
+    def codes(own: Any, _: Any, numbers: Tensor) -> Codes:
         try:
             made = make(own, numbers.to(own.dtype))
         except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:

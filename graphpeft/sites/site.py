@@ -193,6 +193,7 @@ class LeafSite(NamedTuple):
             parameters, else of the model's, else the default.
         quantised: The description of the weight, if it is quantised.
         is_recoded: Whether a change can be added to the quantised weight: its codes are made anew from numbers.
+        quantises_inputs: Whether the module quantises its inputs as well as its weight, if `is_recoded`.
         reads: What a rule may read there: the rule's name for each, and the name of the module's attribute.
         call: The one of the module's calls that is the site; None for all of them.
 
@@ -211,6 +212,7 @@ class LeafSite(NamedTuple):
     dtype: torch.dtype
     quantised: str | None = None
     is_recoded: bool = False
+    quantises_inputs: bool = False
     reads: tuple[tuple[str, str], ...] = ()
     call: OneCall | None = None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export.graph_signature import TensorArgument
 
 from graphpeft._torch import pytree
@@ -27,7 +27,7 @@ from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
-from graphpeft.exporting.program import Program
+from graphpeft.exporting.program import Program, path_of
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import template_of
@@ -67,11 +67,13 @@ class Onnx:
         """Loads the graph into onnxruntime."""
         session = _session(path)
         names = [one.name for one in export.program.inputs]
+        defaults = export.prepared.defaults
 
         def run(case: Case, example: Example) -> Any:
-            tensors = case.full(example).tensors
-            feed = {name: _with_dimensions(tensor).cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-            return [torch.from_numpy(array) for array in session.run(None, feed)]
+            tensors = dict(zip(names, case.full(example).tensors, strict=True))
+            given = {name: _with_dimensions(one) if name in defaults else one for name, one in tensors.items()}
+            arrays = {name: one.detach().cpu().numpy() for name, one in given.items()}
+            return [torch.from_numpy(array) for array in session.run(None, arrays)]
 
         return run
 
@@ -120,10 +122,12 @@ def _session(path: Path) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class
-        raise ExportError(
-            f"onnxruntime can't load what was exported: {in_short(error)}. Its CPU provider lacks some "
-            "operators in half precision; export model.float()"
-        ) from error
+        refused = f"onnxruntime can't load what was exported: {in_short(error).replace(str(path), path.name)}"
+        if "NOT_IMPLEMENTED" in str(error) or "float16" in str(error):
+            hint = "Its CPU provider lacks some operators in half precision; export model.float()"
+        else:
+            hint = "torch.onnx has translated an operation of the model to what ONNX refuses; format='pt2' needs none"
+        raise ExportError(f"{refused}. {hint}") from error
 
 
 def _with_dimensions(tensor: Tensor) -> Tensor:
@@ -242,17 +246,11 @@ def _modules_with(operator: str, export: Export) -> list[str]:
     exact = [node for node in nodes if str(node.target).startswith(operator)]
     alike = [node for node in nodes if own in str(node.target)]
     modules = dict(export.prepared.model.named_modules())
-    paths = dict.fromkeys(path for node in exact or alike if (path := _path_in_program(node)) in modules)
+    paths = dict.fromkeys(path for node in exact or alike if (path := path_of(node)) in modules)
     # PyTorch's exporter attributes the nodes of a graph module to the module around it
     paths |= dict.fromkeys(_paths_in_graphs(own, modules))
     inside = [path for path in paths if path] or [""]
     return [f"{path or 'the model'} ({stands_for(modules[path]).__name__})" for path in inside]
-
-
-def _path_in_program(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    path = list(stack.values())[-1][0] if stack else ""
-    return path.partition("@")[0]  # the number of the call follows
 
 
 def _paths_in_graphs(operator: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:

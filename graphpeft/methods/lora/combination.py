@@ -7,6 +7,7 @@
 The scale of the new adapter is 1; where a site doubles all scales, sᵢ is without that. Kinds with `ties`, `dare` or
 `magnitude_prune` in their names leave elements out before the sum: of the factors themselves, or of ΔW where the name
 ends in `_svd`. The magnitudes of DoRA aren't combined: the new adapter keeps those with which it starts, as in PEFT.
+Rows of `trainable_token_indices` get Σ wᵢ times their changes, of each kind; PEFT's have the base's values.
 Sources: Yadav et al., "TIES-Merging", arXiv 2306.01708; Yu et al., "Language Models are Super Mario" (DARE), arXiv
 2311.03099; the same numbers as PEFT's ``add_weighted_adapter`` and ``utils/merge_utils.py``.
 """
@@ -17,7 +18,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
+from graphpeft.methods.lora.merge_aware import Rounded, RoundedLeaf
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -78,9 +80,10 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     config = dataclasses.replace(
         configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False
     )
-    if not config.init_lora_weights or config.init_lora_weights not in (True, "gaussian"):
+    if config.init_lora_weights not in (True, False, "gaussian"):
         config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
         config.drop_unused()
+    config.trainable_token_indices = _all_rows([each.trainable_token_indices for each in configs])
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
     if any(others != targets[0] for others in targets):
         for name in _TARGETING:
@@ -91,6 +94,21 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
 
 
 _TARGETING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _all_rows(named: Sequence[Any]) -> Any:
+    """Returns the value of `trainable_token_indices` that names the rows of all of these values."""
+    given = [rows for rows in named if rows]
+    if not given:
+        return None
+    if not any(isinstance(rows, Mapping) for rows in given):
+        return sorted({row for rows in given for row in rows})
+    if not all(isinstance(rows, Mapping) for rows in given):
+        raise ValueError(
+            "trainable_token_indices names the embedding in some of them alone; give all a dict with its name"
+        )
+    paths = dict.fromkeys(path for rows in given for path in rows)
+    return {path: sorted({row for rows in given for row in rows.get(path, ())}) for path in paths}
 
 
 def _check(how: Combination) -> None:
@@ -148,16 +166,20 @@ def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count:
         A, B = _summed(kind, target, parts, how)
     else:
         A, B = _decomposed(kind, target, parts, how)
-    return {"lora_A": _padded(target, "lora_A", A), "lora_B": _padded(target, "lora_B", B)}
+    return {"lora_A": padded(target, "lora_A", A), "lora_B": padded(target, "lora_B", B)}
 
 
 def _in_direction(adapted: AdaptedSite) -> AdaptedSite:
-    """Returns a site of DoRA as one of LoRA, without magnitudes."""
-    return adapted._replace(rule=adapted.rule.direction) if isinstance(adapted.rule, Dora) else adapted
+    """Returns a site of DoRA, or of rounded sums, as one of LoRA alone."""
+    return adapted._replace(rule=adapted.rule.direction) if isinstance(adapted.rule, _AROUND) else adapted
+
+
+_AROUND = (Dora, Rounded, RoundedLeaf)
+"""The rules that have LoRA's as their `direction`."""
 
 
 def _part_in_direction(part: Part) -> Part:
-    if not isinstance(part.adapted.rule, Dora):
+    if not isinstance(part.adapted.rule, _AROUND):
         return part
     adapted = _in_direction(part.adapted)
     factors = {name: tensor for name, tensor in part.tensors.items() if name != "lora_magnitude"}
@@ -188,22 +210,36 @@ def _concatenated(target: AdaptedSite, parts: Sequence[Part]) -> tuple[Tensor, T
 
 
 def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Combination) -> tuple[Tensor, Tensor]:
-    reason = target.rule.unmergeable(target.site)
+    reason = target.unmergeable
     if reason is not None:
         raise ValueError(f"the change of {target.site.name} can't be decomposed: {reason}; choose 'linear' or 'cat'")
     weights = torch.tensor([part.weight / target.constants["lora_scaling"] for part in parts])
     change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
     product = target.rule.as_product(change)
     U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
-    a_axis, b_axis = _rank(target, "lora_A").axis, _rank(target, "lora_B").axis
     specs = target.specs
-    rank = min(specs["lora_B"].shape[b_axis], S.numel())
-    U, V = U[:, :rank] @ torch.diag(S[:rank]), V[:rank]
+    ranks = _rank(target, "lora_B")
+    rank = min(specs["lora_B"].shape[ranks.axis] // ranks.blocks, S.shape[-1])
+    U, V = U[..., :rank] * S[..., None, :rank], V[..., :rank, :]
     if how.svd_clamp is not None:
         most = torch.quantile(torch.cat([U.flatten(), V.flatten()]), how.svd_clamp)
         U, V = U.clamp(-most, most), V.clamp(-most, most)
+    return as_factors(target, U, V)
+
+
+def as_factors(target: AdaptedSite, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns A and B in the shapes that a site's rule has for them, from matrices whose product its change is.
+
+    Args:
+        target: The site with LoRA's rule.
+        B: The left matrix, of shape (rows of the product, rank), or a stack of such.
+        A: The right one, of shape (rank, columns of the product), likewise.
+    """
+    specs, a_axis, rank = target.specs, _rank(target, "lora_A").axis, A.shape[-2]
+    if A.dim() == 3:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     others = [size for axis, size in enumerate(specs["lora_A"].shape) if axis != a_axis]
-    return V.reshape(rank, *others).movedim(0, a_axis), U.reshape(-1, rank, *specs["lora_B"].shape[2:])
+    return A.reshape(rank, *others).movedim(0, a_axis), B.reshape(-1, rank, *specs["lora_B"].shape[2:])
 
 
 def _scales(target: AdaptedSite, parts: Sequence[Part]) -> list[float]:
@@ -217,7 +253,7 @@ def _rank(target: AdaptedSite, name: str) -> RankAxis:
     return axis
 
 
-def _padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
+def padded(target: AdaptedSite, name: str, tensor: Tensor) -> Tensor:
     """Returns a factor with zeros up to the rank of the new adapter, where a pattern gave the site a lower one."""
     shape, rank = target.specs[name].shape, _rank(target, name)
     return tensor.contiguous() if tensor.shape == shape else rank.resized(tensor, shape)

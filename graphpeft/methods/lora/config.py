@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.methods.lora import combination
+from graphpeft.methods.lora import combination, merge_aware
 from graphpeft.methods.lora.convolution import lora_of_convolution
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.dora import Lora, with_magnitudes
@@ -88,6 +88,10 @@ class LoraConfig(TargetedConfig):
             `target_modules`: names among ``"q"``, ``"k"`` and ``"v"``, which the graph around a projection tells
             apart, or rows as pairs of the first one and the one behind the last. Each part has factors of the rank `r`.
             It isn't an option of PEFT's.
+        merged_quantiser: How merging rounds the changed weight, so that the forward computes with the rounded one, and
+            merging loses nothing: a function from a weight to one of its shape and dtype, whose gradient is taken as
+            the identity's, or ``"own"``, by which quantised layers round as they quantise. Files hold no function. It
+            isn't an option of PEFT's.
         trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
             embeddings. Layers that are tied to an embedding follow.
         layer_replication: Ranges of a Transformers model's layers that it runs in turn instead of its own, each with
@@ -116,6 +120,7 @@ class LoraConfig(TargetedConfig):
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
         "lora_dropout",
+        "merged_quantiser",
         "target_parts",  # without, they are the same tensors of stock LoRA
     }
 
@@ -137,6 +142,8 @@ class LoraConfig(TargetedConfig):
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
 
     target_parts: dict[str, list[str | tuple[Kind, Kind]]] | None = field(default=None, metadata=OWN)
+
+    merged_quantiser: Any = field(default=None, metadata=OWN)
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     alora_invocation_tokens: list[int] | None = None
@@ -193,6 +200,10 @@ class LoraConfig(TargetedConfig):
                 setattr(self, name, {} if name == "loftq_config" else None)
 
     def _check_values(self) -> None:
+        if not (self.merged_quantiser in (None, merge_aware.OWN) or callable(self.merged_quantiser)):
+            raise ValueError(
+                f"merged_quantiser is {shown(self.merged_quantiser)}; give a function of a weight, or 'own'"
+            )
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -250,11 +261,12 @@ class LoraConfig(TargetedConfig):
     @property
     def starts_as_identity(self) -> bool:
         """Whether B starts at zero, and the weights stay as they are."""
-        return self.init_lora_weights in (True, "gaussian")
+        return self.init_lora_weights in (True, "gaussian") and self.merged_quantiser is None
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
+        config.merged_quantiser = merge_aware.in_file(self.merged_quantiser)
         config.drop_unused()
         config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         for site in sites:
@@ -341,6 +353,10 @@ class LoraConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
+        lora = self._rule_without_rounding(site, dtype)
+        return merge_aware.as_merged(lora, site, self.merged_quantiser)
+
+    def _rule_without_rounding(self, site: Any, dtype: torch.dtype) -> Rule:
         drops, casts = self.lora_dropout > 0, site.dtype != dtype
         if site.op is Leaf:
             leaf = LoraLeaf(drops=drops)

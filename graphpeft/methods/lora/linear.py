@@ -25,7 +25,7 @@ from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.matrix import LoraMatrix, matrix_delta, matrix_factors
 from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Mergeable, RunsByRow
+from graphpeft.rules.rule import Combines, Mergeable, RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 
 
@@ -103,7 +103,7 @@ class LoraLinear(LoraBranchWithBias, _ByRow, LoraMatrix):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraLeaf(_ByRow, Mergeable):
+class LoraLeaf(_ByRow, Mergeable, Combines):
     """The branch of a call; it can be merged if the module has a weight whose codes can be made anew."""
 
     # a module's input and output can be in another dtype than its own tensors
@@ -124,6 +124,10 @@ class LoraLeaf(_ByRow, Mergeable):
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A."""
         return matrix_delta(False, lora_A, lora_B, lora_scaling)
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight, which is the matrix B A itself."""
+        return delta
 
     def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns Aᵀ and Bᵀ."""

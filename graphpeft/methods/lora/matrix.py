@@ -71,7 +71,7 @@ class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraExperts(LoraRule, Mergeable):
+class LoraExperts(LoraRule, Mergeable, Combines):
     """The change of a stack of matrices, one for each expert.
 
     Attributes:
@@ -100,6 +100,10 @@ class LoraExperts(LoraRule, Mergeable):
         B = lora_B.reshape(lora_B.shape[0], -1, self.experts)
         equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
         return torch.einsum(equation, B, A) * lora_scaling
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the stack of the matrices B_e A_e."""
+        return delta.mT if self.transposed else delta
 
 
 @functools.lru_cache(maxsize=1024)

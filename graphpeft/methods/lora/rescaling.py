@@ -7,11 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from graphpeft.adapters.adapting import known_adapters, modules_of
-from graphpeft.adapters.plan import AdaptError
-from graphpeft.graph.holders import place_of
+from graphpeft.adapters.scales import scaled
 from graphpeft.graph.paths import unwrapped
-from graphpeft.wording import joined
 
 
 @contextlib.contextmanager
@@ -42,23 +39,5 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float):
         raise TypeError(f"multiplier is a {type(multiplier).__name__}; pass a number")
-    model = unwrapped(model)
-    state, modules = known_adapters(model), modules_of(model)
-    if state.merged:
-        raise AdaptError(f"{joined(state.merged)} are merged, so their scales are in the weights; unmerge them first")
-    places = [
-        place_of(modules[adapted.site.owner], adapted.names["lora_scaling"])
-        for adapter in state.by_name.values()
-        for adapted in adapter.sites
-        if "lora_scaling" in adapted.constants
-    ]
-    if not places:
-        raise AdaptError(f"no adapter of {sorted(state.by_name)} has a scale; LoRA's have")
-    before = [getattr(holder, name) for holder, name in places]
-    try:
-        for (holder, name), scale in zip(places, before, strict=True):
-            setattr(holder, name, scale * multiplier)
+    with scaled(unwrapped(model), multiplier):
         yield
-    finally:
-        for (holder, name), scale in zip(places, before, strict=True):
-            setattr(holder, name, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def is_stored_transposed(layer: nn.Module) -> bool:
 
 def from_file_or(
     compute: Callable[[], Mapping[str, tuple[Tensor, ...]]],
-    file: str | None,
+    file: str | os.PathLike | None,
     layers: Mapping[str, nn.Module],
     keys: Sequence[str],
 ) -> Mapping[str, tuple[Tensor, ...]]:

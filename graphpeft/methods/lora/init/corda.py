@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -54,8 +55,8 @@ class CordaConfig:
         >>> config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
     """
 
-    cache_file: str | None = None
-    covariance_file: str | None = None
+    cache_file: str | os.PathLike | None = None
+    covariance_file: str | os.PathLike | None = None
     corda_method: Literal["ipm", "kpm"] = "ipm"
     verbose: bool = False
     use_float16_for_covariance: bool = False
@@ -63,6 +64,11 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        # as texts, which a file can have
+        if isinstance(self.cache_file, os.PathLike):
+            self.cache_file = os.fspath(self.cache_file)
+        if isinstance(self.covariance_file, os.PathLike):
+            self.covariance_file = os.fspath(self.covariance_file)
 
 
 class CordaEigens(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +63,7 @@ class LoraGAConfig:
 
 
 def preprocess_loraga(
-    model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | None = None
+    model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | os.PathLike | None = None
 ) -> None:
     """Collects the gradients for a config with ``init_lora_weights="lora_ga"``; call `get_peft_model` with it next.
 

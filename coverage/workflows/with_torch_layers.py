@@ -1,0 +1,177 @@
+"""PyTorch's layers and what is done to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from loops import adapted, close, fit
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from workflow import Values, workflow
+
+TOOL = "torch, layers"
+
+
+@workflow(TOOL, "nn.MultiheadAttention")
+def attention(peft: Any, folder: Path) -> Values:
+    return _trained(peft, nn.MultiheadAttention(8, 2, batch_first=True), ["layer"], folder, Attending)
+
+
+@workflow(TOOL, "nn.TransformerEncoder, its feed-forward layers")
+def transformer(peft: Any, folder: Path) -> Values:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return _trained(peft, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), ["linear1", "linear2"], folder)
+
+
+@workflow(TOOL, "nn.LSTM by target_parameters")
+def lstm(peft: Any, folder: Path) -> Values:
+    return _trained(
+        peft, nn.LSTM(8, 6, batch_first=True), [], folder, Recurrent, target_parameters=["lstm.weight_ih_l0"]
+    )
+
+
+@workflow(TOOL, "convolutions in one, two and three dimensions, strided and grouped")
+def convolutions(peft: Any, folder: Path) -> Values:
+    losses = {}
+    for size, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
+        conv = nn.Sequential(cls(4, 6, 3, stride=2, padding=1), nn.GELU(), cls(6, 4, 1, groups=2))
+        model = adapted(peft, conv, "0", "2")
+        x = torch.randn(2, 4, *[6] * size)
+        losses[cls.__name__] = fit(model, lambda model=model, x=x: model(x).square().mean())
+    return losses
+
+
+@workflow(TOOL, "a linear layer under weight_norm of parametrizations")
+def weight_norm(peft: Any, folder: Path) -> Values:
+    return _trained(peft, parametrizations.weight_norm(nn.Linear(8, 8)), ["layer"], folder)
+
+
+@workflow(TOOL, "a linear layer under spectral_norm of parametrizations")
+def spectral_norm(peft: Any, folder: Path) -> Values:
+    return _trained(peft, parametrizations.spectral_norm(nn.Linear(8, 8)), ["layer"], folder)
+
+
+@workflow(TOOL, "a linear layer that is pruned")
+def pruned(peft: Any, folder: Path) -> Values:
+    return _trained(peft, prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), ["layer"], folder)
+
+
+@workflow(TOOL, "an embedding whose weight is tied to the output layer")
+def tied(peft: Any, folder: Path) -> Values:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.middle = nn.Embedding(12, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 12, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.middle(self.embedding(tokens))))
+
+    torch.manual_seed(0)
+    model, tokens = adapted(peft, Tied(), "middle"), torch.arange(10).reshape(2, 5)
+    losses = fit(model, lambda: model(tokens).square().mean())
+    merged = model.merge_and_unload()
+    assert merged.head.weight is merged.embedding.weight
+    return {"losses": losses, "merged": merged(tokens).square().sum().item()}
+
+
+@workflow(TOOL, "one layer that a model calls twice")
+def called_twice(peft: Any, folder: Path) -> Values:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.tanh(self.inner(x)))
+
+    return _trained(peft, Twice(), ["inner"], folder)
+
+
+@workflow(
+    TOOL,
+    "one layer in two places of a model",
+    apart="PEFT adapts it in the first place alone, so that the second call is the base's",
+)
+def in_two_places(peft: Any, folder: Path) -> Values:
+    layer = nn.Linear(8, 8)
+    return _trained(peft, nn.Sequential(layer, nn.Tanh(), layer), ["0"], folder)
+
+
+@workflow(TOOL, "experts as a stack of matrices, by target_parameters")
+def experts(peft: Any, folder: Path) -> Values:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.gate = nn.Parameter(torch.randn(3, 8, 8) / 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            each = torch.einsum("bi,eio->beo", x, self.weights)
+            return (self.gate(x).softmax(-1)[..., None] * each).sum(1)
+
+    return _trained(peft, Experts(), [], folder, target_parameters=["layer.weights"])
+
+
+@workflow(TOOL, "a layer in a list that the forward indexes, and one in a dict")
+def containers(peft: Any, folder: Path) -> Values:
+    class Contained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+            self.named = nn.ModuleDict({"first": nn.Linear(8, 8)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index in reversed(range(2)):
+                x = torch.tanh(self.layers[index](x))
+            return self.named["first"](x)
+
+    return _trained(peft, Contained(), ["layers.0", "layers.1", "first"], folder)
+
+
+class Around(nn.Module):
+    """Calls a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Attending(Around):
+    """Calls an attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    """Calls a layer that hands a state on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.lstm = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def _trained(
+    peft: Any, layer: nn.Module, targets: list[str], folder: Path, around: Any = Around, **options: Any
+) -> Values:
+    """Adapts a layer, or layers in it, and trains, saves and loads the adapter."""
+    base = around(layer)
+    start = {key: value.clone() for key, value in base.state_dict().items()}
+    model = adapted(peft, base, target_modules=targets, **options)
+    x = torch.randn(3, 8) if around is Around else torch.randn(3, 5, 8)
+    losses = fit(model, lambda: model(x).square().mean())
+    output = model.eval()(x)
+    model.save_pretrained(str(folder))
+    fresh = model.unload()
+    fresh.load_state_dict(start)
+    close(peft.PeftModel.from_pretrained(fresh, str(folder)).eval()(x), output)
+    return {"losses": losses}

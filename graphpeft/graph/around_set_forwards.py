@@ -1,0 +1,37 @@
+"""Graphs around a forward that other code has set on a module itself, as trl sets one on the model that it trains.
+
+A prompt changes the arguments of a forward. A forward that was set may run the layers itself, and never call the one
+that it replaced. So the graph runs around it: where the graph calls the forward of the module's class, the module is
+called, with its hooks and the set forward. If that calls what it replaced, the forward of the class runs, since the
+arguments are changed by then.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from graphpeft.graph import in_place
+from graphpeft.graph.per_call import PerCall
+
+_AROUND: PerCall[nn.Module] = PerCall(
+    "model that runs around a forward that was set on it", "call the model outside of tasks"
+)
+
+around = _AROUND.during
+"""Returns a context in which the graph of a module, which is to be called there, runs around the set forward."""
+
+
+def is_around(module: nn.Module) -> bool:
+    """Returns whether the graph of `module` runs around the present code."""
+    return _AROUND.get() is module
+
+
+def own_forward(module: nn.Module) -> functools.partial[Any]:
+    """Returns what the graph of a module calls as the module's own forward."""
+    cls: Any = in_place.original_class(module)
+    run: Callable[..., Any] = cls.__call__ if is_around(module) else cls.forward
+    return functools.partial(run, module)

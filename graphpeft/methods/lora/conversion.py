@@ -1,0 +1,261 @@
+"""Any adapter that changes weights, as plain LoRA: the best approximation of its change ΔW of each weight.
+
+    ΔW = U S Vᵀ        B = U₍ₖ₎ S₍ₖ₎    A = V₍ₖ₎ᵀ    s = 1        with the first k columns and singular values
+
+k is given, or the smallest one for which S₁² + … + Sₖ² is a given share of the sum of all squares. The same numbers as
+PEFT's ``tuners/lora/conversion.py``, which converts linear layers alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from graphpeft.adapters import changes
+from graphpeft.adapters.adapter_names import name_like
+from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of, planned, refuse
+from graphpeft.adapters.checkpoint import WEIGHTS_NAME
+from graphpeft.adapters.file_names import keys
+from graphpeft.adapters.merging import with_originals
+from graphpeft.adapters.plan import Plan
+from graphpeft.adapters.state import Adapter, Modules, adapters_of
+from graphpeft.graph import overrides
+from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.paths import unwrapped
+from graphpeft.methods.lora.combination import as_factors, padded
+from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.peft_errors import PeftWarning
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.rule import Combines, changes_bias
+from graphpeft.targeting import targets
+from graphpeft.wording import joined
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,  # noqa: ARG001
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Returns an adapter as plain LoRA, for programs that read nothing else; the model stays as it is.
+
+    Tensors of `modules_to_save` and rows of `trainable_token_indices` are taken along as they are.
+
+    Args:
+        model: An adapted model.
+        rank: The rank of all factors, an int; or, as a float in (0, 1], the share of the change's squares that each
+            site's own rank has to reach.
+        adapter_name: The name of the adapter.
+        progressbar: Whether a bar shows how far it has come.
+        compile_kwargs: Accepted for compatibility with PEFT, and not used: nothing here is compiled.
+
+    Returns:
+        The config, whose scale is 1 everywhere, and the tensors by their names in the file.
+
+    Raises:
+        TypeError: If the model has no adapter that changes weights, or the adapter changes one in a way that is no sum.
+        ValueError: If a rank is none or larger than a weight, or if the adapter trains biases or has taken a part of
+            the weights.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=4, use_dora=True, target_modules=["0"]))
+        >>> config, tensors = convert_to_lora(model, rank=2)
+        >>> config.r, config.use_dora, sorted(tensors)
+        (2, False, ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight'])
+    """
+    _check(rank)
+    model = unwrapped(model)
+    adapter = _source(model, adapter_name)
+    modules, state = modules_of(model), known_adapters(model)
+    temporary = name_like("converted", state.by_name)
+    with with_originals(modules, state):
+        config = _config_for(adapter, modules)
+        plan = _planned(model, config, temporary)
+        products = _products(plan, adapter, modules, rank, progressbar)
+        ranks: dict[str, int] = {}
+        for weight, target in _by_weight(plan.sites).items():
+            name = target.site.name
+            ranks[name] = max(ranks.get(name, 0), products[weight].rank)
+        config.r = config.lora_alpha = int(rank) if isinstance(rank, int) else max(ranks.values())
+        own = {targets.pattern_of(name): found for name, found in ranks.items() if found != config.r}
+        config.rank_pattern, config.alpha_pattern = own, dict(own)
+        plan = _planned(model, config, temporary)
+        return config, _tensors(plan, products, adapter_name, temporary, modules)
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an adapter as plain LoRA, see `convert_to_lora`.
+
+    Args:
+        path: The folder, which is made if it isn't there.
+        model: An adapted model.
+        rank: The rank of all factors, or the share of the squares that each site's own rank has to reach.
+        adapter_name: The name of the adapter.
+        progressbar: Whether a bar shows how far it has come.
+        compile_kwargs: Accepted for compatibility with PEFT, and not used.
+
+    Raises:
+        TypeError: As `convert_to_lora`.
+        ValueError: As `convert_to_lora`.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=4, use_dora=True, target_modules=["0"]))
+        >>> save_as_lora("plain", model, rank=0.99)
+        >>> LoraConfig.from_pretrained("plain").use_dora
+        False
+    """
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+    config.save_pretrained(folder)
+
+
+class _Product(NamedTuple):
+    """The best approximation of a change: factors of shapes (rows, rank) and (rank, columns), or stacks of such."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+
+def _check(rank: float) -> None:
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(f"rank={rank} is a float, and so a share of the squares: it must be between 0 and 1")
+    if not isinstance(rank, float) and rank <= 0:
+        raise ValueError(f"rank={rank} leaves nothing of an adapter; choose a positive one")
+
+
+def _source(model: nn.Module, name: str) -> Adapter:
+    """Returns the adapter to convert.
+
+    Raises:
+        TypeError: If there is none, or it can't be LoRA.
+        ValueError: If it has more than changes of weights, or lacks a part of them.
+    """
+    if adapters_of(model) is None:
+        raise TypeError(f"the {type(model).__name__} has no adapters, of which one could be LoRA")
+    adapter = known_adapter(model, name)
+    if not adapter.changes_weights:
+        reasons = (
+            f"{each.site.label or 'the model'}: {each.unmergeable}" for each in adapter.sites if each.unmergeable
+        )
+        raise TypeError(
+            f"{name!r} is a {adapter.config.method} adapter that can't be LoRA: {next(reasons, 'no weights')}"
+        )
+    if adapter.took_product or adapter.replaced:
+        raise ValueError(
+            f"{name!r} has taken a part of the weights, so its change alone isn't what it has learned; convert it with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…) first"
+        )
+    if adapter.config.trained_biases != "none" or any(changes_bias(adapted.rule) for adapted in adapter.sites):
+        raise ValueError(f"{name!r} trains biases, for which plain LoRA has no place; leave it as it is")
+    if type(adapter.config) is LoraConfig and not adapter.config.use_dora:
+        warnings.warn(
+            f"{name!r} is already a LoRA adapter: converting it gives the same with another rank",
+            PeftWarning,
+            stacklevel=4,
+        )
+    return adapter
+
+
+def _config_for(adapter: Adapter, modules: Modules) -> LoraConfig:
+    """Returns the config that names an adapter's sites, and what it trains fully."""
+    source: Any = adapter.config
+    sites = [adapted.site for adapted in _by_weight(adapter.sites).values()]
+    layers = [site.name for site in sites if site.is_layer]
+    others = [site.weight for site in sites if not site.is_layer]
+    return LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=targets.exactly(dict.fromkeys(layers), modules),
+        target_parameters=others or None,
+        fan_in_fan_out=bool(layers) and all(getattr(site, "transposed", False) for site in sites),
+        modules_to_save=source.modules_to_save,
+        trainable_token_indices=getattr(source, "trainable_token_indices", None) or None,
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+    )
+
+
+def _planned(model: nn.Module, config: LoraConfig, name: str) -> Plan:
+    """Returns what the config does to the model, which stays as it is."""
+    plan = planned(model, config, name)
+    refuse(plan)
+    for adapted in plan.sites:
+        if not isinstance(adapted.rule, Combines):
+            raise TypeError(f"{adapted.site.label}: its change is no product of two matrices; leave it as it is")
+    return plan
+
+
+def _by_weight(sites: Iterable[Any]) -> dict[str, Any]:
+    return {adapted.site.weight: adapted for adapted in sites}
+
+
+@torch.no_grad()
+def _products(plan: Plan, adapter: Adapter, modules: Modules, rank: float, progressbar: bool) -> dict[str, _Product]:
+    """Returns the approximated changes by their weights."""
+    sources, planned_sites = _by_weight(adapter.sites), _by_weight(plan.sites)
+    if odd := sources.keys() ^ planned_sites.keys():
+        raise TypeError(f"LoRA adapts other weights: {joined(sorted(odd))} differ; leave the adapter as it is")
+    return {
+        weight: _approximated(target, changes.delta(sources[weight], modules), rank)
+        for weight, target in tqdm(
+            planned_sites.items(), desc="converting to LoRA", unit="weight", disable=not progressbar
+        )
+    }
+
+
+def _approximated(target: AdaptedSite, change: Tensor, rank: float) -> _Product:
+    product = target.rule.as_product(change).to(target.dtype) / target.constants["lora_scaling"]
+    U, S, V = torch.linalg.svd(product, full_matrices=False)
+    own, most = rank if isinstance(rank, int) else _reaching(S, rank), S.shape[-1]
+    if own > most:
+        raise ValueError(
+            f"rank={rank} is larger than {target.site.label} has rows or columns; choose one of at most {most}"
+        )
+    return _Product(U[..., :own] * S[..., None, :own], V[..., :own, :])
+
+
+def _reaching(S: Tensor, share: float) -> int:
+    """Returns how many singular values, one at least, reach a share of the sum of all squares everywhere in a stack."""
+    sums = S.square().cumsum(-1)
+    return min(int(torch.searchsorted(sums, share * sums[..., -1:]).max()) + 1, S.shape[-1])
+
+
+def _tensors(
+    plan: Plan, products: Mapping[str, _Product], name: str, temporary: str, modules: Modules
+) -> dict[str, Tensor]:
+    """Returns the tensors of the converted adapter by their names in its file."""
+    made: dict[tuple[str, str], Tensor] = {}
+    for weight, adapted in _by_weight(plan.sites).items():
+        A, B = as_factors(adapted, *products[weight])
+        for local, factor in (("lora_A", A), ("lora_B", B)):
+            made[adapted.site.owner, adapted.names[local]] = padded(adapted, local, factor)
+    for path, names in plan.fully_trained.items():
+        for own in names:
+            copy = tensor_at(modules[path], overrides.override_name(own, name))
+            made[path, overrides.override_name(own, temporary)] = copy.detach().clone()
+    for path in plan.rows:
+        made[path, overrides.rows(temporary)] = tensor_at(modules[path], overrides.rows(name)).detach().clone()
+    return {key: made[place] for key, place in keys(Adapter.of(plan), temporary, modules).items()}

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test integrations newest floors check format bench coverage peft-tests docs clean
+.PHONY: help demo quick test integrations newest floors check format bench coverage third-party peft-tests docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -62,6 +62,9 @@ bench: .venv/.installed  ## compare speed with PEFT
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
 	$(BIN)/python coverage/run.py $(ARGS)
 
+third-party: .venv/.third-party  ## adapt models of many packages with both libraries, and write docs/third_party.md; likewise
+	$(BIN)/python coverage/third_party/run.py $(ARGS)
+
 peft-tests: .venv/.peft-tests  ## run PEFT's own tests with this library in its place, and write docs/peft_tests.md
 	$(BIN)/python coverage/peft_tests/run.py $(ARGS)
 
@@ -83,6 +86,10 @@ clean:  ## remove everything that these targets make
 
 .venv/.peft-tests: .venv/.installed
 	$(BIN)/python -m pip install -e '.[peft-tests]'
+	touch $@
+
+.venv/.third-party: .venv/.installed
+	$(BIN)/python -m pip install -e '.[third-party]'
 	touch $@
 
 .venv/.docs: .venv/.installed

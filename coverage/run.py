@@ -87,6 +87,8 @@ another batch size, and with another length or resolution. It was run with {used
 - *×*: the processor time of the trace relative to that of `torch.export.export` in the same process, each measured by
   itself. If the code differs in training, the trace records two graphs, and the export one.
 
+Models of many other packages are adapted, and compared with PEFT's, on [a page of their own](third_party.md).
+
 {"".join(sections)}"""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, get_peft_model, get_peft_model_state_dict
 from graphpeft.sites import quantisers
+from graphpeft.testing import verify
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights:UserWarning"),
@@ -118,6 +119,24 @@ def test_a_quantised_layer_computes_with_the_codes_that_merging_gives_it(case: C
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:merged_quantiser=.* is a function, which a file can't hold")
+@pytest.mark.parametrize("case", [LINEAR, CONV_2D], ids=str)
+def test_every_law_holds_but_that_a_file_has_no_function(case: Case):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], merged_quantiser=to_seven_steps)
+    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
+    assert [failure.why.partition(":")[0] for failure in verification.failures] == [
+        "what is loaded for training differs from saved"
+    ], verification
+
+
+@pytest.mark.parametrize("case", WEIGHT_ONLY, ids=str)
+def test_every_law_holds_for_quantised_layers(case: Case):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], merged_quantiser="own")
+    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
+    # neither library can have its layers pickled, or their state dict loaded
+    assert {failure.law for failure in verification.failures} <= {"8 copies stay adapted"}, verification
+
+
 def test_beside_own_layers_with_plain_weights_are_plain_lora():
     ours, plain = adapted(LINEAR, "own"), adapted(LINEAR, None)
     assert torch.equal(outputs(ours, LINEAR), outputs(plain, LINEAR))
@@ -125,12 +144,31 @@ def test_beside_own_layers_with_plain_weights_are_plain_lora():
 
 def test_files_are_those_of_plain_lora(tmp_path: Path):
     model, plain = adapted(LINEAR), adapted(LINEAR, None)
-    model.save_pretrained(tmp_path)
+    with pytest.warns(graphpeft.PeftWarning, match="to_seven_steps.* is a function, which a file can't hold"):
+        model.save_pretrained(tmp_path)
     loaded = graphpeft.PeftModel.from_pretrained(LINEAR.build(), tmp_path)
     assert loaded.peft_config["default"].merged_quantiser is None
     assert torch.equal(outputs(loaded, LINEAR), outputs(plain, LINEAR))
     theirs = peft.PeftModel.from_pretrained(LINEAR.build(), str(tmp_path))
     torch.testing.assert_close(outputs(theirs, LINEAR), outputs(plain, LINEAR))
+    config = LoraConfig.from_pretrained(tmp_path)
+    config.merged_quantiser = to_seven_steps
+    trained_on = graphpeft.PeftModel.from_pretrained(LINEAR.build(), tmp_path, config=config, is_trainable=True)
+    assert torch.equal(outputs(trained_on, LINEAR), outputs(model, LINEAR))
+
+
+def test_a_file_holds_own(tmp_path: Path):
+    model = adapted(WEIGHT_ONLY[0], "own")
+    model.save_pretrained(tmp_path)
+    loaded = graphpeft.PeftModel.from_pretrained(WEIGHT_ONLY[0].build(), tmp_path)
+    assert loaded.peft_config["default"].merged_quantiser == "own"
+    assert torch.equal(outputs(loaded, WEIGHT_ONLY[0]), outputs(model, WEIGHT_ONLY[0]))
+
+
+def test_a_lambda_and_a_copy_of_the_model_round_alike():
+    model = adapted(LINEAR, lambda weight: (weight * 4).round() / 4)
+    copied = copy.deepcopy(model)
+    assert torch.equal(outputs(copied, LINEAR), outputs(model, LINEAR))
 
 
 def test_an_adapter_that_acts_before_is_rounded_together_with_it():

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.spectral_norm import spectral_norm
@@ -175,6 +176,56 @@ def test_first_values_follow_the_weight_that_is_computed_from_loaded_tensors(mak
         for model in (loaded, run)
     ]
     torch.testing.assert_close(*magnitudes)
+
+
+class Causal(nn.Conv1d):
+    """A convolution with a forward of its own, as libraries of sequences have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Reader(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.inner.weight, self.inner.bias)
+
+
+OWN_FORWARDS: dict[str, Make] = {
+    "hook of weight norm": lambda: weight_norm(Causal(4, 6, 3)),
+    "weight norm": lambda: parametrizations.weight_norm(Causal(4, 6, 3)),
+    "spectral norm": lambda: parametrizations.spectral_norm(Causal(4, 6, 3)),
+}
+
+
+@pytest.mark.parametrize("make", OWN_FORWARDS.values(), ids=OWN_FORWARDS)
+def test_a_layer_of_its_own_forward_is_adapted_by_itself(make: Make, tmp_path: Path):
+    base: Any = _model(make)
+    x = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(2))
+    y = base.layer(x)
+    adapted: Any = get_peft_model(_model(make), LoraConfig(**_options()))
+    A, B = adapted.layer.default.lora_A, adapted.layer.default.lora_B
+    change = F.conv1d(F.conv1d(F.pad(x, (2, 0)), A), B) * (7 / 2)
+    laws.require_close(adapted.layer(x), y + change, 1e-5, "the layer and the sum")
+    adapted.save_pretrained(str(tmp_path))
+    loaded: Any = PeftModel.from_pretrained(_model(make), str(tmp_path))
+    assert torch.equal(loaded(x), adapted(x))
+    assert torch.equal(adapted.unload().layer(x), y)
+
+
+def test_a_computed_weight_that_a_module_around_reads_is_adapted_there():
+    def make() -> nn.Module:
+        return Reader(parametrizations.weight_norm(nn.Linear(4, 6)))
+
+    base = _model(make)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    y = base.layer(x)
+    adapted: Any = get_peft_model(_model(make), LoraConfig(**_options(target_modules=["inner"])))
+    holder = adapted.layer.inner.default
+    laws.require_close(adapted.layer(x), y + x @ (holder.lora_B @ holder.lora_A).T * (7 / 2), 1e-5, "reader and sum")
 
 
 def test_the_hook_can_be_removed_from_an_adapted_layer():

@@ -204,6 +204,16 @@ def test_the_model_inside_of_peft_s_wrappers_is_the_model(kind: str) -> None:
     assert not hasattr(body, "model")
 
 
+def test_the_base_model_shows_the_head_and_the_prefix_as_peft_s_inner_wrapper_does() -> None:
+    for library in (graphpeft, peft):
+        model: Any = CLASSIFIER.build()
+        head = model.classifier
+        model = library.get_peft_model(model, library.LoraConfig(target_modules=["query"]))
+        assert model.base_model.classifier is head
+        assert model.base_model.prefix == "lora_"
+        assert not hasattr(model.base_model, "nothing")
+
+
 def test_what_peft_s_inner_wrapper_does_with_adapters_the_base_model_of_a_head_does() -> None:
     found = {}
     for library in (graphpeft, peft):

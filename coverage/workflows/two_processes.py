@@ -19,7 +19,8 @@ import torch.multiprocessing
 from workflow import Script, Values
 
 WORLD = 2
-SECONDS = 30  # that a process waits for the other
+SECONDS = 15  # that a process waits for the other in a collective
+IMPORTS = timedelta(minutes=2)  # that it waits for the other to have its imports
 
 
 def in_two_processes(check: Script) -> Script:
@@ -51,7 +52,7 @@ def _pair(library: str) -> Callable[[_Task], Values]:
         found: dict[int, Any] = {}
         while len(found) < WORLD:
             try:
-                rank, found[rank] = answers.get(timeout=4 * SECONDS)
+                rank, found[rank] = answers.get(timeout=IMPORTS.total_seconds() + 60)
             except queue.Empty:
                 _pair.cache_clear()  # those that hang are left, and end with this process
                 raise TimeoutError(f"only {sorted(found)} of {WORLD} processes have answered") from None
@@ -80,6 +81,8 @@ def _run(package: ModuleType, rank: int, task: _Task) -> Values:
     check = getattr(importlib.import_module(task.module), task.check).__wrapped__
     os.chdir(task.folder)
     store = dist.FileStore(f"{task.folder}/store", WORLD)
+    store.set(f"ready {rank}", "")
+    store.wait([f"ready {each}" for each in range(WORLD)], IMPORTS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=SECONDS))
     try:
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -58,6 +58,29 @@ def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(module)
     return getattr(module, attribute)
+
+
+def has_tensor(module: nn.Module, attribute: str) -> bool:
+    """Returns whether a module's `attribute` is its own tensor, or a weight that it computes."""
+    is_own = attribute in module._parameters or attribute in module._buffers
+    return is_own or computed_from(module, attribute) is not None
+
+
+def read_as_attributes(graph: fx.Graph, module: nn.Module) -> None:
+    """Lets a module's graph read what parametrizations compute as the attributes that its code reads."""
+    for node in list(graph.nodes):
+        layer, is_of_one, name = str(node.target).rpartition("parametrizations.")
+        if (
+            node.op != "call_module"
+            or not is_of_one
+            or not parametrize.is_parametrized(module.get_submodule(layer.removesuffix(".")), name)
+        ):
+            continue
+        with graph.inserting_before(node):
+            read = graph.create_node("get_attr", f"{layer}{name}")
+        read.meta = node.meta
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
 
 
 def _hook_for(module: nn.Module, attribute: str) -> Any:

@@ -24,6 +24,7 @@ OF_ADAPTERS = frozenset(
         "merge_adapter",
         "merge_and_unload",
         "peft_config",
+        "prefix",
         "set_adapter",
         "targeted_module_names",
         "unload",
@@ -35,6 +36,8 @@ OF_ADAPTERS = frozenset(
 
 class Body:
     """The body of a Transformers model in all but its type, `model`, which is the adapted model, and `OF_ADAPTERS`.
+
+    What the body lacks, such as the head, is the adapted model's, as in PEFT, whose inner wrapper is around that.
 
     Args:
         body: The body.
@@ -50,7 +53,8 @@ class Body:
         return type(self._body)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["model" if name in OF_ADAPTERS else "_body"], name)
+        body, model = (vars(self)[own] for own in ("_body", "model"))
+        return getattr(model if name in OF_ADAPTERS or not hasattr(body, name) else body, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._body, name, value)

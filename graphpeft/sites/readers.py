@@ -12,6 +12,7 @@ from torch import nn
 from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.source import Uses, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
+from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.paths import join, within
 from graphpeft.sites.held import (
@@ -139,7 +140,7 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
     for path, module in outer.items():
         paths = _dotted_paths(in_place.original_class(module))
         for owner, name in dict.fromkeys(_tensor_at(module, used) for used in paths):
-            if owner is not module and (name in owner._parameters or name in owner._buffers):
+            if owner is not module and has_tensor(owner, name):
                 readers.setdefault((owner, name), []).append(path)
     if not readers:
         return {}

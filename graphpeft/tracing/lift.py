@@ -19,6 +19,7 @@ from torch import fx, nn
 from graphpeft.code.identity_checks import compares_objects
 from graphpeft.code.source import functions_in_forward
 from graphpeft.graph import in_place
+from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
@@ -113,6 +114,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     for name, value in tracer.session.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
     for graph in recorded.graphs:
+        read_as_attributes(graph, module)
         add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
     if (

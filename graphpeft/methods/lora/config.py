@@ -90,7 +90,7 @@ class LoraConfig(TargetedConfig):
             It isn't an option of PEFT's.
         merged_quantiser: How merging rounds the changed weight, so that the forward computes with the rounded one, and
             merging loses nothing: a function from a weight to one of its shape and dtype, whose gradient is taken as
-            the identity's, or ``"own"``, by which quantised layers round as they quantise. Files don't have it. It
+            the identity's, or ``"own"``, by which quantised layers round as they quantise. Files hold no function. It
             isn't an option of PEFT's.
         trainable_token_indices: Rows of the input embedding that are trained as they are, or such rows by the names of
             embeddings. Layers that are tied to an embedding follow.
@@ -266,7 +266,7 @@ class LoraConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
         config = copy.deepcopy(self)
-        config.merged_quantiser = None
+        config.merged_quantiser = merge_aware.in_file(self.merged_quantiser)
         config.drop_unused()
         config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         for site in sites:

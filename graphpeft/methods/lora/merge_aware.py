@@ -9,20 +9,23 @@ straight-through estimator: Bengio et al., "Estimating or Propagating Gradients 
 
 from __future__ import annotations
 
-import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.recorded import as_node, recorded
+from graphpeft.graph.recorded import as_node
 from graphpeft.methods.lora.init.initialisation import RANDOM
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite, Site
+from graphpeft.wording import shown
 
 Quantiser = Callable[[Tensor], Tensor]
 
@@ -41,6 +44,19 @@ def as_merged(lora: Any, site: Site | LeafSite, quantiser: Quantiser | str | Non
     if quantiser is None or (quantiser == OWN and isinstance(site, Site)):
         return lora
     return RoundedLeaf(lora, quantiser) if isinstance(site, LeafSite) else Rounded(lora, quantiser)
+
+
+def in_file(quantiser: Quantiser | str | None) -> str | None:
+    """Returns the value of `merged_quantiser` that a file holds; it warns of a function, which none can hold."""
+    if quantiser is None or quantiser == OWN:
+        return quantiser  # pyright: ignore[reportReturnType]
+    warnings.warn(
+        f"merged_quantiser={shown(quantiser)} is a function, which a file can't hold: to train further, load it "
+        "with a config that has it, as in from_pretrained(…, config=config, is_trainable=True)",
+        PeftWarning,
+        stacklevel=5,
+    )
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,10 @@ class Rounded(OperationRule, Mergeable):
 
     def _rounded(self, weight: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         change = self.direction.delta(lora_A, lora_B, lora_scaling)
-        return _straight_through(self.quantiser)((weight + change).to(weight.dtype))
+        changed = (weight + change).to(weight.dtype)
+        without_gradient = changed.detach()
+        rounded = _applied(self.quantiser, without_gradient)
+        return rounded.detach() + (changed - without_gradient)
 
 
 @dataclass(frozen=True)
@@ -155,15 +174,9 @@ def _refusal(config: Any) -> str | None:
     return None if odd is None else f"{odd}=True isn't for merged_quantiser; leave one of them out"
 
 
-@functools.lru_cache(maxsize=64)
-def _straight_through(quantiser: Quantiser) -> Quantiser:
-    """Returns the function with the gradient of the identity, as one node of a graph."""
-
-    @recorded
-    def rounded(weight: Tensor) -> Tensor:
-        return quantiser(weight.detach()).detach() + (weight - weight.detach())
-
-    return rounded
+def _applied(quantiser: Quantiser, weight: Any) -> Any:
+    """Returns a function's value, as a node of the graph for a proxy."""
+    return as_node(quantiser, weight) if isinstance(weight, fx.Proxy) else quantiser(weight)
 
 
 def _recoded(change: Tensor, codes: Any, state: Any) -> Tensor:

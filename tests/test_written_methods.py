@@ -18,13 +18,14 @@ from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WIT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
+from written_methods import HRAConfig, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
 from graphpeft import (
     AdaptError,
     BoundaryRule,
     DeltaRule,
+    IA3Config,
     InputRule,
     LoraConfig,
     OperationRule,
@@ -78,6 +79,9 @@ MATRICES = (LINEAR, WITHOUT_BIAS, TRANSPOSED)
 METHODS = (
     Method("ia3", IA3Config, peft.IA3Config, {"feedforward_modules": []}, MATRICES),
     Method("ia3-feedforward", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, MATRICES),
+    Method("ia3-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": []}, (CONV_2D, POINTWISE, CONV_3D)),
+    Method("ia3-into-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, (CONV_2D, CONV_3D)),
+    Method("ia3-drawn", IA3Config, peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}, MATRICES),
     Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
     Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
     Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),

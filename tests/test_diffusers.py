@@ -89,7 +89,7 @@ def injected(library: Any) -> Any:
     """Returns a UNet with two adapters, in PEFT by the functions that diffusers' methods call."""
     model, config = unet(), library.LoraConfig(**OPTIONS)
     library.inject_adapter_in_model(config, model, "first")
-    other = library.LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "to_v"])
+    other = library.LoraConfig(r=2, lora_alpha=7, target_modules=["to_q", "to_v", "conv1"])
     library.inject_adapter_in_model(other, model, "second")
     vars(model).setdefault("_hf_peft_config_loaded", True)
     generator = torch.Generator().manual_seed(2)
@@ -117,6 +117,10 @@ def test_adapters_are_active_with_weights() -> None:
         (["first", "second"], [0.5, 0.25]),
         (["first", "second"], 2.0),
         ("second", [None]),
+        ("first", {"down": 0.3, "up": {"block_0": [0.2, 1.5]}}),
+        (["first", "second"], [{"mid": 0.7}, 0.5]),
+        ("second", {"down": 0.4, "up": 1.8}),
+        ("second", [None]),
     ):
         for model in (ours, theirs):
             model.set_adapters(names, weights)
@@ -130,7 +134,7 @@ def test_weights_that_are_refused_change_nothing() -> None:
     expected = outputs(ours)
     for names, weights, reason in (
         (["first"], [1.0, 2.0], "1 adapters and 2 weights"),
-        (["first"], [{"down": 0.5}], "no weight: those of single blocks"),
+        (["first"], ["half"], "'half' is no weight"),
         (["first", "third"], [1.0, 2.0], "third"),
     ):
         with pytest.raises((ValueError, graphpeft.AdaptError), match=reason):

@@ -9,15 +9,19 @@ import peft
 import pytest
 import serving
 import torch
-from exports import BERT, HAND_WRITTEN, LLAMA, RESNET, TIMM_VIT, TOLERANCE, TORCHVISION_VIT
+from exports import BERT, HAND_WRITTEN, LLAMA, RESNET, SUFFIXES, TIMM_VIT, TOLERANCE, TORCHVISION_VIT
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental import proxy_tensor
 
 import graphpeft
 from graphpeft import ExportError
 from graphpeft.exporting.carriers import CARRIERS
 from graphpeft.exporting.example import Example
+from graphpeft.graph import in_place
+from graphpeft.graph.own_forward import on_tensors
+from graphpeft.graph.template import template_of
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -457,3 +461,46 @@ def test_inputs_are_sorted_by_name_since_compiled_packages_go_by_order(tmp_path)
     assert spec is not None
     [adapters] = [child for child in spec.child(1).children() if child.context]
     assert list(adapters.context) == sorted(load_file(report.adapter_files["first"]))
+
+
+class OnChangedWeights(nn.Module):
+    """Can't be traced, and reads weights of its own and of a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.inside = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x, **options):
+        y = torch.nn.functional.linear(x, self.w) if type(x) is torch.Tensor or options.get("any", True) else x
+        return torch.nn.functional.linear(y, self.inside.weight)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([OnChangedWeights()])
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize(("format", "way"), [("pt2", "baked"), ("pt2", "inputs"), ("onnx", "inputs")])
+def test_a_module_that_runs_on_changed_weights_is_exported_inside_others(format, way, tmp_path):
+    config = graphpeft.LoraConfig(r=2, lora_alpha=3, target_parameters=["w", "inside.weight"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(Around(), config)
+    template = template_of(model.layers[0])
+    assert template is not None
+    assert any(node.target is on_tensors for node in template.graphs[0].nodes)
+    report = graphpeft.export(model, (torch.randn(3, 4),), tmp_path / f"m{SUFFIXES[format]}", format, way)
+    assert len(report.checked) == 3
+
+
+def test_an_adapted_module_is_known_by_the_object_that_the_exporter_gives_for_it():
+    model: Any = graphpeft.get_peft_model(Around(), graphpeft.LoraConfig(r=2, target_parameters=["w"]))
+    block = model.layers[0]
+    # as PyTorch's exporter makes it for code that reads a submodule
+    derived: Any = type(type(block).__name__, (proxy_tensor._AttrProxy, type(block)), {})
+    seen = object.__new__(derived)
+    seen.__dict__ = block.__dict__
+    assert in_place.layers_of(seen) == in_place.layers_of(block) != ()
+    assert in_place.original_class(seen) is OnChangedWeights

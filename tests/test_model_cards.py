@@ -196,7 +196,8 @@ def test_a_base_without_a_name_is_not_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_card_names_any_base_and_nothing_else(name: str, tmp_path: Path) -> None:
-    base, unnamed_base = MLP.build(), MLP.build()
+    base: Any = MLP.build()
+    unnamed_base: Any = MLP.build()
     base.config, unnamed_base.config = {"hidden_size": 8}, {"hidden_size": 8}
     model = adapted(graphpeft, base, target_modules=["up"], base_model_name_or_path=name)
     unnamed = adapted(graphpeft, unnamed_base, target_modules=["up"])

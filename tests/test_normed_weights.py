@@ -181,12 +181,12 @@ def test_first_values_follow_the_weight_that_is_computed_from_loaded_tensors(mak
 class Causal(nn.Conv1d):
     """A convolution with a forward of its own, as libraries of sequences have it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.pad(x, (2, 0)))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(input, (2, 0)))
 
 
 class Reader(nn.Module):
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.inner = layer
 

@@ -80,6 +80,7 @@ def trainer(kind: str, model: Any, folder: Path, **options: Any) -> Any:
         "report_to": [],
         "seed": 5,
     }
+    arguments |= {name: options.pop(name) for name in ("gradient_checkpointing",) if name in options}
     if kind in ("GRPO", "RLOO"):
         arguments |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
         options["reward_funcs"] = lambda completions, **_: [float(len(text) % 3) for text in completions]
@@ -128,6 +129,32 @@ def test_the_reference_is_the_policy_at_the_start_and_no_second_base(kind: str, 
     if kind == "DPO":
         assert losses(training)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert any(not torch.equal(named[name.replace(".default.", ".ref.")], named[name]) for name in of_policy)
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "PromptTuningConfig": {},
+    "PromptEncoderConfig": {"encoder_hidden_size": 8},
+    "PrefixTuningConfig": {},
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO"])
+def test_a_prompt_is_trained_as_pefts_and_is_its_own_reference(kind: str, name: str, tmp_path: Path) -> None:
+    found = []
+    for library in (peft, graphpeft):
+        model = base(kind)
+        torch.manual_seed(1)
+        prompt = getattr(library, name)(task_type="CAUSAL_LM", num_virtual_tokens=3, **PROMPTS[name])
+        # a prefix works through the cache, which checkpointing switches off
+        options = {"gradient_checkpointing": False}
+        training = trainer(kind, library.get_peft_model(model, prompt), tmp_path / library.__name__, **options)
+        torch.manual_seed(9)
+        training.train()
+        found.append(losses(training))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    if kind == "DPO":
+        assert found[1][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_config_for_a_trainer_says_that_it_takes_a_model(tmp_path: Path) -> None:

@@ -127,9 +127,11 @@ def _apart(case: Case, paths: set[str]) -> dict[str, list[str]]:
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             reason = "PEFT alone adapts output projections of PyTorch's attention, which it never calls"
         elif not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            reason = "the library's own linear layers are unknown to PEFT"
+            reason = "PEFT doesn't know the package's own linear layers"
         elif not _is_known_to_peft(layer):
-            reason = "PEFT can't adapt convolutions that are dilated or padded otherwise than by zeros, or in groups"
+            reason = (
+                "PEFT can't adapt dilated convolutions, others than zero-padded ones, and groups that don't divide r"
+            )
         else:
             reason = "no reason is known"
         found.setdefault(reason, []).append(path)

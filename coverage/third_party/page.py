@@ -129,18 +129,16 @@ def _wrong(row: Row) -> list[str]:
 def _notes(row: Row) -> list[str]:
     """Returns sentences that explain a row."""
     notes = _wrong(row)
-    if row.get("case"):
-        errors = dict(row.get("errors", {}))
-        errors.pop("graphpeft", None)
-        by_text: dict[str, list[str]] = {}
-        for check, error in errors.items():
+    by_text: dict[str, list[str]] = {}
+    for check, error in row.get("errors", {}).items():
+        if check != "graphpeft":
             by_text.setdefault(error, []).append(check)
-        notes += [f"{_who(checks, error)}: {error}" for error, checks in by_text.items()]
+    notes += [f"{_who(checks, error)}: {error}" for error, checks in by_text.items()]
     notes += [f"{reason}: {_listed(paths)}" for reason, paths in (row.get("apart") or {}).items()]
     if row.get("unused by peft"):
         notes.append(
-            f"PEFT's adapter has no effect at {_listed(row['unused by peft'])}, whose weight is read without a call; "
-            "the comparison leaves that out"
+            f"PEFT's adapter has no effect at {_listed(row['unused by peft'])}: the weight is read without a call, or "
+            "the layer is held in another place, too; the comparison leaves that out"
         )
     if _cell(row, "outputs") not in ("equal", "-", "fails") and _cell(row, "merged in peft") == "equal":
         notes.append(
@@ -156,7 +154,9 @@ def _notes(row: Row) -> list[str]:
 def _who(checks: list[str], error: str) -> str:
     if error.startswith("AdaptError"):
         return "here"
-    return "the base itself" if checks == ["copied"] else "PEFT"
+    if checks == ["copied"]:
+        return "the base itself"
+    return "PEFT, when it merges" if checks == ["merged in peft"] else "PEFT"
 
 
 def _sites_of(names: list[str]) -> list[str]:

@@ -58,18 +58,15 @@ def segmentation_models_pytorch() -> Iterator[Case]:
     name = "segmentation-models-pytorch"
     for build, encoder, layers in (
         (smp.Unet, "resnet18", (nn.Conv2d,)),
-        (smp.MAnet, "resnet18", (nn.Conv2d,)),
         (smp.DeepLabV3Plus, "mobilenet_v2", (nn.Conv2d,)),
         (smp.FPN, "efficientnet-b0", (nn.Conv2d,)),
         (smp.Segformer, "mit_b0", ()),
-        (smp.UPerNet, "tu-swin_tiny_patch4_window7_224", ()),
     ):
-        more = {"img_size": 64} if encoder.startswith("tu-swin") else {}
-        yield Case(name, f"{build.__name__} on {encoder}", _segmenter(build, encoder, more), _images(3, 64), layers)
+        yield Case(name, f"{build.__name__} on {encoder}", _segmenter(build, encoder), _images(3, 64), layers)
 
 
-def _segmenter(build: Any, encoder: str, more: dict[str, Any]) -> Callable[[], nn.Module]:
-    return lambda: build(encoder_name=encoder, encoder_weights=None, classes=2, **more)
+def _segmenter(build: Any, encoder: str) -> Callable[[], nn.Module]:
+    return lambda: build(encoder_name=encoder, encoder_weights=None, classes=2)
 
 
 def monai() -> Iterator[Case]:
@@ -247,16 +244,6 @@ def efficientnet_pytorch() -> Iterator[Case]:
     yield Case("efficientnet-pytorch", "b0", build, _images(3, 64), (nn.Conv2d,))
 
 
-def pretrainedmodels() -> Iterator[Case]:
-    """Yields networks of the time before timm."""
-    import pretrainedmodels as models
-
-    def build() -> nn.Module:
-        return models.se_resnet50(num_classes=3, pretrained=None)
-
-    yield Case("pretrainedmodels", "se_resnet50", build, _images(3, 224), (nn.Conv2d,))
-
-
 def _images(channels: int, side: int) -> Callable[[], tuple[torch.Tensor]]:
     return lambda: (torch.randn(2, channels, side, side),)
 
@@ -273,5 +260,4 @@ PACKAGES = (
     vit_pytorch,
     kornia,
     efficientnet_pytorch,
-    pretrainedmodels,
 )

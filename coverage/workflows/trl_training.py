@@ -48,6 +48,13 @@ def adapted(peft: Any, base: Any = None, **options: Any) -> Any:
     return peft.get_peft_model(base, lora(peft, **options))
 
 
+def prompted(peft: Any, base: Any = None, task_type: str = "CAUSAL_LM") -> Any:
+    """Returns `base`, or a causal model, with a prompt of four tokens."""
+    base = base or tiny.llama()
+    torch.manual_seed(1)
+    return peft.get_peft_model(base, peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=4))
+
+
 def trainer(kind: str, model: Any, rows: list[dict[str, Any]], folder: Path, **options: Any) -> Any:
     """Returns the trainer of that name; options are its config's, or its own."""
     own = {name: options.pop(name) for name in OWN if name in options}

@@ -34,6 +34,7 @@ def saved(peft: Any, folder: Path) -> Values:
     assert _out(loaded) == _out(model)
     options = json.loads((folder / "adapter_config.json").read_text())
     del options["peft_version"]
+    options["target_modules"].sort()  # a set in PEFT
     return {"files": _adapter_files(folder), "keys": sorted(peft.load_peft_weights(str(folder))), "options": options}
 
 
@@ -80,6 +81,18 @@ def auto(peft: Any, folder: Path) -> Values:
         model = getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(folder / task)
         found[task] = [_out(model) == _out(base), type(model.get_base_model()).__name__]
     return found
+
+
+@workflow(TOOL, "by hand: the config, the base model that it names, the adapter on that")
+def by_hand(peft: Any, folder: Path) -> Values:
+    tiny.llama().save_pretrained(folder / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    adapted(peft, base).save_pretrained(folder / "adapter")
+    config = peft.PeftConfig.from_pretrained(folder / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
+    model = peft.PeftModel.from_pretrained(base, folder / "adapter")
+    head = model.base_model.model.lm_head.weight  # by PEFT's two wrappers
+    return {"out": _out(model), "head": head.sum().item(), "task": config.task_type == "CAUSAL_LM"}
 
 
 @workflow(TOOL, "a model card with the base model, tags and the library")

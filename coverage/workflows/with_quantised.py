@@ -24,6 +24,7 @@ ALL = ("q_proj", "v_proj", "up_proj", "down_proj")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
 INT8 = {"load_in_8bit": True}
+LOFTQ = "PEFT's needs an NVIDIA GPU"
 
 
 @workflow("bitsandbytes", "nf4: prepared for k-bit training, adapted, trained, saved, loaded")
@@ -119,7 +120,7 @@ def trainer(peft: Any, folder: Path) -> Values:
     return {"losses": [entry["loss"] for entry in found.state.log_history if "loss" in entry]}
 
 
-@workflow("bitsandbytes", "LoftQ of a float base, which becomes an adapter and a rounded base")
+@workflow("bitsandbytes", "LoftQ of a float base, which becomes an adapter and a rounded base", apart=LOFTQ)
 def loftq(peft: Any, folder: Path) -> Values:
     torch.manual_seed(1)
     options = {"init_lora_weights": "loftq", "loftq_config": peft.LoftQConfig(loftq_bits=4, loftq_iter=2)}
@@ -127,7 +128,7 @@ def loftq(peft: Any, folder: Path) -> Values:
     return {"losses": fit(model, lambda: _loss(model)), **_summed(model)}
 
 
-@workflow("bitsandbytes", "replace_lora_weights_loftq on an nf4 base takes up what was rounded away")
+@workflow("bitsandbytes", "replace_lora_weights_loftq on an nf4 base takes up what was rounded away", apart=LOFTQ)
 def loftq_afterwards(peft: Any, folder: Path) -> Values:
     base = _bnb(folder, NF4)
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))

@@ -67,6 +67,17 @@ def helpers(peft: Any, folder: Path) -> Values:
     return {"losses": losses, "average": average.module(IMAGES).square().sum().item()}
 
 
+@workflow(
+    "timm",
+    "create_optimizer_v2 with layer_decay: deeper layers learn faster",
+    apart="timm knows layers by the names of their parameters, which PEFT changes, so that all learn at one rate",
+)
+def layer_decay(peft: Any, folder: Path) -> Values:
+    model = adapted(peft, _builder("test_vit", img_size=64)(), "attn.qkv")
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, layer_decay=0.5)
+    return {"scales": [group["lr_scale"] for group in optimizer.param_groups]}
+
+
 @workflow("timm", "features: forward_features, forward_head and forward_intermediates of an adapted model")
 def features(peft: Any, folder: Path) -> Values:
     model = adapted(peft, _builder("test_vit", img_size=64)(), "attn.qkv").eval()

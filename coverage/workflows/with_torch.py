@@ -161,6 +161,49 @@ def groups(peft: Any, folder: Path) -> Values:
     return {"losses": losses, "sizes": [len(lora), len(rest)]}
 
 
+@workflow(TOOL, "LBFGS, which calls the model several times in a step")
+def several_calls(peft: Any, folder: Path) -> Values:
+    model = _adapted(peft).eval()
+    optimizer = torch.optim.LBFGS(trained(model), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _loss(model)
+        loss.backward()
+        return loss
+
+    return {"losses": [float(optimizer.step(closure)) for _ in range(2)]}  # type: ignore[arg-type]
+
+
+@workflow(TOOL, "each parameter is stepped in the backward, as soon as it has its gradient")
+def stepped_in_backward(peft: Any, folder: Path) -> Values:
+    model = _adapted(peft).eval()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in trained(model)}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    losses = []
+    for _ in range(3):
+        losses.append(_loss(model).item())
+        _loss(model).backward()
+    assert losses[-1] < losses[0]
+    return {"losses": losses}
+
+
+@workflow(TOOL, "a merged model is quantised dynamically")
+def quantised(peft: Any, folder: Path) -> Values:
+    model = _adapted(peft).eval()
+    output = model(TOKENS)
+    found = torch.ao.quantization.quantize_dynamic(model.merge_and_unload(), {nn.Linear}, dtype=torch.qint8)
+    assert [type(layer) for layer in (found.up, found.down)] == [torch.ao.nn.quantized.dynamic.Linear] * 2
+    close(found(TOKENS), output, 0.1)
+    return {"output": found(TOKENS).square().sum().item()}
+
+
 @workflow(TOOL, "autocast in bfloat16", apart="y + s·change is rounded to bfloat16 once, and twice in PEFT")
 def autocast(peft: Any, folder: Path) -> Values:
     model = _adapted(peft)

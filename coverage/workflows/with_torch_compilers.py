@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from loops import adapted, close, fit, trained
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from workflow import Values, workflow
 
 TOOL = "torch, compilers and transforms"
@@ -130,13 +131,15 @@ def forward_mode(peft: Any, folder: Path) -> Values:
     return {"slope": slope.square().sum().item(), "penalty": sum(penalties)}
 
 
-@workflow(TOOL, "vmap over two adapters' values, as an ensemble")
+@workflow(TOOL, "stack_module_state of two adapted models, and vmap over them as an ensemble")
 def ensemble(peft: Any, folder: Path) -> Values:
-    model = _adapted(peft)
-    values = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    both = {name: torch.stack([value, 2 * value]) for name, value in values.items()}
-    outputs = vmap(lambda own: functional_call(model, own, (X,)))(both)
-    close(outputs[0], model(X))
+    both = [_adapted(peft), _adapted(peft)]
+    fit(both[1], lambda: both[1](X).square().mean())
+    parameters, buffers = stack_module_state(both)
+    bare = copy.deepcopy(both[0]).to("meta")
+    outputs = vmap(lambda own, rest: functional_call(bare, (own, rest), (X,)))(parameters, buffers)
+    for output, model in zip(outputs, both, strict=True):
+        close(output, model(X))
     return {"outputs": outputs.square().sum((1, 2)).tolist()}
 
 

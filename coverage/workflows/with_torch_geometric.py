@@ -85,6 +85,18 @@ def heterogeneous(peft: Any, folder: Path) -> Values:
     return _trained(peft, Network, ["lin_l"], folder)
 
 
+@workflow(TOOL, "GraphSAGE that to_hetero has made a graph module over types", apart=OWN)
+def to_hetero(peft: Any, folder: Path) -> Values:
+    first, second = ("a", "to", "b"), ("b", "to", "a")
+    torch.manual_seed(0)
+    base = geometric.to_hetero(geometric.GraphSAGE(8, 12, 2, 3), (["a", "b"], [first, second]))
+    model = adapted(peft, base, target_modules=r".*lin_l")
+    edges = {first: EDGES, second: EDGES.flip(0)}
+    losses = fit(model, lambda: sum(value.square().mean() for value in model({"a": X, "b": X + 1}, edges).values()))
+    assert losses[-1] < losses[0]
+    return {"losses": losses}
+
+
 def _trained(peft: Any, build: Any, targets: list[str], folder: Path, **options: Any) -> Values:
     """Adapts a model, trains it, saves, loads and merges its adapter."""
     torch.manual_seed(0)

@@ -159,6 +159,11 @@ def grouped(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trained(adapted(peft), folder, rows, **options))}
 
 
+@workflow("transformers: Trainer", "a batch size that is found by trying")
+def found_size(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained(adapted(peft), folder, auto_find_batch_size=True))}
+
+
 @workflow("transformers: Trainer", "callbacks see the adapted model at each step")
 def callbacks(peft: Any, folder: Path) -> Values:
     norms: list[float] = []
@@ -179,14 +184,16 @@ def experts(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trainer), "logits": fresh(input_ids=TOKENS).logits.sum().item()}
 
 
-@workflow("transformers: Trainer", "a prompt (P-tuning), resumed")
+@workflow("transformers: Trainer", "a prompt (P-tuning), evaluated at each step")
 def prompt(peft: Any, folder: Path) -> Values:
-    def prompted() -> Any:
-        torch.manual_seed(1)
-        config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
-        return peft.get_peft_model(tiny.llama(), config)
-
-    return {"losses": losses(trained(prompted(), folder))}
+    torch.manual_seed(1)
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
+    model = peft.get_peft_model(tiny.llama(), config)
+    trainer = trained(
+        model, folder, eval_dataset=texts(4), eval_strategy="steps", eval_steps=1, prediction_loss_only=True
+    )
+    evaluated = [each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each]
+    return {"losses": losses(trainer), "evaluated": evaluated}
 
 
 @workflow("transformers: Trainer", "a prefix, loaded and evaluated")

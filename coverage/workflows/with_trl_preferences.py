@@ -10,7 +10,7 @@ import datasets
 import tiny
 import torch
 import transformers
-from trl_training import ANSWERS, JUDGED, PAIRS, adapted, losses, trained, trainer
+from trl_training import ANSWERS, JUDGED, PAIRS, adapted, losses, prompted, trained, trainer
 from workflow import Values, workflow
 
 
@@ -81,6 +81,25 @@ def dpo_experts(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trained("DPO", model, PAIRS, folder))}
 
 
+@workflow("trl", "DPO: a prompt, whose reference is the prompt at the start")
+def dpo_prompt(peft: Any, folder: Path) -> Values:
+    found = losses(trained("DPO", prompted(peft), PAIRS, folder))
+    assert abs(found[0] - math.log(2)) < 1e-6
+    return {"losses": found}
+
+
+@workflow("trl", "DPO: rows of the embedding are trained, and DoRA")
+def dpo_rows(peft: Any, folder: Path) -> Values:
+    model = adapted(peft, trainable_token_indices=[4, 5], use_dora=True)
+    return {"losses": losses(trained("DPO", model, PAIRS, folder))}
+
+
+@workflow("trl", "DPO: biases are trained, too")
+def dpo_biases(peft: Any, folder: Path) -> Values:
+    model = adapted(peft, tiny.llama(attention_bias=True), bias="lora_only")
+    return {"losses": losses(trained("DPO", model, PAIRS, folder))}
+
+
 @workflow("trl", "KTO")
 def kto(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trained("KTO", adapted(peft), JUDGED, folder))}
@@ -90,6 +109,11 @@ def kto(peft: Any, folder: Path) -> Values:
 def kto_precomputed(peft: Any, folder: Path) -> Values:
     options = {"loss_type": "apo_zero_unpaired", "precompute_ref_log_probs": True}
     return {"losses": losses(trained("KTO", adapted(peft), JUDGED, folder, **options))}
+
+
+@workflow("trl", "KTO: a prompt")
+def kto_prompt(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained("KTO", prompted(peft), JUDGED, folder))}
 
 
 @workflow("trl", "Reward: a model with a score")
@@ -110,6 +134,18 @@ def reward_centred(peft: Any, folder: Path) -> Values:
     loaded = peft.PeftModel.from_pretrained(fresh, str(folder / "checkpoint-3"))
     texts = tiny.tokenizer()(["abc def", "hi me"], padding=True, return_tensors="pt")
     return {"accuracy": accuracy, "scores": loaded(**texts).logits.flatten().tolist()}
+
+
+@workflow("trl", "Reward: a prompt, and a trained score")
+def reward_prompt(peft: Any, folder: Path) -> Values:
+    base = tiny.llama(transformers.LlamaForSequenceClassification, num_labels=1)
+    return {"losses": losses(trained("Reward", prompted(peft, base, "SEQ_CLS"), ANSWERS, folder))}
+
+
+@workflow("trl", "TPO (experimental): preferences beside a reference text")
+def tpo(peft: Any, folder: Path) -> Values:
+    rows = [{**row, "reference": row["chosen"]} for row in PAIRS]
+    return {"losses": losses(trained("TPO", adapted(peft), rows, folder))}
 
 
 @workflow("trl", "ORPO (experimental)")

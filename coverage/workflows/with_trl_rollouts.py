@@ -8,7 +8,7 @@ from typing import Any
 import tiny
 import torch
 import transformers
-from trl_training import PROMPTS, adapted, lengths, losses, trained, trainer
+from trl_training import PROMPTS, adapted, lengths, losses, prompted, trained, trainer
 from workflow import Values, workflow
 
 ROLLOUTS = {"num_generations": 2, "max_completion_length": 6, "reward_funcs": lengths}
@@ -57,6 +57,22 @@ def grpo_resumed(peft: Any, folder: Path) -> Values:
     torch.manual_seed(9)
     further.train(resume_from_checkpoint=True)
     return {"losses": losses(further)}
+
+
+@workflow("trl", "GRPO: DoRA, the head fully trained")
+def grpo_head(peft: Any, folder: Path) -> Values:
+    model = adapted(peft, use_dora=True, modules_to_save=["lm_head"])
+    return {"losses": losses(trained("GRPO", model, PROMPTS, folder, **ROLLOUTS, beta=0.1))}
+
+
+@workflow("trl", "GRPO: a prompt")
+def grpo_prompt(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained("GRPO", prompted(peft), PROMPTS, folder, **ROLLOUTS))}
+
+
+@workflow("trl", "GMPO (experimental)")
+def gmpo(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained("GMPO", adapted(peft), PROMPTS, folder, **ROLLOUTS))}
 
 
 @workflow("trl", "RLOO: against the adapter at the start")

@@ -173,6 +173,28 @@ def merged(peft: Any, folder: Path) -> Values:
     return {"logits": expected.sum().item(), "files": sorted(os.listdir(folder / "merged"))}
 
 
+@workflow("trl", "SFT: merged in the trainer's hands, called, generated with and saved")
+def merged_at_once(peft: Any, folder: Path) -> Values:
+    model = trained("SFT", adapted(peft), TEXTS, folder).model.merge_and_unload().eval()
+    tokens = tiny.tokenizer()(["abc"], return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**tokens, max_new_tokens=5, do_sample=False)
+    model.save_pretrained(folder / "merged")
+    alone = type(model).from_pretrained(folder / "merged")
+    torch.testing.assert_close(alone(**tokens).logits, model(**tokens).logits)
+    return {"tokens": written.tolist(), "logits": alone(**tokens).logits.sum().item()}
+
+
+@workflow("trl", "SFT: the dynamic loss (DFT) on experts")
+def dft(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained("SFT", adapted(peft, tiny.mixtral()), TEXTS, folder, loss_type="dft"))}
+
+
+@workflow("trl", "SFT: selective checkpointing of activations")
+def selective(peft: Any, folder: Path) -> Values:
+    options = {"gradient_checkpointing_kwargs": {"selective": True}}
+    return {"losses": losses(trained("SFT", adapted(peft), TEXTS, folder, **options))}
+
+
 @workflow("trl", "SFT: evaluated and saved by the trainer, texts generated")
 def evaluated(peft: Any, folder: Path) -> Values:
     trainer = trained("SFT", adapted(peft), TEXTS, folder, eval_dataset=datasets.Dataset.from_list(TEXTS))
@@ -189,7 +211,7 @@ def evaluated(peft: Any, folder: Path) -> Values:
     return {"found": {name: found[name] for name in names}, "texts": texts}
 
 
-@workflow("trl", "SFT: get_kbit_device_map, ModelConfig and get_peft_config of its scripts")
+@workflow("trl", "SFT: options by ModelConfig and get_peft_config, as in trl's scripts")
 def scripts(peft: Any, folder: Path) -> Values:
     arguments = trl.ModelConfig(use_peft=True, lora_r=4, lora_alpha=6, lora_target_modules=["q_proj", "v_proj"])
     theirs = trl.get_peft_config(arguments)

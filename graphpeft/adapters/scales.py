@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -28,29 +28,34 @@ def scaled(model: nn.Module, multiplier: float) -> Iterator[None]:
     places = [place for adapter in state.by_name.values() for place in _places(model, adapter)]
     if not places:
         raise AdaptError(f"no adapter of {sorted(state.by_name)} has a scale; LoRA's have")
-    before = [getattr(holder, name) for holder, name, _ in places]
+    before = [getattr(holder, name) for _, holder, name, _ in places]
     try:
-        for (holder, name, _), scale in zip(places, before, strict=True):
+        for (_, holder, name, _), scale in zip(places, before, strict=True):
             setattr(holder, name, scale * multiplier)
         yield
     finally:
-        for (holder, name, _), scale in zip(places, before, strict=True):
+        for (_, holder, name, _), scale in zip(places, before, strict=True):
             setattr(holder, name, scale)
 
 
-def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Gives adapters, by their names, the scales of their configs times a weight; inside a transaction.
+def set_weights(model: nn.Module, weights: Mapping[str, Callable[[str], float]]) -> None:
+    """Gives adapters the scales of their configs times weights; inside a transaction.
+
+    Args:
+        model: An adapted model.
+        weights: A function for each adapter, by its name, that returns the weight at the module of a path.
 
     Raises:
         AdaptError: If the model has no adapter of a name, one has no scale, or one is merged.
     """
     refuse_merged(model)
-    for adapter_name, weight in weights.items():
-        places = _places(model, known_adapter(model, adapter_name))
-        if not places and weight != 1:
+    for adapter_name, weight_at in weights.items():
+        adapter = known_adapter(model, adapter_name)
+        places = _places(model, adapter)
+        if not places and any(weight_at(adapted.site.owner) != 1 for adapted in adapter.sites):
             raise AdaptError(f"{adapter_name!r} has no scale that a weight could multiply; LoRA's adapters have one")
-        for holder, name, own in places:
-            set_number(vars(holder), name, own * weight)
+        for path, holder, name, own in places:
+            set_number(vars(holder), name, own * weight_at(path))
 
 
 def refuse_merged(model: nn.Module) -> None:
@@ -59,11 +64,11 @@ def refuse_merged(model: nn.Module) -> None:
         raise AdaptError(f"{joined(merged)} are merged, so their scales are in the weights; unmerge them first")
 
 
-def _places(model: nn.Module, adapter: Adapter) -> list[tuple[nn.Module, str, Any]]:
-    """Returns the holder and the name of each scale of an adapter, and its value by the config."""
+def _places(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, str, Any]]:
+    """Returns the module's path, the holder and the name of each scale of an adapter, and its value by the config."""
     modules = modules_of(model)
     return [
-        (*place_of(modules[adapted.site.owner], adapted.names[scale]), adapted.constants[scale])
+        (adapted.site.owner, *place_of(modules[adapted.site.owner], adapted.names[scale]), adapted.constants[scale])
         for adapted in adapter.sites
         for scale in adapted.rule.scales
         if scale in adapted.constants

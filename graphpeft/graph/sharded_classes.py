@@ -1,7 +1,9 @@
-"""Classes that PyTorch derives from those of modules which it distributes, without a change of what these compute.
+"""Classes that PyTorch derives from those of modules which it distributes or exports.
 
-``fully_shard`` and ``replicate`` set a module's class to ``class FSDPLinear(FSDPModule, Linear)``. Such a class is the
-outermost one of a module, and what adapters change is the class under it.
+They don't change what the modules compute. ``fully_shard`` and ``replicate`` set a module's class to
+``class FSDPLinear(FSDPModule, Linear)``. Such a class is the outermost one of a module, and what adapters change is the
+class under it. During an export, code that reads a submodule gets an object of ``class Linear(AttrProxy, Linear)``,
+which has the submodule's very attributes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ _MODULES = ("torch.distributed.fsdp", "torch.distributed._composable")
 
 
 def under_shards(cls: type) -> type:
-    """Returns the class from which one was derived to distribute a module; the class itself if it wasn't."""
-    while _distributes(cls):
+    """Returns the class from which one was derived to distribute or export a module; the class itself if it wasn't."""
+    while _distributes(cls) or _exports(cls):
         cls = cls.__bases__[1]
     return cls
 
@@ -41,3 +43,8 @@ _MADE: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueD
 def _distributes(cls: type) -> bool:
     bases = cls.__bases__
     return len(bases) == 2 and bases[0].__module__.startswith(_MODULES) and "__deepcopy__" in vars(cls)
+
+
+def _exports(cls: type) -> bool:
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__ == "torch.fx.experimental.proxy_tensor"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,25 +56,21 @@ class DiffusersMethods(SwitchingMethods, MergingMethods):
 
         Args:
             adapter_names: The name of one adapter, or a list of names.
-            weights: A number for all of them, or a list with a number for each; None, here or in the list, is 1.
+            weights: A number for all of them, or a list with a number for each; None, here or in the list, is 1. In
+                place of a number may be what Diffusers takes for blocks, as ``{"down": 0.9, "up": {"block_0": 0.5}}``.
 
         Raises:
-            ValueError: If there is another number of weights than of names, or a weight is no number, as those of
-                single blocks; the model is unchanged.
+            ValueError: If there is another number of weights than of names, or a weight is none; the model is
+                unchanged.
             AdaptError: If the model has no adapter of a name, or an adapter is merged; the model is unchanged.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        numbers = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
-        if len(numbers) != len(names):
-            raise ValueError(f"there are {len(names)} adapters and {len(numbers)} weights; pass a weight for each")
-        numbers = [1.0 if number is None else number for number in numbers]
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ValueError(
-                    f"{number!r} is no weight: those of single blocks don't exist here; pass a number for each adapter"
-                )
+        given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"there are {len(names)} adapters and {len(given)} weights; pass a weight for each")
+        functions = map(_weight_at, _expanded(self, [1.0 if weight is None else weight for weight in given]))
         with transaction(self):
-            scales.set_weights(self, dict(zip(names, numbers, strict=True)))
+            scales.set_weights(self, dict(zip(names, functions, strict=True)))
             self.set_adapter(names)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -179,3 +176,26 @@ _KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwar
 def is_of_diffusers(model: Any) -> bool:
     """Returns whether a model has Diffusers' methods for adapters."""
     return any(cls.__module__ == "diffusers.loaders.peft" for cls in type(model).__mro__)
+
+
+def _expanded(model: Any, weights: list[Any]) -> list[Any]:
+    """Returns weights with those of blocks by the paths of these, as Diffusers expands them for a model."""
+    of_models = sys.modules["diffusers.loaders.peft"]._SET_ADAPTER_SCALE_FN_MAPPING
+    return of_models[type(model).__name__](model, weights)
+
+
+def _weight_at(given: Any) -> Callable[[str], float]:
+    """Returns a function of a module's path, from a number or from numbers by what stands in paths."""
+    by_part = given if isinstance(given, dict) else {"": given}
+    for number in by_part.values():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"{number!r} is no weight of an adapter; pass a number")
+
+    def at(path: str) -> float:
+        names = path.split(".")
+        # the other layers of a block have the weight of the attention with their number
+        parts = [part for part in by_part if part in path]
+        parts += [f"{names[0]}.{names[1]}.attentions.{names[3]}"] if len(names) > 3 else []
+        return next((by_part[part] for part in parts if part in by_part), 1.0)
+
+    return at

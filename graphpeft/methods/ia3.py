@@ -106,7 +106,6 @@ class Factors(WeightRule):
     groups: int = 1
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
-    adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that are neither matrices nor those of convolutions."""
@@ -123,6 +122,10 @@ class Factors(WeightRule):
         if config.init_ia3_weights:
             parameters["factors"].fill_(1)
 
+    def _beside(self, factors: Any) -> Any:
+        """Returns factors in a shape that broadcasts over features, which a convolution has in front of positions."""
+        return factors[0] if self.kernel else factors.flatten()
+
     def unmergeable(self, site: Any) -> str | None:
         """Refuses calls of layers, as PEFT does: quantised weights can't be scaled in place."""
         return "the factors of a quantised layer aren't merged, as in PEFT" if isinstance(site, LeafSite) else None
@@ -138,7 +141,7 @@ class InputFactors(Factors, InputRule):
 
     def enter(self, x: Any, factors: Any) -> Any:
         """Returns l ⊙ x."""
-        return (x * factors[0]).to(x.dtype)
+        return (x * self._beside(factors)).to(x.dtype)
 
     def delta(self, weight: Any, factors: Any) -> Any:
         """Returns W diag(l) − W; a group's kernels have the factors of its own features."""
@@ -159,7 +162,7 @@ class OutputFactors(Factors, OperationRule):
 
     def rewrite(self, y: Any, factors: Any) -> Any:
         """Returns l ⊙ y."""
-        return (y * (factors[0] if self.kernel else factors.flatten())).to(y.dtype)
+        return (y * self._beside(factors)).to(y.dtype)
 
     def delta(self, weight: Any, factors: Any) -> Any:
         """Returns diag(l) W − W."""

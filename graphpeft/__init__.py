@@ -22,6 +22,7 @@ from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
@@ -113,6 +114,7 @@ __all__ = [
     "FileForm",
     "FullyTrainedModule",
     "GuardError",
+    "IA3Config",
     "InputRule",
     "LeafSite",
     "LoftQConfig",

@@ -165,6 +165,7 @@ SAVED = [
         _traced,
         lambda: graphpeft.LoraPerCallConfig(r=2, lora_alpha=3, target_modules=["qkv", "head"]),
     ),
+    Saved("ia3", _llama, graphpeft.IA3Config),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphpeft.methods
 from graphpeft import (
     CPTConfig,
+    IA3Config,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -133,7 +134,13 @@ def prompt(config_class: Any, **options: Any) -> Case:
     return Case(LLAMA.make, config_class(**IN_FRONT | options), inputs)
 
 
+def ia3(make: Callable[[], nn.Module], enters: list[str]) -> Case:
+    return Case(make, IA3Config(target_modules=["0"], feedforward_modules=enters), (GROUPED,))
+
+
 CASES = {
+    "InputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), ["0"]),
+    "OutputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, padding=1), nn.Tanh()), []),
     "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),
     "LoraConvolution": lora(lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh()), VECTORS),
     "LoraWithinGroups": lora(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),

@@ -401,8 +401,8 @@ def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(
 @in_any_state
 def test_a_config_of_a_method_that_isnt_there_is_refused(build: Callable[[], Any]) -> None:
     model = build()
-    theirs: Any = peft.IA3Config(target_modules=["up"], feedforward_modules=[])
-    with refused(model, ValueError, "IA3", "supported", "LORA"):
+    theirs: Any = peft.LNTuningConfig(target_modules=["up"])
+    with refused(model, ValueError, "LN_TUNING", "supported", "LORA"):
         get_peft_model(model, theirs, "second")
 
 
@@ -708,7 +708,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
     [
         ({"r": 0}, ["r must be a positive integer"]),
         ({"r": 2.5}, ["r must be int, not 2.5"]),
-        ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
+        ({"peft_type": "ADALORA"}, ["'ADALORA'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
         ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
@@ -731,10 +731,10 @@ def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None
 
 
 def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:
-    edit_config(saved, peft_type="IA3")
-    with pytest.raises(ValueError, match="IA3"):
+    edit_config(saved, peft_type="ADALORA")
+    with pytest.raises(ValueError, match="ADALORA"):
         LoraConfig.from_pretrained(saved)
-    with pytest.raises(ValueError, match="IA3"):
+    with pytest.raises(ValueError, match="ADALORA"):
         PeftConfig.from_pretrained(saved)
 
 

@@ -18,13 +18,14 @@ from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WIT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from written_methods import HRAConfig, IA3Config, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
+from written_methods import HRAConfig, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
 from graphpeft import (
     AdaptError,
     BoundaryRule,
     DeltaRule,
+    IA3Config,
     InputRule,
     LoraConfig,
     OperationRule,
@@ -85,7 +86,12 @@ METHODS = (
     Method("vera-unsaved", VeraConfig, peft.VeraConfig, {"r": 3, "save_projection": False}, MATRICES),
     Method("shira", ShiraConfig, peft.ShiraConfig, {"r": 2, "random_seed": 5}, MATRICES[:2]),
 )
-PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in METHODS for case in method.cases]
+MORE = (
+    Method("ia3-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": []}, (CONV_2D, POINTWISE, CONV_3D)),
+    Method("ia3-into-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, (CONV_2D, CONV_3D)),
+    Method("ia3-drawn", IA3Config, peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}, MATRICES),
+)
+PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in (*METHODS, *MORE) for case in method.cases]
 
 
 def moved(model: Any, seed: int = 3) -> Any:
@@ -880,7 +886,7 @@ BIASES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_bias_whose_change_has_no_place_is_not_merged(name: str) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(Using(BIASES[name]))
-    model: Any = moved(get_peft_model(base, IA3Config(target_modules=["0.w"])))
+    model: Any = moved(get_peft_model(base, IA3Config(target_modules=["0.w"], feedforward_modules=[])))
     before = model(X[:, :6])
     with pytest.raises(AdaptError, match=r"adds what is computed|add other biases each|is read elsewhere, too"):
         model.merge_adapter()
@@ -901,7 +907,7 @@ def test_a_weight_that_is_read_both_ways_is_for_rules_that_know_both(name: str) 
     torch.manual_seed(0)
     base = nn.Sequential(Using(BOTH_WAYS[name]))
     with pytest.raises(AdaptError, match=r"as \(out, in\) and as \(in, out\), and OutputFactors knows one of them"):
-        get_peft_model(base, IA3Config(target_modules=["0.w"]))
+        get_peft_model(base, IA3Config(target_modules=["0.w"], feedforward_modules=[]))
     for config in (LowRankConfig(target_modules=["0.w"]), LoraConfig(r=2, target_modules=["0.w"])):
         model: Any = moved(get_peft_model(copy.deepcopy(base), config))
         active = model(X)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from graphpeft import (
     DeltaRule,
     InputRule,
-    OperationRule,
     ParameterSpec,
     PeftType,
     TargetedConfig,
@@ -27,58 +26,6 @@ from graphpeft import (
 
 def kaiming(weight: Tensor) -> None:
     nn.init.kaiming_uniform_(weight, a=5**0.5)
-
-
-# (IA)³, arXiv:2205.05638: learned factors for what goes into feed-forward layers, and for what comes out of others
-
-
-@dataclass(frozen=True)
-class Factors(WeightRule):
-    """What both rules of (IA)³ have: a factor for each feature."""
-
-    adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
-
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        parameters["factors"].normal_()
-        if config.init_ia3_weights:
-            parameters["factors"].fill_(1)
-
-    def delta(self, weight: Any, factors: Any) -> Any:
-        return weight * (factors - 1)
-
-
-class InputFactors(Factors, InputRule):
-    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        return {"factors": ParameterSpec((1, site.in_features), key="ia3_l")}
-
-    def enter(self, x: Any, factors: Any) -> Any:
-        return (x * factors.flatten()).to(x.dtype)
-
-
-class OutputFactors(Factors, OperationRule):
-    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        return {"factors": ParameterSpec((site.out_features, 1), key="ia3_l")}
-
-    def rewrite(self, y: Any, factors: Any) -> Any:
-        return (y * factors.flatten()).to(y.dtype)
-
-    def bias_delta(self, bias: Any, factors: Any) -> Any:
-        return bias * (factors.flatten() - 1)
-
-
-@dataclass(kw_only=True)
-class IA3Config(TargetedConfig):
-    peft_type: ClassVar[Any] = PeftType.IA3
-    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    starts_as_identity: ClassVar[bool] = True
-
-    feedforward_modules: list[str] | None = None
-    fan_in_fan_out: bool = False
-    init_ia3_weights: bool = True
-
-    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
-        enters = any(site.name.endswith(name) for name in self.feedforward_modules or ())
-        return InputFactors() if enters else OutputFactors()
 
 
 # OFT, arXiv:2306.07280: W' = W Rᵀ, with blocks of rotations on the diagonal of R
@@ -327,4 +274,4 @@ class ShiraConfig(TargetedConfig):
         return Sparse(site.matrix_shape)
 
 
-METHODS = (IA3Config, OFTConfig, HRAConfig, LoHaConfig, VeraConfig, ShiraConfig)
+METHODS = (OFTConfig, HRAConfig, LoHaConfig, VeraConfig, ShiraConfig)

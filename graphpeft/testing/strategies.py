@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpeft import LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
+from graphpeft import IA3Config, LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
 from graphpeft.rules.registry import registered
 
 DIM = 8
@@ -318,6 +318,19 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
 
 
 @st.composite
+def ia3_configs(draw: Any, model: nn.Module, identity: bool) -> IA3Config:
+    """Returns a strategy for (IA)³ configs that fit `model`; with `identity`, all factors are 1 at first."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    entries = _entries(chosen, [path for path, _ in model.named_modules()])
+    enter = draw(st.lists(st.sampled_from(chosen), unique=True))
+    return IA3Config(
+        target_modules=entries,
+        feedforward_modules="|".join(map(re.escape, enter)) if isinstance(entries, str) else enter,
+        init_ia3_weights=identity or draw(st.booleans()),
+    )
+
+
+@st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
     return PromptTuningConfig(**draw(_prompt_options()))
@@ -364,6 +377,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
+    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

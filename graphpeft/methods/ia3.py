@@ -1,0 +1,283 @@
+"""(IA)³: a learned factor for each feature that goes into a layer, or that comes out of it.
+
+    y = W (l ⊙ x) + b         at `feedforward_modules`:  W' = W diag(l)
+    y = l ⊙ (W x + b)         at the other targets:      W' = diag(l) W    b' = l ⊙ b
+
+Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
+2205.05638; the same numbers as PEFT's ``tuners/ia3/layer.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.graph import ops
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.delta_rule import WeightRule
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
+from graphpeft.rules.rule import InputRule, OperationRule, Rule
+from graphpeft.sites.site import LeafSite
+from graphpeft.targeting import targets
+from graphpeft.targeting.patterns import Pattern
+from graphpeft.targeting.target_config import TargetedConfig
+
+_FEED_FORWARD: dict[str, tuple[str, ...]] = {
+    "t5": ("wo",),
+    "mt5": (),
+    "gpt2": ("mlp.c_proj",),
+    "bloom": ("mlp.dense_4h_to_h",),
+    "roberta": ("output.dense",),
+    "opt": ("fc2",),
+    "gptj": ("fc_out",),
+    "gpt_neox": ("dense_4h_to_h",),
+    "gpt_neo": ("c_proj",),
+    "bart": ("fc2",),
+    "gpt_bigcode": ("mlp.c_proj",),
+    "llama": ("down_proj",),
+    "llama4": ("down_proj",),
+    "mistral": ("down_proj",),
+    "mixtral": ("w2",),
+    "bert": ("output.dense",),
+    "deberta-v2": ("output.dense",),
+    "deberta": ("output.dense",),
+    "RefinedWeb": ("dense_4h_to_h",),
+    "RefinedWebModel": ("dense_4h_to_h",),
+    "falcon": ("dense_4h_to_h",),
+    "phi": ("fc2",),
+    "gemma": ("down_proj",),
+    "gemma2": ("down_proj",),
+    "gemma3_text": ("down_proj",),
+    "qwen2": ("down_proj",),
+    "qwen3": ("down_proj",),
+}
+"""The default `feedforward_modules`, by `model_type`, as in PEFT."""
+
+_OTHERS: dict[str, tuple[str, ...]] = {
+    "t5": ("k", "v"),
+    "mt5": ("k", "v", "wi_1"),
+    "gpt2": ("c_attn",),
+    "bloom": ("query_key_value",),
+    "roberta": ("key", "value"),
+    "opt": ("q_proj", "k_proj"),
+    "gptj": ("q_proj", "v_proj"),
+    "gpt_neox": ("query_key_value",),
+    "gpt_neo": ("q_proj", "v_proj"),
+    "bart": ("q_proj", "v_proj"),
+    "gpt_bigcode": ("c_attn",),
+    "llama": ("k_proj", "v_proj"),
+    "llama4": ("q_proj", "v_proj"),
+    "mistral": ("k_proj", "v_proj"),
+    "mixtral": ("k_proj", "v_proj"),
+    "bert": ("key", "value"),
+    "deberta-v2": ("key_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "RefinedWeb": ("query_key_value",),
+    "RefinedWebModel": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "phi": ("q_proj", "v_proj"),
+    "gemma": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "v_proj"),
+    "gemma3_text": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+}
+"""What else is adapted by default."""
+
+
+@dataclass(frozen=True)
+class Factors(WeightRule):
+    """The factors of one layer.
+
+    Attributes:
+        kernel: The number of dimensions of a convolution's kernel; 0 for a matrix.
+        groups: The number of groups of a convolution's features.
+    """
+
+    kernel: int = 0
+    groups: int = 1
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are neither matrices nor those of convolutions."""
+        if isinstance(site, LeafSite):
+            return None
+        reason = super().check(site, config)
+        if reason is None and site.layout is not ops.Convolution and len(site.shape) != 2:
+            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix, whose features have factors"
+        return reason
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws the factors, and sets them to 1 where the config asks for it, as PEFT does."""
+        parameters["factors"].normal_()
+        if config.init_ia3_weights:
+            parameters["factors"].fill_(1)
+
+    def _beside(self, factors: Any) -> Any:
+        """Returns factors in a shape that broadcasts over features, which a convolution has in front of positions."""
+        return factors[0] if self.kernel else factors.flatten()
+
+    def unmergeable(self, site: Any) -> str | None:
+        """Refuses calls of layers, as PEFT does: quantised weights can't be scaled in place."""
+        return "the factors of a quantised layer aren't merged, as in PEFT" if isinstance(site, LeafSite) else None
+
+
+@dataclass(frozen=True)
+class InputFactors(Factors, InputRule):
+    """Factors for what goes into a layer."""
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factors, (1, in), with a 1 for each dimension of a kernel."""
+        return {"factors": ParameterSpec((1, site.in_features, *(1,) * self.kernel), key="ia3_l")}
+
+    def enter(self, x: Any, factors: Any) -> Any:
+        """Returns l ⊙ x."""
+        return (x * self._beside(factors)).to(x.dtype)
+
+    def delta(self, weight: Any, factors: Any) -> Any:
+        """Returns W diag(l) − W; a group's kernels have the factors of its own features."""
+        if self.groups == 1:
+            return weight * (factors - 1)
+        grouped = weight.unflatten(0, (self.groups, -1))
+        return (grouped * (factors - 1).unflatten(1, (self.groups, -1)).transpose(0, 1)).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class OutputFactors(Factors, OperationRule):
+    """Factors for what comes out of a layer, with its bias."""
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factors: (out, 1), and of a convolution (1, out) with a 1 for each dimension of its kernel."""
+        shape = (1, site.out_features, *(1,) * self.kernel) if self.kernel else (site.out_features, 1)
+        return {"factors": ParameterSpec(shape, key="ia3_l")}
+
+    def rewrite(self, y: Any, factors: Any) -> Any:
+        """Returns l ⊙ y."""
+        return (y * self._beside(factors)).to(y.dtype)
+
+    def delta(self, weight: Any, factors: Any) -> Any:
+        """Returns diag(l) W − W."""
+        return weight * ((factors.transpose(0, 1) if self.kernel else factors) - 1)
+
+    def bias_delta(self, bias: Any, factors: Any) -> Any:
+        """Returns l ⊙ b − b."""
+        return bias * (factors.flatten() - 1)
+
+
+@register
+@dataclass(kw_only=True)
+class IA3Config(TargetedConfig):
+    """The options of (IA)³ beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
+    2205.05638.
+
+    Attributes:
+        feedforward_modules: Those of the targets whose inputs are scaled, in place of their outputs: a list of endings
+            of their paths, or a regular expression for whole paths. None takes the default for the model's
+            `model_type`.
+        fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
+        init_ia3_weights: Whether all factors are 1 at first; if False, they are drawn from a normal distribution.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for `feedforward_modules` that aren't among the targets.
+
+    Example:
+        >>> config = IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), config)
+        >>> model[0].default.factors.shape, model[2].default.factors.shape
+        (torch.Size([16, 1]), torch.Size([1, 16]))
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.IA3
+    prefix: ClassVar[str | None] = "ia3_"
+    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
+    adapts_leaves: ClassVar[bool] = True
+    default_targets: ClassVar[targets.Defaults] = {
+        name: (*others, *_FEED_FORWARD[name]) for name, others in _OTHERS.items()
+    }
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_ia3_weights"}
+
+    feedforward_modules: list[str] | set[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, list | tuple):
+            self.feedforward_modules = set(self.feedforward_modules)
+        named, among = self.feedforward_modules, self.target_modules
+        if isinstance(named, set) and isinstance(among, set) and not named <= among:
+            raise ValueError(f"feedforward_modules names {sorted(named - among)}, which target_modules doesn't name")
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether all factors are 1."""
+        return self.init_ia3_weights
+
+    def resolved(self, model: nn.Module) -> IA3Config:
+        """Returns the config with `feedforward_modules` filled in."""
+        config: Any = super().resolved(model)
+        if config.feedforward_modules is None:
+            try:
+                config.feedforward_modules = set(targets.default_target_modules(model, _FEED_FORWARD))
+            except ValueError as error:
+                raise ValueError(
+                    "feedforward_modules is None, and no default is known for the model; name those targets whose "
+                    "inputs are scaled, or give [] for none"
+                ) from error
+        return config
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
+        """Returns the rule for a layer's inputs or for its outputs."""
+        rule = InputFactors if self._is_feed_forward(site.name) else OutputFactors
+        if site.op is ops.Convolution:
+            return rule(kernel=len(site.matrix_shape) - 2, groups=site.groups)
+        return rule()
+
+    def _is_feed_forward(self, name: str) -> bool:
+        named = self.feedforward_modules or ()
+        if isinstance(named, str):
+            return Pattern(named, named, "feedforward_modules").fullmatch(name) is not None
+        return any(name.endswith(ending) for ending in named)
+
+    def for_file(self, sites: Sequence[Any]) -> IA3Config:
+        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
+        config = copy.deepcopy(self)
+        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        return config
+
+    def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> IA3Config:
+        """Returns the config that names the targets of all.
+
+        Raises:
+            ValueError: If some name their targets by lists and others by patterns, or `combination_type` is for LoRA.
+        """
+        if how.kind not in ("linear", "svd"):  # the latter is the default of add_weighted_adapter
+            raise ValueError(f"combination_type={how.kind!r} isn't for IA3, whose factors are summed; leave it out")
+        config = copy.deepcopy(self)
+        for name in ("target_modules", "feedforward_modules"):
+            setattr(config, name, _union(name, [getattr(each, name) for each in configs]))
+        return config
+
+    def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Tensor]:
+        """Returns Σ wᵢ lᵢ, as PEFT does."""
+        return {"factors": torch.stack([part.tensors["factors"] * part.weight for part in parts]).sum(0)}
+
+
+def _union(option: str, values: Sequence[Any]) -> set[str] | str:
+    """Returns the value of an option that names what these name."""
+    if len({isinstance(value, str) for value in values}) > 1:
+        raise ValueError(f"{option} is a pattern in some of them, and a list in others; spell it alike")
+    if isinstance(values[0], str):
+        return "|".join(f"({value})" for value in dict.fromkeys(values))
+    return set[str]().union(*values)

@@ -1,0 +1,176 @@
+"""(IA)³ on whole models, on layers that PEFT doesn't adapt, and combined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import BERT, GPT2, LLAMA, T5, Example, call, result
+from oracle import LINEAR, Case
+from test_quantised import by_bitsandbytes, by_torchao
+from test_written_methods import moved
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig
+
+import graphpeft
+from graphpeft import AdaptError, IA3Config, get_peft_model, get_peft_model_state_dict
+from graphpeft.testing import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:no gradient goes through")
+
+
+@pytest.mark.parametrize("example", [LLAMA, GPT2, BERT, T5], ids=str)
+def test_defaults_name_the_targets_that_pefts_do(example: Example):
+    found = {}
+    for library in (peft, graphpeft):
+        torch.manual_seed(3)
+        model = moved(library.get_peft_model(example.build(), library.IA3Config()))
+        found[library] = model, get_peft_state_of(library, model)
+    (theirs, expected), (ours, tensors) = found[peft], found[graphpeft]
+    assert tensors.keys() == expected.keys()
+    graphpeft.set_peft_model_state_dict(ours, expected)
+    torch.testing.assert_close(result(call(ours, example.inputs())), result(call(theirs, example.inputs())))
+
+
+def get_peft_state_of(library: Any, model: Any) -> dict[str, Tensor]:
+    return library.get_peft_model_state_dict(model)
+
+
+def test_a_pattern_names_feed_forward_modules_by_their_whole_path():
+    options = {"target_modules": r".*(q_proj|down_proj)", "feedforward_modules": r".*\.1\..*down_proj"}
+    shapes = []
+    for library in (peft, graphpeft):
+        state = library.get_peft_model_state_dict(library.get_peft_model(LLAMA.build(), library.IA3Config(**options)))
+        shapes.append({key: tensor.shape for key, tensor in state.items()})
+    assert shapes[0] == shapes[1]
+    assert {shape[0] == 1 for key, shape in shapes[1].items() if "down_proj" in key} == {True, False}
+
+
+class Odd(nn.Module):
+    """Layers that PEFT's (IA)³ doesn't adapt: of one dimension, in groups, and a weight that is a plain parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv1d(6, 8, 3, groups=2)
+        self.w = nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.grouped(torch.tanh(self.one(x)))).mT @ self.w
+
+
+@pytest.mark.parametrize("enters", [[], ["one", "grouped", "w"]], ids=["outputs", "inputs"])
+def test_every_law_holds_for_layers_that_peft_lacks(enters: list[str]):
+    torch.manual_seed(0)
+    config = IA3Config(target_modules=["one", "grouped", "w"], feedforward_modules=enters)
+    verification = verify(Odd(), config, (torch.randn(2, 4, 9),), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+def test_inputs_of_groups_are_scaled_as_in_peft_active_and_merged():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), torch.randn(2, 6, 5, 5)
+    options = {"target_modules": ["0"], "feedforward_modules": ["0"]}
+    theirs: Any = moved(peft.get_peft_model(copy.deepcopy(base), peft.IA3Config(**options)))
+    ours: Any = get_peft_model(copy.deepcopy(base), IA3Config(**options))
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.merge_and_unload()(x), theirs(x))
+
+
+QUANTISED: dict[str, Callable[[], nn.Module]] = {
+    "bitsandbytes": by_bitsandbytes(__import__("bitsandbytes").nn.LinearNF4),
+    "torchao": by_torchao(Int8WeightOnlyConfig),
+}
+
+
+@pytest.mark.parametrize("enters", [[], ["0", "2"]], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_layers_are_scaled_and_not_merged(kind: str, enters: list[str]):
+    case = Case(kind, QUANTISED[kind], lambda: (torch.randn(3, 64),))
+    (x,) = case.inputs()
+    model: Any = moved(
+        get_peft_model(case.build(), IA3Config(target_modules=["0", "2"], feedforward_modules=enters)), seed=4
+    )
+    base, first, second = case.build(), *(model[index].default.factors.flatten() for index in (0, 2))
+    hidden = base[0](x * first) if enters else base[0](x) * first  # pyright: ignore[reportIndexIssue]
+    hidden = base[1](hidden)  # pyright: ignore[reportIndexIssue]
+    expected = base[2](hidden * second) if enters else base[2](hidden) * second  # pyright: ignore[reportIndexIssue]
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(AdaptError, match="the factors of a quantised layer aren't merged"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("enters", [[], ["0"]], ids=["outputs", "inputs"])
+def test_a_combination_has_the_weighted_sum_of_factors_as_in_peft(enters: list[str]):
+    states = []
+    for library in (peft, graphpeft):
+        config = library.IA3Config(target_modules=["0"], feedforward_modules=enters, init_ia3_weights=False)
+        torch.manual_seed(1)
+        model: Any = library.get_peft_model(LINEAR.build(), config)
+        model.add_adapter("second", config)
+        model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum")
+        states.append(library.get_peft_model_state_dict(model, adapter_name="sum"))
+        if library is graphpeft:
+            with pytest.raises(AdaptError, match="combination_type='cat' isn't for IA3"):
+                model.add_weighted_adapter(["default", "second"], [1, 1], "other", "cat")
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor)
+
+
+def test_rows_of_a_batch_have_different_factors():
+    model: Any = moved(get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=[])))
+    model.add_adapter("into", IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False))
+    (x,) = LINEAR.inputs()
+    found = model(x, adapter_names=["default", "into", "__base__", "default"])
+    for row, name in enumerate(["default", "into", None, "default"]):
+        model.set_adapter(name or [])
+        torch.testing.assert_close(found[row], model(x)[row])
+
+
+def test_it_acts_beside_lora_and_is_merged_with_it():
+    model: Any = moved(get_peft_model(LLAMA.build(), IA3Config()))
+    model.add_adapter(
+        "lora", graphpeft.LoraConfig(r=2, target_modules=["down_proj", "k_proj"], init_lora_weights=False)
+    )
+    model.set_adapter(["default", "lora"])
+    active = result(call(model, LLAMA.inputs()))
+    model.merge_adapter()
+    torch.testing.assert_close(result(call(model, LLAMA.inputs())), active, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target_modules": ["0"], "feedforward_modules": ["1"]}, r"feedforward_modules names \['1'\], which target"),
+        ({"target_modules": ["0"]}, "feedforward_modules is None, and no default is known for the model"),
+    ],
+)
+def test_what_names_no_feed_forward_modules_is_refused(options: dict[str, Any], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(LINEAR.build(), IA3Config(**options))
+
+
+def test_a_stack_of_matrices_is_refused_by_its_shape():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x, self.up)
+
+    with pytest.raises(AdaptError, match=r"up of shape \(2, 6, 5\) is no matrix, whose features have factors"):
+        get_peft_model(Experts(), IA3Config(target_modules=["up"], feedforward_modules=[]))
+
+
+def test_files_of_peft_are_told_apart_from_other_methods(tmp_path: Any):
+    model = get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=[]))
+    model.save_pretrained(tmp_path)
+    assert type(graphpeft.PeftConfig.from_pretrained(tmp_path)) is IA3Config
+    assert list(get_peft_model_state_dict(model)) == ["base_model.model.0.ia3_l"]

@@ -43,6 +43,7 @@ def page(rows: list[Row]) -> str:
   a thousandth.
 - *other values*: it holds in both; the reason for other values is told.
 - *graphpeft alone*: PEFT's error is told.
+- *PEFT alone*: it is refused here; the way out is told.
 
 {counted}.
 

@@ -32,6 +32,7 @@ OWN = (
     "callbacks",
     "reward_processing_classes",
     "teacher_model",
+    "peft_config",
 )  # the trainer's, not its config's
 
 

@@ -40,8 +40,8 @@ class Row(NamedTuple):
 
 
 def failed(row: Row) -> bool:
-    """Returns whether graphpeft owes its user something: what PEFT does, or a reason for other values."""
-    return row.verdict in ("PEFT alone", "neither") or (row.verdict == "other values" and not row.workflow.apart)
+    """Returns whether graphpeft owes its user something: what PEFT does, or a reason why not, or for other values."""
+    return row.verdict == "neither" or (row.verdict in ("PEFT alone", "other values") and not row.workflow.apart)
 
 
 def difference(left: Any, right: Any) -> str:

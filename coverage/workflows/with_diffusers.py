@@ -41,6 +41,35 @@ def unet_convolutions(peft: Any, folder: Path) -> Values:
     return {"losses": losses}
 
 
+@workflow(
+    TOOL,
+    "unet.add_adapter(config)",
+    apart="Diffusers calls PEFT's own inject_adapter_in_model: call get_peft_model(unet, config)",
+)
+def added(peft: Any, folder: Path) -> Values:
+    unet = _unet().requires_grad_(False)
+    torch.manual_seed(1)
+    unet.add_adapter(_config(peft))
+    return {"losses": fit(unet, lambda: _denoised(unet).square().mean(), lr=0.01)}
+
+
+@workflow(
+    TOOL,
+    "a file is loaded by unet.load_lora_adapter beside an adapter that is there",
+    apart="Diffusers lets PEFT wrap layers: load it before the model is adapted, or by model.load_adapter",
+)
+def loaded_beside(peft: Any, folder: Path) -> Values:
+    first = adapted(peft, _unet(), *ATTENTION)
+    state = peft.get_peft_model_state_dict(first)
+    tensors = {name.removeprefix("base_model.model."): tensor.clone() for name, tensor in state.items()}
+    unet = _unet()
+    torch.manual_seed(1)
+    peft.inject_adapter_in_model(_config(peft), unet)
+    unet.load_lora_adapter(tensors, prefix=None, adapter_name="second")
+    unet.set_adapters(["second"])
+    return {"sum": _denoised(unet).sum().item()}
+
+
 @workflow(TOOL, "inject_adapter_in_model as the training scripts' add_adapter, with trained parameters in float32")
 def injected(peft: Any, folder: Path) -> Values:
     unet = _unet().requires_grad_(False).to(torch.bfloat16)

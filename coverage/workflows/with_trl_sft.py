@@ -29,6 +29,15 @@ def sft(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trained("SFT", adapted(peft), TEXTS, folder))}
 
 
+@workflow(
+    "trl",
+    "SFT: the trainer is given a base and peft_config=",
+    apart="trl calls PEFT's own get_peft_model: pass an adapted model, model=get_peft_model(base, config)",
+)
+def config_of_trainer(peft: Any, folder: Path) -> Values:
+    return {"losses": losses(trained("SFT", tiny.llama(), TEXTS, folder, peft_config=lora(peft)))}
+
+
 @workflow("trl", "SFT: packed rows of several texts")
 def packed(peft: Any, folder: Path) -> Values:
     return {"losses": losses(trained("SFT", adapted(peft), TEXTS, folder, packing=True, max_length=32))}

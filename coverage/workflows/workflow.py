@@ -23,7 +23,7 @@ class Workflow(NamedTuple):
         tool: The tool, as the page names it.
         name: What is done with it.
         script: Does it.
-        apart: Why the libraries' values differ, if they do and should.
+        apart: Why the libraries' values differ, if they do and should; or what to do here, if PEFT alone can do it.
     """
 
     tool: str

@@ -41,7 +41,7 @@ def get_peft_state_of(library: Any, model: Any) -> dict[str, Tensor]:
 
 
 def test_a_pattern_names_feed_forward_modules_by_their_whole_path():
-    options = {"target_modules": r".*(q_proj|down_proj)", "feedforward_modules": r".*\.1\..*down_proj"}
+    options: dict[str, Any] = {"target_modules": r".*(q_proj|down_proj)", "feedforward_modules": r".*\.1\..*down_proj"}
     shapes = []
     for library in (peft, graphpeft):
         state = library.get_peft_model_state_dict(library.get_peft_model(LLAMA.build(), library.IA3Config(**options)))
@@ -74,7 +74,7 @@ def test_every_law_holds_for_layers_that_peft_lacks(enters: list[str]):
 def test_inputs_of_groups_are_scaled_as_in_peft_active_and_merged():
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), torch.randn(2, 6, 5, 5)
-    options = {"target_modules": ["0"], "feedforward_modules": ["0"]}
+    options: dict[str, Any] = {"target_modules": ["0"], "feedforward_modules": ["0"]}
     theirs: Any = moved(peft.get_peft_model(copy.deepcopy(base), peft.IA3Config(**options)))
     ours: Any = get_peft_model(copy.deepcopy(base), IA3Config(**options))
     graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import typing
 from pathlib import Path
 from typing import Any
 
+import numpy
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from models import LLAMA, call, result
 from oracle import MATRICES, Case, by_peft, by_us
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
 from torch import Tensor, nn
@@ -174,11 +177,50 @@ def test_ranks_that_can_not_be_are_refused(rank: float, reason: str):
         graphpeft.convert_to_lora(model, rank)
 
 
+@pytest.mark.parametrize("rank", ["a", None, True, torch.tensor(2)])
+def test_what_is_no_number_is_no_rank(rank: Any):
+    model = adapted(mixed(), target_modules=["head"], use_dora=True)
+    with pytest.raises(TypeError, match=r"rank is a .*; give an int, or a share"):
+        graphpeft.convert_to_lora(model, rank)
+
+
+def test_integers_of_numpy_are_ranks():
+    model = adapted(mixed(), target_modules=["head"], use_dora=True)
+    assert graphpeft.convert_to_lora(model, typing.cast(int, numpy.int64(2)))[0].r == 2
+
+
+def test_a_rank_that_the_groups_of_a_convolution_divide_is_refused_by_name():
+    model = adapted(nn.Sequential(nn.Conv1d(8, 16, 5, groups=4)), target_modules=["0"], r=3)
+    with (
+        pytest.warns(graphpeft.PeftWarning, match="already a LoRA adapter"),
+        pytest.raises(
+            ValueError, match=r"0 can't have LoRA of this rank: its features are in 4 groups"
+        ),
+    ):
+        graphpeft.convert_to_lora(model, 4)
+
+
+def test_replicated_layers_stay_replicated(tmp_path: Path):
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 2)], "use_dora": True}
+    model = adapted(LLAMA.build(), **options)
+    graphpeft.save_as_lora(tmp_path, model, 1.0)
+    loaded = graphpeft.PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    expected = result(call(model.eval(), LLAMA.inputs()))
+    torch.testing.assert_close(result(call(loaded, LLAMA.inputs())), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"lora_bias": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_what_is_more_than_changes_of_weights_says_so(options: dict[str, Any]):
+    model = adapted(mixed(), target_modules=["head"], **options)
+    assert not model.supports_lora_conversion()
+
+
 def test_what_is_no_sum_of_weights_is_refused():
     with pytest.raises(TypeError, match="the Mixed has no adapters"):
         graphpeft.convert_to_lora(mixed(), 2)
     model = adapted(mixed(), target_modules=["head"], bias="all")
-    with pytest.raises(ValueError, match="'default' trains biases"):
+    with pytest.raises(ValueError, match="'default' changes biases"):
         graphpeft.convert_to_lora(model, 2)
     model = adapted(mixed(), target_modules=["head"], init_lora_weights="pissa")
     with pytest.raises(ValueError, match="'default' has taken a part of the weights"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,79 @@ def test_rows_of_a_mixed_batch_have_their_own_rounded_weight():
         torch.testing.assert_close(found[row], model(x)[row])
 
 
+@pytest.mark.parametrize("quantisers_of", [(None, "own"), ("own", None), ("own", "own")], ids=str)
+def test_adapters_of_one_quantised_layer_all_act_in_either_order(quantisers_of: tuple[Any, Any]):
+    case = next(case for case in WEIGHT_ONLY if case.name == "bitsandbytes nf4")
+    model = adapted(case, quantisers_of[0])
+    config = LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, target_modules=["0"])
+    config.merged_quantiser = quantisers_of[1]
+    model.add_adapter("second", config)
+    (x,) = case.inputs()
+    own = case.build()
+    changes = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        changes.append(model[0](x) - own[0](x))  # pyright: ignore[reportIndexIssue]
+    model.set_adapter(["default", "second"])
+    torch.testing.assert_close(model[0](x), own[0](x) + changes[0] + changes[1], rtol=1e-4, atol=1e-4)  # pyright: ignore
+    model(x).sum().backward()
+    for name in ("default", "second"):
+        assert model.get_parameter(f"0.{name}.lora_A").grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("case", WEIGHT_ONLY[:3], ids=str)
+def test_dequantised_it_has_the_rounded_numbers(case: Case):
+    model = adapted(case, "own")
+    active = outputs(model, case)
+    plain = copy.deepcopy(model).merge_and_unload(dequantize=True)
+    torch.testing.assert_close(outputs(plain, case), active, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (
+            lambda weight: weight[:1],
+            r"a tensor of shape \(1, 6\) and torch.float32 for the weight of 0, of shape \(8, 6\)",
+        ),
+        (lambda weight: weight.double(), ".*torch.float64 for the weight of 0"),
+        (lambda weight: weight / 0, "infinities or NaNs for the weight of 0"),
+        (lambda weight: None, "a NoneType for the weight of 0"),
+    ],
+)
+def test_a_function_that_returns_no_such_weight_is_refused(returned: Any, reason: str):
+    with pytest.raises(AdaptError, match=f"merged_quantiser gives {reason}"):
+        adapted(LINEAR, returned)
+
+
+def test_what_a_graph_can_not_name_is_no_function():
+    with pytest.raises(ValueError, match="and no function; write a function that calls it"):
+        LoraConfig(merged_quantiser=functools.partial(to_seven_steps))
+
+
+def test_what_can_not_be_merged_is_refused_when_it_is_adapted():
+    config = LoraConfig(r=4, target_modules=["0"], merged_quantiser=to_seven_steps)
+    with pytest.raises(
+        AdaptError, match="merged_quantiser is for weights into which an adapter can be merged: its feat"
+    ):
+        get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), config)
+
+
+def test_its_scale_is_multiplied_as_loras():
+    model = adapted(LINEAR)
+    with graphpeft.rescale_adapter_scale(model, 0.5):
+        halved = outputs(model, LINEAR)
+    model[0].default.lora_scaling /= 2
+    assert torch.equal(outputs(model, LINEAR), halved)
+
+
+def test_adapters_that_round_differently_are_not_combined():
+    model = adapted(LINEAR)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(AdaptError, match="merged_quantiser isn't the same in all of them"):
+        model.add_weighted_adapter(["default", "second"], [1, 1], "sum", "cat")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -209,7 +283,9 @@ def test_what_has_no_part_in_a_rounded_sum_is_refused(options: dict[str, Any], r
 
 
 def test_what_is_no_function_is_refused():
-    with pytest.raises(ValueError, match="merged_quantiser is 4; give a function of a weight, or 'own'"):
+    with pytest.raises(
+        ValueError, match="merged_quantiser is 4, and no function; give a function of a weight, or 'own'"
+    ):
         LoraConfig(merged_quantiser=4)
 
 

@@ -66,7 +66,6 @@ NOTES = {
     "h": Note("layer_replication: an? .* has no list of layers", "Could not locate the layers"),
     "i": Note("has no get_input_embeddings to tell which they are", None),
     "j": Note("init_lora_weights='eva' is measured on linear layers", None),
-    "k": Note("can't be combined yet", r"does not support targeting nn\.Parameter"),
 }
 
 

@@ -350,6 +350,17 @@ def test_trained_rows_are_combined_by_the_weighted_sum_of_their_changes(kind: st
     torch.testing.assert_close(output(loaded, (TOKENS,)), output(model, (TOKENS,)))
 
 
+@pytest.mark.parametrize("saved", [(["lm_head"], ["model.norm"]), (None, ["model.norm"])], ids=str)
+def test_what_any_of_the_combined_adapters_trains_fully_is_in_their_combination(saved: tuple[Any, Any]):
+    options = [{"r": 2, "target_modules": ["q_proj"], "modules_to_save": names} for names in saved]
+    model = with_adapters(graphpeft, LLAMA.build(), *options)
+    model.add_weighted_adapter(["u", "v"], [1.0, 1.0], "new", "cat")
+    model.set_adapter(["u", "v"])
+    both = output(model, LLAMA.inputs())
+    model.set_adapter("new")
+    torch.testing.assert_close(output(model, LLAMA.inputs()), both)
+
+
 # mixed in a batch
 
 

@@ -50,8 +50,12 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
 
 
 def merged(modules: Modules, adapters: Adapters, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns the sums as numbers, by the paths of the layers, which stay unchanged."""
-    return dict(_sums(modules, adapters, names))
+    """Returns the sums as numbers, by the paths of the layers, which stay unchanged; rounded, if they act so."""
+    rounded = {path for path, sites in _by_owner(adapters, names).items() if any(a.rule.rounds_sum for a in sites)}
+    return {
+        path: _quantised(modules, path, numbers).numbers() if path in rounded else numbers
+        for path, numbers in _sums(modules, adapters, names)
+    }
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def scaled(model: nn.Module, multiplier: float) -> Iterator[None]:
     state = known_adapters(model)
     refuse_merged(model)
     places = [place for adapter in state.by_name.values() for place in _places(model, adapter)]
-    if not places:
+    if state.by_name and not places:
         raise AdaptError(f"no adapter of {sorted(state.by_name)} has a scale; LoRA's have")
     before = [getattr(holder, name) for _, holder, name, _ in places]
     try:

@@ -20,6 +20,7 @@ from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
+from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
@@ -83,6 +84,13 @@ class Adapter:
     def changes_weights(self) -> bool:
         """Whether it can be merged into weights."""
         return all(adapted.unmergeable is None for adapted in self.sites)
+
+    @property
+    def is_change_of_weights(self) -> bool:
+        """Whether sums with weights are all that it does: it changes no biases, and reads no other weights in place."""
+        changes_biases = self.config.trained_biases != "none" or any(changes_bias(a.rule) for a in self.sites)
+        rounds = any(adapted.rule.rounds_sum for adapted in self.sites)
+        return self.changes_weights and not (changes_biases or rounds or self.took_product or self.replaced)
 
     @property
     def weight_sites(self) -> list[Any]:

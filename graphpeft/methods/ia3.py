@@ -267,6 +267,7 @@ class IA3Config(TargetedConfig):
         config = copy.deepcopy(self)
         for name in ("target_modules", "feedforward_modules"):
             setattr(config, name, _union(name, [getattr(each, name) for each in configs]))
+        config.modules_to_save = list(dict.fromkeys(n for each in configs for n in each.modules_to_save or ())) or None
         return config
 
     def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Tensor]:

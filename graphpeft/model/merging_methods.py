@@ -124,7 +124,7 @@ class MergingMethods(AdapterInfo):
         Raises:
             AdaptError: If the model has no adapter of this name.
         """
-        return known_adapter(self, adapter_name).changes_weights
+        return known_adapter(self, adapter_name).is_change_of_weights
 
 
 def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:

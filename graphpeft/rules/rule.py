@@ -62,6 +62,9 @@ class Rule(ABC):
     scales: ClassVar[tuple[str, ...]] = ()
     """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
 
+    rounds_sum: ClassVar[bool] = False
+    """Whether the rule computes with the rounded sum of a quantised weight and its change, as merging makes it."""
+
     adapts_both_ways: ClassVar[bool] = False
     """Whether the rule adapts a weight that some operations read as (in, out), and others as (out, in)."""
 

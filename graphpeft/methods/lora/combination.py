@@ -65,6 +65,8 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
             PeftWarning,
             stacklevel=4,
         )
+    if any(config.merged_quantiser != configs[0].merged_quantiser for config in configs):
+        raise ValueError("merged_quantiser isn't the same in all of them; combine those that agree in it")
     if len({config.ensure_weight_tying for config in configs}) > 1:
         raise ValueError("ensure_weight_tying is set for some of them alone; combine those that agree in it")
     # the highest rank that a config gives, which no site of the new adapter exceeds
@@ -83,6 +85,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     if config.init_lora_weights not in (True, False, "gaussian"):
         config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
         config.drop_unused()
+    config.modules_to_save = _all_names([each.modules_to_save for each in configs])
     config.trainable_token_indices = _all_rows([each.trainable_token_indices for each in configs])
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]
     if any(others != targets[0] for others in targets):
@@ -94,6 +97,11 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
 
 
 _TARGETING = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _all_names(named: Sequence[Any]) -> list[str] | None:
+    """Returns the value of `modules_to_save` that names what any of these values names."""
+    return list(dict.fromkeys(name for names in named for name in names or ())) or None
 
 
 def _all_rows(named: Sequence[Any]) -> Any:

@@ -200,10 +200,7 @@ class LoraConfig(TargetedConfig):
                 setattr(self, name, {} if name == "loftq_config" else None)
 
     def _check_values(self) -> None:
-        if not (self.merged_quantiser in (None, merge_aware.OWN) or callable(self.merged_quantiser)):
-            raise ValueError(
-                f"merged_quantiser is {shown(self.merged_quantiser)}; give a function of a weight, or 'own'"
-            )
+        merge_aware.check(self.merged_quantiser)
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
         if self.lora_bias and self.init_lora_weights not in (True, False):

@@ -8,6 +8,7 @@ PEFT's ``tuners/lora/conversion.py``, which converts linear layers alone.
 
 from __future__ import annotations
 
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ from graphpeft.methods.lora.combination import as_factors, padded
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.rule import Combines, changes_bias
 from graphpeft.targeting import targets
 from graphpeft.wording import joined
@@ -62,7 +64,8 @@ def convert_to_lora(
         The config, whose scale is 1 everywhere, and the tensors by their names in the file.
 
     Raises:
-        TypeError: If the model has no adapter that changes weights, or the adapter changes one in a way that is no sum.
+        TypeError: If `rank` is no number, the model has no adapter that changes weights, or the adapter changes one in
+            a way that is no sum.
         ValueError: If a rank is none or larger than a weight, or if the adapter trains biases or has taken a part of
             the weights.
 
@@ -73,6 +76,7 @@ def convert_to_lora(
         (2, False, ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight'])
     """
     _check(rank)
+    rank = rank if isinstance(rank, float) else int(rank)
     model = unwrapped(model)
     adapter = _source(model, adapter_name)
     modules, state = modules_of(model), known_adapters(model)
@@ -89,6 +93,8 @@ def convert_to_lora(
         own = {targets.pattern_of(name): found for name, found in ranks.items() if found != config.r}
         config.rank_pattern, config.alpha_pattern = own, dict(own)
         plan = _planned(model, config, temporary)
+        _refuse_unfit(plan)
+        config.layer_replication = _replication(adapter.config)
         return config, _tensors(plan, products, adapter_name, temporary, modules)
 
 
@@ -139,6 +145,8 @@ class _Product(NamedTuple):
 
 
 def _check(rank: float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, float | numbers.Integral):
+        raise TypeError(f"rank is a {type(rank).__name__}; give an int, or a share of the squares as a float")
     if isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(f"rank={rank} is a float, and so a share of the squares: it must be between 0 and 1")
     if not isinstance(rank, float) and rank <= 0:
@@ -168,7 +176,9 @@ def _source(model: nn.Module, name: str) -> Adapter:
             "save_pretrained(…, path_initial_model_for_weight_conversion=…) first"
         )
     if adapter.config.trained_biases != "none" or any(changes_bias(adapted.rule) for adapted in adapter.sites):
-        raise ValueError(f"{name!r} trains biases, for which plain LoRA has no place; leave it as it is")
+        raise ValueError(f"{name!r} changes biases, for which plain LoRA has no place; leave it as it is")
+    if not adapter.is_change_of_weights:
+        raise ValueError(f"{name!r} rounds the sums with its weights, which are quantised; merge it instead")
     if type(adapter.config) is LoraConfig and not adapter.config.use_dora:
         warnings.warn(
             f"{name!r} is already a LoRA adapter: converting it gives the same with another rank",
@@ -198,6 +208,11 @@ def _config_for(adapter: Adapter, modules: Modules) -> LoraConfig:
     )
 
 
+def _replication(source: PeftConfig) -> list[tuple[int, int]] | None:
+    ranges = source.replicated_layers
+    return None if ranges is None else [(first, behind) for first, behind in ranges]
+
+
 def _planned(model: nn.Module, config: LoraConfig, name: str) -> Plan:
     """Returns what the config does to the model, which stays as it is."""
     plan = planned(model, config, name)
@@ -210,6 +225,15 @@ def _planned(model: nn.Module, config: LoraConfig, name: str) -> Plan:
 
 def _by_weight(sites: Iterable[Any]) -> dict[str, Any]:
     return {adapted.site.weight: adapted for adapted in sites}
+
+
+def _refuse_unfit(plan: Plan) -> None:
+    """Raises ValueError if LoRA of a rank makes another kind of change at a site, as across the groups of features."""
+    for adapted in plan.sites:
+        if adapted.unmergeable is not None:
+            raise ValueError(
+                f"{adapted.site.label} can't have LoRA of this rank: {adapted.unmergeable}; choose another"
+            )
 
 
 @torch.no_grad()

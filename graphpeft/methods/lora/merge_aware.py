@@ -12,12 +12,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.recorded import as_node
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.peft_errors import PeftWarning
@@ -46,6 +49,14 @@ def as_merged(lora: Any, site: Site | LeafSite, quantiser: Quantiser | str | Non
     return RoundedLeaf(lora, quantiser) if isinstance(site, LeafSite) else Rounded(lora, quantiser)
 
 
+def check(quantiser: Any) -> None:
+    """Raises ValueError for what `merged_quantiser` can't be. A graph calls a function by its name."""
+    is_function = callable(quantiser) and hasattr(quantiser, "__name__")
+    if not (quantiser is None or quantiser == OWN or is_function):
+        what = "write a function that calls it" if callable(quantiser) else "give a function of a weight"
+        raise ValueError(f"merged_quantiser is {shown(quantiser)}, and no function; {what}, or {OWN!r}")
+
+
 def in_file(quantiser: Quantiser | str | None) -> str | None:
     """Returns the value of `merged_quantiser` that a file holds; it warns of a function, which none can hold."""
     if quantiser is None or quantiser == OWN:
@@ -68,12 +79,17 @@ class Rounded(OperationRule, Mergeable):
         quantiser: The function.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
+
     direction: Any
     quantiser: Any
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses the same as LoRA, and what has no part in a sum that is rounded."""
-        return self.direction.check(site, config) or _refusal(config)
+        """Refuses the same as LoRA, what can't be merged, and what has no part in a sum that is rounded."""
+        reason = self.direction.check(site, config) or _refusal(config)
+        if reason is None and (unmergeable := site.unmergeable or self.unmergeable(site)):
+            reason = f"merged_quantiser is for weights into which an adapter can be merged: {unmergeable}"
+        return reason
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -84,8 +100,9 @@ class Rounded(OperationRule, Mergeable):
         return self.direction.constants(site, config)
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Draws A and B as LoRA does."""
+        """Draws A and B as LoRA does, and tries the function on the weight."""
         self.direction.initialise(parameters, site, config, module)
+        _try(self.quantiser, own_parameter(module, site.attribute), site.label)
 
     def rewrite(
         self, x: Any, y: Any, weight: Any, bias: Any, operation: Any, lora_A: Any, lora_B: Any, lora_scaling: Any
@@ -119,6 +136,9 @@ class RoundedLeaf(OperationRule, Mergeable):
         quantiser: The option `merged_quantiser`.
     """
 
+    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
+    rounds_sum: ClassVar[bool] = True
+
     direction: Any
     quantiser: Any
 
@@ -151,13 +171,12 @@ class RoundedLeaf(OperationRule, Mergeable):
         lora_B: Any,
         *,
         state: Any = None,
-        bias: Any = None,
         lora_scaling: Any,
     ) -> Any:
-        """Returns the layer's value with the numbers of new codes."""
+        """Adds what the numbers of new codes change."""
         change = self.direction.delta(lora_A, lora_B, lora_scaling)
-        weight = as_node(_recoded, change, codes, state)
-        return as_node(_linear, x, weight, bias).to(y.dtype)
+        rounded = as_node(_rounded_change, change, codes, state)
+        return (y + as_node(_linear, x, rounded)).to(y.dtype)
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, since merging quantises the sum anyway."""
@@ -179,12 +198,32 @@ def _applied(quantiser: Quantiser, weight: Any) -> Any:
     return as_node(quantiser, weight) if isinstance(weight, fx.Proxy) else quantiser(weight)
 
 
-def _recoded(change: Tensor, codes: Any, state: Any) -> Tensor:
-    """Returns the numbers of the codes with a change, with the gradient of the change."""
+def _rounded_change(change: Tensor, codes: Any, state: Any) -> Tensor:
+    """Returns how the numbers of codes change if a change is added and the sum is quantised; its gradient is as is."""
     numbers = quantisers.numbers_of(codes, state)
-    rounded = quantisers.requantised(codes, state, numbers + change.detach())
+    rounded = quantisers.requantised(codes, state, numbers + change.detach()) - numbers
     return rounded.to(change.dtype) + (change - change.detach())
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight)
+
+
+@torch.no_grad()
+def _try(quantiser: Quantiser, weight: Tensor, label: str) -> None:
+    """Raises AdaptError unless a function gives a weight of the shape and dtype that it is given."""
+    if weight.is_meta:
+        return
+    found: Any = quantiser(weight.detach().clone())
+    if isinstance(found, Tensor) and (found.shape, found.dtype) == (weight.shape, weight.dtype):
+        if torch.isfinite(found).all():
+            return
+        what = "infinities or NaNs"
+    elif isinstance(found, Tensor):
+        what = f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
+    else:
+        what = f"a {type(found).__name__}"
+    raise AdaptError(
+        f"merged_quantiser gives {what} for the weight of {label}, of shape {tuple(weight.shape)} and {weight.dtype}; "
+        "let it return a weight of the same shape and dtype, of finite numbers"
+    )

@@ -315,6 +315,18 @@ class Transposed(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
+class Experts(nn.Module):
+    """Two experts, whose weights are a stack of matrices that are stored as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gives each expert its rows."""
+        return torch.bmm(x, self.up)
+
+
 class CustomModel(nn.Module):
     """The user's own layers beside one of ``torch.nn``."""
 

@@ -12,23 +12,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LLAMA, call, result
+from models import LLAMA, Experts, call, result
 from oracle import MATRICES, Case, by_peft, by_us
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
 from torch import Tensor, nn
 
 import graphpeft
-
-
-class Experts(nn.Module):
-    """Two experts, whose weights are a stack of matrices that are stored as (in, out)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(2, 6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x, self.up)
 
 
 class Mixed(nn.Module):
@@ -193,9 +182,7 @@ def test_a_rank_that_the_groups_of_a_convolution_divide_is_refused_by_name():
     model = adapted(nn.Sequential(nn.Conv1d(8, 16, 5, groups=4)), target_modules=["0"], r=3)
     with (
         pytest.warns(graphpeft.PeftWarning, match="already a LoRA adapter"),
-        pytest.raises(
-            ValueError, match=r"0 can't have LoRA of this rank: its features are in 4 groups"
-        ),
+        pytest.raises(ValueError, match=r"0 can't have LoRA of this rank: its features are in 4 groups"),
     ):
         graphpeft.convert_to_lora(model, 4)
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BERT, GPT2, LLAMA, T5, Example, call, result
+from models import BERT, GPT2, LLAMA, T5, Example, Experts, call, result
 from oracle import LINEAR, Case
 from test_quantised import by_bitsandbytes, by_torchao
 from test_written_methods import moved
@@ -157,14 +157,6 @@ def test_what_names_no_feed_forward_modules_is_refused(options: dict[str, Any], 
 
 
 def test_a_stack_of_matrices_is_refused_by_its_shape():
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Parameter(torch.randn(2, 6, 5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.bmm(x, self.up)
-
     with pytest.raises(AdaptError, match=r"up of shape \(2, 6, 5\) is no matrix, whose features have factors"):
         get_peft_model(Experts(), IA3Config(target_modules=["up"], feedforward_modules=[]))
 

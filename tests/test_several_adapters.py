@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from models import GPT2, LLAMA, MLP, T5, equal, llama_config, output
+from models import GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
@@ -292,18 +292,6 @@ def test_copies_of_modules_that_two_adapters_train_whole_are_not_combined():
     acting = output(model, MLP.inputs())
     model.set_adapter("new")
     torch.testing.assert_close(output(model, MLP.inputs()), acting)
-
-
-class Experts(nn.Module):
-    """Two experts, whose weights are a stack of matrices that are stored as (in, out)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(2, 6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gives each expert its rows."""
-        return torch.bmm(x, self.up)
 
 
 @pytest.mark.parametrize("kind", ["cat", "linear", "svd"])

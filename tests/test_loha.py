@@ -270,6 +270,13 @@ def test_a_compiled_training_step_with_dropout_is_one_graph():
     assert len(found) == 2
 
 
+def test_one_exported_graph_serves_adapters_with_and_without_dropout(tmp_path: Any):
+    model: Any = get_peft_model(LINEAR.build(), drawn(target_modules=["0"], rank_dropout=0.2, module_dropout=0.1))
+    model.add_adapter("other", drawn(target_modules=["0"]))
+    report = graphpeft.export(model, LINEAR.inputs(), tmp_path / "model.pt2", "pt2", adapters="inputs")
+    assert len(report.files) == 3
+
+
 def test_what_has_no_operation_has_no_dropout():
     config = drawn(target_modules=["kernel"], rank_dropout=0.1)
     with pytest.raises(AdaptError, match="no one operation uses its kernel; set rank_dropout and module_dropout to 0"):

@@ -1,7 +1,7 @@
 """LoHa: the change of a weight is the elementwise product of two products of low rank, so that its rank is up to r².
 
     ΔW = (α/r) · (A₁ B₁) ⊙ (A₂ B₂)        W (out, in): A (out, r), B (r, in), or (r, in · kernel) of a convolution
-    Aᵢ Bᵢ = Aᵢᵀ (Tᵢ ×₂ Bᵢ)                with `use_effective_conv2d`: T (r, r, *kernel), A (r, out), B (r, in)
+    Aᵢᵀ (Tᵢ ×₂ Bᵢ) for Aᵢ Bᵢ              with `use_effective_conv2d`: T (r, r, *kernel), A (r, out), B (r, in)
 
 Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", arXiv
 2108.06098; the same numbers as PEFT's ``tuners/loha/layer.py``.

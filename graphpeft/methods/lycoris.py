@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.recorded import recorded
+from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
@@ -60,7 +60,7 @@ class LycorisRule(DeltaRule):
         drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
         return {"scale": config.alpha_at(site.name) / config.rank_at(site.name)} | {k: p for k, p in drops.items() if p}
 
-    def rewrite(  # noqa: D102
+    def rewrite(
         self,
         x: Any,
         y: Any,
@@ -68,15 +68,18 @@ class LycorisRule(DeltaRule):
         training: Any,
         change: Any,
         bias_change: Any = None,
+        dropout: Any = None,
         rank_dropout: Any = 0.0,
         module_dropout: Any = 0.0,
     ) -> Any:
+        """Returns y + operation(x, ΔW), in training with what dropout leaves of ΔW."""
         # rows are those in PEFT's layout
         seen, dimensions = self.layout.turned(change), len(self.kernel)
         kept = after_dropout(seen, dimensions, rank_dropout, module_dropout, self.rescales, training)
-        return super().rewrite(x, y, operation, training, self.layout.turned(kept), bias_change)
+        return super().rewrite(x, y, operation, training, self.layout.turned(kept), bias_change, dropout)
 
 
+@identity_in_evaluation
 @recorded
 def after_dropout(
     change: Tensor, kernel_dimensions: int, rank_dropout: float, module_dropout: float, rescales: bool, training: bool

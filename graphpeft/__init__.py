@@ -23,6 +23,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
@@ -117,6 +118,7 @@ __all__ = [
     "IA3Config",
     "InputRule",
     "LeafSite",
+    "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

@@ -166,6 +166,13 @@ SAVED = [
         lambda: graphpeft.LoraPerCallConfig(r=2, lora_alpha=3, target_modules=["qkv", "head"]),
     ),
     Saved("ia3", _llama, graphpeft.IA3Config),
+    Saved(
+        "loha",
+        _layers,
+        lambda: graphpeft.LoHaConfig(
+            r=2, alpha=3, use_effective_conv2d=True, target_modules=["conv", "qkv", "head"], **_PATTERNS
+        ),
+    ),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",

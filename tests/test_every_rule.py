@@ -20,6 +20,7 @@ import graphpeft.methods
 from graphpeft import (
     CPTConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -138,7 +139,12 @@ def ia3(make: Callable[[], nn.Module], enters: list[str]) -> Case:
     return Case(make, IA3Config(target_modules=["0"], feedforward_modules=enters), (GROUPED,))
 
 
+def loha(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **options: Any) -> Case:
+    return Case(make, LoHaConfig(r=2, alpha=3, target_modules=[target], **options), (inputs,))
+
+
 CASES = {
+    "LoHa": loha(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),
     "InputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), ["0"]),
     "OutputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, padding=1), nn.Tanh()), []),
     "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),

@@ -18,7 +18,7 @@ from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WIT
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from written_methods import HRAConfig, LoHaConfig, OFTConfig, ShiraConfig, VeraConfig
+from written_methods import HRAConfig, OFTConfig, ShiraConfig, VeraConfig
 
 import graphpeft
 from graphpeft import (
@@ -27,6 +27,7 @@ from graphpeft import (
     DeltaRule,
     IA3Config,
     InputRule,
+    LoHaConfig,
     LoraConfig,
     OperationRule,
     ParameterSpec,
@@ -38,6 +39,8 @@ from graphpeft import (
     trace,
 )
 from graphpeft.graph.template import template_of
+from graphpeft.methods.loha import LoHa
+from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules import registry
 from graphpeft.testing import verify
 
@@ -89,6 +92,14 @@ METHODS = (
 MORE = (
     Method("ia3-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": []}, (CONV_2D, POINTWISE, CONV_3D)),
     Method("ia3-into-convolution", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, (CONV_2D, CONV_3D)),
+    Method("loha-drawn", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3, "init_weights": False}, MATRICES[:1]),
+    Method(
+        "loha-cores",
+        LoHaConfig,
+        peft.LoHaConfig,
+        {"r": 2, "alpha": 3, "use_effective_conv2d": True},
+        (LINEAR, CONV_1D, CONV_2D, POINTWISE),
+    ),
     Method("ia3-drawn", IA3Config, peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}, MATRICES),
 )
 PAIRS = [pytest.param(method, case, id=f"{method}-{case}") for method in (*METHODS, *MORE) for case in method.cases]
@@ -323,7 +334,7 @@ def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case
         x = torch.randn(2, 4, *(5,) * positions)
         model = moved(get_peft_model(base, LoHaConfig(r=2, alpha=3, target_modules=["0"])))
         active = model(x)
-        assert model.get_submodule("0").default.w1_a.shape == (6, 2)
+        assert model.get_submodule("0").default.hada_w1_a.shape == (6, 2)
         torch.testing.assert_close(model.merge_and_unload()(x), active, atol=1e-5, rtol=1e-5)
 
 
@@ -499,14 +510,19 @@ def test_dropout_takes_elements_of_the_input_in_training_alone() -> None:
 
 @pytest.mark.parametrize("case", [LINEAR, CONV_1D, CONV_2D, CONV_3D], ids=str)
 def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithBias(written_methods.Hadamard):
+    class WithBias(LoHa):
         def parameters(self, site: Any, config: Any) -> Any:
             return {**super().parameters(site, config), "c": ParameterSpec((site.out_features,), key="c")}
+
+        def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+            super().initialise(
+                {name: tensor for name, tensor in parameters.items() if name != "c"}, site, config, module
+            )
 
         def bias_delta(self, c: Any) -> Any:
             return c
 
-    monkeypatch.setattr(LoHaConfig, "rule_for", lambda self, site, dtype: WithBias(site.matrix_shape))
+    monkeypatch.setattr(LoHaConfig, "rule_for", lambda self, site, dtype: WithBias(kernel=kernel_of(site)))
     model: Any = get_peft_model(case.build(), LoHaConfig(r=2, alpha=3, target_modules=["0"]))
     with torch.no_grad():
         model.get_submodule("0").default.c.normal_()
@@ -744,14 +760,15 @@ def test_names_with_two_meanings_are_refused(specs: Any, reason: str, monkeypatc
         get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
 
 
-def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_again(tmp_path: Path) -> None:
-    config = LoHaConfig(r=2, target_modules=["0"])
-    assert "scaling" in written_methods.Hadamard((6, 6)).constants(None, config)
+def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written_methods.Projections, "constants", lambda self, site, config: {"own": 2.0})
     options = {"r": 3, "target_modules": ["0", "2"], "vera_dropout": 0.5}
     get_peft_model(two_layers(), VeraConfig(**options)).save_pretrained(tmp_path)
     model: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
     model.set_adapter("default")
-    assert model.get_submodule("0").default.dropout == 0.5
+    assert (model.get_submodule("0").default.own, model.get_submodule("0").default.dropout) == (2.0, 0.5)
 
 
 def test_what_is_no_change_of_the_weight_cannot_act_before_what_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:

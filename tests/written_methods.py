@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -126,50 +126,6 @@ class HRAConfig(TargetedConfig):
         return Reflections()
 
 
-# LoHa, arXiv:2108.06098: ΔW = α/r · (A B) ⊙ (C D)
-
-
-@dataclass(frozen=True)
-class Hadamard(DeltaRule):
-    shape: tuple[int, ...]
-
-    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        rows, *others = site.matrix_shape
-        columns = torch.Size(others).numel()
-        shapes = {"w1_a": (rows, config.r), "w1_b": (config.r, columns)}
-        shapes |= {name.replace("1", "2"): shape for name, shape in shapes.items()}
-        return {name: ParameterSpec(shape, key=f"hada_{name}") for name, shape in shapes.items()}
-
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        for name in ("w1_a", "w1_b", "w2_a"):
-            kaiming(parameters[name])
-        parameters["w2_b"].zero_()
-
-    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
-        return {"scaling": config.alpha / config.r}
-
-    def delta(self, w1_a: Any, w1_b: Any, w2_a: Any, w2_b: Any, scaling: Any) -> Any:
-        return ((w1_a @ w1_b) * (w2_a @ w2_b) * scaling).reshape(self.shape)
-
-
-@dataclass(kw_only=True)
-class LoHaConfig(TargetedConfig):
-    peft_type: ClassVar[Any] = PeftType.LOHA
-    starts_as_identity: ClassVar[bool] = True
-
-    r: int = 8
-    alpha: int = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    use_effective_conv2d: bool = False
-    init_weights: bool = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
-
-    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
-        return Hadamard(site.matrix_shape)
-
-
 # VeRA, arXiv:2310.11454: ΔW = diag(b) B diag(d) A, with one frozen A and one frozen B for the whole adapter
 
 
@@ -274,4 +230,4 @@ class ShiraConfig(TargetedConfig):
         return Sparse(site.matrix_shape)
 
 
-METHODS = (OFTConfig, HRAConfig, LoHaConfig, VeraConfig, ShiraConfig)
+METHODS = (OFTConfig, HRAConfig, VeraConfig, ShiraConfig)

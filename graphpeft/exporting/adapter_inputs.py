@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -25,6 +24,7 @@ from graphpeft.exporting.errors import ExportError
 from graphpeft.graph.holders import place_of, tensor_at, value_at
 from graphpeft.graph.ops.reading import applied_if
 from graphpeft.graph.paths import join, modules_by_path, within
+from graphpeft.graph.recorded import is_identity_in_evaluation
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Graphs, Template, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -236,7 +236,7 @@ def take_numbers_as_tensors(model: Any, name: str) -> None:
 def _with_tensors(graphs: Graphs) -> None:
     for graph in graphs:
         for node in [node for node in graph.nodes if TAG in node.meta]:
-            if node.target is F.dropout:
+            if is_identity_in_evaluation(node.target):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
             elif node.target is applied_if and _is_training(node.args[0]):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.fx as fx
+import torch.nn.functional as F
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +36,20 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args)
 
     return record
+
+
+def identity_in_evaluation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function that returns its first argument in evaluation, as dropout does, whatever the others are."""
+    _IDENTITIES_IN_EVALUATION.add(function)
+    return function
+
+
+def is_identity_in_evaluation(target: Any) -> bool:
+    """Returns whether a node's target is such a function."""
+    return callable(target) and target in _IDENTITIES_IN_EVALUATION
+
+
+_IDENTITIES_IN_EVALUATION: set[Callable[..., Any]] = {F.dropout}
 
 
 def as_node(function: Callable[..., Any], first: fx.Proxy, *others: Any) -> fx.Proxy:

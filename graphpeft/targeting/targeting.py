@@ -254,9 +254,10 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
         return site
     weight = module._parameters.get("weight")
     if weight is not None:
-        raise NoSiteError(
-            f"its weight is quantised ({described(weight)}), and it is no layer with in_features and out_features"
-        )
+        lacking = "it is no layer with in_features and out_features"
+        if not config.adapts_leaves:
+            lacking = f"{config.method} adapts weights that are plain numbers"
+        raise NoSiteError(f"its weight is quantised ({described(weight)}), and {lacking}")
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
     raise NoSiteError(f"a {type(module).__name__} has no parameter called weight{advice}")
 

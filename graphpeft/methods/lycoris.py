@@ -1,0 +1,184 @@
+"""What LoHa and LoKr have in common: a scaled change of a weight, with ranks and α by names, and dropout of the change.
+
+    y' = y + operation(x, m ⊙ ΔW)        ΔW = (α/r) · change        in training, m has zeros for rows of ΔW, or for all
+
+Source: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", arXiv
+2309.14859; the same numbers as PEFT's ``tuners/lycoris_utils.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.graph import ops
+from graphpeft.graph.recorded import identity_in_evaluation, recorded
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.target_options import TargetOptions
+from graphpeft.targeting import targets
+from graphpeft.targeting.target_config import TargetedConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LycorisRule(DeltaRule):
+    """A change of a matrix, of each matrix in a stack, or of a kernel.
+
+    Attributes:
+        kernel: The sizes of a convolution's kernel; () for matrices.
+        rescales: Whether the rows that rank dropout keeps are divided by their share.
+    """
+
+    kernel: tuple[int, ...] = ()
+    rescales: bool = False
+
+    scales: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are no matrices, and dropout where only the weight as such is known."""
+        reason = super().check(site, config)
+        if reason is None and len(site.shape) < 2:
+            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+        drops = config.rank_dropout or config.module_dropout
+        if reason is None and drops and site.op is ops.Weight and not config.inference_mode:
+            reason = (
+                f"dropout acts at an operation in training, and no one operation uses its {site.attribute}; set "
+                "rank_dropout and module_dropout to 0"
+            )
+        return reason
+
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns α/r, and the probabilities of dropout that aren't 0."""
+        drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
+        return {"scale": config.alpha_at(site.name) / config.rank_at(site.name)} | {k: p for k, p in drops.items() if p}
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        training: Any,
+        change: Any,
+        bias_change: Any = None,
+        dropout: Any = None,
+        rank_dropout: Any = 0.0,
+        module_dropout: Any = 0.0,
+    ) -> Any:
+        """Returns y + operation(x, ΔW), in training with what dropout leaves of ΔW."""
+        # rows are those in PEFT's layout
+        seen, dimensions = self.layout.turned(change), len(self.kernel)
+        kept = after_dropout(seen, dimensions, rank_dropout, module_dropout, self.rescales, training)
+        return super().rewrite(x, y, operation, training, self.layout.turned(kept), bias_change, dropout)
+
+
+@identity_in_evaluation
+@recorded
+def after_dropout(
+    change: Tensor, kernel_dimensions: int, rank_dropout: float, module_dropout: float, rescales: bool, training: bool
+) -> Tensor:
+    """Returns ΔW with zeros for the rows that dropout drops, or for all; draws what PEFT draws, on the CPU.
+
+    Args:
+        change: ΔW, of shape (…, out, in, *kernel).
+        kernel_dimensions: The number of dimensions of a kernel.
+        rank_dropout: The probability of dropping a row.
+        module_dropout: The probability of dropping all.
+        rescales: Whether the rows that remain are divided by their share.
+        training: Whether dropout is on.
+    """
+    if not training:
+        return change
+    # drawn at any probability, so that a model's own dropout draws the same as in PEFT
+    is_kept = torch.rand(1) > module_dropout
+    # PEFT draws no rows for a layer that it leaves out
+    if rank_dropout and (not module_dropout or is_kept):
+        rows = change.shape[: change.ndim - 1 - kernel_dimensions]
+        kept = (torch.rand(rows) > rank_dropout).to(change)
+        if rescales:
+            # without any row, PEFT divides 0 by 0
+            kept = kept / kept.mean().clamp(min=1 / kept.numel())
+        change = change * kept.reshape(*rows, *(1,) * (1 + kernel_dimensions))
+    return change * is_kept.to(change) if module_dropout else change
+
+
+def kernel_of(site: Any) -> tuple[int, ...]:
+    """Returns the sizes of a convolution's kernel; () for a matrix or a stack of matrices."""
+    has_kernel = site.layout is ops.Convolution or len(site.shape) > 3
+    return site.matrix_shape[2:] if has_kernel else ()
+
+
+def draw(tensor: Tensor, site: Any) -> None:
+    """Fills a factor as ``nn.Linear`` fills its weight; at a stack of matrices, one factor after the other."""
+    is_stack = len(site.shape) == 3 and not kernel_of(site)
+    for factor in tensor if is_stack else (tensor,):
+        nn.init.kaiming_uniform_(factor, a=5**0.5)
+
+
+@dataclass(kw_only=True)
+class LycorisConfig(TargetedConfig):
+    """The options that LoHa and LoKr have in common; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        r: The rank.
+        alpha: α; the scale is α/r.
+        rank_dropout: The probability of dropping a row of ΔW, in training.
+        module_dropout: The probability of leaving out a layer's whole change, in training.
+        use_effective_conv2d: Whether a kernel larger than 1 is a core, changed in its dimensions by factors.
+        rank_pattern: Other ranks, by regular expressions for the end of a path; the first that matches counts.
+        alpha_pattern: Other α, by the same kind of patterns.
+    """
+
+    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
+        "rank_dropout",
+        "module_dropout",
+        "init_weights",
+    }
+
+    r: Size = 8
+    alpha: Number = 8
+    rank_dropout: Probability = 0.0
+    module_dropout: Probability = 0.0
+    use_effective_conv2d: bool = False
+    rank_pattern: dict[str, Size] = field(default_factory=dict)
+    alpha_pattern: dict[str, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # PEFT's type for them allows null, which files may hold
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        super().__post_init__()
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules, and those with patterns for their names."""
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return super().target_options._replace(patterns=patterns)
+
+    def rank_at(self, name: str) -> int:
+        """Returns the rank at the site of this name."""
+        return targets.pattern_value(self.rank_pattern, name, self.r)
+
+    def alpha_at(self, name: str) -> float:
+        """Returns α at the site of this name."""
+        return targets.pattern_value(self.alpha_pattern, name, self.alpha)
+
+    def for_file(self, sites: Sequence[Any]) -> LycorisConfig:
+        """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
+        config, names = copy.deepcopy(self), [site.name for site in sites]
+        config.rank_pattern = _exact({name: self.rank_at(name) for name in names}, self.r)
+        config.alpha_pattern = _exact({name: self.alpha_at(name) for name in names}, self.alpha)
+        return config
+
+
+def _exact(values: Mapping[str, T], default: T) -> dict[str, T]:
+    return {targets.pattern_of(name): value for name, value in values.items() if value != default}

@@ -23,6 +23,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
@@ -116,6 +117,7 @@ __all__ = [
     "GuardError",
     "IA3Config",
     "InputRule",
+    "LNTuningConfig",
     "LeafSite",
     "LoftQConfig",
     "LoraConfig",

@@ -18,7 +18,6 @@ _METHODS = [
     "Gralora",
     "HRA",
     "Hira",
-    "LNTuning",
     "Lily",
     "LoHa",
     "LoKr",
@@ -53,7 +52,7 @@ _CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _METHODS},
-    **{f"{method}Model": _TUNER for method in ("IA3", "Lora", *_METHODS) if method != "Cartridge"},
+    **{f"{method}Model": _TUNER for method in ("IA3", "LNTuning", "Lora", *_METHODS) if method != "Cartridge"},
     **dict.fromkeys(_VARIANTS, _VARIANT),
     **dict.fromkeys(("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "CartridgeEncoder": _CARTRIDGE,

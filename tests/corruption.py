@@ -166,6 +166,7 @@ SAVED = [
         lambda: graphpeft.LoraPerCallConfig(r=2, lora_alpha=3, target_modules=["qkv", "head"]),
     ),
     Saved("ia3", _llama, graphpeft.IA3Config),
+    Saved("ln-tuning", _layers, lambda: graphpeft.LNTuningConfig(target_modules=["norm", "head"])),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",

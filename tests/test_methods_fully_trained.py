@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import peft
@@ -21,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForCaus
 import graphpeft
 from graphpeft import (
     AdaptError,
-    FullyTrainedModule,
+    LNTuningConfig,
     PeftType,
     Report,
     TableRows,
@@ -38,25 +37,6 @@ from graphpeft.testing.snapshots import with_saved
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:Setting `save_embedding_layers`")
 
 Modules = Mapping[str, nn.Module]
-
-
-@dataclass(kw_only=True)
-class LNTuningConfig(TargetedConfig):
-    """LN tuning fully trains norms, or whatever is named."""
-
-    peft_type: ClassVar[PeftType] = PeftType.LN_TUNING
-    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    default_targets: ClassVar[Any] = MappingProxyType({"gpt2": ("ln_1", "ln_2", "ln_f")})
-
-    @property
-    def starts_as_identity(self) -> bool:
-        return True
-
-    def find_sites(self, finder: Any, report: Report) -> list[Any]:
-        return []
-
-    def find_fully_trained(self, modules: Modules, report: Report) -> dict[str, FullyTrainedModule]:
-        return dict.fromkeys(self.targeted_modules(modules, report), FullyTrainedModule("ln_tuning_layers"))
 
 
 @dataclass(kw_only=True)
@@ -89,12 +69,10 @@ class TrainableTokensConfig(TargetedConfig):
 
 @pytest.fixture(autouse=True)
 def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers both methods for the time of a test."""
+    """Registers the method for the time of a test."""
     monkeypatch.setattr(registry, "_REGISTRY", registry.registered())
-    for config_class in (LNTuningConfig, TrainableTokensConfig):
-        registry._REGISTRY.pop(config_class.peft_type, None)
-        monkeypatch.setattr(config_class, "__init__", config_class.__init__)
-        register(config_class)
+    monkeypatch.setattr(TrainableTokensConfig, "__init__", TrainableTokensConfig.__init__)
+    register(TrainableTokensConfig)
 
 
 class Convolutional(nn.Module):

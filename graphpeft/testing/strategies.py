@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpeft import IA3Config, LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
+from graphpeft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from graphpeft.rules.registry import registered
 
 DIM = 8
@@ -331,6 +339,17 @@ def ia3_configs(draw: Any, model: nn.Module, identity: bool) -> IA3Config:
 
 
 @st.composite
+def ln_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> LNTuningConfig:
+    """Returns a strategy for LN tuning of any modules of `model`, of which none is inside of another."""
+    paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
+    chosen: list[str] = []
+    for path in draw(st.lists(st.sampled_from(paths), min_size=1, unique=True)):
+        if not any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in chosen):
+            chosen.append(path)
+    return LNTuningConfig(target_modules="|".join(map(re.escape, chosen)))
+
+
+@st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
     return PromptTuningConfig(**draw(_prompt_options()))
@@ -378,6 +397,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
+    PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

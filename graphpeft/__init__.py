@@ -45,6 +45,7 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderR
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
@@ -161,6 +162,7 @@ __all__ = [
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "TrainableTokensConfig",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",

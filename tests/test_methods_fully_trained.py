@@ -1,11 +1,11 @@
-"""Methods that train tensors of the model itself, each in one class: LN tuning and trainable tokens, beside PEFT's."""
+"""Methods that train tensors of the model itself: names, values, files and gradients of both beside PEFT's."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,15 +21,11 @@ import graphpeft
 from graphpeft import (
     AdaptError,
     LNTuningConfig,
-    PeftType,
-    Report,
-    TableRows,
     TargetedConfig,
+    TrainableTokensConfig,
     get_peft_model,
     register,
 )
-from graphpeft.rules import registry
-from graphpeft.targeting.embedding_layers import embedding_layers
 from graphpeft.testing import laws
 from graphpeft.testing.snapshots import with_saved
 
@@ -37,42 +33,6 @@ from graphpeft.testing.snapshots import with_saved
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:Setting `save_embedding_layers`")
 
 Modules = Mapping[str, nn.Module]
-
-
-@dataclass(kw_only=True)
-class TrainableTokensConfig(TargetedConfig):
-    """Trainable tokens are rows of embeddings; what is tied to one follows it."""
-
-    peft_type: ClassVar[PeftType] = PeftType.TRAINABLE_TOKENS
-    lacks: ClassVar[frozenset[str]] = LNTuningConfig.lacks | {"exclude_modules", "modules_to_save"}
-    token_indices: list[int] = field(default_factory=list)
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        return self.init_weights
-
-    def initialise_rows(self, rows: Tensor) -> None:
-        if not self.init_weights:
-            nn.init.normal_(rows)
-
-    def targets_by_default(self, model: nn.Module) -> str:
-        return next(iter(embedding_layers(dict(model.named_modules()))), "embed_tokens")
-
-    def find_sites(self, finder: Any, report: Report) -> list[Any]:
-        return []
-
-    def find_rows(self, modules: Modules, report: Report) -> dict[str, TableRows]:
-        rows = TableRows(tuple(self.token_indices), "trainable_tokens_delta", "token_indices", written_for_tied=True)
-        return dict.fromkeys(self.targeted_modules(modules, report), rows)
-
-
-@pytest.fixture(autouse=True)
-def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers the method for the time of a test."""
-    monkeypatch.setattr(registry, "_REGISTRY", registry.registered())
-    monkeypatch.setattr(TrainableTokensConfig, "__init__", TrainableTokensConfig.__init__)
-    register(TrainableTokensConfig)
 
 
 class Convolutional(nn.Module):

@@ -23,6 +23,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lora import (
     CordaConfig,
@@ -45,6 +46,7 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderR
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
@@ -117,6 +119,7 @@ __all__ = [
     "GuardError",
     "IA3Config",
     "InputRule",
+    "LNTuningConfig",
     "LeafSite",
     "LoHaConfig",
     "LoftQConfig",
@@ -161,6 +164,7 @@ __all__ = [
     "TaskType",
     "TokenSequence",
     "TraceError",
+    "TrainableTokensConfig",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",

@@ -18,7 +18,6 @@ _METHODS = [
     "Gralora",
     "HRA",
     "Hira",
-    "LNTuning",
     "Lily",
     "LoKr",
     "Miss",
@@ -34,7 +33,6 @@ _METHODS = [
     "Shira",
     "Supertuning",
     "TinyLora",
-    "TrainableTokens",
     "UniLora",
     "VBLoRA",
     "Vera",
@@ -52,7 +50,11 @@ _CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _METHODS},
-    **{f"{method}Model": _TUNER for method in ("IA3", "LoHa", "Lora", *_METHODS) if method != "Cartridge"},
+    **{
+        f"{method}Model": _TUNER
+        for method in ("IA3", "LNTuning", "LoHa", "Lora", "TrainableTokens", *_METHODS)
+        if method != "Cartridge"
+    },
     **dict.fromkeys(_VARIANTS, _VARIANT),
     **dict.fromkeys(("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "CartridgeEncoder": _CARTRIDGE,

@@ -173,6 +173,8 @@ SAVED = [
             r=2, alpha=3, use_effective_conv2d=True, target_modules=["conv", "qkv", "head"], **_PATTERNS
         ),
     ),
+    Saved("ln-tuning", _layers, lambda: graphpeft.LNTuningConfig(target_modules=["norm", "head"])),
+    Saved("trainable-tokens", _llama, lambda: graphpeft.TrainableTokensConfig(token_indices=[5, 1])),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",
@@ -430,7 +432,7 @@ def _tensors(folder: Path, random: random.Random) -> Damage:
     changes: dict[str, Callable[[], dict[str, Tensor]]] = {
         f"dtype {dtype}": lambda: {key: tensor.to(dtype)},
         "a dimension more": lambda: {key: tensor[None].contiguous()},
-        "turned": lambda: {key: tensor.T.contiguous()},
+        "turned": lambda: {key: tensor.permute(*reversed(range(tensor.ndim))).contiguous()},
         "flat": lambda: {key: tensor.flatten()},
         "a row less": lambda: {key: tensor[1:].contiguous() if tensor.ndim else tensor},
         "no rows": lambda: {key: tensor[:0] if tensor.ndim else tensor},

@@ -1,13 +1,12 @@
-"""Methods that train tensors of the model itself, each in one class: LN tuning and trainable tokens, beside PEFT's."""
+"""Methods that train tensors of the model itself: names, values, files and gradients of both beside PEFT's."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import peft
@@ -21,16 +20,12 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForCaus
 import graphpeft
 from graphpeft import (
     AdaptError,
-    FullyTrainedModule,
-    PeftType,
-    Report,
-    TableRows,
+    LNTuningConfig,
     TargetedConfig,
+    TrainableTokensConfig,
     get_peft_model,
     register,
 )
-from graphpeft.rules import registry
-from graphpeft.targeting.embedding_layers import embedding_layers
 from graphpeft.testing import laws
 from graphpeft.testing.snapshots import with_saved
 
@@ -38,63 +33,6 @@ from graphpeft.testing.snapshots import with_saved
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:Setting `save_embedding_layers`")
 
 Modules = Mapping[str, nn.Module]
-
-
-@dataclass(kw_only=True)
-class LNTuningConfig(TargetedConfig):
-    """LN tuning fully trains norms, or whatever is named."""
-
-    peft_type: ClassVar[PeftType] = PeftType.LN_TUNING
-    lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
-    default_targets: ClassVar[Any] = MappingProxyType({"gpt2": ("ln_1", "ln_2", "ln_f")})
-
-    @property
-    def starts_as_identity(self) -> bool:
-        return True
-
-    def find_sites(self, finder: Any, report: Report) -> list[Any]:
-        return []
-
-    def find_fully_trained(self, modules: Modules, report: Report) -> dict[str, FullyTrainedModule]:
-        return dict.fromkeys(self.targeted_modules(modules, report), FullyTrainedModule("ln_tuning_layers"))
-
-
-@dataclass(kw_only=True)
-class TrainableTokensConfig(TargetedConfig):
-    """Trainable tokens are rows of embeddings; what is tied to one follows it."""
-
-    peft_type: ClassVar[PeftType] = PeftType.TRAINABLE_TOKENS
-    lacks: ClassVar[frozenset[str]] = LNTuningConfig.lacks | {"exclude_modules", "modules_to_save"}
-    token_indices: list[int] = field(default_factory=list)
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        return self.init_weights
-
-    def initialise_rows(self, rows: Tensor) -> None:
-        if not self.init_weights:
-            nn.init.normal_(rows)
-
-    def targets_by_default(self, model: nn.Module) -> str:
-        return next(iter(embedding_layers(dict(model.named_modules()))), "embed_tokens")
-
-    def find_sites(self, finder: Any, report: Report) -> list[Any]:
-        return []
-
-    def find_rows(self, modules: Modules, report: Report) -> dict[str, TableRows]:
-        rows = TableRows(tuple(self.token_indices), "trainable_tokens_delta", "token_indices", written_for_tied=True)
-        return dict.fromkeys(self.targeted_modules(modules, report), rows)
-
-
-@pytest.fixture(autouse=True)
-def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers both methods for the time of a test."""
-    monkeypatch.setattr(registry, "_REGISTRY", registry.registered())
-    for config_class in (LNTuningConfig, TrainableTokensConfig):
-        registry._REGISTRY.pop(config_class.peft_type, None)
-        monkeypatch.setattr(config_class, "__init__", config_class.__init__)
-        register(config_class)
 
 
 class Convolutional(nn.Module):

@@ -171,7 +171,7 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     resolved = plan.config
     plan.report.adapted = plan.sites
     sites = resolved.find_sites(finder, plan.report)
-    if where is not None and sites:
+    if where is not None:
         sites = _narrow(plan, sites, where)
     try:
         plan.config = plan.config.prepared(sites)
@@ -234,6 +234,13 @@ _NAMES_BESIDE = 1000
 
 def _narrow(plan: Plan, sites: Sequence[Any], where: Callable[[Any], bool]) -> list[Any]:
     """Returns the sites that are meant, and lets the plan's config name these alone, as its file must."""
+    if not sites:
+        if not plan.report.nothing_matched and not plan.report.refused:
+            raise AdaptError(
+                f"where chooses among sites, and {plan.config.method} has none here, since it trains the model's own "
+                "tensors; name them by the config's options"
+            )
+        return []
     kept = [site for site in sites if where(site)]
     if not kept:
         plan.report.nothing_matched = f"where holds for none of {joined([site.name for site in sites])}"

@@ -64,9 +64,10 @@ def inject_adapter_in_model(
     if lacking:
         raise AdaptError(f"the state_dict is of a model with {joined(lacking)}, which this one hasn't")
     config = config.from_dict(config.to_dict() | {"target_modules": sorted(named)})
-    return get_peft_model(
-        model, config, adapter_name, example_inputs=example_inputs, where=lambda site: site.owner in named
-    )
+    names_more = any(path.endswith(tuple(f".{name}" for name in named)) for path in modules - named)
+    narrows = names_more or config.target_options.target_parameters
+    where = (lambda site: site.owner in named) if narrows else None
+    return get_peft_model(model, config, adapter_name, example_inputs=example_inputs, where=where)
 
 
 def _modules_in(config: Any, state_dict: Mapping[str, Any]) -> set[str]:

@@ -45,8 +45,7 @@ class Report:
     nothing_matched: str = ""
 
     def __str__(self) -> str:
-        parameters = sum(adapted.parameter_count for adapted in self.adapted)
-        lines = [f"{self.method} adapter {self.adapter!r}: {len(self.adapted)} sites, {parameters:,} parameters"]
+        lines = [f"{self.method} adapter {self.adapter!r}{self._size()}"]
         if self.adapted:
             lines += ["", *text_table(("site", "op", "size", "graph of", "parameters"), self._rows())]
         if self._own_code():
@@ -60,6 +59,12 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _size(self) -> str:
+        if self.fully_trained and not self.adapted:
+            return ", which trains tensors of the model"
+        parameters = sum(adapted.parameter_count for adapted in self.adapted)
+        return f": {len(self.adapted)} sites, {parameters:,} parameters"
 
     def _own_code(self) -> list[tuple[str, str]]:
         """Returns the modules that run their own code on changed weights, with the reasons."""

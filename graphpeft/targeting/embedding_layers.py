@@ -33,6 +33,15 @@ def embedding_layers(modules: Mapping[str, nn.Module]) -> list[str]:
     return [path for path, module in modules.items() if any(module is layer for layer in layers)]
 
 
+def input_embedding(modules: Mapping[str, nn.Module]) -> str | None:
+    """Returns the path of the model's input embedding, from its getter; None without one."""
+    model: Any = modules[""]
+    if isinstance(model, TracedModel):
+        return model.input_embedding
+    layer = module_told(model, "get_input_embeddings")
+    return next((path for path, module in modules.items() if module is layer), None)
+
+
 def are_untied(model: nn.Module) -> bool:
     """Returns whether a Transformers model's config says that its embeddings are no other layer's weight, too."""
     return getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False

@@ -14,10 +14,11 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TASK_HEADS
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.trained import FullyTrainedModule, TableRows
+from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
-from graphpeft.targeting.embedding_layers import embedding_layers
+from graphpeft.targeting.embedding_layers import input_embedding
 
 _MOST_HINTS = 5  # an error shows so many refusals; only these get near misses
 _SAVED = FullyTrainedModule("", "modules_to_save")
@@ -191,7 +192,7 @@ def named_rows(
     if named is None:
         return {}
     if not isinstance(named, Mapping):
-        named = {next(iter(embedding_layers(modules)), "embed_tokens"): named}
+        named = {input_embedding(modules) or "embed_tokens": named}
     found: dict[str, TableRows] = {}
     for name, indices in named.items():
         paths = [path for path in modules if path == name or path.endswith(f".{name}")]
@@ -247,6 +248,9 @@ def _rows_refusal(
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:
         return f"a {type(module).__name__} has no table whose rows could be trained"
+    cls = stands_for(module)
+    if issubclass(cls, linear_classes()) and not issubclass(cls, nn.Linear):
+        return f"a {cls.__name__} stores its weight as (in, out), in which no row is of a token"
     if is_quantised(weight):
         return f"its weight is quantised ({described(weight)}), and no rows of it can be trained"
     if any(isinstance(site, Site) and site.owner == path and site.attribute == "weight" for site in sites):

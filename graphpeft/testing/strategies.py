@@ -13,10 +13,21 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpeft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
+from graphpeft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+)
 from graphpeft.rules.registry import registered
 
 DIM = 8
+WORDS = 11
 
 
 class Functional(nn.Module):
@@ -179,6 +190,21 @@ class Reshaped(nn.Module):
         return (scores @ heads).transpose(1, 2).reshape(batch, tokens, -1)
 
 
+class OfTokens(nn.Module):
+    """A body between an embedding and a head, which can be tied to it."""
+
+    def __init__(self, body: nn.Module, is_tied: bool):
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, DIM)
+        self.body = body
+        self.head = nn.Linear(DIM, WORDS)
+        if is_tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.body(self.embed(tokens)))
+
+
 class Model(nn.Module):
     """A generated model: a body, and a head whose output is returned alone or in a container."""
 
@@ -232,7 +258,10 @@ class Case:
 
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """Returns a case whose model and inputs have another dtype."""
-    inputs, *others = (tuple(tensor.to(dtype) for tensor in given) for given in (case.inputs, *case.others))
+    inputs, *others = (
+        tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in given)
+        for given in (case.inputs, *case.others)
+    )
     return Case(lambda: case.build().to(dtype), inputs, tuple(others))
 
 
@@ -246,6 +275,20 @@ def mixing_cases() -> st.SearchStrategy[Case]:
 def tied_cases() -> st.SearchStrategy[Case]:
     """Returns a strategy for models, as `cases` does, with two modules that share a weight."""
     return cases(bodies().map(lambda build: lambda: nn.Sequential(Tied(), build())))
+
+
+@st.composite
+def token_cases(draw: Any) -> Case:
+    """Returns a strategy for models of tokens, with inputs, and other inputs of another batch size and length."""
+    body, is_tied, seed = draw(bodies()), draw(st.booleans()), draw(st.integers(0, 3))
+
+    def build() -> nn.Module:
+        torch.manual_seed(seed)
+        return OfTokens(body(), is_tied)
+
+    generator = torch.Generator().manual_seed(seed)
+    inputs, *others = ((torch.randint(WORDS, (b, t), generator=generator),) for b, t in ((2, 6), (1, 5), (3, 1)))
+    return Case(build, inputs, tuple(others))
 
 
 @st.composite
@@ -352,6 +395,30 @@ def _dropouts() -> st.SearchStrategy[dict[str, float]]:
 
 
 @st.composite
+def ln_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> LNTuningConfig:
+    """Returns a strategy for LN tuning of any modules of `model`, of which none is inside of another."""
+    paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
+    chosen: list[str] = []
+    for path in draw(st.lists(st.sampled_from(paths), min_size=1, unique=True)):
+        if not any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in chosen):
+            chosen.append(path)
+    return LNTuningConfig(target_modules="|".join(map(re.escape, chosen)))
+
+
+@st.composite
+def trainable_tokens_configs(draw: Any, model: nn.Module, identity: bool) -> TrainableTokensConfig:
+    """Returns a strategy for trainable rows of tables and layers of `model`; with `identity`, those of the weights."""
+    tables = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding | nn.Linear)}
+    chosen = draw(st.lists(st.sampled_from(list(tables)), min_size=1, unique=True))
+    rows = min(len(tables[path].weight) for path in chosen)
+    return TrainableTokensConfig(
+        target_modules="|".join(map(re.escape, chosen)),
+        token_indices=draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True)),
+        init_weights=identity or draw(st.booleans()),
+    )
+
+
+@st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
     return PromptTuningConfig(**draw(_prompt_options()))
@@ -400,6 +467,8 @@ METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
+    PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,8 +30,6 @@ from graphpeft.testing.snapshots import with_saved
 
 # what PEFT warns of is PEFT's
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:Setting `save_embedding_layers`")
-
-Modules = Mapping[str, nn.Module]
 
 
 class Convolutional(nn.Module):

@@ -52,7 +52,7 @@ def gemma() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    """Has a bias behind the tied head."""
+    """Has a bias at the tied head, of zeros, since PEFT loses it."""
     return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, num_attention_heads=2))
 
 
@@ -179,6 +179,20 @@ def test_a_linear_layer_keeps_its_bias_which_it_loses_in_peft() -> None:
     torch.testing.assert_close(ours(IDS), F.linear(hidden, weight, bias))
     torch.testing.assert_close(theirs(IDS), F.linear(hidden, weight))
     torch.testing.assert_close(ours.merge_and_unload()(IDS), F.linear(hidden, weight, bias))
+
+
+def test_a_tied_head_keeps_its_bias_which_it_loses_in_peft() -> None:
+    def biased() -> nn.Module:
+        model = bert()
+        nn.init.normal_(model.get_parameter("cls.predictions.bias"))
+        return model
+
+    options: dict[str, Any] = {"token_indices": [3, 1]}
+    expected = result(built(biased)(**TEXT))
+    ours: Any = get_peft_model(built(biased), TrainableTokensConfig(**options))
+    assert torch.equal(result(ours(**TEXT)), expected)
+    theirs: Any = peft.get_peft_model(built(biased), peft.TrainableTokensConfig(**options)).eval()
+    assert (result(theirs(**TEXT)) - expected).abs().max() > 1
 
 
 def test_tied_weights_stay_tied_whatever_the_models_config_says(tmp_path: Path) -> None:

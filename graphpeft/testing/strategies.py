@@ -409,6 +409,9 @@ def ln_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> LNTuningCo
 def trainable_tokens_configs(draw: Any, model: nn.Module, identity: bool) -> TrainableTokensConfig:
     """Returns a strategy for trainable rows of tables and layers of `model`; with `identity`, those of the weights."""
     tables = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding | nn.Linear)}
+    # a head follows the embedding whose weight it has
+    first = {id(module.weight): path for path, module in reversed(tables.items())}
+    tables = {path: tables[path] for path in tables if path in first.values()}
     chosen = draw(st.lists(st.sampled_from(list(tables)), min_size=1, unique=True))
     rows = min(len(tables[path].weight) for path in chosen)
     return TrainableTokensConfig(

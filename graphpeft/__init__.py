@@ -24,6 +24,7 @@ from graphpeft.graph.template import names_in_slots
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.loha import LoHaConfig
+from graphpeft.methods.lokr import LoKrConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
@@ -119,6 +120,7 @@ __all__ = [
     "InputRule",
     "LeafSite",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

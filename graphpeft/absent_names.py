@@ -20,7 +20,6 @@ _METHODS = [
     "Hira",
     "LNTuning",
     "Lily",
-    "LoKr",
     "Miss",
     "OFT",
     "OSF",
@@ -52,7 +51,7 @@ _CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _METHODS},
-    **{f"{method}Model": _TUNER for method in ("IA3", "LoHa", "Lora", *_METHODS) if method != "Cartridge"},
+    **{f"{method}Model": _TUNER for method in ("IA3", "LoHa", "LoKr", "Lora", *_METHODS) if method != "Cartridge"},
     **dict.fromkeys(_VARIANTS, _VARIANT),
     **dict.fromkeys(("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "CartridgeEncoder": _CARTRIDGE,

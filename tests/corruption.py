@@ -173,6 +173,13 @@ SAVED = [
             r=2, alpha=3, use_effective_conv2d=True, target_modules=["conv", "qkv", "head"], **_PATTERNS
         ),
     ),
+    Saved(
+        "lokr",
+        _layers,
+        lambda: graphpeft.LoKrConfig(
+            r=1, alpha=3, decompose_both=True, target_modules=["conv", "qkv", "head"], alpha_pattern={"q.*": 7.0}
+        ),
+    ),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",

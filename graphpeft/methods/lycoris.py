@@ -122,6 +122,16 @@ def draw(tensor: Tensor, site: Any) -> None:
         nn.init.kaiming_uniform_(factor, a=5**0.5)
 
 
+def core_shape(rank: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a kernel's core; PEFT gives that of a kernel of one dimension a second one."""
+    return rank, rank, *kernel, *(1,) * (len(kernel) == 1)
+
+
+def core_product(a: Any, b: Any, core: Any) -> tuple[Any, Any]:
+    """Returns two matrices whose product is that of a core and its factors, (out, in · kernel)."""
+    return a.mT, torch.einsum("ij...,jn->in...", core, b).flatten(1)
+
+
 @dataclass(kw_only=True)
 class LycorisConfig(TargetedConfig):
     """The options that LoHa and LoKr have in common; the names, defaults and meanings are PEFT's.

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpeft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftType, PromptEncoderConfig, PromptTuningConfig
+from graphpeft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from graphpeft.rules.registry import registered
 
 DIM = 8
@@ -346,6 +355,25 @@ def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
     )
 
 
+@st.composite
+def lokr_configs(draw: Any, model: nn.Module, identity: bool) -> LoKrConfig:
+    """Returns a strategy for LoKr configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
+    return LoKrConfig(
+        r=draw(st.sampled_from([1, 2, 4])),
+        alpha=draw(st.sampled_from([1, 8, 3.5])),
+        decompose_both=draw(st.booleans()),
+        decompose_factor=draw(st.sampled_from([-1, 1, 2, 8])),
+        rank_dropout_scale=draw(st.booleans()),
+        target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([{}, {special: 3}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
+        init_weights=draw(st.sampled_from([True, "lycoris"] if identity else [True, False, "lycoris"])),
+        **draw(_dropouts()),
+    )
+
+
 @functools.cache
 def _dropouts() -> st.SearchStrategy[dict[str, float]]:
     return st.fixed_dictionaries({name: st.sampled_from([0.0, 0.4]) for name in ("rank_dropout", "module_dropout")})
@@ -400,6 +428,7 @@ METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

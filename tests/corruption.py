@@ -437,7 +437,7 @@ def _tensors(folder: Path, random: random.Random) -> Damage:
     changes: dict[str, Callable[[], dict[str, Tensor]]] = {
         f"dtype {dtype}": lambda: {key: tensor.to(dtype)},
         "a dimension more": lambda: {key: tensor[None].contiguous()},
-        "turned": lambda: {key: tensor.T.contiguous()},
+        "turned": lambda: {key: tensor.permute(*reversed(range(tensor.ndim))).contiguous()},
         "flat": lambda: {key: tensor.flatten()},
         "a row less": lambda: {key: tensor[1:].contiguous() if tensor.ndim else tensor},
         "no rows": lambda: {key: tensor[:0] if tensor.ndim else tensor},

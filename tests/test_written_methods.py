@@ -118,7 +118,7 @@ MORE = (
         LoKrConfig,
         peft.LoKrConfig,
         {"r": 1, "alpha": 3, "use_effective_conv2d": True, "decompose_factor": 1},
-        (LINEAR, CONV_2D, POINTWISE),
+        LOKR_CASES,
     ),
     Method("ia3-drawn", IA3Config, peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}, MATRICES),
 )

@@ -175,11 +175,19 @@ class LycorisConfig(TargetedConfig):
         return super().target_options._replace(patterns=patterns)
 
     def rank_at(self, name: str) -> int:
-        """Returns the rank at the site of this name."""
+        """Returns the rank at a site.
+
+        Args:
+            name: The site's name.
+        """
         return targets.pattern_value(self.rank_pattern, name, self.r)
 
     def alpha_at(self, name: str) -> float:
-        """Returns α at the site of this name."""
+        """Returns α at a site.
+
+        Args:
+            name: The site's name.
+        """
         return targets.pattern_value(self.alpha_pattern, name, self.alpha)
 
     def for_file(self, sites: Sequence[Any]) -> LycorisConfig:

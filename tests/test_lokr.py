@@ -71,8 +71,8 @@ def test_patterns_decide_which_factors_are_products(tmp_path: Any):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"rank_dropout": 0.6},
+        {"module_dropout": 0.5},
         {"rank_dropout": 0.3, "rank_dropout_scale": True},
         {"rank_dropout": 0.3, "module_dropout": 0.4},
     ],

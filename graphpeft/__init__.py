@@ -25,6 +25,7 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
+from graphpeft.methods.lokr import LoKrConfig
 from graphpeft.methods.lora import (
     CordaConfig,
     EvaConfig,
@@ -122,6 +123,7 @@ __all__ = [
     "LNTuningConfig",
     "LeafSite",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

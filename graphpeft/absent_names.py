@@ -19,7 +19,6 @@ _METHODS = [
     "HRA",
     "Hira",
     "Lily",
-    "LoKr",
     "Miss",
     "OFT",
     "OSF",
@@ -52,7 +51,7 @@ ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _METHODS},
     **{
         f"{method}Model": _TUNER
-        for method in ("IA3", "LNTuning", "LoHa", "Lora", "TrainableTokens", *_METHODS)
+        for method in ("IA3", "LNTuning", "LoHa", "LoKr", "Lora", "TrainableTokens", *_METHODS)
         if method != "Cartridge"
     },
     **dict.fromkeys(_VARIANTS, _VARIANT),

@@ -175,6 +175,13 @@ SAVED = [
     ),
     Saved("ln-tuning", _layers, lambda: graphpeft.LNTuningConfig(target_modules=["norm", "head"])),
     Saved("trainable-tokens", _llama, lambda: graphpeft.TrainableTokensConfig(token_indices=[5, 1])),
+    Saved(
+        "lokr",
+        _layers,
+        lambda: graphpeft.LoKrConfig(
+            r=1, alpha=3, decompose_both=True, target_modules=["conv", "qkv", "head"], alpha_pattern={"q.*": 7.0}
+        ),
+    ),
     Saved("prompt-tuning", _gpt2, _prompt(graphpeft.PromptTuningConfig)),
     Saved(
         "prompt-scope",

@@ -21,6 +21,7 @@ from graphpeft import (
     CPTConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -144,6 +145,11 @@ def loha(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **opt
 
 
 CASES = {
+    "LoKr": Case(
+        lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()),
+        LoKrConfig(r=1, alpha=3, target_modules=["0"]),
+        (GROUPED,),
+    ),
     "LoHa": loha(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),
     "InputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), ["0"]),
     "OutputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, padding=1), nn.Tanh()), []),

@@ -28,6 +28,7 @@ from graphpeft import (
     IA3Config,
     InputRule,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     OperationRule,
     ParameterSpec,
@@ -79,12 +80,14 @@ class Method(NamedTuple):
 
 
 MATRICES = (LINEAR, WITHOUT_BIAS, TRANSPOSED)
+LOKR_CASES = (LINEAR, CONV_1D, CONV_2D, POINTWISE)
 METHODS = (
     Method("ia3", IA3Config, peft.IA3Config, {"feedforward_modules": []}, MATRICES),
     Method("ia3-feedforward", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, MATRICES),
     Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
     Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
     Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),
+    Method("lokr", LoKrConfig, peft.LoKrConfig, {"r": 1, "alpha": 3}, (*MATRICES[:2], CONV_1D, CONV_2D, POINTWISE)),
     Method("vera", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.1}, MATRICES),
     Method("vera-unsaved", VeraConfig, peft.VeraConfig, {"r": 3, "save_projection": False}, MATRICES),
     Method("shira", ShiraConfig, peft.ShiraConfig, {"r": 2, "random_seed": 5}, MATRICES[:2]),
@@ -99,6 +102,23 @@ MORE = (
         peft.LoHaConfig,
         {"r": 2, "alpha": 3, "use_effective_conv2d": True},
         (LINEAR, CONV_1D, CONV_2D, POINTWISE),
+    ),
+    Method("lokr-drawn", LoKrConfig, peft.LoKrConfig, {"r": 1, "alpha": 3, "init_weights": False}, LOKR_CASES),
+    Method("lokr-lycoris", LoKrConfig, peft.LoKrConfig, {"r": 1, "alpha": 3, "init_weights": "lycoris"}, LOKR_CASES),
+    Method("lokr-whole", LoKrConfig, peft.LoKrConfig, {"r": 4, "alpha": 3, "decompose_factor": 2}, LOKR_CASES),
+    Method(
+        "lokr-both",
+        LoKrConfig,
+        peft.LoKrConfig,
+        {"r": 1, "alpha": 3, "decompose_both": True, "decompose_factor": 4, "init_weights": False},
+        LOKR_CASES,
+    ),
+    Method(
+        "lokr-cores",
+        LoKrConfig,
+        peft.LoKrConfig,
+        {"r": 1, "alpha": 3, "use_effective_conv2d": True, "decompose_factor": 1},
+        LOKR_CASES,
     ),
     Method("ia3-drawn", IA3Config, peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}, MATRICES),
 )

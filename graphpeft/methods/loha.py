@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, draw, kernel_of
+from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw, kernel_of
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -46,9 +46,7 @@ class LoHa(LycorisRule):
             shapes = {"a": (*stack, rows, rank), "b": (*stack, rank, columns * math.prod(self.kernel))}
         names = {f"hada_w{n}_{side}": made for n in (1, 2) for side, made in shapes.items()}
         if self.has_cores:
-            # PEFT gives the core of a kernel of one dimension a second one
-            core = (rank, rank, *self.kernel, *(1,) * (len(self.kernel) == 1))
-            names |= {"hada_t1": core, "hada_t2": core}
+            names |= dict.fromkeys(("hada_t1", "hada_t2"), core_shape(rank, self.kernel))
         return {name: ParameterSpec(made, key=name) for name, made in names.items()}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -72,14 +70,9 @@ class LoHa(LycorisRule):
         """Returns ΔW."""
         first, second = (hada_w1_a, hada_w1_b), (hada_w2_a, hada_w2_b)
         if self.has_cores:
-            first, second = _with_core(*first, hada_t1), _with_core(*second, hada_t2)
+            first, second = core_product(*first, hada_t1), core_product(*second, hada_t2)
         change = hadamard(*first, *second) * scale
         return change.unflatten(1, (-1, *self.kernel)) if self.kernel else change
-
-
-def _with_core(a: Any, b: Any, core: Any) -> tuple[Any, Any]:
-    """Returns two matrices whose product is that of a core and its factors, as a matrix (out, in · kernel)."""
-    return a.mT, torch.einsum("ij...,jn->in...", core, b).flatten(1)
 
 
 @recorded

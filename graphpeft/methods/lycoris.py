@@ -69,35 +69,43 @@ class LycorisRule(DeltaRule):
         change: Any,
         bias_change: Any = None,
         dropout: Any = None,
-        rank_dropout: Any = 0.0,
-        module_dropout: Any = 0.0,
+        rank_dropout: Any = None,
+        module_dropout: Any = None,
     ) -> Any:
         """Returns y + operation(x, ΔW), in training with what dropout leaves of ΔW."""
-        # rows are those in PEFT's layout
-        seen, dimensions = self.layout.turned(change), len(self.kernel)
-        kept = after_dropout(seen, dimensions, rank_dropout, module_dropout, self.rescales, training)
-        return super().rewrite(x, y, operation, training, self.layout.turned(kept), bias_change, dropout)
+        if rank_dropout is not None or module_dropout is not None:
+            # rows are those in PEFT's layout
+            rows, dimensions = self.layout.turned(change), len(self.kernel)
+            kept = after_dropout(rows, dimensions, rank_dropout, module_dropout, self.rescales, training)
+            change = self.layout.turned(kept)
+        return super().rewrite(x, y, operation, training, change, bias_change, dropout)
 
 
 @identity_in_evaluation
 @recorded
 def after_dropout(
-    change: Tensor, kernel_dimensions: int, rank_dropout: float, module_dropout: float, rescales: bool, training: bool
+    change: Tensor,
+    kernel_dimensions: int,
+    rank_dropout: float | None,
+    module_dropout: float | None,
+    rescales: bool,
+    training: bool,
 ) -> Tensor:
     """Returns ΔW with zeros for the rows that dropout drops, or for all; draws what PEFT draws, on the CPU.
 
     Args:
         change: ΔW, of shape (…, out, in, *kernel).
         kernel_dimensions: The number of dimensions of a kernel.
-        rank_dropout: The probability of dropping a row.
-        module_dropout: The probability of dropping all.
+        rank_dropout: The probability of dropping a row; None for 0.
+        module_dropout: The probability of dropping all; None for 0.
         rescales: Whether the rows that remain are divided by their share.
         training: Whether dropout is on.
     """
     if not training:
         return change
-    # drawn at any probability, so that a model's own dropout draws the same as in PEFT
-    is_kept = torch.rand(1) > module_dropout
+    # PEFT draws this number at any probability, but without any dropout none is drawn here: weights that no one
+    # operation uses draw none, and a model and its flat graph have to draw the same
+    is_kept = torch.rand(1) > (module_dropout or 0.0)
     # PEFT draws no rows for a layer that it leaves out
     if rank_dropout and (not module_dropout or is_kept):
         rows = change.shape[: change.ndim - 1 - kernel_dimensions]
@@ -120,6 +128,16 @@ def draw(tensor: Tensor, site: Any) -> None:
     is_stack = len(site.shape) == 3 and not kernel_of(site)
     for factor in tensor if is_stack else (tensor,):
         nn.init.kaiming_uniform_(factor, a=5**0.5)
+
+
+def core_shape(rank: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a kernel's core; PEFT gives that of a kernel of one dimension a second one."""
+    return rank, rank, *kernel, *(1,) * (len(kernel) == 1)
+
+
+def core_product(a: Any, b: Any, core: Any) -> tuple[Any, Any]:
+    """Returns two matrices whose product is that of a core and its factors, (out, in · kernel)."""
+    return a.mT, torch.einsum("ij...,jn->in...", core, b).flatten(1)
 
 
 @dataclass(kw_only=True)

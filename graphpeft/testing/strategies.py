@@ -17,6 +17,7 @@ from graphpeft import (
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftType,
@@ -389,6 +390,25 @@ def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
     )
 
 
+@st.composite
+def lokr_configs(draw: Any, model: nn.Module, identity: bool) -> LoKrConfig:
+    """Returns a strategy for LoKr configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
+    return LoKrConfig(
+        r=draw(st.sampled_from([1, 2, 4])),
+        alpha=draw(st.sampled_from([1, 8, 3.5])),
+        decompose_both=draw(st.booleans()),
+        decompose_factor=draw(st.sampled_from([-1, 1, 2, 8])),
+        rank_dropout_scale=draw(st.booleans()),
+        target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([{}, {special: 3}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
+        init_weights=draw(st.sampled_from([True, "lycoris"] if identity else [True, False, "lycoris"])),
+        **draw(_dropouts()),
+    )
+
+
 @functools.cache
 def _dropouts() -> st.SearchStrategy[dict[str, float]]:
     return st.fixed_dictionaries({name: st.sampled_from([0.0, 0.4]) for name in ("rank_dropout", "module_dropout")})
@@ -472,6 +492,7 @@ METHODS: dict[str, Method] = {
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
+    PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

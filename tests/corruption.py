@@ -603,7 +603,7 @@ def verdict(saved: Saved, folder: Path, damage: Damage, is_trainable: bool) -> V
 
 
 _SECONDS = 2.0
-_CLEAR = (graphpeft.CheckpointError, graphpeft.AdaptError, FileNotFoundError)
+_CLEAR = (graphpeft.CheckpointError, graphpeft.AdaptError, graphpeft.NoMatchingPeftModuleError, FileNotFoundError)
 _LONGEST_ERROR = 3000
 
 

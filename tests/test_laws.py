@@ -30,19 +30,8 @@ from graphpeft import (
 from graphpeft.rules.registry import registered
 from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
-from graphpeft.testing.strategies import (
-    DIM,
-    METHODS,
-    SPELLINGS,
-    Case,
-    Functional,
-    Method,
-    Model,
-    adaptations,
-    cases,
-    in_dtype,
-    tied_cases,
-)
+from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
+from graphpeft.testing.strategies import METHODS, Method, adaptations
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
 

@@ -29,21 +29,28 @@ def drawn(**options: Any) -> LoHaConfig:
     return LoHaConfig(**{**DRAWN, **options})
 
 
-def by_both(base: nn.Module, **options: Any) -> tuple[Any, Any]:
+def by_both_libraries(base: nn.Module, config: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Returns two copies of a model, adapted by PEFT and by this library, with equal values."""
     models = []
     for library in (peft, graphpeft):
         torch.manual_seed(2)
-        models.append(library.get_peft_model(copy.deepcopy(base), library.LoHaConfig(**{**DRAWN, **options})))
+        models.append(library.get_peft_model(copy.deepcopy(base), getattr(library, config)(**options)))
     return models[0], models[1]
+
+
+def assert_defaults_name_the_targets_that_pefts_do(example: Example, theirs: Any, ours: Any) -> None:
+    assert get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
+    expected = result(call(theirs.eval(), example.inputs()))
+    torch.testing.assert_close(result(call(ours.eval(), example.inputs())), expected)
+
+
+def by_both(base: nn.Module, **options: Any) -> tuple[Any, Any]:
+    return by_both_libraries(base, "LoHaConfig", {**DRAWN, **options})
 
 
 @pytest.mark.parametrize("example", [LLAMA, BERT, T5], ids=str)
 def test_defaults_name_the_targets_that_pefts_do(example: Example):
-    theirs, ours = by_both(example.build())
-    assert get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
-    expected = result(call(theirs.eval(), example.inputs()))
-    torch.testing.assert_close(result(call(ours.eval(), example.inputs())), expected)
+    assert_defaults_name_the_targets_that_pefts_do(example, *by_both(example.build()))
 
 
 def test_layers_that_transformers_stores_turned_have_factors_as_linear_layers_have():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import peft
@@ -12,7 +11,7 @@ from models import BERT, LLAMA, T5, Example, call, result
 from oracle import CONV_1D, LINEAR
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
-from test_loha import ODD, Dropping, Odd
+from test_loha import ODD, Dropping, Odd, assert_defaults_name_the_targets_that_pefts_do, by_both_libraries
 from torch import nn
 
 import graphpeft
@@ -30,20 +29,12 @@ def drawn(**options: Any) -> LoKrConfig:
 
 
 def by_both(base: nn.Module, **options: Any) -> tuple[Any, Any]:
-    """Returns two copies of a model, adapted by PEFT and by this library, with equal values."""
-    models = []
-    for library in (peft, graphpeft):
-        torch.manual_seed(2)
-        models.append(library.get_peft_model(copy.deepcopy(base), library.LoKrConfig(**{**DRAWN, **options})))
-    return models[0], models[1]
+    return by_both_libraries(base, "LoKrConfig", {**DRAWN, **options})
 
 
 @pytest.mark.parametrize("example", [LLAMA, BERT, T5], ids=str)
 def test_defaults_name_the_targets_that_pefts_do(example: Example):
-    theirs, ours = by_both(example.build())
-    assert get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
-    expected = result(call(theirs.eval(), example.inputs()))
-    torch.testing.assert_close(result(call(ours.eval(), example.inputs())), expected)
+    assert_defaults_name_the_targets_that_pefts_do(example, *by_both(example.build()))
 
 
 def test_sizes_are_parted_as_in_peft():

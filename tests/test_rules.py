@@ -43,7 +43,8 @@ from graphpeft import (
     trace,
 )
 from graphpeft.testing import LawError, assert_two_adapters_act_together, laws, verify
-from graphpeft.testing.strategies import adaptations, targets_of
+from graphpeft.testing.generated_models import targets_of
+from graphpeft.testing.strategies import adaptations
 
 X = (torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),)
 NOT_WEIGHTS = "what it computes isn't linear"

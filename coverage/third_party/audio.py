@@ -326,7 +326,9 @@ def conformer() -> Iterator[Case]:
     """Yields blocks of attention and convolution."""
     import conformer as package
 
-    build = lambda: package.Conformer(dim=16, depth=2, dim_head=8, heads=2, conv_kernel_size=5)  # noqa: E731
+    def build() -> nn.Module:
+        return package.Conformer(dim=16, depth=2, dim_head=8, heads=2, conv_kernel_size=5)
+
     yield Case("conformer", "Conformer", build, _frames(10, 16), (nn.Conv1d,))
 
 

@@ -13,7 +13,7 @@ class Case(NamedTuple):
 
     Attributes:
         package: The package that it is of, by its name in the registry.
-        name: What it is called there, and what is particular to it.
+        name: Its name there, with a part or an option where a package has several.
         build: Builds it; equal seeds give equal weights.
         inputs: Makes its inputs, positional ones or by name; equal seeds give equal ones.
         layers: Classes of layers that are adapted beside the linear ones.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ def neuraloperator() -> Iterator[Case]:
     """Yields operators between functions, with weights of complex numbers."""
     from neuralop import models
 
+    def field() -> tuple[torch.Tensor]:
+        return (torch.randn(2, 1, 16, 16),)
+
     name = "neuraloperator"
-    field = lambda: (torch.randn(2, 1, 16, 16),)  # noqa: E731
     convolutions = (nn.Conv1d,)
     yield Case(name, "FNO", lambda: models.FNO((4, 4), 1, 2, 8, n_layers=2), field, convolutions)
     yield Case(name, "TFNO", lambda: models.TFNO((4, 4), 1, 2, 8, n_layers=2, rank=0.3), field, convolutions)
@@ -61,9 +63,13 @@ def denoising_diffusion_pytorch() -> Iterator[Case]:
     import denoising_diffusion_pytorch as diffusion
     from denoising_diffusion_pytorch.karras_unet import KarrasUnet
 
+    def images(channels: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda: (torch.randn(2, channels, 16, 16), torch.tensor([3, 8]))
+
+    def unet() -> nn.Module:
+        return diffusion.Unet(dim=8, dim_mults=(1, 2), flash_attn=False)
+
     name = "denoising-diffusion-pytorch"
-    images = lambda channels: lambda: (torch.randn(2, channels, 16, 16), torch.tensor([3, 8]))  # noqa: E731
-    unet = lambda: diffusion.Unet(dim=8, dim_mults=(1, 2), flash_attn=False)  # noqa: E731
     yield Case(name, "Unet", unet, images(3))
     yield Case(name, "Unet with its convolutions", unet, images(3), (nn.Conv2d,))
     yield Case(
@@ -175,7 +181,9 @@ def zuko() -> Iterator[Case]:
         def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             return self.flow(context).log_prob(x)
 
-    pair = lambda: (torch.randn(4, 3), torch.randn(4, 2))  # noqa: E731
+    def pair() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(4, 3), torch.randn(4, 2)
+
     yield Case("zuko", "NSF", lambda: Density(package.flows.NSF(3, 2, transforms=2, hidden_features=(16, 16))), pair)
     yield Case("zuko", "CNF", lambda: Density(package.flows.CNF(3, 2, hidden_features=(16, 16))), pair)
 

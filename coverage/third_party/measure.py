@@ -68,7 +68,7 @@ def _in_double_if_it_runs(case: Case, row: Row) -> Case:
     try:
         outputs(_base(double), double)
         _loss(_base(double), double).backward()
-    except Exception:
+    except Exception:  # the code of a model may raise any, where it wants single precision
         row["dtype"] = "single"
         return case
     row["dtype"] = "double"

@@ -50,9 +50,11 @@ def tab_transformer_pytorch() -> Iterator[Case]:
     """Yields attention over the columns of a table, with residual streams."""
     import tab_transformer_pytorch as tab
 
+    def row() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(0, 3, (4, 2)), torch.randn(4, 3)
+
     name = "tab-transformer-pytorch"
     sizes: dict[str, Any] = {"categories": (3, 5), "dim": 16, "depth": 2, "heads": 2, "dim_head": 8}
-    row = lambda: (torch.randint(0, 3, (4, 2)), torch.randn(4, 3))  # noqa: E731
     yield Case(
         name, "TabTransformer", lambda: tab.TabTransformer(num_continuous=3, dim_out=2, mlp_act=nn.ReLU(), **sizes), row
     )
@@ -176,7 +178,10 @@ def gluonts() -> Iterator[Case]:
             "past_feat_dynamic_real": torch.randn(2, 12, 1),
         },
     )
-    window = lambda: (torch.randn(2, 12), torch.ones(2, 12))  # noqa: E731
+
+    def window() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(2, 12), torch.ones(2, 12)
+
     yield Case(
         name,
         "PatchTST",

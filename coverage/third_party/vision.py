@@ -47,7 +47,9 @@ def clip_anytorch() -> Iterator[Case]:
     """Yields OpenAI's CLIP."""
     import clip
 
-    build = lambda: clip.model.CLIP(16, 32, 2, 64, 8, 12, 64, 32, 2, 2)  # noqa: E731
+    def build() -> nn.Module:
+        return clip.model.CLIP(16, 32, 2, 64, 8, 12, 64, 32, 2, 2)
+
     yield Case("clip-anytorch", "CLIP", build, lambda: (torch.randn(2, 3, 32, 32), torch.randint(1, 64, (2, 12))))
 
 

@@ -39,7 +39,7 @@ def adapted(peft: Any, base: Any = None, **options: Any) -> Any:
 
 
 def trainer(model: Any, folder: Path, rows: Any = None, **options: Any) -> Any:
-    """Returns a trainer; options are those of `TrainingArguments`, or its own."""
+    """Returns a trainer; options go to `TrainingArguments` or to the trainer."""
     own = {name: options.pop(name) for name in OWN if name in options}
     seq2seq = "predict_with_generate" in options
     settings = {

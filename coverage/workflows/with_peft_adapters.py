@@ -16,7 +16,7 @@ TOKENS = torch.arange(3, 12).view(1, 9)
 
 
 def _two(peft: Any, **options: Any) -> Any:
-    """Returns a model with two adapters of different ranks, of which the first is active."""
+    """Returns a model with two adapters of different ranks; the first one is active."""
     model = adapted(peft)
     torch.manual_seed(2)
     settings = {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options

@@ -16,7 +16,7 @@ GIVEN = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
 
 
 def _trained(peft: Any, config: Any, folder: Path, base: Any = tiny.llama, **more: Any) -> Values:
-    """Returns the losses of a few steps, and that of the prompt when it is loaded."""
+    """Returns the losses of a few steps, and the loss with the loaded prompt."""
     torch.manual_seed(1)
     model = peft.get_peft_model(base(), config)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.1)

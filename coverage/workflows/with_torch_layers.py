@@ -1,4 +1,4 @@
-"""PyTorch's layers and what is done to them."""
+"""PyTorch's layers: tied, normed, pruned, parametrized, recurrent and of attention."""
 
 from __future__ import annotations
 

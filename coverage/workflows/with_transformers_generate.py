@@ -18,7 +18,7 @@ PROMPT = ["abc", "some words"]
 
 
 def _model(peft: Any, **options: Any) -> Any:
-    """Returns a model whose adapter changes what it writes."""
+    """Returns a model with an adapter that changes the generated tokens."""
     model = adapted(peft, **options)
     for name, each in model.named_parameters():
         if "lora_" in name:

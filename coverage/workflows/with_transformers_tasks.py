@@ -161,7 +161,7 @@ def whisper(peft: Any, folder: Path) -> Values:
     model = peft.get_peft_model(transformers.WhisperForConditionalGeneration(config), lora)
     sounds = torch.randn(8, 4, 16, generator=torch.Generator().manual_seed(2))
     rows = Rows([{"input_features": each, "labels": torch.arange(3, 7)} for each in sounds])
-    # as PEFT's example says of a model whose forward isn't that of the model in front
+    # as in PEFT's example of a model with a forward of its own
     options = {"remove_unused_columns": False, "label_names": ["labels"]}
     trainer = trained(model, folder, rows, **options)
     written = trainer.model.eval().generate(input_features=sounds[:2], max_new_tokens=3)

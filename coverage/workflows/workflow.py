@@ -21,7 +21,7 @@ class Workflow(NamedTuple):
 
     Attributes:
         tool: The tool, as the page names it.
-        name: What is done with it.
+        name: The user's aim with it.
         script: Does it.
         apart: Why the libraries' values differ, if they do and should; or what to do here, if PEFT alone can do it.
     """

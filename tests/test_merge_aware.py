@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,29 @@ def test_adapters_of_one_quantised_layer_all_act_in_either_order(quantisers_of: 
     model(x).sum().backward()
     for name in ("default", "second"):
         assert model.get_parameter(f"0.{name}.lora_A").grad.abs().sum() > 0
+
+
+@pytest.mark.compiled
+# PyTorch's compiler looks for gradients of what it is given where it goes on after what it can't follow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("case", [LINEAR, *WEIGHT_ONLY], ids=str)
+def test_compiled_it_rounds_and_trains_alike(case: Case):
+    found = {}
+    for compiles in (False, True):
+        model = adapted(case, "own" if case in WEIGHT_ONLY else to_seven_steps)
+        output = (torch.compile(model) if compiles else model)(*case.inputs())
+        output.float().square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found[compiles] = {"output": output.detach(), **gradients}
+    tolerance = 1e-4 if found[False]["output"].dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(found[True], found[False], rtol=tolerance, atol=tolerance)
+
+
+def test_a_pickled_weight_that_has_lost_how_it_was_quantised_is_refused():
+    case = next(case for case in WEIGHT_ONLY if case.name == "bitsandbytes nf4")
+    pickled = pickle.loads(pickle.dumps(adapted(case, "own")))
+    with pytest.raises(quantisers.QuantisingError, match="the weight was pickled, and has lost how it was quantised"):
+        pickled(*case.inputs())
 
 
 @pytest.mark.parametrize("case", WEIGHT_ONLY[:3], ids=str)

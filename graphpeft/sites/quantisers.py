@@ -131,7 +131,10 @@ def requantised(weight: Any, state: Any, numbers: Tensor) -> Tensor:
     Raises:
         QuantisingError: If they can't be.
     """
-    return _known(weight).codes(weight, state, numbers).numbers()
+    quantiser = _quantiser(weight)
+    if quantiser is None:
+        raise QuantisingError("the weight was pickled, and has lost how it was quantised; load the base model anew")
+    return quantiser.codes(weight, state, numbers).numbers()
 
 
 def dtype_before(layer: nn.Module) -> torch.dtype:

@@ -175,8 +175,9 @@ class RoundedLeaf(OperationRule, Mergeable):
     ) -> Any:
         """Adds what the numbers of new codes change."""
         change = self.direction.delta(lora_A, lora_B, lora_scaling)
-        rounded = as_node(_rounded_change, change, codes, state)
-        return (y + as_node(_linear, x, rounded)).to(y.dtype)
+        without_gradient = change.detach()
+        rounded = as_node(_rounded_change, without_gradient, codes, state) + (change - without_gradient)
+        return (y + F.linear(x.to(change.dtype), rounded)).to(y.dtype)
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, since merging quantises the sum anyway."""
@@ -198,15 +199,11 @@ def _applied(quantiser: Quantiser, weight: Any) -> Any:
     return as_node(quantiser, weight) if isinstance(weight, fx.Proxy) else quantiser(weight)
 
 
+@torch.compiler.disable  # libraries quantise in ways that no compiler follows, as in the move to a device
 def _rounded_change(change: Tensor, codes: Any, state: Any) -> Tensor:
-    """Returns how the numbers of codes change if a change is added and the sum is quantised; its gradient is as is."""
+    """Returns how the numbers of codes change if a change is added and the sum is quantised."""
     numbers = quantisers.numbers_of(codes, state)
-    rounded = quantisers.requantised(codes, state, numbers + change.detach()) - numbers
-    return rounded.to(change.dtype) + (change - change.detach())
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight)
+    return (quantisers.requantised(codes, state, numbers + change) - numbers).to(change.dtype)
 
 
 @torch.no_grad()

@@ -224,6 +224,15 @@ class Mergeable(Rule):
         """
         return self.delta(**given)
 
+    def changed(self, weight: Any, given: Mapping[str, Any]) -> Any:
+        """Returns a weight as such with its change, for the graph that uses it.
+
+        Args:
+            weight: The weight, with the changes of earlier adapters.
+            given: The arguments of `delta` by name, as in `change`.
+        """
+        return weight + self.change(given).to(weight.dtype)
+
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the weight's change in evaluation, in the weight's stored layout.

@@ -21,6 +21,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
+from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
@@ -64,6 +65,8 @@ from graphpeft.model.task_models import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from graphpeft.model.trainer_callback import update_and_allocate_callback
+from graphpeft.model.training_methods import penalty_of
 from graphpeft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -97,6 +100,7 @@ from graphpeft.tracing.trace import trace
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "AdaLoraConfig",
     "AdaptError",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -196,6 +200,7 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "penalty_of",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
@@ -208,6 +213,7 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",
+    "update_and_allocate_callback",
 ]
 
 

@@ -179,7 +179,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 with call_inputs.given(read, kwargs):
                     output = call(*args, **call_inputs.left(read, kwargs))
             state = self._peft_adapters
-            return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
+            return training.with_penalty(lambda: modules_of(self), state, output) if state.has_penalties else output
         if getattr(self, "_is_replica", False):
             raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
         with self.mixed_batch(adapter_names):

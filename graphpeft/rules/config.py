@@ -75,6 +75,9 @@ class PeftConfig(ConfigJson):
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
 
+    changed_by_training: ClassVar[frozenset[str]] = frozenset()
+    """Options that `after_step` changes: an adapter that gets the values of a saved one gets its options of these."""
+
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
 
@@ -125,6 +128,11 @@ class PeftConfig(ConfigJson):
         for field in dataclasses.fields(self):
             if field.name in self.lacks and plain(getattr(self, field.name)) != default_of(field):
                 raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {default_of(field)!r}")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that `after_step` has changed."""
+        return {name: copy.copy(getattr(self, name)) for name in self.changed_by_training}
 
     @property
     def target_options(self) -> TargetOptions:

@@ -1,0 +1,134 @@
+"""AdaLoRA's budget of ranks, the importance of triplets, and the penalty that keeps A and B orthogonal.
+
+    s = |p · ∂L/∂p|        I = β₁ I + (1 − β₁) s        U = β₂ U + (1 − β₂) |s − I|        for each element p
+    I U of E's element + mean(I U) of A's row + mean(I U) of B's column                   is a triplet's importance
+
+The same numbers as PEFT's ``RankAllocator``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphpeft.rules.trained import SiteParameters
+
+
+class Schedule(NamedTuple):
+    """The budget of ranks, step by step.
+
+    Attributes:
+        first: The number of ranks of all weights together at first.
+        last: The number in the end.
+        begin: The last step with the first number.
+        end: The first step with the last one.
+    """
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    def budget(self, step: int) -> int:
+        """Returns the number of ranks after a step."""
+        if step <= self.begin:
+            return self.first
+        left = max(0.0, 1 - (step - self.begin) / (self.end - self.begin))
+        return int((self.first - self.last) * left**3 + self.last)
+
+
+class Importance(NamedTuple):
+    """The importance of a parameter's elements, averaged over steps.
+
+    Attributes:
+        mean: I.
+        spread: U.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+
+Averages = Mapping[tuple[str, str], Importance]
+"""The importance of each parameter, by the label of its site and its name there."""
+
+
+def averaged(sites: Sequence[SiteParameters], before: Averages, beta1: float, beta2: float) -> Averages:
+    """Returns the averages after a step.
+
+    Args:
+        sites: The parameters, with their gradients.
+        before: The averages before it; empty at first.
+        beta1: β₁.
+        beta2: β₂.
+
+    Raises:
+        ValueError: If a parameter has no gradient.
+    """
+    found: dict[tuple[str, str], Importance] = {}
+    for site, parameters in sites:
+        for name, parameter in parameters.items():
+            if parameter.grad is None:
+                raise ValueError(
+                    f"{name} of {site.label} has no gradient; call update_and_allocate after backward(), before the "
+                    "gradients are set to zero"
+                )
+            sensitivity = (parameter * parameter.grad).abs()
+            old = before.get((site.label, name))
+            mean, spread = (torch.zeros_like(parameter), torch.zeros_like(parameter)) if old is None else old
+            mean, spread = mean.to(parameter.device), spread.to(parameter.device)
+            now = beta1 * mean + (1 - beta1) * sensitivity
+            new = Importance(now, beta2 * spread + (1 - beta2) * (sensitivity - now).abs())
+            # a step that mixed precision skips, since gradients overflowed, tells nothing, and would stay in averages
+            is_number = sensitivity.isfinite()
+            found[site.label, name] = Importance(
+                torch.where(is_number, new.mean, mean), torch.where(is_number, new.spread, spread)
+            )
+    return found
+
+
+def importance(averages: Averages, label: str) -> Tensor:
+    """Returns the importance of the triplets of a site; those of a stack of matrices are one for each rank.
+
+    Args:
+        averages: The averages.
+        label: The site's label.
+    """
+    a, e, b = (torch.mul(*averages[label, name]) for name in ("lora_A", "lora_E", "lora_B"))
+    of_triplets = e.squeeze(-1) + (a.mean(-1) + b.mean(-2))
+    return of_triplets if of_triplets.ndim == 1 else of_triplets.flatten(0, -2).mean(0)
+
+
+def kept(scores: Mapping[str, Tensor], drops: int) -> dict[str, list[bool]]:
+    """Returns which triplets of each site stay: those above the importance of as many as are dropped.
+
+    Args:
+        scores: The triplets' importance by the labels of their sites.
+        drops: How many are dropped, of all sites together.
+    """
+    if drops <= 0:
+        return {label: [True] * len(score) for label, score in scores.items()}
+    everything = torch.cat([score.cpu() for score in scores.values()])
+    if drops >= len(everything):
+        return {label: [False] * len(score) for label, score in scores.items()}
+    threshold = torch.kthvalue(everything, drops).values.item()
+    return {label: (score > threshold).tolist() for label, score in scores.items()}
+
+
+def orthogonality(sites: Sequence[SiteParameters]) -> Tensor:
+    """Returns the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over all sites, with gradients.
+
+    Args:
+        sites: The parameters.
+    """
+    rows = [factor for _, at in sites for factor in (at["lora_A"], at["lora_B"].mT)]
+    norms = [torch.linalg.matrix_norm(_excess(factor)).reshape(-1) for factor in rows]
+    return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+
+
+def _excess(factor: Tensor) -> Tensor:
+    products = factor @ factor.mT
+    return products - torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)

@@ -135,6 +135,11 @@ class PeftConfig(ConfigJson):
         return {name: copy.copy(getattr(self, name)) for name in self.changed_by_training}
 
     @property
+    def unchanged(self) -> dict[str, Any]:
+        """The same options as they are by default."""
+        return {field.name: default_of(field) for field in dataclasses.fields(self) if field.name in self.changes}
+
+    @property
     def target_options(self) -> TargetOptions:
         """The options that name modules and parameters, and the options with patterns for their names."""
         return TargetOptions(modules_to_save=self.modules_to_save)
@@ -251,6 +256,21 @@ class PeftConfig(ConfigJson):
         Raises:
             ValueError: If the adapter can't be changed now.
         """
+
+    def training_state(self) -> Mapping[str, torch.Tensor]:
+        """Returns what `after_step` keeps from step to step, as tensors by name, for a training that is resumed."""
+        return {}
+
+    def resumed(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        """Returns the attributes of the config in which `after_step` keeps this.
+
+        Args:
+            state: What `training_state` returned.
+
+        Raises:
+            ValueError: If it is another method's.
+        """
+        raise ValueError(f"{self.method} keeps nothing from step to step")
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
         """Returns the present form of a parameter in files, or None if it is the form in the model.

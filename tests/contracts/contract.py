@@ -27,6 +27,7 @@ class Contract(NamedTuple):
             "pt2": a pattern for the error's text.
         trains_alike: Whether a training step draws the same numbers as PEFT's, and so gives the same gradients.
         tolerance: The largest difference from PEFT's outputs, relative to their size.
+        trained_by_mistake: A part of the names of parameters that PEFT trains beside half precision, and saves nowhere.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contract(NamedTuple):
     refuses: Mapping[str, str] = MappingProxyType({})
     trains_alike: bool = True
     tolerance: float = 1e-5
+    trained_by_mistake: str = ""
 
     @property
     def method(self) -> str:

@@ -132,3 +132,33 @@ def orthogonality(sites: Sequence[SiteParameters]) -> Tensor:
 def _excess(factor: Tensor) -> Tensor:
     products = factor @ factor.mT
     return products - torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
+
+
+def as_tensors(pattern: Mapping[str, Sequence[bool]], averages: Averages) -> dict[str, Tensor]:
+    """Returns which ranks are left, and the averages, as tensors by name.
+
+    Args:
+        pattern: Which ranks are left, as in `rank_pattern`.
+        averages: The averages.
+    """
+    masks = {f"rank_pattern/{key}": torch.tensor(mask) for key, mask in pattern.items()}
+    means = {f"mean/{label}/{name}": each.mean for (label, name), each in averages.items()}
+    return masks | means | {f"spread/{label}/{name}": each.spread for (label, name), each in averages.items()}
+
+
+def from_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, list[bool]], Averages]:
+    """Returns the arguments of which `as_tensors` has made these tensors.
+
+    Args:
+        state: The tensors.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"rank_pattern": {}, "mean": {}, "spread": {}}
+    for key, tensor in state.items():
+        what, _, name = key.partition("/")
+        parts[what][name] = tensor
+    averages = {
+        (label, parameter): Importance(mean, parts["spread"][name])
+        for name, mean in parts["mean"].items()
+        for label, _, parameter in [name.rpartition("/")]
+    }
+    return {key: tensor.tolist() for key, tensor in parts["rank_pattern"].items()}, averages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from graphpeft.graph import ops
 from graphpeft.methods.adalora import allocation
-from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf
+from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf, form_of
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.peft_errors import PeftWarning
@@ -31,11 +33,6 @@ from graphpeft.wording import joined, shown
 
 Share = Annotated[float, Within("a number between 0 and 1", math.nextafter(0, 1), math.nextafter(1, 0))]
 
-_SEQUENCE_TO_SEQUENCE = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_QUERY_AND_VALUE = dict.fromkeys(
-    ("gptj", "gpt_neo", "llama", "llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("q_proj", "v_proj")
-)
-
 
 @register
 @dataclass(kw_only=True)
@@ -48,9 +45,10 @@ class AdaLoraConfig(LoraConfig):
 
     Differs from PEFT: several adapters of a model can be trained, each with a budget of its own, where PEFT refuses a
     second one. The penalty is added whatever the `task_type` is; PEFT leaves it out without one. Steps whose gradients
-    overflow don't count; in PEFT, they spoil all averages. Training goes on from a file, and a ``Trainer`` resumes: the
-    ranks that the file lacks stay dropped, and the averages begin anew. With ``lora_alpha=0``, a file's scale is that
-    of training, and not that of the ranks that were left.
+    overflow don't count; in PEFT, they spoil all averages. Beside a base in half precision, PEFT trains the number by
+    which a change is divided, too, and saves it nowhere; here it is a constant. A ``Trainer`` resumes from its
+    checkpoints, and training goes on from a file: the ranks that the file lacks stay dropped, and averages begin anew.
+    With ``lora_alpha=0``, a file's scale is that of training, and not that of the ranks that were left.
 
     Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
 
@@ -88,23 +86,7 @@ class AdaLoraConfig(LoraConfig):
     peft_type: ClassVar[PeftType] = PeftType.ADALORA
     lacks: ClassVar[frozenset[str]] = frozenset({"target_parts", "merged_quantiser"})
     changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
-    default_targets: ClassVar[targets.Defaults] = {
-        "t5": ("q", "k", "v", "o", "wi", "wo"),
-        "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
-        "bart": _SEQUENCE_TO_SEQUENCE,
-        "opt": _SEQUENCE_TO_SEQUENCE,
-        "gpt2": ("c_attn",),
-        "gpt_bigcode": ("c_attn",),
-        "bloom": ("query_key_value",),
-        "gpt_neox": ("query_key_value",),
-        **_QUERY_AND_VALUE,
-        "bert": ("query", "value"),
-        "roberta": ("query", "key", "value", "dense"),
-        "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
-        "deberta": ("in_proj",),
-        "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-        "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    }
+    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = LoraConfig.not_of_tensors | {
         "beta1",
         "beta2",
@@ -121,7 +103,7 @@ class AdaLoraConfig(LoraConfig):
     init_r: Size = 12
     tinit: Index = 0
     tfinal: Index = 0
-    deltaT: Annotated[Index, Within("a positive integer", 1, 2**31 - 1)] = 1  # noqa: N815
+    deltaT: Annotated[int, Within("a positive integer", 1, 2**31 - 1)] = 1  # noqa: N815
     beta1: Share = 0.85
     beta2: Share = 0.85
     orth_reg_weight: NotNegative = 0.5
@@ -214,11 +196,23 @@ class AdaLoraConfig(LoraConfig):
             self.rank_pattern = self._allocated(step, end, sites)  # pyright: ignore[reportIncompatibleVariableOverride]
         elif step < end:
             return
+        if self.rank_pattern is None:
+            raise ValueError(f"no ranks were dropped until step {end}; call update_and_allocate after each step")
         if step >= end:
             self._averages = {}
         for site, parameters in sites:
-            dropped = [not is_left for is_left in self._mask(site.label)]
-            parameters["lora_E"][..., torch.tensor(dropped), :] = 0
+            is_left = torch.tensor(self._mask(site.label), dtype=torch.bool)
+            if not bool(is_left.all()):
+                parameters["lora_E"][..., ~is_left, :] = 0
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Returns the averages, and which ranks are left."""
+        return allocation.as_tensors(self.rank_pattern or {}, self._averages)
+
+    def resumed(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns these as attributes."""
+        pattern, averages = allocation.from_tensors(state)
+        return {"rank_pattern": pattern or None, "_averages": averages}
 
     def _allocated(self, step: int, end: int, sites: Sequence[SiteParameters]) -> dict[str, list[bool]]:
         if not self._averages:
@@ -229,12 +223,8 @@ class AdaLoraConfig(LoraConfig):
         count = len(sites)
         schedule = allocation.Schedule(self.init_r * count, self.target_r * count, self.tinit, end)
         scores = {site.label: allocation.importance(self._averages, site.label) for site, _ in sites}
-        present = sum(map(len, scores.values()))
-        found = allocation.kept(scores, present - schedule.budget(step))
-        left = {
-            label: {place for place, is_left in zip(self.places_at(label), mask, strict=True) if is_left}
-            for label, mask in found.items()
-        }
+        found = allocation.kept(scores, sum(map(len, scores.values())) - schedule.budget(step))
+        left = {label: set(itertools.compress(self.places_at(label), mask)) for label, mask in found.items()}
         return {f"{label}.lora_E": [rank in places for rank in range(self.init_r)] for label, places in left.items()}
 
     def _left(self, label: str) -> tuple[int, ...]:
@@ -253,18 +243,10 @@ class AdaLoraConfig(LoraConfig):
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
         """Returns the form with the ranks alone that are left."""
-        mask = torch.tensor(self._mask(site.label))
+        mask = torch.tensor(self._mask(site.label), dtype=torch.bool)
         if bool(mask.all()):
             return None
-        axis = len(spec.shape) - (1 if name == "lora_B" else 2)
-        places = mask.nonzero().flatten()
-        shape = tuple(len(places) if at == axis else size for at, size in enumerate(spec.shape))
-
-        def unpack(tensor: Tensor) -> Tensor:
-            whole = tensor.new_zeros(spec.shape)
-            return whole.index_copy(axis, places.to(tensor.device), tensor)
-
-        return FileForm(shape, lambda tensor: tensor.index_select(axis, places.to(tensor.device)), unpack)
+        return form_of(spec.shape, len(spec.shape) - (1 if name == "lora_B" else 2), mask.nonzero().flatten())
 
     def for_file(self, sites: Sequence[Any]) -> AdaLoraConfig:
         """Returns the config as PEFT reads it."""
@@ -293,4 +275,4 @@ _LORA = LoraConfig()
 
 
 def _warn(what: str, way_out: str) -> None:
-    warnings.warn(f"{what} has no effect in AdaLoRA, as in PEFT; {way_out}", PeftWarning, stacklevel=5)
+    warnings.warn(f"{what} has no effect in AdaLoRA, as in PEFT; {way_out}", PeftWarning, stacklevel=6)

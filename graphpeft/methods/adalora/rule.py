@@ -20,7 +20,7 @@ from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import dropped_by_row, products_by_row
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.site import LeafSite
 
@@ -77,6 +77,24 @@ class AdaLora(DeltaRule):
 def _factors(stack: tuple[int, ...], rank: int, rows: int, columns: int) -> dict[str, ParameterSpec]:
     shapes = {"lora_A": (rank, columns), "lora_E": (rank, 1), "lora_B": (rows, rank)}
     return {name: ParameterSpec((*stack, *shape), key=name) for name, shape in shapes.items()}
+
+
+def form_of(shape: tuple[int, ...], axis: int, places: Tensor) -> FileForm:
+    """Returns the form in files of a factor, of which these have some ranks alone.
+
+    Args:
+        shape: The factor's shape in the model.
+        axis: The dimension of its ranks.
+        places: The places of the ranks that files have.
+    """
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor.index_select(axis, places.to(tensor.device))
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(shape).index_copy(axis, places.to(tensor.device), tensor)
+
+    return FileForm((*shape[:axis], len(places), *shape[axis + 1 :]), pack, unpack)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,7 @@ class AdaLoraConfig(LoraConfig):
         "total_step",
     }
 
+    r: Index = 8  # no size, since it has no effect
     target_r: Size = 8
     init_r: Size = 12
     tinit: Index = 0

@@ -1,7 +1,8 @@
 """AdaLoRA at its start: on matrices, and on kernels of two dimensions."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, MATRICES, POINTWISE
+from kinds import ATTENTION, MATRIX, ROUNDED, STACK
+from oracle import CONV_1D, CONV_2D, GROUPED, MATRICES, POINTWISE
 
 from contracts.contract import Contract
 from graphpeft import AdaLoraConfig
@@ -18,8 +19,9 @@ CONTRACTS = [
         peft.AdaLoraConfig,
         OPTIONS,
         CASES,
-        (CONV_1D,),
+        (CONV_1D, GROUPED, MATRIX, STACK, ATTENTION, ROUNDED),
         llama=IN_LLAMA,
+        sized={"total_step": 1000},
         trained_by_mistake=".ranknum.",
     ),
     Contract("adalora-drawn", AdaLoraConfig, peft.AdaLoraConfig, OPTIONS | {"init_lora_weights": False}, CASES),

@@ -33,10 +33,11 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
     if state.are_off:
         raise AdaptError("the adapters are disabled; enable them before a step of training changes them")
     for adapter in changing:
-        sites = _parameters(modules, adapter)
+        sites, named = _parameters(modules, adapter), adapter.config.parameters_changed_by_steps
         for _, parameters in sites:
-            for tensor in parameters.values():
-                remember(tensor)
+            for local, tensor in parameters.items():
+                if named is None or local in named:
+                    remember(tensor)
         # attributes that are set anew go when it fails, too
         undone_by(_put_back, adapter.config, dict(vars(adapter.config)))
         with torch.no_grad():

@@ -78,6 +78,9 @@ class PeftConfig(ConfigJson):
     changed_by_training: ClassVar[frozenset[str]] = frozenset()
     """Options that `after_step` changes: an adapter that gets the values of a saved one gets its options of these."""
 
+    parameters_changed_by_steps: ClassVar[frozenset[str] | None] = None
+    """The rules' names of the parameters that `after_step` changes; None if it may change any, which costs copies."""
+
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
 

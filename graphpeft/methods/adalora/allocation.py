@@ -68,26 +68,34 @@ def averaged(sites: Sequence[SiteParameters], before: Averages, beta1: float, be
     Raises:
         ValueError: If a parameter has no gradient.
     """
-    found: dict[tuple[str, str], Importance] = {}
-    for site, parameters in sites:
-        for name, parameter in parameters.items():
-            if parameter.grad is None:
-                raise ValueError(
-                    f"{name} of {site.label} has no gradient; call update_and_allocate after backward(), before the "
-                    "gradients are set to zero"
-                )
-            sensitivity = (parameter * parameter.grad).abs()
-            old = before.get((site.label, name))
-            mean, spread = (torch.zeros_like(parameter), torch.zeros_like(parameter)) if old is None else old
-            mean, spread = mean.to(parameter.device), spread.to(parameter.device)
-            now = beta1 * mean + (1 - beta1) * sensitivity
-            new = Importance(now, beta2 * spread + (1 - beta2) * (sensitivity - now).abs())
-            # a step that mixed precision skips, since gradients overflowed, tells nothing, and would stay in averages
-            is_number = sensitivity.isfinite()
-            found[site.label, name] = Importance(
-                torch.where(is_number, new.mean, mean), torch.where(is_number, new.spread, spread)
-            )
-    return found
+    sensitivities = {
+        (site.label, name): _sensitivity(site.label, name, parameter)
+        for site, parameters in sites
+        for name, parameter in parameters.items()
+    }
+    sums = [sensitivity.sum() for sensitivity in sensitivities.values()]
+    # mixed precision skips a step whose gradients overflow; in averages it would stay
+    if not bool(torch.stack([each.to(sums[0].device) for each in sums]).sum().isfinite()):
+        return before
+    return {key: _after(before.get(key), sensitivity, beta1, beta2) for key, sensitivity in sensitivities.items()}
+
+
+def _sensitivity(label: str, name: str, parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        raise ValueError(
+            f"{name} of {label} has no gradient; call update_and_allocate after backward(), before the gradients are "
+            "set to zero"
+        )
+    return (parameter * parameter.grad).abs_()
+
+
+def _after(before: Importance | None, sensitivity: Tensor, beta1: float, beta2: float) -> Importance:
+    if before is None:
+        before = Importance(torch.zeros_like(sensitivity), torch.zeros_like(sensitivity))
+    # the model may have moved since
+    mean, spread = (each.to(sensitivity.device) for each in before)
+    mean = beta1 * mean + (1 - beta1) * sensitivity
+    return Importance(mean, beta2 * spread + (1 - beta2) * (sensitivity - mean).abs_())
 
 
 def importance(averages: Averages, label: str) -> Tensor:

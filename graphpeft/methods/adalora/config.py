@@ -95,6 +95,7 @@ class AdaLoraConfig(LoraConfig):
     peft_type: ClassVar[PeftType] = PeftType.ADALORA
     lacks: ClassVar[frozenset[str]] = frozenset({"target_parts", "merged_quantiser"})
     changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
+    parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset({"lora_E"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = LoraConfig.not_of_tensors | {
         "beta1",

@@ -203,6 +203,10 @@ def both(contract: Contract, first: Any, second: Any) -> tuple[Any, Case]:
         with pytest.raises(AdaptError, match=contract.refuses["together"]):
             model.set_adapter(["default", "second"])
         pytest.skip("refused, as it should be")
+    if "before dora" in contract.refuses and getattr(model.peft_config["second"], "use_dora", False):
+        with pytest.raises(AdaptError, match=contract.refuses["before dora"]):
+            model.set_adapter(["default", "second"])
+        pytest.skip("refused, as it should be")
     model.set_adapter(["default", "second"])
     return moved(model), case
 

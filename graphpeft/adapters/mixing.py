@@ -157,6 +157,11 @@ def _signature(adapters: Adapters, name: str) -> int:
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
+    if any(adapted.rule.reads_whole_batch for adapted in adapter.sites):
+        raise AdaptError(
+            f"adapter {name!r} is of {adapter.config.method}, where each row's result depends on all rows of its "
+            "batch, so it can't be one of several in a batch; activate it with set_adapter, for all rows"
+        )
     given = [read for adapted in adapter.sites for read in adapted.rule.call_inputs]
     if given:
         raise AdaptError(

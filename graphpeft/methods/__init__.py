@@ -3,6 +3,7 @@
 from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
@@ -36,6 +37,7 @@ __all__ = [
     "EvaConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",

@@ -13,6 +13,7 @@ from torch import nn
 from graphpeft import (
     AdaLoraConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
@@ -247,6 +248,20 @@ METHODS: dict[str, Method] = {
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LILY: Method(
+        choosing(
+            LilyConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            stride_A=[1, 2],
+            num_B=[1, 2, 3],
+            scaling=[1.0, 0.5],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=False,
+    ),
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),

@@ -1,7 +1,9 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
+from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
@@ -29,11 +31,13 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 
 __all__ = [
+    "AdaLoraConfig",
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",

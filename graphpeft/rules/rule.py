@@ -52,6 +52,9 @@ class Rule(ABC):
         """
         return None
 
+    reads_whole_batch: ClassVar[bool] = False
+    """Whether each row's result depends on all rows of its batch, so that rows can't have adapters of their own."""
+
     call_inputs: ClassVar[tuple[str, ...]] = ()
     """Extra arguments of each call of the model, as ``model(x, task_ids=…)``.
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    AdaLoraConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
@@ -101,6 +103,24 @@ def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         init_weights=identity or draw(st.booleans()),
         **draw(_dropouts()),
+    )
+
+
+@st.composite
+def adalora_configs(draw: Any, model: nn.Module, identity: bool) -> AdaLoraConfig:
+    """Returns a strategy for AdaLoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    init_r = draw(st.sampled_from([1, 2, 4]))
+    special = draw(st.sampled_from(chosen))
+    mask = draw(st.lists(st.booleans(), min_size=init_r, max_size=init_r).filter(any))
+    return AdaLoraConfig(
+        init_r=init_r,
+        total_step=draw(st.sampled_from([1, 20])),
+        lora_alpha=draw(st.sampled_from([0, 1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([None, {f"{special}.lora_E": mask}])),
+        init_lora_weights=identity or draw(st.booleans()),
     )
 
 
@@ -225,8 +245,23 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
+    PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LILY: Method(
+        choosing(
+            LilyConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            stride_A=[1, 2],
+            num_B=[1, 2, 3],
+            scaling=[1.0, 0.5],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=False,
+    ),
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),

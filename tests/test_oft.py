@@ -18,8 +18,7 @@ from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, CheckpointError, get_peft_model
-from graphpeft.methods.oft import OFTConfig
+from graphpeft import AdaptError, CheckpointError, OFTConfig, get_peft_model
 from graphpeft.methods.rotations import nearest_divisor
 from graphpeft.testing import verify
 

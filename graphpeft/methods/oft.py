@@ -130,10 +130,9 @@ class RowRotation(Rotation, OperationRule):
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses tables that a layer's operation reads as its weight."""
-        reason = super().check(site, config)
-        if reason is None and site.op not in (ops.Embedding, ops.Weight):
-            reason = f"it is read as the weight of a {site.op.__name__}, whose outputs aren't its rows"
-        return reason
+        if site.op not in (ops.Embedding, ops.Weight):
+            return f"it is read as the weight of a {site.op.__name__}, whose outputs aren't its rows"
+        return super().check(site, config)
 
     def rewrite(self, y: Any, triangles: Any, training: Any) -> Any:
         """Returns y R."""
@@ -206,8 +205,7 @@ class OFTConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.r == 0) == (self.oft_block_size == 0):
-            given = f"r is {self.r} and oft_block_size is {self.oft_block_size}"
-            raise ValueError(f"{given}: one follows from the other; give one of them, and 0 for the other")
+            raise ValueError(f"r={self.r}, oft_block_size={self.oft_block_size}: give one of them, and 0 for the other")
 
     @classmethod
     def check_file(cls, values: Mapping[str, Any]) -> None:

@@ -16,13 +16,13 @@ from graphpeft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
 )
-from graphpeft.methods.oft import OFTConfig
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from graphpeft import (
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TargetedConfig,
     TrainableTokensConfig,
 )
 from graphpeft.rules.registry import registered
@@ -201,6 +202,29 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
             "prompt_position": st.sampled_from(["before", "after"]),
         }
     )
+
+
+def choosing(
+    config_class: type[TargetedConfig], fresh: Mapping[str, Any] | None = None, **choices: Sequence[Any]
+) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
+
+    Args:
+        config_class: The method's class, with an option `target_modules`.
+        fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        **choices: The values of each option.
+    """
+
+    @st.composite
+    def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
+        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        if identity:
+            options.update(fresh or {})
+        named = _entries(chosen, [path for path, _ in model.named_modules()])
+        return config_class(target_modules=named, **options)
+
+    return configs
 
 
 class Method(NamedTuple):

@@ -1,5 +1,6 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
+from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
@@ -30,6 +31,7 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 
 __all__ = [
+    "BOFTConfig",
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",

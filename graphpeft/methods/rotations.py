@@ -9,6 +9,7 @@ Finetuning Made Scalable", arXiv 2506.19847.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -185,3 +186,54 @@ def nearest_divisor(features: int, wanted: int) -> int:
     """
     divisors = (number for number in range(1, features + 1) if features % number == 0)
     return min(divisors, key=lambda number: abs(number - wanted))
+
+
+@recorded
+def butterfly(x: Tensor, squares: Tensor, is_transposed: bool, drops: float, training: bool) -> Tensor:
+    """Returns x R, or x Rᵀ.
+
+    Args:
+        x: Of shape (…, features); with a stack of rotations, of shape (…, rows, features).
+        squares: The matrices of which the difference from the transposes is skew, (…, factors, count, size, size).
+        is_transposed: Whether R is transposed.
+        drops: The share of the blocks of one factor that are the identity, in training.
+        training: Whether the model is trained.
+    """
+    blocks = cayley((squares - squares.mT) / 2)
+    if drops and training:
+        blocks = _with_identities_in_one(blocks, drops)
+    if is_transposed:
+        blocks = blocks.mT
+    apply = in_blocks if squares.ndim == 4 else rows_in_blocks
+    size, numbers = squares.shape[-1], range(squares.shape[-4])
+    for number in numbers if is_transposed else reversed(numbers):
+        halves = 2**number
+        x = _interleaved(x, 2, halves, size) if number else x
+        x = apply(x, blocks[..., number, :, :, :], size)
+        x = _interleaved(x, halves, 2, size) if number else x
+    return x
+
+
+def _interleaved(x: Tensor, rows: int, columns: int, size: int) -> Tensor:
+    """Returns x with its half blocks, in groups of rows · columns, in the order of the columns."""
+    return x.unflatten(-1, (-1, rows, columns, size // 2)).transpose(-3, -2).flatten(-4)
+
+
+def _with_identities_in_one(blocks: Tensor, share: float) -> Tensor:
+    """Returns blocks, (factors, count, size, size), of which a share in one factor is the identity; draws as PEFT."""
+    factors, count, size, _ = blocks.shape
+    is_chosen = torch.arange(factors) == torch.randint(0, factors, (1,))
+    is_replaced = is_chosen[:, None] & (torch.randperm(count) < int(share * count))
+    one = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
+    return torch.where(is_replaced[..., None, None].to(blocks.device), one, blocks)
+
+
+def features_of_row(site: Any) -> int:
+    """Returns the number of features that are rotated: of a row of the weight, at all positions of a kernel.
+
+    Args:
+        site: The site.
+    """
+    if isinstance(site, LeafSite):
+        return site.in_features
+    return prod(site.matrix_shape[1:] if site.layout is ops.Convolution else site.matrix_shape[-1:])

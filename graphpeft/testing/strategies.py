@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    BOFTConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -32,11 +33,6 @@ def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
     """Returns the `target_modules` for exactly these paths: the list itself, unless one is the end of another path."""
     ambiguous = any(path.endswith(f".{name}") for name in chosen for path in paths if path not in chosen)
     return "|".join(map(re.escape, chosen)) if ambiguous else chosen
-
-
-def _targets(draw: Any, model: nn.Module) -> dict[str, Any]:
-    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
-    return {"target_modules": _entries(chosen, [path for path, _ in model.named_modules()])}
 
 
 def _from_weight(identity: bool) -> list[str]:
@@ -126,21 +122,6 @@ def lokr_configs(draw: Any, model: nn.Module, identity: bool) -> LoKrConfig:
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         init_weights=draw(st.sampled_from([True, "lycoris"] if identity else [True, False, "lycoris"])),
         **draw(_dropouts()),
-    )
-
-
-@st.composite
-def oft_configs(draw: Any, model: nn.Module, identity: bool) -> OFTConfig:
-    """Returns a strategy for OFT configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
-    sizes = draw(st.sampled_from([{"r": 1, "oft_block_size": 0}, {"r": 2, "oft_block_size": 0}, {"oft_block_size": 4}]))
-    return OFTConfig(
-        **_targets(draw, model),
-        **sizes,
-        bias=draw(st.sampled_from(["none", "all", "oft_only"])),
-        init_weights=identity or draw(st.booleans()),
-        block_share=draw(st.booleans()),
-        use_cayley_neumann=draw(st.booleans()),
-        num_cayley_neumann_terms=draw(st.sampled_from([2, 5, 8])),
     )
 
 
@@ -251,7 +232,34 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
-    PeftType.OFT: Method(oft_configs, cases, is_identity=True, merges=True),
+    PeftType.OFT: Method(
+        choosing(
+            OFTConfig,
+            {"init_weights": True},
+            oft_block_size=[2, 4, 32],
+            bias=["none", "all", "oft_only"],
+            init_weights=[True, False],
+            block_share=[True, False],
+            use_cayley_neumann=[True, False],
+            num_cayley_neumann_terms=[2, 5, 8],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.BOFT: Method(
+        choosing(
+            BOFTConfig,
+            {"init_weights": True},
+            boft_block_size=[2, 4],
+            boft_n_butterfly_factor=[1, 2],
+            bias=["none", "all", "boft_only"],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

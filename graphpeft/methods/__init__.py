@@ -2,6 +2,7 @@
 
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
@@ -35,6 +36,7 @@ __all__ = [
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",

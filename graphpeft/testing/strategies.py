@@ -12,6 +12,7 @@ from torch import nn
 
 from graphpeft import (
     BOFTConfig,
+    HiraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -255,6 +256,18 @@ METHODS: dict[str, Method] = {
             boft_n_butterfly_factor=[1, 2],
             bias=["none", "all", "boft_only"],
             init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HIRA: Method(
+        choosing(
+            HiraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hira_dropout=[0.0, 0.4],
+            init_weights=[True, "gaussian", False],
         ),
         cases,
         is_identity=True,

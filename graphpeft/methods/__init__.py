@@ -3,6 +3,7 @@
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.hira import HiraConfig
+from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
@@ -36,6 +37,7 @@ __all__ = [
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "LNTuningConfig",

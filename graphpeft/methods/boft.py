@@ -225,6 +225,6 @@ class BOFTConfig(TargetedConfig):
             "drops": self.boft_dropout,
         }
         # what an operation adds and the rule can't read would be scaled with the outputs
-        if isinstance(site, LeafSite) or (site.op is ops.Linear and site.bias_conflict is None):
+        if isinstance(site, LeafSite) or (site.op is ops.Linear and not site.both_ways and site.bias_conflict is None):
             return InputButterfly(**options)
         return WeightButterfly(**options, kernel=site.matrix_shape[2:] if site.layout is ops.Convolution else ())

@@ -13,6 +13,7 @@ from torch import nn
 from graphpeft import (
     BOFTConfig,
     HiraConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -271,6 +272,19 @@ METHODS: dict[str, Method] = {
         ),
         cases,
         is_identity=True,
+        merges=True,
+    ),
+    PeftType.HRA: Method(
+        choosing(
+            HRAConfig,
+            {"init_weights": True, "r": 2, "apply_GS": False},
+            r=[1, 3],
+            apply_GS=[True, False],
+            init_weights=[True, False],
+            bias=["none", "all", "hra_only"],
+        ),
+        cases,
+        is_identity=False,
         merges=True,
     ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),

@@ -101,7 +101,7 @@ def fitted(
             of each are named. And if tied ones have other values each.
     """
     named = keys(adapter, name, modules)
-    shapes = dict(_shapes(adapter, name, modules))
+    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
     dtypes = {
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
@@ -119,7 +119,8 @@ def fitted(
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
-        if key in values and tuple(values[key].shape) != shapes[place]
+        if key in values
+        and tuple(values[key].shape) not in (shapes[place], *(forms[place].other_shapes if place in forms else ()))
     ]
     # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}

@@ -213,6 +213,14 @@ class PeftConfig(ConfigJson):
         """
         return self
 
+    def conflict(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why a model can't have this adapter beside its others, or None.
+
+        Args:
+            others: The configs of the model's adapters, by name.
+        """
+        return None
+
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts a site.
 

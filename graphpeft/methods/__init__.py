@@ -27,6 +27,7 @@ from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.vera import VeraConfig
 
 __all__ = [
     "CPTConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "PromptTuningInit",
     "TokenSequence",
     "TrainableTokensConfig",
+    "VeraConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

@@ -21,6 +21,7 @@ from graphpeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VeraConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
@@ -154,6 +155,35 @@ def trainable_tokens_configs(draw: Any, model: nn.Module, identity: bool) -> Tra
     )
 
 
+def configs_with(config_class: Any, **options: st.SearchStrategy[Any]) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns what makes strategies for configs of a class whose `init_weights` says that nothing changes at first.
+
+    Args:
+        config_class: The class.
+        **options: Strategies for further options.
+    """
+
+    @st.composite
+    def configs(draw: Any, model: nn.Module, identity: bool) -> PeftConfig:
+        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        return config_class(
+            target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+            init_weights=identity or draw(st.booleans()),
+            **{name: draw(strategy) for name, strategy in options.items()},
+        )
+
+    return configs
+
+
+vera_configs = configs_with(
+    VeraConfig,
+    r=st.integers(1, 4),
+    vera_dropout=st.sampled_from([0.0, 0.4]),
+    d_initial=st.sampled_from([0.1, -2.0]),
+)
+"""Makes strategies for VeRA configs that fit a model."""
+
+
 @st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
@@ -206,6 +236,7 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

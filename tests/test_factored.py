@@ -57,6 +57,7 @@ class Method(NamedTuple):
 
 METHODS = [
     Method("VeraConfig", {"r": 3, "init_weights": False}, "vera_only", is_for_quantised=True),
+    Method("RandLoraConfig", {"r": 3, "init_weights": False}, "randlora_only", is_for_quantised=True),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -141,6 +142,6 @@ def test_an_adapter_becomes_plain_lora(method: Method, tmp_path: Path):
     model = moved(method.adapted(graphpeft, build(), target_modules=["0", "2"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graphpeft.save_as_lora(tmp_path, model, rank=4)
+        graphpeft.save_as_lora(tmp_path, model, rank=1.0)
     plain = PeftModel.from_pretrained(build(), tmp_path).eval()
     torch.testing.assert_close(plain(inputs()), model(inputs()), atol=1e-4, rtol=1e-4)

@@ -173,15 +173,17 @@ class ProjectedConfig(FactoredConfig):
         """The largest number of rows and of columns among the weights of all sites."""
         return self._largest
 
-    def projection(self, shape: tuple[int, ...], key: str) -> ParameterSpec:
+    def projection(self, shape: tuple[int, ...], key: str, copied: bool = False) -> ParameterSpec:
         """Returns what a projection is, which all sites share.
 
         Args:
             shape: Its shape.
             key: Its name in files.
+            copied: Whether files have copies of it with each site.
         """
-        is_saved = self.save_projection
-        return ParameterSpec(shape, key, scope=key, is_trained=False, is_saved=is_saved, written_once=is_saved)
+        if not self.save_projection:
+            return ParameterSpec(shape, key, scope=key, is_trained=False, is_saved=False)
+        return ParameterSpec(shape, key, scope=key, is_trained=False, written_once=True, copied=copied)
 
     def draws(self, site: Any) -> bool:
         """Returns whether the projections are drawn at a site: at the first, since the others have the same.

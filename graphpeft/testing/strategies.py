@@ -20,6 +20,7 @@ from graphpeft import (
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
     VeraConfig,
 )
@@ -184,6 +185,16 @@ vera_configs = configs_with(
 """Makes strategies for VeRA configs that fit a model."""
 
 
+randlora_configs = configs_with(
+    RandLoraConfig,
+    r=st.integers(1, 4),
+    randlora_alpha=st.sampled_from([1, 8, 3.5]),
+    randlora_dropout=st.sampled_from([0.0, 0.4]),
+    sparse=st.booleans(),
+)
+"""Makes strategies for RandLoRA configs that fit a model."""
+
+
 @st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
@@ -237,6 +248,7 @@ METHODS: dict[str, Method] = {
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,16 @@ pytestmark = [
     )
 ]
 
-PAIRS = [pytest.param(contract, case, id=f"{contract}-{case}") for contract in CONTRACTS for case in contract.cases]
-each_pair = pytest.mark.parametrize(("contract", "case"), PAIRS)
+
+def pairs(cases: Callable[[Contract], Iterable[Case]]) -> Any:
+    """Returns a mark that runs a test over all contracts, each with these cases."""
+    found = [
+        pytest.param(contract, case, id=f"{contract}-{case}") for contract in CONTRACTS for case in cases(contract)
+    ]
+    return pytest.mark.parametrize(("contract", "case"), found)
+
+
+each_pair = pairs(lambda contract: contract.cases)
 each_method = pytest.mark.parametrize("contract", FIRST, ids=str)
 
 
@@ -140,17 +148,14 @@ def test_every_law_holds(contract: Contract, case: Case) -> None:
     assert verification.holds, verification
 
 
-@pytest.mark.parametrize(
-    ("contract", "case"),
-    [pytest.param(contract, case, id=f"{contract}-{case}") for contract in CONTRACTS for case in contract.beyond],
-)
+@pairs(lambda contract: contract.beyond)
 def test_every_law_holds_where_peft_has_no_layer_for_it(contract: Contract, case: Case) -> None:
     config = contract.our_config(case)
     verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
     assert verification.holds, verification
 
 
-@pytest.mark.parametrize(("contract", "case"), [pair for pair in PAIRS if pair.values[0].trains_alike])
+@pairs(lambda contract: contract.cases if contract.trains_alike else ())
 def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, case: Case, tmp_path: Path) -> None:
     theirs = moved(peft.get_peft_model(case.build(), contract.their_config(case)))
     theirs.save_pretrained(str(tmp_path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from graphpeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
+    TargetedConfig,
     TrainableTokensConfig,
     VeraConfig,
 )
@@ -156,45 +157,6 @@ def trainable_tokens_configs(draw: Any, model: nn.Module, identity: bool) -> Tra
     )
 
 
-def configs_with(config_class: Any, **options: st.SearchStrategy[Any]) -> Callable[..., st.SearchStrategy[Any]]:
-    """Returns what makes strategies for configs of a class whose `init_weights` says that nothing changes at first.
-
-    Args:
-        config_class: The class.
-        **options: Strategies for further options.
-    """
-
-    @st.composite
-    def configs(draw: Any, model: nn.Module, identity: bool) -> PeftConfig:
-        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
-        return config_class(
-            target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
-            init_weights=identity or draw(st.booleans()),
-            **{name: draw(strategy) for name, strategy in options.items()},
-        )
-
-    return configs
-
-
-vera_configs = configs_with(
-    VeraConfig,
-    r=st.integers(1, 4),
-    vera_dropout=st.sampled_from([0.0, 0.4]),
-    d_initial=st.sampled_from([0.1, -2.0]),
-)
-"""Makes strategies for VeRA configs that fit a model."""
-
-
-randlora_configs = configs_with(
-    RandLoraConfig,
-    r=st.integers(1, 4),
-    randlora_alpha=st.sampled_from([1, 8, 3.5]),
-    randlora_dropout=st.sampled_from([0.0, 0.4]),
-    sparse=st.booleans(),
-)
-"""Makes strategies for RandLoRA configs that fit a model."""
-
-
 @st.composite
 def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
     """Returns a strategy for prompt tuning in the body of `model`."""
@@ -221,6 +183,44 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
             "prompt_position": st.sampled_from(["before", "after"]),
         }
     )
+
+
+def choosing(
+    config_class: type[TargetedConfig], fresh: Mapping[str, Any] | None = None, **choices: Sequence[Any]
+) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
+
+    Args:
+        config_class: The method's class, with an option `target_modules`.
+        fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        **choices: The values of each option.
+    """
+
+    @st.composite
+    def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
+        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        if identity:
+            options.update(fresh or {})
+        named = _entries(chosen, [path for path, _ in model.named_modules()])
+        return config_class(target_modules=named, **options)
+
+    return configs
+
+
+_DRAWN = {"init_weights": [True, False]}
+_NOT_DRAWN = {"init_weights": True}
+
+vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+randlora_configs = choosing(
+    RandLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    randlora_alpha=[1, 3.5],
+    randlora_dropout=[0.0, 0.4],
+    sparse=[True, False],
+    **_DRAWN,
+)
 
 
 class Method(NamedTuple):

@@ -1,7 +1,7 @@
 """LoHa, with cores and without."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, LINEAR, POINTWISE, WITHOUT_BIAS
+from oracle import CONV_1D, CONV_2D, GROUPED, LINEAR, POINTWISE, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoHaConfig
@@ -10,7 +10,7 @@ OPTIONS = {"r": 2, "alpha": 3}
 CASES = (LINEAR, WITHOUT_BIAS, CONV_1D, CONV_2D, POINTWISE)
 
 CONTRACTS = [
-    Contract("loha", LoHaConfig, peft.LoHaConfig, OPTIONS, CASES, trains_alike=False),
+    Contract("loha", LoHaConfig, peft.LoHaConfig, OPTIONS, CASES, beyond=(GROUPED,), trains_alike=False),
     Contract(
         "loha-drawn", LoHaConfig, peft.LoHaConfig, OPTIONS | {"init_weights": False}, CASES[:1], trains_alike=False
     ),

@@ -1,7 +1,7 @@
 """LoKr, with one or both matrices of its product decomposed, and with cores."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, LINEAR, POINTWISE, WITHOUT_BIAS
+from oracle import CONV_1D, CONV_2D, GROUPED, LINEAR, POINTWISE, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoKrConfig
@@ -17,6 +17,6 @@ OPTIONS = {
 }
 
 CONTRACTS = [
-    Contract(name, LoKrConfig, peft.LoKrConfig, {"r": 1, "alpha": 3, **options}, CASES, trains_alike=False)
+    Contract(name, LoKrConfig, peft.LoKrConfig, {"r": 1, "alpha": 3, **options}, CASES, (GROUPED,), trains_alike=False)
     for name, options in OPTIONS.items()
 ]

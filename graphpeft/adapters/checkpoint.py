@@ -77,7 +77,7 @@ def state_dict_of(
         derived |= adapter.config.derived_tensors(adapted.site, parameters)
     forms = _forms(adapter)
     packed = {place: forms[place].pack(tensor) if place in forms else tensor for place, tensor in tensors.items()}
-    return {key: packed[place] for key, place in named.items()} | derived
+    return dict(adapter.config.packed({key: packed[place] for key, place in named.items()} | derived))
 
 
 def fitted(
@@ -102,6 +102,10 @@ def fitted(
         CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
             of each are named. And if tied ones have other values each.
     """
+    try:
+        values = adapter.config.unpacked(values)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
     named = keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules))
     dtypes = {

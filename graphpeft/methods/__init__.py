@@ -28,6 +28,7 @@ from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "RandLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
+    "VBLoRAConfig",
     "VeraConfig",
     "convert_to_lora",
     "find_token_sequence",

@@ -287,6 +287,25 @@ class PeftConfig(ConfigJson):
         """
         return {}
 
+    def packed(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors that a file has for all tensors of the adapter, where several stand for one.
+
+        Args:
+            tensors: The adapter's tensors, by their names in the file.
+        """
+        return tensors
+
+    def unpacked(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors of an adapter for those of a file, as `packed` was given them.
+
+        Args:
+            tensors: The file's tensors, by their names.
+
+        Raises:
+            ValueError: If they can't be those of an adapter.
+        """
+        return tensors
+
     def converted(
         self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]
     ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:

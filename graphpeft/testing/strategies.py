@@ -23,6 +23,7 @@ from graphpeft import (
     RandLoraConfig,
     TargetedConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 from graphpeft.rules.registry import registered
@@ -222,6 +223,17 @@ randlora_configs = choosing(
     **_DRAWN,
 )
 
+# any size is a multiple of 1
+vblora_configs = choosing(
+    VBLoRAConfig,
+    r=[1, 3],
+    num_vectors=[4, 7],
+    vector_length=[1],
+    topk=[1, 2],
+    vblora_dropout=[0.0, 0.4],
+    init_vector_bank_bound=[0.02, 1.0],
+)
+
 
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
@@ -249,6 +261,7 @@ METHODS: dict[str, Method] = {
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

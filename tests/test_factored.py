@@ -59,6 +59,7 @@ METHODS = [
     Method("VeraConfig", {"r": 3, "init_weights": False}, "vera_only", is_for_quantised=True),
     Method("RandLoraConfig", {"r": 3, "init_weights": False}, "randlora_only", is_for_quantised=True),
     Method("VBLoRAConfig", {"r": 3, "num_vectors": 9, "vector_length": 2}, "vblora_only"),
+    Method("UniLoraConfig", {"r": 3, "theta_d_length": 11, "init_theta_d_bound": 1.0}, "unilora_only"),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 

@@ -28,6 +28,7 @@ from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 
@@ -54,6 +55,7 @@ __all__ = [
     "RandLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
     "convert_to_lora",

@@ -23,6 +23,7 @@ from graphpeft import (
     RandLoraConfig,
     TargetedConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
 )
@@ -209,7 +210,7 @@ def choosing(
     return configs
 
 
-_DRAWN = {"init_weights": [True, False]}
+_DRAWN: dict[str, Any] = {"init_weights": [True, False]}
 _NOT_DRAWN = {"init_weights": True}
 
 vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
@@ -232,6 +233,10 @@ vblora_configs = choosing(
     topk=[1, 2],
     vblora_dropout=[0.0, 0.4],
     init_vector_bank_bound=[0.02, 1.0],
+)
+
+unilora_configs = choosing(
+    UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
 )
 
 
@@ -262,6 +267,7 @@ METHODS: dict[str, Method] = {
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
+    PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -32,7 +32,11 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderR
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.unilora import UniLoraConfig
+from graphpeft.methods.vblora import VBLoRAConfig
+from graphpeft.methods.vera import VeraConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -60,8 +64,12 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
+    "UniLoraConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

@@ -59,6 +59,9 @@ Index = Annotated[int, Within("a whole number from 0 on", 0, 2**31 - 1)]
 Kind = Annotated[int, Within("a number of 32 bits", -(2**31), 2**31 - 1)]
 """An integer for an int32 tensor."""
 
+Seed = Annotated[int, Within("a whole number of 64 bits", -(2**63), 2**63 - 1)]
+"""A seed of a generator of PyTorch's."""
+
 Number = Annotated[float, Within("a finite number of single precision", -_LARGEST, _LARGEST)]
 """A factor."""
 

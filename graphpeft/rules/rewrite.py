@@ -166,7 +166,7 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     with graph.inserting_before(current.next):
         nodes = {"weight": current, "base": op.node}
         given = _given(rule.delta, graph, nodes, attributes, {})
-        result = rule.changed(fx.Proxy(current, RuleTracer(graph)), given).node
+        result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
     _replace(current, result, before.__contains__)
     return {result: current}
 

@@ -227,7 +227,7 @@ class Mergeable(Rule):
         """
         return self.delta(**given)
 
-    def changed(self, weight: Any, given: Mapping[str, Any]) -> Any:
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
         """Returns a weight as such with its change, for the graph that uses it.
 
         Args:

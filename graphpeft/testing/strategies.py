@@ -26,8 +26,12 @@ from graphpeft import (
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
     TargetedConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
@@ -230,6 +234,36 @@ def choosing(
     return configs
 
 
+_DRAWN: dict[str, Any] = {"init_weights": [True, False]}
+_NOT_DRAWN = {"init_weights": True}
+
+vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+randlora_configs = choosing(
+    RandLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    randlora_alpha=[1, 3.5],
+    randlora_dropout=[0.0, 0.4],
+    sparse=[True, False],
+    **_DRAWN,
+)
+
+# any size is a multiple of 1
+vblora_configs = choosing(
+    VBLoRAConfig,
+    r=[1, 3],
+    num_vectors=[4, 7],
+    vector_length=[1],
+    topk=[1, 2],
+    vblora_dropout=[0.0, 0.4],
+    init_vector_bank_bound=[0.02, 1.0],
+)
+
+unilora_configs = choosing(
+    UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
+)
+
+
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
 
@@ -322,6 +356,10 @@ METHODS: dict[str, Method] = {
         is_identity=False,
         merges=True,
     ),
+    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
+    PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

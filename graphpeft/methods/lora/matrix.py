@@ -99,7 +99,7 @@ class LoraExperts(LoraRule, Mergeable, Combines):
         first, second = self._factors(lora_A, lora_B)
         return first @ second * lora_scaling
 
-    def changed(self, weight: Any, given: Mapping[str, Any]) -> Any:
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
         """Returns the weight beside the factors of its change, so that no tensor of its size is made."""
         return plus_product(weight, *self._factors(given["lora_A"], given["lora_B"]), given["lora_scaling"])
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from graphpeft.rules.plain_values import plain
+from graphpeft.rules.plain_values import default_of, plain
 
 ConfigT = TypeVar("ConfigT", bound=type[Any])
 _REGISTRY: dict[str, type[Any]] = {}
@@ -51,6 +51,8 @@ def register(config_class: ConfigT) -> ConfigT:
     _REGISTRY[name] = config_class
     initialise = config_class.__init__
     known = [field.name for field in options(config_class) if field.init]
+    # dataclasses.replace gives them as they are
+    lacked = {field.name: default_of(field) for field in dataclasses.fields(config_class) if field.name not in known}
 
     @functools.wraps(initialise)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +60,8 @@ def register(config_class: ConfigT) -> ConfigT:
         named = kwargs.pop("peft_type", config_class.peft_type)
         if named not in (None, config_class.peft_type):
             raise ValueError(f"{config_class.__name__} is of the method {plain(name)}; leave peft_type={named!r} out")
-        for option in kwargs:
-            if option not in known:
+        for option, value in kwargs.items():
+            if option not in known and not (option in lacked and value == lacked[option]):
                 raise TypeError(f"{config_class.__name__} has no option {option!r}{nearest(option, known)}")
         initialise(self, *args, **kwargs)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from graphpeft import (
     PromptTuningConfig,
     TrainableTokensConfig,
 )
+from graphpeft.methods.shira import ShiraConfig
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
 
@@ -182,6 +184,30 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+@st.composite
+def configs_with(
+    draw: Any,
+    config_class: type[PeftConfig],
+    options: Mapping[str, st.SearchStrategy[Any]],
+    of_first_values: Mapping[str, st.SearchStrategy[Any]],
+    model: nn.Module,
+    identity: bool,
+) -> PeftConfig:
+    """Returns a strategy for the configs of a class with any targets in a model, and with drawn options.
+
+    Args:
+        draw: Given by hypothesis.
+        config_class: A class with an option `target_modules`.
+        options: Strategies for its other options, by name.
+        of_first_values: The same for options with which a fresh adapter needn't be the identity.
+        model: The model.
+        identity: Whether a fresh adapter must be the identity.
+    """
+    drawn = draw(st.fixed_dictionaries({**options, **({} if identity else of_first_values)}))
+    plain: Any = draw(plain_configs(config_class, model, identity))
+    return dataclasses.replace(plain, **drawn)
+
+
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
 
@@ -199,6 +225,13 @@ class Method(NamedTuple):
     merges: bool
 
 
+shira_configs = functools.partial(
+    configs_with,
+    ShiraConfig,
+    {"r": st.just(1), "random_seed": st.sampled_from([None, 5])},
+    {"init_weights": st.booleans()},
+)
+
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
@@ -206,6 +239,7 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.SHIRA: Method(shira_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -33,6 +33,17 @@ class Matrices(NamedTuple):
         return self.number * self.rows * self.columns
 
 
+def as_matrices(weight: Any, site: Any) -> Any:
+    """Returns a weight in PEFT's layout as its matrices, (*stack, rows, columns).
+
+    Args:
+        weight: The weight; a tensor or a proxy.
+        site: Its site.
+    """
+    stack, rows, columns = matrices_of(site)
+    return weight.reshape(*stack, rows, columns)
+
+
 def matrices_of(site: Any) -> Matrices:
     """Returns the matrices of a site's weight, which has two dimensions at least."""
     kernel = kernel_of(site)

@@ -23,6 +23,8 @@ from graphpeft import (
     PromptTuningConfig,
     TrainableTokensConfig,
 )
+from graphpeft.methods.delora import DeloraConfig
+from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
@@ -231,6 +233,19 @@ shira_configs = functools.partial(
     {"r": st.just(1), "random_seed": st.sampled_from([None, 5])},
     {"init_weights": st.booleans()},
 )
+delora_configs = functools.partial(
+    configs_with,
+    DeloraConfig,
+    {"r": st.sampled_from([1, 2, 4]), "delora_lambda": st.sampled_from([1, 15, 3.5])},
+    {"init_weights": st.booleans()},
+)
+miss_configs = functools.partial(
+    configs_with,
+    MissConfig,
+    # the model's narrowest matrix has three rows
+    {"r": st.sampled_from([1, 2, 3]), "miss_dropout": st.just(0.0), "init_weights": st.sampled_from([True, "mini"])},
+    {"init_weights": st.sampled_from([True, False, "mini"])},
+)
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
@@ -239,6 +254,8 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.DELORA: Method(delora_configs, cases, is_identity=True, merges=True),
+    PeftType.MISS: Method(miss_configs, cases, is_identity=True, merges=True),
     PeftType.SHIRA: Method(shira_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),

@@ -45,9 +45,9 @@ def as_matrices(weight: Any, site: Any) -> Any:
 
 
 def matrices_of(site: Any) -> Matrices:
-    """Returns the matrices of a site's weight, which has two dimensions at least."""
-    kernel = kernel_of(site)
-    *stack, rows, columns = site.matrix_shape[: len(site.matrix_shape) - len(kernel)]
+    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column."""
+    kernel, shape = kernel_of(site), site.matrix_shape
+    *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))
 
 

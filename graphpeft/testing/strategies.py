@@ -23,7 +23,9 @@ from graphpeft import (
     PromptTuningConfig,
     TrainableTokensConfig,
 )
+from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.delora import DeloraConfig
+from graphpeft.methods.fourierft import FourierFTConfig
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.rules.registry import registered
@@ -246,6 +248,19 @@ miss_configs = functools.partial(
     {"r": st.sampled_from([1, 2, 3]), "miss_dropout": st.just(0.0), "init_weights": st.sampled_from([True, "mini"])},
     {"init_weights": st.sampled_from([True, False, "mini"])},
 )
+fourierft_configs = functools.partial(
+    configs_with,
+    FourierFTConfig,
+    # the model's smallest matrix has nine elements
+    {"n_frequency": st.sampled_from([1, 6, 9]), "scaling": st.sampled_from([20.0, 3]), "init_weights": st.just(True)},
+    {"init_weights": st.booleans()},
+)
+c3a_configs = functools.partial(
+    configs_with,
+    C3AConfig,
+    {"block_size": st.just(1), "init_weights": st.just(True)},
+    {"init_weights": st.sampled_from([True, False, "gaussian", "kaiming_uniform"])},
+)
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
@@ -256,6 +271,8 @@ METHODS: dict[str, Method] = {
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     PeftType.DELORA: Method(delora_configs, cases, is_identity=True, merges=True),
     PeftType.MISS: Method(miss_configs, cases, is_identity=True, merges=True),
+    PeftType.FOURIERFT: Method(fourierft_configs, cases, is_identity=True, merges=True),
+    PeftType.C3A: Method(c3a_configs, cases, is_identity=True, merges=True),
     PeftType.SHIRA: Method(shira_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),

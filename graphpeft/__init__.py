@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from graphpeft import methods
 from graphpeft.absent_names import absence
 from graphpeft.adapters.checkpoint import CheckpointError
 from graphpeft.adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
@@ -21,33 +22,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
-from graphpeft.methods.cpt import CPTConfig
-from graphpeft.methods.ia3 import IA3Config
-from graphpeft.methods.ln_tuning import LNTuningConfig
-from graphpeft.methods.loha import LoHaConfig
-from graphpeft.methods.lokr import LoKrConfig
-from graphpeft.methods.lora import (
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraConfig,
-    LoraGAConfig,
-    LoraPerCallConfig,
-    get_eva_state_dict,
-    initialize_lora_eva_weights,
-    preprocess_corda,
-    preprocess_loraga,
-    replace_lora_weights_loftq,
-)
-from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
-from graphpeft.methods.lora.rescaling import rescale_adapter_scale
-from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
-from graphpeft.methods.prefix_tuning import PrefixTuningConfig
-from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
-from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
-from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
-from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
-from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods import *
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
@@ -106,31 +81,18 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
-    "CPTConfig",
     "CallSite",
     "CheckpointError",
     "Combines",
-    "CordaConfig",
     "DeltaRule",
-    "EvaConfig",
     "ExportError",
     "ExportReport",
     "FileForm",
     "FullyTrainedModule",
     "GuardError",
-    "IA3Config",
     "InputRule",
-    "LNTuningConfig",
     "LeafSite",
-    "LoHaConfig",
-    "LoKrConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "LoraPerCallConfig",
     "Mergeable",
-    "MultitaskPromptTuningConfig",
-    "MultitaskPromptTuningInit",
     "NeedsInputsError",
     "NoMatchingPeftModuleError",
     "OperationRule",
@@ -148,12 +110,6 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType",
-    "PromptLearningConfig",
-    "PromptTuningConfig",
-    "PromptTuningInit",
     "RankAxis",
     "ReplacesWeight",
     "Report",
@@ -164,15 +120,12 @@ __all__ = [
     "TableRows",
     "TargetedConfig",
     "TaskType",
-    "TokenSequence",
     "TraceError",
-    "TrainableTokensConfig",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",
     "cast_mixed_precision_params",
     "check_if_peft_model",
-    "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
@@ -180,9 +133,7 @@ __all__ = [
     "export",
     "export_adapter",
     "feeding",
-    "find_token_sequence",
     "get_base_model_state_dict",
-    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -190,7 +141,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
-    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "names_in_slots",
@@ -198,17 +148,13 @@ __all__ = [
     "optimize",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
-    "preprocess_corda",
-    "preprocess_loraga",
     "recorded",
     "register",
-    "replace_lora_weights_loftq",
-    "rescale_adapter_scale",
-    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",
 ]
+__all__ += methods.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from contracts import FIRST
 from models import VOCABULARY
 from oracle import perturb
 from safetensors.torch import load_file, save_file
@@ -106,11 +107,13 @@ class Saved(NamedTuple):
         name: What it is called.
         make: Makes the model.
         config: Makes its config.
+        arguments: Makes positional arguments for the model, where they are no tokens.
     """
 
     name: str
     make: Callable[[], nn.Module]
     config: Callable[[], graphpeft.PeftConfig]
+    arguments: Callable[[], tuple[Any, ...]] | None = None
 
     def model(self) -> Any:
         """Returns a copy of the model; equal in each call."""
@@ -118,6 +121,8 @@ class Saved(NamedTuple):
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns arguments for the model."""
+        if self.arguments is not None:
+            return self.arguments(), {}
         if self.make in (_layers, _traced, Sequence):
             return (_IDS,), {}
         more = {"task_ids": torch.tensor([0, 1])} if "multitask" in self.name else {}
@@ -198,6 +203,13 @@ SAVED = [
     Saved("prefix", _llama, _prompt(graphpeft.PrefixTuningConfig)),
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),
+]
+_MORE = {contract.method for contract in FIRST} - {saved.config().peft_type for saved in SAVED}
+SAVED += [
+    Saved(contract.name, case.make, functools.partial(contract.our_config, case), case.inputs)
+    for contract in FIRST
+    for case in contract.cases[:1]
+    if contract.method in _MORE
 ]
 
 

@@ -9,8 +9,7 @@ import torch
 from oracle import LINEAR
 from torch import nn
 
-from graphpeft import AdaptError, get_peft_model
-from graphpeft.methods.c3a import C3AConfig
+from graphpeft import AdaptError, C3AConfig, get_peft_model
 
 
 def test_each_block_is_made_of_one_row():

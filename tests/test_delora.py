@@ -8,8 +8,7 @@ import pytest
 import torch
 from oracle import LINEAR
 
-from graphpeft import get_peft_model
-from graphpeft.methods.delora import DeloraConfig
+from graphpeft import DeloraConfig, get_peft_model
 
 
 def adapted(**options: Any) -> Any:

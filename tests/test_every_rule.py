@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from contracts import CONTRACTS
 from models import LLAMA, call
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graphpeft.methods
 from graphpeft import (
     CPTConfig,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -39,6 +38,7 @@ from graphpeft.testing import assert_two_adapters_act_together, laws
 pytestmark = pytest.mark.quick("rules", "testing")
 
 
+@functools.cache
 def rules() -> dict[str, type]:
     """Returns the classes of rules, and of their parts, without bases, in ``graphpeft.methods``, by name."""
     found = {}
@@ -136,23 +136,29 @@ def prompt(config_class: Any, **options: Any) -> Case:
     return Case(LLAMA.make, config_class(**IN_FRONT | options), inputs)
 
 
-def ia3(make: Callable[[], nn.Module], enters: list[str]) -> Case:
-    return Case(make, IA3Config(target_modules=["0"], feedforward_modules=enters), (GROUPED,))
+def of_contracts() -> dict[str, Case]:
+    """Returns a case for each class of rules that the contracts of methods use, and for each class of its parts."""
+    found: dict[str, Case] = {}
+    for contract in CONTRACTS:
+        for each in (*contract.beyond, *contract.cases):
+            case = Case(each.make, contract.our_config(each), each.inputs())
+            for adapted in get_peft_model(each.build(), case.config).adapter_report().adapted:
+                for part in parts_of(adapted.rule):
+                    if part.__name__ in rules():
+                        found.setdefault(part.__name__, case)
+    return found
 
 
-def loha(make: Callable[[], nn.Module], inputs: Tensor, target: str = "0", **options: Any) -> Case:
-    return Case(make, LoHaConfig(r=2, alpha=3, target_modules=[target], **options), (inputs,))
+def parts_of(rule: Any) -> Iterator[type]:
+    """Yields the class of a rule, and those of its parts."""
+    yield type(rule)
+    if dataclasses.is_dataclass(rule):
+        for field in dataclasses.fields(rule):
+            yield from parts_of(getattr(rule, field.name))
 
 
 CASES = {
-    "LoKr": Case(
-        lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()),
-        LoKrConfig(r=1, alpha=3, target_modules=["0"]),
-        (GROUPED,),
-    ),
-    "LoHa": loha(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),
-    "InputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), ["0"]),
-    "OutputFactors": ia3(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, padding=1), nn.Tanh()), []),
+    **of_contracts(),
     "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),
     "LoraConvolution": lora(lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh()), VECTORS),
     "LoraWithinGroups": lora(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),
@@ -186,14 +192,6 @@ each_rule = pytest.mark.parametrize("name", CASES)
 def test_every_class_of_rules_has_a_case() -> None:
     # what rounds has its laws elsewhere: in test_quantised_dora.py and test_merge_aware.py
     assert set(CASES) == set(rules()) - {"DoraLeaf", "Rounded", "RoundedLeaf"}
-
-
-def parts_of(rule: Any) -> Iterator[type]:
-    """Yields the class of a rule, and those of its parts."""
-    yield type(rule)
-    if dataclasses.is_dataclass(rule):
-        for field in dataclasses.fields(rule):
-            yield from parts_of(getattr(rule, field.name))
 
 
 @each_rule

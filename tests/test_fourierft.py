@@ -11,8 +11,7 @@ from models import GPT2
 from oracle import LINEAR
 from torch import nn
 
-from graphpeft import AdaptError, get_peft_model, get_peft_model_state_dict
-from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft import AdaptError, FourierFTConfig, get_peft_model, get_peft_model_state_dict
 
 
 def test_the_change_is_the_transform_of_its_coefficients():

@@ -9,8 +9,7 @@ import torch
 from oracle import LINEAR
 from test_written_methods import moved
 
-from graphpeft import AdaptError, LoraConfig, get_peft_model
-from graphpeft.methods.miss import MissConfig
+from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model
 
 
 def adapted(**options: Any) -> Any:

@@ -11,8 +11,7 @@ from oracle import LINEAR, TRANSPOSED
 from test_written_methods import moved
 from torch import Tensor, nn
 
-from graphpeft import AdaptError, PeftModel, get_peft_model, get_peft_model_state_dict
-from graphpeft.methods.shira import ShiraConfig
+from graphpeft import AdaptError, PeftModel, ShiraConfig, get_peft_model, get_peft_model_state_dict
 
 
 def largest(layer: nn.Module, r: int, **options: Any) -> Tensor:

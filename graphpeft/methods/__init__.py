@@ -1,7 +1,72 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
-import importlib
-import pkgutil
+from graphpeft.methods.c3a import C3AConfig
+from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.delora import DeloraConfig
+from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.ln_tuning import LNTuningConfig
+from graphpeft.methods.loha import LoHaConfig
+from graphpeft.methods.lokr import LoKrConfig
+from graphpeft.methods.lora import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraPerCallConfig,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
+from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
+from graphpeft.methods.lora.rescaling import rescale_adapter_scale
+from graphpeft.methods.miss import MissConfig
+from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from graphpeft.methods.prefix_tuning import PrefixTuningConfig
+from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
+from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.shira import ShiraConfig
+from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 
-for _method in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_method.name}")
+__all__ = [
+    "C3AConfig",
+    "CPTConfig",
+    "CordaConfig",
+    "DeloraConfig",
+    "EvaConfig",
+    "FourierFTConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraPerCallConfig",
+    "MissConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "ShiraConfig",
+    "TokenSequence",
+    "TrainableTokensConfig",
+    "convert_to_lora",
+    "find_token_sequence",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "save_as_lora",
+]

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShiraConfig,
+    TargetedConfig,
     TrainableTokensConfig,
 )
-from graphpeft.methods.c3a import C3AConfig
-from graphpeft.methods.delora import DeloraConfig
-from graphpeft.methods.fourierft import FourierFTConfig
-from graphpeft.methods.miss import MissConfig
-from graphpeft.methods.shira import ShiraConfig
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
 
@@ -188,28 +188,27 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-@st.composite
-def configs_with(
-    draw: Any,
-    config_class: type[PeftConfig],
-    options: Mapping[str, st.SearchStrategy[Any]],
-    of_first_values: Mapping[str, st.SearchStrategy[Any]],
-    model: nn.Module,
-    identity: bool,
-) -> PeftConfig:
-    """Returns a strategy for the configs of a class with any targets in a model, and with drawn options.
+def choosing(
+    config_class: type[TargetedConfig], fresh: Mapping[str, Any] | None = None, **choices: Sequence[Any]
+) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
 
     Args:
-        draw: Given by hypothesis.
-        config_class: A class with an option `target_modules`.
-        options: Strategies for its other options, by name.
-        of_first_values: The same for options with which a fresh adapter needn't be the identity.
-        model: The model.
-        identity: Whether a fresh adapter must be the identity.
+        config_class: The method's class, with an option `target_modules`.
+        fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        **choices: The values of each option.
     """
-    drawn = draw(st.fixed_dictionaries({**options, **({} if identity else of_first_values)}))
-    plain: Any = draw(plain_configs(config_class, model, identity))
-    return dataclasses.replace(plain, **drawn)
+
+    @st.composite
+    def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
+        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        if identity:
+            options.update(fresh or {})
+        named = _entries(chosen, [path for path, _ in model.named_modules()])
+        return config_class(target_modules=named, **options)
+
+    return configs
 
 
 class Method(NamedTuple):
@@ -229,38 +228,8 @@ class Method(NamedTuple):
     merges: bool
 
 
-shira_configs = functools.partial(
-    configs_with,
-    ShiraConfig,
-    {"r": st.just(1), "random_seed": st.sampled_from([None, 5])},
-    {"init_weights": st.booleans()},
-)
-delora_configs = functools.partial(
-    configs_with,
-    DeloraConfig,
-    {"r": st.sampled_from([1, 2, 4]), "delora_lambda": st.sampled_from([1, 15, 3.5])},
-    {"init_weights": st.booleans()},
-)
-miss_configs = functools.partial(
-    configs_with,
-    MissConfig,
-    # the model's narrowest matrix has three rows
-    {"r": st.sampled_from([1, 2, 3]), "miss_dropout": st.just(0.0), "init_weights": st.sampled_from([True, "mini"])},
-    {"init_weights": st.sampled_from([True, False, "mini"])},
-)
-fourierft_configs = functools.partial(
-    configs_with,
-    FourierFTConfig,
-    # the model's smallest matrix has nine elements
-    {"n_frequency": st.sampled_from([1, 6, 9]), "scaling": st.sampled_from([20.0, 3]), "init_weights": st.just(True)},
-    {"init_weights": st.booleans()},
-)
-c3a_configs = functools.partial(
-    configs_with,
-    C3AConfig,
-    {"block_size": st.just(1), "init_weights": st.just(True)},
-    {"init_weights": st.sampled_from([True, False, "gaussian", "kaiming_uniform"])},
-)
+_DRAWN = {"init_weights": [True, False]}
+_ZERO = {"init_weights": True}
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
@@ -269,11 +238,33 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
-    PeftType.DELORA: Method(delora_configs, cases, is_identity=True, merges=True),
-    PeftType.MISS: Method(miss_configs, cases, is_identity=True, merges=True),
-    PeftType.FOURIERFT: Method(fourierft_configs, cases, is_identity=True, merges=True),
-    PeftType.C3A: Method(c3a_configs, cases, is_identity=True, merges=True),
-    PeftType.SHIRA: Method(shira_configs, cases, is_identity=True, merges=True),
+    PeftType.DELORA: Method(
+        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.MISS: Method(
+        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FOURIERFT: Method(
+        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.C3A: Method(
+        choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.SHIRA: Method(
+        choosing(ShiraConfig, _ZERO, r=[1], random_seed=[None, 5], **_DRAWN), cases, is_identity=True, merges=True
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

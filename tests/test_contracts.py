@@ -1,0 +1,367 @@
+"""Every method has PEFT's numbers and files, and acts, is merged, trained, compiled and exported as each other one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import peft
+import pytest
+import torch
+import transformers
+from contracts import CONTRACTS, FIRST
+from contracts.contract import Contract
+from models import LLAMA
+from oracle import Case, assert_close, assert_trains_alike, outputs
+from safetensors.torch import load_file
+from torch import Tensor
+
+import graphpeft
+from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
+from graphpeft.rules.registry import registered
+from graphpeft.testing import verify
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begins}")
+    for begins in (
+        # PEFT's own warnings, of what is meant here
+        "fan_in_fan_out is set to False",
+        "Specified to not (save|load) vera_A",
+        "Sparse invariant checks",
+        "Unsupported layer type",
+        # weights of integers
+        "no gradient goes through",
+    )
+]
+
+
+def pairs(cases: Callable[[Contract], Iterable[Case]]) -> Any:
+    """Returns a mark that runs a test over all contracts, each with these cases."""
+    found = [
+        pytest.param(contract, case, id=f"{contract}-{case}") for contract in CONTRACTS for case in cases(contract)
+    ]
+    return pytest.mark.parametrize(("contract", "case"), found)
+
+
+each_pair = pairs(lambda contract: contract.cases)
+each_method = pytest.mark.parametrize("contract", FIRST, ids=str)
+
+
+def moved(model: Any, seed: int = 3) -> Any:
+    """Moves all that is trained, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+    return model.eval()
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_file(found: Path, expected: Path) -> None:
+    ours, theirs = tensors_in(found), tensors_in(expected)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.equal(ours[key], tensor), key
+
+
+def test_every_method_has_a_contract() -> None:
+    ours = {name for name, cls in registered().items() if cls.__module__.startswith("graphpeft.")}
+    adapts_what_is_named = {name for name in ours if issubclass(registered()[name], graphpeft.TargetedConfig)}
+    # it is a file of this library's alone; test_per_call.py has its tests
+    assert {contract.method for contract in FIRST} == adapts_what_is_named - {"GRAPHPEFT_LORA_PER_CALL"}
+
+
+# numbers and files
+
+
+@each_pair
+def test_peft_reads_the_file_and_gives_the_same(contract: Contract, case: Case, tmp_path: Path) -> None:
+    model = moved(get_peft_model(case.build(), contract.our_config(case)))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path)).eval()
+    assert_close(outputs(theirs, case), outputs(model, case), contract.tolerance)
+
+
+@each_pair
+def test_a_file_of_pefts_gives_pefts_outputs_and_is_written_again(
+    contract: Contract, case: Case, tmp_path: Path
+) -> None:
+    theirs = moved(peft.get_peft_model(case.build(), contract.their_config(case)))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(case.build(), tmp_path).eval()
+    expected = outputs(theirs, case)
+    assert_close(outputs(model, case), expected, contract.tolerance)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_file(tmp_path / "again", tmp_path)
+    if "merge" in contract.refuses:
+        with pytest.raises(AdaptError, match=contract.refuses["merge"]):
+            model.merge_adapter()
+        assert_close(outputs(model, case), expected, contract.tolerance)
+    else:
+        assert_close(outputs(model.merge_and_unload(), case), expected, contract.tolerance)
+
+
+@each_pair
+def test_equal_seeds_give_pefts_values_and_then_equal_numbers(contract: Contract, case: Case, tmp_path: Path) -> None:
+    following = []
+    for library, config in ((peft, contract.their_config(case)), (graphpeft, contract.our_config(case))):
+        base = case.build()
+        torch.manual_seed(7)
+        model: Any = library.get_peft_model(base, config)  # type: ignore[attr-defined]
+        following.append(torch.rand(2))
+        model.save_pretrained(str(tmp_path / library.__name__))
+    assert_same_file(tmp_path / "graphpeft", tmp_path / "peft")
+    assert torch.equal(*following)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_method
+def test_a_half_precision_base_has_pefts_dtypes_and_outputs(
+    contract: Contract, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = contract.cases[0]
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs())
+    theirs = moved(peft.get_peft_model(case.build().to(dtype), contract.their_config(case)))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(case.build().to(dtype), tmp_path).eval()
+    expected = theirs(*inputs)
+    found = model(*inputs)
+    assert found.dtype == expected.dtype == dtype
+    # a result is rounded to 8 or 11 bits
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_file(tmp_path / "again", tmp_path)
+
+
+@each_pair
+def test_every_law_holds(contract: Contract, case: Case) -> None:
+    verification = verify(case.build(), contract.our_config(case), case.inputs(), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+@pairs(lambda contract: contract.beyond)
+def test_every_law_holds_where_peft_has_no_layer_for_it(contract: Contract, case: Case) -> None:
+    config = contract.our_config(case)
+    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+@pairs(lambda contract: contract.cases if contract.trains_alike else ())
+def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, case: Case, tmp_path: Path) -> None:
+    theirs = moved(peft.get_peft_model(case.build(), contract.their_config(case)))
+    theirs.save_pretrained(str(tmp_path))
+    ours = PeftModel.from_pretrained(case.build(), tmp_path, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path), is_trainable=True)
+    assert_trains_alike(ours, theirs, case, contract.tolerance)
+
+
+# several adapters
+
+
+def of_lora(**options: Any) -> Callable[[Case], Any]:
+    return lambda case: LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **case.targets, **options)
+
+
+def neighbours() -> list[Any]:
+    """Returns each method with itself, with LoRA and DoRA on either side, and with the next method."""
+    pairs: list[Any] = []
+    for contract, following in zip(FIRST, FIRST[1:] + FIRST[:1], strict=True):
+        own = contract.our_config
+        case = contract.cases[0]
+        together = [
+            (f"{contract} {contract}", own, own),
+            (f"{contract} lora", own, of_lora()),
+            (f"lora {contract}", of_lora(), own),
+            (f"{contract} dora", own, of_lora(use_dora=True)),
+            (f"dora {contract}", of_lora(use_dora=True), own),
+        ]
+        if following.cases[0] is case and not {"merge", "merge beside"} & {*following.refuses}:
+            together.append((f"{contract} {following}", own, following.our_config))
+        pairs += [pytest.param(contract, first, second, id=name) for name, first, second in together]
+    return pairs
+
+
+def both(contract: Contract, first: Any, second: Any) -> tuple[Any, Case]:
+    """Returns a model with two active adapters, and its case; skips what the method refuses, once that is seen."""
+    case = contract.cases[0]
+    model: Any = get_peft_model(case.build(), first(case))
+    model.add_adapter("second", second(case))
+    is_of_one_kind = model.peft_config["default"].peft_type == model.peft_config["second"].peft_type
+    if "together" in contract.refuses and is_of_one_kind:
+        with pytest.raises(AdaptError, match=contract.refuses["together"]):
+            model.set_adapter(["default", "second"])
+        pytest.skip("refused, as it should be")
+    model.set_adapter(["default", "second"])
+    return moved(model), case
+
+
+@pytest.mark.parametrize(("contract", "first", "second"), neighbours())
+def test_two_active_adapters_are_what_they_are_merged(contract: Contract, first: Any, second: Any) -> None:
+    model, case = both(contract, first, second)
+    active = outputs(model, case)
+    reasons = [contract.refuses[what] for what in ("merge", "merge beside") if what in contract.refuses]
+    if reasons:
+        with pytest.raises(AdaptError, match=reasons[0]):
+            model.merge_adapter()
+        assert torch.equal(outputs(model, case), active)
+        return
+    model.merge_adapter()
+    assert_close(outputs(model, case), active, 1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(outputs(model, case), active)
+
+
+@pytest.mark.parametrize(("contract", "first", "second"), neighbours())
+def test_either_of_two_can_go_and_come_back(contract: Contract, first: Any, second: Any) -> None:
+    model, case = both(contract, first, second)
+    base = outputs(case.build(), case)
+    active = outputs(model, case)
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter([name])
+        alone[name] = outputs(model, case)
+        assert not torch.allclose(alone[name], base, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, case), base)
+    model.set_adapter(["default", "second"])
+    assert torch.equal(outputs(model, case), active)
+    model.delete_adapter("default")
+    assert torch.equal(outputs(model, case), alone["second"])
+    assert torch.equal(outputs(model.unload(), case), base)
+
+
+@each_method
+def test_rows_of_a_batch_have_their_own(contract: Contract) -> None:
+    case = contract.cases[0]
+    model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
+    model.add_adapter("other", of_lora()(case))
+    (x,) = case.inputs()
+    names = (["default", "__base__", "other", "default"] * len(x))[: len(x)]
+    if "rows" in contract.refuses:
+        with pytest.raises(AdaptError, match=contract.refuses["rows"]):
+            model(x, adapter_names=names)
+        return
+    found = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else [name])
+        torch.testing.assert_close(found[row], model(x)[row])
+
+
+# a whole model
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(seed))
+
+
+@each_method
+def test_a_llama_has_pefts_outputs_active_merged_and_beside_lora(contract: Contract, tmp_path: Path) -> None:
+    theirs = moved(peft.get_peft_model(LLAMA.build(), contract.their_config()))
+    theirs.save_pretrained(str(tmp_path))
+    model: Any = PeftModel.from_pretrained(LLAMA.build(), tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens()).logits
+        torch.testing.assert_close(model(input_ids=tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+        if "merge" in contract.refuses:
+            return
+        model.add_adapter("lora", LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", init_lora_weights=False))
+        model.set_adapter(["lora", "default"])
+        active = model(input_ids=tokens()).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=tokens()).logits, active, atol=1e-4, rtol=1e-4)
+        model.unmerge_adapter()
+        model.set_adapter("default")
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def trainer_of(model: Any, folder: Path) -> transformers.Trainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=0.01,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=3,
+    )
+    rows: Any = [{"input_ids": row, "labels": row} for seed in range(4) for row in tokens(seed)]
+    return transformers.Trainer(model, arguments, train_dataset=rows)
+
+
+def losses(trainer: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@each_method
+def test_a_trainer_gives_pefts_losses_and_goes_on_from_a_checkpoint(contract: Contract, tmp_path: Path) -> None:
+    found: dict[str, list[float]] = {}
+    for library, config in ((peft, contract.their_config()), (graphpeft, contract.our_config())):
+        base = LLAMA.build()
+        torch.manual_seed(5)
+        model: Any = library.get_peft_model(base, config)  # type: ignore[attr-defined]
+        trainer = trainer_of(model, tmp_path / library.__name__)
+        trainer.train()
+        found[library.__name__] = losses(trainer)
+    assert len(set(found["graphpeft"])) == 4
+    if contract.trains_alike:
+        assert found["graphpeft"] == pytest.approx(found["peft"], rel=1e-4)
+    base = LLAMA.build()
+    torch.manual_seed(5)
+    again = trainer_of(get_peft_model(base, contract.our_config()), tmp_path / "again")
+    again.train(str(tmp_path / "graphpeft" / "checkpoint-2"))
+    assert losses(again) == pytest.approx(found["graphpeft"], rel=1e-5)
+
+
+# compiled and exported
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
+@each_method
+def test_compiled_it_computes_and_trains_the_same(contract: Contract, backend: str) -> None:
+    case = contract.cases[0]
+    model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    assert_close(outputs(compiled, case), outputs(model, case), 1e-5)
+    named = {name: tensor for name, tensor in model.train().named_parameters() if tensor.requires_grad}
+    gradients = []
+    for run in (model, compiled):
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(run(*case.inputs()).square().mean(), [*named.values()]))
+    for name, expected, got in zip(named, *gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("adapters", "suffix"), list(itertools.product(["merged", "baked"], ["pt2", "onnx"])))
+@each_method
+def test_exported_it_computes_the_same(contract: Contract, adapters: str, suffix: str, tmp_path: Path) -> None:
+    case = contract.cases[0]
+    model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
+    refused = {"merge"} & {*contract.refuses} if adapters == "merged" else {suffix} & {*contract.refuses}
+    export = functools.partial(graphpeft.export, model, case.inputs(), tmp_path / f"model.{suffix}", format=suffix)
+    if refused:
+        with pytest.raises((AdaptError, graphpeft.ExportError), match=contract.refuses[refused.pop()]):
+            export(adapters=adapters)
+        return
+    export(adapters=adapters)
+    if suffix == "pt2":
+        found = torch.export.load(tmp_path / "model.pt2").module()(*case.inputs())
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_inputs()]
+        given = {name: x.numpy() for name, x in zip(names, case.inputs(), strict=True)}
+        found = torch.from_numpy(session.run(None, given)[0])
+    assert_close(found, outputs(model, case), 1e-5)

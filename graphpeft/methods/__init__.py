@@ -31,6 +31,7 @@ from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.shira import ShiraConfig
+from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "ShiraConfig",
+    "SupertuningConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "convert_to_lora",

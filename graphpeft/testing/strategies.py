@@ -25,6 +25,7 @@ from graphpeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     ShiraConfig,
+    SupertuningConfig,
     TargetedConfig,
     TrainableTokensConfig,
 )
@@ -258,6 +259,12 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.C3A: Method(
         choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.SUPERTUNING: Method(
+        choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,

@@ -7,7 +7,7 @@ from contracts.contract import Contract
 from graphpeft import C3AConfig
 
 CASES = (LINEAR, WITHOUT_BIAS)
-BEYOND = (TRANSPOSED, ATTENTION, CONV_1D)
+BEYOND = (CONV_1D, ATTENTION, TRANSPOSED)
 KINDS = {"c3a": "xavier_uniform", "c3a-gaussian": "gaussian", "c3a-kaiming": "kaiming_uniform", "c3a-zero": True}
 
 CONTRACTS = [

@@ -9,9 +9,9 @@ from graphpeft import MissConfig
 CASES = (LINEAR, WITHOUT_BIAS)
 OPTIONS = {
     "miss": {"r": 4},
-    "miss-drawn": {"r": 2, "init_weights": False, "miss_dropout": 0.3},
+    "miss-drawn": {"r": 2, "init_weights": False, "miss_dropout": 0.3, "bias": "MiSS_only"},
     "miss-mini": {"r": 4, "init_weights": "mini", "mini_r": 2},
-    "miss-bat": {"r": 2, "init_weights": "bat", "bias": "MiSS_only"},
+    "miss-bat": {"r": 2, "init_weights": "bat"},
 }
 BEYOND_OF = {
     "miss": (*BEYOND, TRANSPOSED, CONV_2D),

@@ -2,6 +2,7 @@
 
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
 from graphpeft.methods.ia3 import IA3Config
@@ -25,6 +26,7 @@ from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from graphpeft.methods.peanut import PeanutConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -38,6 +40,7 @@ __all__ = [
     "C3AConfig",
     "CPTConfig",
     "CordaConfig",
+    "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "PeanutConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

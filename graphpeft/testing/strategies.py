@@ -12,6 +12,7 @@ from torch import nn
 
 from graphpeft import (
     C3AConfig,
+    DeftConfig,
     DeloraConfig,
     FourierFTConfig,
     IA3Config,
@@ -20,6 +21,7 @@ from graphpeft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    PeanutConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
@@ -265,6 +267,25 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.SUPERTUNING: Method(
         choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.DEFT: Method(
+        choosing(
+            DeftConfig,
+            {"para": False},
+            r=[1, 4],
+            alpha=[None, 3],
+            para=[True, False],
+            decomposition_method=["relu", "qr"],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.PEANUT: Method(
+        choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,

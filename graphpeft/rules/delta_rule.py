@@ -132,26 +132,27 @@ class BranchRule(WeightRule, OperationRule):
         dropout = self.dropout_of(config) if _has_input(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
-    def entered(self, x: Any, own: Any, dropout: Any, training: Any) -> Any:
-        """Returns the branch's input.
+    def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
+        """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
+
+        A rule whose branch is cheaper than its change calls it in a ``rewrite`` of its own.
 
         Args:
             x: The operation's input.
-            own: What has the dtype in which the branch computes.
-            dropout: The constant `dropout`; None for 0.
+            parameter: One of the rule's parameters.
             training: Whether dropout is on.
+            dropout: The probability; None for 0.
         """
-        h = x.to(own.dtype) if self.casts else x
+        h = x.to(parameter.dtype) if self.casts else x
         return h if dropout is None else F.dropout(h, dropout, training)
 
-    def left(self, y: Any, change: Any) -> Any:
-        """Returns the operation's value with the branch's, in its own dtype.
+    def leaving(self, result: Any, y: Any) -> Any:
+        """Returns the operation's new value in the dtype of its present value, y.
 
         Args:
-            y: The operation's value.
-            change: The branch's.
+            result: The new value.
+            y: The present value.
         """
-        result = y + change
         return result.to(y.dtype) if self.casts else result
 
 
@@ -180,11 +181,11 @@ class DeltaRule(BranchRule):
     ) -> Any:
         """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
         # the input of an embedding is indices, which need no cast
-        h = x if isinstance(operation, ops.Embedding) else self.entered(x, change, dropout, training)
+        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
         result = y + operation.apply(h, change)
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
-        return result.to(y.dtype) if self.casts else result
+        return self.leaving(result, y)
 
 
 def _has_input(site: Any) -> bool:

@@ -162,7 +162,8 @@ class OperationRule(Rule):
         Its arguments can be ``x`` and ``y``, the operation's input and its present value; ``operation``, which has
         ``apply(x, weight)``, the same operation with other operands; and ``training``. For an operation with a weight,
         they can be ``weight`` and ``bias``, with the changes of earlier adapters (None without a bias), and ``base``,
-        the weight without these changes. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
+        the weight without these changes, and ``plain``, what the operation gives with that weight on its input without
+        adapters, without the bias. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
         of its ``delta`` and its ``bias_delta`` (None without a change of the bias).
         """
         ...

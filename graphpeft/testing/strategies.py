@@ -15,6 +15,10 @@ from graphpeft import (
     BOFTConfig,
     HiraConfig,
     HRAConfig,
+    C3AConfig,
+    DeftConfig,
+    DeloraConfig,
+    FourierFTConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
@@ -22,11 +26,15 @@ from graphpeft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    MissConfig,
+    PeanutConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
+    ShiraConfig,
+    SupertuningConfig,
     TargetedConfig,
     TrainableTokensConfig,
     UniLoraConfig,
@@ -281,6 +289,9 @@ class Method(NamedTuple):
     merges: bool
 
 
+_DRAWN = {"init_weights": [True, False]}
+_ZERO = {"init_weights": True}
+
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
@@ -313,6 +324,44 @@ METHODS: dict[str, Method] = {
             block_share=[True, False],
             use_cayley_neumann=[True, False],
             num_cayley_neumann_terms=[2, 5, 8],
+    PeftType.DELORA: Method(
+        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.MISS: Method(
+        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FOURIERFT: Method(
+        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.C3A: Method(
+        choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.SUPERTUNING: Method(
+        choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.DEFT: Method(
+        choosing(
+            DeftConfig,
+            {"para": False},
+            r=[1, 4],
+            alpha=[None, 3],
+            para=[True, False],
+            decomposition_method=["relu", "qr"],
         ),
         cases,
         is_identity=True,
@@ -327,6 +376,12 @@ METHODS: dict[str, Method] = {
             bias=["none", "all", "boft_only"],
             init_weights=[True, False],
         ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.PEANUT: Method(
+        choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,
@@ -360,6 +415,9 @@ METHODS: dict[str, Method] = {
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
+    PeftType.SHIRA: Method(
+        choosing(ShiraConfig, _ZERO, r=[1], random_seed=[None, 5], **_DRAWN), cases, is_identity=True, merges=True
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

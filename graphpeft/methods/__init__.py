@@ -2,6 +2,7 @@
 
 from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
@@ -35,6 +36,7 @@ __all__ = [
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
+    "GraloraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LilyConfig",

@@ -229,6 +229,14 @@ class PeftConfig(ConfigJson):
         """
         return self
 
+    def conflict(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why a model can't have this adapter beside its others, or None.
+
+        Args:
+            others: The configs of the model's adapters, by name.
+        """
+        return None
+
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts a site.
 
@@ -309,6 +317,25 @@ class PeftConfig(ConfigJson):
             parameters: The site's parameters, by the rule's names.
         """
         return {}
+
+    def packed(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors that a file has for all tensors of the adapter, where several stand for one.
+
+        Args:
+            tensors: The adapter's tensors, by their names in the file.
+        """
+        return tensors
+
+    def unpacked(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors of an adapter for those of a file, as `packed` was given them.
+
+        Args:
+            tensors: The file's tensors, by their names.
+
+        Raises:
+            ValueError: If they can't be those of an adapter.
+        """
+        return tensors
 
     def converted(
         self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]

@@ -100,24 +100,11 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DeltaRule(WeightRule, OperationRule):
-    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
+class BranchRule(WeightRule, OperationRule):
+    """A rule whose change is a branch beside the operation, with dropout of the branch's input.
 
-    Example:
-        >>> class Shift(DeltaRule):
-        ...     def parameters(self, site, config):
-        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
-        ...
-        ...     def initialise(self, parameters, site, config, module):
-        ...         parameters["shift"].zero_()
-        ...
-        ...     def delta(self, shift):
-        ...         return shift
-        >>> Shift().change({"shift": torch.ones(1, 2)})
-        tensor([[1., 1.]])
+    A `DeltaRule` computes the branch from the whole change; another one can have a `rewrite` that never makes it.
     """
-
-    adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses the sites that a `WeightRule` refuses, and dropout where the operation has no input of numbers."""
@@ -145,18 +132,60 @@ class DeltaRule(WeightRule, OperationRule):
         dropout = self.dropout_of(config) if _has_input(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
+    def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
+        """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
+
+        A rule whose branch is cheaper than its change calls it in a ``rewrite`` of its own.
+
+        Args:
+            x: The operation's input.
+            parameter: One of the rule's parameters.
+            training: Whether dropout is on.
+            dropout: The probability; None for 0.
+        """
+        h = x.to(parameter.dtype) if self.casts else x
+        return h if dropout is None else F.dropout(h, dropout, training)
+
+    def leaving(self, result: Any, y: Any) -> Any:
+        """Returns the operation's new value in the dtype of its present value, y.
+
+        Args:
+            result: The new value.
+            y: The present value.
+        """
+        return result.to(y.dtype) if self.casts else result
+
+
+@dataclass(frozen=True)
+class DeltaRule(BranchRule):
+    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
+
+    Example:
+        >>> class Shift(DeltaRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+
+    adapts_both_ways: ClassVar[bool] = True
+
     def rewrite(
         self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
     ) -> Any:
         """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
         # the input of an embedding is indices, which need no cast
-        h = x.to(change.dtype) if self.casts and not isinstance(operation, ops.Embedding) else x
-        if dropout is not None:
-            h = F.dropout(h, dropout, training)
+        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
         result = y + operation.apply(h, change)
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
-        return result.to(y.dtype) if self.casts else result
+        return self.leaving(result, y)
 
 
 def _has_input(site: Any) -> bool:

@@ -164,8 +164,9 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
-        change = _change(graph, rule, {"weight": current, "base": op.node}, attributes)
-        result = _sum(current, change)
+        nodes = {"weight": current, "base": op.node}
+        given = _given(rule.delta, graph, nodes, attributes, {})
+        result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
     _replace(current, result, before.__contains__)
     return {result: current}
 
@@ -176,6 +177,8 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         operands = _operands(graph, op, rule, attributes)
+        if "plain" in asked_by(rule.rewrite).names:
+            operands["plain"] = _plain(graph, op, x)
         emitted = [node for node in graph.nodes if node not in before]
         none = {name: None for name in CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
@@ -185,6 +188,18 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
             graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:
+    """Emits the operation with the module's own weight and without its bias, on the input without adapters."""
+    tracer = RuleTracer(graph)
+    if x is not op.x or op.adds_computed:
+        weight = fx.Proxy(graph.create_node("get_attr", op.weight), tracer)
+        return op.apply(fx.Proxy(x, tracer), weight).node
+    if op.bias is None:
+        return op.node
+    bias = fx.Proxy(graph.create_node("get_attr", op.bias), tracer)
+    return (fx.Proxy(op.node, tracer) - op.beside_outputs(bias)).node
 
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
@@ -223,13 +238,13 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     earlier = changes_at(graph, op.name)
     asks_for_bias = any(each.may_be("bias") for each in asked)
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
-    asks_for_weight = any(
-        each.may_be("weight") or each.may_be("base")
-        for each in (*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias))
-    )
+    asked = [*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias)]
+    asks_for_weight = any(each.may_be("weight") for each in asked)
     found: dict[str, fx.Node] = {}
+    if asks_for_weight or any(each.may_be("base") for each in asked):
+        found["base"] = graph.create_node("get_attr", op.weight)
     if asks_for_weight:
-        found["weight"] = found["base"] = graph.create_node("get_attr", op.weight)
+        found["weight"] = found["base"]
     if asks_for_bias and op.bias is not None:
         found["bias"] = graph.create_node("get_attr", op.bias)
     for tag in earlier:
@@ -377,7 +392,7 @@ def _given(
     """Returns the values that the names of a function's arguments ask for, with nodes as proxies.
 
     Args:
-        function: The function. With ``**others``, it gets all available values.
+        function: The function. With ``**others``, it gets all available values but those that are computed.
         graph: The graph that gets new nodes.
         nodes: The available nodes.
         paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value

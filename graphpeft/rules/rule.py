@@ -162,7 +162,8 @@ class OperationRule(Rule):
         Its arguments can be ``x`` and ``y``, the operation's input and its present value; ``operation``, which has
         ``apply(x, weight)``, the same operation with other operands; and ``training``. For an operation with a weight,
         they can be ``weight`` and ``bias``, with the changes of earlier adapters (None without a bias), and ``base``,
-        the weight without these changes. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
+        the weight without these changes, and ``plain``, what the operation gives with that weight on its input without
+        adapters, without the bias. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
         of its ``delta`` and its ``bias_delta`` (None without a change of the bias).
         """
         ...
@@ -226,6 +227,15 @@ class Mergeable(Rule):
             given: The arguments of `delta` by name: tensors and numbers, or proxies.
         """
         return self.delta(**given)
+
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
+        """Returns a weight as such with its change, for the graph that uses it.
+
+        Args:
+            weight: The weight, with the changes of earlier adapters.
+            given: The arguments of `delta` by name, as in `change`.
+        """
+        return weight + self.change(given).to(weight.dtype)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,18 +13,34 @@ from torch import nn
 from graphpeft import (
     AdaLoraConfig,
     GraloraConfig,
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
+    C3AConfig,
+    DeftConfig,
+    DeloraConfig,
+    FourierFTConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
+    MissConfig,
+    PeanutConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RandLoraConfig,
+    ShiraConfig,
+    SupertuningConfig,
     TargetedConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
@@ -227,6 +243,36 @@ def choosing(
     return configs
 
 
+_DRAWN: dict[str, Any] = {"init_weights": [True, False]}
+_NOT_DRAWN = {"init_weights": True}
+
+vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+randlora_configs = choosing(
+    RandLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    randlora_alpha=[1, 3.5],
+    randlora_dropout=[0.0, 0.4],
+    sparse=[True, False],
+    **_DRAWN,
+)
+
+# any size is a multiple of 1
+vblora_configs = choosing(
+    VBLoRAConfig,
+    r=[1, 3],
+    num_vectors=[4, 7],
+    vector_length=[1],
+    topk=[1, 2],
+    vblora_dropout=[0.0, 0.4],
+    init_vector_bank_bound=[0.02, 1.0],
+)
+
+unilora_configs = choosing(
+    UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
+)
+
+
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
 
@@ -243,6 +289,9 @@ class Method(NamedTuple):
     is_identity: bool
     merges: bool
 
+
+_DRAWN = {"init_weights": [True, False]}
+_ZERO = {"init_weights": True}
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
@@ -281,6 +330,110 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.OFT: Method(
+        choosing(
+            OFTConfig,
+            {"init_weights": True},
+            oft_block_size=[2, 4, 32],
+            bias=["none", "all", "oft_only"],
+            init_weights=[True, False],
+            block_share=[True, False],
+            use_cayley_neumann=[True, False],
+            num_cayley_neumann_terms=[2, 5, 8],
+    PeftType.DELORA: Method(
+        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.MISS: Method(
+        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FOURIERFT: Method(
+        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.C3A: Method(
+        choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.SUPERTUNING: Method(
+        choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.DEFT: Method(
+        choosing(
+            DeftConfig,
+            {"para": False},
+            r=[1, 4],
+            alpha=[None, 3],
+            para=[True, False],
+            decomposition_method=["relu", "qr"],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.BOFT: Method(
+        choosing(
+            BOFTConfig,
+            {"init_weights": True},
+            boft_block_size=[2, 4],
+            boft_n_butterfly_factor=[1, 2],
+            bias=["none", "all", "boft_only"],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.PEANUT: Method(
+        choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HIRA: Method(
+        choosing(
+            HiraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hira_dropout=[0.0, 0.4],
+            init_weights=[True, "gaussian", False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HRA: Method(
+        choosing(
+            HRAConfig,
+            {"init_weights": True, "r": 2, "apply_GS": False},
+            r=[1, 3],
+            apply_GS=[True, False],
+            init_weights=[True, False],
+            bias=["none", "all", "hra_only"],
+        ),
+        cases,
+        is_identity=False,
+        merges=True,
+    ),
+    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
+    PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
+    PeftType.SHIRA: Method(
+        choosing(ShiraConfig, _ZERO, r=[1], random_seed=[None, 5], **_DRAWN), cases, is_identity=True, merges=True
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -4,6 +4,7 @@ from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
@@ -55,6 +56,7 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
+    "GraloraConfig",
     "FourierFTConfig",
     "HRAConfig",
     "HiraConfig",

@@ -12,6 +12,7 @@ from torch import nn
 
 from graphpeft import (
     AdaLoraConfig,
+    GraloraConfig,
     BOFTConfig,
     C3AConfig,
     DeftConfig,
@@ -296,6 +297,24 @@ METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
     PeftType.BOFT: Method(
+    PeftType.GRALORA: Method(
+        choosing(
+            GraloraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hybrid_r=[0, 3],
+            alpha=[1, 8, 3.5],
+            gralora_k=[1],  # models have features of odd numbers
+            gralora_dropout=[0.0, 0.4],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
+    PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LILY: Method(
         choosing(
             BOFTConfig,
             {"init_weights": True},

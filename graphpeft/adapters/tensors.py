@@ -73,6 +73,7 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             device = _device(modules[beside]._parameters.get(attribute), values)
             if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
                 module = modules[site.owner if isinstance(site, Site) else beside]
+                _redraw(adapted, plan.config, modules, device)
                 drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
         if values is not None:
             drawn = {
@@ -116,10 +117,6 @@ def _first_values(
         local: _empty(spec) if local not in shared else shared[local].to("cpu", spec.dtype or torch.get_default_dtype())
         for local, spec in adapted.specs.items()
     }
-    for other in adapted.site.redrawn:
-        rule: Any = config.rule_for(other, adapted.dtype).at_site(other, adapted.dtype)
-        discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
-        rule.initialise(discarded, other, config, module)
     given = adapted.rule.initialise(drawn, adapted.site, config, module) or {}
     _refuse_misshapen(adapted, drawn)
     replacing = {name: given[name].to(tensor.device, tensor.dtype) for name, tensor in own.items()} if own else {}
@@ -130,6 +127,15 @@ def _first_values(
         local: tensor if adapted.specs[local].dtype is not None else tensor.to(adapted.site.dtype)
         for local, tensor in drawn.items()
     }, replacing
+
+
+def _redraw(adapted: AdaptedSite, config: PeftConfig, modules: Modules, device: torch.device) -> None:
+    """Draws the first values of the sites that a site names for that, and throws them away."""
+    for other in () if device.type == "meta" else adapted.site.redrawn:
+        rule: Any = config.rule_for(other, adapted.dtype).at_site(other, adapted.dtype)
+        discarded = {local: _empty(spec) for local, spec in rule.parameters(other, config).items()}
+        with loaded(modules[other.owner]):
+            rule.initialise(discarded, other, config, modules[other.owner])
 
 
 def _refuse_misshapen(adapted: AdaptedSite, drawn: Mapping[str, torch.Tensor]) -> None:

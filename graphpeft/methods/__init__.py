@@ -27,6 +27,7 @@ from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.randlora import RandLoraConfig
+from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
@@ -53,6 +54,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "UniLoraConfig",

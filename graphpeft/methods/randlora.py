@@ -113,8 +113,8 @@ class RandLoraBranch(RandLora):
     ) -> Any:
         """Returns y + (α/r) · x ΔWᵀ."""
         first, second = self.factors(randlora_A, randlora_B, randlora_lambda, randlora_gamma)
-        h = F.linear(self.entered(x, randlora_gamma, dropout, training), first)
-        return self.left(y, F.linear(h, second) * scale)
+        h = F.linear(self.entering(x, randlora_gamma, training, dropout), first)
+        return self.leaving(y + F.linear(h, second) * scale, y)
 
 
 @dataclass(frozen=True, kw_only=True)

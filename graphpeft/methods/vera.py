@@ -80,8 +80,8 @@ class VeraBranch(Vera):
     ) -> Any:
         """Returns y + b ⊙ (d ⊙ (x Aᵀ)) Bᵀ."""
         a, b = self.cut(vera_A, vera_B)
-        h = vera_lambda_d * F.linear(self.entered(x, vera_lambda_d, dropout, training), a)
-        return self.left(y, vera_lambda_b * F.linear(h, b))
+        h = vera_lambda_d * F.linear(self.entering(x, vera_lambda_d, training, dropout), a)
+        return self.leaving(y + vera_lambda_b * F.linear(h, b), y)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ class BranchRule(WeightRule, OperationRule):
         if reason is None and not 0 <= self.dropout_of(config) <= 1:
             reason = f"its dropout is {self.dropout_of(config)}, which is no probability"
         # an adapter for inference drops nothing anyway
-        if reason is None and not _has_input(site) and self.dropout_of(config) and not config.inference_mode:
+        if reason is None and not self.has_numbers(site) and self.dropout_of(config) and not config.inference_mode:
             reason = (
                 f"dropout drops elements of an operation's input, and the use of its {site.attribute} has none of "
                 "numbers that is known; set it to 0"
@@ -127,31 +127,38 @@ class BranchRule(WeightRule, OperationRule):
         """
         return 0.0
 
+    def has_numbers(self, site: Any) -> bool:
+        """Returns whether the branch has numbers at a site that dropout can drop: an operation's input.
+
+        Args:
+            site: The site.
+        """
+        return site.op not in (ops.Weight, ops.Embedding)
+
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rule's constants, with the probability of dropout as `dropout`, if it isn't 0."""
-        dropout = self.dropout_of(config) if _has_input(site) else 0.0
+        dropout = self.dropout_of(config) if self.has_numbers(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
-    def entered(self, x: Any, own: Any, dropout: Any, training: Any) -> Any:
-        """Returns the branch's input.
+    def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
+        """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
 
         Args:
             x: The operation's input.
-            own: What has the dtype in which the branch computes.
-            dropout: The constant `dropout`; None for 0.
+            parameter: One of the rule's parameters.
             training: Whether dropout is on.
+            dropout: The probability; None for 0.
         """
-        h = x.to(own.dtype) if self.casts else x
+        h = x.to(parameter.dtype) if self.casts else x
         return h if dropout is None else F.dropout(h, dropout, training)
 
-    def left(self, y: Any, change: Any) -> Any:
-        """Returns the operation's value with the branch's, in its own dtype.
+    def leaving(self, result: Any, y: Any) -> Any:
+        """Returns the operation's new value in the dtype of its present value, y.
 
         Args:
-            y: The operation's value.
-            change: The branch's.
+            result: The new value.
+            y: The present value.
         """
-        result = y + change
         return result.to(y.dtype) if self.casts else result
 
 
@@ -180,12 +187,8 @@ class DeltaRule(BranchRule):
     ) -> Any:
         """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
         # the input of an embedding is indices, which need no cast
-        h = x if isinstance(operation, ops.Embedding) else self.entered(x, change, dropout, training)
+        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
         result = y + operation.apply(h, change)
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
-        return result.to(y.dtype) if self.casts else result
-
-
-def _has_input(site: Any) -> bool:
-    return site.op not in (ops.Weight, ops.Embedding)
+        return self.leaving(result, y)

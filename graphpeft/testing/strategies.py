@@ -22,6 +22,7 @@ from graphpeft import (
     PromptTuningConfig,
     RandLoraConfig,
     TargetedConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -239,6 +240,17 @@ unilora_configs = choosing(
     UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
 )
 
+tinylora_configs = choosing(
+    TinyLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    u=[1, 5],
+    weight_tying=[0.0, 0.5, 1.0],
+    tinylora_dropout=[0.0, 0.4],
+    init_v_bound=[1.0],
+    init_weights=[True, "uniform"],
+)
+
 
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
@@ -268,6 +280,7 @@ METHODS: dict[str, Method] = {
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
+    PeftType.TINYLORA: Method(tinylora_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

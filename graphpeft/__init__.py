@@ -39,6 +39,8 @@ from graphpeft.model.task_models import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from graphpeft.model.trainer_callback import update_and_allocate_callback
+from graphpeft.model.training_methods import penalty_of
 from graphpeft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -146,6 +148,7 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "penalty_of",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "recorded",
@@ -153,6 +156,7 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",
+    "update_and_allocate_callback",
 ]
 __all__ += methods.__all__
 

@@ -107,7 +107,7 @@ def fitted(
     except ValueError as error:
         raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
     named = keys(adapter, name, modules)
-    shapes = dict(_shapes(adapter, name, modules))
+    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
     dtypes = {
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
@@ -126,7 +126,8 @@ def fitted(
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
-        if key in values and tuple(values[key].shape) != shapes[place]
+        if key in values
+        and tuple(values[key].shape) not in (shapes[place], *(forms[place].other_shapes if place in forms else ()))
     ]
     # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
@@ -285,8 +286,7 @@ def save(
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share memory
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    tensors = _apart(tensors)
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     if not safe_serialization:
         torch.save(tensors, folder / PICKLED_WEIGHTS_NAME)
@@ -296,6 +296,16 @@ def save(
     if operations := _operations(adapter):
         metadata[_OPERATIONS] = json.dumps(operations)
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+
+
+def write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors alone as safetensors."""
+    save_file(_apart(tensors), file, metadata={"format": "pt"})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors refuses tensors that share memory
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 _DIGEST = "graphpeft_config"

@@ -1,7 +1,12 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
+from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.hira import HiraConfig
+from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
@@ -21,6 +26,7 @@ from graphpeft.methods.lora import (
 from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from graphpeft.methods.oft import OFTConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -34,11 +40,16 @@ from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 
 __all__ = [
+    "AdaLoraConfig",
+    "BOFTConfig",
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",
@@ -47,6 +58,7 @@ __all__ = [
     "LoraPerCallConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "OFTConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

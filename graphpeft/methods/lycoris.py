@@ -201,10 +201,16 @@ class LycorisConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> LycorisConfig:
         """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
         config, names = copy.deepcopy(self), [site.name for site in sites]
-        config.rank_pattern = _exact({name: self.rank_at(name) for name in names}, self.r)
-        config.alpha_pattern = _exact({name: self.alpha_at(name) for name in names}, self.alpha)
+        config.rank_pattern = exact({name: self.rank_at(name) for name in names}, self.r)
+        config.alpha_pattern = exact({name: self.alpha_at(name) for name in names}, self.alpha)
         return config
 
 
-def _exact(values: Mapping[str, T], default: T) -> dict[str, T]:
+def exact(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Returns patterns that each match one name alone, for the names whose value isn't the default.
+
+    Args:
+        values: The values by name.
+        default: The value of names that no pattern matches.
+    """
     return {targets.pattern_of(name): value for name, value in values.items() if value != default}

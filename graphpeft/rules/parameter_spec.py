@@ -15,6 +15,7 @@ class FileForm(NamedTuple):
         shape: The shape in files.
         pack: Converts the parameter to the tensor for the file.
         unpack: Converts the file's tensor to the parameter; raises ValueError for a tensor that can't be one.
+        other_shapes: Further shapes in files that `unpack` takes.
 
     Example:
         >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
@@ -25,6 +26,7 @@ class FileForm(NamedTuple):
     shape: tuple[int, ...]
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor]
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class RankAxis(NamedTuple):

@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HiraConfig,
+    HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
@@ -106,6 +112,24 @@ def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         init_weights=identity or draw(st.booleans()),
         **draw(_dropouts()),
+    )
+
+
+@st.composite
+def adalora_configs(draw: Any, model: nn.Module, identity: bool) -> AdaLoraConfig:
+    """Returns a strategy for AdaLoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    init_r = draw(st.sampled_from([1, 2, 4]))
+    special = draw(st.sampled_from(chosen))
+    mask = draw(st.lists(st.booleans(), min_size=init_r, max_size=init_r).filter(any))
+    return AdaLoraConfig(
+        init_r=init_r,
+        total_step=draw(st.sampled_from([1, 20])),
+        lora_alpha=draw(st.sampled_from([0, 1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([None, {f"{special}.lora_E": mask}])),
+        init_lora_weights=identity or draw(st.booleans()),
     )
 
 
@@ -271,11 +295,79 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
+    PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
     PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LILY: Method(
+        choosing(
+            LilyConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            stride_A=[1, 2],
+            num_B=[1, 2, 3],
+            scaling=[1.0, 0.5],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=False,
+    ),
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.OFT: Method(
+        choosing(
+            OFTConfig,
+            {"init_weights": True},
+            oft_block_size=[2, 4, 32],
+            bias=["none", "all", "oft_only"],
+            init_weights=[True, False],
+            block_share=[True, False],
+            use_cayley_neumann=[True, False],
+            num_cayley_neumann_terms=[2, 5, 8],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.BOFT: Method(
+        choosing(
+            BOFTConfig,
+            {"init_weights": True},
+            boft_block_size=[2, 4],
+            boft_n_butterfly_factor=[1, 2],
+            bias=["none", "all", "boft_only"],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HIRA: Method(
+        choosing(
+            HiraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hira_dropout=[0.0, 0.4],
+            init_weights=[True, "gaussian", False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HRA: Method(
+        choosing(
+            HRAConfig,
+            {"init_weights": True, "r": 2, "apply_GS": False},
+            r=[1, 3],
+            apply_GS=[True, False],
+            init_weights=[True, False],
+            bias=["none", "all", "hra_only"],
+        ),
+        cases,
+        is_identity=False,
+        merges=True,
+    ),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),

@@ -23,11 +23,12 @@ class Contract(NamedTuple):
         beyond: Models that PEFT refuses, or adapts wrongly; the laws hold for them.
         llama: Options that name targets in a Llama, beside `options`.
         refuses: Why the method refuses to "merge", to be active "together" with another of its kind, to "merge beside"
-            an active adapter of another method, to compute "rows" of a batch apart, or to be exported as "onnx" or
-            "pt2": a pattern for the error's text.
+            an active adapter of another method, to act "before dora", which reads the weight so far, to compute "rows"
+            of a batch apart, or to be exported as "onnx" or "pt2": a pattern for the error's text.
         sized: Options of the row of sizes in docs/methods.md, beside the defaults and `q_proj` and `v_proj` as targets.
         trains_alike: Whether a training step draws the same numbers as PEFT's, and so gives the same gradients.
         tolerance: The largest difference from PEFT's outputs, relative to their size.
+        trained_by_mistake: A part of the names of parameters that PEFT trains beside half precision, and saves nowhere.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contract(NamedTuple):
     sized: Mapping[str, Any] = MappingProxyType({})
     trains_alike: bool = True
     tolerance: float = 1e-5
+    trained_by_mistake: str = ""
 
     @property
     def method(self) -> PeftType:

@@ -4,10 +4,10 @@ from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
-from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
@@ -42,6 +42,7 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
+from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
@@ -56,8 +57,8 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
-    "GraloraConfig",
     "FourierFTConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
@@ -83,6 +84,7 @@ __all__ = [
     "RandLoraConfig",
     "ShiraConfig",
     "SupertuningConfig",
+    "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "UniLoraConfig",

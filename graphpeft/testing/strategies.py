@@ -12,12 +12,12 @@ from torch import nn
 
 from graphpeft import (
     AdaLoraConfig,
-    GraloraConfig,
     BOFTConfig,
     C3AConfig,
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    GraloraConfig,
     HiraConfig,
     HRAConfig,
     IA3Config,
@@ -37,6 +37,7 @@ from graphpeft import (
     ShiraConfig,
     SupertuningConfig,
     TargetedConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -272,6 +273,17 @@ unilora_configs = choosing(
     UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
 )
 
+tinylora_configs = choosing(
+    TinyLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    u=[1, 5],
+    weight_tying=[0.0, 0.5, 1.0],
+    tinylora_dropout=[0.0, 0.4],
+    init_v_bound=[1.0],
+    init_weights=[True, "uniform"],
+)
+
 
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
@@ -296,25 +308,13 @@ _ZERO = {"init_weights": True}
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
-    PeftType.BOFT: Method(
-    PeftType.GRALORA: Method(
-        choosing(
-            GraloraConfig,
-            {"init_weights": True},
-            r=[1, 2, 4],
-            hybrid_r=[0, 3],
-            alpha=[1, 8, 3.5],
-            gralora_k=[1],  # models have features of odd numbers
-            gralora_dropout=[0.0, 0.4],
-            init_weights=[True, False],
-        ),
-        cases,
+    PeftType.BEFT: Method(
+        choosing(BeftConfig, _NOT_DRAWN, **_DRAWN),
+        _cases_with_a_layer,
         is_identity=True,
         merges=True,
     ),
-    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
-    PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
-    PeftType.LILY: Method(
+    PeftType.BOFT: Method(
         choosing(
             BOFTConfig,
             {"init_weights": True},
@@ -458,6 +458,19 @@ METHODS: dict[str, Method] = {
         merges=True,
     ),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.ROAD: Method(
+        choosing(
+            RoadConfig,
+            {"init_weights": True},
+            without=["head"],  # which has an odd number of outputs
+            variant=["road_1", "road_2", "road_4"],
+            group_size=[2, 4, 8],
+            init_weights=[True, False],
+        ),
+        _cases_with_a_layer,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.SHIRA: Method(
         choosing(ShiraConfig, _ZERO, r=[1], random_seed=[None, 5], **_DRAWN), cases, is_identity=True, merges=True
     ),

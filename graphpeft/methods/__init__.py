@@ -1,6 +1,7 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.hira import HiraConfig
@@ -33,6 +34,7 @@ from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.randlora import RandLoraConfig
+from graphpeft.methods.road import RoadConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
@@ -41,6 +43,7 @@ from graphpeft.methods.vera import VeraConfig
 __all__ = [
     "AdaLoraConfig",
     "BOFTConfig",
+    "BeftConfig",
     "CPTConfig",
     "CordaConfig",
     "EvaConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RoadConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "UniLoraConfig",

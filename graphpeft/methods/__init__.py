@@ -1,6 +1,7 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
@@ -43,6 +44,7 @@ from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
+from graphpeft.methods.road import RoadConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
@@ -52,6 +54,7 @@ __all__ = [
     "AdaLoraConfig",
     "BOFTConfig",
     "C3AConfig",
+    "BeftConfig",
     "CPTConfig",
     "CordaConfig",
     "DeftConfig",
@@ -85,6 +88,7 @@ __all__ = [
     "ShiraConfig",
     "SupertuningConfig",
     "TinyLoraConfig",
+    "RoadConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "UniLoraConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from torch import nn
 
 from graphpeft import (
     AdaLoraConfig,
+    BeftConfig,
     BOFTConfig,
     C3AConfig,
     DeftConfig,
@@ -36,6 +37,7 @@ from graphpeft import (
     RandLoraConfig,
     ShiraConfig,
     SupertuningConfig,
+    RoadConfig,
     TargetedConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
@@ -44,7 +46,7 @@ from graphpeft import (
     VeraConfig,
 )
 from graphpeft.rules.registry import registered
-from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
+from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
 
 
 def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
@@ -222,19 +224,24 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def choosing(
-    config_class: type[TargetedConfig], fresh: Mapping[str, Any] | None = None, **choices: Sequence[Any]
+    config_class: type[TargetedConfig],
+    fresh: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    **choices: Sequence[Any],
 ) -> Callable[..., st.SearchStrategy[Any]]:
     """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
 
     Args:
         config_class: The method's class, with an option `target_modules`.
         fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        without: Paths that are no targets.
         **choices: The values of each option.
     """
 
     @st.composite
     def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
-        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        targets = [path for path in targets_of(model) if path not in without]
+        chosen = draw(st.lists(st.sampled_from(targets), min_size=1, unique=True))
         options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
         if identity:
             options.update(fresh or {})
@@ -283,6 +290,12 @@ tinylora_configs = choosing(
     init_v_bound=[1.0],
     init_weights=[True, "uniform"],
 )
+
+
+@functools.cache
+def _cases_with_a_layer() -> st.SearchStrategy[Case]:
+    """Returns a strategy for models, as `cases` does, whose body begins with a linear layer."""
+    return cases(bodies().map(lambda build: lambda: nn.Sequential(nn.Linear(DIM, DIM), build())))
 
 
 class Method(NamedTuple):
@@ -485,6 +498,25 @@ METHODS: dict[str, Method] = {
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.ROAD: Method(
+        choosing(
+            RoadConfig,
+            {"init_weights": True},
+            without=["head"],  # which has an odd number of outputs
+            variant=["road_1", "road_2", "road_4"],
+            group_size=[2, 4, 8],
+            init_weights=[True, False],
+        ),
+        _cases_with_a_layer,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.BEFT: Method(
+        choosing(BeftConfig, _NOT_DRAWN, **_DRAWN),
+        _cases_with_a_layer,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -5,6 +5,7 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
@@ -44,6 +45,7 @@ __all__ = [
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "GloraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",

@@ -15,6 +15,7 @@ from graphpeft import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    GloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -286,6 +287,20 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.PEANUT: Method(
         choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.GLORA: Method(
+        choosing(
+            GloraConfig,
+            _ZERO,
+            r=[1, 2],
+            config_A_B=["lora", "vector", "constant"],
+            config_C=["lora", "vector", "none"],
+            config_D_E=["vector", "constant", "none"],
+            **_DRAWN,
+        ),
         cases,
         is_identity=True,
         merges=True,

@@ -11,6 +11,7 @@ from graphpeft.methods.fourierft import FourierFTConfig
 from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.hra import HRAConfig
+from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
@@ -64,6 +65,7 @@ __all__ = [
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
+    "GloraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LilyConfig",

@@ -8,10 +8,10 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.hra import HRAConfig
-from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.ia3 import IA3Config
 from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
@@ -42,10 +42,10 @@ from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.randlora import RandLoraConfig
+from graphpeft.methods.road import RoadConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
-from graphpeft.methods.road import RoadConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
@@ -54,18 +54,18 @@ from graphpeft.methods.vera import VeraConfig
 __all__ = [
     "AdaLoraConfig",
     "BOFTConfig",
-    "C3AConfig",
     "BeftConfig",
+    "C3AConfig",
     "CPTConfig",
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
-    "GloraConfig",
     "IA3Config",
     "LNTuningConfig",
     "LilyConfig",
@@ -87,10 +87,10 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "TinyLoraConfig",
-    "RoadConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "UniLoraConfig",

@@ -32,6 +32,7 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderR
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.pvera import PveraConfig
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
@@ -65,6 +66,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PveraConfig",
     "RandLoraConfig",
     "TinyLoraConfig",
     "TokenSequence",

@@ -1,6 +1,7 @@
 """PVeRA, with its projections in files and without."""
 
 import peft
+from kinds import MATRIX, ROUNDED
 from matrix_uses import LAYERS
 from oracle import LINEAR, TRANSPOSED, WITHOUT_BIAS
 
@@ -14,6 +15,7 @@ CONTRACTS = [
         peft.PveraConfig,
         {"r": 3, "d_initial": 0.5},
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
+        beyond=(MATRIX, ROUNDED),
     ),
     Contract("pvera-drawn", PveraConfig, peft.PveraConfig, {"r": 3, "init_weights": False}, (LAYERS,)),
     Contract("pvera-dropout", PveraConfig, peft.PveraConfig, {"r": 3, "pvera_dropout": 0.4}, (LAYERS,)),

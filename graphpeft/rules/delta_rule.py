@@ -105,6 +105,24 @@ class BranchRule(WeightRule, OperationRule):
     """A rule whose change is a branch beside the operation, with dropout of the branch's input.
 
     A `DeltaRule` computes the branch from the whole change; another one can have a `rewrite` that never makes it.
+
+    Example:
+        >>> class Product(BranchRule):
+        ...     def parameters(self, site, config):
+        ...         rows, columns = site.matrix_shape
+        ...         return {"a": ParameterSpec((2, columns), "a"), "b": ParameterSpec((rows, 2), "b")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["a"].normal_()
+        ...         parameters["b"].zero_()
+        ...
+        ...     def rewrite(self, x, y, training, a, b, dropout=None):
+        ...         return self.leaving(y + self.entering(x, a, training, dropout) @ a.T @ b.T, y)
+        ...
+        ...     def delta(self, a, b):
+        ...         return b @ a
+        >>> Product().rewrite(torch.ones(3), torch.zeros(1), False, a=torch.ones(2, 3), b=torch.ones(1, 2))
+        tensor([6.])
     """
 
     def check(self, site: Any, config: Any) -> str | None:

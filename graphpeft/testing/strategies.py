@@ -35,6 +35,7 @@ from graphpeft import (
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
     RandLoraConfig,
     RoadConfig,
     ShiraConfig,
@@ -256,6 +257,7 @@ _DRAWN: dict[str, Any] = {"init_weights": [True, False]}
 _NOT_DRAWN = {"init_weights": True}
 
 vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+pvera_configs = choosing(PveraConfig, _NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
 randlora_configs = choosing(
     RandLoraConfig,
     _NOT_DRAWN,
@@ -471,6 +473,7 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
+    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.PVERA: Method(pvera_configs, cases, is_identity=True, merges=True),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.ROAD: Method(

@@ -473,7 +473,6 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
-    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.PVERA: Method(pvera_configs, cases, is_identity=True, merges=True),
     PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
     PeftType.ROAD: Method(

@@ -16,7 +16,7 @@ import transformers
 from contracts import CONTRACTS, FIRST
 from contracts.contract import Contract
 from models import LLAMA
-from oracle import Case, assert_close, assert_trains_alike, outputs
+from oracle import Case, assert_close, assert_trains_alike, moved, outputs
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,16 +53,6 @@ def pairs(cases: Callable[[Contract], Iterable[Case]]) -> Any:
 
 each_pair = pairs(lambda contract: contract.cases)
 each_method = pytest.mark.parametrize("contract", FIRST, ids=str)
-
-
-def moved(model: Any, seed: int = 3) -> Any:
-    """Moves all that is trained, so that no adapter is the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
-    return model.eval()
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

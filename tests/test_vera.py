@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from test_factored import TARGETS, build, inputs
-from test_written_methods import moved
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from oracle import moved
 from test_factored import TARGETS, build, inputs
 
 import graphpeft

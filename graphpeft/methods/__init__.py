@@ -4,10 +4,10 @@ from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
-from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
@@ -34,6 +34,7 @@ from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.oft import OFTConfig
 from graphpeft.methods.peanut import PeanutConfig
+from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -56,8 +57,8 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
-    "GraloraConfig",
     "FourierFTConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
@@ -74,6 +75,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "OFTConfig",
     "PeanutConfig",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",

@@ -49,7 +49,7 @@ from graphpeft.optimizers import (
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.peft_errors import PeftError, PeftWarning
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.delta_rule import BranchRule, DeltaRule, WeightRule
 from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
@@ -83,6 +83,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
+    "BranchRule",
     "CallSite",
     "CheckpointError",
     "Combines",

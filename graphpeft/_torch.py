@@ -108,6 +108,11 @@ def is_transformed() -> bool:
     return function_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_in_backward() -> bool:
+    """Returns whether a backward runs, as when a checkpoint runs a forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def version(tensor: torch.Tensor) -> int:
     """Returns the number of in-place writes into a tensor."""
     return tensor._version

@@ -60,6 +60,8 @@ METHODS = [
     Method("RandLoraConfig", {"r": 3, "init_weights": False}, "randlora_only", is_for_quantised=True),
     Method("VBLoRAConfig", {"r": 3, "num_vectors": 9, "vector_length": 2}, "vblora_only"),
     Method("UniLoraConfig", {"r": 3, "theta_d_length": 11, "init_theta_d_bound": 1.0}, "unilora_only"),
+    Method("TinyLoraConfig", {"u": 5, "init_weights": "uniform", "init_v_bound": 1.0}, "tinylora_only"),
+    Method("PveraConfig", {"r": 3, "init_weights": False}, "pvera_only", is_for_quantised=True),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 

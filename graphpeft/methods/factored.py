@@ -111,8 +111,12 @@ class FactoredConfig(TargetedConfig):
         fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
     """
 
+    adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
+
+    shared_options: ClassVar[tuple[str, ...]] = ()
+    """Those that all adapters of the method on one model have to share, as in PEFT."""
 
     fan_in_fan_out: bool = False
 
@@ -125,6 +129,17 @@ class FactoredConfig(TargetedConfig):
     def trained_biases(self) -> Biases:
         """Which of the model's biases are trained."""
         return self.bias if self.bias in ("none", "all") else "adapted"
+
+    def conflict(self, others: Mapping[str, Any]) -> str | None:
+        """Refuses other values of `shared_options` than those of the model's other adapters, as PEFT does."""
+        for option in self.shared_options:
+            for name, other in others.items():
+                if other.method == self.method and getattr(other, option) != getattr(self, option):
+                    return (
+                        f"{option} is {getattr(self, option)!r}, and {getattr(other, option)!r} of the adapter "
+                        f"{name!r}: all {self.method} adapters of a model share it, as in PEFT; give both the same"
+                    )
+        return None
 
     def for_file(self, sites: Sequence[Any]) -> FactoredConfig:
         """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
@@ -144,21 +159,10 @@ class ProjectedConfig(FactoredConfig):
     """
 
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
-    adapts_leaves: ClassVar[bool] = True
+    shared_options: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
 
     projection_prng_key: Seed = 0
     save_projection: bool = True
-
-    def conflict(self, others: Mapping[str, Any]) -> str | None:
-        """Refuses other options of the projections than those of the model's other adapters, as PEFT does."""
-        for option in ("projection_prng_key", "save_projection"):
-            for name, other in others.items():
-                if other.method == self.method and getattr(other, option) != getattr(self, option):
-                    return (
-                        f"{option} is {getattr(self, option)!r}, and {getattr(other, option)!r} of the adapter "
-                        f"{name!r}: all {self.method} adapters of a model share it, as in PEFT; give both the same"
-                    )
-        return None
 
     def prepared(self, sites: Sequence[Any]) -> ProjectedConfig:
         """Returns the config with the sizes of the projections, which are those of the largest weights."""

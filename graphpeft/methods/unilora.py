@@ -98,7 +98,8 @@ class UniLoraBranch(UniLora):
         """Returns y + x Aᵀ Bᵀ."""
         a = unilora_theta_d[unilora_indices_A] * unilora_scales_A
         b = unilora_theta_d[unilora_indices_B] * unilora_scales_B
-        return self.leaving(y + F.linear(F.linear(self.entering(x, unilora_theta_d, training, dropout), a), b), y)
+        h = self.entering(x, unilora_theta_d, training, dropout)
+        return self.leaving(y + F.linear(F.linear(h, a), b), y)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,8 @@ class VbloraBranch(Vblora):
     ) -> Any:
         """Returns y + x Aᵀ Bᵀ."""
         a, b = self.factors(vblora_vector_bank, vblora_logits_A, vblora_logits_B, training)
-        return self.leaving(y + F.linear(F.linear(self.entering(x, vblora_vector_bank, training, dropout), a), b), y)
+        h = self.entering(x, vblora_vector_bank, training, dropout)
+        return self.leaving(y + F.linear(F.linear(h, a), b), y)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class ArgumentError(TypeError):
 
 _INPUT = ("x", "operation", "training")
 _AT_LEAF = ("y", *_INPUT)
-_OPERANDS = ("weight", "base", "bias", "plain")
+_OPERANDS = ("weight", "base", "bias", "base_bias", "plain")
 _AT_OPERATION = (*_AT_LEAF, *_OPERANDS)
 CHANGES = ("change", "bias_change")
 """The rule's own changes, which ``rewrite`` can ask for."""
@@ -101,7 +101,7 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     if isinstance(rule, Mergeable) and issubclass(site, LeafSite):
         functions["delta"] = ("weight", "base")
     elif isinstance(rule, Mergeable):
-        functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
+        functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias", "base_bias")}
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
     functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}

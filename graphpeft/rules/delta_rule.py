@@ -79,7 +79,7 @@ class WeightRule(Mergeable):
         return self.bias_delta(**self._all_seen(given))
 
     def _all_seen(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        own = [value for name, value in given.items() if name not in _WEIGHTS]
+        own = [value for name, value in given.items() if name not in _OF_THE_MODEL]
         return {name: self._seen(value, own) if name in _WEIGHTS else value for name, value in given.items()}
 
     def _seen(self, weight: Any, own: list[Any]) -> Any:
@@ -90,6 +90,7 @@ class WeightRule(Mergeable):
 
 
 _WEIGHTS = ("weight", "base")
+_OF_THE_MODEL = (*_WEIGHTS, "bias", "base_bias")
 
 
 @recorded
@@ -104,6 +105,24 @@ class BranchRule(WeightRule, OperationRule):
     """A rule whose change is a branch beside the operation, with dropout of the branch's input.
 
     A `DeltaRule` computes the branch from the whole change; another one can have a `rewrite` that never makes it.
+
+    Example:
+        >>> class Product(BranchRule):
+        ...     def parameters(self, site, config):
+        ...         rows, columns = site.matrix_shape
+        ...         return {"a": ParameterSpec((2, columns), "a"), "b": ParameterSpec((rows, 2), "b")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["a"].normal_()
+        ...         parameters["b"].zero_()
+        ...
+        ...     def rewrite(self, x, y, training, a, b, dropout=None):
+        ...         return self.leaving(y + self.entering(x, a, training, dropout) @ a.T @ b.T, y)
+        ...
+        ...     def delta(self, a, b):
+        ...         return b @ a
+        >>> Product().rewrite(torch.ones(3), torch.zeros(1), False, a=torch.ones(2, 3), b=torch.ones(1, 2))
+        tensor([6.])
     """
 
     def check(self, site: Any, config: Any) -> str | None:
@@ -112,7 +131,7 @@ class BranchRule(WeightRule, OperationRule):
         if reason is None and not 0 <= self.dropout_of(config) <= 1:
             reason = f"its dropout is {self.dropout_of(config)}, which is no probability"
         # an adapter for inference drops nothing anyway
-        if reason is None and not _has_input(site) and self.dropout_of(config) and not config.inference_mode:
+        if reason is None and not self.has_numbers(site) and self.dropout_of(config) and not config.inference_mode:
             reason = (
                 f"dropout drops elements of an operation's input, and the use of its {site.attribute} has none of "
                 "numbers that is known; set it to 0"
@@ -127,15 +146,21 @@ class BranchRule(WeightRule, OperationRule):
         """
         return 0.0
 
+    def has_numbers(self, site: Any) -> bool:
+        """Returns whether the branch has numbers at a site that dropout can drop: an operation's input.
+
+        Args:
+            site: The site.
+        """
+        return site.op not in (ops.Weight, ops.Embedding)
+
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rule's constants, with the probability of dropout as `dropout`, if it isn't 0."""
-        dropout = self.dropout_of(config) if _has_input(site) else 0.0
+        dropout = self.dropout_of(config) if self.has_numbers(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
     def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
         """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
-
-        A rule whose branch is cheaper than its change calls it in a ``rewrite`` of its own.
 
         Args:
             x: The operation's input.
@@ -186,7 +211,3 @@ class DeltaRule(BranchRule):
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)
-
-
-def _has_input(site: Any) -> bool:
-    return site.op not in (ops.Weight, ops.Embedding)

@@ -182,7 +182,9 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
         emitted = [node for node in graph.nodes if node not in before]
         none = {name: None for name in CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
-        result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
+        result = _call(
+            rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
+        )
         _refuse_no_value(result, "rewrite")
         for node in [node for node in reversed(emitted) if not node.users]:
             graph.erase_node(node)
@@ -238,6 +240,9 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     earlier = changes_at(graph, op.name)
     asks_for_bias = any(each.may_be("bias") for each in asked)
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
+    asks_for_base_bias = any(
+        each.may_be("base_bias") for each in (*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias))
+    )
     asked = [*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias)]
     asks_for_weight = any(each.may_be("weight") for each in asked)
     found: dict[str, fx.Node] = {}
@@ -245,8 +250,10 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
         found["base"] = graph.create_node("get_attr", op.weight)
     if asks_for_weight:
         found["weight"] = found["base"]
-    if asks_for_bias and op.bias is not None:
-        found["bias"] = graph.create_node("get_attr", op.bias)
+    if op.bias is not None and (asks_for_bias or asks_for_base_bias):
+        found["base_bias"] = graph.create_node("get_attr", op.bias)
+    if op.bias is not None and asks_for_bias:
+        found["bias"] = found["base_bias"]
     for tag in earlier:
         attributes = dict(tag.attributes)
         # a change of the bias uses the weight before the same adapter's change
@@ -262,9 +269,10 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
 
 def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
     """Emits the rule's change of a bias, or returns None if there is none."""
-    if "bias" in asked_by(rule.bias_delta).needed and "bias" not in operands:
+    if any(name not in operands for name in {"bias", "base_bias"} & {*asked_by(rule.bias_delta).needed}):
         return None  # without a bias, there is nothing to change
-    return rule.bias_change(_given(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {}))
+    absent = {"bias": None, "base_bias": None}
+    return rule.bias_change(_given(rule.bias_delta, graph, operands, {**absent, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:

@@ -1,6 +1,7 @@
 """RandLoRA, with projections of numbers and of signs, in files and not."""
 
 import peft
+from kinds import ROUNDED
 from matrix_uses import ATTENTION, LAYERS, USES
 from oracle import LINEAR, TRANSPOSED, WITHOUT_BIAS
 
@@ -16,7 +17,7 @@ CONTRACTS = [
         peft.RandLoraConfig,
         {"r": 3, "randlora_alpha": 7},
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
-        beyond=(USES, ATTENTION),
+        beyond=(USES, ATTENTION, ROUNDED),
     ),
     Contract("randlora-drawn", RandLoraConfig, peft.RandLoraConfig, OPTIONS, (LAYERS,)),
     Contract("randlora-sparse", RandLoraConfig, peft.RandLoraConfig, OPTIONS | {"sparse": True}, (LAYERS,)),

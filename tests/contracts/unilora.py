@@ -1,6 +1,7 @@
 """Uni-LoRA, with its places in files and without."""
 
 import peft
+from kinds import ROUNDED
 from matrix_uses import ATTENTION, LAYERS, USES
 from oracle import LINEAR, TRANSPOSED, WITHOUT_BIAS
 
@@ -16,7 +17,7 @@ CONTRACTS = [
         peft.UniLoraConfig,
         OPTIONS,
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
-        beyond=(USES, ATTENTION),
+        beyond=(USES, ATTENTION, ROUNDED),
     ),
     Contract("unilora-saved", UniLoraConfig, peft.UniLoraConfig, OPTIONS | {"save_indices": True}, (LINEAR, LAYERS)),
     Contract(

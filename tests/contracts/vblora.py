@@ -1,6 +1,7 @@
 """VB-LoRA, with whole logits in files."""
 
 import peft
+from kinds import ROUNDED
 from matrix_uses import ATTENTION, LAYERS, USES
 from oracle import LINEAR, TRANSPOSED, WITHOUT_BIAS
 
@@ -16,7 +17,7 @@ CONTRACTS = [
         peft.VBLoRAConfig,
         OPTIONS,
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
-        beyond=(USES, ATTENTION),
+        beyond=(USES, ATTENTION, ROUNDED),
         sized={"vector_length": 16},
     ),
     Contract("vblora-one", VBLoRAConfig, peft.VBLoRAConfig, OPTIONS | {"topk": 1}, (LAYERS,)),

@@ -1,6 +1,7 @@
 """VeRA, with its projections in files and without."""
 
 import peft
+from kinds import ROUNDED
 from matrix_uses import ATTENTION, LAYERS, USES
 from oracle import LINEAR, TRANSPOSED, WITHOUT_BIAS
 
@@ -14,7 +15,7 @@ CONTRACTS = [
         peft.VeraConfig,
         {"r": 3, "d_initial": 0.5},
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
-        beyond=(USES, ATTENTION),
+        beyond=(USES, ATTENTION, ROUNDED),
     ),
     Contract("vera-drawn", VeraConfig, peft.VeraConfig, {"r": 3, "init_weights": False}, (LAYERS,)),
     Contract("vera-dropout", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.4}, (LAYERS,)),

@@ -68,6 +68,37 @@ CONV_3D = _layer("conv3d", lambda: nn.Conv3d(4, 6, 2), lambda: torch.randn(2, 4,
 EMBEDDING = _layer("embedding", lambda: nn.Embedding(9, 6), lambda: torch.randint(0, 9, (2, 5)))
 GROUPED = _layer("grouped", lambda: nn.Conv1d(6, 8, 3, groups=2, padding=1), lambda: torch.randn(2, 6, 5))
 
+
+class Odd(nn.Module):
+    """Weights that PEFT's layers don't have: in groups, plain parameters, and a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.w = nn.Parameter(torch.randn(8, 12) / 3)
+        self.stack = nn.Parameter(torch.randn(2, 6, 12) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs all of them."""
+        return torch.einsum("bti,eoi->bto", torch.tanh(self.grouped(x)).mT @ self.w, self.stack)
+
+
+class Attention(nn.Module):
+    """An attention of PyTorch's, whose weights aren't layers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends to all positions."""
+        return self.attention(x, x, x)[0]
+
+
+ODD = Case("odd", Odd, lambda: (torch.randn(2, 6, 9),), {"target_modules": ["grouped", "w", "stack"]})
+ATTENTION = Case("attention", Attention, lambda: (torch.randn(2, 5, 8),), {"target_modules": ["attention"]})
+BEYOND = (ODD, ATTENTION)
+
 MATRICES = [LINEAR, WITHOUT_BIAS, TRANSPOSED]
 CONVOLUTIONS = [CONV_1D, CONV_2D, POINTWISE, CONV_3D]
 

@@ -68,25 +68,41 @@ def _is_half_on_cpu(value: Any) -> bool:
 
 
 def bias_delta(
-    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+    adapted: AdaptedSite,
+    modules: Modules,
+    weight: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    base_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Returns the change of the bias that a site's operations add, or None if it doesn't change; arguments as there."""
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change.
+
+    Args:
+        adapted: As for `delta`.
+        modules: Likewise.
+        weight: Likewise.
+        base: Likewise.
+        base_bias: The bias without the changes of adapters before this one; what the module reads if None.
+    """
     if not changes_bias(adapted.rule):
         return None
     with contextlib.ExitStack() as stack:
         for path in _changed_modules(adapted):
             stack.enter_context(loaded(modules[path]))
-        return _bias_delta(adapted, modules, weight, base)
+        return _bias_delta(adapted, modules, weight, base, base_bias)
 
 
 def _bias_delta(
-    adapted: Any, modules: Modules, weight: torch.Tensor | None, base: torch.Tensor | None
+    adapted: Any,
+    modules: Modules,
+    weight: torch.Tensor | None,
+    base: torch.Tensor | None,
+    base_bias: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    function, bias = adapted.rule.bias_delta, _bias(adapted, modules)
-    if bias is None and "bias" in asked_by(function).needed:
+    asked, bias = asked_by(adapted.rule.bias_delta), bias_of(adapted, modules)
+    if bias is None and {"bias", "base_bias"} & {*asked.needed}:
         return None
-    asked = asked_by(function)
-    values = {**_values(asked, adapted, modules), **_weights(adapted, modules, weight, base), "bias": bias}
+    values = {**_values(asked, adapted, modules), **_weights(adapted, modules, weight, base)}
+    values |= {"bias": bias, "base_bias": bias if base_bias is None else base_bias}
     return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
 
 
@@ -132,10 +148,11 @@ def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, st
     for adapted in changing_sites(modules, adapter):
         yield adapted.site.owner, adapted.site.attribute
         if bias_delta(adapted, modules) is not None:
-            yield _bias_place(adapted)
+            yield bias_place(adapted)
 
 
-def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
+def bias_place(adapted: AdaptedSite) -> tuple[str, str]:
+    """Returns the path of the module, and the name, of the bias that a site's operations add."""
     assert isinstance(adapted.site, Site)
     if adapted.site.bias is None:
         raise AdaptError(
@@ -146,18 +163,18 @@ def _bias_place(adapted: AdaptedSite) -> tuple[str, str]:
     return path, name
 
 
-def _bias(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
+def bias_of(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
     """Returns the bias that a site's operations add, as its module reads it."""
     if not isinstance(adapted.site, Site) or adapted.site.bias is None:
         return None
-    path, name = _bias_place(adapted)
+    path, name = bias_place(adapted)
     return own_parameter(modules[path], name)
 
 
 def _changed_modules(adapted: AdaptedSite) -> tuple[str, ...]:
     """Returns the paths of the modules that own the weight of a site, and the bias beside it."""
     owner, bias = adapted.site.owner, getattr(adapted.site, "bias", None)
-    return (owner,) if bias is None else tuple(dict.fromkeys((owner, _bias_place(adapted)[0])))
+    return (owner,) if bias is None else tuple(dict.fromkeys((owner, bias_place(adapted)[0])))
 
 
 @contextlib.contextmanager
@@ -169,15 +186,17 @@ def there_to_write(adapted: AdaptedSite, modules: Modules) -> Iterator[None]:
         yield
 
 
-def add_change(adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor) -> None:
-    """Adds the change of a weight, and of the bias beside it."""
+def add_change(
+    adapted: AdaptedSite, modules: Modules, weight: torch.Tensor, base: torch.Tensor, base_bias: torch.Tensor | None
+) -> None:
+    """Adds the change of a weight, and of the bias beside it; arguments as for `bias_delta`."""
     change = delta(adapted, modules, weight, base)
     # beside the weight of before, as in the graph
-    bias_change = bias_delta(adapted, modules, weight, base)
+    bias_change = bias_delta(adapted, modules, weight, base, base_bias)
     remember(weight)
     # where the weight itself changes, as the graph adds it; else the sum alone is rounded
     weight += change.to(weight.dtype) if adapted.site.op is ops.Weight else change
-    bias = _bias(adapted, modules)
+    bias = bias_of(adapted, modules)
     if bias is not None and bias_change is not None:
         remember(bias)
         bias += bias_change.to(bias.dtype)

@@ -18,6 +18,8 @@ from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.changes import (
     add_change,
     bias_delta,
+    bias_of,
+    bias_place,
     changed_places,
     changing_sites,
     delta,
@@ -150,7 +152,8 @@ def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> N
         base = originals[adapted.site.owner, adapted.site.attribute]
         with there_to_write(adapted, modules):
             weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
-            add_change(adapted, modules, weight, base)
+            bias = None if bias_of(adapted, modules) is None else originals.get(bias_place(adapted))
+            add_change(adapted, modules, weight, base, bias)
 
 
 def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
@@ -159,9 +162,11 @@ def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
     assert isinstance(site, Site)
     with there_to_write(sites[0], modules):
         weight = own_parameter(modules[site.owner], site.attribute)
-        base = weight if len(sites) == 1 else weight.clone()
+        base, bias = weight, bias_of(sites[0], modules)
+        if len(sites) > 1:
+            base, bias = weight.clone(), None if bias is None else bias.clone()
         for adapted in sites:
-            add_change(adapted, modules, weight, base)
+            add_change(adapted, modules, weight, base, bias)
 
 
 def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[str, list[AdaptedSite]]:
@@ -252,7 +257,8 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     asked: dict[str, set[str]] = {}
     for adapted in (*adapter.weight_sites, *adapter.coded_sites):
         functions = [adapted.rule.delta, *([adapted.rule.bias_delta] if changes_bias(adapted.rule) else [])]
-        reads = {name for name in ("weight", "base") for each in map(Asked, functions) if each.may_be(name)}
+        of = {"weight": "weight", "base": "base", "base_bias": "base"}
+        reads = {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
         asked.setdefault(adapted.site.weight, set()).update(reads)
     return asked
 

@@ -1,8 +1,15 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
+from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
+from graphpeft.methods.deft import DeftConfig
+from graphpeft.methods.delora import DeloraConfig
+from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.glora import GloraConfig
+from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
 from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
@@ -25,8 +32,10 @@ from graphpeft.methods.lora import (
 )
 from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
+from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.oft import OFTConfig
+from graphpeft.methods.peanut import PeanutConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -34,6 +43,9 @@ from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.pvera import PveraConfig
 from graphpeft.methods.randlora import RandLoraConfig
+from graphpeft.methods.road import RoadConfig
+from graphpeft.methods.shira import ShiraConfig
+from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
@@ -43,9 +55,16 @@ from graphpeft.methods.vera import VeraConfig
 __all__ = [
     "AdaLoraConfig",
     "BOFTConfig",
+    "BeftConfig",
+    "C3AConfig",
     "CPTConfig",
     "CordaConfig",
+    "DeftConfig",
+    "DeloraConfig",
     "EvaConfig",
+    "FourierFTConfig",
+    "GloraConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
@@ -57,9 +76,11 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
+    "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",
+    "PeanutConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -68,6 +89,9 @@ __all__ = [
     "PromptTuningInit",
     "PveraConfig",
     "RandLoraConfig",
+    "RoadConfig",
+    "ShiraConfig",
+    "SupertuningConfig",
     "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",

@@ -18,7 +18,7 @@ class Asked:
     """The arguments of a rule's function.
 
     Args:
-        function: The function. With ``**others``, it gets all available values.
+        function: The function. With ``**others``, it gets all available values but those in `COMPUTED`.
         is_bound: Whether the first argument is the rule.
 
     Attributes:
@@ -35,7 +35,7 @@ class Asked:
 
     def may_be(self, name: str) -> bool:
         """Returns whether the function gets the value `name`, if it is available."""
-        return self.takes_more or name in self.names
+        return name in self.names or (self.takes_more and name not in COMPUTED)
 
     def among(self, there: Iterable[str]) -> list[str]:
         """Returns the names in `there` that the function gets, in the order of its arguments.
@@ -48,7 +48,7 @@ class Asked:
         if lacking:
             raise ArgumentError(f"asks for {lacking[0]!r}, and there is {', '.join(sorted(there))}")
         return [name for name in self.names if name in there] + [
-            name for name in there if self.takes_more and name not in self.names
+            name for name in there if name not in self.names and self.may_be(name)
         ]
 
 
@@ -67,9 +67,13 @@ class ArgumentError(TypeError):
 
 _INPUT = ("x", "operation", "training")
 _AT_LEAF = ("y", *_INPUT)
-_AT_OPERATION = (*_AT_LEAF, "weight", "base", "bias")
+_OPERANDS = ("weight", "base", "bias", "base_bias", "plain")
+_AT_OPERATION = (*_AT_LEAF, *_OPERANDS)
 CHANGES = ("change", "bias_change")
 """The rule's own changes, which ``rewrite`` can ask for."""
+
+COMPUTED = frozenset((*_OPERANDS, *CHANGES))
+"""The values that are computed only for functions that name them."""
 
 _ENTER, _LEAVE = ("inputs", "training"), ("inputs", "training", "output", "entered")
 
@@ -97,7 +101,7 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     if isinstance(rule, Mergeable) and issubclass(site, LeafSite):
         functions["delta"] = ("weight", "base")
     elif isinstance(rule, Mergeable):
-        functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias")}
+        functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias", "base_bias")}
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
     functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}

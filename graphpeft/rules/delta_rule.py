@@ -79,7 +79,7 @@ class WeightRule(Mergeable):
         return self.bias_delta(**self._all_seen(given))
 
     def _all_seen(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        own = [value for name, value in given.items() if name not in _WEIGHTS]
+        own = [value for name, value in given.items() if name not in _OF_THE_MODEL]
         return {name: self._seen(value, own) if name in _WEIGHTS else value for name, value in given.items()}
 
     def _seen(self, weight: Any, own: list[Any]) -> Any:
@@ -90,6 +90,7 @@ class WeightRule(Mergeable):
 
 
 _WEIGHTS = ("weight", "base")
+_OF_THE_MODEL = (*_WEIGHTS, "bias", "base_bias")
 
 
 @recorded

@@ -177,15 +177,31 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         operands = _operands(graph, op, rule, attributes)
+        if "plain" in asked_by(rule.rewrite).names:
+            operands["plain"] = _plain(graph, op, x)
         emitted = [node for node in graph.nodes if node not in before]
         none = {name: None for name in CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
-        result = _call(rule.rewrite, graph, nodes, {"bias": None, **attributes}, {"operation": op, **none})
+        result = _call(
+            rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
+        )
         _refuse_no_value(result, "rewrite")
         for node in [node for node in reversed(emitted) if not node.users]:
             graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:
+    """Emits the operation with the module's own weight and without its bias, on the input without adapters."""
+    tracer = RuleTracer(graph)
+    if x is not op.x or op.adds_computed:
+        weight = fx.Proxy(graph.create_node("get_attr", op.weight), tracer)
+        return op.apply(fx.Proxy(x, tracer), weight).node
+    if op.bias is None:
+        return op.node
+    bias = fx.Proxy(graph.create_node("get_attr", op.bias), tracer)
+    return (fx.Proxy(op.node, tracer) - op.beside_outputs(bias)).node
 
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
@@ -224,15 +240,20 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     earlier = changes_at(graph, op.name)
     asks_for_bias = any(each.may_be("bias") for each in asked)
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
-    asks_for_weight = any(
-        each.may_be("weight") or each.may_be("base")
-        for each in (*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias))
+    asks_for_base_bias = any(
+        each.may_be("base_bias") for each in (*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias))
     )
+    asked = [*asked, *(asked_by(tag.rule.bias_delta) for tag in of_bias)]
+    asks_for_weight = any(each.may_be("weight") for each in asked)
     found: dict[str, fx.Node] = {}
+    if asks_for_weight or any(each.may_be("base") for each in asked):
+        found["base"] = graph.create_node("get_attr", op.weight)
     if asks_for_weight:
-        found["weight"] = found["base"] = graph.create_node("get_attr", op.weight)
-    if asks_for_bias and op.bias is not None:
-        found["bias"] = graph.create_node("get_attr", op.bias)
+        found["weight"] = found["base"]
+    if op.bias is not None and (asks_for_bias or asks_for_base_bias):
+        found["base_bias"] = graph.create_node("get_attr", op.bias)
+    if op.bias is not None and asks_for_bias:
+        found["bias"] = found["base_bias"]
     for tag in earlier:
         attributes = dict(tag.attributes)
         # a change of the bias uses the weight before the same adapter's change
@@ -248,9 +269,10 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
 
 def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], attributes: Sources) -> Any:
     """Emits the rule's change of a bias, or returns None if there is none."""
-    if "bias" in asked_by(rule.bias_delta).needed and "bias" not in operands:
+    if any(name not in operands for name in {"bias", "base_bias"} & {*asked_by(rule.bias_delta).needed}):
         return None  # without a bias, there is nothing to change
-    return rule.bias_change(_given(rule.bias_delta, graph, operands, {"bias": None, **attributes}, {}))
+    absent = {"bias": None, "base_bias": None}
+    return rule.bias_change(_given(rule.bias_delta, graph, operands, {**absent, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
@@ -378,7 +400,7 @@ def _given(
     """Returns the values that the names of a function's arguments ask for, with nodes as proxies.
 
     Args:
-        function: The function. With ``**others``, it gets all available values.
+        function: The function. With ``**others``, it gets all available values but those that are computed.
         graph: The graph that gets new nodes.
         nodes: The available nodes.
         paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value

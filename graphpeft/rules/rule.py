@@ -161,9 +161,10 @@ class OperationRule(Rule):
 
         Its arguments can be ``x`` and ``y``, the operation's input and its present value; ``operation``, which has
         ``apply(x, weight)``, the same operation with other operands; and ``training``. For an operation with a weight,
-        they can be ``weight`` and ``bias``, with the changes of earlier adapters (None without a bias), and ``base``,
-        the weight without these changes. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results
-        of its ``delta`` and its ``bias_delta`` (None without a change of the bias).
+        they can be ``weight`` and ``bias``, with the changes of earlier adapters (None without a bias), ``base`` and
+        ``base_bias``, the same without these changes, and ``plain``, the operation with ``base`` and without a bias, on
+        its input without adapters. In a `Mergeable` rule, they can be ``change`` and ``bias_change``: the results of
+        its ``delta`` and its ``bias_delta`` (None without a change of the bias).
         """
         ...
 
@@ -265,8 +266,8 @@ class Mergeable(Rule):
     def bias_delta(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the change of the bias that the operation adds, or None.
 
-        Its arguments can be ``bias``, ``weight`` and ``base``, as in ``rewrite``. If ``bias`` has no default, the
-        method isn't called for an operation without a bias.
+        Its arguments can be ``bias``, ``base_bias``, ``weight`` and ``base``, as in ``rewrite``. If one of the first
+        two has no default, the method isn't called for an operation without a bias.
         """
         return None
 

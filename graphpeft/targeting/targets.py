@@ -156,6 +156,29 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
     return patterns.get(name, default)
 
 
+def value_below(patterns: Mapping[str, T], name: str, default: T, option: str) -> T:
+    r"""Returns a module's value in `n_frequency_pattern` or `block_size_pattern`, which have another rule.
+
+    A key is a regular expression for what is behind a dot of a name, `.*\.key$`, or a whole name as it is spelled.
+
+    Args:
+        patterns: Values by key.
+        name: The dotted path of a module.
+        default: The value where no key matches.
+        option: The name of the option, for errors.
+
+    Returns:
+        The value of the first key that matches, or of the key that is spelled like the name, or the default.
+
+    Raises:
+        ValueError: A key is not a regular expression.
+    """
+    for key, value in patterns.items():
+        if Pattern(rf".*\.{key}$", key, option).match(name):
+            return value
+    return patterns.get(name, default)
+
+
 def pattern_of(name: str) -> str:
     """Returns the key of `rank_pattern` or `alpha_pattern` that matches this name and no other."""
     return f"^{re.escape(name)}$"

@@ -1,0 +1,196 @@
+"""C³A: a change of a weight that consists of circulant blocks, of which each is made of one row.
+
+    ΔWᵢⱼ = C(kᵢⱼ) / in        C(k): row 0 is k, and each row is the one before, moved on by one place
+    yᵢ' = yᵢ + Σⱼ F⁻¹(F(xⱼ) ⊙ conj F(kᵢⱼ)) / in
+
+Source: Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", arXiv 2407.19342; the same numbers as
+PEFT's ``tuners/c3a/layer.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.graph import ops
+from graphpeft.graph.recorded import recorded
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Size
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
+from graphpeft.rules.target_options import TargetOptions
+from graphpeft.rules.trained import Biases
+from graphpeft.targeting import targets
+from graphpeft.targeting.target_config import TargetedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3A(DeltaRule):
+    """The change at one weight.
+
+    Attributes:
+        shape: The shape of ΔW.
+    """
+
+    shape: tuple[int, ...]
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are no matrices, and blocks that don't fit."""
+        reason = super().check(site, config) or no_matrix(site)
+        if reason is not None:
+            return reason
+        size, (_, rows, columns) = config.block_size_at(site.name), matrices_of(site)
+        if rows % size or columns % size:
+            common = math.gcd(rows, columns)
+            return (
+                f"block_size={size} doesn't divide both sides of its {site.attribute}, {rows}×{columns}; choose a "
+                f"divisor of {common}, or give this layer one by block_size_pattern"
+            )
+        return None
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the rows of all blocks."""
+        size, (stack, rows, columns) = config.block_size_at(site.name), matrices_of(site)
+        return {"c3a_kernel": ParameterSpec((*stack, rows // size, columns // size, size), key="c3a_kernel")}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws the rows, or sets them to zero."""
+        kernel, (_, rows, columns) = parameters["c3a_kernel"], matrices_of(site)
+        if config.init_weights is True:
+            kernel.zero_()
+        elif config.init_weights == "gaussian":
+            kernel.normal_()
+        else:
+            bound = math.sqrt(1 / columns if config.init_weights == "kaiming_uniform" else 6 / (rows + columns))
+            kernel.uniform_(-bound, bound)
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        training: Any,
+        change: Any,
+        bias_change: Any = None,
+        dropout: Any = None,
+        c3a_kernel: Any = None,
+    ) -> Any:
+        """Returns y with the circular convolutions, and for operations that aren't linear y + operation(x, ΔW)."""
+        if not isinstance(operation, ops.Linear):
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        h = self.entering(x, c3a_kernel, training, dropout)
+        return self.leaving(y + convolved(h, c3a_kernel), y)
+
+    def delta(self, c3a_kernel: Any) -> Any:
+        """Returns ΔW."""
+        return circulant(c3a_kernel).reshape(self.shape)
+
+
+@recorded
+def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """Returns the product of an input with the change of a weight.
+
+    Args:
+        x: The input, (…, in).
+        kernel: The rows of all blocks, (out / b, in / b, b).
+    """
+    if torch.compiler.is_exporting():
+        # formats for other runtimes have no complex numbers
+        return nn.functional.linear(x, circulant(kernel))
+    size = kernel.shape[-1]
+    # there is no transform in half precision
+    inputs = torch.fft.rfft(x.float().unflatten(-1, (-1, size)))
+    blocks = torch.fft.rfft(kernel.float() / x.shape[-1]).conj()
+    made = torch.fft.irfft(torch.einsum("...jf,ijf->...if", inputs, blocks), n=size)
+    return made.flatten(-2).to(x.dtype)
+
+
+@recorded
+def circulant(kernel: Tensor) -> Tensor:
+    """Returns the matrices of circulant blocks, (…, out, in), divided by their number of columns.
+
+    Args:
+        kernel: The rows of all blocks, (…, out / b, in / b, b).
+    """
+    size = kernel.shape[-1]
+    places = torch.arange(size, device=kernel.device)
+    blocks = kernel[..., (places - places[:, None]) % size]
+    return blocks.transpose(-2, -3).flatten(-2).flatten(-3, -2) / (kernel.shape[-2] * size)
+
+
+@register
+@dataclass(kw_only=True)
+class C3AConfig(TargetedConfig):
+    """The options of C³A beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: Chen et al., "Parameter-Efficient Fine-Tuning via Circular Convolution", arXiv 2407.19342.
+
+    Differs from PEFT: two active adapters add up, as they do when they are merged. In PEFT the second one is given the
+    output of the first in place of the layer's input.
+
+    Attributes:
+        block_size: The size of the blocks, which divides the inputs and the outputs of each layer.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"c3a_only"``, the adapted layers'.
+        block_size_pattern: Other sizes, by regular expressions for what is behind a dot of a path, or by whole paths;
+            the first that matches counts.
+        init_weights: The distribution of the first values, or True for zeros; False is ``"xavier_uniform"``.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that contradict each other.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), C3AConfig(block_size=4, target_modules=["0"]))
+        >>> model[0].default.c3a_kernel.shape
+        torch.Size([4, 2, 4])
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.C3A
+    prefix: ClassVar[str | None] = "c3a_"
+    lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+    default_targets: ClassVar[targets.Defaults] = {
+        **DEFAULT_TARGET_MODULES,
+        "gpt2": ("mlp.c_proj",),
+        "gpt_bigcode": ("mlp.c_proj",),
+    }
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
+
+    block_size: Size = 256
+    bias: Literal["none", "all", "c3a_only"] = "none"
+    block_size_pattern: dict[str, Size] | None = field(default_factory=dict)
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether the rows are zero."""
+        return self.init_weights is True
+
+    @property
+    def trained_biases(self) -> Biases:
+        """Which of the model's biases are trained."""
+        return "adapted" if self.bias == "c3a_only" else self.bias
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules, and those with patterns for their names."""
+        patterns = {"block_size_pattern": self.block_size_pattern or {}}
+        return super().target_options._replace(patterns=patterns)
+
+    def block_size_at(self, name: str) -> int:
+        """Returns the size of the blocks at a site.
+
+        Args:
+            name: The site's name.
+        """
+        return targets.value_below(self.block_size_pattern or {}, name, self.block_size, "block_size_pattern")
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> C3A:
+        """Returns the rule for a weight's shape."""
+        return C3A(shape=site.matrix_shape)

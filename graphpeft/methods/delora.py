@@ -1,0 +1,204 @@
+"""DeLoRA: a product of low rank whose factors only give directions, and a trained number λ that bounds its size.
+
+    ΔW = B diag(λ / (r ‖aᵢ‖ ‖bᵢ‖)) A diag(w)        aᵢ: the rows of A, bᵢ: the columns of B; lengths of 0.0001 at least
+                                                    w: the lengths of the columns of W at first, which are kept
+
+Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation", arXiv 2503.18225; the same numbers as
+PEFT's ``tuners/delora/layer.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.graph import ops
+from graphpeft.graph.computed_weights import read_weight
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.lycoris import draw, exact, kernel_of
+from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
+from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
+from graphpeft.rules.target_options import TargetOptions
+from graphpeft.rules.trained import Biases
+from graphpeft.targeting import targets
+from graphpeft.targeting.target_config import TargetedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delora(DeltaRule):
+    """The change at one weight.
+
+    Attributes:
+        kernel: The sizes of a convolution's kernel; () for matrices.
+    """
+
+    kernel: tuple[int, ...] = ()
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are no matrices."""
+        return super().check(site, config) or no_matrix(site)
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A, B, λ and w."""
+        rank, (stack, rows, columns) = config.rank_at(site.name), matrices_of(site)
+        shapes = {"delora_A": (*stack, rank, columns), "delora_B": (*stack, rows, rank), "delora_lambda": (*stack, 1)}
+        specs = {name: ParameterSpec(shape, key=name) for name, shape in shapes.items()}
+        return {**specs, "delora_w_norm": ParameterSpec((*stack, columns), key="delora_w_norm", is_trained=False)}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws A, and B unless it is zero, and measures W."""
+        draw(parameters["delora_A"], site)
+        if config.init_weights:
+            parameters["delora_B"].zero_()
+        else:
+            draw(parameters["delora_B"], site)
+        parameters["delora_lambda"].fill_(config.lambda_at(site.name))
+        weight = read_weight(module, site.attribute)
+        assert weight is not None
+        parameters["delora_w_norm"].copy_(as_matrices(self.layout.turned(weight.detach()), site).norm(dim=-2))
+
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns the rank."""
+        return {"rank": config.rank_at(site.name)}
+
+    def dropout_of(self, config: Any) -> float:
+        """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""
+        return config.module_dropout
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        training: Any,
+        change: Any,
+        bias_change: Any = None,
+        dropout: Any = None,
+        delora_A: Any = None,
+        delora_B: Any = None,
+        delora_lambda: Any = None,
+        delora_w_norm: Any = None,
+        rank: Any = None,
+    ) -> Any:
+        """Returns y + B diag(…) A (w ⊙ dropout(x)), and for operations that aren't linear y + operation(x, ΔW)."""
+        if not isinstance(operation, ops.Linear):
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        h = self.entering(x, delora_A, training, dropout) * delora_w_norm
+        h = F.linear(h, delora_A) * scales(delora_A, delora_B, delora_lambda, rank)
+        return self.leaving(y + F.linear(h, delora_B), y)
+
+    def delta(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
+        """Returns ΔW."""
+        scaled = delora_B * scales(delora_A, delora_B, delora_lambda, rank)[..., None, :]
+        change = scaled @ delora_A * delora_w_norm[..., None, :]
+        return change.unflatten(-1, (-1, *self.kernel)) if self.kernel else change
+
+
+def scales(A: Any, B: Any, strength: Any, rank: Any) -> Any:
+    """Returns λ / (r ‖aᵢ‖ ‖bᵢ‖) for each i.
+
+    Args:
+        A: Of shape (…, r, in).
+        B: Of shape (…, out, r).
+        strength: λ, of shape (…, 1).
+        rank: r.
+    """
+    lengths = A.norm(dim=-1).clamp(min=1e-4) * B.norm(dim=-2).clamp(min=1e-4)
+    return strength / rank / lengths
+
+
+@register
+@dataclass(kw_only=True)
+class DeloraConfig(TargetedConfig):
+    """The options of DeLoRA beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: Bini et al., "Decoupling Angles and Strength in Low-rank Adaptation", arXiv 2503.18225.
+
+    Attributes:
+        r: The rank.
+        delora_lambda: λ at first, the bound of the change's size.
+        module_dropout: The probability of dropping an element of the branch's input, in training.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"delora_only"``, the adapted layers'.
+        init_weights: Whether B is zero at first; if False, it is drawn like A.
+        rank_pattern: Other ranks, by regular expressions for the end of a path; the first that matches counts.
+        lambda_pattern: Other λ, by the same kind of patterns.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that contradict each other.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), DeloraConfig(r=2, target_modules=["0"]))
+        >>> model[0].default.delora_A.shape, model[0].default.delora_lambda.item()
+        (torch.Size([2, 8]), 15.0)
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.DELORA
+    prefix: ClassVar[str | None] = "delora_"
+    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
+        "delora_lambda",
+        "lambda_pattern",
+        "module_dropout",
+        "init_weights",
+    }
+
+    r: Size = 8
+    delora_lambda: Number = 15
+    module_dropout: Probability = 0.0
+    bias: Literal["none", "all", "delora_only"] = "none"
+    init_weights: bool = True
+    rank_pattern: dict[str, Size] | None = field(default_factory=dict)
+    lambda_pattern: dict[str, Number] | None = field(default_factory=dict)
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether B is zero."""
+        return self.init_weights
+
+    @property
+    def trained_biases(self) -> Biases:
+        """Which of the model's biases are trained."""
+        return "adapted" if self.bias == "delora_only" else self.bias
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules, and those with patterns for their names."""
+        patterns = {"rank_pattern": self.rank_pattern or {}, "lambda_pattern": self.lambda_pattern or {}}
+        return super().target_options._replace(patterns=patterns)
+
+    def rank_at(self, name: str) -> int:
+        """Returns the rank at a site.
+
+        Args:
+            name: The site's name.
+        """
+        return targets.pattern_value(self.rank_pattern or {}, name, self.r)
+
+    def lambda_at(self, name: str) -> float:
+        """Returns λ at first at a site.
+
+        Args:
+            name: The site's name.
+        """
+        return targets.pattern_value(self.lambda_pattern or {}, name, self.delora_lambda)
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Delora:
+        """Returns the rule for a weight's kernel, or for a matrix."""
+        return Delora(kernel=kernel_of(site))
+
+    def for_file(self, sites: Sequence[Any]) -> DeloraConfig:
+        """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
+        config, names = copy.deepcopy(self), [site.name for site in sites]
+        config.rank_pattern = exact({name: self.rank_at(name) for name in names}, self.r)
+        config.lambda_pattern = exact({name: self.lambda_at(name) for name in names}, self.delora_lambda)
+        return config

@@ -1,0 +1,63 @@
+"""Weights as matrices (out, in): of linear layers, stacks of such, and kernels, whose positions count as inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from graphpeft.methods.lycoris import kernel_of
+
+
+class Matrices(NamedTuple):
+    """The matrices that a weight consists of.
+
+    Attributes:
+        stack: The sizes of the dimensions in front, such as the number of experts; () for one matrix.
+        rows: The number of output features.
+        columns: The number of input features; of a convolution, times the number of its kernel's positions.
+    """
+
+    stack: tuple[int, ...]
+    rows: int
+    columns: int
+
+    @property
+    def number(self) -> int:
+        """The number of matrices."""
+        return math.prod(self.stack)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of all matrices."""
+        return self.number * self.rows * self.columns
+
+
+def as_matrices(weight: Any, site: Any) -> Any:
+    """Returns a weight in PEFT's layout as its matrices, (*stack, rows, columns).
+
+    Args:
+        weight: The weight; a tensor or a proxy.
+        site: Its site.
+    """
+    stack, rows, columns = matrices_of(site)
+    return weight.reshape(*stack, rows, columns)
+
+
+def matrices_of(site: Any) -> Matrices:
+    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column."""
+    kernel, shape = kernel_of(site), site.matrix_shape
+    *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
+    return Matrices(tuple(stack), rows, columns * math.prod(kernel))
+
+
+def no_matrix(site: Any) -> str | None:
+    """Returns that a site's weight is no matrix, as a reason to refuse it, or None."""
+    if len(site.shape) >= 2:
+        return None
+    return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+
+
+def are_turned(sites: Sequence[Any]) -> bool:
+    """Returns whether all sites' weights are stored as (in, out), for which PEFT has an option `fan_in_fan_out`."""
+    return bool(sites) and all(getattr(site, "transposed", False) for site in sites)

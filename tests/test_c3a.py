@@ -1,0 +1,47 @@
+"""C³A: circulant blocks, two adapters at once, and sizes that don't fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import LINEAR
+from torch import nn
+
+from graphpeft import AdaptError, C3AConfig, get_peft_model
+
+
+def test_each_block_is_made_of_one_row():
+    model: Any = get_peft_model(LINEAR.build(), C3AConfig(block_size=2, target_modules=["0"]))
+    kernel, base = model[0].default.c3a_kernel, LINEAR.build()
+    change = (model.merge_and_unload()[0].weight - base[0].weight) * 6  # pyright: ignore[reportIndexIssue]
+    for i in range(4):
+        for j in range(3):
+            a, b = kernel[i, j]
+            expected = torch.stack([torch.stack([a, b]), torch.stack([b, a])])
+            torch.testing.assert_close(change[2 * i : 2 * i + 2, 2 * j : 2 * j + 2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_two_active_adapters_add_up():
+    (x,) = LINEAR.inputs()
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), C3AConfig(block_size=2, target_modules=["0"]))
+    model.add_adapter("second", C3AConfig(block_size=1, target_modules=["0"]))
+    found = {}
+    for names in ((), ("default",), ("second",), ("default", "second")):
+        model.set_adapter(list(names))
+        found[names] = model(x)
+    plain = found[()]
+    expected = found["default",] + found["second",] - plain
+    torch.testing.assert_close(found["default", "second"], expected)
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_a_size_that_does_not_divide_both_sides_is_refused(size: int):
+    with pytest.raises(AdaptError, match=rf"block_size={size} doesn't divide both sides .* choose a divisor of 2"):
+        get_peft_model(LINEAR.build(), C3AConfig(block_size=size, target_modules=["0"]))
+
+
+def test_an_unknown_distribution_is_refused():
+    with pytest.raises(ValueError, match="init_weights must be"):
+        C3AConfig(init_weights="normal")  # pyright: ignore[reportArgumentType]

@@ -339,7 +339,9 @@ def test_a_trainer_gives_pefts_losses_and_goes_on_from_a_checkpoint(contract: Co
 def test_compiled_it_computes_and_trains_the_same(contract: Contract, backend: str) -> None:
     case = contract.cases[0]
     model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
-    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    # else it draws numbers of its own
+    options: Any = {"fallback_random": True} if backend == "inductor" else None
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, options=options)
     assert_close(outputs(compiled, case), outputs(model, case), 1e-5)
     named = {name: tensor for name, tensor in model.train().named_parameters() if tensor.requires_grad}
     gradients = []

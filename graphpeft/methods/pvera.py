@@ -98,12 +98,12 @@ class Pvera(Factored):
     ) -> Any:
         """Returns y + b ⊙ h Bᵀ."""
         h = self.entering(x, pvera_lambda_d, training, dropout)
-        h = pvera_lambda_d * F.linear(h, pvera_A[:, : self.sizes.columns])
-        mean, log_variance = h[..., : self.rank], h[..., self.rank :]
+        # slices would each make a gradient of their own of the whole
+        halves = (pvera_lambda_d * F.linear(h, pvera_A[:, : self.sizes.columns])).chunk(2, dim=-1)
         if self.always_samples:
-            h = normal_sample(mean, log_variance, pvera_generator)
+            h = normal_sample(halves[0], halves[1], pvera_generator)
         else:
-            h = normal_sample_in_training(mean, log_variance, training, pvera_generator)
+            h = normal_sample_in_training(halves[0], halves[1], training, pvera_generator)
         return self.leaving(y + pvera_lambda_b * F.linear(h, pvera_B[: self.sizes.rows]), y)
 
     def delta(self, pvera_A: Any, pvera_B: Any, pvera_lambda_b: Any, pvera_lambda_d: Any) -> Any:

@@ -36,6 +36,7 @@ from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "C3AConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "SupertuningConfig",
     "TokenSequence",
     "TrainableTokensConfig",
+    "WaveFTConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

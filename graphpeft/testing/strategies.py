@@ -31,6 +31,7 @@ from graphpeft import (
     SupertuningConfig,
     TargetedConfig,
     TrainableTokensConfig,
+    WaveFTConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
@@ -301,6 +302,12 @@ METHODS: dict[str, Method] = {
             config_D_E=["vector", "constant", "none"],
             **_DRAWN,
         ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.WAVEFT: Method(
+        choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,

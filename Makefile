@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test integrations newest floors check format bench coverage third-party peft-tests docs clean
+.PHONY: help demo quick test integrations newest floors check format bench coverage methods third-party peft-tests docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -61,6 +61,9 @@ bench: .venv/.installed  ## compare speed with PEFT
 
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
 	$(BIN)/python coverage/run.py $(ARGS)
+
+methods: .venv/.installed  ## adapt each kind of weight by each method, and write docs/methods.md
+	PYTHONPATH=tests $(BIN)/python coverage/methods.py
 
 third-party: .venv/.third-party  ## adapt models of many packages with both libraries, and write docs/third_party.md; likewise
 	$(BIN)/python coverage/third_party/run.py $(ARGS)

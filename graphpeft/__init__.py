@@ -39,6 +39,8 @@ from graphpeft.model.task_models import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from graphpeft.model.trainer_callback import update_and_allocate_callback
+from graphpeft.model.training_methods import penalty_of
 from graphpeft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -47,7 +49,7 @@ from graphpeft.optimizers import (
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.peft_errors import PeftError, PeftWarning
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.delta_rule import DeltaRule, WeightRule
+from graphpeft.rules.delta_rule import BranchRule, DeltaRule, WeightRule
 from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
@@ -81,6 +83,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
+    "BranchRule",
     "CallSite",
     "CheckpointError",
     "Combines",
@@ -146,6 +149,7 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "penalty_of",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "recorded",
@@ -153,6 +157,7 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "trace",
+    "update_and_allocate_callback",
 ]
 __all__ += methods.__all__
 

@@ -72,6 +72,7 @@ __all__ = [
     "is_in_torch_dispatch_mode",  # tells whether operators are recorded, as by `make_fx`
     "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
+    "make_wrapper",  # tensors without numbers of their own
     "padding_of_convolution",
     "printed_target",  # a node's target as text
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
@@ -105,6 +106,11 @@ def saved_tensors_go_elsewhere() -> bool:
 def is_transformed() -> bool:
     """Returns whether a transform of ``torch.func`` or forward-mode AD is active."""
     return function_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_in_backward() -> bool:
+    """Returns whether a backward runs, as when a checkpoint runs a forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -202,6 +208,10 @@ def lines_of_nodes(code: PythonCode) -> Any:
 
 GROUPED_MM: tuple[Any, ...] = (torch._grouped_mm, nn.functional.grouped_mm)  # pyright: ignore[reportPrivateImportUsage]
 """Functions with which Transformers multiplies by experts' weights: a private one, and its public successor."""
+
+
+make_wrapper: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+"""Makes a tensor of a subclass, without numbers, that has a shape, a dtype and a device."""
 
 
 def aot_inductor() -> Any:

@@ -15,7 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from graphpeft import PeftConfig, PeftType
 from graphpeft.rules.registry import registered
 
-NEEDED: dict[str, dict[str, Any]] = {PeftType.CPT: {"cpt_token_ids": [1, 2], "task_type": "CAUSAL_LM"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    PeftType.CPT: {"cpt_token_ids": [1, 2], "task_type": "CAUSAL_LM"},
+    PeftType.ADALORA: {"total_step": 5},
+}
 """Options without which there is no config of a method."""
 
 OF_PEFT: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING

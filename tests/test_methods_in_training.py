@@ -344,5 +344,4 @@ def test_a_step_that_fails_or_is_interrupted_changes_nothing(monkeypatch: pytest
 
 def test_without_a_method_that_changes_there_is_nothing_to_update() -> None:
     model = get_peft_model(LLAMA.build(), LLAMA.config())
-    with pytest.raises(AdaptError, match="no adapter that is trained now changes after a step"):
-        model.update_and_allocate(1)
+    assert not hasattr(model, "update_and_allocate")

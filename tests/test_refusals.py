@@ -708,7 +708,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
     [
         ({"r": 0}, ["r must be a positive integer"]),
         ({"r": 2.5}, ["r must be int, not 2.5"]),
-        ({"peft_type": "ADALORA"}, ["'ADALORA'", "LORA"]),
+        ({"peft_type": "XLORA"}, ["'XLORA'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
         ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
@@ -731,10 +731,10 @@ def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None
 
 
 def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:
-    edit_config(saved, peft_type="ADALORA")
-    with pytest.raises(ValueError, match="ADALORA"):
+    edit_config(saved, peft_type="XLORA")
+    with pytest.raises(ValueError, match="XLORA"):
         LoraConfig.from_pretrained(saved)
-    with pytest.raises(ValueError, match="ADALORA"):
+    with pytest.raises(ValueError, match="XLORA"):
         PeftConfig.from_pretrained(saved)
 
 

@@ -119,7 +119,7 @@ def plan_for(
     """Returns what `config` does to a model for a new adapter.
 
     Raises:
-        AdaptError: If the adapter's name can't be one, or is taken.
+        AdaptError: If the adapter's name can't be one, or is taken, or if the config conflicts with another adapter's.
     """
     state = adapters_of(model)
     reason = adapter_names.refusal(adapter_name)
@@ -127,6 +127,11 @@ def plan_for(
         raise AdaptError(reason)
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+    reason = (
+        config.conflict({name: other.config for name, other in state.by_name.items()}) if state is not None else None
+    )
+    if reason is not None:
+        raise AdaptError(reason)
     return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from graphpeft.adapters.base_names import base_name
-from graphpeft.adapters.file_names import keys, keys_of_layers, meanings, names_of_second_paths
+from graphpeft.adapters.file_names import copies, keys, keys_of_layers, meanings, names_of_second_paths
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
 from graphpeft.files.atomic_files import read_together, waiting
@@ -57,7 +57,9 @@ def state_dict_of(
     """
     base = base_name(modules[""], adapter.config)
     embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
-    named = keys(adapter, name, modules) | keys_of_layers(adapter, modules, embeddings)
+    named = keys(adapter, name, modules)
+    named |= {copy: named[of] for copy, of in copies(adapter, modules).items()}
+    named |= keys_of_layers(adapter, modules, embeddings)
     places = list(named.values())
     if state_dict is None:
         tensors = {(path, attribute): value_of(modules[path], attribute) for path, attribute in places}
@@ -75,7 +77,7 @@ def state_dict_of(
         derived |= adapter.config.derived_tensors(adapted.site, parameters)
     forms = _forms(adapter)
     packed = {place: forms[place].pack(tensor) if place in forms else tensor for place, tensor in tensors.items()}
-    return {key: packed[place] for key, place in named.items()} | derived
+    return dict(adapter.config.packed({key: packed[place] for key, place in named.items()} | derived))
 
 
 def fitted(
@@ -100,8 +102,12 @@ def fitted(
         CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
             of each are named. And if tied ones have other values each.
     """
+    try:
+        values = adapter.config.unpacked(values)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
     named = keys(adapter, name, modules)
-    shapes = dict(_shapes(adapter, name, modules))
+    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
     dtypes = {
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
@@ -113,13 +119,15 @@ def fitted(
     shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
-    known = {*named, *names_of_second_paths(named, modules, adapter.config.file_prefix)}
+    copied = {copy: of for copy, of in copies(adapter, modules).items() if copy in values}
+    known = {*named, *copied, *names_of_second_paths(named, modules, adapter.config.file_prefix)}
     lacking = [key for key in named if key not in values]
     needless = [shortened(key) for key in values if known.isdisjoint(meanings(key)) and not adapter.config.ignores(key)]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
         for key, place in named.items()
-        if key in values and tuple(values[key].shape) != shapes[place]
+        if key in values
+        and tuple(values[key].shape) not in (shapes[place], *(forms[place].other_shapes if place in forms else ()))
     ]
     # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
@@ -127,6 +135,11 @@ def fitted(
         f"{key} of {values[key].dtype} where the model wants {dtype}"
         for key, dtype in wanted.items()
         if not _becomes(values[key].dtype, dtype)
+    ]
+    misshapen += [
+        f"other values in {copy} than in {of}, of which it is a copy"
+        for copy, of in copied.items()
+        if of in values and not torch.equal(values[copy], values[of])
     ]
     problems = [f"lacks {joined(lacking)}"] if lacking else []
     problems += [f"has what the model has no place for: {joined(needless)}"] if needless else []
@@ -273,8 +286,7 @@ def save(
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share memory
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    tensors = _apart(tensors)
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     if not safe_serialization:
         torch.save(tensors, folder / PICKLED_WEIGHTS_NAME)
@@ -284,6 +296,16 @@ def save(
     if operations := _operations(adapter):
         metadata[_OPERATIONS] = json.dumps(operations)
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+
+
+def write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors alone as safetensors."""
+    save_file(_apart(tensors), file, metadata={"format": "pt"})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors refuses tensors that share memory
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 _DIGEST = "graphpeft_config"

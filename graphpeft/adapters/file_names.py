@@ -50,6 +50,17 @@ def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, 
     return found
 
 
+def copies(adapter: Adapter, modules: Modules) -> dict[str, str]:
+    """Returns, for each name that a copy of a tensor has in the file, the name of the tensor."""
+    wrapped = _wrapped_parameters(adapter, modules)
+    return {
+        _key_at_site(adapted.site, spec.key, wrapped, adapter.config.file_prefix): ONCE + spec.key
+        for adapted in adapter.sites
+        for spec in adapted.specs.values()
+        if spec.copied
+    }
+
+
 def constant_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:
     """Returns, for each number that an adapter's rules read, the module's path and its name there.
 

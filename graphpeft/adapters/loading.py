@@ -179,7 +179,9 @@ def load_again(
     _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
     saved = _read(model_id, config, use_safetensors, hub_options)
     adapter = known_adapter(model, adapter_name)
-    is_known = saved.config.digest() == checkpoint.file_config(model, adapter).digest()
+    own = checkpoint.file_config(model, adapter)
+    vars(own).update(saved.config.changes)
+    is_known = saved.config.digest() == own.digest()
     is_of_method = saved.config.method == adapter.config.method
     if not is_known and not (
         is_of_method and is_the_same(model, adapter_name, saved.config, saved.tensors, example_inputs)
@@ -189,7 +191,9 @@ def load_again(
             "under another name, or let hotswap_adapter exchange the one for the other"
         )
     values = saved.tensors if not key_mapping else file_names.renamed(saved.tensors, key_mapping)
-    set_values(model, adapter_name, values)
+    with transaction(model):
+        set_items(vars(adapter.config), saved.config.changes)
+        set_values(model, adapter_name, values)
 
 
 def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:

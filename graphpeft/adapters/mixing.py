@@ -29,7 +29,6 @@ from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
-from graphpeft.adapters.training import has_penalty
 from graphpeft.graph import in_place
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
@@ -158,10 +157,10 @@ def _signature(adapters: Adapters, name: str) -> int:
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
-    if has_penalty(adapter.config) and not adapter.config.inference_mode:
+    if any(adapted.rule.reads_whole_batch for adapted in adapter.sites):
         raise AdaptError(
-            f"adapter {name!r} adds a penalty to the loss of a whole batch, so it can't be one of several in a batch; "
-            "activate it with set_adapter, for all rows, or load it for inference"
+            f"adapter {name!r} is of {adapter.config.method}, where each row's result depends on all rows of its "
+            "batch, so it can't be one of several in a batch; activate it with set_adapter, for all rows"
         )
     given = [read for adapted in adapter.sites for read in adapted.rule.call_inputs]
     if given:

@@ -268,9 +268,13 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     config = plan.config
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
     rule: Any = config.rule_for(site, dtype)
-    _refuse_no_rule(rule, site)
+    _refuse_no_rule(rule)
     rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
+    # the method's own reason tells a user more
+    unfit = unfit_bases(type(rule), type(site), site.op) if reason is None else None
+    if unfit is not None:
+        raise AdaptError(unfit)
     if reason is None and isinstance(site, Site) and site.both_ways and not rule.adapts_both_ways:
         reason = (
             f"its operations read it both as (out, in) and as (in, out), and {type(rule).__name__} knows one of them"
@@ -294,9 +298,9 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     plan.templates[site.region] = template
 
 
-def _refuse_no_rule(rule: Any, site: Any) -> None:
-    """Raises AdaptError for what is no rule for a site, or isn't a value, since graphs are shared by equal rules."""
-    reason = lacking_base(type(rule)) or unfit_bases(type(rule), type(site), site.op)
+def _refuse_no_rule(rule: Any) -> None:
+    """Raises AdaptError for what is no rule, or isn't a value, since graphs are shared by equal rules."""
+    reason = lacking_base(type(rule))
     if reason is not None:
         raise AdaptError(reason)
     try:

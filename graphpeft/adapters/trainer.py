@@ -2,15 +2,24 @@
 
 A Trainer saves a model by its `save_pretrained` into ``checkpoint-<step>``, and loads it again by its
 `load_state_dict` from `model.safetensors` in that folder. There, and only there, the adapter's file has that second
-name.
+name. If the method keeps something from step to step, that is a file of its own: it has the tensors as they are in the
+model, and what the method keeps.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from graphpeft.adapters.state import Adapter
 from graphpeft.files.atomic_files import link_or_copy
+from graphpeft.rules.config import PeftConfig
 
 TRAINER_WEIGHTS_NAME = "model.safetensors"
 
@@ -23,3 +32,31 @@ def is_trainer_checkpoint(folder: Path) -> bool:
 def give_trainers_name(weights: Path, checkpoint: Path) -> None:
     """Makes the file `weights` known as the model's weights to a Trainer that resumes from `checkpoint`."""
     link_or_copy(weights, checkpoint / TRAINER_WEIGHTS_NAME)
+
+
+def as_at_first(adapter: Adapter) -> Adapter:
+    """Returns an adapter with the options that training has changed as they are in a fresh one."""
+    return dataclasses.replace(adapter, config=_with(adapter.config, adapter.config.unchanged))
+
+
+def with_state(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of an adapter, with what its method keeps from step to step."""
+    return {**tensors, **{_STATE + name: tensor for name, tensor in config.training_state().items()}}
+
+
+def without_state(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the tensors of an adapter, and what its method has kept from step to step."""
+    state = {name.removeprefix(_STATE): tensor for name, tensor in tensors.items() if name.startswith(_STATE)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_STATE)}, state
+
+
+_STATE = "training_state."
+"""How the names begin under which a checkpoint has what a method keeps."""
+
+
+def _with(config: PeftConfig, values: Mapping[str, Any]) -> PeftConfig:
+    changed = copy.copy(config)
+    vars(changed).update(values)
+    return changed

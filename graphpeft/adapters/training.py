@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
     Raises:
         AdaptError: If none has a method that does something then, or one lacks gradients for it.
     """
-    changing = [adapter for adapter in _trained(state) if type(adapter.config).after_step is not PeftConfig.after_step]
+    changing = [adapter for adapter in _trained(state) if changes_after_steps(adapter.config)]
     if not changing:
         raise AdaptError(
             f"no adapter that is trained now changes after a step of training, of {sorted(state.by_name)}; leave "
@@ -32,10 +33,11 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
     if state.are_off:
         raise AdaptError("the adapters are disabled; enable them before a step of training changes them")
     for adapter in changing:
-        sites = _parameters(modules, adapter)
+        sites, named = _parameters(modules, adapter), adapter.config.parameters_changed_by_steps
         for _, parameters in sites:
-            for tensor in parameters.values():
-                remember(tensor)
+            for local, tensor in parameters.items():
+                if named is None or local in named:
+                    remember(tensor)
         # attributes that are set anew go when it fails, too
         undone_by(_put_back, adapter.config, dict(vars(adapter.config)))
         with torch.no_grad():
@@ -45,24 +47,44 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
                 raise AdaptError(str(error)) from error
 
 
-def with_penalty(modules: Modules, state: Adapters, output: Any) -> Any:
+def with_penalty(modules: Callable[[], Modules], state: Adapters, output: Any) -> Any:
     """Returns what a model returned, with the penalties of the adapters that are trained added to its loss.
 
     Args:
-        modules: The model's modules by path.
+        modules: Returns the model's modules by path.
         state: The model's adapters.
         output: The output; one without a `loss` stays as it is, as in PEFT.
     """
     is_plain = type(output) is dict
     loss = output.get("loss") if is_plain else getattr(output, "loss", None)
-    if isinstance(loss, torch.Tensor) and not state.are_off:
-        for adapter in _trained(state):
-            penalty = adapter.config.penalty(_parameters(modules, adapter))
-            loss = loss if penalty is None else loss + penalty
-        if is_plain:
-            return {**output, "loss": loss}
-        output.loss = loss
+    if not isinstance(loss, torch.Tensor):
+        return output
+    for penalty in penalties(modules, state):
+        loss = loss + penalty.to(loss.device)
+    if is_plain:
+        return {**output, "loss": loss}
+    output.loss = loss
     return output
+
+
+def penalties(modules: Callable[[], Modules], state: Adapters) -> list[torch.Tensor]:
+    """Returns the penalties of the adapters that act and are trained.
+
+    Args:
+        modules: Returns the model's modules by path.
+        state: The model's adapters.
+    """
+    adding = [] if state.are_off else [adapter for adapter in _trained(state) if has_penalty(adapter.config)]
+    if not adding:
+        return []
+    present = modules()
+    found = [adapter.config.penalty(_parameters(present, adapter)) for adapter in adding]
+    return [penalty for penalty in found if penalty is not None]
+
+
+def changes_after_steps(config: PeftConfig) -> bool:
+    """Returns whether a config's method changes its adapters after a step of training."""
+    return type(config).after_step is not PeftConfig.after_step
 
 
 def has_penalty(config: PeftConfig) -> bool:

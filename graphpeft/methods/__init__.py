@@ -1,12 +1,19 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
+from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.beft import BeftConfig
+from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
 from graphpeft.methods.glora import GloraConfig
+from graphpeft.methods.gralora import GraloraConfig
+from graphpeft.methods.hira import HiraConfig
+from graphpeft.methods.hra import HRAConfig
 from graphpeft.methods.ia3 import IA3Config
+from graphpeft.methods.lily import LilyConfig
 from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
@@ -27,18 +34,29 @@ from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from graphpeft.methods.oft import OFTConfig
 from graphpeft.methods.peanut import PeanutConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.pvera import PveraConfig
+from graphpeft.methods.randlora import RandLoraConfig
+from graphpeft.methods.road import RoadConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
+from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.waveft import WaveFTConfig
+from graphpeft.methods.unilora import UniLoraConfig
+from graphpeft.methods.vblora import VBLoRAConfig
+from graphpeft.methods.vera import VeraConfig
 
 __all__ = [
+    "AdaLoraConfig",
+    "BOFTConfig",
+    "BeftConfig",
     "C3AConfig",
     "CPTConfig",
     "CordaConfig",
@@ -47,8 +65,12 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "GloraConfig",
+    "GraloraConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",
@@ -58,6 +80,7 @@ __all__ = [
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "OFTConfig",
     "PeanutConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
@@ -65,11 +88,18 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PveraConfig",
+    "RandLoraConfig",
+    "RoadConfig",
     "ShiraConfig",
     "SupertuningConfig",
+    "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
     "WaveFTConfig",
+    "UniLoraConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

@@ -73,7 +73,8 @@ def inject_adapter_in_model(
 def _modules_in(config: Any, state_dict: Mapping[str, Any]) -> set[str]:
     """Returns the paths of modules for which a state dict has tensors of the config's method."""
     parts = (key.removeprefix("base_model.model.").rsplit(f".{config.prefix}", 1) for key in state_dict)
-    found = {path for path, *rest in parts if rest}
+    # what a file has once for all modules is called base_model.<name>
+    found = {path for path, *rest in parts if rest and path != "base_model"}
     if not found:
         raise AdaptError(f"the state_dict has no tensor of {config.method}, whose names have .{config.prefix}")
     return found

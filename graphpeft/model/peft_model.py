@@ -172,19 +172,19 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
         read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
-        if adapter_names is None:
-            if not (read and kwargs):
-                output = call(*args, **kwargs)
-            else:
-                with call_inputs.given(read, kwargs):
-                    output = call(*args, **call_inputs.left(read, kwargs))
-            state = self._peft_adapters
-            return training.with_penalty(modules_of(self), state, output) if state.has_penalties else output
-        if getattr(self, "_is_replica", False):
-            raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
-        with self.mixed_batch(adapter_names):
-            # no adapter that reads arguments of the call can be one of several
-            return call(*args, **call_inputs.left(read, kwargs))
+        if adapter_names is not None:
+            if getattr(self, "_is_replica", False):
+                raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
+            with self.mixed_batch(adapter_names):
+                # no adapter that reads arguments of the call can be one of several
+                output = call(*args, **call_inputs.left(read, kwargs))
+        elif read and kwargs:
+            with call_inputs.given(read, kwargs):
+                output = call(*args, **call_inputs.left(read, kwargs))
+        else:
+            output = call(*args, **kwargs)
+        state = self._peft_adapters
+        return training.with_penalty(lambda: modules_of(self), state, output) if state.has_penalties else output
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
         """Gives all calls within a context an adapter for each row, as ``model(…, adapter_names=…)`` does for one.

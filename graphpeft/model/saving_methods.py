@@ -20,6 +20,7 @@ from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.transaction import set_items, transaction
 from graphpeft.wording import joined
 
 
@@ -122,7 +123,7 @@ class SavingMethods(AdapterInfo):
                 )
                 is_checkpoint = safe_serialization and trainer.is_trainer_checkpoint(Path(save_directory))
                 if name in self.active_adapters[:1] and is_checkpoint:
-                    trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, staged[Path(save_directory)].folder)
+                    self._save_for_trainer(name, folder, staged[Path(save_directory)].folder, state_dict)
             if names:
                 self._stage_card(staged[Path(save_directory)], Path(save_directory), list(selected.values()))
             for staging in staged.values():
@@ -134,6 +135,15 @@ class SavingMethods(AdapterInfo):
                 PeftWarning,
                 stacklevel=2,
             )
+
+    def _save_for_trainer(self, name: str, folder: Path, to: Path, state_dict: Mapping[str, Any] | None) -> None:
+        adapter = known_adapter(self, name)
+        if not adapter.config.training_state():
+            trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, to)
+            return
+        originals, at_first = self._peft_adapters.originals, trainer.as_at_first(adapter)
+        tensors = checkpoint.state_dict_of(modules_of(self), at_first, name, originals, state_dict)
+        checkpoint.write(trainer.with_state(adapter.config, tensors), to / trainer.TRAINER_WEIGHTS_NAME)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         r"""Writes the model card of all adapters, `README.md`, or completes the one that is there.
@@ -197,11 +207,22 @@ class SavingMethods(AdapterInfo):
             RuntimeError: If the model's own state dict doesn't fit, as ``nn.Module.load_state_dict`` raises it.
         """
         for name in self.active_adapters[:1]:
+            adapter = known_adapter(self, name)
             # names in files are never those of the model's own state dict
-            if not file_names.keys(known_adapter(self, name), name, modules_of(self)).keys().isdisjoint(state_dict):
-                return set_peft_model_state_dict(self, state_dict, name)
+            if not file_names.keys(adapter, name, modules_of(self)).keys().isdisjoint(state_dict):
+                tensors, state = trainer.without_state(state_dict)
+                return self._load_adapter(adapter, name, tensors, state)
         merging.refuse_lost(modules_of(self), self._peft_adapters, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_adapter(self, adapter: Adapter, name: str, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+        with transaction(self):
+            if state:
+                set_items(vars(adapter.config), adapter.config.unchanged)
+            loaded = set_peft_model_state_dict(self, tensors, name)
+            if state:
+                set_items(vars(adapter.config), adapter.config.resumed(state))
+        return loaded
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any

@@ -8,18 +8,26 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import training
-from graphpeft.adapters.adapting import modules_of
+from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.graph.paths import unwrapped
 from graphpeft.model.adapter_info import AdapterInfo
+from graphpeft.model.available import available_if
 from graphpeft.transaction import transaction
+
+
+def _has_method_that_changes(model: Any) -> bool:
+    return any(training.changes_after_steps(config) for config in model.peft_config.values())
 
 
 class TrainingMethods(AdapterInfo):
     """The part of `PeftModel` that is called around training steps."""
 
+    @available_if(_has_method_that_changes)
     def update_and_allocate(self, global_step: int) -> None:
         """Lets the adapters that are trained change after a step, as AdaLoRA moves ranks to where they matter most.
 
-        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero.
+        Call it after ``loss.backward()`` and ``optimizer.step()``, and before the gradients are set to zero. A model
+        has it if one of its adapters is of such a method.
 
         Args:
             global_step: The number of the step.
@@ -46,6 +54,31 @@ class TrainingMethods(AdapterInfo):
         if not any(getattr(model, flag, False) for flag in flags):
             let_inputs_require_grad(model)
         return model
+
+
+def penalty_of(model: Any) -> torch.Tensor:
+    """Returns what the adapters that are trained add to a loss, such as AdaLoRA's distance from orthogonal factors.
+
+    It is part of the `loss` that a Transformers model returns. Add it to a loss of another kind.
+
+    Args:
+        model: An adapted model, also inside of PyTorch's wrappers.
+
+    Returns:
+        The sum of the penalties, a scalar with gradients; 0 if no adapter has any, or the adapters are disabled.
+
+    Raises:
+        AdaptError: If the model isn't adapted.
+
+    Example:
+        >>> config = AdaLoraConfig(orth_reg_weight=0.2, total_step=100, target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
+        >>> penalty_of(model).requires_grad
+        True
+    """
+    model = unwrapped(model)
+    found = training.penalties(lambda: modules_of(model), known_adapters(model))
+    return torch.stack([each.to(found[0].device) for each in found]).sum() if found else torch.zeros(())
 
 
 def let_inputs_require_grad(model: Any) -> None:

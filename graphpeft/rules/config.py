@@ -75,6 +75,12 @@ class PeftConfig(ConfigJson):
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
 
+    changed_by_training: ClassVar[frozenset[str]] = frozenset()
+    """Options that `after_step` changes: an adapter that gets the values of a saved one gets its options of these."""
+
+    parameters_changed_by_steps: ClassVar[frozenset[str] | None] = None
+    """The rules' names of the parameters that `after_step` changes; None if it may change any, which costs copies."""
+
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
 
@@ -125,6 +131,16 @@ class PeftConfig(ConfigJson):
         for field in dataclasses.fields(self):
             if field.name in self.lacks and plain(getattr(self, field.name)) != default_of(field):
                 raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {default_of(field)!r}")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that `after_step` has changed."""
+        return {name: copy.copy(getattr(self, name)) for name in self.changed_by_training}
+
+    @property
+    def unchanged(self) -> dict[str, Any]:
+        """The same options as they are by default."""
+        return {field.name: default_of(field) for field in dataclasses.fields(self) if field.name in self.changes}
 
     @property
     def target_options(self) -> TargetOptions:
@@ -213,6 +229,14 @@ class PeftConfig(ConfigJson):
         """
         return self
 
+    def conflict(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why a model can't have this adapter beside its others, or None.
+
+        Args:
+            others: The configs of the model's adapters, by name.
+        """
+        return None
+
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule that adapts a site.
 
@@ -243,6 +267,21 @@ class PeftConfig(ConfigJson):
         Raises:
             ValueError: If the adapter can't be changed now.
         """
+
+    def training_state(self) -> Mapping[str, torch.Tensor]:
+        """Returns what `after_step` keeps from step to step, as tensors by name, for a training that is resumed."""
+        return {}
+
+    def resumed(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        """Returns the attributes of the config in which `after_step` keeps this.
+
+        Args:
+            state: What `training_state` returned.
+
+        Raises:
+            ValueError: If it is another method's.
+        """
+        raise ValueError(f"{self.method} keeps nothing from step to step")
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
         """Returns the present form of a parameter in files, or None if it is the form in the model.
@@ -278,6 +317,25 @@ class PeftConfig(ConfigJson):
             parameters: The site's parameters, by the rule's names.
         """
         return {}
+
+    def packed(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors that a file has for all tensors of the adapter, where several stand for one.
+
+        Args:
+            tensors: The adapter's tensors, by their names in the file.
+        """
+        return tensors
+
+    def unpacked(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors of an adapter for those of a file, as `packed` was given them.
+
+        Args:
+            tensors: The file's tensors, by their names.
+
+        Raises:
+            ValueError: If they can't be those of an adapter.
+        """
+        return tensors
 
     def converted(
         self, tensors: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]

@@ -53,12 +53,7 @@ class ConfigJson:
             ValueError: If the method isn't known, or `cls` is another method's class.
         """
         values = dict(values)
-        named = values.pop("peft_type", None)
-        config_class = next((c for t, c in registered().items() if named == t), None)
-        if config_class is None:
-            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(plain, registered()))}")
-        if not issubclass(config_class, cls):
-            raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
+        config_class = cls._class_of(values.pop("peft_type", None))
         known = [field.name for field in options(config_class)]
         for name in [name for name in values if name not in known]:
             warnings.warn(
@@ -68,6 +63,24 @@ class ConfigJson:
             )
             del values[name]
         return config_class(**values)
+
+    @classmethod
+    def _class_of(cls: type[ConfigT], named: Any) -> type[ConfigT]:
+        """Returns the class of the method of this name, which has to be `cls` or inherit from it."""
+        config_class = next((c for t, c in registered().items() if named == t), None)
+        if config_class is None:
+            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(plain, registered()))}")
+        if not issubclass(config_class, cls):
+            raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
+        return config_class
+
+    @classmethod
+    def check_file(cls, values: Mapping[str, Any]) -> None:
+        """Raises ValueError, or warns, where other versions of PEFT mean something else by a file's keys.
+
+        Args:
+            values: The keys of the file, with plain values.
+        """
 
     @classmethod
     def from_peft_type(cls: type[ConfigT], **options: Any) -> ConfigT:
@@ -137,6 +150,7 @@ class ConfigJson:
         """
         values = read_json(path)
         try:
+            cls._class_of(values.get("peft_type")).check_file(values)
             return cls.from_dict(values)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error

@@ -53,6 +53,8 @@ def _in_spec(name: str, spec: ParameterSpec) -> str | None:
         return f"{name} is written once, and has no scope, by which its sites would be known"
     if spec.written_once and not spec.is_saved:
         return f"{name} is written once, and isn't saved"
+    if spec.copied and not spec.written_once:
+        return f"{name} is copied, and isn't written once"
     if spec.is_trained and not spec.is_saved:
         return f"{name} is trained, and isn't saved"
     if spec.is_trained and spec.dtype is not None and not (spec.dtype.is_floating_point or spec.dtype.is_complex):

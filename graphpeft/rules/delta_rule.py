@@ -101,24 +101,29 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DeltaRule(WeightRule, OperationRule):
-    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
+class BranchRule(WeightRule, OperationRule):
+    """A rule whose change is a branch beside the operation, with dropout of the branch's input.
+
+    A `DeltaRule` computes the branch from the whole change; another one can have a `rewrite` that never makes it.
 
     Example:
-        >>> class Shift(DeltaRule):
+        >>> class Product(BranchRule):
         ...     def parameters(self, site, config):
-        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...         rows, columns = site.matrix_shape
+        ...         return {"a": ParameterSpec((2, columns), "a"), "b": ParameterSpec((rows, 2), "b")}
         ...
         ...     def initialise(self, parameters, site, config, module):
-        ...         parameters["shift"].zero_()
+        ...         parameters["a"].normal_()
+        ...         parameters["b"].zero_()
         ...
-        ...     def delta(self, shift):
-        ...         return shift
-        >>> Shift().change({"shift": torch.ones(1, 2)})
-        tensor([[1., 1.]])
+        ...     def rewrite(self, x, y, training, a, b, dropout=None):
+        ...         return self.leaving(y + self.entering(x, a, training, dropout) @ a.T @ b.T, y)
+        ...
+        ...     def delta(self, a, b):
+        ...         return b @ a
+        >>> Product().rewrite(torch.ones(3), torch.zeros(1), False, a=torch.ones(2, 3), b=torch.ones(1, 2))
+        tensor([6.])
     """
-
-    adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses the sites that a `WeightRule` refuses, and dropout where the operation has no input of numbers."""
@@ -126,7 +131,7 @@ class DeltaRule(WeightRule, OperationRule):
         if reason is None and not 0 <= self.dropout_of(config) <= 1:
             reason = f"its dropout is {self.dropout_of(config)}, which is no probability"
         # an adapter for inference drops nothing anyway
-        if reason is None and not _has_input(site) and self.dropout_of(config) and not config.inference_mode:
+        if reason is None and not self.has_numbers(site) and self.dropout_of(config) and not config.inference_mode:
             reason = (
                 f"dropout drops elements of an operation's input, and the use of its {site.attribute} has none of "
                 "numbers that is known; set it to 0"
@@ -141,26 +146,21 @@ class DeltaRule(WeightRule, OperationRule):
         """
         return 0.0
 
+    def has_numbers(self, site: Any) -> bool:
+        """Returns whether the branch has numbers at a site that dropout can drop: an operation's input.
+
+        Args:
+            site: The site.
+        """
+        return site.op not in (ops.Weight, ops.Embedding)
+
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rule's constants, with the probability of dropout as `dropout`, if it isn't 0."""
-        dropout = self.dropout_of(config) if _has_input(site) else 0.0
+        dropout = self.dropout_of(config) if self.has_numbers(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
-
-    def rewrite(
-        self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
-    ) -> Any:
-        """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
-        # the input of an embedding is indices, which need no cast
-        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
-        result = y + operation.apply(h, change)
-        if bias_change is not None:
-            result = result + operation.beside_outputs(bias_change.to(y.dtype))
-        return self.leaving(result, y)
 
     def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
         """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
-
-        A rule whose branch is cheaper than its change calls it in a ``rewrite`` of its own.
 
         Args:
             x: The operation's input.
@@ -181,5 +181,33 @@ class DeltaRule(WeightRule, OperationRule):
         return result.to(y.dtype) if self.casts else result
 
 
-def _has_input(site: Any) -> bool:
-    return site.op not in (ops.Weight, ops.Embedding)
+@dataclass(frozen=True)
+class DeltaRule(BranchRule):
+    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
+
+    Example:
+        >>> class Shift(DeltaRule):
+        ...     def parameters(self, site, config):
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["shift"].zero_()
+        ...
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
+    """
+
+    adapts_both_ways: ClassVar[bool] = True
+
+    def rewrite(
+        self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
+    ) -> Any:
+        """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
+        # the input of an embedding is indices, which need no cast
+        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
+        result = y + operation.apply(h, change)
+        if bias_change is not None:
+            result = result + operation.beside_outputs(bias_change.to(y.dtype))
+        return self.leaving(result, y)

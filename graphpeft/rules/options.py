@@ -44,6 +44,9 @@ _LARGEST = 3.4e38  # in single precision, in which adapters compute
 Size = Annotated[int, Within("a positive integer", 1, 2**20)]
 """A number of dimensions, ranks or tokens. The bound is far above any model, and small enough to multiply."""
 
+SizeOrZero = Annotated[int, Within("a whole number from 0 on", 0, 2**20)]
+"""A number of dimensions or blocks, or 0 where it follows from something else."""
+
 Layers = Annotated[int, Within("a positive integer", 1, 2**12)]
 """The number of a model's layers."""
 
@@ -55,6 +58,9 @@ Index = Annotated[int, Within("a whole number from 0 on", 0, 2**31 - 1)]
 
 Kind = Annotated[int, Within("a number of 32 bits", -(2**31), 2**31 - 1)]
 """An integer for an int32 tensor."""
+
+Seed = Annotated[int, Within("a whole number of 64 bits", -(2**63), 2**63 - 1)]
+"""A seed of a generator of PyTorch's."""
 
 Number = Annotated[float, Within("a finite number of single precision", -_LARGEST, _LARGEST)]
 """A factor."""

@@ -15,6 +15,7 @@ class FileForm(NamedTuple):
         shape: The shape in files.
         pack: Converts the parameter to the tensor for the file.
         unpack: Converts the file's tensor to the parameter; raises ValueError for a tensor that can't be one.
+        other_shapes: Further shapes in files that `unpack` takes.
 
     Example:
         >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
@@ -25,6 +26,7 @@ class FileForm(NamedTuple):
     shape: tuple[int, ...]
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor]
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class RankAxis(NamedTuple):
@@ -85,6 +87,8 @@ class ParameterSpec(NamedTuple):
             such site but the first, `initialise` gets the tensor with its values. In files, each site may have a key
             and a form of its own.
         written_once: Whether a file has the parameter once for all sites, as ``base_model.<key>``.
+        copied: Whether a file has a copy at each site, too, of a parameter that is written once. Files without copies
+            are read as well.
         is_saved: Whether files have the parameter; if not, `initialise` computes it again after loading.
         dtype: The dtype, if it isn't the adapter's; integers aren't trained, and ``.half()`` doesn't convert them.
         rank: Where the rank is, if the parameter is a factor of a product whose rank the config chooses: more ranks,
@@ -101,6 +105,7 @@ class ParameterSpec(NamedTuple):
     form: FileForm | None = None
     scope: str | None = None
     written_once: bool = False
+    copied: bool = False
     is_saved: bool = True
     dtype: torch.dtype | None = None
     rank: RankAxis | None = None

@@ -51,8 +51,8 @@ def register(config_class: ConfigT) -> ConfigT:
     _REGISTRY[name] = config_class
     initialise = config_class.__init__
     known = [field.name for field in options(config_class) if field.init]
-    # dataclasses.replace gives them as they are
-    lacked = {field.name: default_of(field) for field in dataclasses.fields(config_class) if field.name not in known}
+    # dataclasses.replace passes them on
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(config_class) if field.name not in known}
 
     @functools.wraps(initialise)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ def register(config_class: ConfigT) -> ConfigT:
         if named not in (None, config_class.peft_type):
             raise ValueError(f"{config_class.__name__} is of the method {plain(name)}; leave peft_type={named!r} out")
         for option, value in kwargs.items():
-            if option not in known and not (option in lacked and value == lacked[option]):
+            if option not in known and not (option in defaults and plain(value) == defaults[option]):
                 raise TypeError(f"{config_class.__name__} has no option {option!r}{nearest(option, known)}")
         initialise(self, *args, **kwargs)
 

@@ -164,8 +164,9 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     current = top(graph, op.node, op.name)
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
-        change = _change(graph, rule, {"weight": current, "base": op.node}, attributes)
-        result = _sum(current, change)
+        nodes = {"weight": current, "base": op.node}
+        given = _given(rule.delta, graph, nodes, attributes, {})
+        result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
     _replace(current, result, before.__contains__)
     return {result: current}
 

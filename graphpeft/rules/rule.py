@@ -52,6 +52,9 @@ class Rule(ABC):
         """
         return None
 
+    reads_whole_batch: ClassVar[bool] = False
+    """Whether each row's result depends on all rows of its batch, so that rows can't have adapters of their own."""
+
     call_inputs: ClassVar[tuple[str, ...]] = ()
     """Extra arguments of each call of the model, as ``model(x, task_ids=…)``.
 
@@ -224,6 +227,15 @@ class Mergeable(Rule):
             given: The arguments of `delta` by name: tensors and numbers, or proxies.
         """
         return self.delta(**given)
+
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
+        """Returns a weight as such with its change, for the graph that uses it.
+
+        Args:
+            weight: The weight, with the changes of earlier adapters.
+            given: The arguments of `delta` by name, as in `change`.
+        """
+        return weight + self.change(given).to(weight.dtype)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:

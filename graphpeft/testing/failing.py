@@ -20,7 +20,8 @@ def _fail(*_: Any, **__: Any) -> Any:
 @functools.cache
 def _failing_class(cls: type) -> type:
     """Returns a class of rules that fail as late as possible: when their nodes are inserted."""
-    return type(cls.__name__, (cls,), {name: _fail for name in ("rewrite", "delta", "enter") if hasattr(cls, name)})
+    names = ("rewrite", "delta", "changed_weight", "enter")
+    return type(cls.__name__, (cls,), {name: _fail for name in names if hasattr(cls, name)})
 
 
 def _failing_rule(rule: Any) -> Any:

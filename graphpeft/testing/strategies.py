@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    AdaLoraConfig,
+    BeftConfig,
+    BOFTConfig,
     C3AConfig,
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
     GloraConfig,
+    GraloraConfig,
+    HiraConfig,
+    HRAConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeanutConfig,
     PeftConfig,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    RoadConfig,
     ShiraConfig,
     SupertuningConfig,
     TargetedConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     WaveFTConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
 )
 from graphpeft.rules.registry import registered
-from graphpeft.testing.generated_models import DIM, Case, cases, mixing_cases, targets_of, token_cases
+from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
 
 
 def _entries(chosen: list[str], paths: list[str]) -> list[str] | str:
@@ -111,6 +126,24 @@ def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
         alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
         init_weights=identity or draw(st.booleans()),
         **draw(_dropouts()),
+    )
+
+
+@st.composite
+def adalora_configs(draw: Any, model: nn.Module, identity: bool) -> AdaLoraConfig:
+    """Returns a strategy for AdaLoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    init_r = draw(st.sampled_from([1, 2, 4]))
+    special = draw(st.sampled_from(chosen))
+    mask = draw(st.lists(st.booleans(), min_size=init_r, max_size=init_r).filter(any))
+    return AdaLoraConfig(
+        init_r=init_r,
+        total_step=draw(st.sampled_from([1, 20])),
+        lora_alpha=draw(st.sampled_from([0, 1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        target_modules=_entries(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([None, {f"{special}.lora_E": mask}])),
+        init_lora_weights=identity or draw(st.booleans()),
     )
 
 
@@ -194,19 +227,24 @@ def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def choosing(
-    config_class: type[TargetedConfig], fresh: Mapping[str, Any] | None = None, **choices: Sequence[Any]
+    config_class: type[TargetedConfig],
+    fresh: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    **choices: Sequence[Any],
 ) -> Callable[..., st.SearchStrategy[Any]]:
     """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
 
     Args:
         config_class: The method's class, with an option `target_modules`.
         fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        without: Paths that are no targets.
         **choices: The values of each option.
     """
 
     @st.composite
     def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
-        chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+        targets = [path for path in targets_of(model) if path not in without]
+        chosen = draw(st.lists(st.sampled_from(targets), min_size=1, unique=True))
         options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
         if identity:
             options.update(fresh or {})
@@ -214,6 +252,54 @@ def choosing(
         return config_class(target_modules=named, **options)
 
     return configs
+
+
+_DRAWN: dict[str, Any] = {"init_weights": [True, False]}
+_NOT_DRAWN = {"init_weights": True}
+
+vera_configs = choosing(VeraConfig, _NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+pvera_configs = choosing(PveraConfig, _NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **_DRAWN)
+randlora_configs = choosing(
+    RandLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    randlora_alpha=[1, 3.5],
+    randlora_dropout=[0.0, 0.4],
+    sparse=[True, False],
+    **_DRAWN,
+)
+
+# any size is a multiple of 1
+vblora_configs = choosing(
+    VBLoRAConfig,
+    r=[1, 3],
+    num_vectors=[4, 7],
+    vector_length=[1],
+    topk=[1, 2],
+    vblora_dropout=[0.0, 0.4],
+    init_vector_bank_bound=[0.02, 1.0],
+)
+
+unilora_configs = choosing(
+    UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **_DRAWN
+)
+
+tinylora_configs = choosing(
+    TinyLoraConfig,
+    _NOT_DRAWN,
+    r=[1, 3],
+    u=[1, 5],
+    weight_tying=[0.0, 0.5, 1.0],
+    tinylora_dropout=[0.0, 0.4],
+    init_v_bound=[1.0],
+    init_weights=[True, "uniform"],
+)
+
+
+@functools.cache
+def _cases_with_a_layer() -> st.SearchStrategy[Case]:
+    """Returns a strategy for models, as `cases` does, whose body begins with a linear layer."""
+    return cases(bodies().map(lambda build: lambda: nn.Sequential(nn.Linear(DIM, DIM), build())))
 
 
 class Method(NamedTuple):
@@ -238,37 +324,28 @@ _ZERO = {"init_weights": True}
 
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
-    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
-    PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
-    PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
-    PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
-    PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
-    PeftType.DELORA: Method(
-        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
-        cases,
+    PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
+    PeftType.BEFT: Method(
+        choosing(BeftConfig, _NOT_DRAWN, **_DRAWN),
+        _cases_with_a_layer,
         is_identity=True,
         merges=True,
     ),
-    PeftType.MISS: Method(
-        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.FOURIERFT: Method(
-        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
+    PeftType.BOFT: Method(
+        choosing(
+            BOFTConfig,
+            {"init_weights": True},
+            boft_block_size=[2, 4],
+            boft_n_butterfly_factor=[1, 2],
+            bias=["none", "all", "boft_only"],
+            init_weights=[True, False],
+        ),
         cases,
         is_identity=True,
         merges=True,
     ),
     PeftType.C3A: Method(
         choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.SUPERTUNING: Method(
-        choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,
@@ -286,8 +363,14 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
-    PeftType.PEANUT: Method(
-        choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
+    PeftType.DELORA: Method(
+        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FOURIERFT: Method(
+        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
         cases,
         is_identity=True,
         merges=True,
@@ -308,13 +391,120 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.WAVEFT: Method(
         choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
+    PeftType.GRALORA: Method(
+        choosing(
+            GraloraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hybrid_r=[0, 3],
+            alpha=[1, 8, 3.5],
+            gralora_k=[1],  # models have features of odd numbers
+            gralora_dropout=[0.0, 0.4],
+            init_weights=[True, False],
+        ),
         cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HIRA: Method(
+        choosing(
+            HiraConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            hira_dropout=[0.0, 0.4],
+            init_weights=[True, "gaussian", False],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.HRA: Method(
+        choosing(
+            HRAConfig,
+            {"init_weights": True, "r": 2, "apply_GS": False},
+            r=[1, 3],
+            apply_GS=[True, False],
+            init_weights=[True, False],
+            bias=["none", "all", "hra_only"],
+        ),
+        cases,
+        is_identity=False,
+        merges=True,
+    ),
+    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
+    PeftType.LILY: Method(
+        choosing(
+            LilyConfig,
+            {"init_weights": True},
+            r=[1, 2, 4],
+            stride_A=[1, 2],
+            num_B=[1, 2, 3],
+            scaling=[1.0, 0.5],
+            init_weights=[True, False],
+        ),
+        cases,
+        is_identity=True,
+        merges=False,
+    ),
+    PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
+    PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
+    PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    PeftType.MISS: Method(
+        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.OFT: Method(
+        choosing(
+            OFTConfig,
+            {"init_weights": True},
+            oft_block_size=[2, 4, 32],
+            bias=["none", "all", "oft_only"],
+            init_weights=[True, False],
+            block_share=[True, False],
+            use_cayley_neumann=[True, False],
+            num_cayley_neumann_terms=[2, 5, 8],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.PEANUT: Method(
+        choosing(PeanutConfig, _ZERO, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.PVERA: Method(pvera_configs, cases, is_identity=True, merges=True),
+    PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.ROAD: Method(
+        choosing(
+            RoadConfig,
+            {"init_weights": True},
+            without=["head"],  # which has an odd number of outputs
+            variant=["road_1", "road_2", "road_4"],
+            group_size=[2, 4, 8],
+            init_weights=[True, False],
+        ),
+        _cases_with_a_layer,
         is_identity=True,
         merges=True,
     ),
     PeftType.SHIRA: Method(
         choosing(ShiraConfig, _ZERO, r=[1], random_seed=[None, 5], **_DRAWN), cases, is_identity=True, merges=True
     ),
+    PeftType.SUPERTUNING: Method(
+        choosing(SupertuningConfig, _ZERO, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.TINYLORA: Method(tinylora_configs, cases, is_identity=True, merges=True),
+    PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
+    PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
+    PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
+    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from oracle import Case
 
-from graphpeft import PeftConfig
+from graphpeft import PeftConfig, PeftType
 
 
 class Contract(NamedTuple):
@@ -23,10 +23,13 @@ class Contract(NamedTuple):
         beyond: Models that PEFT refuses, or adapts wrongly; the laws hold for them.
         llama: Options that name targets in a Llama, beside `options`.
         refuses: Why the method refuses to "merge", to be active "together" with another of its kind, to "merge beside"
-            an active adapter of another method, to compute "rows" of a batch apart, or to be exported as "onnx" or
-            "pt2": a pattern for the error's text.
+            an active adapter of another method, to "merge llama", whose layers have no bias, to act "before dora",
+            which reads the weight so far, to compute "rows" of a batch apart, or to be exported as "onnx" or "pt2": a
+            pattern for the error's text.
+        sized: Options of the row of sizes in docs/methods.md, beside the defaults and `q_proj` and `v_proj` as targets.
         trains_alike: Whether a training step draws the same numbers as PEFT's, and so gives the same gradients.
         tolerance: The largest difference from PEFT's outputs, relative to their size.
+        trained_by_mistake: A part of the names of parameters that PEFT trains beside half precision, and saves nowhere.
     """
 
     name: str
@@ -37,13 +40,15 @@ class Contract(NamedTuple):
     beyond: tuple[Case, ...] = ()
     llama: Mapping[str, Any] = MappingProxyType({"target_modules": ["q_proj", "down_proj"]})
     refuses: Mapping[str, str] = MappingProxyType({})
+    sized: Mapping[str, Any] = MappingProxyType({})
     trains_alike: bool = True
     tolerance: float = 1e-5
+    trained_by_mistake: str = ""
 
     @property
-    def method(self) -> str:
+    def method(self) -> PeftType:
         """The method's name."""
-        return self.ours.peft_type
+        return PeftType(self.ours.peft_type)
 
     def our_config(self, case: Case | None = None, **more: Any) -> Any:
         """Returns this library's config for a case, or for the Llama."""
@@ -52,6 +57,10 @@ class Contract(NamedTuple):
     def their_config(self, case: Case | None = None, **more: Any) -> Any:
         """Returns PEFT's."""
         return self.theirs(**self._options(case, more))
+
+    def of_size(self) -> Any:
+        """Returns this library's config with its defaults, for a Llama."""
+        return self.ours(**{"target_modules": ["q_proj", "v_proj"], **self.sized})
 
     def _options(self, case: Case | None, more: Mapping[str, Any]) -> dict[str, Any]:
         return {**(self.llama if case is None else case.targets), **self.options, **more}

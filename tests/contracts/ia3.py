@@ -11,7 +11,15 @@ OF_INPUTS = {"feedforward_modules": ["0"]}
 LLAMA = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
 CONTRACTS = [
-    Contract("ia3", IA3Config, peft.IA3Config, OF_OUTPUTS, (*MATRICES, CONV_2D, POINTWISE, CONV_3D), (GROUPED,)),
+    Contract(
+        "ia3",
+        IA3Config,
+        peft.IA3Config,
+        OF_OUTPUTS,
+        (*MATRICES, CONV_2D, POINTWISE, CONV_3D),
+        (GROUPED,),
+        sized=OF_OUTPUTS,
+    ),
     Contract(
         "ia3-inputs", IA3Config, peft.IA3Config, OF_INPUTS, (*MATRICES, CONV_2D, CONV_3D), (GROUPED,), llama=LLAMA
     ),

@@ -14,6 +14,7 @@ CONTRACTS = [
         {"token_indices": [3, 1]},
         (EMBEDDING,),
         llama={"target_modules": ["embed_tokens"]},
+        sized={"target_modules": ["embed_tokens"], "token_indices": list(range(16))},
         refuses={
             "together": "both train rows of 0; only one of them can be active",
             "merge beside": r"has another tensor, or other rows, in the place of 0\.weight",

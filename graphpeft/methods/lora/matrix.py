@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from graphpeft.graph.low_rank_sum import plus_product
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.initialisation import traits_of
@@ -96,10 +96,18 @@ class LoraExperts(LoraRule, Mergeable, Combines):
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B_e A_e of each expert, in the shape of the weight."""
+        first, second = self._factors(lora_A, lora_B)
+        return first @ second * lora_scaling
+
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
+        """Returns the weight beside the factors of its change, so that no tensor of its size is made."""
+        return plus_product(weight, *self._factors(given["lora_A"], given["lora_B"]), given["lora_scaling"])
+
+    def _factors(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
+        """Returns the factors of the change of each matrix as it is stored."""
         A = lora_A.reshape(self.experts, -1, lora_A.shape[-1])
-        B = lora_B.reshape(lora_B.shape[0], -1, self.experts)
-        equation = "ore,eri->eio" if self.transposed else "ore,eri->eoi"
-        return torch.einsum(equation, B, A) * lora_scaling
+        B = lora_B.reshape(lora_B.shape[0], -1, self.experts).permute(2, 0, 1)
+        return (A.mT, B.mT) if self.transposed else (B, A)
 
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the stack of the matrices B_e A_e."""

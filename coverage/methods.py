@@ -1,0 +1,203 @@
+"""Writes docs/methods.md: every method of PEFT's, with what it adapts here and in PEFT, found by adapting.
+
+`make methods` writes it, with the contracts of tests/; tests/test_methods_page.py compares it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from contracts import FIRST
+from contracts.contract import Contract
+from kinds import KINDS, Kind
+from oracle import Case, outputs, perturb
+
+import graphpeft
+from graphpeft.rules.registry import registered
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "methods.md"
+
+REFUSED: dict[str, str] = {
+    "XLORA": "its classifier runs the whole model once more in front of each call",
+    "SHADOW": "a second, smaller model runs beside the layers, with a cache of its own",
+}
+"""The methods that can't be had, and why."""
+
+GUIDE = """\
+| you want | take |
+|---|---|
+| the method that every tool reads | LoRA |
+| LoRA's quality at ranks below 16 | LoRA with `use_dora=True`, HiRA |
+| the smallest file | (IA)³, VeRA, FourierFT, TinyLoRA |
+| ranks that are found in training | AdaLoRA |
+| a change of the weight of higher rank than its parameters suggest | LoHa, LoKr, RandLoRA, HiRA |
+| image models: style and subject in diffusion models | LoHa, LoKr, OFT |
+| to keep the angles between what neurons do | OFT, BOFT, HRA |
+| new tokens | trainable tokens, alone or in LoRA |
+| to change no weight at all | prompt tuning, P-tuning, prefix tuning |
+"""
+
+
+def page() -> str:
+    """Returns the page."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tables = "\n\n".join([overview(), layers(), sizes(), equations()])
+    return f"""# Methods
+
+`make methods` writes this page, and a test compares it: what it says was tried, with PEFT {peft.__version__}.
+
+{GUIDE}
+{tables}
+"""
+
+
+def table(head: str, lines: Iterator[str] | list[str]) -> str:
+    """Returns a table of markdown."""
+    columns = head.count("|") - 1
+    return "\n".join([head, "|" + "---|" * columns, *lines])
+
+
+# what there is
+
+
+def overview() -> str:
+    """Returns the table of all methods."""
+    ours = registered()
+    known = [*peft.PeftType]
+    lines = [overview_line(method.value, ours) for method in sorted(known, key=lambda each: each.value)]
+    there = sum(method.value in ours for method in known)
+    return f"""## All of them
+
+{there} of PEFT's {len(known)} methods exist here. Files are PEFT's, in both directions, unless a row says otherwise.
+
+""" + table("| method | config | merges | rows of a batch | exports |", lines)
+
+
+def overview_line(method: str, ours: dict[str, type[Any]]) -> str:
+    """Returns a method's row."""
+    if method not in ours:
+        return f"| {method} | refused: {REFUSED.get(method, 'not written yet')} | | | |"
+    contract = next((each for each in FIRST if each.method == method), None)
+    if contract is None:
+        return f"| {method} | `{ours[method].__name__}` | no: it adds virtual tokens | yes | pt2, ONNX |"
+    exports = ", ".join(name for key, name in (("pt2", "pt2"), ("onnx", "ONNX")) if key not in contract.refuses)
+    return (
+        f"| {method} | `{ours[method].__name__}` | {'no' if 'merge' in contract.refuses else 'yes'} "
+        f"| {'no' if 'rows' in contract.refuses else 'yes'} | {exports or 'merged alone'} |"
+    )
+
+
+# layers
+
+
+def layers() -> str:
+    """Returns the table of the kinds of weights that each method adapts."""
+    head = "| method | " + " | ".join(kind.name for kind in KINDS) + " |"
+    lines = [
+        f"| {contract.method.value} | " + " | ".join(cell(contract, kind) for kind in KINDS) + " |"
+        for contract in FIRST
+    ]
+    return (
+        "## Weights\n\n"
+        "**+** both libraries adapt it; **alone**: graphpeft alone; **PEFT**: PEFT alone; **−** neither.\n"
+        "Adapted means that the adapter acts, and that it is merged to what it computes, where the method merges.\n\n"
+    ) + table(head, lines)
+
+
+def cell(contract: Contract, kind: Kind) -> str:
+    """Returns a cell."""
+    here = is_right(lambda case: graphpeft.get_peft_model(case.build(), contract.our_config(case)), contract, kind)
+    there = is_right(lambda case: peft.get_peft_model(case.build(), theirs(contract, case)), contract, kind)
+    return {(True, True): "+", (True, False): "alone", (False, True): "PEFT", (False, False): "−"}[here, there]
+
+
+def theirs(contract: Contract, case: Case) -> Any:
+    """Returns PEFT's config, which names parameters apart where the method knows them."""
+    targets: list[Any] = [*case.targets["target_modules"]]
+    is_parameter = targets[0] in dict(case.build().named_parameters())
+    if is_parameter and "target_parameters" in inspect.signature(contract.theirs).parameters:
+        return contract.their_config(case, target_modules=[], target_parameters=targets)
+    return contract.their_config(case)
+
+
+def is_right(adapt: Callable[[Case], Any], contract: Contract, kind: Kind) -> bool:
+    """Returns whether an adapter acts, and is merged to what it computes."""
+    case = kind.case
+    torch.manual_seed(0)
+    # PEFT raises errors of any class for layers that it doesn't know, some of them in the first forward
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = adapt(case)
+            perturb(model)
+            active, base = outputs(model.eval(), case), outputs(case.build(), case)
+            if torch.allclose(active, base, atol=1e-4):
+                return False
+            if "merge" in contract.refuses or not kind.merges:
+                return True
+            merged = outputs(model.merge_and_unload(), case)
+    except Exception:
+        return False
+    return torch.allclose(merged, active, atol=1e-4)
+
+
+# sizes
+
+
+def sizes() -> str:
+    """Returns the table of the parameters that each method trains."""
+    lines = [f"| {contract.method.value} | " + " | ".join(sizes_of(contract)) + " |" for contract in FIRST]
+    return (
+        "## Sizes\n\n"
+        "A Llama of 4 layers and 256 features. Options are each method's defaults, but for the targets (`q_proj` and\n"
+        "`v_proj`, or the method's own) and for sizes that have to fit.\n\n"
+    ) + table("| method | trained | file, kB |", lines)
+
+
+def sizes_of(contract: Contract) -> tuple[str, str]:
+    """Returns the number of parameters and the size of a file, as text."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8
+    )
+    torch.manual_seed(0)
+    model: Any = graphpeft.get_peft_model(transformers.LlamaForCausalLM(config), contract.of_size())
+    trained, _ = model.get_nb_trainable_parameters()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return f"{trained:,}", f"{size / 1000:,.0f}"
+
+
+# equations
+
+
+def equations() -> str:
+    """Returns the section of each method: what its module's docstring says, and how it differs from PEFT's."""
+    return "\n\n".join(["## Equations", *(section(contract) for contract in FIRST)])
+
+
+def section(contract: Contract) -> str:
+    """Returns a method's section."""
+    module = inspect.getmodule(contract.ours)
+    first, _, rest = inspect.cleandoc(inspect.getdoc(module) or "").partition("\n\n")
+    paragraphs = rest.split("\n\n")
+    shown = [f"```text\n{inspect.cleandoc(each)}\n```" if each.startswith(" ") else each for each in paragraphs]
+    told = [each for each in inspect.cleandoc(contract.ours.__doc__ or "").split("\n\n") if each.startswith("Differs")]
+    return "\n\n".join([f"### {contract.method.value}", first, *shown, *told])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"wrote {PAGE.relative_to(ROOT)}\n")

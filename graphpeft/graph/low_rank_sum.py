@@ -1,0 +1,263 @@
+"""A weight with a change of low rank that isn't added to it: W + s · P Q, as a tensor that knows its parts.
+
+    x (W + s · P Q)  =  x W + s · (x P) Q
+
+Code that multiplies by the weight, in whatever spelling, so computes a branch beside the product, and no tensor of the
+weight's size is made. Experts' weights are large stacks of matrices, of which a forward uses few, or one at a time:
+indexing a stack, and transposing its matrices, keep the parts apart. Any other function is given the sum itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphpeft._torch import GROUPED_MM, DisableTorchFunctionSubclass, is_transformed, make_wrapper, pytree
+from graphpeft.graph.recorded import recorded
+from graphpeft.graph.scaled_sum import add_scaled, is_captured
+
+
+@recorded
+def plus_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any) -> Tensor:
+    """Returns W + s · P Q, not added up where the computation runs as it is written.
+
+    Args:
+        weight: W, of shape (…, m, n).
+        first: P, of shape (…, m, r), in its own dtype.
+        second: Q, of shape (…, r, n).
+        scale: s, a number, or a tensor where an exported model takes it as an input.
+    """
+    # a compiler decides itself what it adds up, and it knows no such tensor
+    if is_captured() or is_transformed() or isinstance(scale, Tensor):
+        return weight + (first @ second * scale).to(weight.dtype)
+    made: Any = _PlusProduct.apply(weight, first, second, scale)
+    return made
+
+
+class _PlusProduct(torch.autograd.Function):
+    """Makes the sum, with the gradients of its parts for code that takes it as one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, first: Tensor, second: Tensor, scale: float) -> LowRankSum:
+        """Returns the sum."""
+        ctx.save_for_backward(first, second)
+        ctx.scale = scale
+        return LowRankSum(weight, first, second, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of W, P and Q."""
+        first, second = ctx.saved_tensors
+        of_product = gradients[0].to(first.dtype) * ctx.scale
+        return gradients[0], of_product @ second.mT, first.mT @ of_product, None
+
+
+class LowRankSum(Tensor):
+    """W + s · P Q.
+
+    Attributes:
+        weight: W.
+        first: P.
+        second: Q.
+        scale: s.
+    """
+
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    scale: float
+
+    @staticmethod
+    def __new__(cls, weight: Tensor, first: Tensor, second: Tensor, scale: float) -> LowRankSum:
+        """Makes a tensor without numbers of its own."""
+        made = make_wrapper(cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device)
+        made.weight, made.first, made.second, made.scale = weight, first, second, scale
+        return made
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        """The sum."""
+        weight = whole(self.weight)
+        return add_scaled(weight, (self.first @ self.second).to(weight.dtype), self.scale)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the sum of the tensors that a function makes of the three."""
+        return plus_product(change(self.weight), change(self.first), change(self.second), self.scale)
+
+    def transposed(self) -> Tensor:
+        """Returns the sum with its last two dimensions exchanged."""
+        return plus_product(self.weight.mT, self.second.mT, self.first.mT, self.scale)
+
+    def beside(self, y: Tensor, branch: Tensor) -> Tensor:
+        """Returns a product with W plus s times the one with P Q."""
+        return add_scaled(y, branch.to(y.dtype), self.scale)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Computes what is known of the parts, and gives the sum to all other functions."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        reader = _READERS.get(func)
+        result = NotImplemented if reader is None else reader.read(args, kwargs)
+        if result is not NotImplemented:
+            return result
+        args, kwargs = pytree.tree_map(whole, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gives the sum to operators, which C++ calls without asking `__torch_function__`."""
+        args, kwargs = pytree.tree_map(whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def whole(value: Any) -> Any:
+    """Returns the sum itself of a `LowRankSum`, and any other value as it is."""
+    return value.total if type(value) is LowRankSum else value
+
+
+def _is_sum(*values: Any) -> bool:
+    return any(type(value) is LowRankSum for value in values)
+
+
+# a reader returns NotImplemented for arguments for which it doesn't know the parts
+
+
+class _Reader(NamedTuple):
+    """Computes a function of sums by their parts.
+
+    Attributes:
+        function: The function.
+        names: The names of its arguments.
+    """
+
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the function's result, or NotImplemented."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if len(args) > len(self.names) or not given.keys() <= {*self.names}:
+            return NotImplemented
+        return self.function(*(given.get(name) for name in self.names))
+
+
+def _index(stack: LowRankSum, index: Any) -> Any:
+    """Returns matrices of a stack; indices within matrices aren't known."""
+    indices = index if isinstance(index, tuple) else (index,)
+    if not all(_is_plain(each) for each in indices):
+        return NotImplemented
+    dimensions = sum(each.ndim if _is_mask(each) else 1 for each in indices)
+    return stack.each(lambda tensor: tensor[index]) if dimensions <= stack.ndim - 2 else NotImplemented
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _is_plain(index: Any) -> bool:
+    if isinstance(index, Tensor):
+        return not (_is_mask(index) and index.ndim == 0)
+    return isinstance(index, int | slice) and not isinstance(index, bool)
+
+
+def _transpose(stack: LowRankSum, dim0: int, dim1: int) -> Any:
+    last = {stack.ndim - 2, stack.ndim - 1}
+    return stack.transposed() if {dim0 % stack.ndim, dim1 % stack.ndim} == last else NotImplemented
+
+
+def _transpose_matrix(matrix: LowRankSum) -> Any:
+    return matrix.transposed() if matrix.ndim == 2 else NotImplemented
+
+
+def _linear(x: Any, weight: Any, bias: Any) -> Any:
+    if not _is_sum(weight) or _is_sum(x, bias):
+        return NotImplemented
+    branch = F.linear(F.linear(x.to(weight.first.dtype), weight.second), weight.first)
+    return weight.beside(F.linear(x, weight.weight, bias), branch)
+
+
+def _matmul(left: Any, right: Any) -> Any:
+    if left.ndim < 2 or right.ndim < 2 or _is_sum(left) == _is_sum(right):
+        return NotImplemented
+    if _is_sum(right):
+        return right.beside(left @ right.weight, left.to(right.first.dtype) @ right.first @ right.second)
+    return left.beside(left.weight @ right, left.first @ (left.second @ right.to(left.first.dtype)))
+
+
+def _reflected_matmul(right: Any, left: Any) -> Any:
+    return _matmul(left, right)
+
+
+def _baddbmm(y: Any, left: Any, right: Any) -> Any:
+    product = NotImplemented if _is_sum(y) else _matmul(left, right)
+    return product if product is NotImplemented else y + product
+
+
+def _grouped_mm(function: Any, x: Any, weight: Any, offs: Any, bias: Any, out_dtype: Any) -> Any:
+    if _is_sum(x) or not _is_sum(weight) or bias is not None or out_dtype is not None:
+        return NotImplemented
+    # a row of x P is to begin at a multiple of 16 bytes
+    if weight.first.shape[-1] * weight.first.element_size() % 16:
+        return NotImplemented
+    h = function(x.to(weight.first.dtype), weight.first.contiguous(), offs=offs)
+    branch = function(h, weight.second.contiguous(), offs=offs)
+    return weight.beside(function(x, weight.weight, offs=offs), branch)
+
+
+def _einsum(equation: Any, first: Any, second: Any) -> Any:
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        return NotImplemented
+    if second is None or _is_sum(first) == _is_sum(second):
+        return NotImplemented
+    inputs, output = equation.replace(" ", "").split("->")
+    of_operands = inputs.split(",")
+    (of_x, x), (of_stack, stack) = sorted(
+        zip(of_operands, (first, second), strict=True), key=lambda pair: _is_sum(pair[1])
+    )
+    *batch, row, column = of_stack
+    summed = [letter for letter in (row, column) if letter in of_x and letter not in output]
+    if len(summed) != 1 or len({*of_stack}) < len(of_stack) or {row, column} <= {*of_x}:
+        return NotImplemented
+    rank = next(letter for letter in "zyxwvutsrqponmlkjihgfedcba" if letter not in inputs)
+    steps = [("".join([*batch, row, rank]), stack.first), ("".join([*batch, rank, column]), stack.second)]
+    (of_near, near), (of_far, far) = steps if summed == [row] else steps[::-1]
+    between = "".join(dict.fromkeys(letter for letter in (*of_x, *batch, rank) if letter not in summed))
+    h = torch.einsum(f"{of_x},{of_near}->{between}", x.to(near.dtype), near)
+    y = torch.einsum(equation, *(each.weight if each is stack else each for each in (first, second)))
+    return stack.beside(y, torch.einsum(f"{between},{of_far}->{output}", h, far))
+
+
+_METADATA: frozenset[Any] = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
+    ]
+)
+"""The functions of tensors that ask for no numbers."""
+
+_READERS: dict[Any, _Reader] = {
+    Tensor.__getitem__: _Reader(_index, ("self", "index")),
+    Tensor.mT.__get__: _Reader(LowRankSum.transposed, ("self",)),  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.transpose, torch.transpose), _Reader(_transpose, ("input", "dim0", "dim1"))),
+    F.linear: _Reader(_linear, ("input", "weight", "bias")),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _Reader(_matmul, ("input", "other"))),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _Reader(_matmul, ("input", "mat2"))),
+    Tensor.__rmatmul__: _Reader(_reflected_matmul, ("self", "other")),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _Reader(_baddbmm, ("input", "batch1", "batch2"))),
+    torch.einsum: _Reader(_einsum, ("equation", "first", "second")),
+    **{
+        function: _Reader(functools.partial(_grouped_mm, function), ("input", "mat2", "offs", "bias", "out_dtype"))
+        for function in GROUPED_MM
+    },
+}
+"""The readers, by function."""

@@ -1,0 +1,198 @@
+"""What methods have in common whose change of a weight is a product of two factors that are made from shared tensors.
+
+    ΔW = B A        y' = y + (dropout(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
+
+A linear operation, or a call of a layer, applies factor by factor; elsewhere the product is made. The same numbers as
+those of PEFT's ``tuners/vera/layer.py``, ``tuners/randlora/layer.py``, ``tuners/vblora/layer.py`` and others.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from graphpeft.graph import ops
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.delta_rule import BranchRule
+from graphpeft.rules.options import Seed
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.trained import Biases
+from graphpeft.sites.site import LeafSite
+from graphpeft.targeting import targets
+from graphpeft.targeting.target_config import TargetedConfig
+
+
+class Sizes(NamedTuple):
+    """A weight as a matrix, or as a stack of matrices.
+
+    Attributes:
+        rows: The number of output features.
+        columns: The number of input features; of a convolution, times the size of its kernel.
+        stack: The number of matrices, as a shape; () for one.
+        kernel: The sizes into which the columns of a convolution are parted; () for matrices.
+    """
+
+    rows: int
+    columns: int
+    stack: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+
+
+def sizes_of(site: Any) -> Sizes:
+    """Returns the sizes of a site's weight in PEFT's layout, or of that for which a call stands."""
+    if isinstance(site, LeafSite):
+        return Sizes(site.out_features, site.in_features)
+    rows, *columns = site.matrix_shape
+    if len(site.matrix_shape) == 3 and site.layout is not ops.Convolution:
+        return Sizes(*columns, stack=(rows,))
+    kernel = tuple(columns) if len(columns) > 1 else ()
+    return Sizes(rows, math.prod(columns), kernel=kernel)
+
+
+def is_branch(site: Any) -> bool:
+    """Returns whether a site's operations multiply by a matrix, each of them in the same way."""
+    if isinstance(site, LeafSite):
+        return True
+    return site.op is ops.Linear and len(site.shape) == 2 and not site.both_ways
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factored(BranchRule):
+    """A change that is a product of two factors.
+
+    At a linear operation, or at the call of a layer, a method's `rewrite` multiplies the input by factor after factor.
+    Elsewhere, it is a `DeltaRule`.
+
+    Attributes:
+        sizes: The sizes of the weight.
+    """
+
+    sizes: Sizes
+
+    def at_site(self, site: Any, dtype: torch.dtype) -> Any:
+        """Returns the rule for a site; a call's input and output may be in other dtypes than the factors."""
+        return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are no matrices."""
+        if isinstance(site, LeafSite):
+            return None
+        reason = super().check(site, config)
+        if reason is None and len(site.shape) < 2:
+            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+        return reason
+
+    def dropout_of(self, config: Any) -> float:
+        """Returns the option for dropout, which each method names by itself."""
+        return config.dropout
+
+    def product(self, a: Any, b: Any) -> Any:
+        """Returns B A in the shape of the weight.
+
+        Args:
+            a: A, (…, r, columns).
+            b: B, (…, rows, r).
+        """
+        product = b @ a
+        return product.unflatten(-1, self.sizes.kernel) if self.sizes.kernel else product
+
+
+@dataclass(kw_only=True)
+class FactoredConfig(TargetedConfig):
+    """The options that these methods have in common; the names, defaults and meanings are PEFT's.
+
+    Attributes:
+        fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
+    """
+
+    adapts_leaves: ClassVar[bool] = True
+    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
+    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
+
+    shared_options: ClassVar[tuple[str, ...]] = ()
+    """Those that all adapters of the method on one model have to share, as in PEFT."""
+
+    fan_in_fan_out: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element of a branch's input in training."""
+        return getattr(self, f"{self.method.lower()}_dropout")
+
+    @property
+    def trained_biases(self) -> Biases:
+        """Which of the model's biases are trained."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
+
+    def conflict(self, others: Mapping[str, Any]) -> str | None:
+        """Refuses other values of `shared_options` than those of the model's other adapters, as PEFT does."""
+        for option in self.shared_options:
+            for name, other in others.items():
+                if other.method == self.method and getattr(other, option) != getattr(self, option):
+                    return (
+                        f"{option} is {getattr(self, option)!r}, and {getattr(other, option)!r} of the adapter "
+                        f"{name!r}: all {self.method} adapters of a model share it, as in PEFT; give both the same"
+                    )
+        return None
+
+    def for_file(self, sites: Sequence[Any]) -> FactoredConfig:
+        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
+        config = copy.deepcopy(self)
+        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        return config
+
+
+@dataclass(kw_only=True)
+class ProjectedConfig(FactoredConfig):
+    """The options of methods with random projections that all layers share, each of which cuts them to its size.
+
+    Attributes:
+        projection_prng_key: The seed of the projections.
+        save_projection: Whether files have the projections. If not, they are drawn again when a file is loaded, by a
+            generator that may draw other numbers in another version of PyTorch.
+    """
+
+    lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
+    shared_options: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
+
+    projection_prng_key: Seed = 0
+    save_projection: bool = True
+
+    def prepared(self, sites: Sequence[Any]) -> ProjectedConfig:
+        """Returns the config with the sizes of the projections, which are those of the largest weights."""
+        config: Any = copy.copy(self)
+        sizes = [sizes_of(site) for site in sites]
+        rows, columns = max((of.rows for of in sizes), default=0), max((of.columns for of in sizes), default=0)
+        config._largest, config._first = (rows, columns), sites[0].label if sites else ""
+        return config
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The largest number of rows and of columns among the weights of all sites."""
+        return self._largest
+
+    def projection(self, shape: tuple[int, ...], key: str, copied: bool = False) -> ParameterSpec:
+        """Returns what a projection is, which all sites share.
+
+        Args:
+            shape: Its shape.
+            key: Its name in files.
+            copied: Whether files have copies of it with each site.
+        """
+        if not self.save_projection:
+            return ParameterSpec(shape, key, scope=key, is_trained=False, is_saved=False)
+        return ParameterSpec(shape, key, scope=key, is_trained=False, written_once=True, copied=copied)
+
+    def draws(self, site: Any) -> bool:
+        """Returns whether the projections are drawn at a site: at the first, since the others have the same.
+
+        Args:
+            site: The site.
+        """
+        return site.label == self._first

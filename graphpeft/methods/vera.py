@@ -1,0 +1,140 @@
+"""VeRA: all layers share two frozen random projections, and each trains two vectors that scale them.
+
+    ΔW = diag(b) B diag(d) A        A (r, in), B (out, r): cut from one A and one B, which fit the largest weights
+
+Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454; the same numbers as PEFT's
+``tuners/vera/layer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.methods.factored import Factored, ProjectedConfig, is_branch, sizes_of
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
+from graphpeft.targeting import targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vera(Factored):
+    """The change of a weight."""
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns A and B, which all sites share, and b and d."""
+        (rows, columns), stack = config.largest, self.sizes.stack
+        return {
+            "vera_A": config.projection((config.r, columns), "vera_A"),
+            "vera_B": config.projection((rows, config.r), "vera_B"),
+            "vera_lambda_b": ParameterSpec((*stack, self.sizes.rows), "vera_lambda_b"),
+            "vera_lambda_d": ParameterSpec((*stack, config.r), "vera_lambda_d"),
+        }
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws A and B by the config's seed; b is 0 and d is `d_initial`, or b is 1 and d is drawn."""
+        if config.draws(site):
+            generator = torch.Generator().manual_seed(config.projection_prng_key)
+            for name in ("vera_A", "vera_B"):
+                bound = (6 / parameters[name].shape[1]) ** 0.5
+                parameters[name].uniform_(-bound, bound, generator=generator)
+        parameters["vera_lambda_b"].fill_(0 if config.init_weights else 1)
+        # PEFT draws d in any case
+        parameters["vera_lambda_d"].normal_()
+        if config.init_weights:
+            parameters["vera_lambda_d"].fill_(config.d_initial)
+
+    def cut(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Returns A and B in the size of the weight."""
+        return a[:, : self.sizes.columns], b[: self.sizes.rows]
+
+    def delta(self, vera_A: Any, vera_B: Any, vera_lambda_b: Any, vera_lambda_d: Any) -> Any:
+        """Returns diag(b) B diag(d) A."""
+        a, b = self.cut(vera_A, vera_B)
+        return self.product(vera_lambda_d[..., None] * a, vera_lambda_b[..., None] * b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraBranch(Vera):
+    """The change of what a linear operation or a call computes."""
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        training: Any,
+        vera_A: Any,
+        vera_B: Any,
+        vera_lambda_b: Any,
+        vera_lambda_d: Any,
+        dropout: Any = None,
+    ) -> Any:
+        """Returns y + b ⊙ (d ⊙ (x Aᵀ)) Bᵀ."""
+        a, b = self.cut(vera_A, vera_B)
+        h = vera_lambda_d * F.linear(self.entering(x, vera_lambda_d, training, dropout), a)
+        return self.leaving(y + vera_lambda_b * F.linear(h, b), y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraDelta(Vera, DeltaRule):
+    """The change of a weight in any other use."""
+
+
+@register
+@dataclass(kw_only=True)
+class VeraConfig(ProjectedConfig):
+    """The options of VeRA beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
+
+    Differs from PEFT: each adapter has projections of the size of its own largest weights. In PEFT, further adapters of
+    a model have those of the first one, and fail if these are too small.
+
+    Attributes:
+        r: The number of rows of A, and of columns of B.
+        projection_prng_key: The seed of the projections; the same for all adapters of a model.
+        save_projection: Whether files have the projections. If not, they are drawn again when a file is loaded, by a
+            generator that may draw other numbers in another version of PyTorch. The same for all adapters of a model.
+        vera_dropout: The probability of dropping an element of the branch's input in training.
+        d_initial: What all elements of d are at first.
+        fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"vera_only"``, the adapted layers'.
+        init_weights: Whether b is 0 at first, and d is `d_initial`; if False, b is 1, and d is drawn.
+
+    Raises:
+        ValueError: For a value that an option can't have, and for options that contradict each other.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), VeraConfig(r=4, target_modules=["0"]))
+        >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}
+        {'vera_lambda_b': (16,), 'vera_lambda_d': (4,)}
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.VERA
+    prefix: ClassVar[str | None] = "vera_lambda_"
+    default_targets: ClassVar[targets.Defaults] = {**DEFAULT_TARGET_MODULES, "phi": ("q_proj", "v_proj")}
+    not_of_tensors: ClassVar[frozenset[str]] = ProjectedConfig.not_of_tensors | {"vera_dropout", "d_initial"}
+
+    r: Size = 256
+    vera_dropout: Probability = 0.0
+    d_initial: Number = 0.1
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether b is 0."""
+        return self.init_weights
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Vera:
+        """Returns the rule for a linear operation, for a call, or for a weight."""
+        return (VeraBranch if is_branch(site) else VeraDelta)(sizes=sizes_of(site))

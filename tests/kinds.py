@@ -1,0 +1,91 @@
+"""A small model for each kind of weight that an adapter may change."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from oracle import CONV_1D, CONV_2D, CONV_3D, EMBEDDING, GROUPED, LINEAR, TRANSPOSED, Case
+from torch import Tensor, nn
+
+
+class Matrix(nn.Module):
+    """A matrix that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w)
+
+
+class Stack(nn.Module):
+    """A matrix for each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 6, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,eio->bto", x, self.w).tanh()
+
+
+class Attention(nn.Module):
+    """PyTorch's attention, which has its projections' weights as one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Rounded(nn.Module):
+    """A linear layer whose weight is no floating-point number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 8
+        self.register_buffer("numbers", torch.randint(-4, 4, (8, 6), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.numbers.float() / 8)  # type: ignore[operator]
+
+
+VECTORS = (4, 3, 6)
+WEIGHT = {"target_modules": ["0.w"]}
+MATRIX = Case("matrix", lambda: nn.Sequential(Matrix()), lambda: (torch.randn(VECTORS),), WEIGHT)
+STACK = Case("stack", lambda: nn.Sequential(Stack()), lambda: (torch.randn(VECTORS),), WEIGHT)
+ATTENTION = Case("attention", Attention, lambda: (torch.randn(4, 3, 8),), {"target_modules": ["attention"]})
+ROUNDED = Case("rounded", lambda: nn.Sequential(Rounded(), nn.Tanh()), lambda: (torch.randn(VECTORS),))
+
+
+class Kind(NamedTuple):
+    """A kind of weight.
+
+    Attributes:
+        name: What the docs call it.
+        case: A model that has one.
+        merges: Whether an adapter can be merged into it.
+    """
+
+    name: str
+    case: Case
+    merges: bool = True
+
+
+KINDS = [
+    Kind("`Linear`", LINEAR),
+    Kind("Transformers' `Conv1D`", TRANSPOSED),
+    Kind("`Conv1d`", CONV_1D),
+    Kind("`Conv2d`", CONV_2D),
+    Kind("`Conv3d`", CONV_3D),
+    Kind("grouped", GROUPED),
+    Kind("`Embedding`", EMBEDDING),
+    Kind("`MultiheadAttention`", ATTENTION),
+    Kind("plain matrix", MATRIX),
+    Kind("experts", STACK),
+    Kind("quantised", ROUNDED, merges=False),
+]

@@ -1,0 +1,68 @@
+"""BEFT by default, beside others, in mixed batches, and where no bias can be added or merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from bitsandbytes.nn.modules import LinearNF4
+from models import BERT, LLAMA, Example, call, result
+from oracle import LINEAR, Case, assert_close, outputs
+from test_quantised import by_bitsandbytes
+from test_written_methods import moved
+from torch import nn
+
+import graphpeft
+from graphpeft import AdaptError, BeftConfig, IA3Config, get_peft_model
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:no gradient goes through", "ignore:Detected that the base layer has no bias term"
+)
+
+
+@pytest.mark.parametrize("example", [LLAMA, BERT], ids=str)
+def test_defaults_name_the_targets_that_pefts_do(example: Example):
+    theirs = moved(peft.get_peft_model(example.build(), peft.BeftConfig()))
+    ours: Any = get_peft_model(example.build(), BeftConfig())
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    assert_close(result(call(ours.eval(), example.inputs())), result(call(theirs, example.inputs())), 1e-5)
+
+
+def test_a_bias_is_scaled_by_a_method_that_acts_later_active_and_merged():
+    model: Any = get_peft_model(LINEAR.build(), BeftConfig(target_modules=["0"]))
+    model.add_adapter("scaled", IA3Config(target_modules=["0"], feedforward_modules=[]))
+    model.set_adapter(["default", "scaled"])
+    moved(model)
+    base, adapter = LINEAR.build(), model[0]
+    (x,) = LINEAR.inputs()
+    expected = base[1]((base[0](x) + adapter.default.beft_bias) * adapter.scaled.factors.flatten())  # type: ignore[index]
+    assert_close(model(x), expected)
+    model.merge_adapter()
+    assert_close(model(x), expected)
+
+
+def test_rows_of_a_batch_have_different_biases():
+    model: Any = get_peft_model(LINEAR.build(), BeftConfig(target_modules=["0"], init_weights=False))
+    model.add_adapter("second", BeftConfig(target_modules=["0"], init_weights=False))
+    (x,) = LINEAR.inputs()
+    names = ["second", "__base__", "default", "second"]
+    found = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter([] if name == "__base__" else [name])
+        assert_close(found[row], model(x)[row])
+
+
+def test_quantised_layers_have_biases_that_are_not_merged():
+    case = Case("nf4", by_bitsandbytes(LinearNF4), lambda: (torch.randn(3, 64),))
+    model: Any = moved(get_peft_model(case.build(), BeftConfig(target_modules=["2"])))
+    assert_close(outputs(model, case), outputs(case.build(), case) + model[2].default.beft_bias, 1e-5)
+    with pytest.raises(AdaptError, match="only codes of quantised layers are merged, and no bias"):
+        model.merge_adapter()
+
+
+def test_a_weight_of_no_one_operation_is_refused():
+    base = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(AdaptError, match="a bias is added to what an operation gives, and no one operation uses its"):
+        get_peft_model(base, BeftConfig(target_modules=["0"]))

@@ -1,0 +1,151 @@
+"""The methods whose change is a product of factors that are made from shared tensors: what all of them can do."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from matrix_uses import LAYERS
+from models import BERT, GPT2, LLAMA, T5, Example, call, result
+from oracle import Case
+from test_quantised import by_bitsandbytes
+from test_written_methods import moved
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graphpeft
+from graphpeft import PeftModel, get_peft_model_state_dict
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begins}")
+    for begins in ("fan_in_fan_out is set to False", "no gradient goes through")
+]
+"""Warnings of PEFT's, and one of what is meant here."""
+
+
+class Method(NamedTuple):
+    """A method with options for small layers, all of whose sizes are multiples of 2.
+
+    Attributes:
+        name: The name of its config class.
+        options: The options, by which a fresh adapter changes outputs.
+        biases: The value of `bias` by which the adapted layers' are trained.
+        is_for_quantised: Whether PEFT has it for quantised layers.
+    """
+
+    name: str
+    options: dict[str, Any]
+    biases: str
+    is_for_quantised: bool = False
+
+    def config(self, library: Any = graphpeft, **options: Any) -> Any:
+        return getattr(library, self.name)(**self.options | options)
+
+    def adapted(self, library: Any, base: nn.Module, **options: Any) -> Any:
+        """Returns a copy of a model with a new adapter."""
+        torch.manual_seed(2)
+        return library.get_peft_model(copy.deepcopy(base), self.config(library, **options))
+
+    def __str__(self) -> str:
+        return self.name.removesuffix("Config")
+
+
+METHODS = [
+    Method("VeraConfig", {"r": 3, "init_weights": False}, "vera_only", is_for_quantised=True),
+    Method("RandLoraConfig", {"r": 3, "init_weights": False}, "randlora_only", is_for_quantised=True),
+    Method("VBLoRAConfig", {"r": 3, "num_vectors": 9, "vector_length": 2}, "vblora_only"),
+    Method("UniLoraConfig", {"r": 3, "theta_d_length": 11, "init_theta_d_bound": 1.0}, "unilora_only"),
+    Method("TinyLoraConfig", {"u": 5, "init_weights": "uniform", "init_v_bound": 1.0}, "tinylora_only"),
+    Method("PveraConfig", {"r": 3, "init_weights": False}, "pvera_only", is_for_quantised=True),
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+TARGETS = LAYERS.targets["target_modules"]
+
+
+def build() -> nn.Module:
+    return LAYERS.build()
+
+
+def inputs() -> Tensor:
+    return LAYERS.inputs()[0]
+
+
+@pytest.mark.parametrize("example", [LLAMA, GPT2, BERT, T5], ids=str)
+@each_method
+def test_defaults_name_the_targets_that_pefts_do(method: Method, example: Example):
+    theirs, ours = (method.adapted(library, example.build()).eval() for library in (peft, graphpeft))
+    assert get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
+    expected = result(call(theirs, example.inputs()))
+    torch.testing.assert_close(result(call(ours, example.inputs())), expected)
+    assert not torch.equal(expected, result(call(example.build(), example.inputs())))
+
+
+@each_method
+def test_biases_that_are_trained_go_both_ways(method: Method, tmp_path: Path):
+    for bias in ("all", method.biases):
+        folder = tmp_path / bias
+        models = [moved(method.adapted(lib, build(), target_modules=["0"], bias=bias)) for lib in (peft, graphpeft)]
+        for model, library, name in ((models[0], graphpeft, "theirs"), (models[1], peft, "ours")):
+            model.save_pretrained(str(folder / name))
+            loaded = library.PeftModel.from_pretrained(build(), str(folder / name)).eval()
+            torch.testing.assert_close(loaded(inputs()), model(inputs()))
+        theirs, ours = peft.get_peft_model_state_dict(models[0]), get_peft_model_state_dict(models[1])
+        assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
+
+
+@each_method
+def test_rows_of_a_batch_have_adapters_of_their_own(method: Method):
+    model = moved(method.adapted(graphpeft, build(), target_modules=TARGETS))
+    model.add_adapter("other", method.config(target_modules=["0", "4"]))
+    expected = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        expected[name] = moved(model, seed=len(name))(inputs())
+    expected["__base__"] = build()(inputs())
+    names = ["default", "other", "__base__", "default"]
+    found = model(inputs(), adapter_names=names)
+    torch.testing.assert_close(found, torch.stack([expected[name][row] for row, name in enumerate(names)]))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method.is_for_quantised], ids=str)
+def test_quantised_layers_have_pefts_outputs(method: Method, tmp_path: Path):
+    case = Case("4 bits", by_bitsandbytes(__import__("bitsandbytes").nn.LinearNF4), lambda: (torch.randn(3, 64),))
+    theirs = moved(method.adapted(peft, case.build(), target_modules=["0", "2"]))
+    theirs.save_pretrained(str(tmp_path))
+    ours: Any = PeftModel.from_pretrained(case.build(), tmp_path).eval()
+    torch.testing.assert_close(ours(*case.inputs()), theirs(*case.inputs()))
+
+
+@each_method
+def test_an_operation_never_makes_the_whole_change(method: Method):
+    model = method.adapted(graphpeft, nn.Sequential(nn.Linear(64, 64)), target_modules=["0"])
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **kwargs or {})
+            if isinstance(made, Tensor) and "mm" in str(func):
+                sizes.append(made.numel())
+            return made
+
+    with Sizes():
+        model(torch.randn(2, 64))
+    assert sizes
+    assert max(sizes) < 64 * 64
+
+
+@each_method
+def test_an_adapter_becomes_plain_lora(method: Method, tmp_path: Path):
+    model = moved(method.adapted(graphpeft, build(), target_modules=["0", "2"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graphpeft.save_as_lora(tmp_path, model, rank=1.0)
+    plain = PeftModel.from_pretrained(build(), tmp_path).eval()
+    torch.testing.assert_close(plain(inputs()), model(inputs()), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,112 @@
+"""HRA beside PEFT's where that is noise, beside others of its kind, and on weights that PEFT doesn't adapt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from bitsandbytes.nn.modules import LinearNF4
+from models import LLAMA, Experts, call, result
+from oracle import LINEAR, Case, assert_close, outputs
+from test_quantised import by_bitsandbytes
+from test_written_methods import moved
+from torch import Tensor, nn
+
+import graphpeft
+from graphpeft import AdaptError, HRAConfig, PeftModel, get_peft_model
+from graphpeft.methods.hra import orthonormal, reflected
+from graphpeft.sites import quantisers
+from graphpeft.testing import verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
+
+
+def test_a_chain_is_the_product_of_its_reflections_in_both_orders():
+    torch.manual_seed(0)
+    u, x = torch.randn(7, 5, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    product = torch.eye(7, dtype=torch.float64)
+    for vector in (u / u.norm(dim=0)).T:
+        product = product @ (torch.eye(7, dtype=torch.float64) - 2 * torch.outer(vector, vector))
+    torch.testing.assert_close(reflected(x, u, False, False), x @ product)
+    torch.testing.assert_close(reflected(x, u, False, True), x @ product.T)
+    q = orthonormal(u)
+    torch.testing.assert_close(q.T @ q, torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(q @ (q.T @ u), u)
+
+
+def test_defaults_name_the_targets_that_pefts_do():
+    theirs = moved(peft.get_peft_model(LLAMA.build(), peft.HRAConfig()))
+    ours: Any = get_peft_model(LLAMA.build(), HRAConfig())
+    graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    assert_close(result(call(ours.eval(), LLAMA.inputs())), result(call(theirs, LLAMA.inputs())), 1e-5)
+
+
+def test_orthonormal_vectors_out_of_equal_pairs_are_refused_where_pefts_fresh_adapter_is_noise(tmp_path: Path):
+    base = LINEAR.build()
+    theirs = peft.get_peft_model(LINEAR.build(), peft.HRAConfig(r=4, apply_GS=True, target_modules=["0"]))
+    assert (outputs(theirs, LINEAR) - outputs(base, LINEAR)).abs().max() > 0.1
+    with pytest.raises(AdaptError, match="apply_GS makes its vectors orthonormal; of each two that are equal"):
+        get_peft_model(base, HRAConfig(r=4, apply_GS=True, target_modules=["0"]))
+    # what PEFT has trained from there is an adapter as any other
+    moved(theirs).save_pretrained(str(tmp_path))
+    assert_close(outputs(PeftModel.from_pretrained(base, tmp_path), LINEAR), outputs(theirs, LINEAR), 1e-5)
+
+
+def test_two_active_adapters_are_pefts():
+    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.HRAConfig(r=2, target_modules=["0"]))
+    ours: Any = get_peft_model(LINEAR.build(), HRAConfig(r=2, target_modules=["0"]))
+    for model, config in ((theirs, peft.HRAConfig), (ours, HRAConfig)):
+        model.add_adapter("second", config(r=4, target_modules=["0"]))
+    theirs.base_model.set_adapter(["default", "second"])
+    moved(theirs)
+    for name in ("default", "second"):
+        values = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        graphpeft.set_peft_model_state_dict(ours, values, adapter_name=name)
+    ours.set_adapter(["default", "second"])
+    assert_close(outputs(ours, LINEAR), outputs(theirs, LINEAR), 1e-5)
+
+
+class Beyond(nn.Module):
+    """Weights that PEFT's HRA doesn't adapt, one of them read both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.ConvTranspose1d(6, 4, 2, stride=2, groups=2)
+        self.w, self.both = nn.Parameter(torch.randn(4, 8) / 2), nn.Parameter(torch.randn(8, 8) / 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.back(x)).mT @ self.w
+        x = torch.tanh(x @ self.both) @ self.both.T
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_every_law_holds_for_weights_that_peft_lacks():
+    torch.manual_seed(0)
+    config = HRAConfig(r=2, target_modules=["back", "w", "both", "attention"])
+    verification = verify(Beyond().eval(), config, (torch.randn(2, 6, 3),), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+def test_each_matrix_of_a_stack_has_reflections_of_its_own():
+    config = HRAConfig(r=2, target_modules=["up"])
+    verification = verify(Experts(), config, (torch.randn(2, 3, 6),), progress=False, quiet=True)
+    assert verification.holds, verification
+    assert get_peft_model(Experts(), config).default.up_hra_u.shape == (2, 5, 2)
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights")
+def test_the_inputs_of_quantised_layers_are_reflected():
+    case = Case("nf4", by_bitsandbytes(LinearNF4), lambda: (torch.randn(3, 64),))
+    model: Any = moved(get_peft_model(case.build(), HRAConfig(r=2, target_modules=["0"])))
+    base: Any = case.build()
+    (x,) = case.inputs()
+    turned = reflected(x, model[0].default.hra_u, False, True)
+    assert_close(outputs(model, case), base(turned), 1e-5)
+    expected = reflected(quantisers.codes_of(base[0]).numbers(), model[0].default.hra_u.detach(), False, False)
+    model.merge_adapter()
+    merged = quantisers.codes_of(model[0]).numbers()
+    torch.testing.assert_close(merged, quantisers.quantised(base[0], expected).numbers())

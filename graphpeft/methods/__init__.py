@@ -49,6 +49,7 @@ from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
+from graphpeft.methods.waveft import WaveFTConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
@@ -97,6 +98,7 @@ __all__ = [
     "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
+    "WaveFTConfig",
     "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",

@@ -43,6 +43,7 @@ from graphpeft import (
     TargetedConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
+    WaveFTConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -440,6 +441,8 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
+    PeftType.WAVEFT: Method(
+        choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
     PeftType.GRALORA: Method(
         choosing(
             GraloraConfig,

@@ -43,10 +43,10 @@ from graphpeft import (
     TargetedConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
-    WaveFTConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
@@ -344,58 +344,6 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
-    PeftType.IA3: Method(ia3_configs, cases, is_identity=True, merges=True),
-    PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
-    PeftType.LILY: Method(
-        choosing(
-            LilyConfig,
-            {"init_weights": True},
-            r=[1, 2, 4],
-            stride_A=[1, 2],
-            num_B=[1, 2, 3],
-            scaling=[1.0, 0.5],
-            init_weights=[True, False],
-        ),
-        cases,
-        is_identity=True,
-        merges=False,
-    ),
-    PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
-    PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
-    PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
-    PeftType.OFT: Method(
-        choosing(
-            OFTConfig,
-            {"init_weights": True},
-            oft_block_size=[2, 4, 32],
-            bias=["none", "all", "oft_only"],
-            init_weights=[True, False],
-            block_share=[True, False],
-            use_cayley_neumann=[True, False],
-            num_cayley_neumann_terms=[2, 5, 8],
-        ),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.DELORA: Method(
-        choosing(DeloraConfig, _ZERO, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **_DRAWN),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.MISS: Method(
-        choosing(MissConfig, _ZERO, r=[1, 2, 3], init_weights=[True, False, "mini"]),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.FOURIERFT: Method(
-        choosing(FourierFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], **_DRAWN),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
     PeftType.C3A: Method(
         choosing(C3AConfig, _ZERO, block_size=[1], init_weights=[True, False, "gaussian"]),
         cases,
@@ -441,8 +389,6 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
-    PeftType.WAVEFT: Method(
-        choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
     PeftType.GRALORA: Method(
         choosing(
             GraloraConfig,
@@ -557,6 +503,12 @@ METHODS: dict[str, Method] = {
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.WAVEFT: Method(
+        choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

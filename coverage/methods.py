@@ -24,6 +24,7 @@ from kinds import KINDS, Kind
 from oracle import Case, outputs, perturb
 
 import graphpeft
+from graphpeft import PromptLearningConfig
 from graphpeft.rules.registry import registered
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,8 @@ def overview_line(method: str, ours: dict[str, type[Any]]) -> str:
         return f"| {method} | refused: {REFUSED.get(method, 'not written yet')} | | | |"
     contract = next((each for each in FIRST if each.method == method), None)
     if contract is None:
-        return f"| {method} | `{ours[method].__name__}` | no: it adds virtual tokens | yes | pt2, ONNX |"
+        why = "it adds virtual tokens" if issubclass(ours[method], PromptLearningConfig) else "tasks choose what acts"
+        return f"| {method} | `{ours[method].__name__}` | no: {why} | yes | pt2, ONNX |"
     exports = ", ".join(name for key, name in (("pt2", "pt2"), ("onnx", "ONNX")) if key not in contract.refuses)
     return (
         f"| {method} | `{ours[method].__name__}` | {'no' if 'merge' in contract.refuses else 'yes'} "

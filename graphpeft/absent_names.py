@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-_METHODS = [
-    "AdaLora",
-    "Adamss",
-    "AdaptionPrompt",
-    "BOFT",
-    "Beft",
-    "C3A",
-    "Cartridge",
-    "Deft",
-    "Delora",
-    "FourierFT",
-    "Frod",
-    "Glora",
-    "Gralora",
-    "HRA",
-    "Hira",
-    "Lily",
-    "Miss",
-    "OFT",
-    "OSF",
-    "Peanut",
-    "Poly",
-    "Psoft",
-    "Pvera",
-    "RandLora",
-    "Road",
-    "Shadow",
-    "Shira",
-    "Supertuning",
-    "TinyLora",
-    "UniLora",
-    "VBLoRA",
-    "Vera",
-    "WaveFT",
-    "XLora",
-]
+_MISSING = ("Adamss", "AdaptionPrompt", "Cartridge", "Frod", "OSF", "Psoft", "Shadow", "XLora")
+"""The methods that don't exist here, as PEFT's classes name them."""
+
+_TUNERS = (
+    *("AdaLora", "Adamss", "AdaptionPrompt", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora"),
+    *("Gralora", "HRA", "Hira", "IA3", "LNTuning", "Lily", "LoHa", "LoKr", "Lora", "Miss", "OFT", "OSF", "Peanut"),
+    *("Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira", "Supertuning", "TinyLora", "TrainableTokens"),
+    *("UniLora", "VBLoRA", "Vera", "WaveFT", "XLora"),
+)
+"""The methods for which PEFT has a wrapper class."""
+
 _VARIANTS = ("ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig")
 
 _METHOD = "the method doesn't exist here yet; docs/rules.md shows how one is written"
@@ -48,12 +23,8 @@ _CACHES = "prefix tuning reads where a model keeps keys and values from its code
 _CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
 
 ABSENT: dict[str, str] = {
-    **{f"{method}Config": _METHOD for method in _METHODS},
-    **{
-        f"{method}Model": _TUNER
-        for method in ("IA3", "LNTuning", "LoHa", "LoKr", "Lora", "TrainableTokens", *_METHODS)
-        if method != "Cartridge"
-    },
+    **{f"{method}Config": _METHOD for method in _MISSING},
+    **{f"{method}Model": _TUNER for method in _TUNERS},
     **dict.fromkeys(_VARIANTS, _VARIANT),
     **dict.fromkeys(("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "CartridgeEncoder": _CARTRIDGE,

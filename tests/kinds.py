@@ -82,7 +82,7 @@ KINDS = [
     Kind("`Conv1d`", CONV_1D),
     Kind("`Conv2d`", CONV_2D),
     Kind("`Conv3d`", CONV_3D),
-    Kind("grouped", GROUPED),
+    Kind("grouped", GROUPED, merges=False),
     Kind("`Embedding`", EMBEDDING),
     Kind("`MultiheadAttention`", ATTENTION),
     Kind("plain matrix", MATRIX),

@@ -13,8 +13,8 @@ import torch
 import transformers
 from kinds import ROUNDED
 from models import BERT, LLAMA, T5, Example
+from oracle import moved
 from safetensors.torch import load_file
-from test_contracts import moved
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

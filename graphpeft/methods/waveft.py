@@ -136,9 +136,9 @@ def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     if wavelet == "db1":
         half = 0.5**0.5
         return [half, half], [half, -half]
-    import pywt  # pyright: ignore[reportMissingImports]
-
-    made = pywt.Wavelet(wavelet)
+    # its names are of a compiled module
+    wavelets: Any = importlib.import_module("pywt")
+    made = wavelets.Wavelet(wavelet)
     return made.rec_lo, made.rec_hi
 
 

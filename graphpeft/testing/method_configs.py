@@ -1,0 +1,278 @@
+"""Strategies for configs that fit a model, of methods whose options depend on each other or on the model."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+from torch import nn
+
+from graphpeft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    TargetedConfig,
+    TinyLoraConfig,
+    TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+)
+from graphpeft.testing.generated_models import DIM, targets_of
+
+
+def entries_for(chosen: list[str], paths: list[str]) -> list[str] | str:
+    """Returns the `target_modules` for exactly these paths: the list itself, unless one is the end of another path."""
+    ambiguous = any(path.endswith(f".{name}") for name in chosen for path in paths if path not in chosen)
+    return "|".join(map(re.escape, chosen)) if ambiguous else chosen
+
+
+def _from_weight(identity: bool) -> list[str]:
+    """Returns the initialisations that read the weight; with `identity`, only exact ones, not up to rounding."""
+    return ["mica"] if identity else ["pissa", "olora", "mica", "orthogonal"]
+
+
+def _adds_bias(model: nn.Module, path: str) -> bool:
+    layer = dict(model.named_modules()).get(path)
+    return isinstance(layer, nn.Linear) and layer.bias is not None
+
+
+@st.composite
+def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
+    """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    paths = [path for path, _ in model.named_modules()]
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
+    kind = draw(
+        st.sampled_from([*([True, "gaussian"] if identity else [True, False, "gaussian"]), *_from_weight(identity)])
+    )
+    # the model's narrowest matrix has three rows
+    ranks = {"orthogonal": [2, 4], "pissa": [1, 2, 3], "olora": [1, 2, 3], "mica": [1, 2, 3]}.get(
+        str(kind), [1, 2, 3, 4]
+    )
+    # the bias of B is merged into the layer's bias
+    can_have_bias = kind in (True, False) and all(_adds_bias(model, path) for path in chosen)
+    lora_bias = draw(st.sampled_from([False, can_have_bias]))
+    return LoraConfig(
+        r=draw(st.sampled_from(ranks)),
+        lora_alpha=draw(st.sampled_from([1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        use_rslora=draw(st.booleans()),
+        bias=draw(st.sampled_from(["none", "all", "lora_only"])),
+        use_dora=draw(st.booleans()) and not lora_bias and kind != "mica",
+        lora_bias=lora_bias,
+        init_lora_weights=kind,
+        target_modules=entries_for(chosen, paths),
+        rank_pattern=draw(st.sampled_from([{}, {special: 2}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
+        modules_to_save=draw(st.sampled_from([None, ["norm"]] if any(p.endswith("norm") for p in paths) else [None])),
+    )
+
+
+@st.composite
+def ia3_configs(draw: Any, model: nn.Module, identity: bool) -> IA3Config:
+    """Returns a strategy for (IA)³ configs that fit `model`; with `identity`, all factors are 1 at first."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    entries = entries_for(chosen, [path for path, _ in model.named_modules()])
+    enter = draw(st.lists(st.sampled_from(chosen), unique=True))
+    return IA3Config(
+        target_modules=entries,
+        feedforward_modules="|".join(map(re.escape, enter)) if isinstance(entries, str) else enter,
+        init_ia3_weights=identity or draw(st.booleans()),
+    )
+
+
+@st.composite
+def loha_configs(draw: Any, model: nn.Module, identity: bool) -> LoHaConfig:
+    """Returns a strategy for LoHa configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
+    return LoHaConfig(
+        r=draw(st.sampled_from([1, 2, 4])),
+        alpha=draw(st.sampled_from([1, 8, 3.5])),
+        target_modules=entries_for(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([{}, {special: 3}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
+        init_weights=identity or draw(st.booleans()),
+        **draw(_dropouts()),
+    )
+
+
+@st.composite
+def adalora_configs(draw: Any, model: nn.Module, identity: bool) -> AdaLoraConfig:
+    """Returns a strategy for AdaLoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    init_r = draw(st.sampled_from([1, 2, 4]))
+    special = draw(st.sampled_from(chosen))
+    mask = draw(st.lists(st.booleans(), min_size=init_r, max_size=init_r).filter(any))
+    return AdaLoraConfig(
+        init_r=init_r,
+        total_step=draw(st.sampled_from([1, 20])),
+        lora_alpha=draw(st.sampled_from([0, 1, 8, 3.5])),
+        lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+        target_modules=entries_for(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([None, {f"{special}.lora_E": mask}])),
+        init_lora_weights=identity or draw(st.booleans()),
+    )
+
+
+@st.composite
+def lokr_configs(draw: Any, model: nn.Module, identity: bool) -> LoKrConfig:
+    """Returns a strategy for LoKr configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
+    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
+    special = draw(st.sampled_from(chosen))
+    return LoKrConfig(
+        r=draw(st.sampled_from([1, 2, 4])),
+        alpha=draw(st.sampled_from([1, 8, 3.5])),
+        decompose_both=draw(st.booleans()),
+        decompose_factor=draw(st.sampled_from([-1, 1, 2, 8])),
+        rank_dropout_scale=draw(st.booleans()),
+        target_modules=entries_for(chosen, [path for path, _ in model.named_modules()]),
+        rank_pattern=draw(st.sampled_from([{}, {special: 3}])),
+        alpha_pattern=draw(st.sampled_from([{}, {special: 5}])),
+        init_weights=draw(st.sampled_from([True, "lycoris"] if identity else [True, False, "lycoris"])),
+        **draw(_dropouts()),
+    )
+
+
+@functools.cache
+def _dropouts() -> st.SearchStrategy[dict[str, float]]:
+    return st.fixed_dictionaries({name: st.sampled_from([0.0, 0.4]) for name in ("rank_dropout", "module_dropout")})
+
+
+@st.composite
+def ln_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> LNTuningConfig:
+    """Returns a strategy for LN tuning of any modules of `model`, of which none is inside of another."""
+    paths = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
+    chosen: list[str] = []
+    for path in draw(st.lists(st.sampled_from(paths), min_size=1, unique=True)):
+        if not any(f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.") for other in chosen):
+            chosen.append(path)
+    return LNTuningConfig(target_modules="|".join(map(re.escape, chosen)))
+
+
+@st.composite
+def trainable_tokens_configs(draw: Any, model: nn.Module, identity: bool) -> TrainableTokensConfig:
+    """Returns a strategy for trainable rows of tables and layers of `model`; with `identity`, those of the weights."""
+    tables = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding | nn.Linear)}
+    # a head follows the embedding whose weight it has
+    first = {id(module.weight): path for path, module in reversed(tables.items())}
+    tables = {path: tables[path] for path in tables if path in first.values()}
+    chosen = draw(st.lists(st.sampled_from(list(tables)), min_size=1, unique=True))
+    rows = min(len(tables[path].weight) for path in chosen)
+    return TrainableTokensConfig(
+        target_modules="|".join(map(re.escape, chosen)),
+        token_indices=draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True)),
+        init_weights=identity or draw(st.booleans()),
+    )
+
+
+@st.composite
+def prompt_tuning_configs(draw: Any, model: nn.Module, identity: bool) -> PromptTuningConfig:
+    """Returns a strategy for prompt tuning in the body of `model`."""
+    return PromptTuningConfig(**draw(_prompt_options()))
+
+
+@st.composite
+def prompt_encoder_configs(draw: Any, model: nn.Module, identity: bool) -> PromptEncoderConfig:
+    """Returns a strategy for P-tuning in the body of `model`."""
+    kind = draw(st.sampled_from(["MLP", "LSTM"]))
+    hidden = draw(st.integers(1, 5))
+    return PromptEncoderConfig(
+        encoder_reparameterization_type=kind, encoder_hidden_size=hidden, **draw(_prompt_options())
+    )
+
+
+@functools.cache
+def _prompt_options() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "num_virtual_tokens": st.integers(1, 4),
+            "token_dim": st.just(DIM),
+            "prompt_scope": st.just(["body"]),
+            "prompt_position": st.sampled_from(["before", "after"]),
+        }
+    )
+
+
+def choosing(
+    config_class: type[TargetedConfig],
+    fresh: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    **choices: Sequence[Any],
+) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
+
+    Args:
+        config_class: The method's class, with an option `target_modules`.
+        fresh: The options with which a fresh adapter is the identity, where not all choices have that.
+        without: Paths that are no targets.
+        **choices: The values of each option.
+    """
+
+    @st.composite
+    def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
+        targets = [path for path in targets_of(model) if path not in without]
+        chosen = draw(st.lists(st.sampled_from(targets), min_size=1, unique=True))
+        options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        if identity:
+            options.update(fresh or {})
+        named = entries_for(chosen, [path for path, _ in model.named_modules()])
+        return config_class(target_modules=named, **options)
+
+    return configs
+
+
+DRAWN: dict[str, Any] = {"init_weights": [True, False]}
+"""Choices of first values: with or without an effect."""
+
+NOT_DRAWN = {"init_weights": True}
+"""The option without an effect."""
+
+vera_configs = choosing(VeraConfig, NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **DRAWN)
+pvera_configs = choosing(PveraConfig, NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **DRAWN)
+randlora_configs = choosing(
+    RandLoraConfig,
+    NOT_DRAWN,
+    r=[1, 3],
+    randlora_alpha=[1, 3.5],
+    randlora_dropout=[0.0, 0.4],
+    sparse=[True, False],
+    **DRAWN,
+)
+
+# any size is a multiple of 1
+vblora_configs = choosing(
+    VBLoRAConfig,
+    r=[1, 3],
+    num_vectors=[4, 7],
+    vector_length=[1],
+    topk=[1, 2],
+    vblora_dropout=[0.0, 0.4],
+    init_vector_bank_bound=[0.02, 1.0],
+)
+
+unilora_configs = choosing(
+    UniLoraConfig, r=[1, 3], theta_d_length=[5, 256], unilora_dropout=[0.0, 0.4], save_indices=[True, False], **DRAWN
+)
+
+tinylora_configs = choosing(
+    TinyLoraConfig,
+    NOT_DRAWN,
+    r=[1, 3],
+    u=[1, 5],
+    weight_tying=[0.0, 0.5, 1.0],
+    tinylora_dropout=[0.0, 0.4],
+    init_v_bound=[1.0],
+    init_weights=[True, "uniform"],
+)

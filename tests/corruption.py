@@ -142,6 +142,12 @@ def _cpt() -> graphpeft.PeftConfig:
     )
 
 
+def _poly() -> graphpeft.PeftConfig:
+    return graphpeft.PolyConfig(
+        task_type=graphpeft.TaskType.CAUSAL_LM, r=2, n_tasks=2, target_modules=["q_proj", "up_proj"]
+    )
+
+
 def _lora(**options: Any) -> Callable[[], graphpeft.PeftConfig]:
     return lambda: graphpeft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options})
 
@@ -203,6 +209,7 @@ SAVED = [
     Saved("prefix", _llama, _prompt(graphpeft.PrefixTuningConfig)),
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),
+    Saved("multitask-poly", _llama, _poly),
 ]
 _MORE = {contract.method for contract in FIRST} - {saved.config().peft_type for saved in SAVED}
 SAVED += [

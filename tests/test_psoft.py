@@ -110,6 +110,15 @@ def test_the_numbers_of_a_quantised_weight_are_decomposed():
     assert_close(model(x), base[2](torch.tanh(same(x))), 1e-5)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("options", [{"r": 1}, {"use_cayley_neumann": True, "cayley_neumann_eps": 0.3}], ids=str)
+def test_what_has_no_angle_yet_is_trained(options: dict[str, Any]):
+    model: Any = get_peft_model(LINEAR.build(), PsoftConfig(**OPTIONS | options))
+    model(*LINEAR.inputs()).square().mean().backward()
+    gradients = [tensor.grad for tensor in model.parameters() if tensor.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+
+
 def test_a_rank_above_the_weights_is_refused():
     for library in (peft.PsoftConfig, PsoftConfig):
         make = peft.get_peft_model if library is peft.PsoftConfig else get_peft_model

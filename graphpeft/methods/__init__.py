@@ -42,6 +42,7 @@ from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderR
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
+from graphpeft.methods.psoft import PsoftConfig
 from graphpeft.methods.pvera import PveraConfig
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.road import RoadConfig
@@ -90,6 +91,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PsoftConfig",
     "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",

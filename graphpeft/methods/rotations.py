@@ -54,7 +54,8 @@ def skew(triangles: Tensor, size: int) -> Tensor:
         size: The number of rows of a matrix.
     """
     rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
-    flat = triangles.reshape(-1, triangles.shape[-1])
+    # a matrix of one row has an empty triangle
+    flat = triangles.reshape(prod(triangles.shape[:-1]), triangles.shape[-1])
     upper = flat.new_zeros(len(flat), size, size)
     upper = upper.index_put((torch.arange(len(flat), device=flat.device)[:, None], rows, columns), flat)
     return (upper - upper.mT).unflatten(0, triangles.shape[:-1]) if triangles.ndim > 1 else (upper - upper.mT)[0]

@@ -1,0 +1,250 @@
+"""PSOFT: the weight is rotated within the subspace of its largest singular values.
+
+    ΔW = s B (R − 1) A        W ≈ s B A of rank r: A = Vᵀ, B = U S / s, of the weight's own decomposition, s = α / r
+    R = diag(b) Q diag(a)     Q a rotation made of a skew matrix, or any matrix; b and a start with ones
+
+Only R is trained and saved: A and B are computed from the base's weight, also when a file is loaded.
+
+Source: "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", openreview FSHrinMArK; the same numbers
+as PEFT's ``tuners/psoft/layer.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.graph.computed_weights import read_weight
+from graphpeft.graph.recorded import recorded
+from graphpeft.methods.factored import Factored, is_branch, sizes_of
+from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.rotations import cayley, neumann, skew
+from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Probability, Seed, Size, Within
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.registry import register
+from graphpeft.sites import quantisers
+from graphpeft.sites.site import LeafSite
+from graphpeft.targeting import targets
+from graphpeft.targeting.target_config import TargetedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Psoft(Factored):
+    """The change of a weight.
+
+    Attributes:
+        rank: r.
+        is_orthogonal: Whether Q is a rotation.
+        terms: The number of terms of Neumann's series; None for the exact map.
+        eps: The norm to which the skew matrix is shortened for the series; None for any.
+    """
+
+    rank: int
+    is_orthogonal: bool = True
+    terms: int | None = None
+    eps: float | None = None
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses ranks above the weight's, and weights whose numbers aren't known."""
+        if isinstance(site, LeafSite) and not site.is_recoded:
+            return f"its weight is decomposed, whose numbers aren't known: it is {site.kind}"
+        reason, sizes = super().check(site, config), self.sizes
+        is_above = reason is None and self.rank > min(sizes.rows, sizes.columns)
+        return f"r={self.rank} is above the rank of its {sizes.rows}×{sizes.columns} weight" if is_above else reason
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns R's matrix and vectors, and the frozen A and B."""
+        stack, rank = self.sizes.stack, self.rank
+        own = (rank * (rank - 1) // 2,) if self.is_orthogonal else (rank, rank)
+        made = {"matrix": ParameterSpec((*stack, *own), "psoft_R.weight")}
+        names = [name for name in ("vector_b", "vector_a") if getattr(config, f"psoft_mag_{name[-1]}")]
+        made |= {name: ParameterSpec((*stack, rank), f"psoft_R.{name}") for name in names}
+        # also beside half precision, in which the product of both would be another one
+        of_base = {"is_trained": False, "is_saved": False, "dtype": torch.promote_types(site.dtype, torch.float32)}
+        shapes = {"psoft_A": (*stack, rank, self.sizes.columns), "psoft_B": (*stack, self.sizes.rows, rank)}
+        return made | {name: ParameterSpec(shape, name, **of_base) for name, shape in shapes.items()}
+
+    def dropout_of(self, config: Any) -> float:
+        """Returns the probability of dropping an element of the branch's input."""
+        return config.psoft_dropout
+
+    def constants(self, site: Any, config: Any) -> Mapping[str, float]:
+        """Returns s."""
+        return {"scale": config.psoft_alpha / self.rank}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Makes R the identity, or draws its matrix; computes A and B from the weight."""
+        matrix = parameters["matrix"].zero_()
+        if self.is_orthogonal and not config.init_weights:
+            matrix.normal_(std=0.1)
+        elif not self.is_orthogonal:
+            noise = 0 if config.init_weights else torch.randn(matrix.shape) * 0.1
+            matrix.copy_(torch.eye(self.rank) + noise)
+        for name in {"vector_a", "vector_b"} & parameters.keys():
+            parameters[name].fill_(1)
+        u, s, vh = config.decomposed(self._numbers(site, module))
+        s = s / (config.psoft_alpha / self.rank)
+        on_a, on_b = (s**0.5, s**0.5) if config.ab_svd_init == "pissa_init" else (torch.ones_like(s), s)
+        parameters["psoft_A"].copy_(on_a[..., None] * vh)
+        parameters["psoft_B"].copy_(u * on_b[..., None, :])
+
+    def _numbers(self, site: Any, module: nn.Module) -> Tensor:
+        is_call = isinstance(site, LeafSite)
+        own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
+        weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
+        return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
+
+    def turning(self, matrix: Any, vector_b: Any, vector_a: Any) -> Any:
+        """Returns R − 1."""
+        return turning(matrix, vector_b, vector_a, self.rank if self.is_orthogonal else None, self.terms, self.eps)
+
+    def delta(
+        self, matrix: Any, psoft_A: Any, psoft_B: Any, scale: Any, vector_b: Any = None, vector_a: Any = None
+    ) -> Any:
+        """Returns s B (R − 1) A."""
+        return self.product(self.turning(matrix, vector_b, vector_a) @ psoft_A, psoft_B) * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsoftBranch(Psoft):
+    """The change of what a linear operation or a call computes."""
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        training: Any,
+        matrix: Any,
+        psoft_A: Any,
+        psoft_B: Any,
+        scale: Any,
+        vector_b: Any = None,
+        vector_a: Any = None,
+        dropout: Any = None,
+    ) -> Any:
+        """Returns y + s · (dropout(x) Aᵀ) (R − 1)ᵀ Bᵀ."""
+        h = F.linear(self.entering(x, psoft_A, training, dropout), psoft_A)
+        return self.leaving(y + F.linear(F.linear(h, self.turning(matrix, vector_b, vector_a)), psoft_B) * scale, y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsoftDelta(Psoft, DeltaRule):
+    """The change of a weight in any other use."""
+
+
+@recorded
+def turning(
+    matrix: Tensor, b: Tensor | None, a: Tensor | None, size: int | None, terms: int | None, eps: float | None
+) -> Tensor:
+    """Returns diag(b) Q diag(a) − 1.
+
+    Args:
+        matrix: The upper triangle of a skew matrix, (…, size · (size − 1) / 2); or Q, (…, r, r), if `size` is None.
+        b: The factors of rows, (…, r), if there are any.
+        a: The factors of columns, likewise.
+        size: r, for a rotation.
+        terms: The number of terms of Neumann's series; None for the exact map.
+        eps: The norm to which the skew matrix is shortened for the series; None for any.
+    """
+    if size is not None:
+        skewed = skew(matrix, size)
+        if eps is not None:
+            norms = torch.linalg.matrix_norm(skewed, keepdim=True)
+            skewed = torch.where(norms > eps, skewed * (eps / (norms + 1e-12)), skewed)
+        matrix = cayley(-skewed) if terms is None else neumann(skewed, terms)
+    made = matrix if b is None else b[..., None] * matrix
+    made = made if a is None else made * a[..., None, :]
+    return made - torch.eye(made.shape[-1], dtype=made.dtype, device=made.device)
+
+
+@register
+@dataclass(kw_only=True)
+class PsoftConfig(TargetedConfig):
+    """The options of PSOFT beside the ones that name targets; the names, defaults and meanings are PEFT's.
+
+    Source: "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", openreview FSHrinMArK.
+
+    Attributes:
+        r: The rank of the subspace, that of the weight at the most.
+        psoft_alpha: α; the scale is α/r, and B is divided by it.
+        psoft_dropout: The probability of dropping an element of the branch's input in training.
+        fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
+        ab_svd_init: ``"psoft_init"``: A has orthonormal rows. ``"pissa_init"``: A has roots of the singular values.
+        psoft_svd: Whether the weight is decomposed exactly, ``"full"``, or with random numbers, ``"lowrank"``.
+        psoft_svd_lowrank_niter: The number of steps of the latter.
+        random_seed: The seed of the latter.
+        psoft_orth: Whether Q is a rotation; if False, any matrix.
+        psoft_mag_b: Whether rows of R have factors.
+        psoft_mag_a: Whether columns of R have factors.
+        use_cayley_neumann: Whether the rotation is Neumann's series, which is faster than the exact map.
+        num_cayley_neumann_terms: The number of terms of the series.
+        cayley_neumann_eps: The norm to which the skew matrix is shortened for the series, between 0 and 1.
+        init_weights: Whether R is the identity at first; if False, its matrix is drawn.
+
+    Raises:
+        ValueError: For a value that an option can't have.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), PsoftConfig(r=4, target_modules=["0"]))
+        >>> {name: tuple(t.shape) for name, t in model[0].default.named_parameters() if t.requires_grad}
+        {'matrix': (6,), 'vector_b': (4,), 'vector_a': (4,)}
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.PSOFT
+    prefix: ClassVar[str | None] = "psoft_"
+    adapts_leaves: ClassVar[bool] = True
+    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
+    not_of_tensors = TargetedConfig.not_of_tensors | {"psoft_dropout", "fan_in_fan_out", "init_weights"}
+
+    r: Size = 32
+    psoft_alpha: Annotated[float, Within("a number above 0", 1e-6, 3.4e38)] = 32
+    psoft_dropout: Probability = 0.0
+    fan_in_fan_out: bool = False
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: Annotated[int, Within("a whole number from 0 on", 0, 100)] = 10
+    random_seed: Seed = 0
+    psoft_orth: bool = True
+    psoft_mag_b: bool = True
+    psoft_mag_a: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: Annotated[int, Within("a positive integer", 1, 100)] = 5
+    cayley_neumann_eps: Annotated[float, Within("a number between 0 and 1", 1e-12, 1 - 1e-12)] | None = None
+    init_weights: bool = True
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether R is the identity."""
+        return self.init_weights
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Psoft:
+        """Returns the rule for a linear operation or a call, or for a weight in any other use."""
+        return (PsoftBranch if is_branch(site) else PsoftDelta)(
+            sizes=sizes_of(site),
+            rank=self.r,
+            is_orthogonal=self.psoft_orth,
+            terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else None,
+            eps=self.cayley_neumann_eps if self.use_cayley_neumann else None,
+        )
+
+    def decomposed(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the first r left singular vectors, singular values, and right singular vectors as rows.
+
+        Args:
+            weight: The weight, (…, out, in). It is decomposed where it is, as in PEFT.
+        """
+        if self.psoft_svd == "full":
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            return u[..., : self.r], s[..., : self.r], vh[..., : self.r, :]
+        kind, devices = weight.device.type, [] if weight.device.type == "cpu" else [weight.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            torch.manual_seed(self.random_seed)
+            u, s, v = torch.svd_lowrank(weight, q=self.r, niter=self.psoft_svd_lowrank_niter)
+        return u, s, v.mT

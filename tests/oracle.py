@@ -147,6 +147,16 @@ def perturb(model: nn.Module) -> None:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
+def moved(model: Any, seed: int = 3) -> Any:
+    """Moves all that is trained, so that no adapter is the identity, and returns the model in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3)
+    return model.eval()
+
+
 def outputs(model: nn.Module, case: Any) -> Tensor:
     """Returns what a model computes, without gradients, with the random numbers of one seed."""
     torch.manual_seed(4)

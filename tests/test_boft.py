@@ -10,11 +10,10 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import Experts
-from oracle import CONV_2D, LINEAR, Case, assert_close, assert_same_tensors, outputs
+from oracle import CONV_2D, LINEAR, Case, assert_close, assert_same_tensors, moved, outputs
 from peft.tuners.boft import layer as their_layer
 from safetensors.torch import load_file
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft

@@ -24,6 +24,7 @@ from graphpeft import (
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
+    PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -136,6 +137,17 @@ def prompt(config_class: Any, **options: Any) -> Case:
     return Case(LLAMA.make, config_class(**IN_FRONT | options), inputs)
 
 
+class Told(nn.Module):
+    """A layer in a model that is told tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+
 def of_contracts() -> dict[str, Case]:
     """Returns a case for each class of rules that the contracts of methods use, and for each class of its parts."""
     found: dict[str, Case] = {}
@@ -159,6 +171,11 @@ def parts_of(rule: Any) -> Iterator[type]:
 
 CASES = {
     **of_contracts(),
+    "Poly": Case(
+        Told,
+        PolyConfig(r=2, n_tasks=3, target_modules=["layer"]),
+        {"x": VECTORS, "task_ids": torch.tensor([2, 0])},
+    ),
     "LoraLinear": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS),
     "LoraConvolution": lora(lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.Tanh()), VECTORS),
     "LoraWithinGroups": lora(lambda: nn.Sequential(nn.Conv1d(6, 9, 3, groups=3, padding=1), nn.Tanh()), GROUPED),

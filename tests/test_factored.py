@@ -12,9 +12,8 @@ import pytest
 import torch
 from matrix_uses import LAYERS
 from models import BERT, GPT2, LLAMA, T5, Example, call, result
-from oracle import Case
+from oracle import Case, moved
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

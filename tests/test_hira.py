@@ -10,9 +10,8 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import LLAMA, Experts, call, result
-from oracle import LINEAR, Case, assert_close, assert_same_tensors, outputs
+from oracle import LINEAR, Case, assert_close, assert_same_tensors, moved, outputs
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft

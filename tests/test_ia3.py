@@ -10,9 +10,8 @@ import peft
 import pytest
 import torch
 from models import BERT, GPT2, LLAMA, T5, Example, Experts, call, result
-from oracle import LINEAR, Case
+from oracle import LINEAR, Case, moved
 from test_quantised import by_bitsandbytes, by_torchao
-from test_written_methods import moved
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig
 

@@ -9,10 +9,9 @@ import peft
 import pytest
 import torch
 from models import BERT, GPT2, LLAMA, T5, Example, call, result
-from oracle import CONV_1D, CONV_2D, LINEAR, TRANSPOSED, Case
+from oracle import CONV_1D, CONV_2D, LINEAR, TRANSPOSED, Case, moved
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LINEAR
-from test_written_methods import moved
+from oracle import LINEAR, moved
 
 from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model
 

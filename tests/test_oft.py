@@ -11,10 +11,9 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import LLAMA, Experts, call, result
-from oracle import CONV_2D, EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, Case, assert_close
+from oracle import CONV_2D, EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, Case, assert_close, moved
 from peft.tuners.oft.layer import OFTLayer
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft

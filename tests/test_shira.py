@@ -7,8 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import LINEAR, TRANSPOSED
-from test_written_methods import moved
+from oracle import LINEAR, TRANSPOSED, moved
 from torch import Tensor, nn
 
 from graphpeft import AdaptError, PeftModel, ShiraConfig, get_peft_model, get_peft_model_state_dict

@@ -7,8 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from oracle import moved
 from test_factored import TARGETS, build, inputs
-from test_written_methods import moved
 
 import graphpeft
 from graphpeft import (

@@ -36,6 +36,7 @@ from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.oft import OFTConfig
 from graphpeft.methods.peanut import PeanutConfig
+from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -51,6 +52,7 @@ from graphpeft.methods.trainable_tokens import TrainableTokensConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
+from graphpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -81,6 +83,7 @@ __all__ = [
     "MultitaskPromptTuningInit",
     "OFTConfig",
     "PeanutConfig",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
@@ -98,6 +101,7 @@ __all__ = [
     "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

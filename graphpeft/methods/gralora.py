@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import are_turned
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Index, Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -120,15 +121,14 @@ class GraloraBranch(Gralora):
         dropout: Any = None,
     ) -> Any:
         """Returns y + s · (blocks + G H) dropout(x), with a dropout of its own for each of both."""
-        h = x.to(gralora_A.dtype) if self.casts else x
-        dropped = h if dropout is None else F.dropout(h, dropout, training)
-        inner = torch.einsum("...ni,nir->...nr", dropped.unflatten(-1, (self.parts, -1)), gralora_A)
+        h = self.entering(x, gralora_A, training, dropout)
+        inner = torch.einsum("...ni,nir->...nr", h.unflatten(-1, (self.parts, -1)), gralora_A)
         exchanged = inner.unflatten(-1, (self.parts, -1)).transpose(-3, -2).flatten(-2)
         result = add_scaled(y, torch.einsum("...mr,mro->...mo", exchanged, gralora_B).flatten(-2), scale)
         if gralora_A_general is not None:
-            dropped = h if dropout is None else F.dropout(h, dropout, training)
-            result = add_scaled(result, F.linear(F.linear(dropped, gralora_A_general), gralora_B_general), scale)
-        return result.to(y.dtype) if self.casts else result
+            h = self.entering(x, gralora_A_general, training, dropout)
+            result = add_scaled(result, F.linear(F.linear(h, gralora_A_general), gralora_B_general), scale)
+        return self.leaving(result, y)
 
 
 def _shape(site: Any) -> tuple[int, ...]:
@@ -214,5 +214,5 @@ class GraloraConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> GraloraConfig:
         """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
         config = copy.deepcopy(self)
-        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        config.fan_in_fan_out = are_turned(sites)
         return config

@@ -119,9 +119,9 @@ class LilyConfig(TargetedConfig):
         ValueError: For a value that an option can't have.
 
     Example:
-        >>> layers = [nn.Sequential(nn.Linear(8, 8)) for _ in range(4)]
-        >>> model = get_peft_model(nn.Sequential(*layers), LilyConfig(r=2, stride_A=2, target_modules=["0"]))
-        >>> model[0][0].default.lily_A is model[1][0].default.lily_A, model[0][0].default.lily_A.shape
+        >>> layers = [nn.Linear(8, 8) for _ in range(4)]
+        >>> model = get_peft_model(nn.Sequential(*layers), LilyConfig(r=2, stride_A=2, target_modules="[0-3]"))
+        >>> model[0].default.lily_A is model[1].default.lily_A, model[0].default.lily_A.shape
         (True, torch.Size([2, 8]))
     """
 

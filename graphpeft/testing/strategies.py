@@ -46,6 +46,7 @@ from graphpeft import (
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
@@ -502,6 +503,12 @@ METHODS: dict[str, Method] = {
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.WAVEFT: Method(
+        choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.PROMPT_TUNING: Method(prompt_tuning_configs, mixing_cases, is_identity=False, merges=False),
     PeftType.P_TUNING: Method(prompt_encoder_configs, mixing_cases, is_identity=False, merges=False),
 }

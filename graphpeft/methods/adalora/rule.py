@@ -19,6 +19,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import dropped_by_row, products_by_row
+from graphpeft.methods.matrices import no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.rule import RunsByRow
@@ -39,10 +40,7 @@ class AdaLora(DeltaRule):
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that are no matrices."""
-        reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
-        return reason
+        return super().check(site, config) or no_matrix(site)
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, E and B, with as many ranks as the config's `rank_pattern` leaves."""
@@ -116,13 +114,10 @@ class AdaLoraBranch(AdaLora, RunsByRow):
         dropout: Any = None,
     ) -> Any:
         """Returns y + s · dropout(x) (E ⊙ A)ᵀ Bᵀ."""
-        h = x.to(lora_A.dtype) if self.casts else x
-        if dropout is not None:
-            h = F.dropout(h, dropout, training)
+        h = self.entering(x, lora_A, training, dropout)
         scaled = lora_A * lora_E
         branch = h @ lora_B @ scaled if self._is_turned(operation) else F.linear(F.linear(h, scaled), lora_B)
-        result = add_scaled(y, branch, scale)
-        return result.to(y.dtype) if self.casts else result
+        return self.leaving(add_scaled(y, branch, scale), y)
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -145,8 +140,7 @@ class AdaLoraBranch(AdaLora, RunsByRow):
         h = as_node(dropped_by_row, x.to(lora_A.dtype) if self.casts else x, dropout, training)
         scaled = lora_A * lora_E
         first, second = (lora_B, scaled) if self._is_turned(operation) else (scaled.mT, lora_B.mT)
-        result = as_node(products_by_row, y, h, first, second, scale)
-        return result.to(y.dtype) if self.casts else result
+        return self.leaving(as_node(products_by_row, y, h, first, second, scale), y)
 
     def _is_turned(self, operation: Any) -> bool:
         """Returns whether an operation reads the weight as its outputs by inputs, and not the other way round."""

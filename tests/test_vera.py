@@ -11,7 +11,15 @@ from oracle import moved
 from test_factored import TARGETS, build, inputs
 
 import graphpeft
-from graphpeft import AdaptError, CheckpointError, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
+from graphpeft import (
+    AdaptError,
+    CheckpointError,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    hotswap_adapter,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to", "ignore:Specified to not")
 
@@ -68,6 +76,11 @@ def test_another_adapter_with_other_projections_is_refused(options: dict[str, An
     assert list(model.peft_config) == ["default"]
     assert get_peft_model_state_dict(model).keys() == before.keys()
     model.add_adapter("other", VeraConfig(r=5, target_modules=["0"]))
+    with pytest.raises(AdaptError, match=reason):
+        hotswap_adapter(model, tmp_path, "other")
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    hotswap_adapter(model, tmp_path, "other")
 
 
 def test_a_file_without_the_projections_that_its_config_announces_is_refused(tmp_path: Any):

@@ -127,12 +127,17 @@ def plan_for(
         raise AdaptError(reason)
     if state is not None and adapter_name in state.by_name:
         raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
-    reason = (
-        config.conflict({name: other.config for name, other in state.by_name.items()}) if state is not None else None
-    )
+    if state is not None:
+        refuse_conflict(config, state, adapter_name)
+    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
+
+
+def refuse_conflict(config: PeftConfig, state: Adapters, adapter_name: str) -> None:
+    """Raises AdaptError if a model can't have an adapter of this config and name beside its others."""
+    others = {name: other.config for name, other in state.by_name.items() if name != adapter_name}
+    reason = config.conflict(others)
     if reason is not None:
         raise AdaptError(reason)
-    return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
 
 
 def planned(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters import checkpoint, file_names, lifecycle
-from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse
+from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.plan import HALVES, AdaptError, Plan
 from graphpeft.adapters.replication import replicate
@@ -160,6 +160,7 @@ def _planned(
             f"{name!r} is a {adapter.config.method} adapter, and the saved one is of {config.method}; delete the one "
             "and load the other"
         )
+    refuse_conflict(config, state, name)
     config.inference_mode = adapter.config.inference_mode
     replicate(model, config, state.replication, is_adapted=True)
     autocast = all(adapted.dtype not in HALVES for adapted in adapter.sites)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +18,8 @@ import torch
 
 from graphpeft.graph import ops
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.lycoris import kernel_of
+from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -48,11 +49,8 @@ def sizes_of(site: Any) -> Sizes:
     """Returns the sizes of a site's weight in PEFT's layout, or of that for which a call stands."""
     if isinstance(site, LeafSite):
         return Sizes(site.out_features, site.in_features)
-    rows, *columns = site.matrix_shape
-    if len(site.matrix_shape) == 3 and site.layout is not ops.Convolution:
-        return Sizes(*columns, stack=(rows,))
-    kernel = tuple(columns) if len(columns) > 1 else ()
-    return Sizes(rows, math.prod(columns), kernel=kernel)
+    stack, rows, columns = matrices_of(site)
+    return Sizes(rows, columns, stack, kernel=site.matrix_shape[1:] if kernel_of(site) else ())
 
 
 def is_branch(site: Any) -> bool:
@@ -83,10 +81,7 @@ class Factored(BranchRule):
         """Refuses weights that are no matrices."""
         if isinstance(site, LeafSite):
             return None
-        reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
-        return reason
+        return super().check(site, config) or no_matrix(site)
 
     def dropout_of(self, config: Any) -> float:
         """Returns the option for dropout, which each method names by itself."""
@@ -144,7 +139,7 @@ class FactoredConfig(TargetedConfig):
     def for_file(self, sites: Sequence[Any]) -> FactoredConfig:
         """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
         config = copy.deepcopy(self)
-        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        config.fan_in_fan_out = are_turned(sites)
         return config
 
 

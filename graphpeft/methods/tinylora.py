@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.factored import Factored, FactoredConfig, is_branch, sizes_of
+from graphpeft.methods.matrices import as_matrices
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -57,8 +58,7 @@ class TinyLora(Factored):
             # PEFT draws in the weight's precision
             bound = config.init_v_bound if config.init_weights == "uniform" else 0.0
             v.copy_(torch.empty(v.shape, dtype=weight.dtype).uniform_(-bound, bound) if bound else v.zero_())
-        matrices = self.layout.turned(weight.detach())
-        matrices = matrices.flatten(1) if self.sizes.kernel else matrices
+        matrices = as_matrices(self.layout.turned(weight.detach()), site)
         a, b = parameters["tinylora_A"], parameters["tinylora_B"]
         left, values, right = torch.linalg.svd(matrices.float(), full_matrices=False)
         rank, dtype = a.shape[-2], weight.dtype

@@ -48,10 +48,10 @@ from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
 from graphpeft.methods.trainable_tokens import TrainableTokensConfig
-from graphpeft.methods.waveft import WaveFTConfig
 from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
+from graphpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -96,10 +96,10 @@ __all__ = [
     "TinyLoraConfig",
     "TokenSequence",
     "TrainableTokensConfig",
-    "WaveFTConfig",
     "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",

@@ -43,10 +43,10 @@ from graphpeft import (
     TargetedConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
-    WaveFTConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
@@ -391,6 +391,10 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.WAVEFT: Method(
         choosing(WaveFTConfig, _ZERO, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **_DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.GRALORA: Method(
         choosing(
             GraloraConfig,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+from bitsandbytes.nn.modules import LinearNF4
 from oracle import LINEAR, moved
+from test_quantised import by_bitsandbytes
 
+import graphpeft
 from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model
 
 
@@ -53,3 +57,24 @@ def test_bat_multiplies_what_an_adapter_before_has_made():
 def test_blocks_that_do_not_fit_are_refused(options: dict[str, Any], reason: str):
     with pytest.raises(AdaptError, match=reason):
         get_peft_model(LINEAR.build(), MissConfig(target_modules=["0"], **options))
+
+
+@pytest.mark.parametrize("options", [{"r": 5}, {"r": 8, "mini_r": 4, "init_weights": "mini"}], ids=str)
+def test_quantised_layers_are_adapted_at_their_calls_as_in_peft(options: dict[str, Any]):
+    build = by_bitsandbytes(LinearNF4)
+    models = []
+    for library in (peft, graphpeft):
+        torch.manual_seed(0)
+        config = library.MissConfig(target_modules=["0", "2"], **options)
+        models.append(moved(library.get_peft_model(build(), config)))
+    theirs, ours = models
+    x = torch.randn(3, 64)
+    expected = ours(x)
+    torch.testing.assert_close(expected, theirs(x))
+    torch.testing.assert_close(ours.merge_and_unload(dequantize=True)(x), expected)
+
+
+def test_blocks_that_multiply_the_weight_are_refused_at_a_quantised_layer():
+    config = MissConfig(r=4, init_weights="bat", target_modules=["0"])
+    with pytest.raises(AdaptError, match="MISS changes weights, and it is the call of a module whose weight is quant"):
+        get_peft_model(by_bitsandbytes(LinearNF4)(), config)

@@ -20,7 +20,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Number, Size
+from graphpeft.rules.options import Number, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -159,7 +159,7 @@ class FourierFTConfig(TargetedConfig):
 
     n_frequency: Size = 1000
     scaling: Number = 150.0
-    random_loc_seed: int = 777
+    random_loc_seed: Seed = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "fourier_only", "fourierft_only"] = "none"
     n_frequency_pattern: dict[str, Size] | None = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from graphpeft.methods.lycoris import kernel_of
+from graphpeft.sites.site import LeafSite
 
 
 class Matrices(NamedTuple):
@@ -45,7 +46,13 @@ def as_matrices(weight: Any, site: Any) -> Any:
 
 
 def matrices_of(site: Any) -> Matrices:
-    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column."""
+    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column.
+
+    Args:
+        site: The site; a call of a layer counts as a matrix.
+    """
+    if isinstance(site, LeafSite):
+        return Matrices((), site.out_features, site.in_features)
     kernel, shape = kernel_of(site), site.matrix_shape
     *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))

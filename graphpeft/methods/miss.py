@@ -10,6 +10,7 @@ Source: Kang and Yin, "MiSS: Revisiting the Trade-off in LoRA with an Efficient 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
@@ -30,6 +32,7 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.trained import Biases
+from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -46,16 +49,20 @@ class Miss(DeltaRule):
     shape: tuple[int, ...]
     is_mini: bool = False
 
+    def at_site(self, site: Any, dtype: torch.dtype) -> Any:
+        """Returns the rule for a site; a call's input and output may be in other dtypes than the block."""
+        return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
+
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that are no matrices, and blocks that don't fit."""
-        reason = super().check(site, config) or no_matrix(site)
+        reason = None if isinstance(site, LeafSite) else super().check(site, config) or no_matrix(site)
         if reason is not None:
             return reason
         _, rows, columns = matrices_of(site)
         if config.r > columns:
-            return f"r={config.r} is more than the {columns} columns of its {site.attribute}"
+            return f"r={config.r} is more than the {columns} columns of its weight"
         if self.is_mini and rows % config.mini_r:
-            return f"mini_r={config.mini_r} doesn't divide the {rows} rows of its {site.attribute}"
+            return f"mini_r={config.mini_r} doesn't divide the {rows} rows of its weight"
         return None
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
@@ -80,13 +87,13 @@ class Miss(DeltaRule):
         y: Any,
         operation: Any,
         training: Any,
-        change: Any,
+        change: Any = None,
         bias_change: Any = None,
         dropout: Any = None,
         miss_block: Any = None,
     ) -> Any:
         """Returns y + (x₁ + x₂ + …) D, and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear):
+        if not isinstance(operation, ops.Linear | Leaf):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         # PEFT draws a mask for the padded input
         h = self.entering(in_whole_blocks(x, miss_block), miss_block, training, dropout)
@@ -190,6 +197,8 @@ class MissConfig(TargetedConfig):
     Source: Kang and Yin, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", arXiv
     2409.15371.
 
+    Quantised layers are adapted at their calls, but not with ``"bat"``, which multiplies the weight.
+
     Differs from PEFT: with ``init_weights="bat"``, `miss_dropout` is refused where the adapter is trained. PEFT takes
     it, and drops nothing.
 
@@ -212,6 +221,7 @@ class MissConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.MISS
     prefix: ClassVar[str | None] = "miss_"
+    adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"miss_dropout"}
 
@@ -235,4 +245,5 @@ class MissConfig(TargetedConfig):
         """Returns the rule for the kind of change."""
         if self.init_weights == "bat":
             return MissBat()
-        return Miss(shape=site.matrix_shape, is_mini=self.init_weights == "mini")
+        shape = (site.out_features, site.in_features) if isinstance(site, LeafSite) else site.matrix_shape
+        return Miss(shape=shape, is_mini=self.init_weights == "mini")

@@ -22,7 +22,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -155,7 +155,7 @@ class ShiraConfig(TargetedConfig):
 
     r: Size = 32
     mask_type: str = "random"
-    random_seed: int | None = None
+    random_seed: Seed | None = None
     fan_in_fan_out: bool = False
     init_weights: bool = True
 

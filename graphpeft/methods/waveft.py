@@ -27,7 +27,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import exact
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Number, Size
+from graphpeft.rules.options import Number, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -213,7 +213,7 @@ class WaveFTConfig(TargetedConfig):
     scaling: Number = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
-    random_loc_seed: int = 777
+    random_loc_seed: Seed = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "waveft_only"] = "none"
     n_frequency_pattern: dict[str, Size] | None = field(default_factory=dict)

@@ -57,7 +57,7 @@ def skew(triangles: Tensor, size: int) -> Tensor:
     # a matrix of one row has an empty triangle
     flat = triangles.reshape(prod(triangles.shape[:-1]), triangles.shape[-1])
     upper = flat.new_zeros(len(flat), size, size)
-    upper = upper.index_put((torch.arange(len(flat), device=flat.device)[:, None], rows, columns), flat)
+    upper[:, rows, columns] = flat
     return (upper - upper.mT).unflatten(0, triangles.shape[:-1]) if triangles.ndim > 1 else (upper - upper.mT)[0]
 
 
@@ -80,13 +80,13 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
     """
     made = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device).expand_as(skewed)
     if terms > 1:
-        made = made + 2 * skewed
+        made = torch.add(made, skewed, alpha=2)
     if terms > 2:
         power = skewed @ skewed
-        made = made + 2 * power
+        made = torch.add(made, power, alpha=2)
         for _ in range(3, terms - 1):
             power = power @ skewed
-            made = made + 2 * power
+            made = torch.add(made, power, alpha=2)
         made = made + power @ skewed
     return made
 

@@ -267,17 +267,21 @@ METHODS: dict[str, Method] = {
     PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
     PeftType.WAVEFT: Method(
         choosing(WaveFTConfig, NOT_DRAWN, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.PSOFT: Method(
         choosing(
             PsoftConfig,
-            _NOT_DRAWN,
+            NOT_DRAWN,
             r=[2, 3],
             psoft_alpha=[1, 3.5],
             ab_svd_init=["psoft_init", "pissa_init"],
             psoft_orth=[True, False],
             psoft_mag_a=[True, False],
             use_cayley_neumann=[True, False],
-            **_DRAWN,
+            **DRAWN,
         ),
         cases,
         is_identity=True,

@@ -286,7 +286,8 @@ def save(
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _apart(tensors)
+    # safetensors refuses tensors that share memory
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     if not safe_serialization:
         torch.save(tensors, folder / PICKLED_WEIGHTS_NAME)
@@ -296,16 +297,6 @@ def save(
     if operations := _operations(adapter):
         metadata[_OPERATIONS] = json.dumps(operations)
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
-
-
-def write(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes tensors alone as safetensors."""
-    save_file(_apart(tensors), file, metadata={"format": "pt"})
-
-
-def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors refuses tensors that share memory
-    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 _DIGEST = "graphpeft_config"

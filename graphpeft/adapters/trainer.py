@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from graphpeft.adapters.state import Adapter
 from graphpeft.files.atomic_files import link_or_copy
@@ -39,9 +40,12 @@ def as_at_first(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, config=_with(adapter.config, adapter.config.unchanged))
 
 
-def with_state(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of an adapter, with what its method keeps from step to step."""
-    return {**tensors, **{_STATE + name: tensor for name, tensor in config.training_state().items()}}
+def write(config: PeftConfig, tensors: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    """Writes the tensors of an adapter for a Trainer, with what its method keeps from step to step."""
+    everything = {**tensors, **{_STATE + name: tensor for name, tensor in config.training_state().items()}}
+    # safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in everything.items()}
+    save_file(copies, checkpoint / TRAINER_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def without_state(

@@ -143,7 +143,7 @@ class SavingMethods(AdapterInfo):
             return
         originals, at_first = self._peft_adapters.originals, trainer.as_at_first(adapter)
         tensors = checkpoint.state_dict_of(modules_of(self), at_first, name, originals, state_dict)
-        checkpoint.write(trainer.with_state(adapter.config, tensors), to / trainer.TRAINER_WEIGHTS_NAME)
+        trainer.write(adapter.config, tensors, to)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         r"""Writes the model card of all adapters, `README.md`, or completes the one that is there.

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
@@ -159,10 +158,11 @@ def synthesised(spectrum: Tensor, places: Tensor, filters: Tensor | None, rows: 
     high, wide = _band(rows, length), _band(columns, length)
     bands = with_values(spectrum.reshape(-1, spectrum.shape[-1]), places, 4 * high * wide).view(-1, 2, high, wide)
     # as PEFT has it: two bands beside each other are averages and differences of rows, two below each other of columns
-    made = F.conv_transpose2d(bands, filters.view(2, 1, length, 1), stride=(2, 1))[:, :, length - 2 :][:, :, :rows]
+    kernel = filters.view(2, length // 2, 2).flip(1)
+    made = torch.einsum("nbqwj,bjp->nqpw", bands.unfold(2, length // 2, 1), kernel).flatten(1, 2)[:, :rows]
     made = made.reshape(-1, 2, rows, wide)
-    made = F.conv_transpose2d(made, filters.view(2, 1, 1, length), stride=(1, 2))[..., length - 2 :][..., :columns]
-    return made[:, 0]
+    made = torch.einsum("narqj,ajp->nrqp", made.unfold(3, length // 2, 1), kernel).flatten(2)
+    return made[..., :columns]
 
 
 @register

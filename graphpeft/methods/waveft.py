@@ -11,6 +11,7 @@ same numbers as PEFT's ``tuners/waveft/layer.py``.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -135,8 +136,7 @@ def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     if wavelet == "db1":
         half = 0.5**0.5
         return [half, half], [half, -half]
-    import pywt  # pyright: ignore[reportMissingImports]
-
+    pywt: Any = importlib.import_module("pywt")
     made = pywt.Wavelet(wavelet)
     return made.rec_lo, made.rec_hi
 

@@ -9,6 +9,7 @@ import torch
 from oracle import LINEAR
 
 from graphpeft import DeloraConfig, get_peft_model
+from graphpeft.graph.template import template_of
 
 
 def adapted(**options: Any) -> Any:
@@ -49,3 +50,9 @@ def test_a_second_adapter_measures_the_base_and_not_what_the_first_makes_of_it()
 def test_a_bias_is_trained_beside():
     trained = [name for name, p in adapted(bias="delora_only").named_parameters() if p.requires_grad]
     assert "0.default.bias" in trained
+
+
+def test_a_linear_layer_never_makes_the_change_of_its_weight():
+    template: Any = template_of(adapted()[0])
+    for graph in template.graphs:
+        assert not [node for node in graph.nodes if not node.users and node.op != "output"]

@@ -11,6 +11,7 @@ same numbers as PEFT's ``tuners/waveft/layer.py``.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
@@ -136,9 +136,14 @@ def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     if wavelet == "db1":
         half = 0.5**0.5
         return [half, half], [half, -half]
+<<<<<<< HEAD
     # its names are of a compiled module
     wavelets: Any = importlib.import_module("pywt")
     made = wavelets.Wavelet(wavelet)
+=======
+    pywt: Any = importlib.import_module("pywt")
+    made = pywt.Wavelet(wavelet)
+>>>>>>> m-deltas
     return made.rec_lo, made.rec_hi
 
 
@@ -159,10 +164,11 @@ def synthesised(spectrum: Tensor, places: Tensor, filters: Tensor | None, rows: 
     high, wide = _band(rows, length), _band(columns, length)
     bands = with_values(spectrum.reshape(-1, spectrum.shape[-1]), places, 4 * high * wide).view(-1, 2, high, wide)
     # as PEFT has it: two bands beside each other are averages and differences of rows, two below each other of columns
-    made = F.conv_transpose2d(bands, filters.view(2, 1, length, 1), stride=(2, 1))[:, :, length - 2 :][:, :, :rows]
+    kernel = filters.view(2, length // 2, 2).flip(1)
+    made = torch.einsum("nbqwj,bjp->nqpw", bands.unfold(2, length // 2, 1), kernel).flatten(1, 2)[:, :rows]
     made = made.reshape(-1, 2, rows, wide)
-    made = F.conv_transpose2d(made, filters.view(2, 1, 1, length), stride=(1, 2))[..., length - 2 :][..., :columns]
-    return made[:, 0]
+    made = torch.einsum("narqj,ajp->nrqp", made.unfold(3, length // 2, 1), kernel).flatten(2)
+    return made[..., :columns]
 
 
 @register

@@ -186,8 +186,10 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
             rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
         )
         _refuse_no_value(result, "rewrite")
-        for node in [node for node in reversed(emitted) if not node.users]:
-            graph.erase_node(node)
+        # what nothing reads, such as a change that the rule doesn't need here, with all that it is made of
+        for node in reversed(emitted):
+            if not node.users:
+                graph.erase_node(node)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
 

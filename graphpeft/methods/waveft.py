@@ -136,14 +136,8 @@ def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
     if wavelet == "db1":
         half = 0.5**0.5
         return [half, half], [half, -half]
-<<<<<<< HEAD
-    # its names are of a compiled module
-    wavelets: Any = importlib.import_module("pywt")
-    made = wavelets.Wavelet(wavelet)
-=======
     pywt: Any = importlib.import_module("pywt")
     made = pywt.Wavelet(wavelet)
->>>>>>> m-deltas
     return made.rec_lo, made.rec_hi
 
 

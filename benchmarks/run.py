@@ -21,10 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
 import peft
 import torch
 import transformers
+from experts import experts_time
 from export import export_time
 from injection import injection_time
 from llama import forward_time, training_time
 from loading import loading_time
+from methods import methods_time
 from mixed import mixed_time
 from passes import compiled_time, kept_for_backward, passes_time
 from processes import first_model, import_time
@@ -36,6 +38,8 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "injection": (injection_time, 10),
     "forward": (forward_time, 100),
     "training": (training_time, 50),
+    "methods": (methods_time, 10),
+    "experts": (experts_time, 30),
     "loading": (loading_time, 20),
     "mixed": (mixed_time, 50),
     "passes": (passes_time, 50),

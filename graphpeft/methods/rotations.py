@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.sites.site import LeafSite
 
 
@@ -80,13 +81,13 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
     """
     made = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device).expand_as(skewed)
     if terms > 1:
-        made = torch.add(made, skewed, alpha=2)
+        made = add_scaled(made, skewed, 2)
     if terms > 2:
         power = skewed @ skewed
-        made = torch.add(made, power, alpha=2)
+        made = add_scaled(made, power, 2)
         for _ in range(3, terms - 1):
             power = power @ skewed
-            made = torch.add(made, power, alpha=2)
+            made = add_scaled(made, power, 2)
         made = made + power @ skewed
     return made
 

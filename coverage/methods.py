@@ -10,6 +10,7 @@ import inspect
 import io
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,7 +196,7 @@ def section(contract: Contract) -> str:
     module = inspect.getmodule(contract.ours)
     first, _, rest = inspect.cleandoc(inspect.getdoc(module) or "").partition("\n\n")
     paragraphs = rest.split("\n\n")
-    shown = [f"```text\n{inspect.cleandoc(each)}\n```" if each.startswith(" ") else each for each in paragraphs]
+    shown = [f"```text\n{textwrap.dedent(each)}\n```" if each.startswith(" ") else each for each in paragraphs]
     told = [each for each in inspect.cleandoc(contract.ours.__doc__ or "").split("\n\n") if each.startswith("Differs")]
     return "\n\n".join([f"### {contract.method.value}", first, *shown, *told])
 

@@ -33,6 +33,9 @@ from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
 from graphpeft.testing.strategies import METHODS, Method, adaptations
 
+# a quarter for each method, since the contracts with PEFT hold the laws for chosen layers of all methods
+some = settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
+
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
 
 
@@ -89,6 +92,7 @@ def test_methods_have_the_names_of_pefts():
 
 
 @every_method_that(lambda method: method.is_identity)
+@some
 @given(data=st.data())
 def test_a_fresh_adapter_changes_no_output(method, data):
     case, config = data.draw(adaptations(method, identity=True))
@@ -96,6 +100,7 @@ def test_a_fresh_adapter_changes_no_output(method, data):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_exactly_the_adapter_is_trained(method, data):
     case, config = data.draw(adaptations(method))
@@ -103,6 +108,7 @@ def test_exactly_the_adapter_is_trained(method, data):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_adapted_is_base_with_delta_and_unload_restores(method, data):
     case, config = data.draw(adaptations(method))
@@ -111,6 +117,7 @@ def test_adapted_is_base_with_delta_and_unload_restores(method, data):
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")
 @every_method
+@some
 @given(data=st.data())
 def test_saved_is_loaded(method, data):
     case, config = data.draw(adaptations(method))
@@ -118,6 +125,7 @@ def test_saved_is_loaded(method, data):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_dry_runs_and_failures_change_nothing(method, data):
     case, config = data.draw(adaptations(method))
@@ -125,6 +133,7 @@ def test_dry_runs_and_failures_change_nothing(method, data):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_edits_can_be_undone(method, data):
     case = data.draw(METHODS[method].fits())
@@ -153,6 +162,7 @@ def test_a_traced_program_trains_as_the_program(case: ProgramCase):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_copies_stay_adapted(method, data):
     case, config = data.draw(adaptations(method))
@@ -160,6 +170,7 @@ def test_copies_stay_adapted(method, data):
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_a_traced_model_is_adapted_as_the_model_is(method, data):
     case, config = data.draw(adaptations(method))
@@ -167,6 +178,7 @@ def test_a_traced_model_is_adapted_as_the_model_is(method, data):
 
 
 @every_method_that(lambda method: method.merges)
+@some
 @given(data=st.data())
 def test_a_traced_model_with_tied_weights_is_adapted_as_the_model_is(method, data):
     case = data.draw(tied_cases())
@@ -176,6 +188,7 @@ def test_a_traced_model_with_tied_weights_is_adapted_as_the_model_is(method, dat
 
 
 @every_method_that(lambda method: method.merges)
+@some
 @given(data=st.data(), bias=st.booleans(), as_graph=st.booleans())
 @pytest.mark.parametrize("spellings", SAME_COMPUTATION, ids=["stored as (out, in)", "stored as (in, out)"])
 def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph):
@@ -190,6 +203,7 @@ def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph
 
 
 @every_method
+@some
 @given(data=st.data())
 def test_two_adapters_act_together(method, data):
     case, config = data.draw(adaptations(method))
@@ -214,7 +228,6 @@ LAWS = (
     laws.assert_copies_stay_adapted,
     assert_two_adapters_act_together,
 )
-some = settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
 
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=.* is saved as 0")

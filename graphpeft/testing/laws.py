@@ -183,9 +183,12 @@ def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
         getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
     for adapted in changes.changing_sites(modules, adapter):
         base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
-        change = changes.bias_delta(adapted, modules)
-        if change is not None:
-            base.get_parameter(adapted.site.bias).add_(change)
+        # a bias that the adapter trains is there already
+        place = getattr(adapted.site, "bias", None)
+        bias = base.get_parameter(place) if place is not None else None
+        change = changes.bias_delta(adapted, modules, base_bias=bias)
+        if change is not None and bias is not None:
+            bias.add_(change)
 
 
 @blames_a_site

@@ -131,6 +131,41 @@ def test_a_weight_in_half_precision_keeps_its_dtype(spelling: str) -> None:
     torch.testing.assert_close(found.float(), expected.float(), atol=0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w[1].clamp_(0), lambda w: w.__setitem__(0, 1.0)])
+def test_a_change_in_place_is_refused(write: Callable[[Tensor], Any]) -> None:
+    stack = plus_product(*made(grad=False), SCALE)
+    with pytest.raises(RuntimeError, match="would change a weight in place"):
+        write(stack)
+
+
+def test_what_was_changed_through_the_sum_is_read_from_there() -> None:
+    weight, first, second = made(grad=False)
+    stack, total = plus_product(weight, first, second, SCALE), weight + first @ second * SCALE
+    for each in (stack, total):
+        each.data.clamp_(0, 1)
+    torch.testing.assert_close(x(EXPERTS, 3, IN) @ stack, x(EXPERTS, 3, IN) @ total)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_is_given_the_sum(backend: str) -> None:
+    weight, first, second = made()
+    compiled: Any = torch.compile(lambda x, w: x @ w, backend=backend)
+    found = compiled(x(EXPERTS, 3, IN), plus_product(weight, first, second, SCALE))
+    expected = x(EXPERTS, 3, IN) @ (weight + first @ second * SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for got, want in zip(gradients(found, first, second), gradients(expected, first, second), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-4)
+
+
+def test_a_mapped_function_is_given_the_sum() -> None:
+    weight, first, second = made()
+    found = torch.func.vmap(torch.mm)(x(EXPERTS, 3, IN), plus_product(weight, first, second, SCALE))
+    expected = x(EXPERTS, 3, IN) @ (weight + first @ second * SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for got, want in zip(gradients(found, first, second), gradients(expected, first, second), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-4)
+
+
 def test_metadata_is_that_of_the_weight() -> None:
     stack = plus_product(*made(), SCALE)
     assert isinstance(stack, LowRankSum)

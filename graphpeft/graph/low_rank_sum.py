@@ -111,8 +111,14 @@ class LowRankSum(Tensor):
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if type(args[0] if args else None) is LowRankSum and _writes(func):
+            raise RuntimeError(
+                f"{func.__name__} would change a weight in place, to which the change of an adapter isn't added; merge "
+                "the adapter, or leave this weight out of its targets"
+            )
         reader = _READERS.get(func)
-        result = NotImplemented if reader is None else reader.read(args, kwargs)
+        # what a function was given may have been changed through it, as by w.data.clamp_(0, 1)
+        result = NotImplemented if reader is None or _is_added_up(args, kwargs) else reader.read(args, kwargs)
         if result is not NotImplemented:
             return result
         args, kwargs = pytree.tree_map(whole, (args, kwargs))
@@ -128,6 +134,20 @@ class LowRankSum(Tensor):
 def whole(value: Any) -> Any:
     """Returns the sum itself of a `LowRankSum`, and any other value as it is."""
     return value.total if type(value) is LowRankSum else value
+
+
+def _writes(function: Any) -> bool:
+    """Returns whether a function of tensors changes its first argument."""
+    name = getattr(function, "__name__", "")
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+
+
+_WRITING = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__iand__", "__ior__"})
+
+
+def _is_added_up(args: Any, kwargs: Any) -> bool:
+    values = (*args, *kwargs.values())
+    return any(type(value) is LowRankSum and "total" in vars(value) for value in values)
 
 
 def _is_sum(*values: Any) -> bool:
@@ -242,10 +262,15 @@ def _einsum(equation: Any, first: Any, second: Any) -> Any:
     return stack.beside(y, torch.einsum(f"{between},{of_far}->{output}", h, far))
 
 
+def _getter(name: str) -> Any:
+    """Returns the function that reads an attribute of tensors."""
+    return getattr(Tensor, name).__get__
+
+
 _METADATA: frozenset[Any] = frozenset(
     [
-        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+        *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+        *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
         *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
     ]
 )
@@ -253,8 +278,8 @@ _METADATA: frozenset[Any] = frozenset(
 
 _READERS: dict[Any, _Reader] = {
     Tensor.__getitem__: _Reader(_index, ("self", "index")),
-    Tensor.mT.__get__: _Reader(LowRankSum.transposed, ("self",)),  # type: ignore[attr-defined]
-    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),  # type: ignore[attr-defined]
+    _getter("mT"): _Reader(LowRankSum.transposed, ("self",)),
+    **dict.fromkeys((_getter("T"), Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _Reader(_transpose, ("input", "dim0", "dim1"))),
     F.linear: _Reader(_linear, ("input", "weight", "bias")),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _Reader(_matmul, ("input", "other"))),

@@ -50,10 +50,10 @@ def _rows(cls: type[nn.Module], rounds: int) -> Iterator[Row]:
     ours = graphpeft.get_peft_model(copy.deepcopy(base), graphpeft.LoraConfig(**options, target_modules=["experts.w"]))
     torch.manual_seed(1)
     named = peft.LoraConfig(**options, target_modules=[], target_parameters=["experts.w"])
-    theirs = peft.get_peft_model(copy.deepcopy(base), named)  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(copy.deepcopy(base), named)
     graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
     layers: dict[str, Any] = {"base": base["experts"], "graphpeft": ours["experts"]}
-    layers["PEFT"] = theirs.base_model.model["experts"]  # type: ignore[index]
+    layers["PEFT"] = theirs.base_model.model["experts"]
     x = torch.randn(EXPERTS * TOKENS, FEATURES)
     torch.testing.assert_close(layers["graphpeft"](x), layers["PEFT"](x), atol=1e-4, rtol=1e-4)
     samples = measure(cls.__name__, {name: calls(_step(layer, x)) for name, layer in layers.items()}, rounds)

@@ -24,25 +24,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(16))},
     "VBLORA": {"vector_length": 64},
 }
-"""The options without a default, and those of which the default fits no such model."""
+"""Options that a method needs, or whose defaults don't fit a Llama."""
 
 
 def methods_time(rounds: int) -> list[Row]:
-    """Times the forward without gradients, and a training step, of each method that adapts what it is named."""
+    """Times a forward and a training step of each method."""
     base = llama(512, 8)
     tokens = torch.randint(0, 256, (2, 64))
     return [row for method in methods() for row in _rows(method, base, tokens, rounds)]
 
 
 def methods() -> Iterator[str]:
-    """Yields the methods, but for those that PEFT lacks or that need more than tokens in each call."""
+    """Yields the methods that PEFT has and that adapt named layers; Poly also needs tasks in each call."""
     for name, config in graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
         if issubclass(config, graphpeft.TargetedConfig) and name in [*graphpeft.PeftType] and name != "POLY":
             yield graphpeft.PeftType(name).value
 
 
 def adapted_alike(method: str, base: nn.Module) -> dict[str, Any]:
-    """Returns copies of `base` that both libraries have adapted, with equal values that change what it computes."""
+    """Returns a copy of `base` by each library, with the same adapter, whose values aren't the first ones."""
     name = graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING[method].__name__
     models: dict[str, Any] = {}
     for library, package in LIBRARIES.items():

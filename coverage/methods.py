@@ -1,4 +1,4 @@
-"""Writes docs/methods.md: every method of PEFT's, with what it adapts here and in PEFT, found by adapting.
+"""Writes docs/methods.md: PEFT's methods, and the kinds of weights that each adapts, found by trying.
 
 `make methods` writes it, with the contracts of tests/; tests/test_methods_page.py compares it.
 """
@@ -116,15 +116,16 @@ def layers() -> str:
     return (
         "## Weights\n\n"
         "**+** both libraries adapt it; **alone**: graphpeft alone; **PEFT**: PEFT alone; **−** neither.\n"
-        "Adapted means that the adapter acts, and that it is merged to what it computes, where the method merges.\n\n"
+        "An adapted weight's adapter changes the output, and merging keeps that change where the method merges.\n\n"
     ) + table(head, lines)
 
 
 def cell(contract: Contract, kind: Kind) -> str:
     """Returns a cell."""
-    here = is_right(lambda case: graphpeft.get_peft_model(case.build(), contract.our_config(case)), contract, kind)
-    there = is_right(lambda case: peft.get_peft_model(case.build(), theirs(contract, case)), contract, kind)
-    return {(True, True): "+", (True, False): "alone", (False, True): "PEFT", (False, False): "−"}[here, there]
+    ours = works(lambda case: graphpeft.get_peft_model(case.build(), contract.our_config(case)), contract, kind)
+    # PEFT's errors about layers that it doesn't know are of any class, and some come with the first call
+    with_peft = works(lambda case: peft.get_peft_model(case.build(), theirs(contract, case)), contract, kind, Exception)
+    return {(True, True): "+", (True, False): "alone", (False, True): "PEFT", (False, False): "−"}[ours, with_peft]
 
 
 def theirs(contract: Contract, case: Case) -> Any:
@@ -136,11 +137,22 @@ def theirs(contract: Contract, case: Case) -> Any:
     return contract.their_config(case)
 
 
-def is_right(adapt: Callable[[Case], Any], contract: Contract, kind: Kind) -> bool:
-    """Returns whether an adapter acts, and is merged to what it computes."""
+def works(
+    adapt: Callable[[Case], Any],
+    contract: Contract,
+    kind: Kind,
+    refusals: type[Exception] = graphpeft.AdaptError,
+) -> bool:
+    """Returns whether an adapter changes the output, and merging keeps that change.
+
+    Args:
+        adapt: Adapts the model of a case.
+        contract: The method's contract.
+        kind: The kind of weight.
+        refusals: The class of the errors that say that the kind isn't adapted.
+    """
     case = kind.case
     torch.manual_seed(0)
-    # PEFT raises errors of any class for layers that it doesn't know, some of them in the first forward
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             model = adapt(case)
@@ -151,7 +163,7 @@ def is_right(adapt: Callable[[Case], Any], contract: Contract, kind: Kind) -> bo
             if "merge" in contract.refuses or not kind.merges:
                 return True
             merged = outputs(model.merge_and_unload(), case)
-    except Exception:
+    except refusals:
         return False
     return torch.allclose(merged, active, atol=1e-4)
 

@@ -2,8 +2,8 @@
 
     ΔW = s · B (E ⊙ A)        A of shape (r, in), E (r, 1), B (out, r);  s = α / r for the rank r at first
 
-Each rank of each weight is a triplet: a row of A, an element of E and a column of B. As training goes on, ever more
-elements of E are set to zero, those of the least important triplets in the whole model. Files have the others alone.
+Each rank of each weight is a triplet: a row of A, an element of E and a column of B. Training sets more and more
+elements of E to zero: those of the least important triplets of the whole model. A file has the remaining triplets.
 
 Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512; the same
 numbers as PEFT's ``tuners/adalora/layer.py`` and ``model.py``.
@@ -57,7 +57,7 @@ class AdaLoraConfig(LoraConfig):
     overflow don't count; in PEFT, they spoil all averages. Beside a base in half precision, PEFT trains the number by
     which a change is divided, too, and saves it nowhere; here it is a constant. A ``Trainer`` resumes from its
     checkpoints, and training goes on from a file: the ranks that the file lacks stay dropped, and averages begin anew.
-    With ``lora_alpha=0``, a file's scale is that of training, and not that of the ranks that were left.
+    With ``lora_alpha=0``, a loaded adapter has the scale of training; PEFT takes the number of remaining ranks for α.
 
     Source: Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512.
 
@@ -114,11 +114,13 @@ class AdaLoraConfig(LoraConfig):
     init_r: Size = 12
     tinit: Index = 0
     tfinal: Index = 0
+    # PEFT's name
     deltaT: Annotated[int, Within("a positive integer", 1, 2**31 - 1)] = 1  # noqa: N815
     beta1: Share = 0.85
     beta2: Share = 0.85
     orth_reg_weight: NotNegative = 0.5
     total_step: Index | None = None
+    # PEFT gives LoRA's option another meaning here: the ranks that remain
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

@@ -20,6 +20,17 @@ class Matrix(nn.Module):
         return torch.tanh(x @ self.w)
 
 
+class BothWays(nn.Module):
+    """A matrix, by which the model multiplies, and by whose transpose."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, features) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w) @ self.w.T
+
+
 class Stack(nn.Module):
     """A matrix for each expert."""
 
@@ -57,6 +68,10 @@ class Rounded(nn.Module):
 VECTORS = (4, 3, 6)
 WEIGHT = {"target_modules": ["0.w"]}
 MATRIX = Case("matrix", lambda: nn.Sequential(Matrix()), lambda: (torch.randn(VECTORS),), WEIGHT)
+BOTH_WAYS = [
+    Case(f"both-ways-{n}", lambda n=n: nn.Sequential(BothWays(n)), lambda: (torch.randn(VECTORS),), WEIGHT)
+    for n in (6, 8)
+]
 STACK = Case("stack", lambda: nn.Sequential(Stack()), lambda: (torch.randn(VECTORS),), WEIGHT)
 ATTENTION = Case("attention", Attention, lambda: (torch.randn(4, 3, 8),), {"target_modules": ["attention"]})
 ROUNDED = Case("rounded", lambda: nn.Sequential(Rounded(), nn.Tanh()), lambda: (torch.randn(VECTORS),))

@@ -15,6 +15,7 @@ import torch
 import transformers
 from contracts import CONTRACTS, FIRST
 from contracts.contract import Contract
+from kinds import BOTH_WAYS
 from models import LLAMA
 from oracle import Case, assert_close, assert_trains_alike, moved, outputs
 from safetensors.torch import load_file
@@ -148,6 +149,18 @@ def test_every_law_holds(contract: Contract, case: Case) -> None:
 @pairs(lambda contract: contract.beyond)
 def test_every_law_holds_where_peft_has_no_layer_for_it(contract: Contract, case: Case) -> None:
     config = contract.our_config(case)
+    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
+    assert verification.holds, verification
+
+
+@pytest.mark.parametrize("case", BOTH_WAYS, ids=str)
+@each_method
+def test_a_weight_that_is_read_both_ways_is_changed_both_ways_or_refused(contract: Contract, case: Case) -> None:
+    config = contract.our_config(case)
+    if "both ways" in contract.refuses:
+        with pytest.raises(AdaptError, match=contract.refuses["both ways"]):
+            get_peft_model(case.build(), config)
+        return
     verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
     assert verification.holds, verification
 

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of, no_matrix
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -33,7 +32,7 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3A(DeltaRule):
+class C3A(BranchRule):
     """The change at one weight.
 
     Attributes:
@@ -72,22 +71,9 @@ class C3A(DeltaRule):
             bound = math.sqrt(1 / columns if config.init_weights == "kaiming_uniform" else 6 / (rows + columns))
             kernel.uniform_(-bound, bound)
 
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        operation: Any,
-        training: Any,
-        change: Any,
-        bias_change: Any = None,
-        dropout: Any = None,
-        c3a_kernel: Any = None,
-    ) -> Any:
-        """Returns y with the circular convolutions, and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
-        h = self.entering(x, c3a_kernel, training, dropout)
-        return self.leaving(y + convolved(h, c3a_kernel), y)
+    def branch(self, h: Any, c3a_kernel: Any) -> Any:
+        """Returns the circular convolutions of the input."""
+        return convolved(h, c3a_kernel)
 
     def delta(self, c3a_kernel: Any) -> Any:
         """Returns ΔW."""

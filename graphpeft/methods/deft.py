@@ -107,7 +107,7 @@ class Deft(DeltaRule):
         scale: Any = None,
     ) -> Any:
         """Returns y', and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear):
+        if not self.multiplies(operation):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         Q, K = self._directions(deft_P)
         made = -((plain.to(deft_P.dtype) if self.casts else plain) @ K)

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, exact, kernel_of
 from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -35,7 +34,7 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delora(DeltaRule):
+class Delora(BranchRule):
     """The change at one weight.
 
     Attributes:
@@ -75,27 +74,10 @@ class Delora(DeltaRule):
         """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""
         return config.module_dropout
 
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        operation: Any,
-        training: Any,
-        change: Any,
-        bias_change: Any = None,
-        dropout: Any = None,
-        delora_A: Any = None,
-        delora_B: Any = None,
-        delora_lambda: Any = None,
-        delora_w_norm: Any = None,
-        rank: Any = None,
-    ) -> Any:
-        """Returns y + B diag(…) A (w ⊙ dropout(x)), and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
-        h = self.entering(x, delora_A, training, dropout) * delora_w_norm
-        h = F.linear(h, delora_A) * scales(delora_A, delora_B, delora_lambda, rank)
-        return self.leaving(y + F.linear(h, delora_B), y)
+    def branch(self, h: Any, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
+        """Returns B diag(…) A (w ⊙ h)."""
+        h = F.linear(h * delora_w_norm, delora_A) * scales(delora_A, delora_B, delora_lambda, rank)
+        return F.linear(h, delora_B)
 
     def delta(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
         """Returns ΔW."""

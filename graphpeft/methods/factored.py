@@ -16,11 +16,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from graphpeft.graph import ops
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
-from graphpeft.rules.delta_rule import BranchRule
+from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.trained import Biases
@@ -53,19 +52,9 @@ def sizes_of(site: Any) -> Sizes:
     return Sizes(rows, columns, stack, kernel=site.matrix_shape[1:] if kernel_of(site) else ())
 
 
-def is_branch(site: Any) -> bool:
-    """Returns whether a site's operations multiply by a matrix, each of them in the same way."""
-    if isinstance(site, LeafSite):
-        return True
-    return site.op is ops.Linear and len(site.shape) == 2 and not site.both_ways
-
-
 @dataclass(frozen=True, kw_only=True)
-class Factored(BranchRule):
+class Factored(DeltaRule):
     """A change that is a product of two factors.
-
-    At a linear operation, or at the call of a layer, a method's `rewrite` multiplies the input by factor after factor.
-    Elsewhere, it is a `DeltaRule`.
 
     Attributes:
         sizes: The sizes of the weight.

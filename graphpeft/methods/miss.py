@@ -20,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
-from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of, no_matrix
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule, DeltaRule
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -38,7 +36,7 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Miss(DeltaRule):
+class Miss(BranchRule):
     """One block for all blocks of columns.
 
     Attributes:
@@ -81,24 +79,14 @@ class Miss(DeltaRule):
         """Returns `miss_dropout`."""
         return config.miss_dropout
 
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        operation: Any,
-        training: Any,
-        change: Any = None,
-        bias_change: Any = None,
-        dropout: Any = None,
-        miss_block: Any = None,
-    ) -> Any:
-        """Returns y + (x₁ + x₂ + …) D, and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear | Leaf):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
-        # PEFT draws a mask for the padded input
-        h = self.entering(in_whole_blocks(x, miss_block), miss_block, training, dropout)
+    def fitted(self, x: Any, parameter: Any) -> Any:
+        """Returns the input in whole blocks, for which PEFT draws a mask."""
+        return in_whole_blocks(x, parameter)
+
+    def branch(self, h: Any, miss_block: Any) -> Any:
+        """Returns (x₁ + x₂ + …) D."""
         block = repeated(miss_block, self.shape[0]) if self.is_mini else miss_block
-        return self.leaving(y + sum_of_blocks(h, miss_block) @ block, y)
+        return sum_of_blocks(h, miss_block) @ block
 
     def delta(self, miss_block: Any) -> Any:
         """Returns ΔW."""

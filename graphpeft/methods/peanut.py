@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
@@ -125,7 +124,7 @@ class Peanut(DeltaRule):
         **inner: Any,
     ) -> Any:
         """Returns y', and for operations that aren't linear y + operation(x, ΔW)."""
-        if not isinstance(operation, ops.Linear):
+        if not self.multiplies(operation):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         h = self._hidden(self.layout.turned(base), peanut_A, inner)
         branch = F.linear(self.entering(x, peanut_A, training, dropout) @ h, peanut_B) * scale

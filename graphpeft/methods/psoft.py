@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.factored import Factored, is_branch, sizes_of
+from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.rotations import cayley, neumann, skew
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Probability, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -36,7 +36,7 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Psoft(Factored):
+class Psoft(Factored, BranchRule):
     """The change of a weight.
 
     Attributes:
@@ -111,32 +111,19 @@ class Psoft(Factored):
         """Returns s B (R − 1) A."""
         return self.product(self.turning(matrix, vector_b, vector_a) @ psoft_A, psoft_B) * scale
 
-
-@dataclass(frozen=True, kw_only=True)
-class PsoftBranch(Psoft):
-    """The change of what a linear operation or a call computes."""
-
-    def rewrite(
+    def branch(
         self,
-        x: Any,
-        y: Any,
-        training: Any,
-        matrix: Any,
+        h: Any,
         psoft_A: Any,
         psoft_B: Any,
+        matrix: Any,
         scale: Any,
         vector_b: Any = None,
         vector_a: Any = None,
-        dropout: Any = None,
     ) -> Any:
-        """Returns y + s · (dropout(x) Aᵀ) (R − 1)ᵀ Bᵀ."""
-        h = F.linear(self.entering(x, psoft_A, training, dropout), psoft_A)
-        return self.leaving(y + F.linear(F.linear(h, self.turning(matrix, vector_b, vector_a)), psoft_B) * scale, y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PsoftDelta(Psoft, DeltaRule):
-    """The change of a weight in any other use."""
+        """Returns s · (h Aᵀ) (R − 1)ᵀ Bᵀ."""
+        h = F.linear(F.linear(h, psoft_A), self.turning(matrix, vector_b, vector_a))
+        return F.linear(h, psoft_B) * scale
 
 
 @recorded
@@ -226,7 +213,7 @@ class PsoftConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Psoft:
         """Returns the rule for a linear operation or a call, or for a weight in any other use."""
-        return (PsoftBranch if is_branch(site) else PsoftDelta)(
+        return Psoft(
             sizes=sizes_of(site),
             rank=self.r,
             is_orthogonal=self.psoft_orth,

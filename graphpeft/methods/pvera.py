@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft._torch import is_in_backward
+from graphpeft.graph import ops
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
-from graphpeft.methods.factored import Factored, ProjectedConfig, is_branch, sizes_of
+from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Number, Probability, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
+from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 
 
@@ -44,7 +46,7 @@ class Pvera(Factored):
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that aren't just multiplied by, since each input has its own noise."""
         reason = super().check(site, config)
-        if reason is None and not is_branch(site):
+        if reason is None and not _is_multiplied(site):
             reason = f"PVERA gives each input its own noise, and no one linear operation uses its {site.attribute}"
         return reason
 
@@ -84,7 +86,7 @@ class Pvera(Factored):
             state = torch.Generator().manual_seed(config.generator_seed).get_state()
             parameters["pvera_generator"].copy_(state)
 
-    def rewrite(
+    def rewrite(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Any,
         y: Any,
@@ -149,6 +151,11 @@ def _normal_of(state: Tensor, like: Tensor) -> Tensor:
     with torch.no_grad():
         state.copy_(generator.get_state())
     return noise.to(like.device)
+
+
+def _is_multiplied(site: Any) -> bool:
+    """Returns whether all operations of a site multiply by a matrix, in the same way."""
+    return isinstance(site, LeafSite) or (site.op is ops.Linear and len(site.shape) == 2 and not site.both_ways)
 
 
 @register

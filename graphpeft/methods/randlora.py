@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.factored import Factored, ProjectedConfig, is_branch, sizes_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -33,7 +33,7 @@ from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLora(Factored):
+class RandLora(Factored, BranchRule):
     """The change of a weight.
 
     Attributes:
@@ -94,32 +94,12 @@ class RandLora(Factored):
         """Returns ΔW."""
         return self.product(*self.factors(randlora_A, randlora_B, randlora_lambda, randlora_gamma)) * scale
 
-
-@dataclass(frozen=True, kw_only=True)
-class RandLoraBranch(RandLora):
-    """The change of what a linear operation or a call computes."""
-
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        training: Any,
-        randlora_A: Any,
-        randlora_B: Any,
-        randlora_lambda: Any,
-        randlora_gamma: Any,
-        scale: Any,
-        dropout: Any = None,
+    def branch(
+        self, h: Any, randlora_gamma: Any, randlora_lambda: Any, randlora_A: Any, randlora_B: Any, scale: Any
     ) -> Any:
-        """Returns y + (α/r) · x ΔWᵀ."""
+        """Returns (α/r) · h ΔWᵀ."""
         first, second = self.factors(randlora_A, randlora_B, randlora_lambda, randlora_gamma)
-        h = F.linear(self.entering(x, randlora_gamma, training, dropout), first)
-        return self.leaving(y + F.linear(h, second) * scale, y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandLoraDelta(RandLora, DeltaRule):
-    """The change of a weight in any other use."""
+        return F.linear(F.linear(h, first), second) * scale
 
 
 @recorded
@@ -242,5 +222,4 @@ class RandLoraConfig(ProjectedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> RandLora:
         """Returns the rule for a linear operation, for a call, or for a weight."""
         sizes = sizes_of(site)
-        rule = RandLoraBranch if is_branch(site) else RandLoraDelta
-        return rule(sizes=sizes, terms=math.ceil(min(sizes.rows, sizes.columns) / self.r))
+        return RandLora(sizes=sizes, terms=math.ceil(min(sizes.rows, sizes.columns) / self.r))

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
@@ -124,7 +123,7 @@ class Supertuning(DeltaRule):
         elements = elements_at(supertuning_values, supertuning_indices, self.shape)
         result = y + operation.apply(h, self.layout.turned(elements))
         h = h if dropout is None else F.dropout(h, dropout, training)
-        if isinstance(operation, ops.Linear):
+        if self.multiplies(operation):
             branch = F.linear(F.linear(h, supertuning_lora_A), supertuning_lora_B) * scale
         else:
             product = self._product(supertuning_lora_A, supertuning_lora_B, scale)

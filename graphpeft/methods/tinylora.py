@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.methods.factored import Factored, FactoredConfig, is_branch, sizes_of
+from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
 from graphpeft.methods.matrices import as_matrices
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -31,7 +31,7 @@ from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLora(Factored):
+class TinyLora(Factored, BranchRule):
     """The change of a weight."""
 
     adapts: ClassVar[tuple[type, ...]] = (*Factored.adapts, ops.Embedding)
@@ -73,6 +73,10 @@ class TinyLora(Factored):
         """Returns B R A."""
         return self.product(chosen(tinylora_v, tinylora_P) @ tinylora_A, tinylora_B)
 
+    def branch(self, h: Any, tinylora_A: Any, tinylora_B: Any, tinylora_v: Any, tinylora_P: Any) -> Any:
+        """Returns h Aᵀ Rᵀ Bᵀ."""
+        return F.linear(F.linear(F.linear(h, tinylora_A), chosen(tinylora_v, tinylora_P)), tinylora_B)
+
 
 def chosen(v: Any, p: Any) -> Any:
     """Returns R = Σᵢ vᵢ Pᵢ.
@@ -85,27 +89,6 @@ def chosen(v: Any, p: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLoraBranch(TinyLora):
-    """The change of what a linear operation computes."""
-
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        training: Any,
-        tinylora_v: Any,
-        tinylora_A: Any,
-        tinylora_B: Any,
-        tinylora_P: Any,
-        dropout: Any = None,
-    ) -> Any:
-        """Returns y + x Aᵀ Rᵀ Bᵀ."""
-        h = F.linear(self.entering(x, tinylora_A, training, dropout), tinylora_A)
-        h = F.linear(h, chosen(tinylora_v, tinylora_P))
-        return self.leaving(y + F.linear(h, tinylora_B), y)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TinyLoraEmbedding(TinyLora):
     """The change of what an embedding looks up."""
 
@@ -113,7 +96,7 @@ class TinyLoraEmbedding(TinyLora):
         """Dropout drops elements of the rows of B."""
         return True
 
-    def rewrite(
+    def rewrite(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Any,
         y: Any,
@@ -128,11 +111,6 @@ class TinyLoraEmbedding(TinyLora):
         h = F.embedding(x, tinylora_B)
         h = h if dropout is None else F.dropout(h, dropout, training)
         return self.leaving(y + h @ chosen(tinylora_v, tinylora_P) @ tinylora_A, y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyLoraDelta(TinyLora, DeltaRule):
-    """The change of a weight in any other use."""
 
 
 @register
@@ -232,4 +210,4 @@ class TinyLoraConfig(FactoredConfig):
         sizes = sizes_of(site)
         if site.op is ops.Embedding:
             return TinyLoraEmbedding(sizes=sizes)
-        return (TinyLoraBranch if is_branch(site) else TinyLoraDelta)(sizes=sizes)
+        return TinyLora(sizes=sizes)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.factored import Factored, FactoredConfig, is_branch, sizes_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -30,7 +30,7 @@ from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniLora(Factored):
+class UniLora(Factored, BranchRule):
     """The change of a weight."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
@@ -78,33 +78,18 @@ class UniLora(Factored):
         a, b = unilora_theta_d[unilora_indices_A], unilora_theta_d[unilora_indices_B]
         return self.product(a * unilora_scales_A, b * unilora_scales_B)
 
-
-@dataclass(frozen=True, kw_only=True)
-class UniLoraBranch(UniLora):
-    """The change of what a linear operation or a call computes."""
-
-    def rewrite(
+    def branch(
         self,
-        x: Any,
-        y: Any,
-        training: Any,
+        h: Any,
         unilora_theta_d: Any,
         unilora_indices_A: Any,
         unilora_indices_B: Any,
         unilora_scales_A: Any,
         unilora_scales_B: Any,
-        dropout: Any = None,
     ) -> Any:
-        """Returns y + x Aᵀ Bᵀ."""
-        a = unilora_theta_d[unilora_indices_A] * unilora_scales_A
-        b = unilora_theta_d[unilora_indices_B] * unilora_scales_B
-        h = self.entering(x, unilora_theta_d, training, dropout)
-        return self.leaving(y + F.linear(F.linear(h, a), b), y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniLoraDelta(UniLora, DeltaRule):
-    """The change of a weight in any other use."""
+        """Returns h Aᵀ Bᵀ."""
+        a, b = unilora_theta_d[unilora_indices_A], unilora_theta_d[unilora_indices_B]
+        return F.linear(F.linear(h, a * unilora_scales_A), b * unilora_scales_B)
 
 
 # the sites of an adapter ask for them one after the other
@@ -218,4 +203,4 @@ class UniLoraConfig(FactoredConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> UniLora:
         """Returns the rule for a linear operation, for a call, or for a weight."""
-        return (UniLoraBranch if is_branch(site) else UniLoraDelta)(sizes=sizes_of(site))
+        return UniLora(sizes=sizes_of(site))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.factored import Factored, FactoredConfig, is_branch, sizes_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -56,7 +56,7 @@ _TARGETS: dict[str, tuple[str, ...] | str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vblora(Factored):
+class Vblora(Factored, BranchRule):
     """The change of a weight.
 
     Attributes:
@@ -100,30 +100,10 @@ class Vblora(Factored):
         """Returns B A."""
         return self.product(*self.factors(vblora_vector_bank, vblora_logits_A, vblora_logits_B))
 
-
-@dataclass(frozen=True, kw_only=True)
-class VbloraBranch(Vblora):
-    """The change of what a linear operation or a call computes."""
-
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        training: Any,
-        vblora_vector_bank: Any,
-        vblora_logits_A: Any,
-        vblora_logits_B: Any,
-        dropout: Any = None,
-    ) -> Any:
-        """Returns y + x Aᵀ Bᵀ."""
+    def branch(self, h: Any, vblora_vector_bank: Any, vblora_logits_A: Any, vblora_logits_B: Any, training: Any) -> Any:
+        """Returns h Aᵀ Bᵀ."""
         a, b = self.factors(vblora_vector_bank, vblora_logits_A, vblora_logits_B, training)
-        h = self.entering(x, vblora_vector_bank, training, dropout)
-        return self.leaving(y + F.linear(F.linear(h, a), b), y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VbloraDelta(Vblora, DeltaRule):
-    """The change of a weight in any other use."""
+        return F.linear(F.linear(h, a), b)
 
 
 @recorded
@@ -204,7 +184,7 @@ class VBLoRAConfig(FactoredConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Vblora:
         """Returns the rule for a linear operation, for a call, or for a weight."""
-        return (VbloraBranch if is_branch(site) else VbloraDelta)(sizes=sizes_of(site), top=self.topk)
+        return Vblora(sizes=sizes_of(site), top=self.topk)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Returns a file's tensors, with `save_only_topk_weights` the places and weights of the top k for logits."""

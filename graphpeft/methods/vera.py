@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.factored import Factored, ProjectedConfig, is_branch, sizes_of
+from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -27,7 +27,7 @@ from graphpeft.targeting import targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vera(Factored):
+class Vera(Factored, BranchRule):
     """The change of a weight."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
@@ -62,31 +62,10 @@ class Vera(Factored):
         a, b = self.cut(vera_A, vera_B)
         return self.product(vera_lambda_d[..., None] * a, vera_lambda_b[..., None] * b)
 
-
-@dataclass(frozen=True, kw_only=True)
-class VeraBranch(Vera):
-    """The change of what a linear operation or a call computes."""
-
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        training: Any,
-        vera_A: Any,
-        vera_B: Any,
-        vera_lambda_b: Any,
-        vera_lambda_d: Any,
-        dropout: Any = None,
-    ) -> Any:
-        """Returns y + b ⊙ (d ⊙ (x Aᵀ)) Bᵀ."""
+    def branch(self, h: Any, vera_lambda_d: Any, vera_lambda_b: Any, vera_A: Any, vera_B: Any) -> Any:
+        """Returns b ⊙ (d ⊙ (h Aᵀ)) Bᵀ."""
         a, b = self.cut(vera_A, vera_B)
-        h = vera_lambda_d * F.linear(self.entering(x, vera_lambda_d, training, dropout), a)
-        return self.leaving(y + vera_lambda_b * F.linear(h, b), y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VeraDelta(Vera, DeltaRule):
-    """The change of a weight in any other use."""
+        return vera_lambda_b * F.linear(vera_lambda_d * F.linear(h, a), b)
 
 
 @register
@@ -137,4 +116,4 @@ class VeraConfig(ProjectedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Vera:
         """Returns the rule for a linear operation, for a call, or for a weight."""
-        return (VeraBranch if is_branch(site) else VeraDelta)(sizes=sizes_of(site))
+        return Vera(sizes=sizes_of(site))

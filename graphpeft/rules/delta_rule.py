@@ -1,12 +1,13 @@
 """Rules that change a weight, written for PEFT's layout of weights: (out, in), or (out, in / groups, *kernel).
 
 A `DeltaRule` is just its `delta`: y + operation(dropout(x), ΔW) + Δb. It adapts linear operations, convolutions,
-batches of matrices, and weights in other uses, in every stored layout.
+batches of matrices, and weights in other uses, in every stored layout. A `BranchRule` has a shorter way for products.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from graphpeft.graph import ops
+from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import recorded
+from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
@@ -101,29 +104,24 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class BranchRule(WeightRule, OperationRule):
-    """A rule whose change is a branch beside the operation, with dropout of the branch's input.
-
-    A `DeltaRule` computes the branch from the whole change; another one can have a `rewrite` that never makes it.
+class DeltaRule(WeightRule, OperationRule):
+    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
 
     Example:
-        >>> class Product(BranchRule):
+        >>> class Shift(DeltaRule):
         ...     def parameters(self, site, config):
-        ...         rows, columns = site.matrix_shape
-        ...         return {"a": ParameterSpec((2, columns), "a"), "b": ParameterSpec((rows, 2), "b")}
+        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
         ...
         ...     def initialise(self, parameters, site, config, module):
-        ...         parameters["a"].normal_()
-        ...         parameters["b"].zero_()
+        ...         parameters["shift"].zero_()
         ...
-        ...     def rewrite(self, x, y, training, a, b, dropout=None):
-        ...         return self.leaving(y + self.entering(x, a, training, dropout) @ a.T @ b.T, y)
-        ...
-        ...     def delta(self, a, b):
-        ...         return b @ a
-        >>> Product().rewrite(torch.ones(3), torch.zeros(1), False, a=torch.ones(2, 3), b=torch.ones(1, 2))
-        tensor([6.])
+        ...     def delta(self, shift):
+        ...         return shift
+        >>> Shift().change({"shift": torch.ones(1, 2)})
+        tensor([[1., 1.]])
     """
+
+    adapts_both_ways: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses the sites that a `WeightRule` refuses, and dropout where the operation has no input of numbers."""
@@ -159,6 +157,16 @@ class BranchRule(WeightRule, OperationRule):
         dropout = self.dropout_of(config) if self.has_numbers(site) else 0.0
         return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
 
+    def multiplies(self, operation: Any) -> bool:
+        """Returns whether an operation multiplies by the weight in PEFT's layout, x Wᵀ, or is the call of a layer.
+
+        Args:
+            operation: The operation. One weight may be read both ways: by x Wᵀ and by x W.
+        """
+        if isinstance(operation, Leaf):
+            return True
+        return isinstance(operation, ops.Linear) and operation.transposed == (self.layout.exchanged is not None)
+
     def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
         """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
 
@@ -180,27 +188,6 @@ class BranchRule(WeightRule, OperationRule):
         """
         return result.to(y.dtype) if self.casts else result
 
-
-@dataclass(frozen=True)
-class DeltaRule(BranchRule):
-    """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
-
-    Example:
-        >>> class Shift(DeltaRule):
-        ...     def parameters(self, site, config):
-        ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
-        ...
-        ...     def initialise(self, parameters, site, config, module):
-        ...         parameters["shift"].zero_()
-        ...
-        ...     def delta(self, shift):
-        ...         return shift
-        >>> Shift().change({"shift": torch.ones(1, 2)})
-        tensor([[1., 1.]])
-    """
-
-    adapts_both_ways: ClassVar[bool] = True
-
     def rewrite(
         self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
     ) -> Any:
@@ -211,3 +198,69 @@ class DeltaRule(BranchRule):
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)
+
+
+@dataclass(frozen=True)
+class BranchRule(DeltaRule):
+    """A `DeltaRule` with a shorter way for products with the weight, which doesn't make the whole change.
+
+    Example:
+        >>> class LowRank(BranchRule):
+        ...     def parameters(self, site, config):
+        ...         rows, columns = site.matrix_shape
+        ...         return {"A": ParameterSpec((2, columns), "A"), "B": ParameterSpec((rows, 2), "B")}
+        ...
+        ...     def initialise(self, parameters, site, config, module):
+        ...         parameters["A"].normal_()
+        ...         parameters["B"].zero_()
+        ...
+        ...     def delta(self, A, B):
+        ...         return B @ A
+        ...
+        ...     def branch(self, h, A, B):
+        ...         return h @ A.mT @ B.mT
+        >>> LowRank().branch(torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2))
+        tensor([[6., 6., 6., 6.]])
+    """
+
+    @abstractmethod
+    def branch(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns h ΔWᵀ, which is added to a product with the weight, or to the result of a layer's call.
+
+        A rule names the arguments that it needs: ``h``, the input after dropout, in the dtype of the first parameter
+        that is named; ``training``; and the rule's own parameters and constants.
+
+        Args:
+            *args: The rule's arguments.
+            **kwargs: Likewise.
+        """
+        ...
+
+    def fitted(self, x: Any, parameter: Any) -> Any:
+        """Returns the input of which dropout drops elements, where that isn't the operation's.
+
+        Args:
+            x: The operation's input.
+            parameter: The first parameter that `branch` names.
+        """
+        return x
+
+    def rewrite(
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        training: Any,
+        change: Any = None,
+        bias_change: Any = None,
+        dropout: Any = None,
+        **own: Any,
+    ) -> Any:
+        """Returns y + branch(dropout(x)), and for other operations y + operation(dropout(x), ΔW)."""
+        if not self.multiplies(operation):
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        asked = asked_by(self.branch)
+        first = own[next(name for name in asked.names if name in own)]
+        h = self.entering(self.fitted(x, first), first, training, dropout)
+        given = {"h": h, "training": training, **own}
+        return self.leaving(y + self.branch(**{name: given[name] for name in asked.among(given)}), y)

@@ -19,7 +19,7 @@ CONTRACTS = [
         {},
         (LINEAR,),
         (TRANSPOSED, CONV_2D, BACK),
-        refuses={"merge llama": NO_BIAS},
+        refuses={"merge llama": NO_BIAS, "both ways": "its operations read it both as"},
     ),
     Contract("beft-drawn", BeftConfig, peft.BeftConfig, {"init_weights": False}, (LINEAR,)),
     Contract("beft-without-bias", BeftConfig, peft.BeftConfig, {}, (WITHOUT_BIAS,), refuses={"merge": NO_BIAS}),

@@ -24,8 +24,8 @@ class Contract(NamedTuple):
         llama: Options that name targets in a Llama, beside `options`.
         refuses: Why the method refuses to "merge", to be active "together" with another of its kind, to "merge beside"
             an active adapter of another method, to "merge llama", whose layers have no bias, to act "before dora",
-            which reads the weight so far, to compute "rows" of a batch apart, or to be exported as "onnx" or "pt2": a
-            pattern for the error's text.
+            which reads the weight so far, to change a weight that is read "both ways", to compute "rows" of a batch
+            apart, or to be exported as "onnx" or "pt2": a pattern for the error's text.
         sized: Options of the row of sizes in docs/methods.md, beside the defaults and `q_proj` and `v_proj` as targets.
         trains_alike: Whether a training step draws the same numbers as PEFT's, and so gives the same gradients.
         tolerance: The largest difference from PEFT's outputs, relative to their size.

@@ -19,6 +19,7 @@ CONTRACTS = [
         (*MATRICES, CONV_2D, POINTWISE, CONV_3D),
         (GROUPED,),
         sized=OF_OUTPUTS,
+        refuses={"both ways": "its operations read it both as"},
     ),
     Contract(
         "ia3-inputs", IA3Config, peft.IA3Config, OF_INPUTS, (*MATRICES, CONV_2D, CONV_3D), (GROUPED,), llama=LLAMA

@@ -8,6 +8,7 @@ from contracts.contract import Contract
 from graphpeft import LilyConfig
 
 REFUSES = {
+    "both ways": "its operations read it both as",
     "merge": "mixes its factors by what goes into a layer",
     "rows": "depends on all rows of its batch",
     "before dora": "reads weight with the changes so far",

@@ -20,6 +20,7 @@ CONTRACTS = [
         llama={"target_modules": ["input_layernorm", "norm"]},
         sized={"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
         refuses={
+            "both ways": "nothing in Sequential matches",
             "together": "both fully train 0; only one of them can be active",
             "merge beside": r"has another tensor, or other rows, in the place of 0\.weight",
         },

@@ -25,6 +25,7 @@ CONTRACTS = [
         CASES,
         beyond=(TRANSPOSED,),
         llama={"target_modules": ["q_proj", "down_proj"]},
+        refuses={"both ways": "its operations read it both as"},
     )
     for name, options in OPTIONS.items()
 ]

@@ -16,6 +16,7 @@ CONTRACTS = [
         {"r": 3, "d_initial": 0.5},
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
         beyond=(MATRIX, ROUNDED),
+        refuses={"both ways": "gives each input its own noise"},
     ),
     Contract("pvera-drawn", PveraConfig, peft.PveraConfig, {"r": 3, "init_weights": False}, (LAYERS,)),
     Contract("pvera-dropout", PveraConfig, peft.PveraConfig, {"r": 3, "pvera_dropout": 0.4}, (LAYERS,)),

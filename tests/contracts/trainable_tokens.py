@@ -16,6 +16,7 @@ CONTRACTS = [
         llama={"target_modules": ["embed_tokens"]},
         sized={"target_modules": ["embed_tokens"], "token_indices": list(range(16))},
         refuses={
+            "both ways": "nothing in Sequential matches",
             "together": "both train rows of 0; only one of them can be active",
             "merge beside": r"has another tensor, or other rows, in the place of 0\.weight",
         },

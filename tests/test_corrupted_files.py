@@ -26,7 +26,7 @@ from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_pe
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.registry import registered
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
 
@@ -326,7 +326,7 @@ def test_many_patterns_that_take_long_each_are_refused_together() -> None:
     names = [f"layers.{number}.{'a' * 22}" for number in range(40)]
     began = time.process_time()
     with pytest.raises(ValueError, match="rank_pattern or alpha_pattern takes too long"):
-        [targets.pattern_value(patterns, name, 0) for name in names]
+        [pattern_values.pattern_value(patterns, name, 0) for name in names]
     assert time.process_time() - began < 3
 
 
@@ -379,7 +379,9 @@ def test_the_first_fitting_pattern_for_an_end_is_that_of_python() -> None:
         patterns = {key: place for place, key in enumerate(dict.fromkeys(keys))}
         name = "".join(numbers.choices("ab.0-", k=numbers.randint(1, 6)))
         expected = next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), None)
-        assert targets.pattern_value(patterns, name, None) == (patterns.get(name) if expected is None else expected)
+        assert pattern_values.pattern_value(patterns, name, None) == (
+            patterns.get(name) if expected is None else expected
+        )
         fitting += expected is not None
     assert fitting > 200
 
@@ -389,7 +391,7 @@ def test_a_rank_for_each_of_many_sites_is_found_soon() -> None:
     for spelled in (str, lambda name: f"^{re.escape(name)}$"):
         patterns = {spelled(name): place for place, name in enumerate(names)}
         began = time.process_time()
-        assert [targets.pattern_value(patterns, name, -1) for name in names] == list(range(len(names)))
+        assert [pattern_values.pattern_value(patterns, name, -1) for name in names] == list(range(len(names)))
         assert time.process_time() - began < 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graphpeft import LoraConfig, get_peft_model, trace
 from graphpeft.graph import template as graph_module
 from graphpeft.graph.template import Template
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values
 
 RANKS = [2, 3]
 
@@ -149,7 +149,7 @@ def test_modules_that_differ_in_a_string_dont_all_leave_their_graphs(monkeypatch
 
 
 def test_expressions_in_configs_are_forgotten() -> None:
-    most = targets._endings.cache_info().maxsize
+    most = pattern_values._endings.cache_info().maxsize
     assert most is not None
     assert most <= 10_000
 

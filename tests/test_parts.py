@@ -23,7 +23,7 @@ from graphpeft import (
     hotswap_adapter,
     trace,
 )
-from graphpeft.adapters.checkpoint import load
+from graphpeft.adapters.saved_adapter import load
 from graphpeft.testing import laws
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

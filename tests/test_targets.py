@@ -29,6 +29,7 @@ from transformers import (
 from graphpeft import trace
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.target_options import TargetOptions
+from graphpeft.targeting.pattern_values import pattern_value
 from graphpeft.targeting.targets import (
     Match,
     all_linear_names,
@@ -39,7 +40,6 @@ from graphpeft.targeting.targets import (
     match_parameter,
     near_misses,
     output_head,
-    pattern_value,
 )
 
 pytestmark = pytest.mark.quick("targeting")

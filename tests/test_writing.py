@@ -23,7 +23,7 @@ from writers import Writers, adapted, base, found_in, writers
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, ExportError, LoraConfig, PeftConfig, PeftModel, hotswap_adapter
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import saved_adapter
 from graphpeft.files import atomic_files
 from graphpeft.testing import laws
 
@@ -135,14 +135,14 @@ def test_an_adapter_that_is_saved_again_whenever_its_config_was_read_is_found_wh
     a, b = adapted("a"), adapted("b")
     a.save_pretrained(tmp_path)
     saves = itertools.chain([b, a] * 10)
-    read_safetensors = checkpoint.read_safetensors
+    read_safetensors = saved_adapter.read_safetensors
 
     def save_and_read(path: str) -> Any:
         for model in itertools.islice(saves, 1):
             model.save_pretrained(tmp_path)
         return read_safetensors(path)
 
-    monkeypatch.setattr(checkpoint, "read_safetensors", save_and_read)
+    monkeypatch.setattr(saved_adapter, "read_safetensors", save_and_read)
     assert found_in(tmp_path) == "a"
 
 
@@ -150,15 +150,15 @@ def test_files_that_are_replaced_without_end_are_refused(tmp_path: Path, monkeyp
     model = adapted("a")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(atomic_files, "_READS", 3)
-    read_safetensors = checkpoint.read_safetensors
+    read_safetensors = saved_adapter.read_safetensors
 
     def save_and_read(path: str) -> Any:
         model.save_pretrained(tmp_path)
         return read_safetensors(path)
 
-    monkeypatch.setattr(checkpoint, "read_safetensors", save_and_read)
+    monkeypatch.setattr(saved_adapter, "read_safetensors", save_and_read)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json.* can't be read: replaced again and again"):
-        checkpoint.read(tmp_path)
+        saved_adapter.read(tmp_path)
 
 
 # errors
@@ -291,7 +291,7 @@ def test_peft_writes_our_config_again_and_it_still_belongs_to_the_tensors(tmp_pa
     config = LoraConfig(r=2, target_modules=["0", "2"], modules_to_save=["2"], exclude_modules=["2"], **patterns)
     laws.perturbed(graphpeft.get_peft_model(base(), config)).save_pretrained(tmp_path)
     peft.PeftConfig.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path))
-    assert checkpoint.read(tmp_path)
+    assert saved_adapter.read(tmp_path)
 
 
 def test_tensors_have_pytorchs_format_and_the_digest_of_their_config(tmp_path: Path) -> None:

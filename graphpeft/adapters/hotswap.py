@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters import checkpoint, file_names, lifecycle
+from graphpeft.adapters import checkpoint, file_names, lifecycle, saved_adapter
 from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.plan import HALVES, AdaptError, Plan
@@ -74,7 +74,7 @@ def hotswap_adapter(
     """
     model = unwrapped(model)
     _swappable(model, adapter_name)
-    saved = checkpoint.read(model_name_or_path, **options)
+    saved = saved_adapter.read(model_name_or_path, **options)
     of_base = other_base(model, saved.config)
     plan = _planned(model, adapter_name, saved.config, saved.tensors, example_inputs)
     values = _fitted(model, adapter_name, plan, saved.tensors, of_base)

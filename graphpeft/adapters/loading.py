@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters import checkpoint, file_names
+from graphpeft.adapters import checkpoint, file_names, saved_adapter
 from graphpeft.adapters.adapting import (
     Methods,
     carry_out,
@@ -23,8 +23,10 @@ from graphpeft.adapters.adapting import (
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.hotswap import is_the_same
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.saved_adapter import SavedAdapter
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import overwrite, refuse_missing
+from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
@@ -89,7 +91,7 @@ def load(
         adapter = Adapter.of(plan)
         state = adapters_of(model)
         originals = state.originals if state is not None else {}
-        saved.refuse_other_operations(adapter, adapter_name, modules_of(model), values)
+        checkpoint.refuse_other_operations(saved.operations, adapter, adapter_name, modules_of(model), values)
         of_base = other_base(model, saved.config)
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values, of_base)
         _refuse_other_base(model, adapter, adapter_name, fitted)
@@ -133,12 +135,12 @@ def _read(
     config: ConfigLike | None,
     use_safetensors: bool | None,
     hub_options: Mapping[str, Any],
-) -> checkpoint.SavedAdapter:
+) -> SavedAdapter:
     hub_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
     if config is None:
-        return checkpoint.read(model_id, use_safetensors=use_safetensors, **hub_options)
-    values = checkpoint.load(model_id, use_safetensors=use_safetensors, **hub_options)
-    return checkpoint.SavedAdapter(as_config(config), values)
+        return saved_adapter.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    values = saved_adapter.load(model_id, use_safetensors=use_safetensors, **hub_options)
+    return SavedAdapter(as_config(config), values)
 
 
 def load_again(
@@ -229,7 +231,7 @@ def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Te
     own = set(adapter.tensor_names(name))
     replaced = [".".join(place) for place in values if place not in own]
     if others and replaced:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"the adapter's file holds other values of the model's own {joined(replaced)}, with which its adapters "
             f"{joined(others)} would compute something else; load it on a model of its own"
         )

@@ -27,7 +27,7 @@ from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -175,7 +175,7 @@ class C3AConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.value_below(self.block_size_pattern or {}, name, self.block_size, "block_size_pattern")
+        return pattern_values.value_below(self.block_size_pattern or {}, name, self.block_size, "block_size_pattern")
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> C3A:
         """Returns the rule for a weight's shape."""

@@ -29,7 +29,7 @@ from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -164,7 +164,7 @@ class DeloraConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.pattern_value(self.rank_pattern or {}, name, self.r)
+        return pattern_values.pattern_value(self.rank_pattern or {}, name, self.r)
 
     def lambda_at(self, name: str) -> float:
         """Returns λ at first at a site.
@@ -172,7 +172,7 @@ class DeloraConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.pattern_value(self.lambda_pattern or {}, name, self.delora_lambda)
+        return pattern_values.pattern_value(self.lambda_pattern or {}, name, self.delora_lambda)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Delora:
         """Returns the rule for a weight's kernel, or for a matrix."""

@@ -26,7 +26,7 @@ from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -187,7 +187,7 @@ class FourierFTConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.value_below(self.n_frequency_pattern or {}, name, self.n_frequency, "n_frequency_pattern")
+        return pattern_values.value_below(self.n_frequency_pattern or {}, name, self.n_frequency, "n_frequency_pattern")
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> FourierFT:
         """Returns the rule for a weight's shape."""

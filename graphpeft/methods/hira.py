@@ -34,7 +34,7 @@ from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -234,7 +234,7 @@ class HiraConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.pattern_value(self.rank_pattern or {}, name, self.r)
+        return pattern_values.pattern_value(self.rank_pattern or {}, name, self.r)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Hira:
         """Returns the rule for a call, for an embedding, for a weight's kernel, or for a matrix."""

@@ -22,7 +22,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class LycorisConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.pattern_value(self.rank_pattern, name, self.r)
+        return pattern_values.pattern_value(self.rank_pattern, name, self.r)
 
     def alpha_at(self, name: str) -> float:
         """Returns α at a site.
@@ -196,7 +196,7 @@ class LycorisConfig(TargetedConfig):
         Args:
             name: The site's name.
         """
-        return targets.pattern_value(self.alpha_pattern, name, self.alpha)
+        return pattern_values.pattern_value(self.alpha_pattern, name, self.alpha)
 
     def for_file(self, sites: Sequence[Any]) -> LycorisConfig:
         """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
@@ -213,4 +213,4 @@ def exact(values: Mapping[str, T], default: T) -> dict[str, T]:
         values: The values by name.
         default: The value of names that no pattern matches.
     """
-    return {targets.pattern_of(name): value for name, value in values.items() if value != default}
+    return {pattern_values.pattern_of(name): value for name, value in values.items() if value != default}

@@ -33,7 +33,7 @@ from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.wording import shown
 
@@ -269,7 +269,7 @@ class WaveFTConfig(TargetedConfig):
         return self._by_name(site.name)
 
     def _by_name(self, name: str) -> int:
-        return targets.pattern_value(self.n_frequency_pattern or {}, name, self.n_frequency)
+        return pattern_values.pattern_value(self.n_frequency_pattern or {}, name, self.n_frequency)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> WaveFT:
         """Returns the rule for a weight's shape."""

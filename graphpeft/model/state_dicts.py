@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint, file_names
+from graphpeft.adapters import checkpoint, file_names, saved_adapter
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.loading import set_values
 from graphpeft.adapters.tensors import refuse_missing
@@ -133,7 +133,7 @@ def load_peft_weights(
         >>> sorted(load_peft_weights("adapter"))
         ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
     """
-    values = checkpoint.load(model_id, **hub_options)
+    values = saved_adapter.load(model_id, **hub_options)
     if key_mapping:
         values = file_names.renamed(values, key_mapping)
     return {name: tensor.to(device or "cpu") for name, tensor in values.items()}

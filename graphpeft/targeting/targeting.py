@@ -27,7 +27,7 @@ from graphpeft.sites.layer_kinds import declares_features, kind_of_layer
 from graphpeft.sites.leaves import leaf_site
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.site import LeafSite, NoSiteError, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.targets import Match
 from graphpeft.wording import joined, shown
 
@@ -329,7 +329,7 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
             continue
         left = targets.unmatched(entries, names())
         if isinstance(entries, Mapping):
-            left = [key for key in left if not targets.fits_any(key, wanted)]
+            left = [key for key in left if not pattern_values.fits_any(key, wanted)]
         if left:
             near = targets.near_misses(left[:5], targets.endings(names(), left[:5]))
             hint = f" (near misses: {', '.join(near)})" if near else ""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import enum
-import functools
 import itertools
 import re
 import sys
@@ -31,7 +30,6 @@ from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.layer_kinds import is_linear
-from graphpeft.targeting.endings import Endings
 from graphpeft.targeting.patterns import Pattern
 
 T = TypeVar("T")
@@ -128,66 +126,6 @@ def match_parameter(options: TargetOptions, path: str) -> bool:
         True if an entry is the whole path or its end, cut at a dot.
     """
     return any(path == target or path.endswith(f".{target}") for target in options.target_parameters or ())
-
-
-def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
-    r"""Returns a module's value in `rank_pattern` or `alpha_pattern`.
-
-    A key is a regular expression for the end of a name, cut at a dot: `(.*\.)?(key)$`. A key that starts with `^` can
-    thus only match a whole name. The first key that matches wins, in the order of the mapping.
-
-    Args:
-        patterns: Values by key.
-        name: The dotted path of a module.
-        default: The value where no key matches.
-
-    Returns:
-        The value of the first key that matches, or of the key that is spelled like the name, or the default.
-
-    Raises:
-        ValueError: A key is not a regular expression.
-    """
-    if not patterns:
-        return default
-    place = _endings(tuple(patterns)).first(name)
-    if place is not None:
-        return next(itertools.islice(patterns.values(), place, None))
-    # a name may have characters that are special in regular expressions, so its plain spelling matches as well
-    return patterns.get(name, default)
-
-
-def value_below(patterns: Mapping[str, T], name: str, default: T, option: str) -> T:
-    r"""Returns a module's value in `n_frequency_pattern` or `block_size_pattern`, which have another rule.
-
-    A key is a regular expression for what is behind a dot of a name, `.*\.key$`, or a whole name as it is spelled.
-
-    Args:
-        patterns: Values by key.
-        name: The dotted path of a module.
-        default: The value where no key matches.
-        option: The name of the option, for errors.
-
-    Returns:
-        The value of the first key that matches, or of the key that is spelled like the name, or the default.
-
-    Raises:
-        ValueError: A key is not a regular expression.
-    """
-    for key, value in patterns.items():
-        if Pattern(rf".*\.{key}$", key, option).match(name):
-            return value
-    return patterns.get(name, default)
-
-
-def pattern_of(name: str) -> str:
-    """Returns the key of `rank_pattern` or `alpha_pattern` that matches this name and no other."""
-    return f"^{re.escape(name)}$"
-
-
-def name_of(pattern: str) -> str | None:
-    """Returns the name of which `pattern_of` makes this key, or None for another key."""
-    name = re.sub(r"\\(.)", r"\1", pattern[1:-1], flags=re.DOTALL)
-    return name if pattern == pattern_of(name) else None
 
 
 def is_all_linear(target_modules: object) -> bool:
@@ -316,12 +254,6 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     return sorted(left)
 
 
-def fits_any(key: str, names: Iterable[str]) -> bool:
-    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches one of `names`, see `pattern_value`."""
-    pattern = _endings((key,))
-    return any(pattern.first(name) is not None or name == key for name in names)
-
-
 def endings(names: Iterable[str], like: Iterable[str]) -> list[str]:
     """Lists the distinct endings of names that have as many components as a name of `like`."""
     lengths = {name.count(".") + 1 for name in like}
@@ -419,12 +351,6 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
         return int(found["idx"]) if found and found["idx"] is not None else None
 
     return layer_of
-
-
-# cached, since each site looks up the same keys
-@functools.lru_cache(maxsize=16)
-def _endings(keys: tuple[str, ...]) -> Endings:
-    return Endings(keys, "rank_pattern or alpha_pattern")
 
 
 def _advice(model: nn.Module) -> str:

@@ -45,7 +45,7 @@ from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases, TableRows
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
@@ -268,7 +268,7 @@ class LoraConfig(TargetedConfig):
         config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
         for site in sites:
             if isinstance(site, Site) and site.parts:
-                key = targets.pattern_of(site.name)
+                key = pattern_values.pattern_of(site.name)
                 own = rank_of(site, self), alpha_of(site, self)
                 config.rank_pattern[key], config.alpha_pattern[key] = as_stock(len(site.parts), *own, self.use_rslora)
         layers = [site for site in sites if site.is_layer]
@@ -317,7 +317,7 @@ class LoraConfig(TargetedConfig):
         """Returns the config as it was before `for_file`: the ranks of parts are their own."""
         config = copy.deepcopy(self)
         for key in self.rank_pattern.keys() & self.alpha_pattern.keys():
-            name = targets.name_of(key)
+            name = pattern_values.name_of(key)
             parts = wanted_parts(name, self.target_parts or {}) if name is not None else None
             if parts is not None:
                 stock = config.rank_pattern.pop(key), config.alpha_pattern.pop(key)

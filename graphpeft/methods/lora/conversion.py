@@ -37,7 +37,7 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.rule import Combines, changes_bias
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.wording import joined
 
 
@@ -90,7 +90,7 @@ def convert_to_lora(
             name = target.site.name
             ranks[name] = max(ranks.get(name, 0), products[weight].rank)
         config.r = config.lora_alpha = int(rank) if isinstance(rank, int) else max(ranks.values())
-        own = {targets.pattern_of(name): found for name, found in ranks.items() if found != config.r}
+        own = {pattern_values.pattern_of(name): found for name, found in ranks.items() if found != config.r}
         config.rank_pattern, config.alpha_pattern = own, dict(own)
         plan = _planned(model, config, temporary)
         _refuse_unfit(plan)

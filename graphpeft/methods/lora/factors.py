@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Size, Tensor
 
 from graphpeft.sites.site import LeafSite, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def rank_of(site: Site | LeafSite, config: Any) -> int:
 
 def rank_at(name: str, config: Any) -> int:
     """Returns the rank of A and B at the site of this name."""
-    return targets.pattern_value(config.rank_pattern, name, config.r)
+    return pattern_values.pattern_value(config.rank_pattern, name, config.r)
 
 
 def alpha_of(site: Site | LeafSite, config: Any) -> float:
@@ -53,8 +53,8 @@ def _own_value(patterns: Mapping[str, T], site: Site | LeafSite, default: T) -> 
     """Returns a site's own value: a pattern for one call goes before a pattern for all calls."""
     if not patterns:
         return default
-    of_name = targets.pattern_value(patterns, site.name, default)
-    return of_name if site.call is None else targets.pattern_value(patterns, site.label, of_name)
+    of_name = pattern_values.pattern_value(patterns, site.name, default)
+    return of_name if site.call is None else pattern_values.pattern_value(patterns, site.label, of_name)
 
 
 def exact_patterns(sites: Sequence[Site | LeafSite], config: Any) -> tuple[dict[str, int], dict[str, float]]:
@@ -71,7 +71,7 @@ def exact_patterns(sites: Sequence[Site | LeafSite], config: Any) -> tuple[dict[
 
 
 def _pattern_of(site: Site | LeafSite) -> str:
-    return targets.pattern_of(site.name if site.call is None else site.label)
+    return pattern_values.pattern_of(site.name if site.call is None else site.label)
 
 
 def draw(parameters: Mapping[str, Tensor], kind: bool | str, rank: int) -> None:

@@ -29,7 +29,7 @@ from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.targets import Match
 from graphpeft.targeting.tied import tied_layers
 from graphpeft.wording import joined
@@ -183,7 +183,7 @@ def with_tied(
 def _refusal(path: str, embedding: str, config: Any) -> str | None:
     """Returns the reason why a layer can't have the factors of the embedding to which it is tied, or None."""
     for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
-        own, other = (targets.pattern_value(getattr(config, name), each, default) for each in (path, embedding))
+        own, other = (pattern_values.pattern_value(getattr(config, name), each, default) for each in (path, embedding))
         if own != other:
             return f"{name} gives {own} to it and {other} to that; give both the same"
     if any(each == key or each.endswith(f".{key}") for key in config.target_parts or () for each in (path, embedding)):

@@ -22,7 +22,7 @@ from graphpeft.graph.holders import tensor_at
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.calibration import in_mode, targeted_layers
 from graphpeft.methods.lora.init.eva_directions import Batches, find_directions, first_tensor, options_of
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values
 from graphpeft.transaction import transaction
 
 _PREFIX = "base_model.model."
@@ -228,11 +228,11 @@ def _with_ranks(adapter: Adapter, directions: Mapping[str, Tensor]) -> Any:
     changed.layers_to_transform = changed.layers_pattern = None
     for path, rank in ranks.items():
         before = rank_at(path, config)
-        alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        alpha = pattern_values.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         if options_of(config).adjust_scaling_factors and rank != before:
             alpha *= rank / before
         if rank != config.r:
-            changed.rank_pattern[targets.pattern_of(path)] = rank
+            changed.rank_pattern[pattern_values.pattern_of(path)] = rank
         if alpha != config.lora_alpha:
-            changed.alpha_pattern[targets.pattern_of(path)] = alpha
+            changed.alpha_pattern[pattern_values.pattern_of(path)] = alpha
     return changed

@@ -1,0 +1,118 @@
+"""What an adapter's files hold: its config and its tensors, read at one time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from graphpeft.files.atomic_files import read_together, waiting
+from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
+from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file, weights_file
+from graphpeft.rules.config import PeftConfig
+
+DIGEST = "graphpeft_config"
+"""Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
+
+OPERATIONS = "graphpeft_operations"
+"""Under which it has the kinds of the operations that use weights of no layer, likewise."""
+
+
+class SavedAdapter(NamedTuple):
+    """What an adapter's files hold.
+
+    Attributes:
+        config: The config.
+        tensors: The tensors by their names in the file, on the CPU.
+        is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
+        operations: The kinds of the operations that used weights of no layer, by the weights' labels, likewise.
+    """
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+    is_of_one_save: bool = True
+    operations: Mapping[str, str] = MappingProxyType({})
+
+    def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
+        """Raises CheckpointError if the tensors were saved with another config.
+
+        It comes last, since a mistake in an edited config has an error of its own.
+        """
+        if not self.is_of_one_save:
+            raise CheckpointError(
+                f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean "
+                "something else: the config was edited, or two programs have saved there at once. Save the adapter "
+                "again; or give the config that you want, as "
+                f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
+            )
+
+
+def read(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool | None = None, **hub_options: Any
+) -> SavedAdapter:
+    """Reads an adapter's config and its tensors, which lay there at one time.
+
+    Two files can't take their places at once, so one of them may be the other's successor: then the writer, who may
+    have been ended, has the config of the tensors in a folder of its own.
+
+    Args:
+        path_or_repo: A folder, or a repository on the Hub.
+        use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
+            ``weights_only=True``; None the first if it is there, else the second.
+        hub_options: Options of ``huggingface_hub.hf_hub_download``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        CheckpointError: If one is damaged.
+        ValueError: As `PeftConfig.from_pretrained`.
+    """
+    config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
+    PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
+    weights = weights_file(path_or_repo, use_safetensors, hub_options)
+    try:
+        return read_together([config, weights], lambda: _read_both(config, weights))
+    except OSError as error:
+        raise unreadable(error.filename, error) from error
+
+
+def _read_both(config_file: str, weights: str) -> SavedAdapter:
+    config = PeftConfig.from_file(config_file)
+    tensors, metadata = _read(weights)
+    digest, operations = metadata.get(DIGEST), _operations_in(metadata)
+    if digest in (None, config.digest()):
+        return SavedAdapter(config, tensors, operations=operations)
+    for file in waiting(Path(config_file).parent, CONFIG_NAME):
+        with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
+            ready = PeftConfig.from_file(file)
+            if digest == ready.digest():
+                return SavedAdapter(ready, tensors, operations=operations)
+    return SavedAdapter(config, tensors, is_of_one_save=False)
+
+
+def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    try:
+        found = json.loads(metadata.get(OPERATIONS, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}  # they only explain an error
+
+
+def load(
+    path_or_repo: str | os.PathLike[str], *, use_safetensors: bool | None = None, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """Reads an adapter's tensors alone; arguments and errors as for `read`."""
+    return _read(weights_file(path_or_repo, use_safetensors, hub_options))[0]
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Returns an adapter's tensors, and what else the file says of them."""
+    if Path(path).name == PICKLED_WEIGHTS_NAME:
+        return read_pickle(path), {}
+    saved = read_safetensors(path)
+    return saved.tensors, saved.metadata

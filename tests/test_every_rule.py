@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft.methods
 from graphpeft import (
+    CartridgeConfig,
     CPTConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
@@ -193,7 +194,7 @@ CASES = {
     "LSTM": prompt(PromptEncoderConfig, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),
     "PrefixTable": prompt(PrefixTuningConfig),
     "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
-    "InCache": prompt(PrefixTuningConfig),
+    "Cartridge": prompt(CartridgeConfig),
     "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
     "Context": Case(
         LLAMA.make,

@@ -17,6 +17,7 @@ from torch import nn
 
 from graphpeft import (
     AdaptError,
+    CartridgeConfig,
     CPTConfig,
     LoraPerCallConfig,
     MultitaskPromptTuningConfig,
@@ -46,6 +47,7 @@ def every_method_that(holds: Callable[[Method], bool]) -> pytest.MarkDecorator:
 
 
 IN_FRONT: dict[PeftType, PeftConfig] = {
+    PeftType.CARTRIDGE: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
     PeftType.PREFIX_TUNING: PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
     ),

@@ -4,6 +4,7 @@ from graphpeft.methods.adalora import AdaLoraConfig
 from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
+from graphpeft.methods.cartridge import CartridgeConfig, compose_cartridge_adapters
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
@@ -40,6 +41,11 @@ from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from graphpeft.methods.prompts.cached_prefixes import (
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.psoft import PsoftConfig
@@ -61,6 +67,7 @@ __all__ = [
     "BeftConfig",
     "C3AConfig",
     "CPTConfig",
+    "CartridgeConfig",
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
@@ -104,12 +111,16 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "WaveFTConfig",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "find_token_sequence",
     "get_eva_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",

@@ -10,8 +10,8 @@ from torch import Tensor
 from graphpeft.adapters import checkpoint, lifecycle
 from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
 from graphpeft.adapters.loading import set_values
+from graphpeft.graph.modes import in_mode
 from graphpeft.graph.paths import unwrapped
-from graphpeft.methods.lora.init.calibration import in_mode
 from graphpeft.methods.prompts.caches import CACHES
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY
 from graphpeft.methods.prompts.prefix_config import PrefixConfig

@@ -207,6 +207,7 @@ SAVED = [
     ),
     Saved("multitask", _gpt2, _prompt(graphpeft.MultitaskPromptTuningConfig, num_tasks=2, num_ranks=2)),
     Saved("prefix", _llama, _prompt(graphpeft.PrefixTuningConfig)),
+    Saved("adaption-prompt", _llama, lambda: graphpeft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)),
     Saved("cartridge", _llama, _prompt(graphpeft.CartridgeConfig)),
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),

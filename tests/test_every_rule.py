@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft.methods
 from graphpeft import (
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     LoraConfig,
@@ -194,6 +195,7 @@ CASES = {
     "LSTM": prompt(PromptEncoderConfig, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),
     "PrefixTable": prompt(PrefixTuningConfig),
     "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
+    "AdaptionPrompt": Case(LLAMA.make, AdaptionPromptConfig(adapter_len=3, adapter_layers=1), TEXT),
     "Cartridge": prompt(CartridgeConfig),
     "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
     "Context": Case(

@@ -17,6 +17,7 @@ from torch import nn
 
 from graphpeft import (
     AdaptError,
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     LoraPerCallConfig,
@@ -47,6 +48,7 @@ def every_method_that(holds: Callable[[Method], bool]) -> pytest.MarkDecorator:
 
 
 IN_FRONT: dict[PeftType, PeftConfig] = {
+    PeftType.ADAPTION_PROMPT: AdaptionPromptConfig(adapter_len=3, adapter_layers=1),
     PeftType.CARTRIDGE: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
     PeftType.PREFIX_TUNING: PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
@@ -66,7 +68,9 @@ def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, 
     config, inputs = IN_FRONT[method], {"input_ids": torch.randint(3, 60, (2, 5)), "use_cache": False}
     if method is PeftType.MULTITASK_PROMPT_TUNING:
         inputs["task_ids"] = torch.tensor([1, 0])
+    is_first = (laws.assert_fresh_adapter_changes_no_output,) if config.starts_as_identity else ()
     for law in (
+        *is_first,
         laws.assert_only_the_adapter_is_trained,
         laws.assert_adapted_is_base_with_delta,
         laws.assert_saved_is_loaded,

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 
 REFUSED: dict[str, str] = {
-    "XLORA": "its classifier runs the whole model once more in front of each call",
+    "XLORA": "it loads other adapters from their files, and a first run of the whole model without them weighs them "
+    "for each token; an adapter here has one file, and no rule runs the model around it",
     "SHADOW": "a second, smaller model runs beside the layers, with a cache of its own",
 }
 """The methods that can't be had, and why."""

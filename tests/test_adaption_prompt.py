@@ -23,7 +23,6 @@ from graphpeft.methods.plain_attention import rotated
 from graphpeft.testing import laws
 
 pytestmark = [
-    pytest.mark.quick("methods"),
     pytest.mark.filterwarnings("ignore:::peft"),
     # this Transformers has another name for it, the oldest has not
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
@@ -262,10 +261,37 @@ def test_it_cannot_be_merged() -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_rows_of_a_batch_cannot_differ_in_it() -> None:
+def test_rows_of_a_batch_cannot_differ_in_it_and_can_in_others() -> None:
     model: Any = moved(adapted(graphpeft, MODELS["llama"]()))
     with pytest.raises(AdaptError, match="can't be one of several in a batch"):
         model(**inputs(), adapter_names=["default", "__base__"])
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    found = model.generate(**inputs(), adapter_names=["lora", "__base__"], **options)
+    for row, name in enumerate(("lora", None)):
+        model.set_adapter([] if name is None else [name])
+        assert torch.equal(found[row], model.generate(**inputs(), **options)[row])
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_beside_quantised_layers_it_is_pefts(kind: str) -> None:
+    layers: Any = pytest.importorskip("bitsandbytes").nn
+    options: dict[str, Any] = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"quant_type": "nf4"}
+
+    def make() -> Any:
+        model = of("LlamaForCausalLM", "LlamaConfig", **GROUPED | {"hidden_size": 128})()
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                own = getattr(layer.self_attn, name)
+                quantised = getattr(layers, kind)(own.in_features, own.out_features, bias=False, **options)
+                quantised.load_state_dict(own.state_dict())
+                setattr(layer.self_attn, name, quantised.to("cpu"))
+        return model
+
+    ours, theirs = (moved(adapted(package, make())) for package in (graphpeft, peft))
+    assert {p.dtype for p in ours.parameters() if p.requires_grad} == {torch.float32}
+    assert equal(logits(ours), logits(theirs))
+    assert not equal(logits(ours), logits(make()))
 
 
 # tools

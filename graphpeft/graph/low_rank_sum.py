@@ -281,7 +281,10 @@ _METADATA: frozenset[Any] = frozenset(
     [
         *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
         *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
-        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__")),
+        *(
+            getattr(Tensor, name)
+            for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__")
+        ),
     ]
 )
 """The functions of tensors that ask for no numbers."""

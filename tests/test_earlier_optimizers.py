@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.optim.optimizer as optimizers
 from torch import nn
-from torch.optim import optimizer as optimizers
 
 from graphpeft import LoraConfig, PeftModel, get_peft_model
 

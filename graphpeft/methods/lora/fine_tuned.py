@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +70,12 @@ def extract_lora(
             raise TypeError(f"a {type(model).__name__} has adapters; merge_and_unload() adds them to its weights")
     there = modules_by_path(tuned)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = LoraConfig(
-        r=1, lora_alpha=1, target_modules=targets, modules_to_save=modules_to_save and list(modules_to_save)
-    )
+    saved = None if modules_to_save is None else list(modules_to_save)
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, modules_to_save=saved)
     temporary, modules = name_like("converted", ()), modules_of(base)
 
     def change_of(target: AdaptedSite) -> Tensor:
-        site = target.site
+        site: Any = target.site
         tensors = (read_weight(each[site.owner], site.attribute) for each in (there, modules))
         after, before = (tensor.detach().float() for tensor in tensors if tensor is not None)
         return after - before
@@ -99,7 +99,8 @@ def _refuse_others(base: nn.Module, tuned: nn.Module) -> None:
 
 def _refuse_left(base: nn.Module, tuned: nn.Module, plan: Plan) -> None:
     """Raises ValueError if there are differences that an adapter with this plan wouldn't make."""
-    made = {adapted.site.weight for adapted in plan.sites}
+    sites: list[Any] = [adapted.site for adapted in plan.sites]
+    made = {site.weight for site in sites}
     made |= {join(path, own) for path, names in plan.fully_trained.items() for own in names}
     after = _tensors(tuned)
     left = [

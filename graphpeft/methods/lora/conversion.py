@@ -86,10 +86,15 @@ def convert_to_lora(
         adapts = _by_weight(_planned(model, config, temporary).sites)
         if odd := sources.keys() ^ adapts.keys():
             raise TypeError(f"LoRA adapts other weights: {joined(sorted(odd))} differ; leave the adapter as it is")
+
+        def change_of(target: AdaptedSite) -> Tensor:
+            site: Any = target.site
+            return changes.delta(sources[site.weight], modules)
+
         plan, found = approximated(
             model,
             config,
-            lambda target: changes.delta(sources[target.site.weight], modules),
+            change_of,
             rank,
             temporary,
             progressbar,

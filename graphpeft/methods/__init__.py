@@ -56,6 +56,7 @@ from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 from graphpeft.methods.waveft import WaveFTConfig
+from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -106,6 +107,7 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "WaveFTConfig",
+    "WeightDecomposedConfig",
     "conversion_deviation",
     "convert_to_lora",
     "extract_lora",

@@ -333,7 +333,7 @@ MODELS: dict[str, Model] = {
     ),
     "SwinUNETR": Model(
         "monai",
-        lambda library: importlib.import_module("monai.networks.nets").SwinUNETR(
+        lambda library: library.networks.nets.SwinUNETR(
             in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), spatial_dims=2
         ),
         lambda: (torch.randn(1, 1, 64, 64),),

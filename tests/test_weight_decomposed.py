@@ -20,6 +20,7 @@ from graphpeft import (
     LoraConfig,
     PeftModel,
     PromptTuningConfig,
+    TaskType,
     WeightDecomposedConfig,
     get_peft_model,
 )
@@ -135,7 +136,7 @@ def test_two_of_them_and_lora_act_together_as_they_merge() -> None:
     [
         (LoraConfig(target_modules=["0"]), r"take LoraConfig\(use_dora=True\)"),
         (AdaLoraConfig(total_step=9, target_modules=["0"]), "ADALORA can't be a direction"),
-        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "give a config that names weights"),
+        (PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM), "give a config that names weights"),
         (None, "give a config that names weights"),
     ],
     ids=["lora", "adalora", "prompt", "none"],

@@ -79,6 +79,27 @@ def test_every_method_has_a_contract() -> None:
 
 
 @each_pair
+def test_parameters_are_counted_as_pefts_and_have_its_prefix(contract: Contract, case: Case) -> None:
+    model: Any = get_peft_model(case.build(), contract.our_config(case))
+    theirs: Any = peft.get_peft_model(case.build(), contract.their_config(case))
+    trained, counted = model.get_nb_trainable_parameters()
+    trained_there, counted_there = theirs.get_nb_trainable_parameters()
+    assert trained == trained_there
+    # an adapter that trains biases has copies of them here; PEFT has a number for each of AdaLoRA's sites
+    has_copies = contract.our_config(case).trained_biases != "none"
+    copied = sum(p.numel() for name, p in model.named_parameters() if has_copies and name.endswith("default.bias"))
+    numbers = sum(p.numel() for name, p in theirs.named_parameters() if "ranknum" in name)
+    assert counted - copied == counted_there - numbers
+    trained_at_sites = [
+        name
+        for adapted in model._peft_adapters.by_name["default"].sites
+        for name, spec in adapted.specs.items()
+        if spec.is_trained
+    ]
+    assert [name for name in trained_at_sites if model.prefix not in name] == []
+
+
+@each_pair
 def test_peft_reads_the_file_and_gives_the_same(contract: Contract, case: Case, tmp_path: Path) -> None:
     model = moved(get_peft_model(case.build(), contract.our_config(case)))
     model.save_pretrained(tmp_path)

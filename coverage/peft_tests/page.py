@@ -13,7 +13,7 @@ Rows = dict[str, dict[str, Any]]
 
 def page(in_scope: dict[str, list[str]], rows: Rows, version: str) -> str:
     """Returns the page's Markdown."""
-    sections = "\n".join(_section(part, tests, rows) for part, tests in in_scope.items())
+    sections = "\n".join(_section(part, tests, rows) for part, tests in in_scope.items() if tests)
     return f"""# PEFT's own tests
 
 `make peft-tests` runs the tests of PEFT {version} with graphpeft in the place of `peft`. In scope are those that pass

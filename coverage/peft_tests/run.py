@@ -3,7 +3,8 @@
     python coverage/peft_tests/run.py [--tree FOLDER] [--peft] [files of tests, as test_auto]
 
 The tests come with PEFT's source distribution, and are kept in build/peft_tests beside a cache of tiny models that
-stands for the hub. Those that PEFT passes are in scope; in_scope.json lists them, and `--peft` finds them anew.
+stands for the hub. Those that PEFT passes are in scope, in two parts: in_scope.json lists
+those of LoRA and the prompt methods. The many others, which take an hour, are listed in build/peft_tests by `--peft`.
 `--tree` names the folder whose graphpeft is tested.
 """
 
@@ -30,7 +31,7 @@ VERSION = "0.21.2"
 SOURCES = BUILD / f"peft-{VERSION}"
 HUB = BUILD / "hub"
 INVENTORY = BUILD / "inventory.json"
-IN_SCOPE = HERE / "in_scope.json"
+IN_SCOPE = {scope.LORA_AND_PROMPTS: HERE / "in_scope.json", scope.OTHERS: BUILD / "in_scope_others.json"}
 PAGE = ROOT / "docs" / "peft_tests.md"
 
 FILES = (
@@ -106,7 +107,7 @@ def main() -> None:
     """Prepares, runs, and writes the page."""
     given = _arguments()
     _prepare()
-    if given.peft or not IN_SCOPE.exists():
+    if given.peft:
         _find_scope(given.files)
     tests = [test for each in _in_scope().values() for test in each if _file(test) in given.files]
     _run("graphpeft", given.files, tests=tests, tree=given.tree)
@@ -159,8 +160,8 @@ def _find_scope(files: list[str]) -> None:
     tests = {part: [test for test in before if _file(test) not in files] for part, before in _in_scope().items()}
     for test, part in passed.items():
         tests[part].append(test)
-    grouped = {part: _grouped(each) for part, each in tests.items()}
-    IN_SCOPE.write_text(json.dumps(grouped, indent=0, ensure_ascii=False) + "\n")
+    for part, each in tests.items():
+        IN_SCOPE[part].write_text(json.dumps(_grouped(each), indent=0, ensure_ascii=False) + "\n")
 
 
 def _run(library: str, files: list[str], *, tests: list[str] | None = None, tree: str = "") -> dict[str, Any]:
@@ -210,10 +211,9 @@ def _file(test: str) -> str:
 
 def _in_scope() -> dict[str, list[str]]:
     """Returns the tests in scope, by part."""
-    parts = json.loads(IN_SCOPE.read_text()) if IN_SCOPE.exists() else {}
+    groups = {part: json.loads(file.read_text()) if file.exists() else {} for part, file in IN_SCOPE.items()}
     return {
-        part: [f"{function}{end}" for function, ends in parts.get(part, {}).items() for end in ends]
-        for part in scope.PARTS
+        part: [f"{function}{end}" for function, ends in each.items() for end in ends] for part, each in groups.items()
     }
 
 

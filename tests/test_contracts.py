@@ -161,6 +161,20 @@ def test_a_half_precision_base_has_pefts_dtypes_and_outputs(
     assert_same_file(tmp_path / "again", tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("contract", [contract for contract in CONTRACTS if contract.cases], ids=str)
+def test_adapters_in_half_precision_give_pefts_outputs(contract: Contract, dtype: torch.dtype) -> None:
+    case = contract.cases[0]
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs())
+    found = []
+    for library, config in ((peft, contract.their_config(case)), (graphpeft, contract.our_config(case))):
+        torch.manual_seed(1)
+        model = library.get_peft_model(case.build().to(dtype), config, autocast_adapter_dtype=False).eval()
+        torch.manual_seed(4)
+        found.append(model(*inputs))
+    torch.testing.assert_close(*found, atol=5e-2, rtol=2e-2)
+
+
 @each_pair
 def test_every_law_holds(contract: Contract, case: Case) -> None:
     verification = verify(case.build(), contract.our_config(case), case.inputs(), progress=False, quiet=True)

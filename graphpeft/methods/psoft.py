@@ -11,6 +11,7 @@ as PEFT's ``tuners/psoft/layer.py``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,6 +51,11 @@ class Psoft(Factored, BranchRule):
     is_orthogonal: bool = True
     terms: int | None = None
     eps: float | None = None
+
+    def at_site(self, site: Any, dtype: torch.dtype) -> Psoft:
+        """Returns the rule for a site; A and B are of single precision beside half precision, whatever R is."""
+        own: Any = super().at_site(site, dtype)
+        return dataclasses.replace(own, casts=site.dtype != torch.promote_types(site.dtype, torch.float32))
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses ranks above the weight's, and weights whose numbers aren't known."""
@@ -103,9 +109,8 @@ class Psoft(Factored, BranchRule):
 
     def turning(self, psoft_R: Any, psoft_vector_b: Any, psoft_vector_a: Any) -> Any:
         """Returns R − 1."""
-        return turning(
-            psoft_R, psoft_vector_b, psoft_vector_a, self.rank if self.is_orthogonal else None, self.terms, self.eps
-        )
+        size = self.rank if self.is_orthogonal else None
+        return turning(psoft_R, psoft_vector_b, psoft_vector_a, size, self.terms, self.eps)
 
     def delta(
         self,
@@ -117,7 +122,8 @@ class Psoft(Factored, BranchRule):
         psoft_vector_a: Any = None,
     ) -> Any:
         """Returns s B (R − 1) A."""
-        return self.product(self.turning(psoft_R, psoft_vector_b, psoft_vector_a) @ psoft_A, psoft_B) * scale
+        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
+        return self.product(turned @ psoft_A, psoft_B) * scale
 
     def branch(
         self,
@@ -130,7 +136,8 @@ class Psoft(Factored, BranchRule):
         psoft_vector_a: Any = None,
     ) -> Any:
         """Returns s · (h Aᵀ) (R − 1)ᵀ Bᵀ."""
-        h = F.linear(F.linear(h, psoft_A), self.turning(psoft_R, psoft_vector_b, psoft_vector_a))
+        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
+        h = F.linear(F.linear(h, psoft_A), turned)
         return F.linear(h, psoft_B) * scale
 
 

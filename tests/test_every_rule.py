@@ -23,6 +23,7 @@ from graphpeft import (
     AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
+    LoHaConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -31,6 +32,7 @@ from graphpeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
+    WeightDecomposedConfig,
     get_peft_model,
     optimize,
 )
@@ -189,6 +191,11 @@ CASES = {
     "LoraKernels": lora(Modulated, VECTORS, "kernel"),
     "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
     "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
+    "WeightDecomposed": Case(
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()),
+        WeightDecomposedConfig(direction=LoHaConfig(r=2, alpha=3, target_modules=["0"])),
+        VECTORS,
+    ),
     "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),
     "MLP": prompt(PromptEncoderConfig, encoder_hidden_size=8),

@@ -221,6 +221,10 @@ def _source(model: nn.Module, name: str) -> Adapter:
     if adapters_of(model) is None:
         raise TypeError(f"the {type(model).__name__} has no adapters, of which one could be LoRA")
     adapter = known_adapter(model, name)
+    if not adapter.sites:
+        raise TypeError(
+            f"{name!r} is a {adapter.config.method} adapter that can't be LoRA: it trains modules or rows as they are"
+        )
     if not adapter.changes_weights:
         reasons = (
             f"{each.site.label or 'the model'}: {each.unmergeable}" for each in adapter.sites if each.unmergeable

@@ -194,7 +194,7 @@ CASES = {
     "WeightDecomposed": Case(
         lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()),
         WeightDecomposedConfig(direction=LoHaConfig(r=2, alpha=3, target_modules=["0"])),
-        VECTORS,
+        (VECTORS,),
     ),
     "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),

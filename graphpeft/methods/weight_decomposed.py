@@ -84,18 +84,19 @@ class WeightDecomposed(DeltaRule):
         stored = read_weight(module, site.attribute)
         assert stored is not None
         weight = self._seen(stored.detach().to(parameters["magnitude"].device), [*own.values()])
-        lengths = self._lengths(weight, {**own, **self.constants(site, config)})
+        lengths = self._lengths(weight + self._change(weight, {**own, **self.constants(site, config)}))
         parameters["magnitude"].copy_(lengths.view(parameters["magnitude"].shape))
 
     def delta(self, weight: Any, base: Any, magnitude: Any, **own: Any) -> Any:
         """Returns W' − W; changes of W by adapters before are scaled with it."""
-        lengths = self._lengths(base, own).detach()
-        return magnitude.view(lengths.shape) / lengths * (weight + self._change(weight, own)) - weight
+        change = self._change(weight, own)
+        reads_weight = not {"weight", "base"}.isdisjoint(asked_by(self.direction.delta).names)
+        lengths = self._lengths(base + (self._change(base, own) if reads_weight else change)).detach()
+        return magnitude.view(lengths.shape) / lengths * (weight + change) - weight
 
-    def _lengths(self, weight: Any, own: Mapping[str, Any]) -> Any:
-        """Returns the lengths of the changed weight, in a shape that goes with it."""
-        over = tuple(range(-self.dimensions, 0))
-        return torch.linalg.vector_norm(weight + self._change(weight, own), dim=over, keepdim=True)
+    def _lengths(self, changed: Any) -> Any:
+        """Returns the lengths of a weight, in a shape that goes with it."""
+        return torch.linalg.vector_norm(changed, dim=tuple(range(-self.dimensions, 0)), keepdim=True)
 
     def _change(self, weight: Any, own: Mapping[str, Any]) -> Any:
         given = {**own, "weight": weight, "base": weight}

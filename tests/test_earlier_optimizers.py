@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.optim.optimizer as optimizers
 from torch import nn
 
 from graphpeft import LoraConfig, PeftModel, get_peft_model
+from graphpeft.model import earlier_optimizers
 
 pytestmark = pytest.mark.quick("model")
 
@@ -82,13 +82,21 @@ def test_one_of_another_model_is_silent_and_the_next_is_still_looked_at() -> Non
     assert len(texts(optimizer, model)) == 1
 
 
+def test_optimizers_of_two_watched_models_step_one_after_another() -> None:
+    models = [adapted(base()), adapted(base())]
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
+    for _ in range(2):
+        for optimizer, model in zip(optimizers, models, strict=True):
+            assert texts(optimizer, model) == []
+
+
 def test_nothing_stays_when_it_was_found_or_the_model_is_gone() -> None:
-    before = len(optimizers._global_optimizer_pre_hooks)
+    before = len(earlier_optimizers._WATCHED)
     model = adapted(base())
     texts(torch.optim.SGD(model.parameters()), model)
-    assert len(optimizers._global_optimizer_pre_hooks) == before
+    assert len(earlier_optimizers._WATCHED) == before
     model = adapted(base())
-    assert len(optimizers._global_optimizer_pre_hooks) == before + 1
+    assert len(earlier_optimizers._WATCHED) == before + 1
     del model
     gc.collect()
-    assert len(optimizers._global_optimizer_pre_hooks) == before
+    assert len(earlier_optimizers._WATCHED) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from typing import Any
@@ -13,6 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from graphpeft.peft_errors import PeftWarning
 
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Optimizer]] = weakref.WeakKeyDictionary()
+"""The models of which no optimizer has been seen yet, each with the optimizers of other models that were seen."""
+
 
 def watch(model: nn.Module) -> None:
     """Looks at the first step of each optimizer, until one that has parameters of the model was seen.
@@ -20,34 +24,32 @@ def watch(model: nn.Module) -> None:
     Args:
         model: A model that was adapted just now.
     """
-    watched = weakref.ref(model)
-    seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+    _look_at_steps()
+    _WATCHED[model] = weakref.WeakSet()
 
-    def check(optimizer: Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling() or optimizer in seen:
-            return
+
+# once and for good, since a hook can't go while hooks are called
+@functools.cache
+def _look_at_steps() -> None:
+    register_optimizer_step_pre_hook(_check)
+
+
+def _check(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for model, seen in list(_WATCHED.items()):
+        if optimizer in seen:
+            continue
         seen.add(optimizer)
-        model = watched()
-        if model is None or _has_any(optimizer, model):
-            handle.remove()
-        if model is not None:
-            _warn_if_it_trains_nothing(optimizer, model)
-
-    handle = register_optimizer_step_pre_hook(check)
-    weakref.finalize(model, handle.remove)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not held.isdisjoint(map(id, model.parameters())):
+            del _WATCHED[model]
+            _warn_if_it_trains_nothing(optimizer, held, model)
 
 
-def _has_any(optimizer: Optimizer, model: nn.Module) -> bool:
-    return not _held(optimizer).isdisjoint(map(id, model.parameters()))
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _warn_if_it_trains_nothing(optimizer: Optimizer, model: nn.Module) -> None:
-    held, trained = _held(optimizer), [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trained and _has_any(optimizer, model) and held.isdisjoint(map(id, trained)):
+def _warn_if_it_trains_nothing(optimizer: Optimizer, held: set[int], model: nn.Module) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trained and held.isdisjoint(map(id, trained)):
         warnings.warn(
             f"this {type(optimizer).__name__} has frozen weights of {type(model).__name__} and none of its trained "
             "parameters, so its steps change nothing: it was made before the model was adapted, or before another "

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
@@ -29,8 +28,6 @@ from graphpeft.rules.options import Probability, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.sites import quantisers
-from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -53,9 +50,7 @@ class Psoft(Factored, BranchRule):
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses ranks above the weight's, and weights whose numbers aren't known."""
-        if isinstance(site, LeafSite) and not site.is_recoded:
-            return f"its weight is decomposed, whose numbers aren't known: it is {site.kind}"
-        reason, sizes = super().check(site, config), self.sizes
+        reason, sizes = self.numbers_unknown(site) or super().check(site, config), self.sizes
         is_above = reason is None and self.rank > min(sizes.rows, sizes.columns)
         return f"r={self.rank} is above the rank of its {sizes.rows}×{sizes.columns} weight" if is_above else reason
 
@@ -89,17 +84,11 @@ class Psoft(Factored, BranchRule):
             matrix.copy_(torch.eye(self.rank) + noise)
         for name in {"vector_a", "vector_b"} & parameters.keys():
             parameters[name].fill_(1)
-        u, s, vh = config.decomposed(self._numbers(site, module))
+        u, s, vh = config.decomposed(self.numbers(site, module))
         s = s / (config.psoft_alpha / self.rank)
         on_a, on_b = (s**0.5, s**0.5) if config.ab_svd_init == "pissa_init" else (torch.ones_like(s), s)
         parameters["psoft_A"].copy_(on_a[..., None] * vh)
         parameters["psoft_B"].copy_(u * on_b[..., None, :])
-
-    def _numbers(self, site: Any, module: nn.Module) -> Tensor:
-        is_call = isinstance(site, LeafSite)
-        own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
-        weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
-        return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
 
     def turning(self, matrix: Any, vector_b: Any, vector_a: Any) -> Any:
         """Returns R − 1."""

@@ -35,6 +35,7 @@ from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.oft import OFTConfig
+from graphpeft.methods.osf import OSFConfig
 from graphpeft.methods.peanut import PeanutConfig
 from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -83,6 +84,7 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",
+    "OSFConfig",
     "PeanutConfig",
     "PolyConfig",
     "PrefixTuningConfig",

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, sizes_of
+from graphpeft.methods.steered import steered
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -139,44 +139,6 @@ def _steered(u: Any, v: Any, u_init: Any, v_init: Any, u_high: Any, v_high: Any)
     on_u = steered(u, u_init, True) if u_high is None else steered(u, u_high, False)
     on_v = steered(v.mT, v_init.mT, True) if v_high is None else steered(v.mT, v_high.mT, False)
     return on_u, on_v.mT
-
-
-@recorded
-def steered(factor: Tensor, frame: Tensor, is_inside: bool) -> Tensor:
-    """Returns a factor whose gradient is projected onto the span of a frame's columns, or off it.
-
-    Args:
-        factor: The factor, (…, n, r).
-        frame: Orthonormal columns, (…, n, k).
-        is_inside: Whether the gradient is in the span; else it is orthogonal to it.
-    """
-    steered: Any = _Steered.apply(factor, frame, is_inside)
-    return steered
-
-
-class _Steered(torch.autograd.Function):
-    """The identity, with a projection of the gradient; a hook on the parameter would be lost in its copies."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(factor: Tensor, frame: Tensor, is_inside: bool) -> Tensor:
-        """Returns the factor."""
-        return factor.view_as(factor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps the frame."""
-        _, frame, ctx.is_inside = inputs
-        ctx.save_for_backward(frame)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the projected gradient."""
-        (frame,) = ctx.saved_tensors
-        (gradient,) = gradients
-        inside = frame @ (frame.mT @ gradient)
-        return inside if ctx.is_inside else gradient - inside, None, None
 
 
 @register

@@ -10,15 +10,17 @@ from torch import nn
 
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import distributed_as, is_tensor_parallel, lacking_values, reshard
-from graphpeft.graph.values import loaded, written
+from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Rule
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_item, undone_by
 
@@ -71,16 +73,18 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
         with loaded(modules[beside]):
             device = _device(modules[beside]._parameters.get(attribute), values)
+            module = modules[site.owner if isinstance(site, Site) else beside]
             if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-                module = modules[site.owner if isinstance(site, Site) else beside]
                 _redraw(adapted, plan.config, modules, device)
                 drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
-        if values is not None:
-            drawn = {
-                local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
-                for local, spec in specs.items()
-                if local not in shared or not spec.is_saved
-            }
+            if values is not None:
+                drawn = {
+                    local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
+                    for local, spec in specs.items()
+                }
+                if device.type != "meta":
+                    _complete(adapted, plan.config, module, drawn)
+                drawn = {local: drawn[local] for local in specs if local not in shared or not specs[local].is_saved}
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
@@ -214,6 +218,46 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
                 set_item(adapter.overwritten, place, copied)
             remember(tensor, copied)
             tensor.copy_(value)
+
+
+def complete(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Lets an adapter whose tensors have got a file's values have the others that follow from these.
+
+    Args:
+        modules: The model's modules by path, whose weights are as they are without adapters.
+        adapter: The adapter.
+        name: Its name.
+
+    Raises:
+        CheckpointError: If the values can't be those of an adapter of these weights.
+    """
+    for adapted in adapter.sites:
+        if not _completes(adapted):
+            continue
+        (beside, _), site = adapted.site.beside, adapted.site
+        with loaded(modules[beside]):
+            module = modules[site.owner if isinstance(site, Site) else beside]
+            own = {local: value_of(modules[site.owner], adapted.names[local]).clone() for local in adapted.specs}
+            _complete(adapted, adapter.config, module, own)
+        unsaved = [local for local, spec in adapted.specs.items() if not spec.is_saved]
+        overwrite(modules, adapter, name, {(site.owner, adapted.names[local]): own[local] for local in unsaved})
+
+
+def is_completed(adapter: Adapter) -> bool:
+    """Returns whether some tensors of an adapter follow from those that its file has."""
+    return any(map(_completes, adapter.sites))
+
+
+def _completes(adapted: AdaptedSite) -> bool:
+    return type(adapted.rule).complete is not Rule.complete
+
+
+@torch.no_grad()
+def _complete(adapted: AdaptedSite, config: PeftConfig, module: nn.Module, own: dict[str, torch.Tensor]) -> None:
+    try:
+        adapted.rule.complete(own, adapted.site, config, module)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit {adapted.site.label}: {error}") from error
 
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:

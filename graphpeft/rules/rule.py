@@ -129,6 +129,23 @@ class Rule(ABC):
         """
         ...
 
+    # no abstract one: most rules need nothing
+    def complete(  # noqa: B027
+        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
+    ) -> None:
+        """Fills the parameters that files lack from those that a file has, where `initialise` can't know them.
+
+        Args:
+            parameters: The parameters by name: those of the file, and the others as `initialise` or an earlier file
+                left them.
+            site: The site.
+            config: The config.
+            module: The module that owns the site's weight and the parameters.
+
+        Raises:
+            ValueError: If the file's parameters can't be of this weight.
+        """
+
     def unmergeable(self, site: Any) -> str | None:
         """Returns the reason why the rule's effect at a site is no change of a weight and a bias, or None.
 

@@ -1,6 +1,7 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.adamss import AdamssConfig
 from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
@@ -58,6 +59,7 @@ from graphpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import svd_by_seed
 from graphpeft.methods.rotations import cayley, neumann, skew
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Probability, Seed, Size, Within
@@ -219,8 +220,5 @@ class PsoftConfig(TargetedConfig):
         if self.psoft_svd == "full":
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
             return u[..., : self.r], s[..., : self.r], vh[..., : self.r, :]
-        kind, devices = weight.device.type, [] if weight.device.type == "cpu" else [weight.device]
-        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
-            torch.manual_seed(self.random_seed)
-            u, s, v = torch.svd_lowrank(weight, q=self.r, niter=self.psoft_svd_lowrank_niter)
+        u, s, v = svd_by_seed(weight, self.r, self.psoft_svd_lowrank_niter, self.random_seed)
         return u, s, v.mT

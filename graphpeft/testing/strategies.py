@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    AdamssConfig,
     BeftConfig,
     BOFTConfig,
     C3AConfig,
@@ -84,6 +85,20 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
+    PeftType.ADAMSS: Method(
+        choosing(
+            AdamssConfig,
+            {"init_weights": "orthogonal"},
+            r=[1, 3, 100],
+            num_subspaces=[1, 2],
+            subspace_rank=[1, 2],
+            use_dynamic_rank=[True, False],
+            init_weights=["orthogonal", None],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.BEFT: Method(
         choosing(BeftConfig, NOT_DRAWN, **DRAWN),
         _cases_with_a_layer,

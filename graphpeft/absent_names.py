@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MISSING = ("AdaptionPrompt", "Cartridge", "Frod", "Shadow", "XLora")
+_MISSING = ("AdaptionPrompt", "Cartridge", "Shadow", "XLora")
 """The methods that don't exist here, as PEFT's classes name them."""
 
 _TUNERS = (

@@ -21,6 +21,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Rule
+from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_item, undone_by
 
@@ -65,6 +66,7 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 @torch.no_grad()
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
+    config = plan.config.with_weights([adapted.site for adapted in plan.sites], WeightReader(modules))
     for adapted in plan.sites:
         site, names, specs = adapted.site, adapted.names, adapted.specs
         beside, attribute = site.beside
@@ -74,17 +76,18 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         with loaded(modules[beside]):
             device = _device(modules[beside]._parameters.get(attribute), values)
             module = modules[site.owner if isinstance(site, Site) else beside]
-            if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-                _redraw(adapted, plan.config, modules, device)
-                drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
-            if values is not None:
+            lacks = any(not spec.is_saved for spec in specs.values()) and not _completes(adapted)
+            if values is None or adapted.replaced or lacks:
+                _redraw(adapted, config, modules, device)
+                drawn, replacing = _first_values(adapted, config, module, device, shared)
+            if values is not None and _completes(adapted):
+                drawn = _completed(adapted, config, module, device, values, shared)
+            elif values is not None:
                 drawn = {
                     local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
                     for local, spec in specs.items()
+                    if local not in shared or not spec.is_saved
                 }
-                if device.type != "meta":
-                    _complete(adapted, plan.config, module, drawn)
-                drawn = {local: drawn[local] for local in specs if local not in shared or not specs[local].is_saved}
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
@@ -99,6 +102,24 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor
     return made
+
+
+def _completed(
+    adapted: AdaptedSite,
+    config: PeftConfig,
+    module: nn.Module,
+    device: torch.device,
+    values: Tensors,
+    shared: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Returns a file's values of a site's parameters, with those that follow from them; but no other site's."""
+    empty = torch.device("meta" if device.type == "meta" else "cpu")
+    filled = {local: _empty(spec, empty) for local, spec in adapted.specs.items() if not spec.is_saved}
+    saved = [local for local, spec in adapted.specs.items() if spec.is_saved and local not in shared]
+    filled |= {**{local: values[adapted.site.owner, adapted.names[local]] for local in saved}, **shared}
+    if device.type != "meta":
+        _complete(adapted, config, module, filled)
+    return {local: filled[local] for local in adapted.specs if local not in shared}
 
 
 def _first_values(
@@ -231,6 +252,7 @@ def complete(modules: Modules, adapter: Adapter, name: str) -> None:
     Raises:
         CheckpointError: If the values can't be those of an adapter of these weights.
     """
+    config = adapter.config.with_weights([adapted.site for adapted in adapter.sites], WeightReader(modules))
     for adapted in adapter.sites:
         if not _completes(adapted):
             continue
@@ -238,7 +260,7 @@ def complete(modules: Modules, adapter: Adapter, name: str) -> None:
         with loaded(modules[beside]):
             module = modules[site.owner if isinstance(site, Site) else beside]
             own = {local: value_of(modules[site.owner], adapted.names[local]).clone() for local in adapted.specs}
-            _complete(adapted, adapter.config, module, own)
+            _complete(adapted, config, module, own)
         unsaved = [local for local, spec in adapted.specs.items() if not spec.is_saved]
         overwrite(modules, adapter, name, {(site.owner, adapted.names[local]): own[local] for local in unsaved})
 

@@ -9,6 +9,7 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.frod import FrodConfig
 from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
@@ -69,6 +70,7 @@ __all__ = [
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",

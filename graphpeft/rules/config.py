@@ -244,6 +244,17 @@ class PeftConfig(ConfigJson):
         """
         return self
 
+    def with_weights(self, sites: Sequence[Any], weights: WeightReader) -> PeftConfig:
+        """Returns the config that rules' `initialise` and `complete` get, with what is made of several sites' weights.
+
+        It has no other use, and may keep the reader, so that nothing is made unless a rule asks for it.
+
+        Args:
+            sites: The adapter's sites.
+            weights: Reads their weights, as they are without adapters.
+        """
+        return self
+
     def conflict(self, others: Mapping[str, Any]) -> str | None:
         """Returns why a model can't have this adapter beside its others, or None.
 

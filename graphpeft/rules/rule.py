@@ -133,13 +133,12 @@ class Rule(ABC):
     def complete(  # noqa: B027
         self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
     ) -> None:
-        """Fills the parameters that files lack from those that a file has, where `initialise` can't know them.
+        """Fills the parameters that files lack, where a file is loaded: in place of `initialise`, which has no file.
 
         Args:
-            parameters: The parameters by name: those of the file, and the others as `initialise` or an earlier file
-                left them.
+            parameters: The parameters by name: those of the file, and the others with any values.
             site: The site.
-            config: The config.
+            config: The config, as for `initialise`.
             module: The module that owns the site's weight and the parameters.
 
         Raises:

@@ -17,6 +17,7 @@ from graphpeft import (
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -145,6 +146,18 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.FOURIERFT: Method(
         choosing(FourierFTConfig, NOT_DRAWN, n_frequency=[1, 6, 9], scaling=[20.0, 3], **DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FROD: Method(
+        choosing(
+            FrodConfig,
+            NOT_DRAWN,
+            sparse_rate=[0.0, 0.01, 0.3, 1.0],
+            frod_dropout=[0.0, 0.4],
+            **DRAWN,
+        ),
         cases,
         is_identity=True,
         merges=True,

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.adamss.groups import decomposed, fresh_factor, own_bias, rank_of, same_directions
+from graphpeft.methods.adamss.groups import Group, decomposed, fresh_factor, own_bias, rank_of, same_directions
 from graphpeft.methods.factored import Factored
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -58,7 +58,7 @@ class Adamss(Factored, BranchRule):
         left, right = decomposed(site, config, module)
         parameters["adamss_newB"].copy_(right)
         groups = config.groups_at(site)
-        parameters["adamss_places"].copy_(torch.argsort(torch.cat([group.rows for group in groups])))
+        parameters["adamss_places"].copy_(_places(groups))
         for number, group in enumerate(groups):
             factor = fresh_factor(left[group.rows.to(left.device)], group, config)
             parameters[f"adamss_A_{number}"].copy_(factor)
@@ -68,11 +68,12 @@ class Adamss(Factored, BranchRule):
                 B.copy_(torch.randn(B.shape, dtype=site.dtype, device=left.device) * 0.01)
 
     def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Refuses files of other weights, whose rows may be in other groups, which no file tells.
+        """Fills the places of rows; refuses files of other weights, whose rows may be in other groups.
 
         Raises:
             ValueError: For such a file.
         """
+        parameters["adamss_places"].copy_(_places(config.groups_at(site)))
         _, right = decomposed(site, config, module)
         if not same_directions(parameters["adamss_newB"], right):
             raise ValueError(
@@ -108,6 +109,11 @@ class Adamss(Factored, BranchRule):
         h = F.linear(h, adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
         made = [F.linear(F.linear(h, factors[f"adamss_A_{n}"]), factors[f"adamss_B_{n}"]) for n in range(self.count)]
         return torch.cat(made, -1)[..., adamss_places]
+
+
+def _places(groups: Sequence[Group]) -> Tensor:
+    """Returns where each row is among those of the groups, one group after the other."""
+    return torch.argsort(torch.cat([group.rows for group in groups]))
 
 
 def has_bias(site: Any) -> bool:

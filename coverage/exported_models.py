@@ -331,6 +331,14 @@ MODELS: dict[str, Model] = {
         lambda: (torch.randn(2, 3, 32, 32),),
         ["to_qkv", "to_out.0"],
     ),
+    "SwinUNETR": Model(
+        "monai",
+        lambda library: library.networks.nets.SwinUNETR(
+            in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), spatial_dims=2
+        ),
+        lambda: (torch.randn(1, 1, 64, 64),),
+        ["qkv", "proj", "linear1"],
+    ),
 }
 
 

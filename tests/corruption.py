@@ -184,6 +184,13 @@ SAVED = [
             r=2, alpha=3, use_effective_conv2d=True, target_modules=["conv", "qkv", "head"], **_PATTERNS
         ),
     ),
+    Saved(
+        "weight-decomposed",
+        _layers,
+        lambda: graphpeft.WeightDecomposedConfig(
+            direction=graphpeft.LoHaConfig(r=2, alpha=3, target_modules=["conv", "qkv", "head"], **_PATTERNS)
+        ),
+    ),
     Saved("ln-tuning", _layers, lambda: graphpeft.LNTuningConfig(target_modules=["norm", "head"])),
     Saved("trainable-tokens", _llama, lambda: graphpeft.TrainableTokensConfig(token_indices=[5, 1])),
     Saved(

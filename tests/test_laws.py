@@ -27,6 +27,7 @@ from graphpeft import (
     TraceError,
     trace,
 )
+from graphpeft.rules.plain_values import plain
 from graphpeft.rules.registry import registered
 from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
@@ -37,12 +38,12 @@ from graphpeft.testing.strategies import METHODS, Method, adaptations
 some = settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
 few = settings(max_examples=settings.default.max_examples // 10)  # type: ignore[union-attr]
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+every_method = pytest.mark.parametrize("method", METHODS, ids=plain)
 
 
 def every_method_that(holds: Callable[[Method], bool]) -> pytest.MarkDecorator:
     chosen = [method for method in METHODS if holds(METHODS[method])]
-    return pytest.mark.parametrize("method", chosen, ids=lambda method: method.value)
+    return pytest.mark.parametrize("method", chosen, ids=plain)
 
 
 IN_FRONT: dict[PeftType, PeftConfig] = {
@@ -57,7 +58,7 @@ IN_FRONT: dict[PeftType, PeftConfig] = {
 """Configs of the methods that only Transformers models take."""
 
 
-@pytest.mark.parametrize("method", IN_FRONT, ids=lambda method: method.value)
+@pytest.mark.parametrize("method", IN_FRONT, ids=plain)
 @pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
 def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, example: Example) -> None:
     inputs: dict[str, Any]

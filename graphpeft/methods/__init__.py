@@ -33,6 +33,8 @@ from graphpeft.methods.lora import (
     replace_lora_weights_loftq,
 )
 from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
+from graphpeft.methods.lora.deviation import conversion_deviation
+from graphpeft.methods.lora.fine_tuned import extract_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -57,6 +59,7 @@ from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 from graphpeft.methods.waveft import WaveFTConfig
+from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -110,7 +113,10 @@ __all__ = [
     "VBLoRAConfig",
     "VeraConfig",
     "WaveFTConfig",
+    "WeightDecomposedConfig",
+    "conversion_deviation",
     "convert_to_lora",
+    "extract_lora",
     "find_token_sequence",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",

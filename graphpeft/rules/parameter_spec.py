@@ -81,7 +81,8 @@ class ParameterSpec(NamedTuple):
     Attributes:
         shape: The shape in the model.
         key: The name in PEFT's files, after the name of the module.
-        is_trained: Whether the parameter is trained when the adapter is.
+        is_trained: Whether the parameter is trained when the adapter is. If not, it is a buffer, unless it has a
+            `rank`: a frozen factor is a parameter, as in PEFT.
         form: The form in files, if it differs.
         scope: A name for a tensor that sites of one adapter share: sites with the same scope hold one tensor. At each
             such site but the first, `initialise` gets the tensor with its values. In files, each site may have a key
@@ -109,3 +110,8 @@ class ParameterSpec(NamedTuple):
     is_saved: bool = True
     dtype: torch.dtype | None = None
     rank: RankAxis | None = None
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter of a module, and not a buffer."""
+        return self.is_trained or self.rank is not None

@@ -138,7 +138,7 @@ class Rule(ABC):
         Args:
             parameters: The parameters by name: those of the file, and the others with any values.
             site: The site.
-            config: The config, as for `initialise`.
+            config: The config, as `initialise` gets it.
             module: The module that owns the site's weight and the parameters.
 
         Raises:

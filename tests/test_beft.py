@@ -36,7 +36,7 @@ def test_a_bias_is_scaled_by_a_method_that_acts_later_active_and_merged():
     moved(model)
     base, adapter = LINEAR.build(), model[0]
     (x,) = LINEAR.inputs()
-    expected = base[1]((base[0](x) + adapter.default.beft_bias) * adapter.scaled.factors.flatten())  # type: ignore[index]
+    expected = base[1]((base[0](x) + adapter.default.beft_bias) * adapter.scaled.ia3_l.flatten())  # type: ignore[index]
     assert_close(model(x), expected)
     model.merge_adapter()
     assert_close(model(x), expected)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -13,25 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
-from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.methods.lora import combination, merge_aware
-from graphpeft.methods.lora.convolution import lora_of_convolution
+from graphpeft.methods.lora import choice, combination, in_files, merge_aware
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lora.dora import Lora, with_magnitudes
-from graphpeft.methods.lora.dora_leaf import DoraLeaf
-from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
-from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
-from graphpeft.methods.lora.init.corda import CordaConfig
-from graphpeft.methods.lora.init.eva_directions import EvaConfig
-from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
-from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
-from graphpeft.methods.lora.kernels import LoraKernels
-from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
-from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts, wanted_parts, with_parts
-from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
+from graphpeft.methods.lora.nested import OF_INITIALISATIONS, nested
+from graphpeft.methods.lora.parts import with_parts
+from graphpeft.methods.lora.tied import names_with_tied, with_tied
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -44,8 +29,7 @@ from graphpeft.rules.rule import Rule
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases, TableRows
 from graphpeft.sites.finder import SiteFinder
-from graphpeft.sites.site import Site
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
@@ -167,8 +151,8 @@ class LoraConfig(TargetedConfig):
                 setattr(self, name, {})
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
-        for name, (_, config_class) in _NESTED.items():
-            setattr(self, name, _nested(getattr(self, name), config_class, name))
+        for name, (_, config_class) in OF_INITIALISATIONS.items():
+            setattr(self, name, nested(getattr(self, name), config_class, name))
         super().__post_init__()
         self._check_values()
 
@@ -182,7 +166,7 @@ class LoraConfig(TargetedConfig):
             if value and value != only:
                 raise ValueError(f"{name}={shown(value)} is not supported; leave it {only!r}")
         initialisation_of(self.init_lora_weights)
-        for name, (kind, _) in _NESTED.items():
+        for name, (kind, _) in OF_INITIALISATIONS.items():
             if getattr(self, name) and self.init_lora_weights != kind:
                 # files that PEFT has converted to plain LoRA have such options
                 warnings.warn(
@@ -195,7 +179,7 @@ class LoraConfig(TargetedConfig):
 
     def drop_unused(self) -> None:
         """Takes out the nested options of other initialisations than the config's own."""
-        for name, (kind, _) in _NESTED.items():
+        for name, (kind, _) in OF_INITIALISATIONS.items():
             if self.init_lora_weights != kind:
                 setattr(self, name, {} if name == "loftq_config" else None)
 
@@ -262,69 +246,21 @@ class LoraConfig(TargetedConfig):
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
-        config = copy.deepcopy(self)
-        config.merged_quantiser = merge_aware.in_file(self.merged_quantiser)
-        config.drop_unused()
-        config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
-        for site in sites:
-            if isinstance(site, Site) and site.parts:
-                key = pattern_values.pattern_of(site.name)
-                own = rank_of(site, self), alpha_of(site, self)
-                config.rank_pattern[key], config.alpha_pattern[key] = as_stock(len(site.parts), *own, self.use_rslora)
-        layers = [site for site in sites if site.is_layer]
-        config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
-        if len(layers) < len(sites):
-            config.target_parameters = [site.weight for site in sites if not site.is_layer]
-            config.target_modules = list(dict.fromkeys(site.name for site in layers))
-            if config.lora_dropout:
-                warnings.warn(
-                    f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "
-                    "set it in the loaded config to train further",
-                    PeftWarning,
-                    stacklevel=4,
-                )
-                config.lora_dropout = 0.0
-        return config
+        return in_files.written(self, sites)
 
     def converted(
         self, tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight.
+        """Returns plain LoRA of twice the rank, for a base from which B₀ A₀ isn't taken.
 
         Raises:
             ValueError: If a rank's scale can't stay as it is.
         """
-        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError(
-                "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
-                "or alpha_pattern no α keeps the scale; leave it None"
-            )
-        config = copy.deepcopy(self)
-        config.init_lora_weights = True
-        config.drop_unused()
-        config.r, config.lora_alpha = 2 * self.r, self.lora_alpha * (2**0.5 if self.use_rslora else 2)
-        config.rank_pattern = {key: 2 * rank for key, rank in self.rank_pattern.items()}
-        config.alpha_pattern = {key: 2 * alpha for key, alpha in self.alpha_pattern.items()}
-        changed = dict(tensors)
-        for key, tensor in tensors.items():
-            if key.endswith(".lora_A.weight"):
-                changed[key] = torch.cat((tensor, first[key]), dim=0)
-            elif key.endswith(".lora_B.weight"):
-                changed[key] = torch.cat((tensor, -first[key]), dim=1)
-        return config, changed
+        return in_files.converted(self, tensors, first)
 
     def fitted_to(self, keys: Collection[str]) -> LoraConfig:
         """Returns the config as it was before `for_file`: the ranks of parts are their own."""
-        config = copy.deepcopy(self)
-        for key in self.rank_pattern.keys() & self.alpha_pattern.keys():
-            name = pattern_values.name_of(key)
-            parts = wanted_parts(name, self.target_parts or {}) if name is not None else None
-            if parts is not None:
-                stock = config.rank_pattern.pop(key), config.alpha_pattern.pop(key)
-                rank, alpha = of_parts(len(parts), *stock, self.use_rslora)
-                config.rank_pattern |= {key: rank} if rank != self.r else {}
-                config.alpha_pattern |= {key: alpha} if alpha != self.lora_alpha else {}
-        return config
+        return in_files.read(self)
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
         """Returns the config of an adapter that combines others: its rank is theirs or their sum, its scale 1."""
@@ -350,65 +286,7 @@ class LoraConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
-        lora = self._rule_without_rounding(site, dtype)
-        return merge_aware.as_merged(lora, site, self.merged_quantiser)
-
-    def _rule_without_rounding(self, site: Any, dtype: torch.dtype) -> Rule:
-        drops, casts = self.lora_dropout > 0, site.dtype != dtype
-        if site.op is Leaf:
-            leaf = LoraLeaf(drops=drops)
-            return DoraLeaf(leaf) if self.use_dora and site.is_recoded else leaf
-        if site.parts:
-            flipped = site.is_layer and site.transposed
-            rows = site.shape[1] if flipped else site.shape[0]
-            return LoraParts(parts=site.parts, rows=rows, flipped=flipped, drops=drops, casts=casts)
-        if site.tied_to is not None and site.layout is not ops.Embedding:
-            return LoraTied(drops=drops, casts=casts)
-        lora = self._lora_for(site, drops, casts)
-        return with_magnitudes(lora, site) if self.use_dora else lora
-
-    def _lora_for(self, site: Site, drops: bool, casts: bool) -> Lora:
-        """Returns the rule without magnitudes."""
-        flipped, has_bias = site.is_layer and site.transposed, self.lora_bias
-        if site.layout is ops.Convolution:
-            return lora_of_convolution(site, self, casts)
-        if site.layout is ops.Embedding:
-            return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
-        if site.layout is ops.Weight and len(site.shape) == 3:
-            return LoraExperts(experts=site.shape[0], transposed=site.transposed)
-        if site.layout is ops.Weight and len(site.shape) > 3:
-            return LoraKernels(shape=site.shape)
-        if site.op is ops.Weight:
-            return LoraMatrix(flipped=flipped)
-        return LoraLinear(flipped=flipped, drops=drops, casts=casts, has_bias=has_bias)
-
-
-_NESTED: dict[str, tuple[str, type]] = {
-    "corda_config": ("corda", CordaConfig),
-    "eva_config": ("eva", EvaConfig),
-    "lora_ga_config": ("lora_ga", LoraGAConfig),
-    "loftq_config": ("loftq", LoftQConfig),
-}
-"""The options that have options of their own, with the `init_lora_weights` that they are for."""
-
-
-def _nested(value: Any, config_class: type, name: str) -> Any:
-    """Returns nested options as an instance of `config_class`, from a dict or from PEFT's class for them."""
-    if not value or isinstance(value, config_class):
-        return value
-    values = value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        values = dataclasses.asdict(value)
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {shown(value)}")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"{name} has no option {shown(unknown[0])}; it has {', '.join(sorted(known))}")
-    try:
-        return config_class(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        return choice.rule_for(self, site, dtype)
 
 
 _UNSUPPORTED = (

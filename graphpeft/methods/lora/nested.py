@@ -1,0 +1,40 @@
+"""Options of LoRA that have options of their own, each with a class of PEFT's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from graphpeft.methods.lora.init.corda import CordaConfig
+from graphpeft.methods.lora.init.eva_directions import EvaConfig
+from graphpeft.methods.lora.init.from_weight import LoftQConfig
+from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
+from graphpeft.wording import shown
+
+OF_INITIALISATIONS: dict[str, tuple[str, type]] = {
+    "corda_config": ("corda", CordaConfig),
+    "eva_config": ("eva", EvaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+    "loftq_config": ("loftq", LoftQConfig),
+}
+"""The options that have options of their own, with the `init_lora_weights` that they are for."""
+
+
+def nested(value: Any, config_class: type, name: str) -> Any:
+    """Returns nested options as an instance of `config_class`, from a dict or from PEFT's class for them."""
+    if not value or isinstance(value, config_class):
+        return value
+    values = value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = dataclasses.asdict(value)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {shown(value)}")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no option {shown(unknown[0])}; it has {', '.join(sorted(known))}")
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

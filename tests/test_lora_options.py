@@ -33,6 +33,7 @@ def _loftq(bits: int) -> dict[str, Any]:
 
 
 ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alora_invocation_tokens": ({"alora_invocation_tokens": [5]}, {}),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 5}}, {}),
     "bias": ({"target_modules": ["query"], "bias": "all"}, {"target_modules": ["query"]}),
     "ensure_weight_tying": (TIED_ROWS | {"ensure_weight_tying": True}, TIED_ROWS),
@@ -76,7 +77,6 @@ RECORDED: dict[str, Any] = {
 """Keys that are written to the file, with what comes out of it; how a weight is stored is read from the model."""
 
 REFUSED: dict[str, Any] = {
-    "alora_invocation_tokens": [1],
     "arrow_config": {"a": 1},
     "kasa_config": {"a": 1},
     "megatron_config": {"a": 1},

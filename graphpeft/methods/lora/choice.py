@@ -18,6 +18,7 @@ from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.parts import LoraParts
 from graphpeft.methods.lora.tied import LoraTied
+from graphpeft.methods.lora.variants import kinds
 from graphpeft.rules.rule import Rule
 from graphpeft.sites.site import Site
 
@@ -30,7 +31,8 @@ def rule_for(config: Any, site: Any, dtype: torch.dtype) -> Rule:
         site: The site.
         dtype: The dtype of the adapter's parameters there.
     """
-    return merge_aware.as_merged(_without_rounding(config, site, dtype), site, config.merged_quantiser)
+    lora = _without_rounding(config, site, dtype)
+    return kinds.rule_for(config, site, merge_aware.as_merged(lora, site, config.merged_quantiser))
 
 
 def _without_rounding(config: Any, site: Any, dtype: torch.dtype) -> Rule:

@@ -17,6 +17,7 @@ from graphpeft.methods.lora.init.initialisation import initialisation_of, traits
 from graphpeft.methods.lora.nested import OF_INITIALISATIONS, nested
 from graphpeft.methods.lora.parts import with_parts
 from graphpeft.methods.lora.tied import names_with_tied, with_tied
+from graphpeft.methods.lora.variants import activated, kinds
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -83,7 +84,9 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: Whether layers that are tied to an embedding stay so: where one of them is named in
             `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for tied
             layers are refused.
-        use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, kasa_config: Refused, not supported yet.
+        alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in the `input_ids` of a
+            call, or in the prompt of ``generate``; a call may say by `alora_offsets` where they begin.
+        use_qalora, qalora_group_size, arrow_config, kasa_config: Refused, not supported yet.
         monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
@@ -129,17 +132,19 @@ class LoraConfig(TargetedConfig):
 
     merged_quantiser: Any = field(default=None, metadata=OWN)
 
-    # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
-    alora_invocation_tokens: list[int] | None = None
-    arrow_config: Any = None
     ensure_weight_tying: bool = False
-    kasa_config: Any = None
     layer_replication: list[tuple[Index, Index]] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    alora_invocation_tokens: list[Index] | None = None
+
+    # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
+    arrow_config: Any = None
+    kasa_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
     qalora_group_size: int = 16
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_bdlora: Any = None
     use_qalora: bool = False
     velora_config: Any = None
@@ -185,6 +190,7 @@ class LoraConfig(TargetedConfig):
 
     def _check_values(self) -> None:
         merge_aware.check(self.merged_quantiser)
+        kinds.check(self)
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -282,7 +288,13 @@ class LoraConfig(TargetedConfig):
         sites = targeted_sites(self, finder, report)
         if self.ensure_weight_tying:
             sites = with_tied(sites, self, finder, report)
+        sites = kinds.only_layers(self, sites, report)
         return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites
+
+    def call_inputs_from(self, arguments: Mapping[str, Any], prompt: Tensor | None) -> Mapping[str, Any]:
+        """Returns where aLoRA's tokens are in the rows of a call."""
+        tokens = self.alora_invocation_tokens
+        return activated.offsets_of_call(tuple(tokens), arguments, prompt) if tokens else {}
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
@@ -290,7 +302,6 @@ class LoraConfig(TargetedConfig):
 
 
 _UNSUPPORTED = (
-    "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "megatron_config",

@@ -54,6 +54,7 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "target_parameters": ({"target_parameters": ["0.mlp.up_proj.weight"]}, {}),
     "task_type": ({"target_modules": ["query"], "task_type": "SEQ_CLS"}, {"target_modules": ["query"]}),
     "trainable_token_indices": ({"trainable_token_indices": [3]}, {}),
+    "use_bdlora": ({"use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 2}}, {}),
     "use_dora": ({"use_dora": True}, {}),
     "use_rslora": ({"use_rslora": True}, {}),
 }
@@ -83,7 +84,6 @@ REFUSED: dict[str, Any] = {
     "megatron_core": "other.core",
     "monteclora_config": {"a": 1},
     "qalora_group_size": 32,
-    "use_bdlora": {"a": 1},
     "use_qalora": True,
     "velora_config": {"a": 1},
 }

@@ -18,6 +18,7 @@ from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
 from graphpeft.methods.lora import (
+    BdLoraConfig,
     CordaConfig,
     EvaConfig,
     LoftQConfig,
@@ -58,6 +59,7 @@ from graphpeft.methods.waveft import WaveFTConfig
 __all__ = [
     "AdaLoraConfig",
     "BOFTConfig",
+    "BdLoraConfig",
     "BeftConfig",
     "C3AConfig",
     "CPTConfig",

@@ -1,12 +1,23 @@
-"""LoRA, and DoRA; the rest of LoRA's options have tests of their own."""
+"""LoRA, DoRA and the variants; the rest of LoRA's options have tests of their own."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, EMBEDDING, MATRICES
+from oracle import CONV_1D, CONV_2D, EMBEDDING, LINEAR, MATRICES, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoraConfig
 
+BLOCKS_OF_A = {"target_modules_bd_a": ["0"], "nblocks": 2}
+BLOCKS_OF_B = {"target_modules_bd_b": ["0"], "nblocks": 2}
+
+
+def _variant(name: str, **options: object) -> Contract:
+    own = {"r": 4, "lora_alpha": 3, **options}
+    return Contract(name, LoraConfig, peft.LoraConfig, own, (LINEAR, WITHOUT_BIAS))
+
+
 CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
     Contract("dora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3, "use_dora": True}, (*MATRICES, CONV_2D)),
+    _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
+    _variant("bdlora-b", use_bdlora=BLOCKS_OF_B, lora_dropout=0.4),
 ]

@@ -15,8 +15,10 @@ from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.lora_ga import LoraGAConfig, preprocess_loraga
 from graphpeft.methods.lora.init.replacing import replace_lora_weights_loftq
 from graphpeft.methods.lora.per_call import LoraPerCallConfig
+from graphpeft.methods.lora.variants.blocks import BdLoraConfig
 
 __all__ = [
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
     "LoftQConfig",

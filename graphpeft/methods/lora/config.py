@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graphpeft.methods.lora import choice, combination, in_files, merge_aware
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
-from graphpeft.methods.lora.nested import OF_INITIALISATIONS, nested
+from graphpeft.methods.lora.nested import OF_INITIALISATIONS, give_classes
 from graphpeft.methods.lora.parts import with_parts
 from graphpeft.methods.lora.tied import names_with_tied, with_tied
 from graphpeft.methods.lora.variants import activated, kinds
@@ -84,10 +84,11 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: Whether layers that are tied to an embedding stay so: where one of them is named in
             `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for tied
             layers are refused.
-        alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in the `input_ids` of a
+        alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in `input_ids` of a
             call, or in the prompt of ``generate``; a call may say by `alora_offsets` where they begin.
+        use_bdlora: A `BdLoraConfig`, or its values as a dict: A or B is block-diagonal (BD-LoRA).
         use_qalora, qalora_group_size, arrow_config, kasa_config: Refused, not supported yet.
-        monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
+        monteclora_config, velora_config, megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
@@ -137,6 +138,7 @@ class LoraConfig(TargetedConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     alora_invocation_tokens: list[Index] | None = None
+    use_bdlora: Any = None
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     arrow_config: Any = None
@@ -145,7 +147,6 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
     qalora_group_size: int = 16
-    use_bdlora: Any = None
     use_qalora: bool = False
     velora_config: Any = None
 
@@ -156,8 +157,7 @@ class LoraConfig(TargetedConfig):
                 setattr(self, name, {})
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
-        for name, (_, config_class) in OF_INITIALISATIONS.items():
-            setattr(self, name, nested(getattr(self, name), config_class, name))
+        give_classes(self)
         super().__post_init__()
         self._check_values()
 
@@ -308,7 +308,6 @@ _UNSUPPORTED = (
     "megatron_core",
     "monteclora_config",
     "qalora_group_size",
-    "use_bdlora",
     "use_qalora",
     "velora_config",
 )

@@ -10,6 +10,7 @@ from graphpeft.methods.lora.init.corda import CordaConfig
 from graphpeft.methods.lora.init.eva_directions import EvaConfig
 from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
+from graphpeft.methods.lora.variants import kinds
 from graphpeft.wording import shown
 
 OF_INITIALISATIONS: dict[str, tuple[str, type]] = {
@@ -21,7 +22,24 @@ OF_INITIALISATIONS: dict[str, tuple[str, type]] = {
 """The options that have options of their own, with the `init_lora_weights` that they are for."""
 
 
-def nested(value: Any, config_class: type, name: str) -> Any:
+def give_classes(config: Any) -> None:
+    """Gives the options that have options of their own the classes of these, in place.
+
+    Args:
+        config: LoRA's config.
+
+    Raises:
+        ValueError: If one can't have its class.
+    """
+    for name, (_, config_class) in OF_INITIALISATIONS.items():
+        setattr(config, name, _nested(getattr(config, name), config_class, name))
+    for name, config_class in kinds.NESTED.items():
+        value = getattr(config, name)
+        # a variant is asked for by its options, if only by their defaults
+        setattr(config, name, config_class() if value == {} else _nested(value, config_class, name))
+
+
+def _nested(value: Any, config_class: type, name: str) -> Any:
     """Returns nested options as an instance of `config_class`, from a dict or from PEFT's class for them."""
     if not value or isinstance(value, config_class):
         return value

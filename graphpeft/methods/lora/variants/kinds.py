@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.methods.lora.variants.activated import Activated
+from graphpeft.methods.lora.variants.blocks import BdLoraConfig, of_blocks
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.wording import shown
@@ -35,8 +36,12 @@ VARIANTS: dict[str, Variant] = {
         lambda lora, _, config: Activated(lora, tuple(config.alora_invocation_tokens)),
         is_of_calls=True,
     ),
+    "use_bdlora": Variant("BD-LoRA", of_blocks, BdLoraConfig),
 }
 """The variants by the option that asks for them."""
+
+NESTED = {option: variant.options for option, variant in VARIANTS.items() if variant.options is not None}
+"""The options that have options of their own, with the class of these."""
 
 _UNLIKE = ("target_parts", "merged_quantiser", "ensure_weight_tying")
 """Options of other changes than the plain product's."""

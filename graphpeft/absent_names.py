@@ -13,7 +13,7 @@ _TUNERS = (
 )
 """The methods for which PEFT has a wrapper class."""
 
-_VARIANTS = ("ArrowConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig")
+_VARIANTS = ("ArrowConfig", "MontecloraConfig", "VeloraConfig")
 
 _METHOD = "the method doesn't exist here yet; docs/rules.md shows how one is written"
 _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it stays of its own class"

@@ -40,6 +40,7 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, {}),
     "inference_mode": ({"inference_mode": True}, {}),
     "init_lora_weights": ({"init_lora_weights": "gaussian"}, {}),
+    "kasa_config": ({"kasa_config": {"beta": 1}}, {}),
     "layer_replication": ({"layer_replication": [(0, 2), (0, 2)]}, {}),
     "layers_pattern": ({"layers_to_transform": [1], "layers_pattern": "blocks"}, {"layers_to_transform": [1]}),
     "layers_to_transform": ({"layers_to_transform": [1]}, {}),
@@ -79,7 +80,6 @@ RECORDED: dict[str, Any] = {
 
 REFUSED: dict[str, Any] = {
     "arrow_config": {"a": 1},
-    "kasa_config": {"a": 1},
     "megatron_config": {"a": 1},
     "megatron_core": "other.core",
     "monteclora_config": {"a": 1},

@@ -19,5 +19,7 @@ CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
     Contract("dora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3, "use_dora": True}, (*MATRICES, CONV_2D)),
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
+    _variant("kasa", kasa_config={}),
+    _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian"),
     _variant("bdlora-b", use_bdlora=BLOCKS_OF_B, lora_dropout=0.4),
 ]

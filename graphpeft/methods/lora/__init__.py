@@ -16,17 +16,20 @@ from graphpeft.methods.lora.init.lora_ga import LoraGAConfig, preprocess_loraga
 from graphpeft.methods.lora.init.replacing import replace_lora_weights_loftq
 from graphpeft.methods.lora.per_call import LoraPerCallConfig
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig
+from graphpeft.methods.lora.variants.kasa import KasaConfig, kasa_loss
 
 __all__ = [
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
+    "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "kasa_loss",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",

@@ -87,7 +87,9 @@ class LoraConfig(TargetedConfig):
         alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in `input_ids` of a
             call, or in the prompt of ``generate``; a call may say by `alora_offsets` where they begin.
         use_bdlora: A `BdLoraConfig`, or its values as a dict: A or B is block-diagonal (BD-LoRA).
-        use_qalora, qalora_group_size, arrow_config, kasa_config: Refused, not supported yet.
+        kasa_config: A `KasaConfig`, or its values as a dict: trained singular values between A and B, on a weight
+            without its smallest ones (KaSA).
+        use_qalora, qalora_group_size, arrow_config: Refused, not supported yet.
         monteclora_config, velora_config, megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
@@ -138,11 +140,11 @@ class LoraConfig(TargetedConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     alora_invocation_tokens: list[Index] | None = None
+    kasa_config: Any = None
     use_bdlora: Any = None
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     arrow_config: Any = None
-    kasa_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
@@ -248,7 +250,8 @@ class LoraConfig(TargetedConfig):
     @property
     def starts_as_identity(self) -> bool:
         """Whether B starts at zero, and the weights stay as they are."""
-        return self.init_lora_weights in (True, "gaussian") and self.merged_quantiser is None
+        changes_weights = self.merged_quantiser is not None or self.kasa_config is not None
+        return self.init_lora_weights in (True, "gaussian") and not changes_weights
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
@@ -303,7 +306,6 @@ class LoraConfig(TargetedConfig):
 
 _UNSUPPORTED = (
     "arrow_config",
-    "kasa_config",
     "megatron_config",
     "megatron_core",
     "monteclora_config",

@@ -9,6 +9,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.methods.lora.variants.activated import Activated
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig, of_blocks
+from graphpeft.methods.lora.variants.kasa import Kasa, KasaConfig
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.wording import shown
@@ -37,6 +38,7 @@ VARIANTS: dict[str, Variant] = {
         is_of_calls=True,
     ),
     "use_bdlora": Variant("BD-LoRA", of_blocks, BdLoraConfig),
+    "kasa_config": Variant("KaSA", lambda lora, *_: Kasa(lora), KasaConfig),
 }
 """The variants by the option that asks for them."""
 

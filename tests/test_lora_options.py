@@ -35,6 +35,7 @@ def _loftq(bits: int) -> dict[str, Any]:
 ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alora_invocation_tokens": ({"alora_invocation_tokens": [5]}, {}),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 5}}, {}),
+    "arrow_config": ({"arrow_config": {"top_k": 1, "task_adapter_names": ["task_0"]}}, {}),
     "bias": ({"target_modules": ["query"], "bias": "all"}, {"target_modules": ["query"]}),
     "ensure_weight_tying": (TIED_ROWS | {"ensure_weight_tying": True}, TIED_ROWS),
     "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, {}),
@@ -57,6 +58,7 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trainable_token_indices": ({"trainable_token_indices": [3]}, {}),
     "use_bdlora": ({"use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 2}}, {}),
     "use_dora": ({"use_dora": True}, {}),
+    "velora_config": ({"velora_config": {"num_groups": 4}}, {}),
     "use_rslora": ({"use_rslora": True}, {}),
 }
 """Options with a key and without it, which make different models, or of which one is refused."""
@@ -79,13 +81,11 @@ RECORDED: dict[str, Any] = {
 """Keys that are written to the file, with what comes out of it; how a weight is stored is read from the model."""
 
 REFUSED: dict[str, Any] = {
-    "arrow_config": {"a": 1},
     "megatron_config": {"a": 1},
     "megatron_core": "other.core",
     "monteclora_config": {"a": 1},
     "qalora_group_size": 32,
     "use_qalora": True,
-    "velora_config": {"a": 1},
 }
 """Values of keys that aren't supported."""
 

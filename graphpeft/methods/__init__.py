@@ -18,6 +18,7 @@ from graphpeft.methods.ln_tuning import LNTuningConfig
 from graphpeft.methods.loha import LoHaConfig
 from graphpeft.methods.lokr import LoKrConfig
 from graphpeft.methods.lora import (
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -26,6 +27,8 @@ from graphpeft.methods.lora import (
     LoraConfig,
     LoraGAConfig,
     LoraPerCallConfig,
+    VeloraConfig,
+    create_arrow_model,
     get_eva_state_dict,
     initialize_lora_eva_weights,
     kasa_loss,
@@ -60,6 +63,7 @@ from graphpeft.methods.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
+    "ArrowConfig",
     "BOFTConfig",
     "BdLoraConfig",
     "BeftConfig",
@@ -107,9 +111,11 @@ __all__ = [
     "TrainableTokensConfig",
     "UniLoraConfig",
     "VBLoRAConfig",
+    "VeloraConfig",
     "VeraConfig",
     "WaveFTConfig",
     "convert_to_lora",
+    "create_arrow_model",
     "find_token_sequence",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",

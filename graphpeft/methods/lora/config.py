@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,14 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora import choice, combination, in_files, merge_aware
+from graphpeft.methods.lora import choice, combination, in_files, merge_aware, unsupported
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
-from graphpeft.methods.lora.nested import OF_INITIALISATIONS, give_classes
+from graphpeft.methods.lora.nested import drop_unused, give_classes, warn_of_unused
 from graphpeft.methods.lora.parts import with_parts
 from graphpeft.methods.lora.tied import names_with_tied, with_tied
 from graphpeft.methods.lora.variants import activated, kinds
-from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
@@ -34,7 +32,6 @@ from graphpeft.targeting import targets
 from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
-from graphpeft.wording import shown
 
 Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]
 
@@ -87,10 +84,12 @@ class LoraConfig(TargetedConfig):
         alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in `input_ids` of a
             call, or in the prompt of ``generate``; a call may say by `alora_offsets` where they begin.
         use_bdlora: A `BdLoraConfig`, or its values as a dict: A or B is block-diagonal (BD-LoRA).
+        arrow_config: An `ArrowConfig`: the adapter is a router over others; `create_arrow_model` makes it.
         kasa_config: A `KasaConfig`, or its values as a dict: trained singular values between A and B, on a weight
             without its smallest ones (KaSA).
-        use_qalora, qalora_group_size, arrow_config: Refused, not supported yet.
-        monteclora_config, velora_config, megatron_config, megatron_core: Refused, not supported yet.
+        velora_config: A `VeloraConfig`, or its values as a dict: A is trained by a compressed input (VeLoRA).
+        use_qalora, qalora_group_size: Refused, not supported yet.
+        monteclora_config, megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
@@ -140,17 +139,17 @@ class LoraConfig(TargetedConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     alora_invocation_tokens: list[Index] | None = None
+    arrow_config: Any = None
     kasa_config: Any = None
     use_bdlora: Any = None
+    velora_config: Any = None
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
-    arrow_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
     qalora_group_size: int = 16
     use_qalora: bool = False
-    velora_config: Any = None
 
     def __post_init__(self) -> None:
         # PEFT's type for them allows null, which files may hold
@@ -167,28 +166,15 @@ class LoraConfig(TargetedConfig):
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
         super().check()
         self._check_values()
-        default = LoraConfig()
-        for name in _UNSUPPORTED:
-            value, only = getattr(self, name), getattr(default, name)
-            if value and value != only:
-                raise ValueError(f"{name}={shown(value)} is not supported; leave it {only!r}")
+        unsupported.check(self)
         initialisation_of(self.init_lora_weights)
-        for name, (kind, _) in OF_INITIALISATIONS.items():
-            if getattr(self, name) and self.init_lora_weights != kind:
-                # files that PEFT has converted to plain LoRA have such options
-                warnings.warn(
-                    f"{name} has no effect unless init_lora_weights is {kind!r}, so it is ignored; leave it out",
-                    PeftWarning,
-                    stacklevel=4,
-                )
+        warn_of_unused(self)
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
 
     def drop_unused(self) -> None:
         """Takes out the nested options of other initialisations than the config's own."""
-        for name, (kind, _) in OF_INITIALISATIONS.items():
-            if self.init_lora_weights != kind:
-                setattr(self, name, {} if name == "loftq_config" else None)
+        drop_unused(self)
 
     def _check_values(self) -> None:
         merge_aware.check(self.merged_quantiser)
@@ -302,15 +288,3 @@ class LoraConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
         return choice.rule_for(self, site, dtype)
-
-
-_UNSUPPORTED = (
-    "arrow_config",
-    "megatron_config",
-    "megatron_core",
-    "monteclora_config",
-    "qalora_group_size",
-    "use_qalora",
-    "velora_config",
-)
-"""Options of PEFT's that are supported with their default alone."""

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from graphpeft.graph import ops
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.methods.lora.variants.activated import Activated
+from graphpeft.methods.lora.variants.arrow import Arrow, ArrowConfig
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig, of_blocks
 from graphpeft.methods.lora.variants.kasa import Kasa, KasaConfig
+from graphpeft.methods.lora.variants.velora import VeloraConfig, of_options
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.wording import shown
@@ -37,7 +39,14 @@ VARIANTS: dict[str, Variant] = {
         lambda lora, _, config: Activated(lora, tuple(config.alora_invocation_tokens)),
         is_of_calls=True,
     ),
+    "arrow_config": Variant(
+        "Arrow",
+        lambda lora, _, config: Arrow(lora, config.arrow_config.top_k, config.arrow_config.router_temperature),
+        ArrowConfig,
+        is_of_calls=True,
+    ),
     "use_bdlora": Variant("BD-LoRA", of_blocks, BdLoraConfig),
+    "velora_config": Variant("VeLoRA", lambda lora, _, config: of_options(lora, config.velora_config), VeloraConfig),
     "kasa_config": Variant("KaSA", lambda lora, *_: Kasa(lora), KasaConfig),
 }
 """The variants by the option that asks for them."""
@@ -59,6 +68,8 @@ def check(config: Any) -> None:
     asked = [option for option in VARIANTS if getattr(config, option)]
     if not asked:
         return
+    if config.arrow_config and not config.arrow_config.task_adapter_names:
+        raise ValueError("arrow_config is of a router over saved adapters, which create_arrow_model makes; call that")
     others = [*asked[1:], *(name for name in ("use_dora", *_UNLIKE) if getattr(config, name))]
     if config.init_lora_weights == "mica":
         others.append("init_lora_weights")

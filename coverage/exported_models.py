@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import string
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,12 +49,14 @@ class Model:
         build: Makes the model from the library's Python module.
         example: The example inputs.
         targets: The layers that LoRA adapts.
+        open_sizes: Whether all sizes are open, which takes an hour where each comes from windows of an image.
     """
 
     library: str
     build: Callable[[Any], Any]
     example: Callable[[], Any]
     targets: list[str]
+    open_sizes: bool = True
 
 
 def transformers_model(config: str, cls: str, targets: list[str], example: Any, **options: Any) -> Model:
@@ -331,6 +334,15 @@ MODELS: dict[str, Model] = {
         lambda: (torch.randn(2, 3, 32, 32),),
         ["to_qkv", "to_out.0"],
     ),
+    "SwinUNETR": Model(
+        "monai",
+        lambda library: library.networks.nets.SwinUNETR(
+            in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), spatial_dims=2
+        ),
+        lambda: (torch.randn(1, 1, 64, 64),),
+        ["qkv", "proj", "linear1"],
+        open_sizes=False,
+    ),
 }
 
 
@@ -350,7 +362,9 @@ def cells(name: str, library: Any) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for mode, format in FORMS:
             try:
-                report = graphpeft.export(model, example, Path(folder) / f"model.{format}", format, mode)
+                report = graphpeft.export(
+                    model, example, Path(folder) / f"model.{format}", format, mode, dynamic=MODELS[name].open_sizes
+                )
             except graphpeft.ExportError as error:
                 ends.append("nor is the base" if "The base without its adapters" in str(error) else f"no: {error}")
             else:
@@ -378,22 +392,33 @@ def rows_of(page: str) -> dict[str, list[str]]:
     return found
 
 
-def lines(page: str) -> Iterator[str]:
-    """Yields the lines of the table; models of libraries that aren't installed keep theirs."""
-    known = rows_of(page)
+def lines(rows: dict[str, list[str]]) -> Iterator[str]:
+    """Yields the lines of the table, in the order of `MODELS`."""
     yield HEAD
     yield "| --- | --- | --- | --- | --- |"
-    for name, model in tqdm(MODELS.items()):
+    for name in MODELS:
+        if name in rows:
+            yield f"| {' | '.join([name, *rows[name]])} |"
+
+
+def write(rows: dict[str, list[str]]) -> None:
+    """Writes the table into the page."""
+    above, _, below = PAGE.read_text(encoding="utf-8").partition(HEAD)
+    behind = below.partition("\n\n")[2]
+    PAGE.write_text(f"{above}{chr(10).join(lines(rows))}\n\n{behind}", encoding="utf-8")
+
+
+def main(names: list[str]) -> None:
+    """Exports these models, or all, and writes each row when it is known; libraries that aren't there are left out."""
+    rows = rows_of(PAGE.read_text(encoding="utf-8"))
+    for name in tqdm(names or MODELS):
         try:
-            found = cells(name, importlib.import_module(model.library))
+            library = importlib.import_module(MODELS[name].library)
         except ImportError:
-            if name not in known:
-                continue
-            found = known[name]
-        yield f"| {' | '.join([name, *found])} |"
+            continue
+        rows[name] = cells(name, library)
+        write(rows)
 
 
 if __name__ == "__main__":
-    before = PAGE.read_text(encoding="utf-8")
-    above, _, below = before.partition(HEAD)
-    PAGE.write_text(f"{above}{chr(10).join(lines(before))}\n\n{below.partition(chr(10) * 2)[2]}", encoding="utf-8")
+    main(sys.argv[1:])

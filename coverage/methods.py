@@ -32,10 +32,17 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 
 REFUSED: dict[str, str] = {
-    "XLORA": "its classifier runs the whole model once more in front of each call",
+    "XLORA": "it loads other adapters from their files, and a first run of the whole model without them weighs them "
+    "for each token; an adapter here has one file, and no rule runs the model around it",
     "SHADOW": "a second, smaller model runs beside the layers, with a cache of its own",
 }
 """The methods that can't be had, and why."""
+
+NOT_MERGED: dict[str, str] = {
+    "ADAPTION_PROMPT": "attentions read learned tokens",
+    "POLY": "tasks choose what acts",
+}
+"""Why methods can't be merged that have no contract, but for those that add virtual tokens."""
 
 GUIDE = """\
 | you want | take |
@@ -48,7 +55,8 @@ GUIDE = """\
 | image models: style and subject in diffusion models | LoHa, LoKr, OFT |
 | to keep the angles between what neurons do | OFT, BOFT, HRA |
 | new tokens | trainable tokens, alone or in LoRA |
-| to change no weight at all | prompt tuning, P-tuning, prefix tuning |
+| to change no weight at all | prompt tuning, P-tuning, prefix tuning, adaption prompts |
+| a long text that is read again and again | a cartridge |
 """
 
 
@@ -94,8 +102,8 @@ def overview_line(method: str, ours: dict[str, type[Any]]) -> str:
         return f"| {method} | refused: {REFUSED.get(method, 'not written yet')} | | | |"
     contract = next((each for each in FIRST if each.method == method), None)
     if contract is None:
-        why = "it adds virtual tokens" if issubclass(ours[method], PromptLearningConfig) else "tasks choose what acts"
-        return f"| {method} | `{ours[method].__name__}` | no: {why} | yes | pt2, ONNX |"
+        why = "it adds virtual tokens" if issubclass(ours[method], PromptLearningConfig) else NOT_MERGED[method]
+        return f"| {method} | `{ours[method].__name__}` | no: {why} | no | pt2, ONNX |"
     exports = ", ".join(name for key, name in (("pt2", "pt2"), ("onnx", "ONNX")) if key not in contract.refuses)
     return (
         f"| {method} | `{ours[method].__name__}` | {'no' if 'merge' in contract.refuses else 'yes'} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MISSING = ("Adamss", "AdaptionPrompt", "Cartridge", "Frod", "OSF", "Shadow", "XLora")
+_MISSING = ("Adamss", "Frod", "OSF", "Shadow", "XLora")
 """The methods that don't exist here, as PEFT's classes name them."""
 
 _TUNERS = (
@@ -18,24 +18,18 @@ _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it
 _VARIANT = "MonteCLoRA's samples are in no file, so no training goes on as it was; a config that asks for it is refused"
 _TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
-_CARTRIDGE = "it belongs to cartridges, which don't exist here yet"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _MISSING},
     **{f"{method}Model": _TUNER for method in _TUNERS},
-    **dict.fromkeys(("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
-    "CartridgeEncoder": _CARTRIDGE,
+    **dict.fromkeys(("CPTEmbedding", "CartridgeEncoder", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "MontecloraConfig": _VARIANT,
     "LoraRuntimeConfig": "an adapter is where its weight is, without ephemeral_gpu_offload, its only option",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "a model takes adapters of any methods, without a class for it",
     "PEFT_TYPE_TO_TUNER_MAPPING": "there are no tuner classes; PEFT_TYPE_TO_CONFIG_MAPPING has the methods",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
     "bloom_model_postprocess_past_key_value": _CACHES,
-    "compose_cartridge_adapters": _CARTRIDGE,
     "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
-    "initialize_kv_prefix_from_past_key_values": _CARTRIDGE,
-    "initialize_kv_prefix_from_text": _CARTRIDGE,
-    "prompt_embeddings_from_past_key_values": _CARTRIDGE,
     "shift_tokens_right": "models of Transformers shift their labels themselves, prompts or not",
 }
 """The names of ``peft.__all__``."""

@@ -91,6 +91,27 @@ def transaction(model: nn.Module) -> Iterator[None]:
 
     Transactions can be nested: the inner one undoes its own changes, the outer one undoes all.
     """
+    with _recorded(model) as begin:
+        try:
+            yield
+        except BaseException:
+            _undo(begin)
+            raise
+
+
+@contextlib.contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Undoes all changes made in the context when it ends, by an error or not; other threads wait, as above."""
+    with _recorded(model) as begin:
+        try:
+            yield
+        finally:
+            _undo(begin)
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module) -> Iterator[int]:
+    """Begins a transaction of this thread, and ends it; yields the index in `undo` at which it begins."""
     with _lock_of(model):
         journal = _THREAD.journal()
         if journal is None:
@@ -99,17 +120,21 @@ def transaction(model: nn.Module) -> Iterator[None]:
         outer, begin = journal.begin, len(journal.undo)
         journal.begin = begin
         try:
-            yield
-        except BaseException:
-            try:
-                journal.roll_back(begin)
-            finally:
-                journal.roll_back(begin)  # undoes the rest, if the user interrupts the first call
-            raise
+            yield begin
         finally:
             journal.begin = outer
             # a traceback keeps local variables alive, and must not keep the journal
             del journal
+
+
+def _undo(begin: int) -> None:
+    """Undoes the changes of this thread's transaction that begins at an index in `undo`."""
+    journal = _THREAD.journal()
+    assert journal is not None
+    try:
+        journal.roll_back(begin)
+    finally:
+        journal.roll_back(begin)  # undoes the rest, if the user interrupts the first call
 
 
 def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: Any) -> None:

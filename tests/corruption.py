@@ -184,6 +184,13 @@ SAVED = [
             r=2, alpha=3, use_effective_conv2d=True, target_modules=["conv", "qkv", "head"], **_PATTERNS
         ),
     ),
+    Saved(
+        "weight-decomposed",
+        _layers,
+        lambda: graphpeft.WeightDecomposedConfig(
+            direction=graphpeft.LoHaConfig(r=2, alpha=3, target_modules=["conv", "qkv", "head"], **_PATTERNS)
+        ),
+    ),
     Saved("ln-tuning", _layers, lambda: graphpeft.LNTuningConfig(target_modules=["norm", "head"])),
     Saved("trainable-tokens", _llama, lambda: graphpeft.TrainableTokensConfig(token_indices=[5, 1])),
     Saved(
@@ -207,6 +214,8 @@ SAVED = [
     ),
     Saved("multitask", _gpt2, _prompt(graphpeft.MultitaskPromptTuningConfig, num_tasks=2, num_ranks=2)),
     Saved("prefix", _llama, _prompt(graphpeft.PrefixTuningConfig)),
+    Saved("adaption-prompt", _llama, lambda: graphpeft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)),
+    Saved("cartridge", _llama, _prompt(graphpeft.CartridgeConfig)),
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),
     Saved("multitask-poly", _llama, _poly),

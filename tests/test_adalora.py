@@ -497,3 +497,14 @@ def test_digits_are_learned_with_the_ranks_that_are_left():
     assert sum(ranks) == 9
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_with_adapters_of_their_own_are_exported(tmp_path: Path):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 8)).eval()
+    for name in ("one", "two"):
+        options: dict[str, Any] = {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}
+        get_peft_model(model, AdaLoraConfig(target_modules=["0"], **options), name)
+    x = torch.randn(3, 8)
+    report = graphpeft.export(model.eval(), (x,), tmp_path / "model.pt2", "pt2", adapters="rows")
+    assert len(report.files) == 3

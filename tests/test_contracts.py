@@ -79,6 +79,27 @@ def test_every_method_has_a_contract() -> None:
 
 
 @each_pair
+def test_parameters_are_counted_as_pefts_and_have_its_prefix(contract: Contract, case: Case) -> None:
+    model: Any = get_peft_model(case.build(), contract.our_config(case))
+    theirs: Any = peft.get_peft_model(case.build(), contract.their_config(case))
+    trained, counted = model.get_nb_trainable_parameters()
+    trained_there, counted_there = theirs.get_nb_trainable_parameters()
+    assert trained == trained_there
+    # an adapter that trains biases has copies of them here; PEFT has a number for each of AdaLoRA's sites
+    has_copies = contract.our_config(case).trained_biases != "none"
+    copied = sum(p.numel() for name, p in model.named_parameters() if has_copies and name.endswith("default.bias"))
+    numbers = sum(p.numel() for name, p in theirs.named_parameters() if "ranknum" in name)
+    assert counted - copied == counted_there - numbers
+    trained_at_sites = [
+        name
+        for adapted in model._peft_adapters.by_name["default"].sites
+        for name, spec in adapted.specs.items()
+        if spec.is_trained
+    ]
+    assert [name for name in trained_at_sites if model.prefix not in name] == []
+
+
+@each_pair
 def test_peft_reads_the_file_and_gives_the_same(contract: Contract, case: Case, tmp_path: Path) -> None:
     model = moved(get_peft_model(case.build(), contract.our_config(case)))
     model.save_pretrained(tmp_path)
@@ -138,6 +159,20 @@ def test_a_half_precision_base_has_pefts_dtypes_and_outputs(
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
     model.save_pretrained(tmp_path / "again")
     assert_same_file(tmp_path / "again", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("contract", [contract for contract in CONTRACTS if contract.cases], ids=str)
+def test_adapters_in_half_precision_give_pefts_outputs(contract: Contract, dtype: torch.dtype) -> None:
+    case = contract.cases[0]
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs())
+    found = []
+    for library, config in ((peft, contract.their_config(case)), (graphpeft, contract.our_config(case))):
+        torch.manual_seed(1)
+        model = library.get_peft_model(case.build().to(dtype), config, autocast_adapter_dtype=False).eval()
+        torch.manual_seed(4)
+        found.append(model(*inputs))
+    torch.testing.assert_close(*found, atol=5e-2, rtol=2e-2)
 
 
 @each_pair

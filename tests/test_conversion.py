@@ -212,3 +212,18 @@ def test_what_is_no_sum_of_weights_is_refused():
     model = adapted(mixed(), target_modules=["head"], init_lora_weights="pissa")
     with pytest.raises(ValueError, match="'default' has taken a part of the weights"):
         graphpeft.convert_to_lora(model, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (nn.Sequential(nn.LayerNorm(4)), graphpeft.LNTuningConfig(target_modules=["0"])),
+        (nn.Sequential(nn.Embedding(4, 4)), graphpeft.TrainableTokensConfig(token_indices=[1], target_modules=["0"])),
+    ],
+    ids=["norm", "rows"],
+)
+def test_what_trains_modules_or_rows_as_they_are_is_no_lora(model: nn.Module, config: Any):
+    model = graphpeft.get_peft_model(model, config)
+    assert not model.supports_lora_conversion()  # type: ignore[operator]
+    with pytest.raises(TypeError, match="that can't be LoRA: it trains modules or rows as they are"):
+        graphpeft.convert_to_lora(model, 2)

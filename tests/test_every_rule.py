@@ -20,7 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft.methods
 from graphpeft import (
+    AdaptionPromptConfig,
+    CartridgeConfig,
     CPTConfig,
+    LoHaConfig,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
@@ -29,6 +32,7 @@ from graphpeft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
+    WeightDecomposedConfig,
     get_peft_model,
     optimize,
 )
@@ -187,13 +191,19 @@ CASES = {
     "LoraKernels": lora(Modulated, VECTORS, "kernel"),
     "LoraLeaf": lora(lambda: nn.Sequential(Rounded(), nn.Tanh()), VECTORS),
     "Dora": lora(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()), VECTORS, use_dora=True),
+    "WeightDecomposed": Case(
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()),
+        WeightDecomposedConfig(direction=LoHaConfig(r=2, alpha=3, target_modules=["0"])),
+        (VECTORS,),
+    ),
     "LoraTied": lora(Tied, TOKENS, "head", ensure_weight_tying=True),
     "TokenTable": prompt(PromptTuningConfig),
     "MLP": prompt(PromptEncoderConfig, encoder_hidden_size=8),
     "LSTM": prompt(PromptEncoderConfig, encoder_hidden_size=8, encoder_reparameterization_type="LSTM"),
     "PrefixTable": prompt(PrefixTuningConfig),
     "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
-    "InCache": prompt(PrefixTuningConfig),
+    "AdaptionPrompt": Case(LLAMA.make, AdaptionPromptConfig(adapter_len=3, adapter_layers=1), TEXT),
+    "Cartridge": prompt(CartridgeConfig),
     "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
     "Context": Case(
         LLAMA.make,

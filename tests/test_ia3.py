@@ -95,7 +95,7 @@ def test_quantised_layers_are_scaled_and_not_merged(kind: str, enters: list[str]
     model: Any = moved(
         get_peft_model(case.build(), IA3Config(target_modules=["0", "2"], feedforward_modules=enters)), seed=4
     )
-    base, first, second = case.build(), *(model[index].default.factors.flatten() for index in (0, 2))
+    base, first, second = case.build(), *(model[index].default.ia3_l.flatten() for index in (0, 2))
     hidden = base[0](x * first) if enters else base[0](x) * first  # pyright: ignore[reportIndexIssue]
     hidden = base[1](hidden)  # pyright: ignore[reportIndexIssue]
     expected = base[2](hidden * second) if enters else base[2](hidden) * second  # pyright: ignore[reportIndexIssue]

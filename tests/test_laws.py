@@ -17,6 +17,8 @@ from torch import nn
 
 from graphpeft import (
     AdaptError,
+    AdaptionPromptConfig,
+    CartridgeConfig,
     CPTConfig,
     LoraPerCallConfig,
     MultitaskPromptTuningConfig,
@@ -27,6 +29,7 @@ from graphpeft import (
     TraceError,
     trace,
 )
+from graphpeft.rules.plain_values import plain
 from graphpeft.rules.registry import registered
 from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
@@ -37,15 +40,17 @@ from graphpeft.testing.strategies import METHODS, Method, adaptations
 some = settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
 few = settings(max_examples=settings.default.max_examples // 10)  # type: ignore[union-attr]
 
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.value)
+every_method = pytest.mark.parametrize("method", METHODS, ids=plain)
 
 
 def every_method_that(holds: Callable[[Method], bool]) -> pytest.MarkDecorator:
     chosen = [method for method in METHODS if holds(METHODS[method])]
-    return pytest.mark.parametrize("method", chosen, ids=lambda method: method.value)
+    return pytest.mark.parametrize("method", chosen, ids=plain)
 
 
 IN_FRONT: dict[PeftType, PeftConfig] = {
+    PeftType.ADAPTION_PROMPT: AdaptionPromptConfig(adapter_len=3, adapter_layers=1),
+    PeftType.CARTRIDGE: CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3),
     PeftType.PREFIX_TUNING: PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
     ),
@@ -57,14 +62,16 @@ IN_FRONT: dict[PeftType, PeftConfig] = {
 """Configs of the methods that only Transformers models take."""
 
 
-@pytest.mark.parametrize("method", IN_FRONT, ids=lambda method: method.value)
+@pytest.mark.parametrize("method", IN_FRONT, ids=plain)
 @pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
 def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, example: Example) -> None:
     inputs: dict[str, Any]
     config, inputs = IN_FRONT[method], {"input_ids": torch.randint(3, 60, (2, 5)), "use_cache": False}
     if method is PeftType.MULTITASK_PROMPT_TUNING:
         inputs["task_ids"] = torch.tensor([1, 0])
+    is_first = (laws.assert_fresh_adapter_changes_no_output,) if config.starts_as_identity else ()
     for law in (
+        *is_first,
         laws.assert_only_the_adapter_is_trained,
         laws.assert_adapted_is_base_with_delta,
         laws.assert_saved_is_loaded,

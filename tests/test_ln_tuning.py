@@ -6,6 +6,7 @@ The contract with PEFT's files and names is in `test_methods_fully_trained.py`.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,7 +18,15 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, LNTuningConfig, LoraConfig, explain, get_peft_model, inject_adapter_in_model
+from graphpeft import (
+    AdaptError,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    explain,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from graphpeft.testing import verify
 
 # what PEFT warns of is PEFT's
@@ -183,3 +192,11 @@ def test_the_report_says_which_tensors_are_trained() -> None:
 def test_every_law_holds(example: Example) -> None:
     verification = verify(example.build(), LNTuningConfig(), example.inputs(), progress=False, quiet=True)
     assert verification.holds, verification
+
+
+def test_a_file_of_pefts_for_a_head_is_loaded(tmp_path: Path) -> None:
+    theirs: Any = peft.get_peft_model(LLAMA.build(), peft.LNTuningConfig(target_modules=["lm_head"])).eval()
+    perturb(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    torch.testing.assert_close(output(ours, LLAMA.inputs()), output(theirs, LLAMA.inputs()))

@@ -334,3 +334,19 @@ def test_a_combination_is_refused_since_it_is_no_such_product():
 def test_values_that_can_not_be_are_refused(options: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=reason):
         LoHaConfig(**options)
+
+
+@pytest.mark.parametrize("has_cores", [False, True])
+def test_it_trains_under_autocast(has_cores: bool):
+    torch.manual_seed(0)
+    x, found = torch.randn(2, 4, 6, 6), []
+    config = drawn(target_modules=["0"], use_effective_conv2d=has_cores)
+    model: Any = get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3)), config)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            y = model(x)
+        y.float().square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+        model.zero_grad()
+    for half, single in zip(*found, strict=True):
+        torch.testing.assert_close(half, single, atol=0.05, rtol=0.1)

@@ -58,7 +58,6 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trainable_token_indices": ({"trainable_token_indices": [3]}, {}),
     "use_bdlora": ({"use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 2}}, {}),
     "use_dora": ({"use_dora": True}, {}),
-    "velora_config": ({"velora_config": {"num_groups": 4}}, {}),
     "use_rslora": ({"use_rslora": True}, {}),
 }
 """Options with a key and without it, which make different models, or of which one is refused."""
@@ -67,8 +66,9 @@ MEASURED = {
     "corda_config": "test_lora_measured.py::test_cordas_values_are_pefts",
     "eva_config": "test_lora_measured.py::test_evas_values_and_ranks_are_pefts",
     "lora_ga_config": "test_lora_measured.py::test_lora_gas_values_are_pefts",
+    "velora_config": "test_velora.py::test_several_steps_are_pefts_also_after_loading",
 }
-"""Keys that show only after measuring, with the tests that compare their values."""
+"""Keys that show only after measuring or in gradients, with the tests that compare their values."""
 
 RECORDED: dict[str, Any] = {
     "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "here"},

@@ -117,7 +117,25 @@ def test_two_changes_are_two_branches(spelling: str) -> None:
     (weight, *changed), (_, *others) = made(), made(3)
     both = plus_product(plus_product(weight, *changed, SCALE), *others, 0.5)
     expected = function(weight + changed[0] @ changed[1] * SCALE + others[0] @ others[1] * 0.5)
-    torch.testing.assert_close(function(both), expected, atol=1e-4, rtol=1e-4)
+    found = function(both)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert "total" not in vars(both)
+    of_both = [gradients(result, *changed, *others) for result in (found, expected)]
+    for got, want in zip(*of_both, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *OTHERS])
+def test_numbers_that_were_read_without_gradients_have_them_later(spelling: str) -> None:
+    function = (SPELLINGS | OTHERS)[spelling]
+    (weight, *changed), (_, *others) = made(), made(3)
+    both = plus_product(plus_product(weight, *changed, SCALE), *others, 0.5)
+    with torch.no_grad():
+        assert both.abs().max() > 0
+    expected = function(weight + changed[0] @ changed[1] * SCALE + others[0] @ others[1] * 0.5)
+    of_both = [gradients(result, *changed, *others) for result in (function(both), expected)]
+    for got, want in zip(*of_both, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

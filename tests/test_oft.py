@@ -169,10 +169,10 @@ def test_constrained_rotations_are_trained_as_pefts(case: Case):
 def test_evaluation_leaves_constrained_rotations_alone_and_has_their_gradients():
     model: Any = get_peft_model(LINEAR.build(), OFTConfig(**options(coft=True, eps=0.4))).eval()
     model(*LINEAR.inputs()).sum().backward()
-    assert model[0].default.triangles.grad.isfinite().all()
-    before = moved(model)[0].default.triangles.detach().clone()
+    assert model[0].default.oft_R.grad.isfinite().all()
+    before = moved(model)[0].default.oft_R.detach().clone()
     model(*LINEAR.inputs())
-    assert torch.equal(model[0].default.triangles, before)
+    assert torch.equal(model[0].default.oft_R, before)
     assert before.norm() > 0.4
 
 
@@ -182,7 +182,7 @@ def test_dropout_leaves_a_share_of_the_blocks_unrotated_in_training():
     for dropped in range(3):  # 0.4 of three blocks are one
         one = copy.deepcopy(model)
         with torch.no_grad():
-            one[0].default.triangles[dropped] = 0
+            one[0].default.oft_R[dropped] = 0
         expected[dropped] = one(x)
     found = set()
     for seed in range(12):

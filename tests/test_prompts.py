@@ -129,6 +129,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "prefix": ("PrefixTuningConfig", {}),
+    "prefix-cartridge": ("CartridgeConfig", {"num_frozen_tokens": 2}),
     "prefix-projection": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
 }
 

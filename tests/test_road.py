@@ -113,3 +113,24 @@ def test_features_that_do_not_fall_into_groups_are_refused():
         get_peft_model(LINEAR.build(), RoadConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="group_size is 3, which has no two halves"):
         RoadConfig(group_size=3)
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_rotations_across_the_groups_of_a_convolution_act_and_are_not_merged(groups: int):
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, groups=groups)), torch.randn(2, 8, 5)
+    base = layer(x)
+    config = RoadConfig(group_size=4, target_modules=["0"], init_weights=False)
+    model: Any = get_peft_model(layer, config).eval()
+    expected = model(x)
+    assert (expected - base).abs().max() > 0.1
+    with pytest.raises(AdaptError, match="features has some of two groups of the convolution"):
+        model.merge_and_unload()
+    assert torch.equal(model(x), expected)
+
+
+def test_rotations_within_the_groups_of_a_convolution_are_merged():
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, groups=2)), torch.randn(2, 8, 5)
+    model: Any = get_peft_model(layer, RoadConfig(group_size=4, target_modules=["0"], init_weights=False)).eval()
+    assert_close(model(x), model.merge_and_unload()(x), 1e-5)

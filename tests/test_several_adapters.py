@@ -950,7 +950,7 @@ def test_what_cannot_be_merged_can_be_mixed():
         (["u", "x", "y"], AdaptError, r"Adapter x, y does not exist; the model has \['p', 'u'\], and '__base__'"),
         ("u", TypeError, r"is the text 'u'; pass a list of names"),
         ([], ValueError, "adapter_names is empty; name one adapter for each row"),
-        (["u", "p"], AdaptError, "'p' changes what modules are given, not weights"),
+        (["u", "p"], AdaptError, "'p' changes what modules are given or return, not weights"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(names: Any, error: type[Exception], reason: str):

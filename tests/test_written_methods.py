@@ -180,8 +180,8 @@ def test_an_input_is_changed_for_the_named_operations_alone() -> None:
     for model in (base, flat):
         adapted: Any = get_peft_model(model, config)
         with torch.no_grad():
-            adapted.get_submodule("q").default.factors.copy_(q[None])
-            adapted.get_submodule("v").default.factors.copy_(v[None])
+            adapted.get_submodule("q").default.ia3_l.copy_(q[None])
+            adapted.get_submodule("v").default.ia3_l.copy_(v[None])
         got = adapted(x)
         want = expected.q(x * q) * expected.k(x) + expected.v(x * v) + expected.v(x.tanh() * v) + x
         torch.testing.assert_close(got, want)

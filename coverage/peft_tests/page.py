@@ -11,8 +11,18 @@ import reasons
 Rows = dict[str, dict[str, Any]]
 
 
-def page(in_scope: list[str], rows: Rows, version: str) -> str:
+def page(in_scope: dict[str, list[str]], rows: Rows, version: str) -> str:
     """Returns the page's Markdown."""
+    sections = "\n".join(_section(part, tests, rows) for part, tests in in_scope.items() if tests)
+    return f"""# PEFT's own tests
+
+`make peft-tests` runs the tests of PEFT {version} with graphpeft in the place of `peft`. In scope are those that pass
+with PEFT, on a CPU and without a hub. Models are tiny and have random weights, under the names that the tests load.
+
+{sections}"""
+
+
+def _section(part: str, in_scope: list[str], rows: Rows) -> str:
     files = {_file(test) for test in rows}
     ran = [rows.get(test) or _not_found(test) for test in in_scope if _file(test) in files]
     passed = [row for row in ran if row["outcome"] == "passed"]
@@ -20,23 +30,19 @@ def page(in_scope: list[str], rows: Rows, version: str) -> str:
     failures = [(row, reasons.reason(row)) for row in ran if row["outcome"] != "passed"]
     apart = sum(reason.kind in reasons.APART for _, reason in failures)
     rest = len(ran) - apart
-    return f"""# PEFT's own tests
-
-`make peft-tests` runs the tests of PEFT {version} with graphpeft in the place of `peft`. In scope are those that pass
-with PEFT, on a CPU and without a hub, and that make configs of LoRA and of the prompt methods only, without the
-variants of LoRA that graphpeft refuses. Models are tiny and have random weights, under the names that the tests load.
+    return f"""## {part[0].upper()}{part[1:]}
 
 **{len(passed):,} of {len(ran):,} pass: {_share(len(passed), len(ran))}.** {vacuous:,} of the tests that pass look for
 instances of PEFT's wrapper classes, and there are none here. {rest:,} tests neither look into PEFT's wrappers and
 functions nor compare wording; {_share(len(passed), rest)} of these pass.
 
-## By file
+### By file
 
 | file | in scope | pass | share |
 |---|--:|--:|--:|
 {_by_file(ran)}
 
-## By reason
+### By reason
 
 {_by_kind(failures)}
 """
@@ -69,7 +75,7 @@ def _by_kind(failures: list[tuple[dict[str, Any], reasons.Reason]]) -> str:
     for kind in reasons.KINDS:
         own = [(row, reason) for row, reason in failures if reason.kind == kind]
         if own:
-            sections.append(f"### {len(own):,}: {kind}\n\n{_by_text(own)}\n")
+            sections.append(f"#### {len(own):,}: {kind}\n\n{_by_text(own)}\n")
     return "\n".join(sections)
 
 

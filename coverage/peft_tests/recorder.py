@@ -27,7 +27,7 @@ def pytest_configure() -> None:
     """Begins to note configs, where PEFT is the library that runs."""
     if "stand_in" not in sys.modules:
         _note_configs(importlib.import_module("peft.config").PeftConfigMixin)
-        for name in scope.REFUSED.values():
+        for name in scope.VARIANTS.values():
             if name:
                 _note_configs(getattr(importlib.import_module("peft.tuners.lora.config"), name))
 
@@ -41,16 +41,12 @@ def _note_configs(base: Any) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests whose parameters name a method that is out of scope, or that weren't asked for."""
+    """Leaves out tests that weren't asked for."""
     asked = os.environ.get("PEFT_TESTS_ONLY")
-    wanted = set(Path(asked).read_text().splitlines()) if asked else None
-    kept = [item for item in items if _may_be_wanted(item, wanted)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
-
-
-def _may_be_wanted(item: pytest.Item, wanted: set[str] | None) -> bool:
-    return item.nodeid in wanted if wanted is not None else scope.covers(item.nodeid, _in_parameters(item))
+    if asked:
+        wanted = set(Path(asked).read_text().splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
+        items[:] = [item for item in items if item.nodeid in wanted]
 
 
 def _in_parameters(item: pytest.Item) -> set[str]:

@@ -3,8 +3,9 @@
     python coverage/peft_tests/run.py [--tree FOLDER] [--peft] [files of tests, as test_auto]
 
 The tests come with PEFT's source distribution, and are kept in build/peft_tests beside a cache of tiny models that
-stands for the hub. Those that PEFT passes and that are about what graphpeft has are in scope; in_scope.json lists them,
-and `--peft` finds them anew. `--tree` names the folder whose graphpeft is tested.
+stands for the hub. Those that PEFT passes are in scope, in two parts: in_scope.json lists
+those of LoRA and the prompt methods. The many others, which take an hour, are listed in build/peft_tests by `--peft`.
+`--tree` names the folder whose graphpeft is tested.
 """
 
 from __future__ import annotations
@@ -30,17 +31,25 @@ VERSION = "0.21.2"
 SOURCES = BUILD / f"peft-{VERSION}"
 HUB = BUILD / "hub"
 INVENTORY = BUILD / "inventory.json"
-IN_SCOPE = HERE / "in_scope.json"
+IN_SCOPE = {scope.LORA_AND_PROMPTS: HERE / "in_scope.json", scope.OTHERS: BUILD / "in_scope_others.json"}
 PAGE = ROOT / "docs" / "peft_tests.md"
 
 FILES = (
+    "test_adamss_asa",
+    "test_adaption_prompt",
+    "test_arrow",
     "test_auto",
+    "test_bdlora",
+    "test_boft",
+    "test_cartridge",
     "test_config",
     "test_cpt",
     "test_custom_models",
     "test_decoder_models",
+    "test_deft",
     "test_encoder_decoder_models",
     "test_feature_extraction_models",
+    "test_frod",
     "test_helpers",
     "test_hub_features",
     "test_initialization",
@@ -55,17 +64,29 @@ FILES = (
     "test_mapping",
     "test_mixed",
     "test_multitask_prompt_tuning",
+    "test_osf",
     "test_other",
+    "test_poly",
+    "test_pvera",
     "test_quantization",
+    "test_randlora",
     "test_riemannian_lora",
     "test_seq_classifier",
+    "test_shadow",
+    "test_shira",
     "test_stablediffusion",
+    "test_supertuning",
     "test_target_parameters",
     "test_token_classification_qa",
     "test_torch_compile",
     "test_trainable_tokens",
     "test_tuners_utils",
+    "test_unilora",
+    "test_vblora",
+    "test_velora",
+    "test_vera",
     "test_vision_models",
+    "test_xlora",
 )
 
 # Two processes, which share out the tests of all files.
@@ -86,9 +107,9 @@ def main() -> None:
     """Prepares, runs, and writes the page."""
     given = _arguments()
     _prepare()
-    if given.peft or not IN_SCOPE.exists():
+    if given.peft:
         _find_scope(given.files)
-    tests = [test for test in _in_scope() if _file(test) in given.files]
+    tests = [test for each in _in_scope().values() for test in each if _file(test) in given.files]
     _run("graphpeft", given.files, tests=tests, tree=given.tree)
     PAGE.write_text(page.page(_in_scope(), _known("graphpeft"), VERSION))
     sys.stdout.write(f"wrote {PAGE.relative_to(ROOT)}\n")
@@ -135,9 +156,12 @@ def _environment(tree: str, **more: str) -> dict[str, str]:
 def _find_scope(files: list[str]) -> None:
     """Runs the tests with PEFT, and lists those that pass and are in scope."""
     rows = _run("peft", files)
-    found = [test for test, row in rows.items() if row["outcome"] == "passed" and scope.covers(test, set(row["made"]))]
-    before = [test for test in _in_scope() if _file(test) not in files]
-    IN_SCOPE.write_text(json.dumps(_grouped([*before, *found]), indent=0, ensure_ascii=False) + "\n")
+    passed = {test: scope.part(test, set(row["made"])) for test, row in rows.items() if row["outcome"] == "passed"}
+    tests = {part: [test for test in before if _file(test) not in files] for part, before in _in_scope().items()}
+    for test, part in passed.items():
+        tests[part].append(test)
+    for part, each in tests.items():
+        IN_SCOPE[part].write_text(json.dumps(_grouped(each), indent=0, ensure_ascii=False) + "\n")
 
 
 def _run(library: str, files: list[str], *, tests: list[str] | None = None, tree: str = "") -> dict[str, Any]:
@@ -185,9 +209,12 @@ def _file(test: str) -> str:
     return Path(test.partition("::")[0]).stem
 
 
-def _in_scope() -> list[str]:
-    groups = json.loads(IN_SCOPE.read_text()) if IN_SCOPE.exists() else {}
-    return [f"{function}{parameters}" for function, each in groups.items() for parameters in each]
+def _in_scope() -> dict[str, list[str]]:
+    """Returns the tests in scope, by part."""
+    groups = {part: json.loads(file.read_text()) if file.exists() else {} for part, file in IN_SCOPE.items()}
+    return {
+        part: [f"{function}{end}" for function, ends in each.items() for end in ends] for part, each in groups.items()
+    }
 
 
 def _grouped(tests: list[str]) -> dict[str, list[str]]:

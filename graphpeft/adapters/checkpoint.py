@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -308,6 +309,25 @@ def save(
                 f"{name!r} took none when it was made; leave it None"
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
+    write(folder, config, tensors, safe_serialization, _operations(adapter))
+
+
+def write(
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    safe_serialization: bool,
+    operations: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes a config with the tensors that belong to it.
+
+    Args:
+        folder: The folder, which is made if it isn't there.
+        config: The config.
+        tensors: The tensors by their names in the file.
+        safe_serialization: Whether they are written as safetensors, or as a pickle.
+        operations: The kinds of the operations that use weights of no layer, by the weights' labels.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -317,8 +337,8 @@ def save(
         return
     digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
     metadata = {"format": "pt", DIGEST: digest}
-    if operations := _operations(adapter):
-        metadata[OPERATIONS] = json.dumps(operations)
+    if operations:
+        metadata[OPERATIONS] = json.dumps(dict(operations))
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
 
 

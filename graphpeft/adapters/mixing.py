@@ -171,8 +171,8 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
         )
     if any(isinstance(adapted.site, CallSite) for adapted in adapter.sites):
         raise AdaptError(
-            f"adapter {name!r} changes what modules are given, not weights, so it can't be one of several in a batch; "
-            "activate it with set_adapter, for all rows"
+            f"adapter {name!r} changes what modules are given or return, not weights, so it can't be one of several in "
+            "a batch; activate it with set_adapter, for all rows"
         )
 
 

@@ -44,16 +44,14 @@ class RowAdapters:
         """
         holders = owner._modules
         held = [None if name is None else holders.get(name) for name in self._of_rows(where)]
-        tensors = [None if holder is None else holder._parameters.get(stem) for holder in held]
+        tensors = [None if holder is None else _tensor(holder, stem) for holder in held]
         there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
         if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
             return torch.stack(there)
         if not there:
             # those of any adapter will do for the shape
-            like = next(
-                h._parameters[stem] for h in holders.values() if isinstance(h, Holder) and stem in h._parameters
-            )
-            assert like is not None
+            known = (_tensor(holder, stem) for holder in holders.values() if isinstance(holder, Holder))
+            like = next(tensor for tensor in known if tensor is not None)
             return like.new_zeros(len(tensors), *like.shape)
         shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
         nothing = there[0].new_zeros(shape)
@@ -92,6 +90,10 @@ class RowAdapters:
         for row, name in enumerate(self.names):
             found.setdefault(name, []).append(row)
         return found
+
+
+def _tensor(holder: nn.Module, stem: str) -> torch.Tensor | None:
+    return holder._parameters.get(stem, holder._buffers.get(stem))
 
 
 def _filled_up(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

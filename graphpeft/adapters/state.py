@@ -91,7 +91,8 @@ class Adapter:
         """Whether sums with weights are all that it does: it changes no biases, and reads no other weights in place."""
         changes_biases = self.config.trained_biases != "none" or any(changes_bias(a.rule) for a in self.sites)
         rounds = any(adapted.rule.rounds_sum for adapted in self.sites)
-        return self.changes_weights and not (changes_biases or rounds or self.took_product or self.replaced)
+        does_more = changes_biases or rounds or self.took_product or bool(self.replaced)
+        return bool(self.sites) and self.changes_weights and not does_more
 
     @property
     def weight_sites(self) -> list[Any]:

@@ -91,7 +91,7 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             dtype = spec.dtype or adapted.dtype
             if tensor.dtype != dtype or tensor.device != device:
                 tensor = tensor.to(device, dtype)
-            made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained)
+            made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained) if spec.is_parameter else tensor
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor
     return made

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphpeft.adapters.present_rows import RowParameters
-from graphpeft.graph.holders import name_at, value_at
+from graphpeft.graph.holders import name_at, place_of, value_at
 
 
 class GivenRows:
@@ -51,5 +51,6 @@ class GivenRows:
 
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
         """Returns the numbers `stem` of `owner`, one for each row; one number for all rows if it isn't an input."""
-        number = value_at(owner, name_at(self._name, stem))
+        holder, own = place_of(owner, name_at(self._name, stem))
+        number = getattr(holder, own, missing)
         return number.index_select(0, self._rows) if isinstance(number, Tensor) else number

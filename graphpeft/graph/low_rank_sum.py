@@ -121,6 +121,9 @@ class LowRankSum(Tensor):
         result = NotImplemented if reader is None or _is_added_up(args, kwargs) else reader.read(args, kwargs)
         if result is not NotImplemented:
             return result
+        if any(_lost_gradients(value) for value in pytree.tree_leaves((args, kwargs))):
+            with DisableTorchFunctionSubclass():  # whose gradients are those of the sum, see `_PlusProduct`
+                return func(*args, **kwargs)
         args, kwargs = pytree.tree_map(whole, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -134,6 +137,13 @@ class LowRankSum(Tensor):
 def whole(value: Any) -> Any:
     """Returns the sum itself of a `LowRankSum`, and any other value as it is."""
     return value.total if type(value) is LowRankSum else value
+
+
+def _lost_gradients(value: Any) -> bool:
+    """Returns whether a sum was added up where no gradients were wanted, as in `torch.no_grad()`, and they are now."""
+    if type(value) is not LowRankSum or not torch.is_grad_enabled():
+        return False
+    return value.requires_grad and not value.total.requires_grad
 
 
 def _writes(function: Any) -> bool:
@@ -271,7 +281,10 @@ _METADATA: frozenset[Any] = frozenset(
     [
         *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
         *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
-        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
+        *(
+            getattr(Tensor, name)
+            for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__")
+        ),
     ]
 )
 """The functions of tensors that ask for no numbers."""

@@ -1,9 +1,11 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.adaption_prompt import AdaptionPromptConfig
 from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
 from graphpeft.methods.c3a import C3AConfig
+from graphpeft.methods.cartridge import CartridgeConfig, compose_cartridge_adapters
 from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
@@ -37,6 +39,8 @@ from graphpeft.methods.lora import (
     replace_lora_weights_loftq,
 )
 from graphpeft.methods.lora.conversion import convert_to_lora, save_as_lora
+from graphpeft.methods.lora.deviation import conversion_deviation
+from graphpeft.methods.lora.fine_tuned import extract_lora
 from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -46,6 +50,11 @@ from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
 from graphpeft.methods.prompt_encoder import PromptEncoderConfig, PromptEncoderReparameterizationType
 from graphpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from graphpeft.methods.prompts.cached_prefixes import (
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.token_sequences import TokenSequence, find_token_sequence
 from graphpeft.methods.psoft import PsoftConfig
@@ -60,15 +69,18 @@ from graphpeft.methods.unilora import UniLoraConfig
 from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 from graphpeft.methods.waveft import WaveFTConfig
+from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "ArrowConfig",
     "BOFTConfig",
     "BdLoraConfig",
     "BeftConfig",
     "C3AConfig",
     "CPTConfig",
+    "CartridgeConfig",
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
@@ -114,14 +126,21 @@ __all__ = [
     "VeloraConfig",
     "VeraConfig",
     "WaveFTConfig",
+    "WeightDecomposedConfig",
+    "compose_cartridge_adapters",
+    "conversion_deviation",
     "convert_to_lora",
     "create_arrow_model",
+    "extract_lora",
     "find_token_sequence",
     "get_eva_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "kasa_loss",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",

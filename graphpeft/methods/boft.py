@@ -86,26 +86,26 @@ class Butterfly(WeightRule):
         form = FileForm(whole, _same, functools.partial(_filled, self.factors), (of_one,)) if whole != of_one else None
         rows = site.out_features if isinstance(site, LeafSite) else site.matrix_shape[0 if self.kernel else -2]
         scales = (1, rows) if self.kernel else (*stack, rows, 1)
-        return {"squares": ParameterSpec(whole, "boft_R", form=form), "factors": ParameterSpec(scales, "boft_s")}
+        return {"boft_R": ParameterSpec(whole, "boft_R", form=form), "boft_s": ParameterSpec(scales, "boft_s")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Makes R the identity and all scales 1, or draws both."""
         if config.init_weights:
-            parameters["squares"].zero_()
-            parameters["factors"].fill_(1)
+            parameters["boft_R"].zero_()
+            parameters["boft_s"].fill_(1)
         else:
-            parameters["squares"].normal_(std=0.1)
-            parameters["factors"].normal_(mean=1, std=0.1)
+            parameters["boft_R"].normal_(std=0.1)
+            parameters["boft_s"].normal_(mean=1, std=0.1)
 
-    def delta(self, weight: Any, squares: Any, factors: Any) -> Any:
+    def delta(self, weight: Any, boft_R: Any, boft_s: Any) -> Any:
         """Returns diag(s) W Rᵀ − W."""
-        return self.changed(weight, squares, factors, False) - weight
+        return self.changed(weight, boft_R, boft_s, False) - weight
 
-    def changed(self, weight: Any, squares: Any, factors: Any, training: Any) -> Any:
+    def changed(self, weight: Any, boft_R: Any, boft_s: Any, training: Any) -> Any:
         """Returns diag(s) W Rᵀ, in PEFT's layout as `weight` is, with dropout in training."""
         matrix = weight.flatten(1) if self.kernel else weight
-        made = rotations.butterfly(matrix, squares, True, self.drops, training)
-        made = made * (factors.transpose(0, 1) if self.kernel else factors)
+        made = rotations.butterfly(matrix, boft_R, True, self.drops, training)
+        made = made * (boft_s.transpose(0, 1) if self.kernel else boft_s)
         return made.unflatten(1, (-1, *self.kernel)) if self.kernel else made
 
 
@@ -115,13 +115,13 @@ class InputButterfly(Butterfly, InputRule, OperationRule):
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
 
-    def enter(self, x: Any, squares: Any, training: Any) -> Any:
+    def enter(self, x: Any, boft_R: Any, training: Any) -> Any:
         """Returns Rᵀ x, for rows x R."""
-        return rotations.butterfly(x.to(squares.dtype), squares, False, self.drops, training).to(x.dtype)
+        return rotations.butterfly(x.to(boft_R.dtype), boft_R, False, self.drops, training).to(x.dtype)
 
-    def rewrite(self, y: Any, factors: Any, bias: Any = None) -> Any:
+    def rewrite(self, y: Any, boft_s: Any, bias: Any = None) -> Any:
         """Returns s ⊙ (y − b) + b, which is y itself where the scales are 1."""
-        scales = factors.flatten()
+        scales = boft_s.flatten()
         scaled = y * scales
         return (scaled if bias is None else scaled + bias * (1 - scales)).to(y.dtype)
 
@@ -130,20 +130,20 @@ class InputButterfly(Butterfly, InputRule, OperationRule):
 class WeightButterfly(Butterfly, DeltaRule):
     """The rotation and the scales of a weight whose features aren't just those of an operation's input."""
 
-    def rewrite(self, x: Any, y: Any, operation: Any, training: Any, weight: Any, squares: Any, factors: Any) -> Any:  # type: ignore[override]
+    def rewrite(self, x: Any, y: Any, operation: Any, training: Any, weight: Any, boft_R: Any, boft_s: Any) -> Any:  # type: ignore[override]
         """Returns y + operation(x, diag(s) W Rᵀ − W)."""
-        own = self.layout.turned(weight.to(squares.dtype))
-        change = self.layout.turned(self.changed(own, squares, factors, training) - own)
+        own = self.layout.turned(weight.to(boft_R.dtype))
+        change = self.layout.turned(self.changed(own, boft_R, boft_s, training) - own)
         return super().rewrite(x, y, operation, training, change)
 
 
-def _same(squares: Tensor) -> Tensor:
-    return squares
+def _same(boft_R: Tensor) -> Tensor:
+    return boft_R
 
 
-def _filled(factors: int, squares: Tensor) -> Tensor:
+def _filled(factors: int, boft_R: Tensor) -> Tensor:
     """Returns the squares of this number of factors, with zeros for those that a file lacks: they are the identity."""
-    return F.pad(squares, (*(0,) * 6, 0, factors - squares.shape[-4]))
+    return F.pad(boft_R, (*(0,) * 6, 0, factors - boft_R.shape[-4]))
 
 
 @register
@@ -175,7 +175,7 @@ class BOFTConfig(TargetedConfig):
     Example:
         >>> config = BOFTConfig(boft_n_butterfly_factor=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 8)), config)
-        >>> model[0].default.squares.shape, model[0].default.factors.shape
+        >>> model[0].default.boft_R.shape, model[0].default.boft_s.shape
         (torch.Size([2, 4, 4, 4]), torch.Size([8, 1]))
     """
 

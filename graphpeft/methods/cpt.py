@@ -185,7 +185,9 @@ class Context(Encoder):
         """Returns the embeddings, which aren't trained, and their change, which is."""
         table = Table().parameters(config)["prompt_embeddings"]
         return {
-            "prompt_embedding": table._replace(key=f"{ENCODER_PREFIX}embedding.weight", is_trained=False),
+            "prompt_embedding": table._replace(
+                key=f"{ENCODER_PREFIX}embedding.weight", is_trained=False, is_counted=True
+            ),
             "prompt_delta": table._replace(key=f"{ENCODER_PREFIX}delta_embedding.weight"),
         }
 

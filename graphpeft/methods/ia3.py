@@ -118,13 +118,13 @@ class Factors(WeightRule):
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws the factors, and sets them to 1 where the config asks for it, as PEFT does."""
-        parameters["factors"].normal_()
+        parameters["ia3_l"].normal_()
         if config.init_ia3_weights:
-            parameters["factors"].fill_(1)
+            parameters["ia3_l"].fill_(1)
 
-    def _beside(self, factors: Any) -> Any:
+    def _beside(self, ia3_l: Any) -> Any:
         """Returns factors in a shape that broadcasts over features, which a convolution has in front of positions."""
-        return factors[0] if self.kernel else factors.flatten()
+        return ia3_l[0] if self.kernel else ia3_l.flatten()
 
     def unmergeable(self, site: Any) -> str | None:
         """Refuses calls of layers, as PEFT does: quantised weights can't be scaled in place."""
@@ -137,18 +137,18 @@ class InputFactors(Factors, InputRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors, (1, in), with a 1 for each dimension of a kernel."""
-        return {"factors": ParameterSpec((1, site.in_features, *(1,) * self.kernel), key="ia3_l")}
+        return {"ia3_l": ParameterSpec((1, site.in_features, *(1,) * self.kernel), key="ia3_l")}
 
-    def enter(self, x: Any, factors: Any) -> Any:
+    def enter(self, x: Any, ia3_l: Any) -> Any:
         """Returns l ⊙ x."""
-        return (x * self._beside(factors)).to(x.dtype)
+        return (x * self._beside(ia3_l)).to(x.dtype)
 
-    def delta(self, weight: Any, factors: Any) -> Any:
+    def delta(self, weight: Any, ia3_l: Any) -> Any:
         """Returns W diag(l) − W; a group's kernels have the factors of its own features."""
         if self.groups == 1:
-            return weight * (factors - 1)
+            return weight * (ia3_l - 1)
         grouped = weight.unflatten(0, (self.groups, -1))
-        return (grouped * (factors - 1).unflatten(1, (self.groups, -1)).transpose(0, 1)).flatten(0, 1)
+        return (grouped * (ia3_l - 1).unflatten(1, (self.groups, -1)).transpose(0, 1)).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -158,19 +158,19 @@ class OutputFactors(Factors, OperationRule):
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors: (out, 1), and of a convolution (1, out) with a 1 for each dimension of its kernel."""
         shape = (1, site.out_features, *(1,) * self.kernel) if self.kernel else (site.out_features, 1)
-        return {"factors": ParameterSpec(shape, key="ia3_l")}
+        return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
 
-    def rewrite(self, y: Any, factors: Any) -> Any:
+    def rewrite(self, y: Any, ia3_l: Any) -> Any:
         """Returns l ⊙ y."""
-        return (y * self._beside(factors)).to(y.dtype)
+        return (y * self._beside(ia3_l)).to(y.dtype)
 
-    def delta(self, weight: Any, factors: Any) -> Any:
+    def delta(self, weight: Any, ia3_l: Any) -> Any:
         """Returns diag(l) W − W."""
-        return weight * ((factors.transpose(0, 1) if self.kernel else factors) - 1)
+        return weight * ((ia3_l.transpose(0, 1) if self.kernel else ia3_l) - 1)
 
-    def bias_delta(self, bias: Any, factors: Any) -> Any:
+    def bias_delta(self, bias: Any, ia3_l: Any) -> Any:
         """Returns l ⊙ b − b."""
-        return bias * (factors.flatten() - 1)
+        return bias * (ia3_l.flatten() - 1)
 
 
 @register
@@ -194,7 +194,7 @@ class IA3Config(TargetedConfig):
     Example:
         >>> config = IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), config)
-        >>> model[0].default.factors.shape, model[2].default.factors.shape
+        >>> model[0].default.ia3_l.shape, model[2].default.ia3_l.shape
         (torch.Size([16, 1]), torch.Size([1, 16]))
     """
 
@@ -272,7 +272,7 @@ class IA3Config(TargetedConfig):
 
     def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> Mapping[str, Tensor]:
         """Returns Σ wᵢ lᵢ, as PEFT does."""
-        return {"factors": torch.stack([part.tensors["factors"] * part.weight for part in parts]).sum(0)}
+        return {"ia3_l": torch.stack([part.tensors["ia3_l"] * part.weight for part in parts]).sum(0)}
 
 
 def _union(option: str, values: Sequence[Any]) -> set[str] | str:

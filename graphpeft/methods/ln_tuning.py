@@ -71,6 +71,15 @@ class LNTuningConfig(TargetedConfig):
     )
     starts_as_identity: ClassVar[Any] = True
 
+    def ignores(self, key: str) -> bool:
+        """Returns whether a file may hold a tensor that the adapter doesn't need.
+
+        Args:
+            key: The tensor's name in the file.
+        """
+        # of an embedding or a head, PEFT writes what the copy stands for, too
+        return ".base_layer." in key
+
     def find_sites(self, finder: Any, report: Report) -> list[Any]:
         """Returns no sites: a module is trained as it is."""
         return []

@@ -9,6 +9,7 @@ Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class _Hadamard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of the factors."""
-        a, b, c, d = ctx.saved_tensors
+        # under autocast, a core's product is of another dtype than its factors
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in ctx.saved_tensors))
+        a, b, c, d = (tensor.to(dtype) for tensor in ctx.saved_tensors)
         of_first, of_second = gradients[0] * (c @ d), gradients[0] * (a @ b)
         return of_first @ b.mT, a.mT @ of_first, of_second @ d.mT, c.mT @ of_second
 

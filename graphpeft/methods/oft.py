@@ -66,17 +66,17 @@ class Rotation(WeightRule):
         """Returns the upper triangle of each block's S."""
         count = 1 if config.block_share else rotations.features_of(site) // self.size
         stack = site.matrix_shape[:-2] if rotations.is_weight_as_such(site) else ()
-        return {"triangles": ParameterSpec((*stack, count, self.size * (self.size - 1) // 2), key=self.key)}
+        return {"oft_R": ParameterSpec((*stack, count, self.size * (self.size - 1) // 2), key=self.key)}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Sets S to zero, or draws it."""
         if config.init_weights:
-            parameters["triangles"].zero_()
+            parameters["oft_R"].zero_()
         else:
-            parameters["triangles"].normal_(std=0.1)
+            parameters["oft_R"].normal_(std=0.1)
 
-    def _blocks(self, triangles: Any, training: Any) -> Any:
-        return rotations.blocks_of(triangles, self.size, self.terms, self.eps, self.drops, training)
+    def _blocks(self, oft_R: Any, training: Any) -> Any:
+        return rotations.blocks_of(oft_R, self.size, self.terms, self.eps, self.drops, training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +110,14 @@ class InputRotation(Rotation, InputRule):
             return f"blocks of {self.size} features don't fit into its {self.groups} groups of {in_group}"
         return None
 
-    def enter(self, x: Any, triangles: Any, training: Any) -> Any:
+    def enter(self, x: Any, oft_R: Any, training: Any) -> Any:
         """Returns Rᵀ x, for rows x R."""
-        blocks = self._blocks(triangles, training)
-        return rotations.in_blocks(x.to(triangles.dtype), blocks, self.size, self.positions).to(x.dtype)
+        blocks = self._blocks(oft_R, training)
+        return rotations.in_blocks(x.to(oft_R.dtype), blocks, self.size, self.positions).to(x.dtype)
 
-    def delta(self, weight: Any, triangles: Any) -> Any:
+    def delta(self, weight: Any, oft_R: Any) -> Any:
         """Returns W Rᵀ − W; a group's kernels have the blocks of its own features."""
-        blocks = self._blocks(triangles, False).mT
+        blocks = self._blocks(oft_R, False).mT
         return rotations.weight_in_blocks(weight, blocks, self.size, self.positions, self.groups) - weight
 
 
@@ -134,13 +134,13 @@ class RowRotation(Rotation, OperationRule):
             return f"it is read as the weight of a {site.op.__name__}, whose outputs aren't its rows"
         return super().check(site, config)
 
-    def rewrite(self, y: Any, triangles: Any, training: Any) -> Any:
+    def rewrite(self, y: Any, oft_R: Any, training: Any) -> Any:
         """Returns y R."""
-        return rotations.in_blocks(y.to(triangles.dtype), self._blocks(triangles, training), self.size).to(y.dtype)
+        return rotations.in_blocks(y.to(oft_R.dtype), self._blocks(oft_R, training), self.size).to(y.dtype)
 
-    def delta(self, weight: Any, triangles: Any) -> Any:
+    def delta(self, weight: Any, oft_R: Any) -> Any:
         """Returns E R − E."""
-        return rotations.rows_in_blocks(weight, self._blocks(triangles, False), self.size) - weight
+        return rotations.rows_in_blocks(weight, self._blocks(oft_R, False), self.size) - weight
 
 
 @register
@@ -176,7 +176,7 @@ class OFTConfig(TargetedConfig):
     Example:
         >>> config = OFTConfig(oft_block_size=4, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
-        >>> model[0].default.triangles.shape  # two blocks, each with six elements above the diagonal
+        >>> model[0].default.oft_R.shape  # two blocks, each with six elements above the diagonal
         torch.Size([2, 6])
     """
 

@@ -11,6 +11,7 @@ as PEFT's ``tuners/psoft/layer.py``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,6 +52,11 @@ class Psoft(Factored, BranchRule):
     terms: int | None = None
     eps: float | None = None
 
+    def at_site(self, site: Any, dtype: torch.dtype) -> Psoft:
+        """Returns the rule for a site; A and B are of single precision beside half precision, whatever R is."""
+        own: Any = super().at_site(site, dtype)
+        return dataclasses.replace(own, casts=site.dtype != torch.promote_types(site.dtype, torch.float32))
+
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses ranks above the weight's, and weights whose numbers aren't known."""
         if isinstance(site, LeafSite) and not site.is_recoded:
@@ -63,9 +69,9 @@ class Psoft(Factored, BranchRule):
         """Returns R's matrix and vectors, and the frozen A and B."""
         stack, rank = self.sizes.stack, self.rank
         own = (rank * (rank - 1) // 2,) if self.is_orthogonal else (rank, rank)
-        made = {"matrix": ParameterSpec((*stack, *own), "psoft_R.weight")}
+        made = {"psoft_R": ParameterSpec((*stack, *own), "psoft_R.weight")}
         names = [name for name in ("vector_b", "vector_a") if getattr(config, f"psoft_mag_{name[-1]}")]
-        made |= {name: ParameterSpec((*stack, rank), f"psoft_R.{name}") for name in names}
+        made |= {f"psoft_{name}": ParameterSpec((*stack, rank), f"psoft_R.{name}") for name in names}
         # also beside half precision, in which the product of both would be another one
         of_base = {"is_trained": False, "is_saved": False, "dtype": torch.promote_types(site.dtype, torch.float32)}
         shapes = {"psoft_A": (*stack, rank, self.sizes.columns), "psoft_B": (*stack, self.sizes.rows, rank)}
@@ -81,13 +87,13 @@ class Psoft(Factored, BranchRule):
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Makes R the identity, or draws its matrix; computes A and B from the weight."""
-        matrix = parameters["matrix"].zero_()
+        matrix = parameters["psoft_R"].zero_()
         if self.is_orthogonal and not config.init_weights:
             matrix.normal_(std=0.1)
         elif not self.is_orthogonal:
             noise = 0 if config.init_weights else torch.randn(matrix.shape) * 0.1
             matrix.copy_(torch.eye(self.rank) + noise)
-        for name in {"vector_a", "vector_b"} & parameters.keys():
+        for name in {"psoft_vector_a", "psoft_vector_b"} & parameters.keys():
             parameters[name].fill_(1)
         u, s, vh = config.decomposed(self._numbers(site, module))
         s = s / (config.psoft_alpha / self.rank)
@@ -101,28 +107,37 @@ class Psoft(Factored, BranchRule):
         weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
         return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
 
-    def turning(self, matrix: Any, vector_b: Any, vector_a: Any) -> Any:
+    def turning(self, psoft_R: Any, psoft_vector_b: Any, psoft_vector_a: Any) -> Any:
         """Returns R − 1."""
-        return turning(matrix, vector_b, vector_a, self.rank if self.is_orthogonal else None, self.terms, self.eps)
+        size = self.rank if self.is_orthogonal else None
+        return turning(psoft_R, psoft_vector_b, psoft_vector_a, size, self.terms, self.eps)
 
     def delta(
-        self, matrix: Any, psoft_A: Any, psoft_B: Any, scale: Any, vector_b: Any = None, vector_a: Any = None
+        self,
+        psoft_R: Any,
+        psoft_A: Any,
+        psoft_B: Any,
+        scale: Any,
+        psoft_vector_b: Any = None,
+        psoft_vector_a: Any = None,
     ) -> Any:
         """Returns s B (R − 1) A."""
-        return self.product(self.turning(matrix, vector_b, vector_a) @ psoft_A, psoft_B) * scale
+        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
+        return self.product(turned @ psoft_A, psoft_B) * scale
 
     def branch(
         self,
         h: Any,
         psoft_A: Any,
         psoft_B: Any,
-        matrix: Any,
+        psoft_R: Any,
         scale: Any,
-        vector_b: Any = None,
-        vector_a: Any = None,
+        psoft_vector_b: Any = None,
+        psoft_vector_a: Any = None,
     ) -> Any:
         """Returns s · (h Aᵀ) (R − 1)ᵀ Bᵀ."""
-        h = F.linear(F.linear(h, psoft_A), self.turning(matrix, vector_b, vector_a))
+        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
+        h = F.linear(F.linear(h, psoft_A), turned)
         return F.linear(h, psoft_B) * scale
 
 
@@ -181,7 +196,7 @@ class PsoftConfig(TargetedConfig):
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), PsoftConfig(r=4, target_modules=["0"]))
         >>> {name: tuple(t.shape) for name, t in model[0].default.named_parameters() if t.requires_grad}
-        {'matrix': (6,), 'vector_b': (4,), 'vector_a': (4,)}
+        {'psoft_R': (6,), 'psoft_vector_b': (4,), 'psoft_vector_a': (4,)}
     """
 
     peft_type: ClassVar[PeftType] = PeftType.PSOFT

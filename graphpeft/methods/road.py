@@ -28,7 +28,7 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import OperationRule
-from graphpeft.sites.site import LeafSite
+from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -89,7 +89,12 @@ class PairRotations(WeightRule, OperationRule):
         return self._turned(bias.to(road_theta.dtype), road_theta, road_alpha, 0) - bias
 
     def unmergeable(self, site: Any) -> str | None:
-        """Refuses quantised layers with a bias, which is no part of their codes."""
+        """Refuses quantised layers with a bias, which is no part of their codes, and rotations across groups."""
+        if isinstance(site, Site) and site.groups > 1 and _features(site) // site.groups % self.group:
+            return (
+                f"a group of group_size={self.group} features has some of two groups of the convolution, whose kernels "
+                "see other channels"
+            )
         if isinstance(site, LeafSite) and "bias" in dict(site.reads):
             return "its bias would be rotated, too, and only codes of quantised layers are merged"
         return None

@@ -63,13 +63,14 @@ def skew(triangles: Tensor, size: int) -> Tensor:
 
 
 def cayley(skewed: Tensor) -> Tensor:
-    """Returns Cayley's map of skew-symmetric matrices, which are of single or double precision.
+    """Returns Cayley's map of skew-symmetric matrices; in half precision, it is computed in single.
 
     Args:
         skewed: The matrices, of shape (…, size, size).
     """
-    one = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device)
-    return torch.linalg.solve(one + skewed, one - skewed, left=False)
+    wide = skewed.to(torch.promote_types(skewed.dtype, torch.float32))
+    one = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    return torch.linalg.solve(one + wide, one - wide, left=False).to(skewed.dtype)
 
 
 def neumann(skewed: Tensor, terms: int) -> Tensor:

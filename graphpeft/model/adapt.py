@@ -16,6 +16,7 @@ from graphpeft.adapters.adapting import (
     warn_of_mistakes,
 )
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
 from graphpeft.model.peft_model import give_methods
 from graphpeft.peft_errors import PeftWarning
@@ -131,6 +132,7 @@ def get_peft_model(
         activates=True,
         methods=give_methods,
     )
+    watch(model)
     return model
 
 

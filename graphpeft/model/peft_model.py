@@ -27,6 +27,7 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
+from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.other_names import free_names
@@ -148,6 +149,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 for module in model.modules():
                     undone_by(setattr, module, "training", module.training)
                 model.eval()
+        watch(model)
         return model
 
     # calls

@@ -113,7 +113,7 @@ class PeftConfig(ConfigJson):
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Whether the method is PEFT's adaption prompt, which doesn't exist here."""
+        """Whether the method gives attentions learned tokens to read, as PEFT's adaption prompt does."""
         return False
 
     @property

@@ -304,7 +304,7 @@ class CallSite(NamedTuple):
     redrawn = ()
     own_code = None
     way_out = "name another module in prompt_scope"
-    unmergeable = "the adapter changes what modules are given, not weights"
+    unmergeable = "the adapter changes what modules are given or return, not weights"
 
     @property
     def name(self) -> str:

@@ -279,8 +279,9 @@ def _nothing_matched(modules: Mapping[str, nn.Module], options: TargetOptions, r
     wanted = options.target_modules or options.target_parameters or ()
     names = [path for path in modules if path]
     names += _targets_by_path(modules)
-    near = targets.near_misses(wanted, names)
-    because = f"; excluded were {joined(report.excluded)}" if report.excluded else ""
+    near = [name for name in targets.near_misses(wanted, names) if name not in wanted]
+    kept_out = f"; exclude_modules or modules_to_save excluded {joined(report.excluded)}"
+    because = kept_out if report.excluded else ""
     if options.layers_to_transform is not None:
         because += f"; layers_to_transform is {options.layers_to_transform!r}"
     if options.layers_pattern is not None:

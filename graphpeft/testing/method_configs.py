@@ -12,11 +12,13 @@ from torch import nn
 
 from graphpeft import (
     AdaLoraConfig,
+    HiraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PveraConfig,
@@ -27,6 +29,7 @@ from graphpeft import (
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WeightDecomposedConfig,
 )
 from graphpeft.testing.generated_models import DIM, targets_of
 
@@ -261,6 +264,19 @@ DRAWN: dict[str, Any] = {"init_weights": [True, False]}
 
 NOT_DRAWN = {"init_weights": True}
 """The option without an effect."""
+
+
+@st.composite
+def weight_decomposed_configs(draw: Any, model: nn.Module, identity: bool) -> WeightDecomposedConfig:
+    """Returns a strategy for configs around one of four methods: two that multiply by W, and two that don't."""
+    directions = st.one_of(
+        choosing(LoHaConfig, NOT_DRAWN, r=[1, 2], alpha=[1, 3.5], **DRAWN)(model, identity),
+        choosing(LoKrConfig, NOT_DRAWN, r=[1, 2], alpha=[1, 3.5], **DRAWN)(model, identity),
+        choosing(HiraConfig, NOT_DRAWN, r=[1, 2], **DRAWN)(model, identity),
+        choosing(MissConfig, NOT_DRAWN, r=[1], init_weights=[True, "bat"])(model, identity),
+    )
+    return WeightDecomposedConfig(direction=draw(directions))
+
 
 vera_configs = choosing(VeraConfig, NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **DRAWN)
 pvera_configs = choosing(PveraConfig, NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **DRAWN)

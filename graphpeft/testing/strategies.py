@@ -31,6 +31,7 @@ from graphpeft import (
     ShiraConfig,
     SupertuningConfig,
     WaveFTConfig,
+    WeightDecomposedConfig,
 )
 from graphpeft.rules.registry import registered
 from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
@@ -54,6 +55,7 @@ from graphpeft.testing.method_configs import (
     unilora_configs,
     vblora_configs,
     vera_configs,
+    weight_decomposed_configs,
 )
 
 
@@ -211,6 +213,7 @@ METHODS: dict[str, Method] = {
     PeftType.LN_TUNING: Method(ln_tuning_configs, cases, is_identity=True, merges=True),
     PeftType.LOHA: Method(loha_configs, cases, is_identity=True, merges=True),
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
+    WeightDecomposedConfig.peft_type: Method(weight_decomposed_configs, cases, is_identity=True, merges=True),
     PeftType.MISS: Method(
         choosing(MissConfig, NOT_DRAWN, r=[1, 2, 3], init_weights=[True, False, "mini"]),
         cases,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numbers
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,27 +75,78 @@ def convert_to_lora(
         >>> config.r, config.use_dora, sorted(tensors)
         (2, False, ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight'])
     """
-    _check(rank)
-    rank = rank if isinstance(rank, float) else int(rank)
+    rank = checked(rank)
     model = unwrapped(model)
     adapter = _source(model, adapter_name)
     modules, state = modules_of(model), known_adapters(model)
     temporary = name_like("converted", state.by_name)
     with with_originals(modules, state):
         config = _config_for(adapter, modules)
-        plan = _planned(model, config, temporary)
-        products = _products(plan, adapter, modules, rank, progressbar)
-        ranks: dict[str, int] = {}
-        for weight, target in _by_weight(plan.sites).items():
-            name = target.site.name
-            ranks[name] = max(ranks.get(name, 0), products[weight].rank)
-        config.r = config.lora_alpha = int(rank) if isinstance(rank, int) else max(ranks.values())
-        own = {pattern_values.pattern_of(name): found for name, found in ranks.items() if found != config.r}
-        config.rank_pattern, config.alpha_pattern = own, dict(own)
-        plan = _planned(model, config, temporary)
-        _refuse_unfit(plan)
+        sources = _by_weight(adapter.sites)
+        adapts = _by_weight(_planned(model, config, temporary).sites)
+        if odd := sources.keys() ^ adapts.keys():
+            raise TypeError(f"LoRA adapts other weights: {joined(sorted(odd))} differ; leave the adapter as it is")
+
+        def change_of(target: AdaptedSite) -> Tensor:
+            site: Any = target.site
+            return changes.delta(sources[site.weight], modules)
+
+        plan, found = approximated(
+            model,
+            config,
+            change_of,
+            rank,
+            temporary,
+            progressbar,
+        )
         config.layer_replication = _replication(adapter.config)
-        return config, _tensors(plan, products, adapter_name, temporary, modules)
+        for path, names in plan.fully_trained.items():
+            for own in names:
+                copied = tensor_at(modules[path], overrides.override_name(own, adapter_name))
+                found[path, overrides.override_name(own, temporary)] = copied.detach().clone()
+        for path in plan.rows:
+            rows = tensor_at(modules[path], overrides.rows(adapter_name)).detach().clone()
+            found[path, overrides.rows(temporary)] = rows
+        return config, by_key(plan, found, temporary, modules)
+
+
+def approximated(
+    model: nn.Module,
+    config: LoraConfig,
+    change_of: Callable[[AdaptedSite], Tensor],
+    rank: float,
+    name: str,
+    progressbar: bool,
+) -> tuple[Plan, dict[tuple[str, str], Tensor]]:
+    """Gives a config the ranks of the best approximations, and returns what it does to a model, and the factors.
+
+    Args:
+        model: The model, which stays as it is.
+        config: A config with a scale of 1, which gets its ranks.
+        change_of: Returns ΔW of a site's weight, in the stored layout.
+        rank: The rank of all factors, or the share of the squares.
+        name: The name of the adapter in the plan.
+        progressbar: Whether a bar shows how far it has come.
+
+    Returns:
+        The plan, and the factors by the path of their module and their name there.
+
+    Raises:
+        ValueError: If a rank is larger than a weight.
+        TypeError: If a change is no product of two matrices.
+    """
+    by_weight = _by_weight(_planned(model, config, name).sites)
+    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", disable=not progressbar)
+    products = {weight: _approximated(target, change_of(target), rank) for weight, target in steps}
+    ranks: dict[str, int] = {}
+    for weight, target in by_weight.items():
+        ranks[target.site.name] = max(ranks.get(target.site.name, 0), products[weight].rank)
+    config.r = config.lora_alpha = int(rank) if isinstance(rank, int) else max(ranks.values())
+    own = {pattern_values.pattern_of(name): found for name, found in ranks.items() if found != config.r}
+    config.rank_pattern, config.alpha_pattern = own, dict(own)
+    plan = _planned(model, config, name)
+    _refuse_unfit(plan)
+    return plan, _factors(plan, products)
 
 
 def save_as_lora(
@@ -144,13 +195,20 @@ class _Product(NamedTuple):
         return self.A.shape[-2]
 
 
-def _check(rank: float) -> None:
+def checked(rank: float) -> float:
+    """Returns a rank, an int, or a share of the squares, a float.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it can't be a rank or a share.
+    """
     if isinstance(rank, bool) or not isinstance(rank, float | numbers.Integral):
         raise TypeError(f"rank is a {type(rank).__name__}; give an int, or a share of the squares as a float")
     if isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(f"rank={rank} is a float, and so a share of the squares: it must be between 0 and 1")
     if not isinstance(rank, float) and rank <= 0:
         raise ValueError(f"rank={rank} leaves nothing of an adapter; choose a positive one")
+    return rank if isinstance(rank, float) else int(rank)
 
 
 def _source(model: nn.Module, name: str) -> Adapter:
@@ -163,6 +221,10 @@ def _source(model: nn.Module, name: str) -> Adapter:
     if adapters_of(model) is None:
         raise TypeError(f"the {type(model).__name__} has no adapters, of which one could be LoRA")
     adapter = known_adapter(model, name)
+    if not adapter.sites:
+        raise TypeError(
+            f"{name!r} is a {adapter.config.method} adapter that can't be LoRA: it trains modules or rows as they are"
+        )
     if not adapter.changes_weights:
         reasons = (
             f"{each.site.label or 'the model'}: {each.unmergeable}" for each in adapter.sites if each.unmergeable
@@ -237,19 +299,6 @@ def _refuse_unfit(plan: Plan) -> None:
 
 
 @torch.no_grad()
-def _products(plan: Plan, adapter: Adapter, modules: Modules, rank: float, progressbar: bool) -> dict[str, _Product]:
-    """Returns the approximated changes by their weights."""
-    sources, planned_sites = _by_weight(adapter.sites), _by_weight(plan.sites)
-    if odd := sources.keys() ^ planned_sites.keys():
-        raise TypeError(f"LoRA adapts other weights: {joined(sorted(odd))} differ; leave the adapter as it is")
-    return {
-        weight: _approximated(target, changes.delta(sources[weight], modules), rank)
-        for weight, target in tqdm(
-            planned_sites.items(), desc="converting to LoRA", unit="weight", disable=not progressbar
-        )
-    }
-
-
 def _approximated(target: AdaptedSite, change: Tensor, rank: float) -> _Product:
     product = target.rule.as_product(change).to(target.dtype) / target.constants["lora_scaling"]
     U, S, V = torch.linalg.svd(product, full_matrices=False)
@@ -267,19 +316,23 @@ def _reaching(S: Tensor, share: float) -> int:
     return min(int(torch.searchsorted(sums, share * sums[..., -1:]).max()) + 1, S.shape[-1])
 
 
-def _tensors(
-    plan: Plan, products: Mapping[str, _Product], name: str, temporary: str, modules: Modules
-) -> dict[str, Tensor]:
-    """Returns the tensors of the converted adapter by their names in its file."""
+def _factors(plan: Plan, products: Mapping[str, _Product]) -> dict[tuple[str, str], Tensor]:
+    """Returns the factors of all weights by the path of their module and their name there."""
     made: dict[tuple[str, str], Tensor] = {}
     for weight, adapted in _by_weight(plan.sites).items():
         A, B = as_factors(adapted, *products[weight])
         for local, factor in (("lora_A", A), ("lora_B", B)):
             made[adapted.site.owner, adapted.names[local]] = padded(adapted, local, factor)
-    for path, names in plan.fully_trained.items():
-        for own in names:
-            copy = tensor_at(modules[path], overrides.override_name(own, name))
-            made[path, overrides.override_name(own, temporary)] = copy.detach().clone()
-    for path in plan.rows:
-        made[path, overrides.rows(temporary)] = tensor_at(modules[path], overrides.rows(name)).detach().clone()
-    return {key: made[place] for key, place in keys(Adapter.of(plan), temporary, modules).items()}
+    return made
+
+
+def by_key(plan: Plan, found: Mapping[tuple[str, str], Tensor], name: str, modules: Modules) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter by their names in its file.
+
+    Args:
+        plan: What the adapter does to the model.
+        found: Its tensors by the path of their module and their name there.
+        name: The adapter's name in the plan.
+        modules: The model's modules by path.
+    """
+    return {key: found[place] for key, place in keys(Adapter.of(plan), name, modules).items()}

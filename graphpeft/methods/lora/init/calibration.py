@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting import targets
-from graphpeft.transaction import at_end_of
 
 CALL_FIRST = (
     "on this model, or on the one that it is a copy of; call it first. An adapter is loaded without that if it was "
@@ -58,20 +56,6 @@ def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     if not layers:
         raise AdaptError(f"target_modules names no linear layer of the {type(model).__name__}")
     return layers
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts all modules into training or evaluation mode for the time of a context."""
-    with contextlib.ExitStack() as stack:
-        at_end_of(stack, _set_modes, {module: module.training for module in model.modules()})
-        model.train(training)
-        yield
-
-
-def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def is_stored_transposed(layer: nn.Module) -> bool:

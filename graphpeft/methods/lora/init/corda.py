@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.modes import in_mode
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.base import InitContext, InitialFactors, Initialisation, rank_refusal
 from graphpeft.methods.lora.init.calibration import (
     CALL_FIRST,
     from_file_or,
-    in_mode,
     is_stored_transposed,
     keep,
     kept,

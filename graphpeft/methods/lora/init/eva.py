@@ -19,8 +19,9 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, adapters_of
 from graphpeft.adapters.tensors import overwrite
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.modes import in_mode
 from graphpeft.methods.lora.factors import rank_at
-from graphpeft.methods.lora.init.calibration import in_mode, targeted_layers
+from graphpeft.methods.lora.init.calibration import targeted_layers
 from graphpeft.methods.lora.init.eva_directions import Batches, find_directions, first_tensor, options_of
 from graphpeft.targeting import pattern_values
 from graphpeft.transaction import transaction

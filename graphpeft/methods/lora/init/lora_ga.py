@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.modes import in_mode
 from graphpeft.methods.lora.init.base import InitContext, InitialFactors, Initialisation
 from graphpeft.methods.lora.init.calibration import (
     CALL_FIRST,
     from_file_or,
-    in_mode,
     is_stored_transposed,
     keep,
     kept,

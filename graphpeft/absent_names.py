@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MISSING = ("Adamss", "Frod", "OSF", "Shadow", "XLora")
+_MISSING = ("Shadow", "XLora")
 """The methods that don't exist here, as PEFT's classes name them."""
 
 _TUNERS = (

@@ -114,7 +114,7 @@ def test_each_matrix_of_a_stack_has_rotations_of_its_own():
     config, x = OFTConfig(r=1, oft_block_size=0, target_modules=["up"]), torch.randn(2, 3, 6)
     verification = verify(Experts(), config, (x,), progress=False, quiet=True)
     assert verification.holds, verification
-    assert get_peft_model(Experts(), config).default.up_triangles.shape == (2, 1, 10)
+    assert get_peft_model(Experts(), config).default.up_oft_R.shape == (2, 1, 10)
 
 
 def test_layers_that_transformers_stores_turned_are_rotated_as_linear_layers_are():

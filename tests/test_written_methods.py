@@ -193,7 +193,7 @@ def test_an_operation_whose_input_changes_is_computed_once() -> None:
     assert template is not None
     (graph,) = template.graphs
     assert [node.name for node in graph.nodes] == [
-        *("input_1", "weight", "bias", "slot0_factors", "flatten", "mul", "getattr_1", "to", "linear", "output")
+        *("input_1", "weight", "bias", "slot0_ia3_l", "flatten", "mul", "getattr_1", "to", "linear", "output")
     ]
 
 

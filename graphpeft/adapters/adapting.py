@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.adapters import adapter_names, lifecycle
+from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
@@ -150,15 +152,18 @@ def planned(
 ) -> Plan:
     """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
     state = adapters_of(model)
-    return make_plan(
-        model,
-        config,
-        adapter_name,
-        known=state.lifted if state is not None else {},
-        example_inputs=example_inputs,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        where=where,
-    )
+    with contextlib.ExitStack() as stack:
+        if state is not None and state.merged and type(config).measured is not PeftConfig.measured:
+            stack.enter_context(with_originals(modules_of(model), state))
+        return make_plan(
+            model,
+            config,
+            adapter_name,
+            known=state.lifted if state is not None else {},
+            example_inputs=example_inputs,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            where=where,
+        )
 
 
 def refuse(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping
@@ -22,10 +23,11 @@ from graphpeft.adapters.adapting import (
 )
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.hotswap import is_the_same
+from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.saved_adapter import SavedAdapter
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
-from graphpeft.adapters.tensors import overwrite, refuse_missing
+from graphpeft.adapters.tensors import complete, is_completed, overwrite, refuse_missing
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.config import PeftConfig
@@ -219,9 +221,13 @@ def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]
             f"{adapter_name!r} is merged into the weights, which other values would leave as they are; call "
             "unmerge_adapter() before you load them"
         )
-    fitted = checkpoint.fitted(adapter, adapter_name, modules, model._peft_adapters.originals, values)
+    state = model._peft_adapters
+    fitted = checkpoint.fitted(adapter, adapter_name, modules, state.originals, values)
     with transaction(model):
         overwrite(modules, adapter, adapter_name, fitted)
+        if is_completed(adapter):
+            with with_originals(modules, state) if state.merged else contextlib.nullcontext():
+                complete(modules, adapter, adapter_name)
 
 
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:

@@ -30,6 +30,7 @@ from graphpeft.rules.contradictions import contradiction, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ReplacesWeight, lacking_base
+from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
@@ -174,7 +175,7 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     if where is not None:
         sites = _narrow(plan, sites, where)
     try:
-        plan.config = plan.config.prepared(sites)
+        plan.config = plan.config.prepared(sites).measured(sites, WeightReader(finder.modules))
     except ValueError as error:
         raise AdaptError(str(error)) from error
     for site in sites:

@@ -140,15 +140,25 @@ class Adapter:
         return read
 
     def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
-        """Returns the module's path and the name of each tensor of this adapter that is never trained."""
+        """Returns the module's path and the name of each tensor of this adapter that isn't trained now."""
         frozen = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
-            if not spec.is_trained
+            if not spec.is_trained or self.config.rests(adapted.site, name)
         }
         return frozen | {
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
+        }
+
+    @property
+    def uncounted_names(self) -> set[tuple[str, str]]:
+        """The module's path and the name of each tensor that isn't counted among the model's parameters."""
+        return {
+            (adapted.site.owner, adapted.names[name])
+            for adapted in self.sites
+            for name, spec in adapted.specs.items()
+            if not spec.counts
         }
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:

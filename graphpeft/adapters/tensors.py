@@ -10,15 +10,18 @@ from torch import nn
 
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import distributed_as, is_tensor_parallel, lacking_values, reshard
-from graphpeft.graph.values import loaded, written
+from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.rule import Rule
+from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_item, undone_by
 
@@ -63,6 +66,7 @@ def first_values(plan: Plan, modules: Modules) -> Tensors:
 @torch.no_grad()
 def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tensors:
     made: Tensors = {}
+    config = plan.config.with_weights([adapted.site for adapted in plan.sites], WeightReader(modules))
     for adapted in plan.sites:
         site, names, specs = adapted.site, adapted.names, adapted.specs
         beside, attribute = site.beside
@@ -71,16 +75,19 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
         with loaded(modules[beside]):
             device = _device(modules[beside]._parameters.get(attribute), values)
-            if values is None or adapted.replaced or any(not spec.is_saved for spec in specs.values()):
-                module = modules[site.owner if isinstance(site, Site) else beside]
-                _redraw(adapted, plan.config, modules, device)
-                drawn, replacing = _first_values(adapted, plan.config, module, device, shared)
-        if values is not None:
-            drawn = {
-                local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
-                for local, spec in specs.items()
-                if local not in shared or not spec.is_saved
-            }
+            module = modules[site.owner if isinstance(site, Site) else beside]
+            lacks = any(not spec.is_saved for spec in specs.values()) and not _completes(adapted)
+            if values is None or adapted.replaced or lacks:
+                _redraw(adapted, config, modules, device)
+                drawn, replacing = _first_values(adapted, config, module, device, shared)
+            if values is not None and _completes(adapted):
+                drawn = _completed(adapted, config, module, device, values, shared)
+            elif values is not None:
+                drawn = {
+                    local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
+                    for local, spec in specs.items()
+                    if local not in shared or not spec.is_saved
+                }
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():
@@ -95,6 +102,24 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor
     return made
+
+
+def _completed(
+    adapted: AdaptedSite,
+    config: PeftConfig,
+    module: nn.Module,
+    device: torch.device,
+    values: Tensors,
+    shared: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Returns a file's values of a site's parameters, with those that follow from them; but no other site's."""
+    empty = torch.device("meta" if device.type == "meta" else "cpu")
+    filled = {local: _empty(spec, empty) for local, spec in adapted.specs.items() if not spec.is_saved}
+    saved = [local for local, spec in adapted.specs.items() if spec.is_saved and local not in shared]
+    filled |= {**{local: values[adapted.site.owner, adapted.names[local]] for local in saved}, **shared}
+    if device.type != "meta":
+        _complete(adapted, config, module, filled)
+    return {local: filled[local] for local in adapted.specs if local not in shared}
 
 
 def _first_values(
@@ -214,6 +239,47 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
                 set_item(adapter.overwritten, place, copied)
             remember(tensor, copied)
             tensor.copy_(value)
+
+
+def complete(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Lets an adapter whose tensors have got a file's values have the others that follow from these.
+
+    Args:
+        modules: The model's modules by path, whose weights are as they are without adapters.
+        adapter: The adapter.
+        name: Its name.
+
+    Raises:
+        CheckpointError: If the values can't be those of an adapter of these weights.
+    """
+    config = adapter.config.with_weights([adapted.site for adapted in adapter.sites], WeightReader(modules))
+    for adapted in adapter.sites:
+        if not _completes(adapted):
+            continue
+        (beside, _), site = adapted.site.beside, adapted.site
+        with loaded(modules[beside]):
+            module = modules[site.owner if isinstance(site, Site) else beside]
+            own = {local: value_of(modules[site.owner], adapted.names[local]).clone() for local in adapted.specs}
+            _complete(adapted, config, module, own)
+        unsaved = [local for local, spec in adapted.specs.items() if not spec.is_saved]
+        overwrite(modules, adapter, name, {(site.owner, adapted.names[local]): own[local] for local in unsaved})
+
+
+def is_completed(adapter: Adapter) -> bool:
+    """Returns whether some tensors of an adapter follow from those that its file has."""
+    return any(map(_completes, adapter.sites))
+
+
+def _completes(adapted: AdaptedSite) -> bool:
+    return type(adapted.rule).complete is not Rule.complete
+
+
+@torch.no_grad()
+def _complete(adapted: AdaptedSite, config: PeftConfig, module: nn.Module, own: dict[str, torch.Tensor]) -> None:
+    try:
+        adapted.rule.complete(own, adapted.site, config, module)
+    except ValueError as error:
+        raise CheckpointError(f"the adapter's file doesn't fit {adapted.site.label}: {error}") from error
 
 
 def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:

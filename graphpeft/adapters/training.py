@@ -9,6 +9,7 @@ import torch
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.adapters.tensors import set_trainable
 from graphpeft.graph.holders import value_at
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.trained import SiteParameters
@@ -45,6 +46,13 @@ def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
                 adapter.config.after_step(step, sites)
             except ValueError as error:
                 raise AdaptError(str(error)) from error
+    let_rest(modules, state)
+
+
+def let_rest(modules: Modules, state: Adapters) -> None:
+    """Lets only those parameters require grad that the methods of active adapters train now."""
+    chosen = [name for name in state.active if type(state.by_name[name].config).rests is not PeftConfig.rests]
+    set_trainable(modules, state, chosen)
 
 
 def with_penalty(modules: Callable[[], Modules], state: Adapters, output: Any) -> Any:

@@ -1,6 +1,7 @@
 """The methods, one file each: a config and its rules. Importing this package registers them all."""
 
 from graphpeft.methods.adalora import AdaLoraConfig
+from graphpeft.methods.adamss import AdamssConfig
 from graphpeft.methods.adaption_prompt import AdaptionPromptConfig
 from graphpeft.methods.beft import BeftConfig
 from graphpeft.methods.boft import BOFTConfig
@@ -10,6 +11,7 @@ from graphpeft.methods.cpt import CPTConfig
 from graphpeft.methods.deft import DeftConfig
 from graphpeft.methods.delora import DeloraConfig
 from graphpeft.methods.fourierft import FourierFTConfig
+from graphpeft.methods.frod import FrodConfig
 from graphpeft.methods.glora import GloraConfig
 from graphpeft.methods.gralora import GraloraConfig
 from graphpeft.methods.hira import HiraConfig
@@ -45,6 +47,7 @@ from graphpeft.methods.lora.rescaling import rescale_adapter_scale
 from graphpeft.methods.miss import MissConfig
 from graphpeft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from graphpeft.methods.oft import OFTConfig
+from graphpeft.methods.osf import OSFConfig
 from graphpeft.methods.peanut import PeanutConfig
 from graphpeft.methods.poly import PolyConfig
 from graphpeft.methods.prefix_tuning import PrefixTuningConfig
@@ -73,6 +76,7 @@ from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdaptionPromptConfig",
     "ArrowConfig",
     "BOFTConfig",
@@ -86,6 +90,7 @@ __all__ = [
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -104,6 +109,7 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",
+    "OSFConfig",
     "PeanutConfig",
     "PolyConfig",
     "PrefixTuningConfig",

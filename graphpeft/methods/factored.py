@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import nn
 
+from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
@@ -23,6 +25,7 @@ from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.trained import Biases
+from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -75,6 +78,28 @@ class Factored(DeltaRule):
     def dropout_of(self, config: Any) -> float:
         """Returns the option for dropout, which each method names by itself."""
         return config.dropout
+
+    def numbers_unknown(self, site: Any) -> str | None:
+        """Returns why the numbers of a site's weight can't be read, for a method that starts from them, or None.
+
+        Args:
+            site: The site.
+        """
+        if isinstance(site, LeafSite) and not site.is_recoded:
+            return f"its weight is decomposed, whose numbers aren't known: it is {site.kind}"
+        return None
+
+    def numbers(self, site: Any, module: nn.Module) -> torch.Tensor:
+        """Returns the weight without adapters as matrices, (*stack, rows, columns), in single precision at least.
+
+        Args:
+            site: The site, for which `numbers_unknown` has no reason.
+            module: The module that owns the weight.
+        """
+        is_call = isinstance(site, LeafSite)
+        own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
+        weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
+        return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
 
     def product(self, a: Any, b: Any) -> Any:
         """Returns B A in the shape of the weight.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.sites.site import LeafSite
 
@@ -63,6 +65,21 @@ def no_matrix(site: Any) -> str | None:
     if len(site.shape) >= 2:
         return None
     return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+
+
+def svd_by_seed(weight: torch.Tensor, rank: int, steps: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Returns the first left singular vectors, singular values, and right singular vectors, as columns, by a seed.
+
+    Args:
+        weight: The matrices, (…, out, in). They are decomposed where they are, as in PEFT.
+        rank: The number of vectors.
+        steps: The number of steps of the random method.
+        seed: Its seed; PyTorch's own generators stay as they are.
+    """
+    kind, devices = weight.device.type, [] if weight.device.type == "cpu" else [weight.device]
+    with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        torch.manual_seed(seed)
+        return torch.svd_lowrank(weight, q=rank, niter=steps)
 
 
 def are_turned(sites: Sequence[Any]) -> bool:

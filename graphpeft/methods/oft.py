@@ -222,9 +222,10 @@ class OFTConfig(TargetedConfig):
             )
 
     @property
-    def starts_as_identity(self) -> bool:
+    def starts_as_identity(self) -> bool | Literal["within rounding"]:
         """Whether all rotations are the identity."""
-        return self.init_weights
+        # what is multiplied by one lies otherwise in memory, for which PyTorch may choose another way to add up
+        return "within rounding" if self.init_weights else False
 
     @property
     def trained_biases(self) -> Biases:

@@ -20,18 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import svd_by_seed
 from graphpeft.methods.rotations import cayley, neumann, skew
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Probability, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.sites import quantisers
-from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -59,9 +57,7 @@ class Psoft(Factored, BranchRule):
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses ranks above the weight's, and weights whose numbers aren't known."""
-        if isinstance(site, LeafSite) and not site.is_recoded:
-            return f"its weight is decomposed, whose numbers aren't known: it is {site.kind}"
-        reason, sizes = super().check(site, config), self.sizes
+        reason, sizes = self.numbers_unknown(site) or super().check(site, config), self.sizes
         is_above = reason is None and self.rank > min(sizes.rows, sizes.columns)
         return f"r={self.rank} is above the rank of its {sizes.rows}×{sizes.columns} weight" if is_above else reason
 
@@ -95,17 +91,11 @@ class Psoft(Factored, BranchRule):
             matrix.copy_(torch.eye(self.rank) + noise)
         for name in {"psoft_vector_a", "psoft_vector_b"} & parameters.keys():
             parameters[name].fill_(1)
-        u, s, vh = config.decomposed(self._numbers(site, module))
+        u, s, vh = config.decomposed(self.numbers(site, module))
         s = s / (config.psoft_alpha / self.rank)
         on_a, on_b = (s**0.5, s**0.5) if config.ab_svd_init == "pissa_init" else (torch.ones_like(s), s)
         parameters["psoft_A"].copy_(on_a[..., None] * vh)
         parameters["psoft_B"].copy_(u * on_b[..., None, :])
-
-    def _numbers(self, site: Any, module: nn.Module) -> Tensor:
-        is_call = isinstance(site, LeafSite)
-        own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
-        weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
-        return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
 
     def turning(self, psoft_R: Any, psoft_vector_b: Any, psoft_vector_a: Any) -> Any:
         """Returns R − 1."""
@@ -245,8 +235,5 @@ class PsoftConfig(TargetedConfig):
         if self.psoft_svd == "full":
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
             return u[..., : self.r], s[..., : self.r], vh[..., : self.r, :]
-        kind, devices = weight.device.type, [] if weight.device.type == "cpu" else [weight.device]
-        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
-            torch.manual_seed(self.random_seed)
-            u, s, v = torch.svd_lowrank(weight, q=self.r, niter=self.psoft_svd_lowrank_niter)
+        u, s, v = svd_by_seed(weight, self.r, self.psoft_svd_lowrank_niter, self.random_seed)
         return u, s, v.mT

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters.adapting import known_adapter
+from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.adapters.tensors import count_of_numbers
+from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.model.configs import Configs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
@@ -103,12 +104,20 @@ class AdapterInfo(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the model's parameters, in numbers (not tensors).
 
-        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT.
+        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What
+        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count, as there.
 
         Returns:
             How many are trainable, and how many there are, those of adapters among them.
         """
-        parameters = list(self.parameters())
+        modules = modules_of(self)
+        uncounted = {
+            id(tensor_at(modules[path], name))
+            for adapter in self._peft_adapters.by_name.values()
+            for path, name in adapter.uncounted_names
+            if path in modules and has_tensor(modules[path], name)
+        }
+        parameters = [parameter for parameter in self.parameters() if id(parameter) not in uncounted]
         trainable = sum(count_of_numbers(parameter) for parameter in parameters if parameter.requires_grad)
         return trainable, sum(count_of_numbers(parameter) for parameter in parameters)
 

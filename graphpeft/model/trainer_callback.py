@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from graphpeft.graph.paths import unwrapped
+from graphpeft.adapters.state import adapters_of
+from graphpeft.adapters.training import let_rest
+from graphpeft.graph.paths import modules_by_path, unwrapped
+from graphpeft.transaction import transaction
 
 
 def update_and_allocate_callback() -> Any:
@@ -32,6 +35,14 @@ def _callback_class() -> type[Any]:
 
     class UpdateAndAllocateCallback(TrainerCallback):
         """Lets the adapters of a trained model change after each step, while their gradients are there."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Lets rest what rested in the checkpoint from which a Trainer resumes; its optimizer has it, though."""
+            model: Any = unwrapped(kwargs["model"])
+            adapters = adapters_of(model)
+            if adapters is not None:
+                with transaction(model):
+                    let_rest(modules_by_path(model), adapters)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Calls the model's `update_and_allocate`, if it has one."""

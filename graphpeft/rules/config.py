@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from graphpeft.rules.report import Report
     from graphpeft.rules.rule import Rule
     from graphpeft.rules.trained import Biases, FullyTrainedModule, SiteParameters, TableRows
+    from graphpeft.rules.weight_reader import WeightReader
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
 
@@ -229,6 +230,31 @@ class PeftConfig(ConfigJson):
         """
         return self
 
+    def measured(self, sites: Sequence[Any], weights: WeightReader) -> PeftConfig:
+        """Returns the config with values that depend on the numbers in the weights, such as sizes of tensors.
+
+        Each plan calls this method once, after `prepared`; values are stored in the same way.
+
+        Args:
+            sites: All sites of the config in the model, in the order in which initial values are drawn.
+            weights: Reads their weights, as they are without adapters.
+
+        Raises:
+            ValueError: If the config can't adapt these sites.
+        """
+        return self
+
+    def with_weights(self, sites: Sequence[Any], weights: WeightReader) -> PeftConfig:
+        """Returns the config that rules' `initialise` and `complete` get, with what is made of several sites' weights.
+
+        It has no other use, and may keep the reader, so that nothing is made unless a rule asks for it.
+
+        Args:
+            sites: The adapter's sites.
+            weights: Reads their weights, as they are without adapters.
+        """
+        return self
+
     def conflict(self, others: Mapping[str, Any]) -> str | None:
         """Returns why a model can't have this adapter beside its others, or None.
 
@@ -279,6 +305,15 @@ class PeftConfig(ConfigJson):
         Raises:
             ValueError: If the adapter can't be changed now.
         """
+
+    def rests(self, site: Any, name: str) -> bool:
+        """Returns whether a parameter isn't trained now, of those that the rule trains: `after_step` may choose.
+
+        Args:
+            site: The site.
+            name: The rule's name of the parameter.
+        """
+        return False
 
     def training_state(self) -> Mapping[str, torch.Tensor]:
         """Returns what `after_step` keeps from step to step, as tensors by name, for a training that is resumed."""

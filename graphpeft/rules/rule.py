@@ -135,6 +135,22 @@ class Rule(ABC):
         """
         ...
 
+    # no abstract one: most rules need nothing
+    def complete(  # noqa: B027
+        self, parameters: Mapping[str, torch.Tensor], site: Any, config: Any, module: nn.Module
+    ) -> None:
+        """Fills the parameters that files lack, where a file is loaded: in place of `initialise`, which has no file.
+
+        Args:
+            parameters: The parameters by name: those of the file, and the others with any values.
+            site: The site.
+            config: The config, as `initialise` gets it.
+            module: The module that owns the site's weight and the parameters.
+
+        Raises:
+            ValueError: If the file's parameters can't be of this weight.
+        """
+
     def unmergeable(self, site: Any) -> str | None:
         """Returns the reason why the rule's effect at a site is no change of a weight and a bias, or None.
 

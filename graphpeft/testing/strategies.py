@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
+    AdamssConfig,
     BeftConfig,
     BOFTConfig,
     C3AConfig,
     DeftConfig,
     DeloraConfig,
     FourierFTConfig,
+    FrodConfig,
     GloraConfig,
     GraloraConfig,
     HiraConfig,
@@ -23,6 +25,7 @@ from graphpeft import (
     LilyConfig,
     MissConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PeftConfig,
     PeftType,
@@ -85,6 +88,20 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     PeftType.LORA: Method(lora_configs, cases, is_identity=True, merges=True),
     PeftType.ADALORA: Method(adalora_configs, cases, is_identity=True, merges=True),
+    PeftType.ADAMSS: Method(
+        choosing(
+            AdamssConfig,
+            {"init_weights": "orthogonal"},
+            r=[1, 3, 100],
+            num_subspaces=[1, 2],
+            subspace_rank=[1, 2],
+            use_dynamic_rank=[True, False],
+            init_weights=["orthogonal", None],
+        ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
     PeftType.BEFT: Method(
         choosing(BeftConfig, NOT_DRAWN, **DRAWN),
         _cases_with_a_layer,
@@ -131,6 +148,18 @@ METHODS: dict[str, Method] = {
     ),
     PeftType.FOURIERFT: Method(
         choosing(FourierFTConfig, NOT_DRAWN, n_frequency=[1, 6, 9], scaling=[20.0, 3], **DRAWN),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.FROD: Method(
+        choosing(
+            FrodConfig,
+            NOT_DRAWN,
+            sparse_rate=[0.0, 0.01, 0.3, 1.0],
+            frod_dropout=[0.0, 0.4],
+            **DRAWN,
+        ),
         cases,
         is_identity=True,
         merges=True,
@@ -231,6 +260,12 @@ METHODS: dict[str, Method] = {
             use_cayley_neumann=[True, False],
             num_cayley_neumann_terms=[2, 5, 8],
         ),
+        cases,
+        is_identity=True,
+        merges=True,
+    ),
+    PeftType.OSF: Method(
+        choosing(OSFConfig, NOT_DRAWN, effective_rank=[None, 1, 2, 0.5], **DRAWN),
         cases,
         is_identity=True,
         merges=True,

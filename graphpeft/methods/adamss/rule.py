@@ -1,0 +1,125 @@
+"""AdaMSS at a weight.
+
+ΔW and Δb are the columns of P [B₁ A₁; …; Bₙ Aₙ] C        P brings the groups' rows to their places
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.methods.adamss.groups import Group, decomposed, fresh_factor, own_bias, rank_of, same_directions
+from graphpeft.methods.factored import Factored
+from graphpeft.rules.delta_rule import BranchRule
+from graphpeft.rules.parameter_spec import ParameterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamss(Factored, BranchRule):
+    """The change of a weight, and of the bias beside it.
+
+    Attributes:
+        count: The number of groups.
+        has_bias: Whether there is a bias.
+    """
+
+    count: int
+    has_bias: bool
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses stacks of matrices, and weights whose rows aren't in groups."""
+        reason = super().check(site, config)
+        if reason is None and self.sizes.stack:
+            reason = "it is a stack of matrices, each of which has groups of other sizes"
+        groups = config.groups_at(site) if reason is None else ()
+        return groups if isinstance(groups, str) else reason
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factors of each group, C, and where each row is among those of the groups."""
+        rank, columns = rank_of(site, config), self.sizes.columns + self.has_bias
+        specs = {}
+        for number, (rows, own) in enumerate(config.groups_at(site)):
+            specs[f"adamss_A_{number}"] = ParameterSpec((own, rank), f"adamss_A.{number}")
+            specs[f"adamss_B_{number}"] = ParameterSpec((len(rows), own), f"adamss_B.{number}")
+        places = ParameterSpec((self.sizes.rows,), "adamss_places", is_trained=False, is_saved=False, dtype=torch.int64)
+        return {
+            "adamss_newB": ParameterSpec((rank, columns), "adamss_newB", is_trained=False),
+            "adamss_places": places,
+            **specs,
+        }
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Decomposes the weight, and makes A of its left singular vectors; B is zero, or drawn."""
+        left, right = decomposed(site, config, module)
+        parameters["adamss_newB"].copy_(right)
+        groups = config.groups_at(site)
+        parameters["adamss_places"].copy_(_places(groups))
+        for number, group in enumerate(groups):
+            factor = fresh_factor(left[group.rows.to(left.device)], group, config)
+            parameters[f"adamss_A_{number}"].copy_(factor)
+            B = parameters[f"adamss_B_{number}"].zero_()
+            if config.init_weights is None:
+                # PEFT draws in the weight's precision, where the weight is
+                B.copy_(torch.randn(B.shape, dtype=site.dtype, device=left.device) * 0.01)
+
+    def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Fills the places of rows; refuses files of other weights, whose rows may be in other groups.
+
+        Raises:
+            ValueError: For such a file.
+        """
+        parameters["adamss_places"].copy_(_places(config.groups_at(site)))
+        _, right = decomposed(site, config, module)
+        if not same_directions(parameters["adamss_newB"], right):
+            raise ValueError(
+                "its rows are grouped by the base's weight, and the file's adamss_newB isn't what this weight gives; "
+                "load it on the very base that it was trained on, on the same kind of device"
+            )
+
+    def dropout_of(self, config: Any) -> float:
+        """Returns 0: the method has no dropout."""
+        return 0.0
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether there is a bias."""
+        return self.has_bias
+
+    def delta(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
+        """Returns ΔW."""
+        columns = adamss_newB[:, : self.sizes.columns]
+        return self.product(columns, self._of_rows(adamss_places, factors))
+
+    def bias_delta(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
+        """Returns Δb, or None."""
+        return self._of_rows(adamss_places, factors) @ adamss_newB[:, -1] if self.has_bias else None
+
+    def _of_rows(self, places: Any, factors: Mapping[str, Any]) -> Any:
+        made = [factors[f"adamss_B_{n}"] @ factors[f"adamss_A_{n}"] for n in range(self.count)]
+        return torch.cat(made)[places]
+
+    def branch(self, h: Any, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
+        """Returns h ΔWᵀ + Δb, group by group."""
+        columns = self.sizes.columns
+        h = F.linear(h, adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
+        made = [F.linear(F.linear(h, factors[f"adamss_A_{n}"]), factors[f"adamss_B_{n}"]) for n in range(self.count)]
+        return torch.cat(made, -1)[..., adamss_places]
+
+
+def _places(groups: Sequence[Group]) -> Tensor:
+    """Returns where each row is among those of the groups, one group after the other."""
+    return torch.argsort(torch.cat([group.rows for group in groups]))
+
+
+def has_bias(site: Any) -> bool:
+    """Returns whether a bias belongs to a site's weight.
+
+    Args:
+        site: The site.
+    """
+    return own_bias(site) is not None

@@ -151,15 +151,18 @@ class Adapter:
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
-    @property
-    def uncounted_names(self) -> set[tuple[str, str]]:
-        """The module's path and the name of each tensor that isn't counted among the model's parameters."""
-        return {
+    def uncounted_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor of this adapter that isn't counted as a parameter."""
+        own = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
             if not spec.counts
         }
+        replaced = {
+            (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
+        }
+        return own | replaced
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""

@@ -12,6 +12,7 @@ import onnxruntime
 import peft
 import pytest
 import torch
+from kinds import ROUNDED
 from models import CACHE, LLAMA, T5
 from oracle import moved
 from safetensors.torch import load_file
@@ -361,3 +362,18 @@ def test_copies_stay_adapted():
         warnings.simplefilter("error")
         model = ours()
         assert torch.equal(logits(copy.deepcopy(model), prompts()), logits(model, prompts()))
+
+
+def test_the_call_of_a_quantised_layer_has_it_too():
+    case, found = ROUNDED, []
+    (x,) = case.inputs()
+    for tokens in (TOKENS, None):
+        options: dict[str, Any] = {"r": 2, "alora_invocation_tokens": tokens, **case.targets}
+        model: Any = moved(get_peft_model(case.build(), LoraConfig(**options)))
+        given: dict[str, Any] = {} if tokens is None else {"alora_offsets": [1] * len(x)}
+        found.append(model(x, **given))
+    if x.ndim == 3:
+        base = case.build()(x)
+        assert torch.equal(found[0][:, :-1], base[:, :-1])
+        assert not torch.allclose(found[0][:, -1], base[:, -1])
+    torch.testing.assert_close(found[0][:, -1], found[1][:, -1])

@@ -105,7 +105,7 @@ class AdapterInfo(nn.Module):
         """Counts the model's parameters, in numbers (not tensors).
 
         Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What
-        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count, as there; nor what is
+        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count; nor does what is
         read in place of a weight, such as PiSSA's residual.
 
         Returns:

@@ -13,25 +13,22 @@ _TUNERS = (
 )
 """The methods for which PEFT has a wrapper class."""
 
-_VARIANTS = ("ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig")
-
 _METHOD = "the method doesn't exist here yet; docs/rules.md shows how one is written"
 _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it stays of its own class"
-_VARIANT = "the variant of LoRA doesn't exist here yet; a config that asks for it is refused"
+_VARIANT = "MonteCLoRA's samples are in no file, so no training goes on as it was; a config that asks for it is refused"
 _TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Config": _METHOD for method in _MISSING},
     **{f"{method}Model": _TUNER for method in _TUNERS},
-    **dict.fromkeys(_VARIANTS, _VARIANT),
     **dict.fromkeys(("CPTEmbedding", "CartridgeEncoder", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
+    "MontecloraConfig": _VARIANT,
     "LoraRuntimeConfig": "an adapter is where its weight is, without ephemeral_gpu_offload, its only option",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "a model takes adapters of any methods, without a class for it",
     "PEFT_TYPE_TO_TUNER_MAPPING": "there are no tuner classes; PEFT_TYPE_TO_CONFIG_MAPPING has the methods",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
     "bloom_model_postprocess_past_key_value": _CACHES,
-    "create_arrow_model": _VARIANT,
     "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
     "shift_tokens_right": "models of Transformers shift their labels themselves, prompts or not",
 }

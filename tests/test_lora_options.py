@@ -33,12 +33,15 @@ def _loftq(bits: int) -> dict[str, Any]:
 
 
 ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alora_invocation_tokens": ({"alora_invocation_tokens": [5]}, {}),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 5}}, {}),
+    "arrow_config": ({"arrow_config": {"top_k": 1, "task_adapter_names": ["task_0"]}}, {}),
     "bias": ({"target_modules": ["query"], "bias": "all"}, {"target_modules": ["query"]}),
     "ensure_weight_tying": (TIED_ROWS | {"ensure_weight_tying": True}, TIED_ROWS),
     "exclude_modules": ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, {}),
     "inference_mode": ({"inference_mode": True}, {}),
     "init_lora_weights": ({"init_lora_weights": "gaussian"}, {}),
+    "kasa_config": ({"kasa_config": {"beta": 1}}, {}),
     "layer_replication": ({"layer_replication": [(0, 2), (0, 2)]}, {}),
     "layers_pattern": ({"layers_to_transform": [1], "layers_pattern": "blocks"}, {"layers_to_transform": [1]}),
     "layers_to_transform": ({"layers_to_transform": [1]}, {}),
@@ -53,6 +56,7 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "target_parameters": ({"target_parameters": ["0.mlp.up_proj.weight"]}, {}),
     "task_type": ({"target_modules": ["query"], "task_type": "SEQ_CLS"}, {"target_modules": ["query"]}),
     "trainable_token_indices": ({"trainable_token_indices": [3]}, {}),
+    "use_bdlora": ({"use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 2}}, {}),
     "use_dora": ({"use_dora": True}, {}),
     "use_rslora": ({"use_rslora": True}, {}),
 }
@@ -62,8 +66,9 @@ MEASURED = {
     "corda_config": "test_lora_measured.py::test_cordas_values_are_pefts",
     "eva_config": "test_lora_measured.py::test_evas_values_and_ranks_are_pefts",
     "lora_ga_config": "test_lora_measured.py::test_lora_gas_values_are_pefts",
+    "velora_config": "test_velora.py::test_several_steps_are_pefts_also_after_loading",
 }
-"""Keys that show only after measuring, with the tests that compare their values."""
+"""Keys that show only after measuring or in gradients, with the tests that compare their values."""
 
 RECORDED: dict[str, Any] = {
     "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "here"},
@@ -76,16 +81,11 @@ RECORDED: dict[str, Any] = {
 """Keys that are written to the file, with what comes out of it; how a weight is stored is read from the model."""
 
 REFUSED: dict[str, Any] = {
-    "alora_invocation_tokens": [1],
-    "arrow_config": {"a": 1},
-    "kasa_config": {"a": 1},
     "megatron_config": {"a": 1},
     "megatron_core": "other.core",
     "monteclora_config": {"a": 1},
     "qalora_group_size": 32,
-    "use_bdlora": {"a": 1},
     "use_qalora": True,
-    "velora_config": {"a": 1},
 }
 """Values of keys that aren't supported."""
 

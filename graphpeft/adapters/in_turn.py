@@ -16,6 +16,7 @@ from graphpeft.adapters.present_rows import ROWS, present
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph import overrides
+from graphpeft.graph.call_inputs import given_to_rows
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template
 
@@ -66,7 +67,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             own = Rows((), present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
-            with taken_along(functools.partial(ROWS.during, own)):
+            with taken_along(functools.partial(ROWS.during, own)), given_to_rows(rows):
                 owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)

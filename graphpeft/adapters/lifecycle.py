@@ -83,7 +83,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     }
     set_items(adapters.lifted, lifted)
     set_item(adapters.by_name, name, Adapter.of(plan))
-    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
+    adapters.note_call_inputs(modules[""])
     own = {place: value for place, value in (values or {}).items() if place not in made}
     overwrite(modules, adapters.by_name[name], name, own)
 
@@ -209,7 +209,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
-    set_attribute(adapters, "call_inputs", adapters.call_inputs_of(modules[""]))
+    adapters.note_call_inputs(modules[""])
     forget_mixing(adapters)
     places = (*adapter.tensor_names(name), *((adapted.site.owner, "") for adapted in adapter.sites))
     # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one

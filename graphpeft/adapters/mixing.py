@@ -162,7 +162,8 @@ def _refuse_adapter(adapter: Adapter, name: str) -> None:
             f"adapter {name!r} is of {adapter.config.method}, where each row's result depends on all rows of its "
             "batch, so it can't be one of several in a batch; activate it with set_adapter, for all rows"
         )
-    given = [read for adapted in adapter.sites for read in adapted.rule.call_inputs]
+    rules = [adapted.rule for adapted in adapter.sites if not adapted.rule.call_inputs_by_row]
+    given = [read for rule in rules for read in rule.call_inputs]
     if given:
         raise AdaptError(
             f"adapter {name!r} reads {joined(list(dict.fromkeys(given)))} of a whole batch, so it can't be one of "

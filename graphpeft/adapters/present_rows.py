@@ -36,6 +36,11 @@ class PresentRows(Protocol):
         """Whether the model's adapters were disabled since."""
         ...
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters that some row has."""
+        ...
+
     def of(self, tensor: torch.Tensor) -> RowParameters:
         """Returns the parameters of the adapters of the rows of `tensor`."""
         ...

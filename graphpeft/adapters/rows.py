@@ -142,6 +142,11 @@ class Rows:
         """Whether the model's adapters were disabled since."""
         return self._adapters.are_off
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters that some row has."""
+        return self._names
+
     def of(self, tensor: torch.Tensor) -> RowAdapters:
         """Returns the adapters of the rows of `tensor`.
 

@@ -24,6 +24,7 @@ from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
+from graphpeft.transaction import set_attribute
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -150,15 +151,18 @@ class Adapter:
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
-    @property
-    def uncounted_names(self) -> set[tuple[str, str]]:
-        """The module's path and the name of each tensor that isn't counted among the model's parameters."""
-        return {
+    def uncounted_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor of this adapter that isn't counted as a parameter."""
+        own = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
             if not spec.counts
         }
+        replaced = {
+            (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
+        }
+        return own | replaced
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""
@@ -203,6 +207,7 @@ class Adapters:
         mixable: The paths of the regions that can run so.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
             them, too.
+        positional: The names of the forward's arguments in their order, if there are any such.
         passes: Returns the template that a region wears for its plain one; None where it wears that itself.
         trained_before: The parameters that required grad before the first adapter came, by the path of their module and
             their name.
@@ -228,12 +233,14 @@ class Adapters:
     replication: Replication | None = None
     passes: Callable[[Template, nn.Module], Template] | None = None
     call_inputs: Mapping[str, bool] = field(default_factory=dict)
+    positional: tuple[str, ...] = ()
 
-    def call_inputs_of(self, model: nn.Module) -> dict[str, bool]:
-        """Returns what `call_inputs` are for the adapters that there are now."""
+    def note_call_inputs(self, model: nn.Module) -> None:
+        """Finds out what `call_inputs` and `positional` are for the adapters that there are now."""
         names = {name for adapter in self.by_name.values() for name in adapter.call_inputs}
         taken = inspect.signature(model.forward).parameters if names else {}
-        return {name: name in taken for name in names}
+        set_attribute(self, "call_inputs", {name: name in taken for name in names})
+        set_attribute(self, "positional", tuple(taken))
 
     @property
     def acting(self) -> list[str]:

@@ -27,6 +27,7 @@ class GivenRows:
 
     runners: Mapping[int, Callable[..., Any]] = {}
     are_off = False
+    names: tuple[str, ...] = ()
 
     def __init__(self, name: str, rows: Tensor) -> None:
         self._name, self._rows = name, rows

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from graphpeft.graph.per_call import PerCall
 from graphpeft.graph.recomputing import taken_along
 
 CALL_INPUTS: PerCall[Mapping[str, Any]] = PerCall("arguments", "pass them to the compiled model itself")
 """The readable arguments of the current call, by name."""
+
+PROMPT: PerCall[torch.Tensor] = PerCall("prompt", "let each of them generate in a thread (asyncio.to_thread)")
+"""The tokens from which the model generates now, of shape (rows, length)."""
 
 
 class CallInput(NamedTuple):
@@ -35,6 +40,27 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
     # an adapted model may be nested in another
     present = {**(CALL_INPUTS.get() or {}), **own}
     return taken_along(functools.partial(CALL_INPUTS.during, present)) if own else contextlib.nullcontext()
+
+
+def given_to_rows(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Makes of the readable arguments what some rows of the batch have of them.
+
+    Args:
+        rows: The numbers of the rows.
+    """
+    present = CALL_INPUTS.get()
+    if not present:
+        return contextlib.nullcontext()
+    own = {name: _of_rows(value, rows) for name, value in present.items()}
+    return taken_along(functools.partial(CALL_INPUTS.during, own))
+
+
+def _of_rows(value: Any, rows: Sequence[int]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _of_rows(inner, rows) for key, inner in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value[torch.tensor(rows, device=value.device)]
+    return [value[row] for row in rows]
 
 
 def left(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> dict[str, Any]:

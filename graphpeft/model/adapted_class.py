@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphpeft.adapters import mixing
+from graphpeft.adapters.given_inputs import with_derived
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.around_set_forwards import is_around
 from graphpeft.model.other_names import OtherNames
@@ -49,14 +50,14 @@ def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None,
     if is_around(model) or not hasattr(model, "_peft_adapters"):
         # called by a forward that was set on the model: around the graph, or for longer than it was adapted
         return in_place.original_class(model).forward(model, *args, **kwargs)
-    forward = mixing.forward_of(model)
-    read = model._peft_adapters.call_inputs
+    forward, state = mixing.forward_of(model), model._peft_adapters
+    read = state.call_inputs
     if adapter_names is not None:
-        with model.mixed_batch(adapter_names):
+        with model.mixed_batch(adapter_names), call_inputs.given(read, with_derived(state, args, kwargs)):
             return forward(model, *args, **call_inputs.left(read, kwargs))
-    if not (read and kwargs):
+    if not read:
         return forward(model, *args, **kwargs)
-    with call_inputs.given(read, kwargs):
+    with call_inputs.given(read, with_derived(state, args, kwargs)):
         return forward(model, *args, **call_inputs.left(read, kwargs))
 
 

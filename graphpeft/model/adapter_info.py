@@ -105,7 +105,8 @@ class AdapterInfo(nn.Module):
         """Counts the model's parameters, in numbers (not tensors).
 
         Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What
-        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count, as there.
+        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count; nor does what is
+        read in place of a weight, such as PiSSA's residual.
 
         Returns:
             How many are trainable, and how many there are, those of adapters among them.
@@ -113,8 +114,8 @@ class AdapterInfo(nn.Module):
         modules = modules_of(self)
         uncounted = {
             id(tensor_at(modules[path], name))
-            for adapter in self._peft_adapters.by_name.values()
-            for path, name in adapter.uncounted_names
+            for adapter_name, adapter in self._peft_adapters.by_name.items()
+            for path, name in adapter.uncounted_names(adapter_name)
             if path in modules and has_tensor(modules[path], name)
         }
         parameters = [parameter for parameter in self.parameters() if id(parameter) not in uncounted]

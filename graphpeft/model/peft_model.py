@@ -17,6 +17,7 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
+from graphpeft.adapters.given_inputs import with_derived
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
@@ -174,18 +175,17 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
         read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
+        state = self._peft_adapters
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
-            with self.mixed_batch(adapter_names):
-                # no adapter that reads arguments of the call can be one of several
+            with self.mixed_batch(adapter_names), call_inputs.given(read, with_derived(state, args, kwargs)):
                 output = call(*args, **call_inputs.left(read, kwargs))
-        elif read and kwargs:
-            with call_inputs.given(read, kwargs):
+        elif read:
+            with call_inputs.given(read, with_derived(state, args, kwargs)):
                 output = call(*args, **call_inputs.left(read, kwargs))
         else:
             output = call(*args, **kwargs)
-        state = self._peft_adapters
         return training.with_penalty(lambda: modules_of(self), state, output) if state.has_penalties else output
 
     def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
@@ -391,10 +391,15 @@ class GeneratingPeftModel(PeftModel):
         if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
             raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
         own = call_inputs.left(read, kwargs)
-        if adapter_names is None:
-            with call_inputs.given(read, kwargs):
-                return base.generate(*args, **own)
-        with mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats)):
+        possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
+        prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                rows = mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats))
+                stack.enter_context(rows)
+            stack.enter_context(call_inputs.given(read, kwargs))
+            if prompt is not None:
+                stack.enter_context(call_inputs.PROMPT.during(prompt))
             return base.generate(*args, **own)
 
 

@@ -272,6 +272,18 @@ class PeftConfig(ConfigJson):
         """
         raise NotImplementedError
 
+    def call_inputs_from(self, arguments: Mapping[str, Any], prompt: torch.Tensor | None) -> Mapping[str, Any]:
+        """Returns those of its rules' `call_inputs` that follow from the other arguments of a call.
+
+        A call that passes one itself keeps that. Each value is a mapping, whose keys tell apart what adapters read that
+        need different ones.
+
+        Args:
+            arguments: The arguments of a call of the model, by name.
+            prompt: The tokens from which the model generates, (rows, length), if it does.
+        """
+        return {}
+
     def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
         """Returns a scalar with gradients that a model's call adds to the loss that it returns, or None.
 

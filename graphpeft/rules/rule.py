@@ -62,6 +62,12 @@ class Rule(ABC):
     for them. `BoundaryRule.more_inputs`, in contrast, are extra arguments of one module's forward.
     """
 
+    call_inputs_by_row: ClassVar[bool] = False
+    """Whether each of ``call_inputs`` has a value for each row, so that rows of a batch can have adapters of their own.
+
+    It's a tensor, a list, or a mapping to such.
+    """
+
     scales: ClassVar[tuple[str, ...]] = ()
     """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
 

@@ -50,6 +50,19 @@ def _adds_bias(model: nn.Module, path: str) -> bool:
     return isinstance(layer, nn.Linear) and layer.bias is not None
 
 
+def _variants(model: nn.Module, paths: list[str], identity: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Returns a strategy for the option of a variant, or none: those that need nothing in calls, for linear layers."""
+    modules = dict(model.named_modules())
+    if not all(type(modules.get(path)) is nn.Linear for path in paths):
+        return st.just({})
+    velora: list[dict[str, Any]] = [{"velora_config": {"num_groups": 2, "init_type": kind}} for kind in _VECTORS]
+    blocks: list[dict[str, Any]] = [{"use_bdlora": {f"target_modules_bd_{factor}": [""]}} for factor in "ab"]
+    return st.sampled_from([{}, *velora, *blocks, *([] if identity else [{"kasa_config": {}}])])
+
+
+_VECTORS = ("batch_average", "batch_average_once", "random")
+
+
 @st.composite
 def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     """Returns a strategy for LoRA configs that fit `model`; with `identity`, a fresh adapter changes nothing."""
@@ -66,6 +79,16 @@ def lora_configs(draw: Any, model: nn.Module, identity: bool) -> LoraConfig:
     # the bias of B is merged into the layer's bias
     can_have_bias = kind in (True, False) and all(_adds_bias(model, path) for path in chosen)
     lora_bias = draw(st.sampled_from([False, can_have_bias]))
+    variant = draw(_variants(model, chosen, identity)) if kind in (True, "gaussian") else {}
+    if variant:
+        return LoraConfig(
+            r=draw(st.sampled_from([1, 2])),
+            lora_alpha=draw(st.sampled_from([1, 8, 3.5])),
+            lora_dropout=draw(st.sampled_from([0.0, 0.4])),
+            init_lora_weights=kind,
+            target_modules=entries_for(chosen, paths),
+            **variant,
+        )
     return LoraConfig(
         r=draw(st.sampled_from(ranks)),
         lora_alpha=draw(st.sampled_from([1, 8, 3.5])),

@@ -1,12 +1,28 @@
-"""LoRA, and DoRA; the rest of LoRA's options have tests of their own."""
+"""LoRA, DoRA and the variants; the rest of LoRA's options have tests of their own."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, EMBEDDING, MATRICES
+from oracle import CONV_1D, CONV_2D, EMBEDDING, LINEAR, MATRICES, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoraConfig
 
+BLOCKS_OF_A = {"target_modules_bd_a": ["0"], "nblocks": 2}
+BLOCKS_OF_B = {"target_modules_bd_b": ["0"], "nblocks": 2}
+
+
+def _variant(name: str, **options: object) -> Contract:
+    own = {"r": 4, "lora_alpha": 3, **options}
+    return Contract(name, LoraConfig, peft.LoraConfig, own, (LINEAR, WITHOUT_BIAS))
+
+
 CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
     Contract("dora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3, "use_dora": True}, (*MATRICES, CONV_2D)),
+    _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
+    _variant("kasa", kasa_config={}),
+    _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian"),
+    _variant("velora", velora_config={"num_groups": 4, "scale": 0.7}),
+    _variant("velora-once", velora_config={"num_groups": 3, "init_type": "batch_average_once"}, lora_dropout=0.4),
+    _variant("velora-random", velora_config={"num_groups": 2, "init_type": "random"}),
+    _variant("bdlora-b", use_bdlora=BLOCKS_OF_B, lora_dropout=0.4),
 ]

@@ -15,16 +15,27 @@ from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.lora_ga import LoraGAConfig, preprocess_loraga
 from graphpeft.methods.lora.init.replacing import replace_lora_weights_loftq
 from graphpeft.methods.lora.per_call import LoraPerCallConfig
+from graphpeft.methods.lora.variants.arrow import ArrowConfig
+from graphpeft.methods.lora.variants.arrow_model import create_arrow_model
+from graphpeft.methods.lora.variants.blocks import BdLoraConfig
+from graphpeft.methods.lora.variants.kasa import KasaConfig, kasa_loss
+from graphpeft.methods.lora.variants.velora import VeloraConfig
 
 __all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
+    "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
+    "VeloraConfig",
+    "create_arrow_model",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "kasa_loss",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",

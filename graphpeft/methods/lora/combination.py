@@ -27,6 +27,7 @@ from torch import Tensor
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
 from graphpeft.methods.lora.merge_aware import Rounded, RoundedLeaf
+from graphpeft.methods.lora.variants.kinds import variant_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -55,6 +56,9 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
         ValueError: If they can't be combined so.
     """
     _check(how)
+    variant = next((found for found in map(variant_of, configs) if found is not None), None)
+    if variant is not None:
+        raise ValueError(f"{variant.name} is more than a product of A and B, and can't be combined")
     if any(config.target_parts for config in configs):
         raise ValueError("target_parts has factors for each part, which can't be combined yet")
     if any(config.use_dora for config in configs):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,26 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph import ops
-from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.methods.lora import combination, merge_aware
-from graphpeft.methods.lora.convolution import lora_of_convolution
+from graphpeft.methods.lora import choice, combination, in_files, merge_aware, unsupported
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lora.dora import Lora, with_magnitudes
-from graphpeft.methods.lora.dora_leaf import DoraLeaf
-from graphpeft.methods.lora.embedding import LoraEmbedding, LoraTable
-from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
-from graphpeft.methods.lora.init.corda import CordaConfig
-from graphpeft.methods.lora.init.eva_directions import EvaConfig
-from graphpeft.methods.lora.init.from_weight import LoftQConfig
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
-from graphpeft.methods.lora.init.lora_ga import LoraGAConfig
-from graphpeft.methods.lora.kernels import LoraKernels
-from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
-from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.methods.lora.parts import LoraParts, as_stock, of_parts, wanted_parts, with_parts
-from graphpeft.methods.lora.tied import LoraTied, names_with_tied, with_tied
-from graphpeft.peft_errors import PeftWarning
+from graphpeft.methods.lora.nested import drop_unused, give_classes, warn_of_unused
+from graphpeft.methods.lora.parts import with_parts
+from graphpeft.methods.lora.tied import names_with_tied, with_tied
+from graphpeft.methods.lora.variants import activated, kinds
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
@@ -44,12 +28,10 @@ from graphpeft.rules.rule import Rule
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases, TableRows
 from graphpeft.sites.finder import SiteFinder
-from graphpeft.sites.site import Site
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
-from graphpeft.wording import shown
 
 Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]
 
@@ -99,8 +81,15 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: Whether layers that are tied to an embedding stay so: where one of them is named in
             `target_modules` or `modules_to_save`, all are, with the same factors or the same copy. Other rows for tied
             layers are refused.
-        use_qalora, qalora_group_size, alora_invocation_tokens, arrow_config, kasa_config: Refused, not supported yet.
-        monteclora_config, velora_config, use_bdlora, megatron_config, megatron_core: Refused, not supported yet.
+        alora_invocation_tokens: Tokens from which on the adapter acts in each row (aLoRA), found in `input_ids` of a
+            call, or in the prompt of ``generate``; a call may say by `alora_offsets` where they begin.
+        use_bdlora: A `BdLoraConfig`, or its values as a dict: A or B is block-diagonal (BD-LoRA).
+        arrow_config: An `ArrowConfig`: the adapter is a router over others; `create_arrow_model` makes it.
+        kasa_config: A `KasaConfig`, or its values as a dict: trained singular values between A and B, on a weight
+            without its smallest ones (KaSA).
+        velora_config: A `VeloraConfig`, or its values as a dict: A is trained by a compressed input (VeLoRA).
+        use_qalora, qalora_group_size: Refused, not supported yet.
+        monteclora_config, megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
@@ -145,20 +134,22 @@ class LoraConfig(TargetedConfig):
 
     merged_quantiser: Any = field(default=None, metadata=OWN)
 
-    # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
-    alora_invocation_tokens: list[int] | None = None
-    arrow_config: Any = None
     ensure_weight_tying: bool = False
-    kasa_config: Any = None
     layer_replication: list[tuple[Index, Index]] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    alora_invocation_tokens: list[Index] | None = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    use_bdlora: Any = None
+    velora_config: Any = None
+
+    # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
     monteclora_config: Any = None
     qalora_group_size: int = 16
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    use_bdlora: Any = None
     use_qalora: bool = False
-    velora_config: Any = None
 
     def __post_init__(self) -> None:
         # PEFT's type for them allows null, which files may hold
@@ -167,8 +158,7 @@ class LoraConfig(TargetedConfig):
                 setattr(self, name, {})
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
-        for name, (_, config_class) in _NESTED.items():
-            setattr(self, name, _nested(getattr(self, name), config_class, name))
+        give_classes(self)
         super().__post_init__()
         self._check_values()
 
@@ -176,31 +166,19 @@ class LoraConfig(TargetedConfig):
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
         super().check()
         self._check_values()
-        default = LoraConfig()
-        for name in _UNSUPPORTED:
-            value, only = getattr(self, name), getattr(default, name)
-            if value and value != only:
-                raise ValueError(f"{name}={shown(value)} is not supported; leave it {only!r}")
+        unsupported.check(self)
         initialisation_of(self.init_lora_weights)
-        for name, (kind, _) in _NESTED.items():
-            if getattr(self, name) and self.init_lora_weights != kind:
-                # files that PEFT has converted to plain LoRA have such options
-                warnings.warn(
-                    f"{name} has no effect unless init_lora_weights is {kind!r}, so it is ignored; leave it out",
-                    PeftWarning,
-                    stacklevel=4,
-                )
+        warn_of_unused(self)
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
 
     def drop_unused(self) -> None:
         """Takes out the nested options of other initialisations than the config's own."""
-        for name, (kind, _) in _NESTED.items():
-            if self.init_lora_weights != kind:
-                setattr(self, name, {} if name == "loftq_config" else None)
+        drop_unused(self)
 
     def _check_values(self) -> None:
         merge_aware.check(self.merged_quantiser)
+        kinds.check(self)
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -258,73 +236,26 @@ class LoraConfig(TargetedConfig):
     @property
     def starts_as_identity(self) -> bool:
         """Whether B starts at zero, and the weights stay as they are."""
-        return self.init_lora_weights in (True, "gaussian") and self.merged_quantiser is None
+        changes_weights = self.merged_quantiser is not None or self.kasa_config is not None
+        return self.init_lora_weights in (True, "gaussian") and not changes_weights
 
     def for_file(self, sites: Sequence[Any]) -> LoraConfig:
         """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
-        config = copy.deepcopy(self)
-        config.merged_quantiser = merge_aware.in_file(self.merged_quantiser)
-        config.drop_unused()
-        config.rank_pattern, config.alpha_pattern = exact_patterns(sites, self)
-        for site in sites:
-            if isinstance(site, Site) and site.parts:
-                key = pattern_values.pattern_of(site.name)
-                own = rank_of(site, self), alpha_of(site, self)
-                config.rank_pattern[key], config.alpha_pattern[key] = as_stock(len(site.parts), *own, self.use_rslora)
-        layers = [site for site in sites if site.is_layer]
-        config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
-        if len(layers) < len(sites):
-            config.target_parameters = [site.weight for site in sites if not site.is_layer]
-            config.target_modules = list(dict.fromkeys(site.name for site in layers))
-            if config.lora_dropout:
-                warnings.warn(
-                    f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "
-                    "set it in the loaded config to train further",
-                    PeftWarning,
-                    stacklevel=4,
-                )
-                config.lora_dropout = 0.0
-        return config
+        return in_files.written(self, sites)
 
     def converted(
         self, tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]
     ) -> tuple[PeftConfig, dict[str, Tensor]]:
-        """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight.
+        """Returns plain LoRA of twice the rank, for a base from which B₀ A₀ isn't taken.
 
         Raises:
             ValueError: If a rank's scale can't stay as it is.
         """
-        if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError(
-                "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern "
-                "or alpha_pattern no α keeps the scale; leave it None"
-            )
-        config = copy.deepcopy(self)
-        config.init_lora_weights = True
-        config.drop_unused()
-        config.r, config.lora_alpha = 2 * self.r, self.lora_alpha * (2**0.5 if self.use_rslora else 2)
-        config.rank_pattern = {key: 2 * rank for key, rank in self.rank_pattern.items()}
-        config.alpha_pattern = {key: 2 * alpha for key, alpha in self.alpha_pattern.items()}
-        changed = dict(tensors)
-        for key, tensor in tensors.items():
-            if key.endswith(".lora_A.weight"):
-                changed[key] = torch.cat((tensor, first[key]), dim=0)
-            elif key.endswith(".lora_B.weight"):
-                changed[key] = torch.cat((tensor, -first[key]), dim=1)
-        return config, changed
+        return in_files.converted(self, tensors, first)
 
     def fitted_to(self, keys: Collection[str]) -> LoraConfig:
         """Returns the config as it was before `for_file`: the ranks of parts are their own."""
-        config = copy.deepcopy(self)
-        for key in self.rank_pattern.keys() & self.alpha_pattern.keys():
-            name = pattern_values.name_of(key)
-            parts = wanted_parts(name, self.target_parts or {}) if name is not None else None
-            if parts is not None:
-                stock = config.rank_pattern.pop(key), config.alpha_pattern.pop(key)
-                rank, alpha = of_parts(len(parts), *stock, self.use_rslora)
-                config.rank_pattern |= {key: rank} if rank != self.r else {}
-                config.alpha_pattern |= {key: alpha} if alpha != self.lora_alpha else {}
-        return config
+        return in_files.read(self)
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
         """Returns the config of an adapter that combines others: its rank is theirs or their sum, its scale 1."""
@@ -346,81 +277,14 @@ class LoraConfig(TargetedConfig):
         sites = targeted_sites(self, finder, report)
         if self.ensure_weight_tying:
             sites = with_tied(sites, self, finder, report)
+        sites = kinds.only_layers(self, sites, report)
         return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites
+
+    def call_inputs_from(self, arguments: Mapping[str, Any], prompt: Tensor | None) -> Mapping[str, Any]:
+        """Returns where aLoRA's tokens are in the rows of a call."""
+        tokens = self.alora_invocation_tokens
+        return activated.offsets_of_call(tuple(tokens), arguments, prompt) if tokens else {}
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""
-        lora = self._rule_without_rounding(site, dtype)
-        return merge_aware.as_merged(lora, site, self.merged_quantiser)
-
-    def _rule_without_rounding(self, site: Any, dtype: torch.dtype) -> Rule:
-        drops, casts = self.lora_dropout > 0, site.dtype != dtype
-        if site.op is Leaf:
-            leaf = LoraLeaf(drops=drops)
-            return DoraLeaf(leaf) if self.use_dora and site.is_recoded else leaf
-        if site.parts:
-            flipped = site.is_layer and site.transposed
-            rows = site.shape[1] if flipped else site.shape[0]
-            return LoraParts(parts=site.parts, rows=rows, flipped=flipped, drops=drops, casts=casts)
-        if site.tied_to is not None and site.layout is not ops.Embedding:
-            return LoraTied(drops=drops, casts=casts)
-        lora = self._lora_for(site, drops, casts)
-        return with_magnitudes(lora, site) if self.use_dora else lora
-
-    def _lora_for(self, site: Site, drops: bool, casts: bool) -> Lora:
-        """Returns the rule without magnitudes."""
-        flipped, has_bias = site.is_layer and site.transposed, self.lora_bias
-        if site.layout is ops.Convolution:
-            return lora_of_convolution(site, self, casts)
-        if site.layout is ops.Embedding:
-            return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
-        if site.layout is ops.Weight and len(site.shape) == 3:
-            return LoraExperts(experts=site.shape[0], transposed=site.transposed)
-        if site.layout is ops.Weight and len(site.shape) > 3:
-            return LoraKernels(shape=site.shape)
-        if site.op is ops.Weight:
-            return LoraMatrix(flipped=flipped)
-        return LoraLinear(flipped=flipped, drops=drops, casts=casts, has_bias=has_bias)
-
-
-_NESTED: dict[str, tuple[str, type]] = {
-    "corda_config": ("corda", CordaConfig),
-    "eva_config": ("eva", EvaConfig),
-    "lora_ga_config": ("lora_ga", LoraGAConfig),
-    "loftq_config": ("loftq", LoftQConfig),
-}
-"""The options that have options of their own, with the `init_lora_weights` that they are for."""
-
-
-def _nested(value: Any, config_class: type, name: str) -> Any:
-    """Returns nested options as an instance of `config_class`, from a dict or from PEFT's class for them."""
-    if not value or isinstance(value, config_class):
-        return value
-    values = value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        values = dataclasses.asdict(value)
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a {config_class.__name__}, a dict of its values or None, not {shown(value)}")
-    known = {field.name for field in dataclasses.fields(config_class)}
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"{name} has no option {shown(unknown[0])}; it has {', '.join(sorted(known))}")
-    try:
-        return config_class(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "megatron_config",
-    "megatron_core",
-    "monteclora_config",
-    "qalora_group_size",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-"""Options of PEFT's that are supported with their default alone."""
+        return choice.rule_for(self, site, dtype)

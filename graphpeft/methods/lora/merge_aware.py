@@ -65,7 +65,7 @@ def in_file(quantiser: Quantiser | str | None) -> str | None:
         f"merged_quantiser={shown(quantiser)} is a function, which a file can't hold: to train further, load it "
         "with a config that has it, as in from_pretrained(…, config=config, is_trainable=True)",
         PeftWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return None
 

@@ -1,0 +1,1 @@
+"""Variants of LoRA, which adapt linear layers alone: a file for each."""

@@ -401,8 +401,8 @@ def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(
 @in_any_state
 def test_a_config_of_a_method_that_isnt_there_is_refused(build: Callable[[], Any]) -> None:
     model = build()
-    theirs: Any = peft.OSFConfig(target_modules=["up"])
-    with refused(model, ValueError, "OSF", "supported", "LORA"):
+    theirs: Any = peft.ShadowConfig()
+    with refused(model, ValueError, "SHADOW", "supported", "LORA"):
         get_peft_model(model, theirs, "second")
 
 

@@ -322,7 +322,7 @@ def test_another_file_takes_the_place_of_a_tied_adapter(tmp_path: Path) -> None:
         ({"rank_pattern": {"lm_head": 4}}, "rank_pattern gives 4 to it and 2 to that"),
         ({"alpha_pattern": {"embed_tokens": 3}}, "alpha_pattern gives 4 to it and 3 to that"),
         ({"exclude_modules": ["lm_head"]}, "isn't adapted, which ensure_weight_tying forbids"),
-        ({"modules_to_save": ["lm_head"]}, "excluded were model.embed_tokens, lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "excluded model.embed_tokens, lm_head"),
     ],
 )  # fmt: skip
 def test_what_would_untie_them_is_refused(options: dict[str, Any], reason: str) -> None:

@@ -49,11 +49,7 @@ READ: tuple[Reason, ...] = (
         "prefix tuning on configs without `head_dim`, as Qwen 2's",
         error="Config' object has no attribute 'head_dim'",
     ),
-    Reason(
-        WRONG,
-        "rows of a mixed batch at `nn.MultiheadAttention`, where they are positions",
-        test="mixed_adapter_batches_mha",
-    ),
+    Reason(WORDING, "another text of an error", error="built with batch_first=False", test="mixed_adapter_batches_mha"),
     Reason(
         BETTER,
         "mixed batches in training, with DoRA, and of the base alone",

@@ -9,25 +9,12 @@ The same numbers as PEFT's ``AdamssModel.update_and_allocate``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from graphpeft.methods.adalora.allocation import Importance
 from graphpeft.rules.trained import SiteParameters
-
-
-class Importance(NamedTuple):
-    """The importance of a parameter's elements, averaged over steps.
-
-    Attributes:
-        mean: I.
-        spread: U.
-    """
-
-    mean: Tensor
-    spread: Tensor
-
 
 Place = tuple[str, str]
 """A parameter: the label of its site, and its name there; or a group: the label, and its number."""

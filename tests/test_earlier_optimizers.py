@@ -17,7 +17,7 @@ from graphpeft.model import earlier_optimizers
 pytestmark = pytest.mark.quick("model")
 
 CONFIG: dict[str, Any] = {"r": 2, "target_modules": ["0"]}
-NOTHING = "has frozen weights of Sequential and none of its trained parameters"
+NOTHING = "has frozen weights of Sequential and nothing of its trained adapter"
 
 
 def base() -> nn.Module:
@@ -73,6 +73,14 @@ def test_one_for_weights_that_are_trained_beside_the_adapter_is_silent() -> None
     adapted(model)
     model[1].requires_grad_(True)  # type: ignore[index]
     assert texts(optimizer, model) == []
+
+
+def test_one_that_also_has_weights_that_are_trained_later_warns() -> None:
+    model = base()
+    optimizer = torch.optim.SGD(model.parameters())
+    adapted(model)
+    model[1].requires_grad_(True)  # type: ignore[index]
+    assert len(texts(optimizer, model)) == 1
 
 
 def test_one_of_another_model_is_silent_and_the_next_is_still_looked_at() -> None:

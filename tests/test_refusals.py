@@ -421,11 +421,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("megatron_config", {"a": 1}),
         ("megatron_core", "other.core"),
         ("monteclora_config", {"a": 1}),
-        ("arrow_config", {"a": 1}),
-        ("kasa_config", {"a": 1}),
-        ("velora_config", {"a": 1}),
-        ("use_bdlora", {"a": 1}),
-        ("alora_invocation_tokens", [1]),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

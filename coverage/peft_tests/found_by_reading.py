@@ -224,5 +224,28 @@ READ: tuple[Reason, ...] = (
     Reason(OPEN, "Diffusers' attention without example inputs", error="may read its weight without calling it"),
     Reason(WORDING, "another error comes first", test="set_requires_grad_prompt_learning_raises"),
     Reason(WORDING, "another text of an error", error='AssertionError: assert "[^"]+" in'),
+    Reason(WRAPPERS, "names of parameters", error="to require gradients, got"),
+    Reason(WRAPPERS, "an attribute of wrappers", error="Tensor.__contains__ only supports"),
+    Reason(
+        OTHERWISE,
+        "OFT rotates the channels of a convolution, and PEFT's blocks of its kernel fit none",
+        error="features fall into blocks of one",
+    ),
+    Reason(OTHERWISE, "what has taken a part of a weight isn't merged in place", error="has taken a part of"),
+    Reason(
+        OTHERWISE,
+        "adapters that train the same tensor aren't active together",
+        error="both (fully )?train|both have another tensor",
+        test="test_active_adapter|different_modules_to_save",
+    ),
+    Reason(OTHERWISE, "dropout that could have no effect is refused", error="dropout drops|no branch for miss_dropout"),
+    Reason(OTHERWISE, "an AdaMSS file of another base is refused", error="CheckpointError: .*adamss_B"),
+    Reason(
+        OTHERWISE, "two AdaLoRA adapters can be trained", error="DID NOT RAISE ValueError", test="requires_grad_set"
+    ),
+    Reason(OPEN, "frozen tensors that sites share are parameters", error="uniform dtype|Parameter containing"),
+    Reason(OPEN, "frozen tensors that sites share are parameters", test="test_adapter_dtype_autocast"),
+    Reason(OPEN, "`bias` by a method's name in another spelling", error="not '(miss|adalora)_only'"),
+    Reason(OTHERWISE, "what is drawn when it is needed differs in files", test="test_parameters_after_loading_model"),
     Reason(NAMES, "`prepare_model_for_gradient_checkpointing`", error="prepare_model_for_gradient_checkpointing"),
 )

@@ -19,7 +19,7 @@ APART = (WORDING, WRAPPERS, INSIDE)
 
 # Attributes of the modules that PEFT puts around layers and models.
 _OF_WRAPPERS = (
-    "_adapters|_get_available_adapters|_get_module_names_tied_with_embedding|_restore_weights|active_adapter|"
+    "_adapters|_init_tinylora_v|unilora_theta_d|vblora_vector_bank|pvera_generator|glora_B|_get_available_adapters|_get_module_names_tied_with_embedding|_restore_weights|active_adapter|"
     "active_adapters|adapter_layer_names|base_layer|default|disable_adapters|enable_adapters|get_base_layer|"
     "get_delta_weight|in_features|lora_A|lora_B|lora_alpha|lora_bias|lora_dropout|lora_embedding_A|lora_embedding_B|"
     "lora_magnitude_vector|lora_variant|merge|merged|merged_adapters|modules_to_save|original_module|prompt_encoder|"

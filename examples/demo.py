@@ -140,7 +140,8 @@ def digits(lowest: int, highest: int) -> Task:
 
 def project_texts() -> tuple[str, str]:
     """The project's English, without the code in it, and its Python."""
-    pages = [PROJECT / "LICENSE", *sorted(PROJECT.glob("*.md")), *sorted(PROJECT.glob("docs/*.md"))]
+    prose = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/lora.md", "docs/rules.md", "docs/architecture.md")
+    pages = [PROJECT / "LICENSE", *(PROJECT / name for name in prose)]
     english = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     files = sorted(PROJECT.glob("graphpeft/**/*.py"))
     python = "\n".join(file.read_text(encoding="utf-8") for file in files)
@@ -192,7 +193,7 @@ def cases() -> list[Case]:
             unseen=next_characters(python, alphabet),
             config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
             base_training=Training(steps=280, learning_rate=5e-3),
-            adapter_training=Training(steps=180, learning_rate=1e-2),
+            adapter_training=Training(steps=260, learning_rate=1e-2),
         ),
     ]
 

@@ -70,7 +70,15 @@ def tree_of(code: CodeType) -> ast.AST | None:
         return None
     said = {getattr(node, kind) for node in ast.walk(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)}
     # Python joins names of imports by dots, and mangles attributes with two underscores
-    return tree if all(name in said or "." in name or "__" in name for name in code.co_names) else None
+    return tree if all(name in said or "." in name or "__" in name for name in _names_of(code)) else None
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    """Yields the names that code reads, and those that functions inside of it read."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names_of(inner)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -477,7 +477,7 @@ def test_digits_are_learned_with_the_ranks_that_are_left():
     x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
-    options: dict[str, Any] = {"init_r": 8, "target_r": 3, "tinit": 20, "tfinal": 40, "deltaT": 5, "total_step": 160}
+    options: dict[str, Any] = {"init_r": 8, "target_r": 3, "tinit": 20, "tfinal": 200, "deltaT": 5, "total_step": 320}
     model: Any = get_peft_model(base, AdaLoraConfig(**options, lora_alpha=16, target_modules=["0", "2", "4"]))
 
     def share() -> float:
@@ -485,13 +485,13 @@ def test_digits_are_learned_with_the_ranks_that_are_left():
 
     assert share() < 0.3
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    for step in range(160):
+    for step in range(320):
         chosen = torch.randint(1200, (128,))
         (F.cross_entropy(model(x[chosen]), y[chosen]) + penalty_of(model)).backward()
         optimizer.step()
         model.update_and_allocate(step)
         optimizer.zero_grad()
-    assert share() > 0.6  # a guess is right for a tenth
+    assert share() > 0.75
     shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     ranks = [shapes[f"base_model.model.{layer}.lora_E"][0] for layer in (0, 2, 4)]
     assert sum(ranks) == 9

@@ -54,17 +54,22 @@ CELLS = [
 ]
 
 
-def recoded(case: Case, otherwise: float) -> float:
-    """Returns the tolerance where the last bit of a sum may differ: then an input is rounded to another code."""
-    return 1e-3 if "of inputs" in case.name else otherwise
+def second_inputs(case: Case) -> Case:
+    """Returns a case with the numbers that are drawn next; the first are at an edge of two codes on some processors."""
+
+    def drawn() -> tuple[torch.Tensor]:
+        (first,) = case.make_inputs()
+        return (torch.randn_like(first),)
+
+    return case._replace(make_inputs=drawn)
 
 
 def adapts(case: Case, folder: Path) -> str:
     ours, theirs = ours_of(case), theirs_of(case)
     graphpeft.set_peft_model_state_dict(ours, tensors(theirs))
-    tolerance = recoded(case, 1e-6)
-    assert_close(outputs(ours, case), outputs(theirs, case), tolerance)
-    assert_files_go_both_ways(ours, theirs, case, folder, tolerance)
+    assert_close(outputs(ours, case), outputs(theirs, case), 1e-6)
+    # where the last bit of a sum differs, an input is rounded to another code
+    assert_files_go_both_ways(ours, theirs, case, folder, 1e-3 if "of inputs" in case.name else 1e-6)
     return "same"
 
 
@@ -105,7 +110,7 @@ def exports(adapters: str) -> Callable[[Case, Path], str]:
             graphpeft.export(model, case.inputs(), file, adapters=adapters, check=False)
         assert torch.equal(outputs(model, case), adapted)
         apart = distance(torch.export.load(file).module()(*case.inputs()), adapted)
-        return "exact" if apart < recoded(case, 1e-5) else "rounds" if apart < 2e-2 else "differs"
+        return "exact" if apart < 1e-5 else "rounds" if apart < 2e-2 else "differs"
 
     return export
 
@@ -117,7 +122,7 @@ COLUMNS: dict[str, Callable[[Case, Path], str]] = dict(
 
 @pytest.mark.parametrize(("case", "column", "cell"), CELLS)
 def test_a_cell_is_what_the_libraries_do(case: Case, column: str, cell: str, tmp_path: Path) -> None:
-    assert COLUMNS[column](case, tmp_path) == cell
+    assert COLUMNS[column](second_inputs(case), tmp_path) == cell
 
 
 def test_what_is_not_run_here_cannot_be() -> None:

@@ -41,6 +41,7 @@ from graphpeft.model.task_models import (
 )
 from graphpeft.model.trainer_callback import update_and_allocate_callback
 from graphpeft.model.training_methods import penalty_of
+from graphpeft.model.tuners import PEFT_TYPE_TO_TUNER_MAPPING
 from graphpeft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
@@ -74,6 +75,7 @@ from graphpeft.tracing.trace import trace
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaptError",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

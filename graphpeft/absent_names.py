@@ -26,7 +26,6 @@ ABSENT: dict[str, str] = {
     "MontecloraConfig": _VARIANT,
     "LoraRuntimeConfig": "an adapter is where its weight is, without ephemeral_gpu_offload, its only option",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "a model takes adapters of any methods, without a class for it",
-    "PEFT_TYPE_TO_TUNER_MAPPING": "there are no tuner classes; PEFT_TYPE_TO_CONFIG_MAPPING has the methods",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
     "bloom_model_postprocess_past_key_value": _CACHES,
     "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",

@@ -60,6 +60,8 @@ def known_adapter(model: nn.Module, name: str) -> Adapter:
         AdaptError: If it has none of this name.
     """
     state = known_adapters(model)
+    if isinstance(name, list):
+        raise AdaptError(f"adapter_name is {name!r}, as active_adapter is while several are active; pass one name")
     unknown = adapter_names.unknown([name], state.by_name)
     if unknown is not None:
         raise AdaptError(f"{unknown}; the model has {sorted(state.by_name)}")
@@ -128,7 +130,10 @@ def plan_for(
     if reason is not None:
         raise AdaptError(reason)
     if state is not None and adapter_name in state.by_name:
-        raise AdaptError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+        raise AdaptError(
+            f"the model has an adapter {adapter_name!r} already; choose another adapter_name, or call delete_adapter() "
+            "or unload() first"
+        )
     if state is not None:
         refuse_conflict(config, state, adapter_name)
     return planned(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)

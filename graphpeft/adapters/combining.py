@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphpeft.adapters import adapter_names, changes
+from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
@@ -110,6 +111,7 @@ def combined_values(
     sources = {name: adapters.by_name[name] for name in weights}
     for name, source in sources.items():
         refuse_missing(modules, source, name)
+        refuse_empty(modules, source, name)
     parts = _parts(modules, sources, weights)
     planned = {(adapted.site.region, adapted.site.label) for adapted in plan.sites}
     if planned != parts.keys():

@@ -26,6 +26,7 @@ from graphpeft.adapters.changes import (
     memory_of,
     there_to_write,
 )
+from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import refuse_missing, resized
@@ -269,6 +270,7 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
     override_readers(adapters, names)
     for name in names:
         refuse_missing(modules, adapters.by_name[name], name)
+        refuse_empty(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
         for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
             template = template_of(modules[region]) or adapters.lifted.get(region)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft.adapters.empty_tensors import fill
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.files.foreign_files import CheckpointError
@@ -229,6 +230,7 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
 def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> None:
     """Gives tensors of an adapter other values, and tensors of the model's own, which are put back when it goes."""
     reshard(modules.values())
+    values = fill(modules, adapter, name, values)
     of_adapter = set(adapter.tensor_names(name))
     for place, value in values.items():
         owner, copied = place_of(modules[place[0]], place[1])[0], None

@@ -13,6 +13,9 @@ PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 HUB_OPTIONS = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"})
 """Options that are passed on to ``huggingface_hub.hf_hub_download``."""
 
+_FORMER_OPTIONS = frozenset({"proxies", "resume_download"})
+"""Options that it had once, which other libraries still pass on as None or False."""
+
 
 def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
     """Returns the path of an adapter's file in a local folder, or downloads it from the Hub.
@@ -26,6 +29,7 @@ def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_opti
         FileNotFoundError: If the folder or repository doesn't have the file.
         TypeError: If an option is unknown.
     """
+    hub_options = {name: value for name, value in hub_options.items() if value or name not in _FORMER_OPTIONS}
     unknown = sorted(hub_options.keys() - HUB_OPTIONS)
     if unknown:
         raise TypeError(

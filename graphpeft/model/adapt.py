@@ -11,10 +11,13 @@ from torch import nn
 from graphpeft.adapters.adapting import (
     Where,
     add_new,
+    known_adapter,
+    modules_of,
     plan_for,
     replicate_layers,
     warn_of_mistakes,
 )
+from graphpeft.adapters.empty_tensors import empty
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
@@ -80,7 +83,7 @@ def get_peft_model(
     mixed: bool = False,  # noqa: ARG001
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
-    low_cpu_mem_usage: bool = False,  # noqa: ARG001
+    low_cpu_mem_usage: bool = False,
     *,
     example_inputs: ExampleInputs | None = None,
     where: Where | None = None,
@@ -97,7 +100,8 @@ def get_peft_model(
         mixed: Accepted for compatibility with PEFT; a model takes adapters of any methods, with and without it.
         autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
         revision: The base model's revision on the Hub, which the adapter's config records.
-        low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+        low_cpu_mem_usage: Whether the new tensors have no values: they are on the meta device, until
+            `set_peft_model_state_dict` or `load_adapter` brings a file's values.
         example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be called.
             It is needed where the forward of a module that uses a weight functionally branches on its inputs.
         where: A predicate that narrows down the sites which the config names, such as
@@ -122,16 +126,19 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    add_new(
-        model,
-        config,
-        adapter_name,
-        example_inputs,
-        autocast_adapter_dtype,
-        where,
-        activates=True,
-        methods=give_methods,
-    )
+    with transaction(model):
+        add_new(
+            model,
+            config,
+            adapter_name,
+            example_inputs,
+            autocast_adapter_dtype,
+            where,
+            activates=True,
+            methods=give_methods,
+        )
+        if low_cpu_mem_usage:
+            empty(modules_of(model), known_adapter(model, adapter_name), adapter_name)
     watch(model)
     return model
 

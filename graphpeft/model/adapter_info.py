@@ -36,12 +36,17 @@ class AdapterInfo(nn.Module):
         return list(self._peft_adapters.active)
 
     @property
-    def active_adapter(self) -> str:
-        """The name of the first active adapter.
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or the list of names if several are: what `set_adapter` takes.
 
         Raises:
             AdaptError: If no adapter is active.
         """
+        active = self.active_adapters
+        return active if len(active) > 1 else self._first_active
+
+    @property
+    def _first_active(self) -> str:
         if not self.active_adapters:
             raise AdaptError(f"no adapter is active; name one of {sorted(self.peft_config)}, or call set_adapter first")
         return self.active_adapters[0]
@@ -53,7 +58,7 @@ class AdapterInfo(nn.Module):
         Raises:
             AdaptError: If no adapter is active.
         """
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[self._first_active]
 
     @property
     def peft_type(self) -> Any:
@@ -99,7 +104,7 @@ class AdapterInfo(nn.Module):
         Raises:
             AdaptError: If the model has no adapter of this name, or none is active.
         """
-        return known_adapter(self, self.active_adapter if adapter_name is None else adapter_name).report
+        return known_adapter(self, self._first_active if adapter_name is None else adapter_name).report
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the model's parameters, in numbers (not tensors).

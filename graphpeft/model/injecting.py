@@ -29,7 +29,7 @@ def inject_adapter_in_model(
         peft_config: A config of this library or of PEFT; its class is the method.
         model: The model, adapted or not.
         adapter_name: The adapter's name.
-        low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+        low_cpu_mem_usage: Whether the new tensors have no values, as in `get_peft_model`.
         state_dict: Tensors by the names that an adapter's have in files, with or without the prefix
             ``base_model.model.``; the modules in these names are adapted, and the values aren't used. None adapts those
             that the config names.
@@ -67,7 +67,14 @@ def inject_adapter_in_model(
     names_more = any(path.endswith(tuple(f".{name}" for name in named)) for path in modules - named)
     narrows = names_more or config.target_options.target_parameters
     where = (lambda site: site.owner in named) if narrows else None
-    return get_peft_model(model, config, adapter_name, example_inputs=example_inputs, where=where)
+    return get_peft_model(
+        model,
+        config,
+        adapter_name,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        example_inputs=example_inputs,
+        where=where,
+    )
 
 
 def _modules_in(config: Any, state_dict: Mapping[str, Any]) -> set[str]:

@@ -15,8 +15,9 @@ from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
-from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
+from graphpeft.adapters.adapting import Where, add_new, carry_out, known_adapter, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
+from graphpeft.adapters.empty_tensors import empty
 from graphpeft.adapters.given_inputs import with_derived
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
@@ -223,7 +224,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         Args:
             adapter_name: The new adapter's name.
             peft_config: A config of this library or of PEFT; its class is the method.
-            low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made twice here.
+            low_cpu_mem_usage: Whether the new tensors have no values, as in `get_peft_model`.
             autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
             example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be
                 called; needed where `get_peft_model` needs it.
@@ -237,16 +238,19 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         if isinstance(peft_config, str) and not isinstance(adapter_name, str):
             raise TypeError("pass the name first, as in PEFT: model.add_adapter(adapter_name, config)")
         config = as_config(peft_config)
-        add_new(
-            self,
-            config,
-            adapter_name,
-            example_inputs,
-            autocast_adapter_dtype,
-            where,
-            activates=False,
-            methods=give_methods,
-        )
+        with transaction(self):
+            add_new(
+                self,
+                config,
+                adapter_name,
+                example_inputs,
+                autocast_adapter_dtype,
+                where,
+                activates=False,
+                methods=give_methods,
+            )
+            if low_cpu_mem_usage:
+                empty(modules_of(self), known_adapter(self, adapter_name), adapter_name)
         if is_asked_by("trl"):
             copy_at_the_model(self, adapter_name)
 

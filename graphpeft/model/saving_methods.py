@@ -12,6 +12,7 @@ from typing import Any
 
 from graphpeft.adapters import checkpoint, file_names, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.tensors import refuse_missing, trained_besides
 from graphpeft.files.atomic_files import Staging
@@ -82,6 +83,8 @@ class SavingMethods(AdapterInfo):
             return
         for name, adapter in selected.items():
             refuse_missing(modules_of(self), adapter, name, reads=state_dict is None)
+            if state_dict is None:
+                refuse_empty(modules_of(self), adapter, name)
         trained = trained_besides(self)
         if trained:
             warnings.warn(
@@ -130,7 +133,7 @@ class SavingMethods(AdapterInfo):
                 staging.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
-                f"a Trainer resumes the first active adapter alone, {self.active_adapter!r}; load the others from the "
+                f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from the "
                 "checkpoint with load_adapter",
                 PeftWarning,
                 stacklevel=2,

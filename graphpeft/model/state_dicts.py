@@ -76,7 +76,7 @@ def set_peft_model_state_dict(
             `get_peft_model_state_dict` returns them.
         adapter_name: The name of the adapter.
         ignore_mismatched_sizes: Must be False.
-        low_cpu_mem_usage: Accepted for compatibility with PEFT; no tensor is made here.
+        low_cpu_mem_usage: Accepted for compatibility with PEFT: tensors without values get theirs in any case.
 
     Returns:
         The result of ``load_state_dict``: empty lists of missing and of unexpected keys.

@@ -55,19 +55,23 @@ class ConfigJson:
         values = dict(values)
         config_class = cls._class_of(values.pop("peft_type", None))
         known = [field.name for field in options(config_class)]
-        for name in [name for name in values if name not in known]:
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            near = "".join(dict.fromkeys(nearest(name, known) for name in unknown))
             warnings.warn(
-                f"{CONFIG_NAME} has an unknown key {shown(name)}, which is ignored{nearest(name, known)}",
+                f"Unexpected keyword arguments {shown(sorted(unknown))} for class {config_class.__name__}, these are "
+                f"ignored{near}",
                 PeftWarning,
                 stacklevel=3,
             )
-            del values[name]
-        return config_class(**values)
+        return config_class(**{name: value for name, value in values.items() if name in known})
 
     @classmethod
     def _class_of(cls: type[ConfigT], named: Any) -> type[ConfigT]:
         """Returns the class of the method of this name, which has to be `cls` or inherit from it."""
         config_class = next((c for t, c in registered().items() if named == t), None)
+        if named is None:
+            raise ValueError("it has no peft_type, which every adapter's config has: is it another file?")
         if config_class is None:
             raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(plain, registered()))}")
         if not issubclass(config_class, cls):
@@ -109,12 +113,14 @@ class ConfigJson:
             path_json_file: The file.
 
         Returns:
-            Its keys with plain values, which `from_dict` takes.
+            Its keys with plain values, which `from_dict` takes; without `runtime_config`, which isn't the adapter's.
 
         Raises:
             CheckpointError: If the file isn't a JSON object.
         """
-        return read_json(path_json_file)
+        values = read_json(path_json_file)
+        values.pop("runtime_config", None)
+        return values
 
     @classmethod
     def from_pretrained(
@@ -148,7 +154,7 @@ class ConfigJson:
         Raises:
             CheckpointError: If the file isn't JSON, its method isn't known, or an option has an invalid value.
         """
-        values = read_json(path)
+        values = cls.from_json_file(path)
         try:
             cls._class_of(values.get("peft_type")).check_file(values)
             return cls.from_dict(values)

@@ -1,0 +1,142 @@
+"""What users of PEFT are used to, and find here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import MLP
+from torch import nn
+
+import graphpeft
+from graphpeft import LoraConfig, PeftConfig, get_peft_model
+
+X = torch.linspace(-1, 1, 16).reshape(2, 8)
+
+
+def perturbed(model: Any) -> Any:
+    """Returns a model whose parameters differ from each other."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 5)
+    return model
+
+
+# several active adapters
+
+
+def test_the_active_adapter_is_what_set_adapter_takes() -> None:
+    model = get_peft_model(MLP.build(), LoraConfig(target_modules=["up"]))
+    model.add_adapter("other", LoraConfig(target_modules=["down"]))
+    assert model.active_adapter == "default"
+    model.set_adapter(["default", "other"])
+    before = model.active_adapter
+    assert before == model.base_model.active_adapter == ["default", "other"]
+    model.set_adapter("other")
+    assert model.active_adapter == "other"
+    model.set_adapter(before)
+    assert model.active_adapters == ["default", "other"]
+    assert model.active_peft_config is model.peft_config["default"]
+    assert model.peft_type == "LORA"
+    with pytest.raises(ValueError, match=r"adapter_name is \['default', 'other'\], .*pass one name"):
+        graphpeft.get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+
+
+# tensors without values
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "inject", "inject_state_dict"])
+def test_tensors_without_values_get_those_of_a_file(how: str) -> None:
+    config = LoraConfig(target_modules=["up", "down"], r=2)
+    filled = perturbed(get_peft_model(MLP.build(), config))
+    values = graphpeft.get_peft_model_state_dict(filled)
+    model: Any = MLP.build()
+    if how == "get_peft_model":
+        get_peft_model(model, config, low_cpu_mem_usage=True)
+    elif how == "add_adapter":
+        get_peft_model(model, LoraConfig(target_modules=["up"]), "first")
+        model.add_adapter("default", config, low_cpu_mem_usage=True)
+    else:
+        of_file = {"state_dict": values} if how == "inject_state_dict" else {}
+        graphpeft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True, **of_file)
+    own = [p for name, p in model.named_parameters() if ".default.lora_" in name]
+    assert {p.device.type for p in own} == {"meta"}
+    model.set_adapter("default")
+    with pytest.raises(RuntimeError, match="has no values yet"):
+        model(X)
+    graphpeft.set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".default.lora_" in name)
+    found = graphpeft.get_peft_model_state_dict(model)
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+    model.load_state_dict({n: v for n, v in filled.state_dict().items() if "lora_" not in n}, strict=False)
+    torch.testing.assert_close(model(X), filled(X))
+
+
+@pytest.mark.parametrize("do", ["save", "merge"])
+def test_tensors_without_values_are_neither_saved_nor_merged(do: str, tmp_path: Path) -> None:
+    model = get_peft_model(MLP.build(), LoraConfig(target_modules=["up"]), low_cpu_mem_usage=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    with pytest.raises(graphpeft.AdaptError, match="'default' has no values yet.*load"):
+        model.save_pretrained(tmp_path) if do == "save" else model.merge_adapter()
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_tensors_that_sites_share_remain_one_tensor() -> None:
+    config = graphpeft.VBLoRAConfig(target_modules=["0", "1"], r=2, num_vectors=4, vector_length=4, topk=2)
+    filled = perturbed(get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config))
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
+    graphpeft.set_peft_model_state_dict(model, graphpeft.get_peft_model_state_dict(filled))
+    assert [len(list(each.parameters())) for each in (model, filled)] == [len(list(filled.parameters()))] * 2
+    model.load_state_dict(filled.state_dict())
+    torch.testing.assert_close(model(X), filled(X))
+
+
+# methods
+
+
+def test_the_table_of_tuners_adapts_by_each_method() -> None:
+    tuners = graphpeft.PEFT_TYPE_TO_TUNER_MAPPING
+    assert set(tuners) == set(graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING)
+    assert len(tuners) == len(graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING)
+    assert not tuners["VERA"].uses_shared_state
+    assert tuners["IA3"].prefix == "ia3_"
+    model, config = MLP.build(), LoraConfig(target_modules=["up"])
+    assert tuners["LORA"](model, {"mine": config}, "mine") is model
+    assert list(model.peft_config) == ["mine"]  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="the config is a LoraConfig; pass a IA3Config"):
+        tuners["IA3"](MLP.build(), config, "default")
+
+
+# configs
+
+
+def test_unknown_keys_are_told_in_one_warning_with_pefts_words(tmp_path: Path) -> None:
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    values = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    for library in (peft, graphpeft):
+        with pytest.warns(UserWarning) as warned:
+            library.LoraConfig.from_peft_type(**values, foobar=1, spam=2)
+        words = r"Unexpected keyword arguments \['foobar', 'spam'\] for class LoraConfig, these are ignored"
+        assert len(warned) == 1
+        assert warned[0].message.args[0].startswith(words.replace("\\", ""))
+
+
+def test_what_is_of_one_run_is_no_key_of_a_file(tmp_path: Path) -> None:
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 3', '"r": 3, "runtime_config": {"ephemeral_gpu_offload": true}'))
+    assert "runtime_config" not in LoraConfig.from_json_file(file)
+    assert LoraConfig.from_pretrained(tmp_path) == LoraConfig(r=3)
+
+
+def test_former_options_of_the_hub_are_taken_as_none(tmp_path: Path) -> None:
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path, proxies=None, resume_download=False) == LoraConfig(r=3)
+    with pytest.raises(TypeError, match="proxies: not an option here"):
+        PeftConfig.from_pretrained(tmp_path, proxies={"https": "example.org"})

@@ -30,8 +30,17 @@ def _get_submodules(model: Any, key: str) -> tuple[Any, Any, str]:
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
-# Functions of PEFT's that know nothing of its methods, written anew.
-NEUTRAL_FUNCTIONS: dict[str, Any] = {"infer_device": lambda: "cpu", "_get_submodules": _get_submodules}
+def _is_targeted(config: Any, name: str) -> bool:
+    targets = importlib.import_module("graphpeft.targeting.targets")
+    return bool(targets.match(config.target_options, name))
+
+
+# Functions of PEFT's that know nothing of its methods, written anew, and one that graphpeft has in other words.
+NEUTRAL_FUNCTIONS: dict[str, Any] = {
+    "infer_device": lambda: "cpu",
+    "_get_submodules": _get_submodules,
+    "check_target_module_exists": _is_targeted,
+}
 
 
 class MissingNameError(Exception):

@@ -288,7 +288,10 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
             changes = {adapted.site.weight: delta(adapted, modules), bias: bias_delta(adapted, modules)}
             for path, change in changes.items():
                 if change is not None and not torch.isfinite(change).all():
-                    raise AdaptError(f"the change of {path} by adapter {name!r} isn't finite")
+                    raise AdaptError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: the change of "
+                        f"{path} by adapter {name!r} isn't finite"
+                    )
         for path in adapters.by_name[name].rows:
             if not torch.isfinite(tensor_at(modules[path], overrides.rows(name))).all():
                 raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")

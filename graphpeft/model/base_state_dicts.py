@@ -89,10 +89,10 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
     own = _own_tensors(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
-    problems = [f"lacks {joined(missing)}"] if missing else []
-    problems += [f"has {joined(unexpected)}, which the base model hasn't"] if unexpected else []
+    problems = [f"Missing keys: {joined(missing)}"] if missing else []
+    problems += [f"Unexpected keys, which the base model hasn't: {joined(unexpected)}"] if unexpected else []
     if strict and problems:
-        raise RuntimeError(f"the state_dict {' and '.join(problems)}; strict=False loads the others")
+        raise RuntimeError(f"{'. '.join(problems)}. strict=False loads the others")
     packed = [name for name, tensor in own.items() if backend_of(tensor) == "bnb 4bit"]
     if packed:
         raise AdaptError(f"{joined(packed)} are in 4 bits, whose scales no state_dict can set; load the model anew")

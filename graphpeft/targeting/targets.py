@@ -356,8 +356,8 @@ def _layer_index(layers_pattern: str | Collection[str] | None) -> Callable[[str]
 def _advice(model: nn.Module) -> str:
     names = list(dict.fromkeys(_suggested(name) for name in all_linear_names(model, None) if name))
     if not names:
-        return "Set target_modules; the model has no linear modules to suggest."
-    return f"Set target_modules in the config, for example to some of its linear modules: target_modules={names}"
+        return "Please specify `target_modules`; the model has no linear modules to suggest."
+    return f"Please specify `target_modules` in the config, for example some of its linear modules: target_modules={names}"
 
 
 def _suggested(name: str) -> str:

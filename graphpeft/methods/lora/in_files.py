@@ -18,6 +18,18 @@ from graphpeft.sites.site import Site
 from graphpeft.targeting import pattern_values
 
 
+def warn_of_no_conversion(config: Any) -> None:
+    """Warns of a config whose adapter takes a product from the weights, and can't be saved as plain LoRA."""
+    if config.takes_product and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        warnings.warn(
+            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion isn't possible: "
+            f"init_lora_weights={config.init_lora_weights!r} changes the weights, and save_pretrained can't convert the "
+            "adapter by path_initial_model_for_weight_conversion; leave use_rslora False if you mean to",
+            PeftWarning,
+            stacklevel=5,
+        )
+
+
 def written(own: Any, sites: Sequence[Any]) -> Any:
     """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`.
 
@@ -82,8 +94,8 @@ def converted(own: Any, tensors: Mapping[str, Tensor], first: Mapping[str, Tenso
     """
     if own.use_rslora and (own.rank_pattern or own.alpha_pattern):
         raise ValueError(
-            "path_initial_model_for_weight_conversion doubles ranks, and with use_rslora=True beside rank_pattern or "
-            "alpha_pattern no α keeps the scale; leave it None"
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` doubles ranks, and with "
+            "use_rslora=True beside rank_pattern or alpha_pattern no α keeps the scale; leave it None"
         )
     config = copy.deepcopy(own)
     config.init_lora_weights = True

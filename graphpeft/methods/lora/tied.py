@@ -160,9 +160,15 @@ def with_tied(
     tied: dict[str, Site] = {}
     groups = [(embedding, *others) for embedding, others in tied_layers(finder.modules).items()]
     adapted = [group for group in groups if any(path in by_owner for path in group)]
-    if not adapted and config.modules_to_save is None and config.trainable_token_indices is None:
+    if not groups:
         warnings.warn(
-            "ensure_weight_tying=True has no effect: nothing that is adapted is tied",
+            "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the model",
+            PeftWarning,
+            stacklevel=2,
+        )
+    elif not adapted and config.modules_to_save is None and config.trainable_token_indices is None:
+        warnings.warn(
+            "ensure_weight_tying=True has no effect: nothing that is adapted is tied, so no tied modules are added",
             PeftWarning,
             stacklevel=2,
         )

@@ -52,7 +52,8 @@ def ending_in(order: list[type], last: tuple[type, ...]) -> list[type]:
 
 def class_in_peft(config: Any) -> type:
     """Returns the type of a config, or a subclass of it that is one of PEFT's config class, too, if PEFT is loaded."""
-    own, theirs = type(config), config_class(config.method)
+    # one that is made for a method, and of no method's class, has no options of it
+    own, theirs = type(config), config_class("" if "peft_type" in vars(config) else config.method)
     return own if theirs is None else _both(own, theirs)
 
 

@@ -720,7 +720,10 @@ def test_a_config_file_is_checked_as_a_config_is(
 def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None:
     edit_config(saved, lora_alhpa=3)
     model = fresh()
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['lora_alhpa'\] for class LoraConfig.*ignored; did you mean 'lora_alpha'"):
+    with pytest.warns(
+        UserWarning,
+        match=r"Unexpected keyword arguments \['lora_alhpa'\] for class LoraConfig.*ignored; did you mean 'lora_alpha'",
+    ):
         PeftModel.from_pretrained(model, saved)
     assert model.get_submodule("first.up").default.lora_scaling == 1
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.adapters import adapter_names, lifecycle
+from graphpeft.adapters.empty_tensors import empty
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
@@ -77,6 +78,7 @@ def add_new(
     where: Where | None,
     *,
     activates: bool,
+    is_empty: bool,
     methods: Methods,
 ) -> None:
     """Gives a model a new adapter.
@@ -89,6 +91,7 @@ def add_new(
         autocast_adapter_dtype: See there.
         where: See there.
         activates: Whether it becomes the active one.
+        is_empty: Whether its tensors have no values yet.
         methods: Gives the model the methods of an adapted one, with its first adapter.
 
     Raises:
@@ -100,6 +103,8 @@ def add_new(
         refuse(plan)
         warn_of_mistakes(config, plan, stacklevel=4)
         carry_out(model, adapter_name, plan, None, activates, methods, replication)
+        if is_empty:
+            empty(modules_of(model), known_adapter(model, adapter_name))
 
 
 def replicate_layers(model: nn.Module, config: PeftConfig) -> Replication | None:

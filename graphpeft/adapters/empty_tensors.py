@@ -51,7 +51,7 @@ def refuse_empty(modules: Modules, adapter: Adapter, name: str) -> None:
         )
 
 
-def empty(modules: Modules, adapter: Adapter, name: str) -> None:
+def empty(modules: Modules, adapter: Adapter) -> None:
     """Takes the values of those tensors at an adapter's sites that its file will have.
 
     What follows from seeds and weights stays, since no file brings it back, and so do copies of the model's own.
@@ -59,7 +59,6 @@ def empty(modules: Modules, adapter: Adapter, name: str) -> None:
     Args:
         modules: The model's modules by path.
         adapter: The adapter.
-        name: Its name.
     """
     specs = [(a.site.owner, a.names[local], spec) for a in adapter.sites for local, spec in a.specs.items()]
     places = [(path, own) for path, own, spec in specs if spec.is_saved and has_tensor(modules[path], own)]
@@ -81,7 +80,9 @@ def fill(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> Tens
     places = [place for place in adapter.tensor_names(name) if place[0] in modules]
     found = {(path, own): tensor_at(modules[path], own) for path, own in places if has_tensor(modules[path], own)}
     made = {
-        id(found[place]): _like(found[place], value.to(_device(modules[place[0]], value), found[place].dtype, copy=True))
+        id(found[place]): _like(
+            found[place], value.to(_device(modules[place[0]], value), found[place].dtype, copy=True)
+        )
         for place, value in values.items()
         if place in found and found[place].is_meta
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import complete, is_completed, overwrite, refuse_missing
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.transaction import set_attribute, set_items, transaction
@@ -143,6 +145,31 @@ def _read(
         return saved_adapter.read(model_id, use_safetensors=use_safetensors, **hub_options)
     values = saved_adapter.load(model_id, use_safetensors=use_safetensors, **hub_options)
     return SavedAdapter(as_config(config), values)
+
+
+def has_adapter(model: nn.Module, adapter_name: str) -> bool:
+    """Returns whether a model has an adapter of a name."""
+    state = adapters_of(model)
+    return state is not None and adapter_name in state.by_name
+
+
+def load_over(
+    model: Any,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool,
+    config: ConfigLike | None,
+    **options: Any,
+) -> None:
+    """Gives an adapter of a model a saved one's values, with a warning, and activates it; arguments as for `load`."""
+    load_again(model, model_id, adapter_name, config, **options)
+    model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    warnings.warn(
+        f"the model has an adapter {adapter_name!r} already, which gets the saved values; for one more, choose another "
+        "adapter_name",
+        PeftWarning,
+        stacklevel=3,
+    )
 
 
 def load_again(

@@ -11,13 +11,10 @@ from torch import nn
 from graphpeft.adapters.adapting import (
     Where,
     add_new,
-    known_adapter,
-    modules_of,
     plan_for,
     replicate_layers,
     warn_of_mistakes,
 )
-from graphpeft.adapters.empty_tensors import empty
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
@@ -126,19 +123,17 @@ def get_peft_model(
     config = as_config(peft_config)
     if revision is not None:
         config = _with_revision(config, revision)
-    with transaction(model):
-        add_new(
-            model,
-            config,
-            adapter_name,
-            example_inputs,
-            autocast_adapter_dtype,
-            where,
-            activates=True,
-            methods=give_methods,
-        )
-        if low_cpu_mem_usage:
-            empty(modules_of(model), known_adapter(model, adapter_name), adapter_name)
+    add_new(
+        model,
+        config,
+        adapter_name,
+        example_inputs,
+        autocast_adapter_dtype,
+        where,
+        activates=True,
+        is_empty=low_cpu_mem_usage,
+        methods=give_methods,
+    )
     watch(model)
     return model
 

@@ -27,6 +27,7 @@ OF_ADAPTERS = frozenset(
         "prefix",
         "set_adapter",
         "targeted_module_names",
+        "targeted_parameter_names",
         "unload",
         "unmerge_adapter",
     }

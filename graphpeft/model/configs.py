@@ -42,6 +42,14 @@ class Configs(Mapping[str, PeftConfig]):
     def __delitem__(self, name: str) -> NoReturn:
         raise TypeError(f"a config goes with its adapter: call model.delete_adapter({name!r})")
 
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises TypeError, as adding a config does; PEFT's own functions update the configs of what they adapt."""
+        raise TypeError(
+            "the model is adapted by graphpeft, and a config in peft_config is of an adapter with tensors: for another "
+            "adapter, call graphpeft.get_peft_model(model, config, name) or model.add_adapter(name, config), and not "
+            "PEFT's get_peft_model; or take the adapters off first with unload() or merge_and_unload()"
+        )
+
     def pop(self, name: str, *_: Any) -> NoReturn:
         """Raises TypeError, as deleting a config does."""
         self.__delitem__(name)

@@ -42,6 +42,19 @@ class OtherNames(AdapterInfo):
         return found
 
     @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """The virtual tokens of each adapter with a prompt, or what computes them: modules with its tensors, by name.
+
+        Raises:
+            AttributeError: If no adapter has a prompt at the model itself.
+        """
+        prompts = [name for name, config in self.peft_config.items() if config.is_prompt_learning]
+        found = {name: holder for name in prompts if (holder := modules_of(self)[""]._modules.get(name)) is not None}
+        if not found:
+            raise AttributeError("no adapter has a prompt at the model itself, whose encoder there could be")
+        return nn.ModuleDict(found)
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """The entries of `modules_to_save` of all adapters; None if there are none."""
         entries = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}

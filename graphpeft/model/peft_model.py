@@ -15,11 +15,10 @@ from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
-from graphpeft.adapters.adapting import Where, add_new, carry_out, known_adapter, modules_of, plan_for, refuse
+from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
-from graphpeft.adapters.empty_tensors import empty
 from graphpeft.adapters.given_inputs import with_derived
-from graphpeft.adapters.loading import load, load_again
+from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.adapters.tensors import set_trainable_now
@@ -92,7 +91,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         Args:
             model: The base model, or one that has adapters already.
             model_id: A folder, or a repository on the Hub.
-            adapter_name: The adapter's name in the model.
+            adapter_name: The adapter's name in the model; one of this name and the same options gets the saved values.
             is_trainable: Whether the adapter is trained further; if False, the model is set to evaluation mode.
             config: A config that replaces the file's. As in PEFT, it becomes the adapter's own, filled in for the
                 model, unless it is another adapter's already.
@@ -128,23 +127,29 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         check_model(model)
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        options = {
+            "ephemeral_gpu_offload": ephemeral_gpu_offload,
+            "key_mapping": key_mapping,
+            "ignore_mismatched_sizes": ignore_mismatched_sizes,
+            "example_inputs": example_inputs,
+            "use_safetensors": use_safetensors,
+        }
         with transaction(model):
-            load(
-                model,
-                model_id,
-                adapter_name,
-                is_trainable,
-                config,
-                activates=True,
-                methods=give_methods,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
-                key_mapping=key_mapping,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                example_inputs=example_inputs,
-                use_safetensors=use_safetensors,
-                **hub_options,
-            )
+            if has_adapter(model, adapter_name):
+                load_over(model, model_id, adapter_name, is_trainable, config, **options, **hub_options)
+            else:
+                load(
+                    model,
+                    model_id,
+                    adapter_name,
+                    is_trainable,
+                    config,
+                    activates=True,
+                    methods=give_methods,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    **options,
+                    **hub_options,
+                )
             dispatch_again(model, **{name: hub_options[name] for name in OPTIONS if name in hub_options})
             if not is_trainable:
                 for module in model.modules():
@@ -238,19 +243,17 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         if isinstance(peft_config, str) and not isinstance(adapter_name, str):
             raise TypeError("pass the name first, as in PEFT: model.add_adapter(adapter_name, config)")
         config = as_config(peft_config)
-        with transaction(self):
-            add_new(
-                self,
-                config,
-                adapter_name,
-                example_inputs,
-                autocast_adapter_dtype,
-                where,
-                activates=False,
-                methods=give_methods,
-            )
-            if low_cpu_mem_usage:
-                empty(modules_of(self), known_adapter(self, adapter_name), adapter_name)
+        add_new(
+            self,
+            config,
+            adapter_name,
+            example_inputs,
+            autocast_adapter_dtype,
+            where,
+            activates=False,
+            is_empty=low_cpu_mem_usage,
+            methods=give_methods,
+        )
         if is_asked_by("trl"):
             copy_at_the_model(self, adapter_name)
 

@@ -133,8 +133,8 @@ class SavingMethods(AdapterInfo):
                 staging.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
-                f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from the "
-                "checkpoint with load_adapter",
+                f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from "
+                "the checkpoint with load_adapter",
                 PeftWarning,
                 stacklevel=2,
             )

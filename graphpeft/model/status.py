@@ -13,6 +13,7 @@ from torch import nn
 
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.targeted_names import targeted_modules, targeted_parameters
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.in_place import original_class
 from graphpeft.graph.paths import unwrapped
@@ -211,8 +212,13 @@ class StatusMethods(AdapterInfo):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The paths of the modules where adapters have tensors."""
-        return [layer.name for layer in get_layer_status(self)]
+        """The paths of the modules that adapters adapt, without `modules_to_save`, in the order of their coming."""
+        return targeted_modules(self._peft_adapters)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the parameters that adapters adapt by their own names, in `target_parameters`."""
+        return targeted_parameters(self._peft_adapters)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Returns what adapters do at each module where they have tensors, in the model's order of modules.

@@ -20,6 +20,7 @@ from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
+from graphpeft.rules.registry import names_method
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.wording import shown
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from graphpeft.sites.site import CallSite, LeafSite, Site
 
 
+@names_method
 @dataclass(kw_only=True)
 class PeftConfig(ConfigJson):
     """The options of all methods; their names and meanings are PEFT's.

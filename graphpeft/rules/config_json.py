@@ -70,10 +70,9 @@ class ConfigJson:
     def _class_of(cls: type[ConfigT], named: Any) -> type[ConfigT]:
         """Returns the class of the method of this name, which has to be `cls` or inherit from it."""
         config_class = next((c for t, c in registered().items() if named == t), None)
-        if named is None:
-            raise ValueError("it has no peft_type, which every adapter's config has: is it another file?")
         if config_class is None:
-            raise ValueError(f"peft_type is {shown(named)}; supported are {sorted(map(plain, registered()))}")
+            told = "there is no peft_type, which tells the method" if named is None else f"peft_type is {shown(named)}"
+            raise ValueError(f"{told}; supported are {sorted(map(plain, registered()))}")
         if not issubclass(config_class, cls):
             raise ValueError(f"a config for {named} was read where {cls.__name__} was asked for")
         return config_class

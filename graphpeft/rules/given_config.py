@@ -69,6 +69,8 @@ def as_config(given: ConfigLike) -> PeftConfig:
         TypeError: If `given` is no config.
         ValueError: If the method, or the runtime config of PEFT, isn't supported.
     """
+    if type(given) is PeftConfig:
+        return PeftConfig.from_dict(given.to_dict())
     if isinstance(given, PeftConfig):
         return given
     if isinstance(given, type) or not (hasattr(given, "to_dict") and hasattr(given, "peft_type")):

@@ -69,6 +69,35 @@ def register(config_class: ConfigT) -> ConfigT:
     return config_class
 
 
+def names_method(config_class: ConfigT) -> ConfigT:
+    """Lets a config class that is no method's be made for the method that `peft_type` names, as PEFT's can.
+
+    Args:
+        config_class: A dataclass.
+
+    Returns:
+        The class.
+    """
+    initialise = config_class.__init__
+
+    @functools.wraps(initialise)
+    def named(self: Any, *args: Any, peft_type: str | None = None, **kwargs: Any) -> None:
+        known = next((cls.peft_type for name, cls in _REGISTRY.items() if name == peft_type), None)
+        if known is None and peft_type is not None:
+            raise ValueError(f"peft_type is {peft_type!r}; supported are {sorted(map(plain, _REGISTRY))}")
+        self.peft_type = known
+        initialise(self, *args, **kwargs)
+
+    def shown(self: Any) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    def equals(self: Any, other: Any) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    config_class.__init__, config_class.__repr__, config_class.__eq__ = named, shown, equals
+    return config_class
+
+
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[Any]] = MappingProxyType(_REGISTRY)
 """The config class of every method, by its `peft_type`.
 

@@ -357,7 +357,9 @@ def _advice(model: nn.Module) -> str:
     names = list(dict.fromkeys(_suggested(name) for name in all_linear_names(model, None) if name))
     if not names:
         return "Please specify `target_modules`; the model has no linear modules to suggest."
-    return f"Please specify `target_modules` in the config, for example some of its linear modules: target_modules={names}"
+    return (
+        f"Please specify `target_modules` in the config, for example some of its linear modules: target_modules={names}"
+    )
 
 
 def _suggested(name: str) -> str:

@@ -162,7 +162,8 @@ def with_tied(
     adapted = [group for group in groups if any(path in by_owner for path in group)]
     if not groups:
         warnings.warn(
-            "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the model",
+            "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the "
+            "model",
             PeftWarning,
             stacklevel=2,
         )

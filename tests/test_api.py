@@ -304,8 +304,8 @@ def test_a_tensor_goes_to_its_weights_device_whichever_is_named(tmp_path: Path):
         assert torch.equal(output(loaded, MLP.inputs()), output(model, MLP.inputs()))
 
 
-@pytest.mark.parametrize("option", ["ephemeral_gpu_offload", "ignore_mismatched_sizes"])
-def test_options_of_loading_that_are_not_there_must_be_false(option: str, tmp_path: Path):
+def test_options_of_loading_that_are_not_there_must_be_false(tmp_path: Path):
+    option = "ephemeral_gpu_offload"
     adapted().save_pretrained(tmp_path)
     default: dict[str, Any] = {option: False}
     other: dict[str, Any] = {option: True}
@@ -314,7 +314,7 @@ def test_options_of_loading_that_are_not_there_must_be_false(option: str, tmp_pa
         lambda: PeftModel.from_pretrained(MLP.build(), tmp_path, **other),
         lambda: model.load_adapter(tmp_path, "other", **other),
     ):
-        with pytest.raises(ValueError, match=f"{option}=True isn't supported: .* (leave|Adapt)"):
+        with pytest.raises(ValueError, match=f"{option}=True isn't supported: .* leave"):
             load()
 
 

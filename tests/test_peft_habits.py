@@ -238,3 +238,83 @@ def test_pefts_own_function_says_what_to_call_for_an_adapted_model() -> None:
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["down"]), "other")
     assert list(model.peft_config) == ["default"]
     assert get_peft_model(model, peft.LoraConfig(target_modules=["down"]), "other") is model
+
+
+# tensors of other sizes
+
+
+class Words(nn.Module):
+    """An embedding of some size, a layer and a head."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.emb, self.up, self.head = nn.Embedding(words, 8), nn.Linear(8, 4), nn.Linear(4, words)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns a score for each word."""
+        return self.head(self.up(self.emb(x)))
+
+
+WORDS = {"target_modules": ["emb", "up"], "modules_to_save": ["head"]}
+LEFT_OUT = r"lora_embedding_A of shape \(8, 100\) for \(8, 105\), .*head.weight of shape \(100, 4\) for \(105, 4\)"
+
+
+def saved_words(library: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """Saves an adapter for 100 words, and returns its tensors."""
+    torch.manual_seed(0)
+    model = perturbed(library.get_peft_model(Words(100), library.LoraConfig(**WORDS, init_lora_weights=False)))
+    model.save_pretrained(folder)
+    return library.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter", "load_again", "set"])
+def test_tensors_of_other_sizes_are_left_out_with_a_warning(how: str, tmp_path: Path) -> None:
+    saved = saved_words(peft, tmp_path)
+    model: Any = Words(105)
+    base = model.head.weight
+    with pytest.raises(graphpeft.CheckpointError, match=r"lora_embedding_A of shape \(8, 100\)"):
+        PeftModel.from_pretrained(model, tmp_path)
+    if how != "from_pretrained":
+        get_peft_model(model, LoraConfig(**WORDS), "first" if how == "load_adapter" else "default")
+    name = "other" if how == "load_adapter" else "default"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    loads = {
+        "from_pretrained": lambda: PeftModel.from_pretrained(model, tmp_path, ignore_mismatched_sizes=True),
+        "set": lambda: graphpeft.set_peft_model_state_dict(model, saved, ignore_mismatched_sizes=True),
+    }
+    with pytest.warns(graphpeft.PeftWarning, match=LEFT_OUT):
+        loads.get(how, lambda: model.load_adapter(tmp_path, name, ignore_mismatched_sizes=True))()
+    found = graphpeft.get_peft_model_state_dict(model, adapter_name=name)
+    fitting = [key for key, value in found.items() if value.shape == saved[key].shape]
+    assert {key.removeprefix("base_model.model.") for key in found.keys() - fitting} == {
+        "emb.lora_embedding_A",
+        "head.bias",
+        "head.weight",
+    }
+    assert all(torch.equal(found[key], saved[key]) for key in fitting)
+    torch.testing.assert_close(found["base_model.model.head.weight"], base.detach())
+    if how in ("set", "load_again"):
+        assert torch.equal(found["base_model.model.emb.lora_embedding_A"], before["emb.default.lora_A"])
+    assert model(torch.tensor([[104]])).isfinite().all()
+
+
+def test_a_file_that_fits_is_loaded_whole_if_other_sizes_may_be_ignored(tmp_path: Path) -> None:
+    saved = saved_words(graphpeft, tmp_path)
+    model = PeftModel.from_pretrained(Words(100), tmp_path, ignore_mismatched_sizes=True)
+    found = graphpeft.get_peft_model_state_dict(model)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], saved[key]) for key in found)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_tensor_too_few_is_an_error_if_other_sizes_may_be_ignored(tmp_path: Path) -> None:
+    saved = saved_words(graphpeft, tmp_path)
+    model: Any = get_peft_model(Words(105), LoraConfig(**WORDS))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    del saved["base_model.model.up.lora_A.weight"]
+    with (
+        pytest.warns(graphpeft.PeftWarning, match=LEFT_OUT),
+        pytest.raises(graphpeft.CheckpointError, match=r"lacks base_model\.model\.up\.lora_A\.weight"),
+    ):
+        graphpeft.set_peft_model_state_dict(model, saved, ignore_mismatched_sizes=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -106,7 +106,6 @@ def fitted(
     except ValueError as error:
         raise CheckpointError(f"the adapter's file doesn't fit: {error}") from error
     named = keys(adapter, name, modules)
-    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
     dtypes = {
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
@@ -115,7 +114,6 @@ def fitted(
     dtypes |= {place: spec.dtype for _, place, spec in _specs(adapter) if spec.dtype is not None}
     base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
     own = {place: tensor_at(modules[place[0]], place[1]) for place in base.values()}
-    shapes |= {place: tuple(tensor.shape) for place, tensor in own.items()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
     copied = {copy: of for copy, of in copies(adapter, modules).items() if copy in values}
@@ -123,10 +121,8 @@ def fitted(
     lacking = [key for key in named if key not in values]
     needless = [shortened(key) for key in values if known.isdisjoint(meanings(key)) and not adapter.config.ignores(key)]
     misshapen = [
-        f"{key} of shape {tuple(values[key].shape)} where the model wants {shapes[place]}"
-        for key, place in named.items()
-        if key in values
-        and tuple(values[key].shape) not in (shapes[place], *(forms[place].other_shapes if place in forms else ()))
+        f"{key} of shape {tuple(values[key].shape)} where the model wants {shape}"
+        for key, shape in mismatched(adapter, name, modules, values).items()
     ]
     # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
@@ -155,6 +151,31 @@ def fitted(
         place for place in own if is_same(originals.get(place, value_of(modules[place[0]], place[1])), found[place])
     }
     return {place: tensor for place, tensor in found.items() if place not in unchanged}
+
+
+def mismatched(
+    adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the names of those tensors of a file that have other shapes than the model wants, and its shapes.
+
+    Args:
+        adapter: The adapter.
+        name: Its name.
+        modules: The model's modules by path.
+        values: The file's tensors by their names there.
+    """
+    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
+    of_base, own = _base_keys(adapter, modules), keys(adapter, name, modules)
+    wanted = {key: tuple(tensor_at(modules[path], attribute).shape) for key, (path, attribute) in of_base.items()}
+    allowed = {
+        key: (shapes[place], *(forms[place].other_shapes if place in forms else ())) for key, place in own.items()
+    }
+    allowed = {key: (shape,) for key, shape in wanted.items()} | allowed
+    return {
+        key: allowed[key][0]
+        for key, value in values.items()
+        if key in allowed and tuple(value.shape) not in allowed[key]
+    }
 
 
 def _becomes(dtype: torch.dtype, wanted: torch.dtype) -> bool:

@@ -81,7 +81,7 @@ def load(
         TypeError: If `model_id` is no path, or `config` no config.
         ValueError: If an option is True that must be False.
     """
-    _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
+    _refuse_arguments(model_id, ephemeral_gpu_offload)
     saved = _read(model_id, config, use_safetensors, hub_options)
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
@@ -95,13 +95,21 @@ def load(
         adapter = Adapter.of(plan)
         state = adapters_of(model)
         originals = state.originals if state is not None else {}
+        if ignore_mismatched_sizes:
+            # those that don't fit have their first values
+            carry_out(model, adapter_name, plan, None, activates, methods, replication)
+            values = without_mismatched(model, adapter_name, values)
+            adapter = known_adapter(model, adapter_name)
         checkpoint.refuse_other_operations(saved.operations, adapter, adapter_name, modules_of(model), values)
         of_base = other_base(model, saved.config)
         fitted = checkpoint.fitted(adapter, adapter_name, modules_of(model), originals, values, of_base)
         _refuse_other_base(model, adapter, adapter_name, fitted)
         saved.refuse_two_saves(model_id)
         warn_of_other_base(model, saved.config, stacklevel=4)
-        carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
+        if ignore_mismatched_sizes:
+            set_values(model, adapter_name, values)
+        else:
+            carry_out(model, adapter_name, plan, fitted, activates, methods, replication)
         if config is not None:
             _hand_over(saved.config, known_adapter(model, adapter_name))
 
@@ -114,7 +122,7 @@ def _hand_over(given: PeftConfig, adapter: Adapter) -> None:
     set_attribute(adapter, "config", given)
 
 
-def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool, ignore_mismatched_sizes: bool) -> None:
+def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool) -> None:
     """Raises TypeError for what is no path, and ValueError for an option of PEFT's that must be False."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(
@@ -125,12 +133,6 @@ def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool, ignore_mism
         raise ValueError(
             "ephemeral_gpu_offload=True isn't supported: an adapter is where its weight is; leave it False, and move "
             "the model as a whole"
-        )
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Adapt the model "
-            "with get_peft_model, put the tensors that fit into what get_peft_model_state_dict gives, and that into "
-            "set_peft_model_state_dict"
         )
 
 
@@ -207,7 +209,7 @@ def load_again(
         TypeError: If `model_id` is no path, or `config` no config.
         ValueError: If an option is True that must be False.
     """
-    _refuse_arguments(model_id, ephemeral_gpu_offload, ignore_mismatched_sizes)
+    _refuse_arguments(model_id, ephemeral_gpu_offload)
     saved = _read(model_id, config, use_safetensors, hub_options)
     adapter = known_adapter(model, adapter_name)
     own = checkpoint.file_config(model, adapter)
@@ -224,16 +226,46 @@ def load_again(
     values = saved.tensors if not key_mapping else file_names.renamed(saved.tensors, key_mapping)
     with transaction(model):
         set_items(vars(adapter.config), saved.config.changes)
-        set_values(model, adapter_name, values)
+        set_values(model, adapter_name, values, ignore_mismatched_sizes)
 
 
-def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]) -> None:
+def without_mismatched(
+    model: Any, adapter_name: str, values: Mapping[str, torch.Tensor], stacklevel: int = 4
+) -> Mapping[str, torch.Tensor]:
+    """Returns a file's tensors with an adapter's present values where shapes differ, and warns of these.
+
+    Args:
+        model: An adapted model.
+        adapter_name: The adapter's name.
+        values: The file's tensors by their names there.
+        stacklevel: The `stacklevel` of ``warnings.warn``.
+    """
+    modules, adapter, state = modules_of(model), known_adapter(model, adapter_name), model._peft_adapters
+    differing = checkpoint.mismatched(adapter, adapter_name, modules, values)
+    if not differing:
+        return values
+    told = [f"{key} of shape {tuple(values[key].shape)} for {shape}" for key, shape in differing.items()]
+    warnings.warn(
+        f"ignore_mismatched_sizes=True leaves out what doesn't fit: the adapter's file has {joined(told)}; these keep "
+        "the values that they have in the model",
+        PeftWarning,
+        stacklevel=stacklevel,
+    )
+    own = checkpoint.state_dict_of(modules, adapter, adapter_name, state.originals, None)
+    fitting = {key: value for key, value in values.items() if key not in differing}
+    return fitting | {key: own[key] for key in differing if key in own}
+
+
+def set_values(
+    model: Any, adapter_name: str, values: Mapping[str, torch.Tensor], ignore_mismatched_sizes: bool = False
+) -> None:
     """Gives an adapter's tensors other values.
 
     Args:
         model: An adapted model.
         adapter_name: The adapter's name.
         values: All tensors of the adapter, by their names in PEFT's files.
+        ignore_mismatched_sizes: Whether tensors of other shapes are left out, with a warning.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
@@ -249,6 +281,8 @@ def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]
             "unmerge_adapter() before you load them"
         )
     state = model._peft_adapters
+    if ignore_mismatched_sizes:
+        values = without_mismatched(model, adapter_name, values)
     fitted = checkpoint.fitted(adapter, adapter_name, modules, state.originals, values)
     with transaction(model):
         overwrite(modules, adapter, adapter_name, fitted)
@@ -260,7 +294,7 @@ def set_values(model: Any, adapter_name: str, values: Mapping[str, torch.Tensor]
 def _refuse_other_base(model: nn.Module, adapter: Adapter, name: str, values: Tensors) -> None:
     """Raises CheckpointError if a file has other tables for a model's embeddings and the model has other adapters."""
     state = adapters_of(model)
-    others = list(state.by_name) if state is not None else []
+    others = [other for other in state.by_name if other != name] if state is not None else []
     own = set(adapter.tensor_names(name))
     replaced = [".".join(place) for place in values if place not in own]
     if others and replaced:

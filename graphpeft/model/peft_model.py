@@ -102,7 +102,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
                 ``base_model.model.``; the first that matches a name is applied. None takes those that a Transformers
                 model has for its own checkpoints.
             torch_device: Accepted for compatibility with PEFT; each tensor goes to the device of the adapted weight.
-            ignore_mismatched_sizes: Must be False.
+            ignore_mismatched_sizes: Whether tensors of other shapes are left out, with a warning that names them; they
+                have their first values.
             example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be
                 called. It is needed where the forward of a module that uses a weight functionally branches on its
                 inputs.

@@ -75,7 +75,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: All tensors of the adapter by their names in PEFT's files, as
             `get_peft_model_state_dict` returns them.
         adapter_name: The name of the adapter.
-        ignore_mismatched_sizes: Must be False.
+        ignore_mismatched_sizes: Whether tensors of other shapes are left out, with a warning that names them.
         low_cpu_mem_usage: Accepted for compatibility with PEFT: tensors without values get theirs in any case.
 
     Returns:
@@ -85,7 +85,6 @@ def set_peft_model_state_dict(
         CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
         AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
             since; nothing is overwritten then.
-        ValueError: If `ignore_mismatched_sizes` is True.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -95,12 +94,7 @@ def set_peft_model_state_dict(
         >>> bool((model[0].default.lora_B == 1).all())
         True
     """
-    if ignore_mismatched_sizes:
-        raise ValueError(
-            "ignore_mismatched_sizes=True isn't supported: an adapter is loaded whole or not at all. Put the tensors "
-            "that fit into what get_peft_model_state_dict returns"
-        )
-    set_values(unwrapped(model), adapter_name, peft_model_state_dict)
+    set_values(unwrapped(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
     return IncompatibleKeys([], [])
 
 

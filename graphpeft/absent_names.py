@@ -43,8 +43,11 @@ ABSENT_MEMBERS: dict[str, dict[str, str]] = {
         "get_prompt_embedding_to_save": _TOKENS,
     },
     "layers": {
-        "base_layer": "there is no layer around a layer: model.fc is the layer itself, and model.fc.weight its weight",
-        "lora_A, lora_B": "an adapter's tensors have its name before theirs: model.fc.default.lora_A",
+        "base_layer, get_base_layer": "there is no layer around a layer: model.fc is the layer itself, and "
+        "model.fc.weight its weight",
+        "lora_A, lora_B, lora_embedding_A, lora_embedding_B": "an adapter's tensors have its name before theirs: "
+        "model.fc.default.lora_A and model.fc.default.lora_B",
+        "merged, merged_adapters": "the model tells which adapters are merged: model.merged_adapters",
         "scaling": "it is a number beside the tensors: model.fc.default.lora_scaling",
     },
     "PeftConfig": {

@@ -318,3 +318,58 @@ def test_a_tensor_too_few_is_an_error_if_other_sizes_may_be_ignored(tmp_path: Pa
     ):
         graphpeft.set_peft_model_state_dict(model, saved, ignore_mismatched_sizes=True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# layers
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("base_layer", r"model\.fc is the layer itself"),
+        ("get_base_layer", r"model\.fc\.weight its weight"),
+        ("lora_A", r"model\.fc\.default\.lora_A"),
+        ("lora_B", r"model\.fc\.default\.lora_B"),
+        ("lora_embedding_A", r"model\.fc\.default\.lora_A"),
+        ("scaling", r"model\.fc\.default\.lora_scaling"),
+        ("merged", r"model\.merged_adapters"),
+    ],
+)
+def test_a_layer_says_what_to_use_in_place_of_what_wrappers_have(name: str, instead: str) -> None:
+    model = get_peft_model(Words(9), LoraConfig(target_modules=["emb", "up"]))
+    for layer in (model.emb, model.up):
+        assert not hasattr(layer, name)
+        assert getattr(layer, name, 5) == 5
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}': .*{instead}") as raised:
+            getattr(layer, name)
+        assert raised.value.name == name
+    for layer in (model.head, model.unload().up):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'$"):
+            getattr(layer, name)
+
+
+class Scaled(nn.Linear):
+    """A layer that has a scaling, and attributes that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.scaling = 2.0
+        self.base_layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scales."""
+        return super().forward(x) * self.scaling
+
+    def __getattr__(self, name: str) -> Any:
+        return 7 if name == "lora_A" else super().__getattr__(name)
+
+
+def test_attributes_of_a_module_itself_are_its_own() -> None:
+    model = get_peft_model(nn.Sequential(Scaled()), LoraConfig(target_modules=["0"]))
+    assert model[0].scaling == 2.0
+    assert type(model[0].base_layer) is nn.Linear
+    assert model[0].lora_A == 7
+    with pytest.raises(AttributeError, match="has no attribute 'lora_B': an adapter's tensors"):
+        model[0].lora_B  # noqa: B018
+    with pytest.raises(AttributeError, match=r"has no attribute 'other'$"):
+        model[0].other  # noqa: B018

@@ -25,6 +25,7 @@ from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.errors import GuardError
+from graphpeft.graph.no_wrappers import NoWrapper
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
 
@@ -286,7 +287,7 @@ class _Meta:
         return cls._graphpeft_template.meta
 
 
-class GraphForward(fx.GraphModule):
+class GraphForward(NoWrapper, fx.GraphModule):
     """The interface of ``fx.GraphModule`` on a module that was not built as one."""
 
     _graphpeft_template: ClassVar[Template]

@@ -236,6 +236,26 @@ def test_the_hook_can_be_removed_from_an_adapted_layer():
     laws.require_close(adapted(x), before, 1e-5, "without the hook and with it")
 
 
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_that_is_a_parameter_by_now_is_merged_into(how: str):
+    config = LoraConfig(**_options())
+    adapted: Any = get_peft_model(_model(LAYERS["hook of weight norm of a convolution"]), config)
+    x = _input(adapted)
+    with pytest.raises(AdaptError, match="its weight is computed by WeightNorm"):
+        adapted.merge_adapter()
+    remove_weight_norm(adapted.layer)
+    before, weight = adapted(x), adapted.layer.weight.detach().clone()
+    merged = adapted.merge_and_unload() if how == "merge_and_unload" else adapted
+    if how == "merge_adapter":
+        adapted.merge_adapter()
+    assert not torch.equal(adapted.layer.weight, weight)
+    laws.require_close(merged(x), before, 1e-5, "merged and adapted")
+    if how == "merge_adapter":
+        adapted.unmerge_adapter()
+        assert torch.equal(adapted.layer.weight, weight)
+        assert torch.equal(adapted(x), before)
+
+
 def test_the_modules_that_compute_a_weight_are_no_targets():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh())
     report = explain(model, LoraConfig(target_modules=["0"]))

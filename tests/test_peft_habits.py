@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import LLAMA, MLP
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import graphpeft
 from graphpeft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -373,3 +374,32 @@ def test_attributes_of_a_module_itself_are_its_own() -> None:
         model[0].lora_B  # noqa: B018
     with pytest.raises(AttributeError, match=r"has no attribute 'other'$"):
         model[0].other  # noqa: B018
+
+
+# tasks
+
+
+def classifier() -> Any:
+    """Returns a tiny Llama that classifies sequences, whose head is called `score`."""
+    return LlamaForSequenceClassification(LLAMA.build().config)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"])
+def test_a_head_that_the_task_leaves_frozen_is_told(task: str) -> None:
+    words = f"task_type {task} trains no head, .* has one, score, which stays frozen.*set task_type SEQ_CLS"
+    with pytest.warns(graphpeft.PeftWarning, match=words):
+        model = get_peft_model(classifier(), LoraConfig(task_type=task, target_modules=["q_proj"]))
+    assert not any("score" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"task_type": "SEQ_CLS"},
+        {"task_type": "CAUSAL_LM", "modules_to_save": ["score"]},
+        {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "score"]},
+        {},
+    ],
+)
+def test_nothing_is_told_of_a_head_that_is_trained_or_without_a_task(options: dict[str, Any]) -> None:
+    get_peft_model(classifier(), LoraConfig(**{"target_modules": ["q_proj"]} | options))

@@ -235,7 +235,8 @@ def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> Non
         plan: The plan that follows from it.
         stacklevel: The `stacklevel` of ``warnings.warn``.
     """
-    found = (_in_vain(config, plan), lacking_head(config, plan.modules), *_adapted_and_fully_trained(plan))
+    trained = {*plan.fully_trained, *(adapted.site.owner for adapted in plan.sites)}
+    found = (_in_vain(config, plan), lacking_head(config, plan.modules, trained), *_adapted_and_fully_trained(plan))
     for text in found:
         if text is not None:
             warnings.warn(text, PeftWarning, stacklevel=stacklevel)

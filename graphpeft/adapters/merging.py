@@ -266,6 +266,7 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
     for name in names:
+        _note_parameters(modules, adapters.by_name[name])
         _refuse_unmergeable(adapters.by_name[name], name)
     override_readers(adapters, names)
     for name in names:
@@ -295,6 +296,21 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
         for path in adapters.by_name[name].rows:
             if not torch.isfinite(tensor_at(modules[path], overrides.rows(name))).all():
                 raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
+
+
+def _note_parameters(modules: Modules, adapter: Adapter) -> None:
+    """Notes which weights are parameters by now, as after remove_weight_norm, and were computed when adapted."""
+    sites = [_with_parameter(modules, adapted) for adapted in adapter.sites]
+    if sites != adapter.sites:
+        set_attribute(adapter, "sites", sites)
+
+
+def _with_parameter(modules: Modules, adapted: AdaptedSite) -> AdaptedSite:
+    site = adapted.site
+    if not isinstance(site, Site) or site.computed is None or site.owner not in modules:
+        return adapted
+    is_one = modules[site.owner]._parameters.get(site.attribute) is not None
+    return adapted._replace(site=site._replace(computed=None)) if is_one else adapted
 
 
 def _refuse_unmergeable(adapter: Adapter, name: str) -> None:

@@ -403,3 +403,57 @@ def test_a_head_that_the_task_leaves_frozen_is_told(task: str) -> None:
 )
 def test_nothing_is_told_of_a_head_that_is_trained_or_without_a_task(options: dict[str, Any]) -> None:
     get_peft_model(classifier(), LoraConfig(**{"target_modules": ["q_proj"]} | options))
+
+
+# biases by a method's name
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "options"),
+    [("Miss", "miss_only", {"r": 2}), ("AdaLora", "adalora_only", {"total_step": 9}), ("Lora", "lora_only", {})],
+)
+def test_biases_are_trained_by_the_methods_name_in_lower_case(
+    name: str, bias: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    models = {}
+    for library in (peft, graphpeft):
+        config = getattr(library, f"{name}Config")(target_modules=["up"], bias=bias, **options)
+        models[library] = library.get_peft_model(Words(9), config)
+    ours = models[graphpeft]
+    assert [n for n, p in ours.named_parameters() if p.requires_grad and n.endswith("bias")] == ["up.default.bias"]
+    with torch.no_grad():
+        ours.up.default.bias.add_(1)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Words(9), str(tmp_path))
+    found = dict(theirs.named_parameters())["base_model.model.up.base_layer.bias"]
+    assert torch.equal(found, ours.up.default.bias)
+    assert PeftConfig.from_pretrained(tmp_path).bias == bias  # type: ignore[attr-defined]
+
+
+# tables
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1], "target_modules": ["q_proj"]}]
+)
+def test_a_table_with_an_adapter_is_not_exchanged(options: dict[str, Any]) -> None:
+    model = get_peft_model(LLAMA.build(), LoraConfig(**options))
+    table = model.get_input_embeddings()
+    with pytest.raises(graphpeft.AdaptError, match=r"'default' is on model\.embed_tokens, which set_input_embeddings"):
+        model.set_input_embeddings(nn.Embedding(20, 16))
+    assert model.get_input_embeddings() is table
+    model.set_input_embeddings(table)
+    if "trainable_token_indices" not in options:
+        model.set_output_embeddings(model.get_output_embeddings())
+    base = model.unload()
+    base.set_input_embeddings(nn.Embedding(20, 16))
+    assert base.get_input_embeddings() is not table
+
+
+def test_a_head_with_an_adapter_is_not_exchanged_and_other_layers_are() -> None:
+    model = get_peft_model(LLAMA.build(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(graphpeft.AdaptError, match="'default' is on lm_head, which set_output_embeddings"):
+        model.set_output_embeddings(nn.Linear(16, 20))
+    table = nn.Embedding(20, 16)
+    model.set_input_embeddings(table)
+    assert model.get_input_embeddings() is table

@@ -196,7 +196,8 @@ class MissConfig(TargetedConfig):
         mini_r: The number of columns of the block with ``init_weights="mini"``; it divides the layer's outputs.
         init_weights: The kind of change, and its first values: True for zeros, False for drawn numbers, ``"mini"`` for
             a smaller block of zeros, ``"bat"`` for blocks of zeros that multiply the weight.
-        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"MiSS_only"``, the adapted layers'.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"MiSS_only"``, the adapted layers', which may be
+            in lower case.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
@@ -217,7 +218,7 @@ class MissConfig(TargetedConfig):
     miss_dropout: Probability = 0.0
     mini_r: Size = 1
     init_weights: bool | Literal["bat", "mini"] = True
-    bias: Literal["none", "all", "MiSS_only"] = "none"
+    bias: Literal["none", "all", "MiSS_only", "miss_only"] = "none"
 
     @property
     def starts_as_identity(self) -> bool:
@@ -227,7 +228,7 @@ class MissConfig(TargetedConfig):
     @property
     def trained_biases(self) -> Biases:
         """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "MiSS_only" else self.bias
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Miss | MissBat:
         """Returns the rule for the kind of change."""

@@ -20,7 +20,6 @@ from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
 from graphpeft.adapters.given_inputs import with_derived
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.adapters.tensors import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
@@ -37,6 +36,7 @@ from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.model.training_methods import TrainingMethods
+from graphpeft.model.vocabulary_methods import VocabularyMethods
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.peft_names import TaskType
@@ -411,40 +411,15 @@ class GeneratingPeftModel(PeftModel):
             return base.generate(*args, **own)
 
 
-class ResizablePeftModel(PeftModel):
-    """The methods of an adapted model that can have a vocabulary of another size."""
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
-    ) -> Any:
-        """Gives the model a vocabulary of another size by its own ``resize_token_embeddings``.
-
-        Args:
-            new_num_tokens: The new size; None leaves it.
-            pad_to_multiple_of: What the new size is a multiple of; None doesn't round it up.
-            **options: Further keyword arguments of the model's own.
-
-        Returns:
-            What the model's own returns: its embedding.
-
-        Raises:
-            AdaptError: If an adapter is on a layer that is exchanged or resized; the model is unchanged then.
-        """
-        base: Any = super()
-        refuse_resizing(modules_of(self), self._peft_adapters, new_num_tokens, pad_to_multiple_of)
-        if pad_to_multiple_of is not None:
-            options["pad_to_multiple_of"] = pad_to_multiple_of
-        return base.resize_token_embeddings(new_num_tokens, **options)
-
-
 PeftMixedModel = PeftModel
 """PEFT's name for models with adapters of several methods, which all adapted models can have here."""
 
 
 def give_methods(model: nn.Module, task: TaskType | None) -> None:
     """Gives a model the methods of an adapted one, inside a transaction; `task` is that of its first adapter."""
-    chosen = {GeneratingPeftModel: "generate", ResizablePeftModel: "resize_token_embeddings"}
-    bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
+    bases = (GeneratingPeftModel if hasattr(model, "generate") else PeftModel,)
+    if hasattr(model, "resize_token_embeddings"):
+        bases = (*bases, VocabularyMethods)
     if is_of_diffusers(model):
         bases = (DiffusersMethods, *bases)
     in_place.exchange(model, layers_with(bases, task, free_names(model)))

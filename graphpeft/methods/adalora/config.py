@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class AdaLoraConfig(LoraConfig):
         orth_reg_weight: The factor of the penalty.
         total_step: The number of steps altogether.
         rank_pattern: Which ranks of each weight are left, by ``<path>.lora_E``; training fills it in.
+        bias: The biases that are trained: ``"none"``, ``"all"``, or ``"adalora_only"`` or ``"lora_only"``, the adapted
+            layers'.
         r, use_rslora, alpha_pattern, lora_bias: LoRA's, which have no effect, as in PEFT; nor has any other
             `init_lora_weights` than True and False.
         use_dora, loftq_config: LoRA's, which are refused.
@@ -109,6 +111,7 @@ class AdaLoraConfig(LoraConfig):
         "total_step",
     }
 
+    bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]
     r: Index = 8  # no size, since it has no effect
     target_r: Size = 8
     init_r: Size = 12

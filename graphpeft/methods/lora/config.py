@@ -198,7 +198,7 @@ class LoraConfig(TargetedConfig):
     @property
     def trained_biases(self) -> Biases:
         """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "lora_only" else self.bias
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     @property
     def keeps_tied(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import graphpeft
-from graphpeft import LoraConfig, PeftModel, export, get_peft_model, trace
+from graphpeft import AdaptError, LoraConfig, PeftModel, PeftWarning, export, get_peft_model, trace
 from graphpeft.testing.snapshots import require_restored
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.quick("model")]
@@ -256,12 +257,33 @@ def test_a_copy_of_a_tied_module_leaves_the_other_one_alone(saved: str, other: s
     for library in (graphpeft, peft):
         model = library.get_peft_model(tied(), library.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved]))
         train(model)
-        found.append(model.unload())
+        told = pytest.warns(PeftWarning, match="Setting config.tie_word_embeddings to False")
+        with told if library is graphpeft else contextlib.nullcontext():
+            found.append(model.unload())
     ours, theirs = found
+    assert ours.config.tie_word_embeddings is False
     assert torch.equal(ours.get_submodule(other).weight, tied().lm_head.weight)
     assert not torch.equal(ours.lm_head.weight, ours.model.embed_tokens.weight)
     expected = state(theirs)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state(ours).items())
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_copy_of_a_tied_module_is_merged_and_leaves_the_other_one_alone(saved: list[str], tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=saved, init_lora_weights=False)
+    model: Any = get_peft_model(tied(), config)
+    train(model)
+    with torch.no_grad():
+        model.get_submodule("lm_head" if saved[0] == "lm_head" else "model.embed_tokens").default.weight.mul_(2)
+    before = model(IDS).logits
+    with pytest.raises(AdaptError, match="is tied to"):
+        model.merge_adapter()
+    with pytest.warns(PeftWarning, match="Setting config.tie_word_embeddings to False"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS).logits, merged(IDS).logits)
 
 
 def test_copies_that_are_kept_tied_stay_tied() -> None:

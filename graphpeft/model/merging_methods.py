@@ -8,6 +8,7 @@ from typing import Any
 
 from graphpeft.adapters import dequantising, lifecycle, merged_codes, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.untying import telling_of_untied, untie_saved
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import transaction
@@ -28,7 +29,7 @@ class MergingMethods(AdapterInfo):
             This model, exactly as it was before its first adapter but for these copies.
         """
         state = self._peft_adapters
-        with transaction(self):
+        with transaction(self), telling_of_untied(self):
             lifecycle.unload(self, state, lifecycle.copies_of_saved(modules_of(self), state))
         return self
 
@@ -67,8 +68,9 @@ class MergingMethods(AdapterInfo):
         names = _to_merge(self, adapter_names)
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
-        with transaction(self):
+        with transaction(self), telling_of_untied(self):
             names = [*state.merged, *names]
+            untie_saved(modules, state, names)
             merging.merge(modules, state, names)
             numbers = merged_codes.merged(modules, state, names) if dequantize else {}
             if not dequantize:

@@ -189,11 +189,6 @@ def test_every_model_can_be_a_mixed_one():
     assert isinstance(model, graphpeft.PeftMixedModel)
 
 
-def test_a_model_keeps_its_class_and_so_peft_model_is_not_called():
-    with pytest.raises(TypeError, match=r"call get_peft_model\(model, config\)"):
-        PeftModel(MLP.build(), MLP.config())
-
-
 def test_the_revision_is_recorded_as_in_peft(tmp_path: Path):
     config = LoraConfig(target_modules=["up"])
     get_peft_model(MLP.build(), config, revision="v1").save_pretrained(tmp_path / "ours")

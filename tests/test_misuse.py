@@ -359,6 +359,7 @@ ON_THE_VOCABULARY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Setting config.tie_word_embeddings to False")
 @pytest.mark.parametrize("options", ON_THE_VOCABULARY.values(), ids=ON_THE_VOCABULARY.keys())
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_vocabulary_on_which_an_adapter_is_keeps_its_size(options: dict[str, Any], tied: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_unknown_keys_are_told_in_one_warning_with_pefts_words(tmp_path: Path) -
     LoraConfig(r=3).save_pretrained(tmp_path)
     values = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
     for library in (peft, graphpeft):
-        words = "Unexpected keyword arguments ['foobar', 'spam'] for class LoraConfig, these are ignored"
+        words = "Unexpected keyword arguments ['foobar', 'spam'] for class LoraConfig, these are ignored."
         with pytest.warns(UserWarning, match=re.escape(words)) as warned:
             library.LoraConfig.from_peft_type(**values, foobar=1, spam=2)
         assert len(warned) == 1
@@ -457,3 +458,36 @@ def test_a_head_with_an_adapter_is_not_exchanged_and_other_layers_are() -> None:
     table = nn.Embedding(20, 16)
     model.set_input_embeddings(table)
     assert model.get_input_embeddings() is table
+
+
+# names of tensors
+
+
+def test_names_without_the_prefix_of_a_wrapper_are_those_of_an_injected_model() -> None:
+    config = {"target_modules": ["up"], "init_lora_weights": False}
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**config), Words(9))
+    values = peft.get_peft_model_state_dict(theirs)
+    assert not any(key.startswith("base_model.") for key in values)
+    ours = graphpeft.inject_adapter_in_model(LoraConfig(**config), Words(9))
+    ours.load_state_dict({k.replace("up.base_layer", "up"): v for k, v in theirs.state_dict().items()}, strict=False)
+    graphpeft.set_peft_model_state_dict(ours, values)
+    torch.testing.assert_close(ours(torch.tensor([[3]])), theirs(torch.tensor([[3]])))
+    with pytest.raises(graphpeft.CheckpointError, match=r"lacks base_model\.model\.up\.lora_A"):
+        graphpeft.set_peft_model_state_dict(ours, {"up.lora_B.weight": values["up.lora_B.weight"]})
+
+
+# classes of models
+
+
+@pytest.mark.parametrize("name", ["PeftModel", "PeftModelForCausalLM", "PeftMixedModel"])
+def test_a_class_of_adapted_models_is_called_as_pefts(name: str) -> None:
+    model, config = LLAMA.build(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    made = getattr(graphpeft, name)(model, config, "mine")
+    assert made is model
+    assert isinstance(made, getattr(graphpeft, name))
+    assert made.active_adapters == ["mine"]
+    assert copy.deepcopy(made).active_adapters == ["mine"]
+    with pytest.raises(TypeError, match="pass the model first"):
+        getattr(graphpeft, name)(config, model)
+    with pytest.raises(TypeError, match="config"):
+        getattr(graphpeft, name)(LLAMA.build())

@@ -160,6 +160,18 @@ def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) 
     return {mapped(key): tensor for key, tensor in values.items()}
 
 
+def with_prefix(values: Mapping[str, torch.Tensor], prefix: str) -> Mapping[str, torch.Tensor]:
+    """Returns tensors by their names in a file, where PEFT has left out the prefix as of a model that isn't wrapped.
+
+    Args:
+        values: The tensors, by their names with the prefix or without.
+        prefix: The prefix that names of the method's tensors have in files.
+    """
+    if prefix != PREFIX or any(key.startswith("base_model.") for key in values):
+        return values
+    return {PREFIX + key: tensor for key, tensor in values.items()}
+
+
 def meanings(key: str) -> set[str]:
     """Returns the names of the tensors of which the one of this name may be a copy, and the name itself."""
     return {pattern.sub("", key) for pattern in _REDUNDANT}

@@ -27,6 +27,7 @@ from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
+from graphpeft.model.generating_methods import GeneratingMethods
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.other_names import free_names
@@ -46,11 +47,23 @@ from graphpeft.transaction import transaction, undone_by
 class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, TrainingMethods):
     """The methods that an adapted model has beside its own, with PEFT's names and meanings.
 
-    An adapted model is an instance of its own class and of this one; this class itself isn't called.
+    An adapted model is an instance of its own class and of this one. Called as PEFT's class is, this one adapts a model
+    in place, as `get_peft_model` does, and returns it.
 
     A method that changes the model does all of it or nothing: if it fails or is interrupted, the model is unchanged.
     Such calls wait for each other. A forward doesn't wait: while a change runs in another thread, some layers are as
     before it and others as after it. The argument `adapter_names` of a call chooses adapters without a change.
+
+    Args:
+        model: Any PyTorch module.
+        peft_config: A config of this library or of PEFT; its class is the method.
+        adapter_name: The adapter's name.
+        autocast_adapter_dtype: Whether an adapter of a float16 or bfloat16 weight has tensors in float32.
+        low_cpu_mem_usage: Whether the new tensors have no values, as in `get_peft_model`.
+
+    Raises:
+        AdaptError: If the model can't be adapted, as in `get_peft_model`.
+        TypeError: If `model` is no module, or `peft_config` no config.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "first")
@@ -61,11 +74,33 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         (['first'], ['first', 'second'])
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            "PeftModel isn't called, since a model keeps its own class here: call get_peft_model(model, config), or "
-            "PeftModel.from_pretrained(model, folder) for a saved adapter"
+    def __new__(
+        cls,
+        model: nn.Module,
+        peft_config: ConfigLike,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> Any:
+        """Adapts the model in place, and returns it."""
+        check_model(model)
+        add_new(
+            model,
+            as_config(peft_config),
+            adapter_name,
+            None,
+            autocast_adapter_dtype,
+            None,
+            activates=True,
+            is_empty=low_cpu_mem_usage,
+            methods=give_methods,
         )
+        watch(model)
+        return model
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # of the model that __new__ has returned, which is built already
+        pass
 
     @classmethod
     def from_pretrained(
@@ -375,51 +410,14 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             carry_out(self, adapter_name, plan, values, activates=False, methods=give_methods)
 
 
-class GeneratingPeftModel(PeftModel):
-    """The methods of an adapted model that generates text."""
-
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generates tokens with the model's own ``generate``.
-
-        Args:
-            *args: Positional arguments of the model's ``generate``.
-            adapter_names: The adapter of each row of the batch, active or not: its name, or ``"__base__"`` for the base
-                model.
-            **kwargs: Keyword arguments of the model's ``generate``.
-
-        Returns:
-            What the model's ``generate`` returns.
-        """
-        base: Any = super()
-        read = self._peft_adapters.call_inputs
-        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
-        repeats = [
-            kwargs.get(name, getattr(settings, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
-        ]
-        if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
-            raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
-        own = call_inputs.left(read, kwargs)
-        possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
-        prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
-        with contextlib.ExitStack() as stack:
-            if adapter_names is not None:
-                rows = mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats))
-                stack.enter_context(rows)
-            stack.enter_context(call_inputs.given(read, kwargs))
-            if prompt is not None:
-                stack.enter_context(call_inputs.PROMPT.during(prompt))
-            return base.generate(*args, **own)
-
-
 PeftMixedModel = PeftModel
 """PEFT's name for models with adapters of several methods, which all adapted models can have here."""
 
 
 def give_methods(model: nn.Module, task: TaskType | None) -> None:
     """Gives a model the methods of an adapted one, inside a transaction; `task` is that of its first adapter."""
-    bases = (GeneratingPeftModel if hasattr(model, "generate") else PeftModel,)
-    if hasattr(model, "resize_token_embeddings"):
-        bases = (*bases, VocabularyMethods)
+    further = {GeneratingMethods: "generate", VocabularyMethods: "resize_token_embeddings"}
+    bases = (PeftModel, *(methods for methods, name in further.items() if hasattr(model, name)))
     if is_of_diffusers(model):
         bases = (DiffusersMethods, *bases)
     in_place.exchange(model, layers_with(bases, task, free_names(model)))

@@ -73,7 +73,8 @@ def set_peft_model_state_dict(
     Args:
         model: An adapted model, also inside of PyTorch's wrappers.
         peft_model_state_dict: All tensors of the adapter by their names in PEFT's files, as
-            `get_peft_model_state_dict` returns them.
+            `get_peft_model_state_dict` returns them, or without ``base_model.model.``, as PEFT has those of a model in
+            which an adapter was injected.
         adapter_name: The name of the adapter.
         ignore_mismatched_sizes: Whether tensors of other shapes are left out, with a warning that names them.
         low_cpu_mem_usage: Accepted for compatibility with PEFT: tensors without values get theirs in any case.
@@ -94,7 +95,9 @@ def set_peft_model_state_dict(
         >>> bool((model[0].default.lora_B == 1).all())
         True
     """
-    set_values(unwrapped(model), adapter_name, peft_model_state_dict, ignore_mismatched_sizes)
+    model = unwrapped(model)
+    values = file_names.with_prefix(peft_model_state_dict, known_adapter(model, adapter_name).config.file_prefix)
+    set_values(model, adapter_name, values, ignore_mismatched_sizes)
     return IncompatibleKeys([], [])
 
 

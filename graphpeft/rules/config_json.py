@@ -57,10 +57,10 @@ class ConfigJson:
         known = [field.name for field in options(config_class)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            near = "".join(dict.fromkeys(nearest(name, known) for name in unknown))
+            near = [hint.removeprefix("; did") for hint in (nearest(name, known) for name in unknown) if hint]
             warnings.warn(
                 f"Unexpected keyword arguments {shown(sorted(unknown))} for class {config_class.__name__}, these are "
-                f"ignored{near}",
+                f"ignored.{''.join(f' Did{hint}' for hint in dict.fromkeys(near))}",
                 PeftWarning,
                 stacklevel=3,
             )

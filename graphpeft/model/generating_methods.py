@@ -1,0 +1,51 @@
+"""The methods of an adapted model that generates text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphpeft.adapters import mixing
+from graphpeft.adapters.adapting import modules_of
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph import call_inputs
+from graphpeft.model.adapter_info import AdapterInfo
+
+
+class GeneratingMethods(AdapterInfo):
+    """The methods of an adapted model that generates text."""
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generates tokens with the model's own ``generate``.
+
+        Args:
+            *args: Positional arguments of the model's ``generate``.
+            adapter_names: The adapter of each row of the batch, active or not: its name, or ``"__base__"`` for the base
+                model.
+            **kwargs: Keyword arguments of the model's ``generate``.
+
+        Returns:
+            What the model's ``generate`` returns.
+        """
+        base: Any = super()
+        read = self._peft_adapters.call_inputs
+        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeats = [
+            kwargs.get(name, getattr(settings, name, None)) or 1 for name in ("num_beams", "num_return_sequences")
+        ]
+        if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
+            raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
+        own = call_inputs.left(read, kwargs)
+        possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
+        prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                rows = mixing.mixed(lambda: modules_of(self), self._peft_adapters, adapter_names, max(repeats))
+                stack.enter_context(rows)
+            stack.enter_context(call_inputs.given(read, kwargs))
+            if prompt is not None:
+                stack.enter_context(call_inputs.PROMPT.during(prompt))
+            return base.generate(*args, **own)

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import LLAMA, MLP
+from models import LLAMA, MLP, T5
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
@@ -176,6 +176,20 @@ def test_the_prompt_encoder_has_the_tensors_of_the_prompts(kind: Any) -> None:
     assert all(p.requires_grad for p in model.prompt_encoder["other"].parameters())
     adapted = get_peft_model(LLAMA.build(), LoraConfig(target_modules=["q_proj"]))
     assert not hasattr(adapted, "prompt_encoder")
+
+
+def test_the_prompt_encoder_of_a_pair_is_that_of_its_encoder() -> None:
+    config = graphpeft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+    model = get_peft_model(T5.build(), config)
+    own = [parameter for name, parameter in model.named_parameters() if "prompt" in name]
+    assert [id(p) for p in model.prompt_encoder["default"].parameters()] == [id(p) for p in own]
+
+
+def test_the_prompt_encoder_of_several_scopes_has_a_list() -> None:
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=3, prompt_scope=["layers.0", "layers.1"], token_dim=32)
+    model = get_peft_model(LLAMA.build(), config)
+    own = [parameter for name, parameter in model.named_parameters() if "prompt" in name]
+    assert len(own) == len(model.prompt_encoder["default"]) == 2
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

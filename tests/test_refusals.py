@@ -473,8 +473,8 @@ def test_an_adapter_name_is_used_once(tmp_path: Path) -> None:
         get_peft_model(model, LoraConfig(target_modules=["head"]), "first")
     with refused(model, AdaptError, *words):
         model.add_adapter("first", LoraConfig(target_modules=["head"]))
-    with refused(model, AdaptError, *words):
-        PeftModel.from_pretrained(model, tmp_path / "first", "first")
+    with refused(model, graphpeft.PeftWarning, "'first'", "already, which gets the saved values"):
+        PeftModel.from_pretrained(model, tmp_path / "first", "first")  # a warning, which is an error in these tests
 
 
 @in_any_state

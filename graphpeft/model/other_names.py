@@ -45,13 +45,19 @@ class OtherNames(AdapterInfo):
     def prompt_encoder(self) -> nn.ModuleDict:
         """The virtual tokens of each adapter with a prompt, or what computes them: modules with its tensors, by name.
 
+        Where several modules have a prompt, an adapter has a list of them.
+
         Raises:
-            AttributeError: If no adapter has a prompt at the model itself.
+            AttributeError: If no adapter has a prompt.
         """
-        prompts = [name for name, config in self.peft_config.items() if config.is_prompt_learning]
-        found = {name: holder for name in prompts if (holder := modules_of(self)[""]._modules.get(name)) is not None}
+        modules, found = modules_of(self), {}
+        for name, adapter in self._peft_adapters.by_name.items():
+            paths = dict.fromkeys(path for path, _ in adapter.tensor_names(name) if path in modules)
+            holders = [holder for path in paths if (holder := modules[path]._modules.get(name)) is not None]
+            if adapter.config.is_prompt_learning and holders:
+                found[name] = holders[0] if len(holders) == 1 else nn.ModuleList(holders)
         if not found:
-            raise AttributeError("no adapter has a prompt at the model itself, whose encoder there could be")
+            raise AttributeError("no adapter has a prompt, whose encoder there could be")
         return nn.ModuleDict(found)
 
     @property

@@ -66,6 +66,7 @@ from graphpeft.rules.rule import (
     RunsByRow,
 )
 from graphpeft.rules.trained import FullyTrainedModule, SiteParameters, TableRows
+from graphpeft.showing import Shown, show
 from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
@@ -118,6 +119,7 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "Shown",
     "Site",
     "SiteParameters",
     "TableRows",
@@ -156,6 +158,7 @@ __all__ = [
     "register",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "show",
     "trace",
     "update_and_allocate_callback",
 ]

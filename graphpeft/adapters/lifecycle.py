@@ -29,6 +29,7 @@ from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.rules.short_options import short_options
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -66,8 +67,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         _refuse_taken(modules[path], path, name)
         if not plan.config.inference_mode:
             _refuse_unmanaged(modules[path], path, name)
+    method, options = plan.config.method.lower(), short_options(plan.config)
     for path in owners:
-        set_item(modules[path]._modules, name, holder_for(modules[path]))
+        set_item(modules[path]._modules, name, holder_for(modules[path], method, options))
         hide_holders(modules[path])
     for (path, attribute), tensor in made.items():
         holder, own = place_of(modules[path], attribute)

@@ -18,6 +18,9 @@ from torch import nn
 class Holder(nn.Module):
     """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
 
+    _graphpeft_method = "adapter"
+    _graphpeft_options = ""
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_old_forward":
             # accelerate begins to put a hook here, and next exchanges the tensors
@@ -48,22 +51,32 @@ class Holder(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Returns the names and shapes of the tensors, for ``print(model)``."""
+        """Returns the options, and the names and shapes of the tensors, for ``print(model)``."""
         named = (*self._parameters.items(), *self._buffers.items())
-        return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+        tensors = ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+        return "; ".join(filter(None, (self._graphpeft_options, tensors)))
+
+    def _get_name(self) -> str:
+        return self._graphpeft_method
 
 
 _BEFORE_HOOK = "_graphpeft_before_hook"
 
 
-def holder_for(module: nn.Module) -> Holder:
-    """Returns an empty holder for an adapter at `module`."""
+def holder_for(module: nn.Module, method: str, options: str) -> Holder:
+    """Returns an empty holder for an adapter at `module`.
+
+    Args:
+        module: The module.
+        method: The adapter's method, for ``print(model)``.
+        options: Its options, likewise.
+    """
     wrapping: Any = sys.modules.get("torch.distributed.fsdp.wrap")
     if wrapping is not None:
         # what FSDP wraps is whole in its own call alone, and no holder is called
         wrapping.size_based_auto_wrap_policy.EXCLUDE_WRAP_MODULES.add(Holder)
     holder = Holder()
-    vars(holder)["training"] = module.training
+    vars(holder).update(training=module.training, _graphpeft_method=method, _graphpeft_options=options)
     return holder
 
 

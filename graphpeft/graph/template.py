@@ -32,6 +32,9 @@ VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
 
+LINE = "graphpeft_line"
+"""The key of ``node.meta`` for the line of the model's code that made a node: its file and its number."""
+
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types whose values can stand in generated code."""
 
@@ -187,8 +190,9 @@ class Template:
         graphs = tuple(copy_graph(graph, _as_named) for graph in self.graphs)
         for graph in graphs:
             for node in graph.nodes:
-                # example values are fake tensors, which can't be pickled
+                # example values are fake tensors, which can't be pickled; files have other paths elsewhere
                 node.meta.pop(VALUE, None)
+                node.meta.pop(LINE, None)
         # PyTorch 2.10 pickles a node's target in place of its type
         types = [[node.type for node in graph.nodes] for graph in graphs]
         return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)

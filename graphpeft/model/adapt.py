@@ -58,9 +58,9 @@ def explain(
         >>> explain(model, LoraConfig(r=2, target_modules=["0"]))
         LORA adapter 'default': 1 sites, 48 parameters
         <BLANKLINE>
-        site  op      size    graph of  parameters
-        ────  ──────  ──────  ────────  ──────────
-        0     Linear  8 → 16  0         48
+        site  op      size    graph of  parameters    share
+        ────  ──────  ──────  ────────  ──────────  ───────
+        0     Linear  8 → 16  0                 48  100.0 %
     """
     check_model(model)
     ours = as_config(config)
@@ -70,6 +70,7 @@ def explain(
         warn_of_mistakes(ours, plan)
         if replication is not None:
             replication.undo()
+    plan.report.plan = plan
     return plan.report
 
 

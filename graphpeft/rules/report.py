@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.wording import text_table
+from graphpeft.wording import as_html, text_table
 
 
 class Refusal(NamedTuple):
@@ -28,6 +28,7 @@ class Report:
         fully_trained: The paths of tensors that are trained beside the adapter.
         refused: The targets that can't be adapted; adapting the model raises an error with them.
         nothing_matched: Why the config names nothing in the model, if so.
+        plan: What `explain` has worked out, for a picture; None for an adapter that a model has.
         excluded: The names that `exclude_modules` or `modules_to_save` excludes.
 
     Example:
@@ -43,11 +44,13 @@ class Report:
     refused: list[Refusal] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     nothing_matched: str = ""
+    plan: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{self.method} adapter {self.adapter!r}{self._size()}"]
         if self.adapted:
-            lines += ["", *text_table(("site", "op", "size", "graph of", "parameters"), self._rows())]
+            header = ("site", "op", "size", "graph of", "parameters", "share")
+            lines += ["", *text_table(header, self._rows(), numbers=header[-2:])]
         if self._own_code():
             lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
         if self.fully_trained:
@@ -59,12 +62,15 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+    _repr_html_ = as_html
 
     def _size(self) -> str:
         if self.fully_trained and not self.adapted:
             return ", which trains tensors of the model"
-        parameters = sum(adapted.parameter_count for adapted in self.adapted)
-        return f": {len(self.adapted)} sites, {parameters:,} parameters"
+        return f": {len(self.adapted)} sites, {self._parameter_count():,} parameters"
+
+    def _parameter_count(self) -> int:
+        return sum(adapted.parameter_count for adapted in self.adapted)
 
     def _own_code(self) -> list[tuple[str, str]]:
         """Returns the modules that run their own code on changed weights, with the reasons."""
@@ -73,6 +79,7 @@ class Report:
         return list(dict.fromkeys(rows))
 
     def _rows(self) -> list[tuple[str, ...]]:
+        total = self._parameter_count()
         return [
             (
                 adapted.site.label,
@@ -80,6 +87,7 @@ class Report:
                 adapted.site.size,
                 adapted.site.region or "the model",
                 f"{adapted.parameter_count:,}",
+                f"{100 * adapted.parameter_count / max(total, 1):.1f} %",
             )
             for adapted in self.adapted
         ]

@@ -22,6 +22,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
+from graphpeft.learning import LearningReport, SiteLearning, TensorLearning, check_learning
 from graphpeft.methods import *
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
@@ -96,6 +97,7 @@ __all__ = [
     "GuardError",
     "InputRule",
     "LeafSite",
+    "LearningReport",
     "Mergeable",
     "NeedsInputsError",
     "NoMatchingPeftModuleError",
@@ -121,16 +123,19 @@ __all__ = [
     "RunsByRow",
     "Shown",
     "Site",
+    "SiteLearning",
     "SiteParameters",
     "TableRows",
     "TargetedConfig",
     "TaskType",
+    "TensorLearning",
     "TraceError",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "check_learning",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",

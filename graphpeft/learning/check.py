@@ -180,10 +180,9 @@ def _named(state: Adapters) -> dict[tuple[str, str], int]:
         for entries in (options.target_modules, options.target_parameters):
             if isinstance(entries, str):
                 found[name, entries] = len(names)
-            else:
-                found |= {
-                    (name, entry): sum(_ends_in(entry, each) for each in names) for entry in sorted(entries or ())
-                }
+                continue
+            for entry in sorted(entries or ()):
+                found[name, entry] = sum(_ends_in(entry, each) for each in names)
     return found
 
 

@@ -34,8 +34,8 @@ def reason_and_line(
     cuts = [cut for cut in watch.cuts if cut.reaches(tensor)]
     if not cuts:
         return "what it computes is no part of the loss", watch.called[region]
-    # values that are only compared or shown leave the graph of gradients, too
-    cut = next((cut for cut in cuts if cut.is_number), cuts[0])
+    # the last one: others, such as that of a value which is only compared, leave a way on to it
+    cut = ([cut for cut in cuts if cut.is_number] or cuts)[-1]
     # a graph has a detach in the place of a region under no_grad
     if cut.under_no_grad or ("detach" in cut.function and "detach" not in cut.line):
         return "it runs without gradients, as under torch.no_grad()", cut.line

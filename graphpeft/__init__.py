@@ -1,5 +1,6 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
+from importlib.metadata import version
 from typing import Any
 
 from graphpeft import methods
@@ -72,6 +73,8 @@ from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
+
+__version__ = version("graphpeft")
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphpeft
-from graphpeft import AdaptError, LoHaConfig, LoraConfig, PromptTuningConfig, check_learning, get_peft_model
+from graphpeft import (
+    AdaptError,
+    LoHaConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    TaskType,
+    check_learning,
+    get_peft_model,
+)
 
 pytestmark = pytest.mark.quick("learning")
 
@@ -225,7 +233,7 @@ def test_the_model_and_all_generators_are_as_before(fails: bool):
     model(torch.randn(3, SIZE)).sum().backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    kept = {name: None if grad is None else grad.clone() for name, grad in gradients.items()}
+    kept = {name: grad.clone() for name, grad in gradients.items() if grad is not None}
     states = torch.get_rng_state(), random.getstate()
 
     def loss(output: Tensor) -> Tensor:
@@ -268,7 +276,9 @@ def test_the_sites_that_each_entry_names_are_counted():
 
 
 def test_a_transformers_model_is_checked_by_its_own_loss():
-    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type=TaskType.CAUSAL_LM)
+    )
     tokens = torch.randint(0, 50, (2, 5))
     report = check_learning(model, {"input_ids": tokens, "labels": tokens})
     assert report.dead == ()
@@ -276,7 +286,7 @@ def test_a_transformers_model_is_checked_by_its_own_loss():
 
 
 def test_prompts_are_checked():
-    model = get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type=TaskType.CAUSAL_LM))
     (site,) = check_learning(model, {"input_ids": torch.randint(0, 50, (2, 5))}).sites
     assert site.state == "learns"
 
@@ -324,7 +334,7 @@ def test_reentrant_checkpoints_are_no_hindrance():
             vocab_size=50,
         )
     )
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).train()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM)).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     tokens = torch.randint(0, 50, (2, 5))

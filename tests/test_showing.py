@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphpeft
-from graphpeft import LoHaConfig, LoraConfig, PrefixTuningConfig, explain, get_peft_model
+from graphpeft import LoHaConfig, LoraConfig, PrefixTuningConfig, TaskType, explain, get_peft_model
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
@@ -100,7 +100,7 @@ def test_tensors_that_are_fully_trained_are_told():
 
 
 def test_a_picture_has_the_nodes_of_prompts():
-    assert_exact(get_peft_model(tiny_llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")))
+    assert_exact(get_peft_model(tiny_llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type=TaskType.CAUSAL_LM)))
 
 
 def test_a_picture_has_the_nodes_of_adapters_in_a_flat_graph_and_the_calls_around_them():

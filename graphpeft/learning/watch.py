@@ -121,7 +121,8 @@ def _recorded_line(frame: FrameType) -> tuple[str, int] | None:
     template = template_of(module) if isinstance(module, nn.Module) else None
     if template is None:
         return None
-    place = (module._lineno_map or {}).get(frame.f_lineno - frame.f_code.co_firstlineno)
+    lines: dict[int, int | None] = getattr(module, "_lineno_map", None) or {}
+    place = lines.get(frame.f_lineno - frame.f_code.co_firstlineno)
     return None if place is None else list(template.graphs[template.index(module)].nodes)[place].meta.get(LINE)
 
 

@@ -61,6 +61,8 @@ class Report:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
+        if self.nothing_matched:
+            lines += ["", self.nothing_matched]
         if self.refused:
             lines += ["", *text_table(("refused", "because"), [refusal[:2] for refusal in self.refused])]
         return "\n".join(lines)

@@ -23,6 +23,7 @@ from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged,
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
+from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.sharding import is_managed
@@ -82,6 +83,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
     }
     set_items(adapters.lifted, lifted)
+    for region in lifted:
+        if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
+            know(modules[region])
     set_item(adapters.by_name, name, Adapter.of(plan))
     adapters.note_call_inputs(modules[""])
     own = {place: value for place, value in (values or {}).items() if place not in made}
@@ -258,6 +262,7 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
         for region in adapters.lifted.keys() & modules.keys():
             if not names_in_slots(modules[region]):  # of adapters of a model inside or around
                 in_place.take_off(modules[region], "graph")
+                forget(modules[region])
         delete_item(model.__dict__, STATE)
         in_place.exchange(model, {"methods": None, "peft": None})
         for (path, own), tensor in left.items():

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
-from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
+from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -30,6 +30,9 @@ from graphpeft.peft_classes import ending_in
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
+
+_OF_GRAPHS = ("rows", "graph")
+"""The kinds whose forwards stand for a forward that was set on a module itself."""
 
 _AROUND_FORWARDS = ("methods", "rows")
 """The kinds whose forwards hand all arguments on to that of a layer further in."""
@@ -282,10 +285,15 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
+    runs_graph = any(layer.kind in _OF_GRAPHS for layer in getattr(cls, "_graphpeft_layers", ()))
+    if runs_graph:
+        step_aside(module)
     kept = own_forwards(module)
     # bypasses nn.Module.__setattr__, which is for tensors and submodules
     object.__setattr__(module, "__class__", cls)
     keep_own_forward(module, kept)
+    if not runs_graph:
+        step_back(module)
     # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
     vars(module)[_TOUCHED] = None
     del vars(module)[_TOUCHED]

@@ -12,6 +12,7 @@ from torch import fx, nn
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.kept_forwards import foreign_forward
 from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
@@ -76,6 +77,11 @@ class Regions:
 
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]
+        if module is model and foreign_forward(model) is not None:
+            raise TraceError(
+                f"its forward was set on the instance ({foreign_forward(model)!r}), which may be what others call with "
+                "arguments of their own; put that forward into a class, or into a module around this one"
+            )
         try:
             template = given(module) or lift(module)
         except NeedsInputsError:

@@ -23,7 +23,6 @@ from torch import nn
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
-
 _Result = TypeVar("_Result")
 
 

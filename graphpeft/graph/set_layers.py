@@ -1,4 +1,4 @@
-"""The graphs of layers on which a forward was set: that forward as the layer's one operation, see `ops/set_forwards.py`."""
+"""The graphs of layers on which a forward was set, which is their operation, see `ops/set_forwards.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
@@ -28,8 +28,8 @@ def as_set_on(module: nn.Module, template: Template) -> Template:
     """
     if any(node.target is F.pad for graph in template.graphs for node in graph.nodes):
         raise TraceError(
-            f"its forward was set on the instance ({set_forward(module)!r}), and its padding_mode isn't 'zeros': what "
-            "an adapter of a convolution is given isn't what the set forward is; set padding_mode to 'zeros'"
+            f"its forward was set on the instance ({set_forward(module)!r}), and its padding_mode isn't 'zeros', so an "
+            "adapter of its convolution is given something else than that forward"
         )
     return _as_set(template, _first_argument(module))
 
@@ -54,7 +54,9 @@ def _as_set(template: Template, name: str) -> Template:
     of_class = [*graph.nodes]
     operation = next(node for node in of_class if is_known_function(node.target))
     with graph.inserting_before(of_class[0]):
-        given = [graph.create_node("placeholder", f"{stars}", name=stars.lstrip("*")) for stars in ("*args", "**kwargs")]
+        given = [
+            graph.create_node("placeholder", f"{stars}", name=stars.lstrip("*")) for stars in ("*args", "**kwargs")
+        ]
         own_forward = graph.create_node("get_attr", SET_FORWARD, name="own_forward")
     with graph.inserting_before(operation.next):
         x = graph.call_function(first_given, (*given, name))

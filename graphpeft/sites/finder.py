@@ -124,7 +124,7 @@ class SiteFinder:
         this graph as its template.
         """
         module, weight = self.modules[region], join(within(owner, region), attribute)
-        if not self.regions.is_called(region):
+        if not self.regions.is_called(region) or self.regions.is_set_on_model(region):
             return None
         try:
             template = self.templates.get(region) or template_of(module)
@@ -151,10 +151,7 @@ class SiteFinder:
             is_inside = path.startswith(f"{region}.") if region else True
             if is_inside and within(path, region) in called:
                 return path
-            if (
-                not is_inside
-                and within(owner, path) in uses_in_forward(class_of_forward(self.modules[path])).called
-            ):
+            if not is_inside and within(owner, path) in uses_in_forward(class_of_forward(self.modules[path])).called:
                 return path
         return None
 

@@ -77,7 +77,7 @@ class Regions:
 
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]
-        if module is model and foreign_forward(model) is not None:
+        if self.is_set_on_model(path):
             raise TraceError(
                 f"its forward was set on the instance ({foreign_forward(model)!r}), which may be what others call with "
                 "arguments of their own; put that forward into a class, or into a module around this one"
@@ -120,6 +120,10 @@ class Regions:
         """
         found = weight_uses(self.templates[region], self.modules[region])
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
+
+    def is_set_on_model(self, path: str) -> bool:
+        """Returns whether `path` is that of the model, on which a forward was set; see `model/set_forwards.py`."""
+        return not path and foreign_forward(self.modules[""]) is not None
 
     def is_called(self, path: str) -> bool:
         """Returns whether a module has a forward, which a container such as ``nn.ModuleList`` lacks."""

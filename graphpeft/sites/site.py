@@ -66,8 +66,7 @@ class Site(NamedTuple):
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
         computed: How the weight is computed from other tensors; None if it is a parameter.
-        set_forward: How a forward that was set on the layer differs from that of the layer's class; None if it doesn't, or
-            if there is none.
+        set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
         own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
     Example:

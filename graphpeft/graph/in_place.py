@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
-from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.kept_forwards import follow, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -285,7 +285,9 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
-    runs_graph = any(layer.kind in _OF_GRAPHS for layer in getattr(cls, "_graphpeft_layers", ()))
+    layers: tuple[Layer, ...] = getattr(cls, "_graphpeft_layers", ())
+    runs_graph = any(layer.kind in _OF_GRAPHS for layer in layers)
+    follow(module, bool(layers))
     if runs_graph:
         step_aside(module)
     kept = own_forwards(module)

@@ -2,7 +2,8 @@
 
 accelerate puts a function of its own there, ``module.forward``, which moves tensors and calls ``module._old_forward``:
 the forward of the class as it was then. When hooks are removed, that remains as ``module.forward``. A forward of the
-class that is kept so follows each exchange of the class, so a graph runs under the hook.
+class that is kept so follows each exchange of the class, so a graph runs under the hook. The functions of Transformers'
+tensor parallelism are exchanged for others around the present forward (`tensor_parallel_forwards.py`).
 
 Any other one is foreign, as where a user has set ``module.forward = new_forward``. If it was there when the module was
 adapted, it is known: while the module has a graph, it steps aside for that, which was made of it, and then it returns.
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_ours, of_transformers
 from graphpeft.transaction import delete_item, set_item
 
 _NAMES = ("forward", "_old_forward")
@@ -69,6 +71,20 @@ def forget(module: nn.Module) -> None:
     delete_item(vars(module), KNOWN)
 
 
+def follow(module: nn.Module, is_dressed: bool) -> None:
+    """Lets a forward of tensor parallelism run around that of another class of `module`, or as it was."""
+    forward = vars(module).get("forward")
+    if is_dressed and _is_around_own(module, forward):
+        vars(module)["forward"] = around_present(module, forward)
+    elif not is_dressed and is_ours(forward):
+        vars(module)["forward"] = of_transformers(forward)
+
+
+def _is_around_own(module: nn.Module, forward: Any) -> bool:
+    hook = hook_of(forward)
+    return hook is not None and _is_own(module, hook.kept)
+
+
 def step_aside(module: nn.Module) -> None:
     """Puts the forward of the class in the place of a known foreign forward."""
     place = _place_of_foreign(module)
@@ -96,7 +112,7 @@ def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
 def _place_of_foreign(module: nn.Module) -> str | None:
     held = vars(module)
     forward = held.get("forward")
-    if forward is None or _is_own(module, forward):
+    if forward is None or _is_own(module, forward) or is_ours(forward) or _is_around_own(module, forward):
         return None
     # accelerate's, a functools.partial, looks for what it calls in each call
     if getattr(getattr(forward, "func", None), "__module__", None) != "accelerate.hooks" or "_old_forward" not in held:

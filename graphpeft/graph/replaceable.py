@@ -11,6 +11,7 @@ from graphpeft.code.source import calls_forward, functions_called, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.tensor_parallel_forwards import refusal
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
 """The public attributes that ``fx.GraphModule`` adds to a module."""
@@ -24,10 +25,10 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
             f"its forward was set on the instance ({foreign!r}) and looks for that of the module's class in each call, "
             "which would be the graph's; keep that before, as in `forward = module.forward`, and call `forward(x)`"
         )
-    if foreign is not None and getattr(module, "_is_hooked", False):
+    parallel = refusal(module)
+    if parallel is not None:
         raise TraceError(
-            "Transformers' tensor parallelism (tp_plan) has set its forward; load the model without it, shard it by "
-            "PyTorch's parallelize_module, and adapt it afterwards"
+            f"{parallel}; load the model without tp_plan, shard it by PyTorch's parallelize_module, and adapt it afterwards"
         )
     call = in_place.original_class(module).__call__
     if call is not nn.Module.__call__ and not calls_forward(call):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from processes import Check, close, refuses, run_in_two_processes
-from torch.distributed.tensor import Replicate, Shard
-from transformers.distributed import DistributedConfig
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from graphpeft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, methods
 
@@ -26,6 +25,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rows of the embedding": ("LoraConfig", {"init_lora_weights": False, "trainable_token_indices": [4, 20]}),
     "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "oft": ("OFTConfig", {"oft_block_size": 4, "r": 0, "target_modules": TARGETS}),
+    "psoft": ("PsoftConfig", {"r": 3, "target_modules": TARGETS}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}),
     "fourier": ("FourierFTConfig", {"n_frequency": 9, "target_modules": TARGETS}),
     "norms": ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}),
 }
@@ -61,7 +62,7 @@ def adapted(name: str, model: Any) -> Any:
         for parameter in (p for _, p in sorted(model.named_parameters()) if p.requires_grad):
             noise = torch.rand(parameter.shape, generator=generator) / 9
             if hasattr(parameter, "full_tensor"):
-                noise = torch.distributed.tensor.distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
             parameter.add_(noise)
     return model
 
@@ -108,6 +109,8 @@ def check(name: str) -> None:
     dist.barrier()
     for is_sharded in (True, False):
         close(logits(PeftModel.from_pretrained(base(is_sharded), name)), expected)
+    if name == "prompt":
+        return
     if CONFIGS[name][0] != "LNTuningConfig" and "trainable_token_indices" not in CONFIGS[name][1]:
         model.merge_adapter()
         close(logits(model), expected)
@@ -151,10 +154,47 @@ def check_the_forwards_come_back() -> None:
     close(logits(model.unload()), expected)
 
 
+def check_a_mixture_of_experts() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "vocab_size": 30}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
+    config = transformers.Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2)
+    if dist.get_rank() == 0:
+        transformers.Qwen3MoeForCausalLM(config).save_pretrained("experts")
+    dist.barrier()
+
+    def loaded(**options: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained("experts", **options).eval()
+
+    def sharded() -> Any:
+        return loaded(distributed_config=DistributedConfig(tp_plan="auto"))
+
+    found = []
+    for model in (loaded(), sharded()):
+        torch.manual_seed(1)
+        config_of_attention = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        found.append(trained(get_peft_model(model, config_of_attention)))
+    close(*found)
+    experts = LoraConfig(r=3, target_parameters=["mlp.experts.gate_up_proj"])
+    for config, reason in [
+        (experts, "Transformers' tensor parallelism (tp_plan) runs it by MoeExpertsParallel"),
+        (
+            LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["experts"]),
+            "model.layers.0.mlp.experts can't be adapted: Transformers' tensor parallelism (tp_plan) runs it by",
+        ),
+        (LNTuningConfig(target_modules=["q_norm"]), "(tp_plan) sums up the gradients of its own parameters alone"),
+    ]:
+        model = sharded()
+        names = set(dict(model.named_parameters()))
+        refuses(reason, functools.partial(get_peft_model, model, config))
+        assert set(dict(model.named_parameters())) == names
+
+
 def test_a_plan_of_transformers() -> None:
     checks: dict[str, Check] = {"the base": written}
     checks |= {name: functools.partial(check, name) for name in CONFIGS}
     checks["placements"] = check_factors_are_sharded_as_their_weight
     checks["generation"] = check_generation_and_two_adapters
+    checks["experts"] = check_a_mixture_of_experts
     checks["unloading"] = check_the_forwards_come_back
     run_in_two_processes(checks)

@@ -28,7 +28,7 @@ from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
-from graphpeft.graph.tensor_parallel_forwards import sums_gradients
+from graphpeft.graph.tensor_parallel_forwards import refusal
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import (
@@ -66,6 +66,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     owners = dict.fromkeys([path for path, _ in (*made, *constants)])
     for path in owners:
         _refuse_taken(modules[path], path, name)
+        reason = refusal(modules[path])
+        if reason is not None:
+            raise AdaptError(f"{path or 'the model'} can't be adapted: {reason}; leave it out of the config")
         if not plan.config.inference_mode:
             _refuse_unmanaged(modules[path], path, name)
     for path in owners:
@@ -104,12 +107,7 @@ def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
 
 
 def _refuse_unmanaged(module: nn.Module, path: str, name: str) -> None:
-    """Raises AdaptError if a module was sharded before it got tensors that are to be trained, without their gradients."""
-    if sums_gradients(module):
-        raise AdaptError(
-            f"Transformers' tensor parallelism (tp_plan) sums up the gradients of {path}'s own parameters alone, and "
-            "those of an adapter would differ among the processes; leave it out of the config"
-        )
+    """Raises AdaptError if a module was sharded before it got tensors that are to be trained."""
     if is_managed(module):
         raise AdaptError(
             f"{path or 'the model'} was sharded before adapter {name!r} came, whose gradients would differ among the "

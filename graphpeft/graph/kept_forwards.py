@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_ours, of_transformers
+from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_followed, stood_for
 from graphpeft.transaction import delete_item, set_item
 
 _NAMES = ("forward", "_old_forward")
@@ -76,13 +76,13 @@ def follow(module: nn.Module, is_dressed: bool) -> None:
     forward = vars(module).get("forward")
     if is_dressed and _is_around_own(module, forward):
         vars(module)["forward"] = around_present(module, forward)
-    elif not is_dressed and is_ours(forward):
-        vars(module)["forward"] = of_transformers(forward)
+    elif not is_dressed and stood_for(forward) is not None:
+        vars(module)["forward"] = stood_for(forward)
 
 
 def _is_around_own(module: nn.Module, forward: Any) -> bool:
     hook = hook_of(forward)
-    return hook is not None and _is_own(module, hook.kept)
+    return hook is not None and is_followed(hook) and _is_own(module, hook.kept)
 
 
 def step_aside(module: nn.Module) -> None:
@@ -112,7 +112,9 @@ def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
 def _place_of_foreign(module: nn.Module) -> str | None:
     held = vars(module)
     forward = held.get("forward")
-    if forward is None or _is_own(module, forward) or is_ours(forward) or _is_around_own(module, forward):
+    if forward is None or _is_own(module, forward):
+        return None
+    if stood_for(forward) is not None or _is_around_own(module, forward):
         return None
     # accelerate's, a functools.partial, looks for what it calls in each call
     if getattr(getattr(forward, "func", None), "__module__", None) != "accelerate.hooks" or "_old_forward" not in held:

@@ -1,7 +1,7 @@
 """Forwards that Transformers' tensor parallelism (``tp_plan``) puts around those of modules.
 
-They prepare inputs and outputs, and call the forward of the class that they have kept. Without gradients, they exchange a
-module's own tensors for their local parts, of which an adapter's tensors are none. So an adapted module has another one
+They prepare inputs and outputs, and call the forward of the class that they have kept. Without gradients, they exchange
+a module's own tensors for their local parts, and would leave out an adapter's. So an adapted module has another one
 around its present forward, by the same style, with distributed tensors in each call.
 """
 
@@ -22,11 +22,13 @@ class Hook(NamedTuple):
     """What a forward of tensor parallelism knows.
 
     Attributes:
-        style: What prepares inputs and outputs.
+        name: The name of the style's class.
+        style: What prepares inputs and outputs; None if it is unknown.
         mesh: The mesh of processes.
         kept: The forward that it calls; None if it calls none.
     """
 
+    name: str
     style: Any
     mesh: Any
     kept: Any
@@ -38,7 +40,9 @@ def hook_of(forward: Any) -> Hook | None:
         return None
     cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     known = {name: cells[name].cell_contents for name in ("self", "mesh", "original_forward") if name in cells}
-    return Hook(known.get("self"), known.get("mesh"), known.get("original_forward"))
+    style = known.get("self")
+    name = forward.__qualname__.partition(".")[0] if style is None else type(style).__name__
+    return Hook(name, style, known.get("mesh"), known.get("original_forward"))
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -46,28 +50,30 @@ def refusal(module: nn.Module) -> str | None:
     hook = hook_of(_placed(module))
     if hook is None:
         return None
-    name = type(hook.style).__name__
-    if name not in _STYLES or hook.kept is None:
-        return f"Transformers' tensor parallelism (tp_plan) runs it by {name}, on tensors that only its own code knows"
+    if hook.name == "ReplicatedWithGradAllReduce":
+        return "Transformers' tensor parallelism (tp_plan) sums up the gradients of its own parameters alone"
+    if not is_followed(hook):
+        return (
+            f"Transformers' tensor parallelism (tp_plan) runs it by {hook.name}, whose tensors only its own code knows"
+        )
     if getattr(module, "_hf_quantized_needs_local_tp", False):
         return "Transformers' tensor parallelism (tp_plan) runs it on local parts of a quantised weight"
     return None
 
 
-def sums_gradients(module: nn.Module) -> bool:
-    """Returns whether tensor parallelism sums up the gradients of a module's own parameters, and of no others."""
-    hook = hook_of(_placed(module))
-    return hook is not None and type(hook.style).__name__ == "ReplicatedWithGradAllReduce"
+def is_followed(hook: Hook | None) -> bool:
+    """Returns whether another forward of the module's class can run under a forward of tensor parallelism."""
+    return hook is not None and hook.name in _STYLES and hook.kept is not None
 
 
 def _placed(module: nn.Module) -> Any:
     forward = vars(module).get("forward")
-    return forward.args[1] if is_ours(forward) else forward
+    return stood_for(forward) or forward
 
 
-def is_ours(forward: Any) -> bool:
-    """Returns whether a forward is one of those that `around_present` makes."""
-    return isinstance(forward, functools.partial) and forward.func is _run
+def stood_for(forward: Any) -> Any | None:
+    """Returns the forward of tensor parallelism for which a result of `around_present` stands; else None."""
+    return forward.args[1] if isinstance(forward, functools.partial) and forward.func is _run else None
 
 
 def around_present(module: nn.Module, forward: Any) -> functools.partial[Any]:
@@ -80,16 +86,14 @@ def around_present(module: nn.Module, forward: Any) -> functools.partial[Any]:
     return functools.partial(_run, module, forward)
 
 
-def of_transformers(forward: functools.partial[Any]) -> Any:
-    """Returns the forward that a result of `around_present` stands for."""
-    return forward.args[1]
-
-
 def _run(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    style, mesh, _ = hook_of(forward)  # pyright: ignore[reportGeneralTypeIssues]
-    style = _on_distributed_tensors(style)
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    hook: Any = hook_of(forward)
+    style, mesh = _on_distributed_tensors(hook.style), hook.mesh
     args, kwargs = style.transform_inputs_pre_forward(module, args, kwargs, mesh)
-    with style.context_around_forward(module, mesh):
+    # other tensors are constants that a rule has made, alike in all processes
+    with style.context_around_forward(module, mesh), implicit_replication():
         output = type(module).forward(module, *_distributed(module, args, mesh), **kwargs)
     return style.transform_output_post_forward(module, output, mesh)
 

@@ -477,3 +477,56 @@ def test_a_second_adapter_from_a_file_finds_it(tmp_path: Path) -> None:
     other.set_adapter("again")
     other.delete_adapter("default")
     assert torch.equal(other(X), expected)
+
+
+def in_hand(model: Any) -> None:
+    weight, bias = model.first.weight, model.first.bias
+    model.first.forward = lambda x: F.linear(x, weight, bias)
+
+
+def test_one_that_has_the_weight_in_hand_is_adapted_and_merged_as_by_peft() -> None:
+    found = []
+    for library in (graphpeft, peft):
+        model = adapted(in_hand, library)
+        found += [model(X), model.merge_and_unload()(X)]
+    torch.testing.assert_close(found[1:], [found[0]] * 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["first"], "init_lora_weights": "pissa"},
+        {"target_modules": ["last"], "modules_to_save": ["first"]},
+        {"target_modules": ["last"], "bias": "all"},
+    ],
+)
+def test_one_that_has_the_weight_in_hand_takes_no_other_in_its_place(options: dict[str, Any]) -> None:
+    model = net(in_hand)
+    with pytest.raises(AdaptError, match="first itself has a tensor of it in hand"):
+        get_peft_model(model, LoraConfig(r=2, **options))
+    assert torch.equal(model(X), net(in_hand)(X))
+    for change in (the_same_again, handing_on, compiled):
+        adapted_model = filled(get_peft_model(net(change), LoraConfig(r=2, **options)))
+        assert not torch.allclose(adapted_model(X), net(change)(X))
+
+
+def test_one_with_the_weight_in_hand_is_not_run_on_a_changed_one() -> None:
+    model: Any = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"))
+    model[0].forward = functools.partial(F.conv1d, weight=model[0].weight)
+    with pytest.raises(AdaptError, match="its forward was set on the instance"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+
+
+def test_that_of_a_quantised_layer_is_not_merged() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    model: Any = nn.Sequential(layer).to("cpu")
+    old = model[0].forward
+    model[0].forward = lambda x: 2 * old(x)
+    x = torch.rand(2, 64)
+    expected = model(x)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    torch.testing.assert_close(model(x), expected)
+    filled(model)
+    with pytest.raises(AdaptError, match="can't be merged"):
+        model.merge_adapter()

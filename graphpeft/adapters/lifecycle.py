@@ -21,6 +21,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
 from graphpeft.graph.kept_forwards import forget, know
@@ -71,6 +72,12 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
             raise AdaptError(f"{path or 'the model'} can't be adapted: {reason}; leave it out of the config")
         if not plan.config.inference_mode:
             _refuse_unmanaged(modules[path], path, name)
+    for path in {*plan.fully_trained, *plan.rows, *(each.site.owner for each in plan.sites if each.replaced)}:
+        if holds_own_tensor(modules[path]):
+            raise AdaptError(
+                f"the forward that was set on {path or 'the model'} itself has a tensor of it in hand, and would not "
+                f"see that of adapter {name!r} in its place; let it read the tensor from the module in each call"
+            )
     for path in owners:
         set_item(modules[path]._modules, name, holder_for(modules[path]))
         hide_holders(modules[path])

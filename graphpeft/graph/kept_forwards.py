@@ -59,6 +59,13 @@ def _known(module: nn.Module) -> Any | None:
     return vars(module).get(KNOWN) if any(name in vars(module) for name in _NAMES) else None
 
 
+def name_of(forward: Any) -> str:
+    """Returns the name of a function for a person; the representation of a bound one may be that of a whole model."""
+    if isinstance(forward, functools.partial):
+        return f"partial of {name_of(forward.func)}"
+    return getattr(forward, "__qualname__", None) or type(forward).__name__
+
+
 def know(module: nn.Module) -> None:
     """Lets the foreign forward of `module`, if it has one, step aside from now on where the module has a graph."""
     found = foreign_forward(module)

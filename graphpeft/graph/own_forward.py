@@ -20,8 +20,8 @@ from graphpeft._torch import reparametrized
 from graphpeft.code.source import uses_in_forward
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.forward_classes import class_of_forward
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.forward_classes import class_of_forward, holds_own_tensor
+from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
@@ -34,8 +34,8 @@ def call_through(module: nn.Module) -> Template:
     """
     if set_forward(module) is not None and not _takes_the_same(module):
         raise TraceError(
-            f"its forward was set on the instance ({set_forward(module)!r}) and takes other arguments than that of its "
-            "class; give it the same"
+            f"its forward was set on the instance ({name_of(set_forward(module))}) and takes other arguments than "
+            "that of its class; give it the same"
         )
     return _calling(in_place.original_class(module).forward, ())
 
@@ -62,6 +62,11 @@ def call_on_weights(module: nn.Module, weight: str) -> Template:
     Raises:
         TraceError: If a graph can't have the forward's arguments.
     """
+    if holds_own_tensor(module):
+        raise TraceError(
+            f"its forward was set on the instance ({name_of(set_forward(module))}) and has a tensor of the module in "
+            "hand, for which no other can be put in; read it from the module in each call"
+        )
     uses = uses_in_forward(class_of_forward(module))
     used = uses.read | uses.called  # a method of the weight, such as ``weight.chunk``, is called
     found = dict(module.named_parameters())

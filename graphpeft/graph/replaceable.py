@@ -10,7 +10,7 @@ from torch import fx, nn
 from graphpeft.code.source import calls_forward, functions_called, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.tensor_parallel_forwards import refusal
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
@@ -22,8 +22,8 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     foreign = set_forward(module)
     if foreign is not None and _asks_for_class_forward(foreign):
         raise TraceError(
-            f"its forward was set on the instance ({foreign!r}) and looks for that of the module's class in each call, "
-            "which would be the graph's; keep that before, as in `forward = module.forward`, and call `forward(x)`"
+            f"its forward was set on the instance ({name_of(foreign)}) and looks for that of the module's class in "
+            "each call, which would be the graph's; keep that before, as in `forward = module.forward`, and call that"
         )
     parallel = refusal(module)
     if parallel is not None:

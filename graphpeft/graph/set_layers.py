@@ -11,7 +11,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.ops.set_forwards import first_given, is_known_function, others_given, set_operation
 from graphpeft.graph.template import FIXED, SET_FORWARD, Template
 
@@ -28,8 +28,8 @@ def as_set_on(module: nn.Module, template: Template) -> Template:
     """
     if any(node.target is F.pad for graph in template.graphs for node in graph.nodes):
         raise TraceError(
-            f"its forward was set on the instance ({set_forward(module)!r}), and its padding_mode isn't 'zeros', so an "
-            "adapter of its convolution is given something else than that forward"
+            f"its forward was set on the instance ({name_of(set_forward(module))}), and its padding_mode isn't "
+            "'zeros', so an adapter of its convolution is given something else than that forward"
         )
     return _as_set(template, _first_argument(module))
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.kept_forwards import foreign_forward
+from graphpeft.graph.kept_forwards import foreign_forward, name_of
 from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
@@ -78,9 +78,10 @@ class Regions:
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]
         if self.is_set_on_model(path):
+            name = name_of(foreign_forward(model))
             raise TraceError(
-                f"its forward was set on the instance ({foreign_forward(model)!r}), which may be what others call with "
-                "arguments of their own; put that forward into a class, or into a module around this one"
+                f"its forward was set on the instance ({name}), which may be what others call with arguments of their "
+                "own; put that forward into a class, or into a module around this one"
             )
         try:
             template = given(module) or lift(module)

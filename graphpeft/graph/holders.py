@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphpeft.graph.sharding import distributed_as, is_sharded
 
 
 class Holder(nn.Module):
@@ -142,3 +145,23 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 yield prefix + name, parameter
+
+
+def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Leaves out holders among modules and their paths."""
+    return ((path, module) for path, module in modules if not isinstance(module, Holder))
+
+
+def distribute_adapters(module: nn.Module, weight: Any) -> None:
+    """Distributes the tensors of adapters at `module` as its weight is; those that several adapters share stay one."""
+    for holder in module._modules.values():
+        tensors: tuple[Any, ...] = (holder._parameters, holder._buffers) if isinstance(holder, Holder) else ()
+        for held in tensors:
+            for name, tensor in held.items():
+                if tensor is not None and not is_sharded(tensor):
+                    known = _DISTRIBUTED.get(tensor)
+                    held[name] = _DISTRIBUTED[tensor] = distributed_as(tensor, weight) if known is None else known
+
+
+_DISTRIBUTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What tensors have become that other holders may have, too."""

@@ -44,6 +44,9 @@ FIXED = "graphpeft_fixed"
 OWN_FORWARD = "_graphpeft_own_forward"
 """The module attribute by which a graph calls the forward of the module's own class."""
 
+SET_FORWARD = "_graphpeft_run_set_forward"
+"""The module attribute by which a graph calls a forward that was set on the module, as one operation among others."""
+
 _MOST_NODES = 20_000
 """The most nodes, in all graphs together, of the recently used templates that are kept."""
 
@@ -123,6 +126,11 @@ class Template:
     def calls_own_forward(self) -> bool:
         """Whether the graphs only wrap the forward of the module's own class, which runs unchanged."""
         return any(node.target == OWN_FORWARD for graph in self.graphs for node in graph.nodes)
+
+    @functools.cached_property
+    def calls_set_forward(self) -> bool:
+        """Whether the graph has a forward that was set on a layer as its operation."""
+        return any(node.target == SET_FORWARD for graph in self.graphs for node in graph.nodes)
 
     def index(self, module: nn.Module) -> int:
         """Returns the index of the graph that `module` runs in its mode."""
@@ -316,6 +324,10 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _graphpeft_own_forward(self) -> Callable[..., Any]:
+        return own_forward(self)
+
+    @property
+    def _graphpeft_run_set_forward(self) -> Callable[..., Any]:
         return own_forward(self)
 
     @property

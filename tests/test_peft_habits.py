@@ -15,7 +15,10 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 import graphpeft
-from graphpeft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from graphpeft import PeftModel, get_peft_model
+
+LoraConfig: Any = graphpeft.LoraConfig
+PeftConfig: Any = graphpeft.PeftConfig
 
 X = torch.linspace(-1, 1, 16).reshape(2, 8)
 
@@ -64,7 +67,7 @@ def test_tensors_without_values_get_those_of_a_file(how: str) -> None:
         get_peft_model(model, LoraConfig(target_modules=["up"]), "first")
         model.add_adapter("default", config, low_cpu_mem_usage=True)
     else:
-        of_file = {"state_dict": values} if how == "inject_state_dict" else {}
+        of_file: dict[str, Any] = {"state_dict": values} if how == "inject_state_dict" else {}
         graphpeft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True, **of_file)
     own = [p for name, p in model.named_parameters() if ".default.lora_" in name]
     assert {p.device.type for p in own} == {"meta"}
@@ -92,8 +95,8 @@ def test_tensors_without_values_are_neither_saved_nor_merged(do: str, tmp_path: 
 
 def test_tensors_that_sites_share_remain_one_tensor() -> None:
     config = graphpeft.VBLoRAConfig(target_modules=["0", "1"], r=2, num_vectors=4, vector_length=4, topk=2)
-    filled = perturbed(get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config))
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
+    filled: Any = perturbed(get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config))
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config, low_cpu_mem_usage=True)
     graphpeft.set_peft_model_state_dict(model, graphpeft.get_peft_model_state_dict(filled))
     assert [len(list(each.parameters())) for each in (model, filled)] == [len(list(filled.parameters()))] * 2
     model.load_state_dict(filled.state_dict())
@@ -111,7 +114,7 @@ def test_the_table_of_tuners_adapts_by_each_method() -> None:
     assert tuners["IA3"].prefix == "ia3_"
     model, config = MLP.build(), LoraConfig(target_modules=["up"])
     assert tuners["LORA"](model, {"mine": config}, "mine") is model
-    assert list(model.peft_config) == ["mine"]  # type: ignore[attr-defined]
+    assert list(model.peft_config) == ["mine"]
     with pytest.raises(TypeError, match="the config is a LoraConfig; pass a IA3Config"):
         tuners["IA3"](MLP.build(), config, "default")
 
@@ -179,7 +182,7 @@ def test_the_prompt_encoder_has_the_tensors_of_the_prompts(kind: Any) -> None:
 
 
 def test_the_prompt_encoder_of_a_pair_is_that_of_its_encoder() -> None:
-    config = graphpeft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+    config = graphpeft.PromptTuningConfig(task_type=graphpeft.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=3)
     model = get_peft_model(T5.build(), config)
     own = [parameter for name, parameter in model.named_parameters() if "prompt" in name]
     assert [id(p) for p in model.prompt_encoder["default"].parameters()] == [id(p) for p in own]
@@ -234,13 +237,13 @@ def test_a_config_of_no_class_is_made_for_a_method(tmp_path: Path) -> None:
     assert {k: v for k, v in ours.to_dict().items() if k in keys} == {k: theirs.to_dict()[k] for k in keys}
     assert PeftConfig().peft_type is None
     assert "LORA" in repr(ours)
-    assert ours == PeftConfig(**options) != PeftConfig(**options | {"peft_type": "IA3"})  # type: ignore[arg-type]
+    assert ours == PeftConfig(**options) != PeftConfig(**options | {"peft_type": "IA3"})
     with pytest.raises(ValueError, match="peft_type is 'LORE'"):
-        PeftConfig(peft_type="LORE")  # type: ignore[call-arg]
+        PeftConfig(peft_type="LORE")
 
 
 def test_a_config_of_no_class_adapts_by_its_methods_defaults() -> None:
-    model = get_peft_model(LLAMA.build(), PeftConfig(peft_type="LORA", task_type="CAUSAL_LM"))  # type: ignore[call-arg]
+    model = get_peft_model(LLAMA.build(), PeftConfig(peft_type="LORA", task_type="CAUSAL_LM"))
     assert type(model.peft_config["default"]) is LoraConfig
     assert {path.rpartition(".")[2] for path in model.targeted_module_names} == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match="no peft_type"):
@@ -372,9 +375,9 @@ class Scaled(nn.Linear):
         self.scaling = 2.0
         self.base_layer = nn.Linear(8, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Scales."""
-        return super().forward(x) * self.scaling
+        return super().forward(input) * self.scaling
 
     def __getattr__(self, name: str) -> Any:
         return 7 if name == "lora_A" else super().__getattr__(name)
@@ -442,7 +445,7 @@ def test_biases_are_trained_by_the_methods_name_in_lower_case(
     theirs = peft.PeftModel.from_pretrained(Words(9), str(tmp_path))
     found = dict(theirs.named_parameters())["base_model.model.up.base_layer.bias"]
     assert torch.equal(found, ours.up.default.bias)
-    assert PeftConfig.from_pretrained(tmp_path).bias == bias  # type: ignore[attr-defined]
+    assert PeftConfig.from_pretrained(tmp_path).bias == bias
 
 
 # tables

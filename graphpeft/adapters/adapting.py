@@ -78,7 +78,7 @@ def add_new(
     where: Where | None,
     *,
     activates: bool,
-    is_empty: bool,
+    is_empty: bool = False,
     methods: Methods,
 ) -> None:
     """Gives a model a new adapter.

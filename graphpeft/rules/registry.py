@@ -94,7 +94,9 @@ def names_method(config_class: ConfigT) -> ConfigT:
     def equals(self: Any, other: Any) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
-    config_class.__init__, config_class.__repr__, config_class.__eq__ = named, shown, equals
+    methods: dict[str, Any] = {"__init__": named, "__repr__": shown, "__eq__": equals}
+    for name, method in methods.items():
+        setattr(config_class, name, method)
     return config_class
 
 

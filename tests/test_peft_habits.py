@@ -112,7 +112,8 @@ def test_the_table_of_tuners_adapts_by_each_method() -> None:
     assert len(tuners) == len(graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING)
     assert not tuners["VERA"].uses_shared_state
     assert tuners["IA3"].prefix == "ia3_"
-    model, config = MLP.build(), LoraConfig(target_modules=["up"])
+    model: Any = MLP.build()
+    config = LoraConfig(target_modules=["up"])
     assert tuners["LORA"](model, {"mine": config}, "mine") is model
     assert list(model.peft_config) == ["mine"]
     with pytest.raises(TypeError, match="the config is a LoraConfig; pass a IA3Config"):

@@ -17,7 +17,7 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
-from graphpeft.adapters.given_inputs import with_derived
+from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import load, load_again
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.resizing import refuse_resizing
@@ -30,6 +30,7 @@ from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
+from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import free_names
 from graphpeft.model.reference_copies import copy_at_the_model
 from graphpeft.model.saving_methods import SavingMethods
@@ -179,10 +180,10 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
-            with self.mixed_batch(adapter_names), call_inputs.given(read, with_derived(state, args, kwargs)):
+            with self.mixed_batch(adapter_names), given_in_call(self, args, kwargs):
                 output = call(*args, **call_inputs.left(read, kwargs))
         elif read:
-            with call_inputs.given(read, with_derived(state, args, kwargs)):
+            with given_in_call(self, args, kwargs):
                 output = call(*args, **call_inputs.left(read, kwargs))
         else:
             output = call(*args, **kwargs)
@@ -391,6 +392,10 @@ class GeneratingPeftModel(PeftModel):
         if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
             raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
         own = call_inputs.left(read, kwargs)
+        acting = self.active_adapters if adapter_names is None else adapter_names
+        configs = self.peft_config
+        if any(name in configs and not configs[name].goes_on_from_caches for name in acting):
+            own["use_cache"] = False
         possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
         prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
         with contextlib.ExitStack() as stack:
@@ -439,4 +444,4 @@ def give_methods(model: nn.Module, task: TaskType | None) -> None:
     bases = tuple(base for base, method in chosen.items() if hasattr(model, method)) or (PeftModel,)
     if is_of_diffusers(model):
         bases = (DiffusersMethods, *bases)
-    in_place.exchange(model, layers_with(bases, task, free_names(model)))
+    in_place.exchange(model, layers_with(bases, task, free_names(model), offered_names(model)))

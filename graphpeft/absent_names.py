@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MISSING = ("Shadow", "XLora")
+_MISSING = ("Shadow",)
 """The methods that don't exist here, as PEFT's classes name them."""
 
 _TUNERS = (

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import experts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,7 @@ CASES = {
     "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
     "AdaptionPrompt": Case(LLAMA.make, AdaptionPromptConfig(adapter_len=3, adapter_layers=1), TEXT),
     "Cartridge": prompt(CartridgeConfig),
+    "XLora": Case(experts.Text, experts.config(experts.TEXT, hidden_size=8), {"input_ids": TEXT["input_ids"]}),
     "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
     "Context": Case(
         LLAMA.make,

@@ -703,7 +703,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
     [
         ({"r": 0}, ["r must be a positive integer"]),
         ({"r": 2.5}, ["r must be int, not 2.5"]),
-        ({"peft_type": "XLORA"}, ["'XLORA'", "LORA"]),
+        ({"peft_type": "SHADOW"}, ["'SHADOW'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
         ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
@@ -726,10 +726,10 @@ def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None
 
 
 def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:
-    edit_config(saved, peft_type="XLORA")
-    with pytest.raises(ValueError, match="XLORA"):
+    edit_config(saved, peft_type="SHADOW")
+    with pytest.raises(ValueError, match="SHADOW"):
         LoraConfig.from_pretrained(saved)
-    with pytest.raises(ValueError, match="XLORA"):
+    with pytest.raises(ValueError, match="SHADOW"):
         PeftConfig.from_pretrained(saved)
 
 

@@ -73,6 +73,7 @@ from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 from graphpeft.methods.waveft import WaveFTConfig
 from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
+from graphpeft.methods.xlora import XLoraConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -133,6 +134,7 @@ __all__ = [
     "VeraConfig",
     "WaveFTConfig",
     "WeightDecomposedConfig",
+    "XLoraConfig",
     "compose_cartridge_adapters",
     "conversion_deviation",
     "convert_to_lora",

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft, set_class
-from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_in_calls import ConfigInCalls
+from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType

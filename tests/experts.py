@@ -49,7 +49,8 @@ def saved(model: nn.Module, folder: str, **options: Any) -> str:
     with warnings.catch_warnings():
         # of layers without a bias, and of transposed weights
         warnings.simplefilter("ignore")
-        adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2} | options))
+        given: dict[str, Any] = {"r": 2} | options
+        adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**given))
         generator = torch.Generator().manual_seed(len(options))
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
@@ -77,4 +78,5 @@ def experts(example: Example, dropout: float = 0.0) -> dict[str, str]:
 
 def config(example: Example, **options: Any) -> XLoraConfig:
     """Returns a config with these experts."""
-    return XLoraConfig(**{"adapters": experts(example)} | options)
+    given: dict[str, Any] = {"adapters": experts(example)} | options
+    return XLoraConfig(**given)

@@ -31,14 +31,13 @@ from graphpeft.rules.registry import registered
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 
-REFUSED: dict[str, str] = {
-    "SHADOW": "a second, smaller model runs beside the layers, with a cache of its own",
-}
+REFUSED: dict[str, str] = {}
 """The methods that can't be had, and why."""
 
 NOT_MERGED: dict[str, str] = {
     "ADAPTION_PROMPT": "attentions read learned tokens",
     "POLY": "tasks choose what acts",
+    "SHADOW": "a small model runs beside the layers",
     "XLORA": "tokens choose what acts",
 }
 """Why methods can't be merged that have no contract, but for those that add virtual tokens."""

@@ -224,6 +224,7 @@ SAVED = [
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),
     Saved("multitask-poly", _llama, _poly),
+    Saved("shadow", _llama, lambda: graphpeft.ShadowConfig(r=3, shadow_hidden_size=8)),
     Saved("x-lora", experts.Text, _xlora(layerwise_scalings=True, top_k_lora=1), lambda: (_IDS,)),
     Saved("x-lora-trained", experts.Text, _xlora(use_trainable_adapters=True), lambda: (_IDS,)),
 ]

@@ -69,7 +69,7 @@ def _with_derived(model: Any, adapters: Adapters, args: Sequence[Any], kwargs: M
             continue
         run = functools.partial(_run, model, adapters, args, kwargs, found)
         parameters_at = functools.partial(_parameters_at, model, adapter)
-        call = PresentCall(arguments, PROMPT.get(), parameters_at, run, model.training)
+        call = PresentCall(model, arguments, PROMPT.get(), parameters_at, run, model.training)
         for name, values in adapter.config.call_inputs_from(call).items():
             if name not in passed:
                 found[name] = {**found.get(name, given.get(name, {})), **values}

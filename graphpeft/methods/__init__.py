@@ -64,6 +64,7 @@ from graphpeft.methods.psoft import PsoftConfig
 from graphpeft.methods.pvera import PveraConfig
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.road import RoadConfig
+from graphpeft.methods.shadow import ShadowConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
@@ -123,6 +124,7 @@ __all__ = [
     "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
+    "ShadowConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "TinyLoraConfig",

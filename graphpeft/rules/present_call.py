@@ -12,6 +12,7 @@ class PresentCall(NamedTuple):
     """A call of a model that has an adapter.
 
     Attributes:
+        model: The model.
         arguments: The arguments of the call, by name.
         prompt: The tokens from which the model generates, (rows, length), if it does.
         parameters_at: Returns the adapter's parameters at its site of a number, by the rule's names.
@@ -20,11 +21,12 @@ class PresentCall(NamedTuple):
         is_training: Whether the model is in training mode.
 
     Example:
-        >>> call = PresentCall({"x": 1}, None, lambda number: {}, lambda inputs, **others: inputs | others, False)
+        >>> call = PresentCall(None, {"x": 1}, None, lambda number: {}, lambda inputs, **others: inputs | others, False)
         >>> call.run({"read": 2}, x=3)
         {'read': 2, 'x': 3}
     """
 
+    model: Any
     arguments: Mapping[str, Any]
     prompt: torch.Tensor | None
     parameters_at: Callable[[int], Mapping[str, torch.Tensor]]

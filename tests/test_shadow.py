@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,19 @@ def test_checkpoints_copies_and_compiled_code_give_the_same(ours: Any) -> None:
     assert len(plain) == len(checkpointed) > 20
     for own, other in zip(checkpointed, plain, strict=True):
         torch.testing.assert_close(own, other)
+
+
+def test_threads_and_copies_share_no_values(ours: Any) -> None:
+    other = copy.deepcopy(ours)
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.5)
+    calls = [(model, IDS[:, :length]) for length in range(2, 7) for model in (ours, other)] * 3
+    expected = [logits(model, ids) for model, ids in calls]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda call: logits(*call), calls))
+    for own, alone in zip(found, expected, strict=True):
+        assert torch.equal(own, alone)
 
 
 def test_other_adapters_act_beside_it(ours: Any) -> None:

@@ -268,7 +268,8 @@ class ShadowConfig(PeftConfig):
             inputs.pop("input_ids", None)
         own = call.parameters_at(0)
         values = {name: own[_local(name)] for name in self.mirror.shapes}
-        first = self.mirror.run(values, call.is_training, {"use_cache": False, **inputs})
+        mirror: Any = self.mirror
+        first = mirror.run(values, call.is_training, {"use_cache": False, **inputs})
         first = F.linear(first, own[_PROJECTION]) if _PROJECTION in own else first
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self._last.call = None if given.get("labels") is None or head is None else (first, given["labels"], head)

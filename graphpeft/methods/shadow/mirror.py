@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,7 +115,13 @@ class Mirror:
         for name, parameter in list(module.named_parameters()):
             owner, _, own = name.rpartition(".")
             module.get_submodule(owner)._parameters[own] = nn.Parameter(parameter.detach().to("meta"), False)
-        self._module = module
+        self._module, self._lock = module, threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
         return self
@@ -131,6 +138,7 @@ class Mirror:
             made._modules.pop("embed_tokens", None)
         return made
 
+    @torch.compiler.disable
     def run(self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any]) -> Tensor:
         """Returns its last hidden states, (rows, positions, features).
 
@@ -140,8 +148,10 @@ class Mirror:
             inputs: The arguments of its forward.
         """
         device = next(iter(values.values())).device
-        if self._module.training != training:
-            self._module.train(training)
-        buffers = {name: buffer.to(device) for name, buffer in self._module.named_buffers()}
-        found = functional_call(self._module, {**buffers, **values}, (), {**inputs, "return_dict": True})
+        # the values are on the one module while it runs, whoever calls
+        with self._lock:
+            if self._module.training != training:
+                self._module.train(training)
+            buffers = {name: buffer.to(device) for name, buffer in self._module.named_buffers()}
+            found = functional_call(self._module, {**buffers, **values}, (), {**inputs, "return_dict": True})
         return found.last_hidden_state

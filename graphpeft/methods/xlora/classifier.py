@@ -26,7 +26,7 @@ def numbers(config: Any) -> list[int]:
 
 
 def parameters(config: Any, experts: int, layers: int, dtype: torch.dtype) -> dict[str, ParameterSpec]:
-    """Returns the parameters by the rule's names; all sites share them.
+    """Returns the parameters by the rule's names, which the first layer has.
 
     Args:
         config: The config.
@@ -49,7 +49,7 @@ def layers_of(config: Any, parameters: Mapping[str, Tensor]) -> list[tuple[Tenso
 
     Args:
         config: The config.
-        parameters: The parameters of a site.
+        parameters: The parameters of the first layer.
     """
     return [(parameters[_name(n, "weight")], parameters[_name(n, "bias")]) for n in numbers(config)]
 

@@ -57,7 +57,7 @@ class XLora(OperationRule):
         return None
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns A and B of all experts, side by side, and the classifier, which all layers share."""
+        """Returns A and B of all experts, side by side, and at the first layer the classifier."""
         A, B = (each.shape for each in config.experts.side_by_side(site.label))
         is_trained, number = config.use_trainable_adapters, sum(self.ranks)
         own = ParameterSpec((), "", is_trained=is_trained, is_saved=is_trained, dtype=self.dtype, is_counted=True)
@@ -66,7 +66,7 @@ class XLora(OperationRule):
             "xlora_A": own._replace(shape=tuple(A), key="xlora_A"),
             "xlora_B": own._replace(shape=tuple(B), key="xlora_B"),
             "xlora_experts": fixed._replace(key="xlora_experts", dtype=torch.int64),
-            **config.classifier,
+            **({} if config.layers[site.label] else config.classifier),
         }
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:

@@ -31,18 +31,19 @@ from graphpeft.rules.registry import registered
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 
-REFUSED: dict[str, str] = {
-    "XLORA": "it loads other adapters from their files, and a first run of the whole model without them weighs them "
-    "for each token; an adapter here has one file, and no rule runs the model around it",
-    "SHADOW": "a second, smaller model runs beside the layers, with a cache of its own",
-}
+REFUSED: dict[str, str] = {}
 """The methods that can't be had, and why."""
 
 NOT_MERGED: dict[str, str] = {
     "ADAPTION_PROMPT": "attentions read learned tokens",
     "POLY": "tasks choose what acts",
+    "SHADOW": "a small model runs beside the layers",
+    "XLORA": "tokens choose what acts",
 }
 """Why methods can't be merged that have no contract, but for those that add virtual tokens."""
+
+BY_ROW: frozenset[str] = frozenset({"XLORA"})
+"""The methods without a contract of which rows of a batch can have adapters of their own."""
 
 GUIDE = """\
 | you want | take |
@@ -57,6 +58,7 @@ GUIDE = """\
 | new tokens | trainable tokens, alone or in LoRA |
 | to change no weight at all | prompt tuning, P-tuning, prefix tuning, adaption prompts |
 | a long text that is read again and again | a cartridge |
+| several LoRA adapters at once, mixed for each token | X-LoRA, or Arrow without training |
 """
 
 
@@ -103,7 +105,8 @@ def overview_line(method: str, ours: dict[str, type[Any]]) -> str:
     contract = next((each for each in FIRST if each.method == method), None)
     if contract is None:
         why = "it adds virtual tokens" if issubclass(ours[method], PromptLearningConfig) else NOT_MERGED[method]
-        return f"| {method} | `{ours[method].__name__}` | no: {why} | no | pt2, ONNX |"
+        rows = "yes" if method in BY_ROW else "no"
+        return f"| {method} | `{ours[method].__name__}` | no: {why} | {rows} | pt2, ONNX |"
     exports = ", ".join(name for key, name in (("pt2", "pt2"), ("onnx", "ONNX")) if key not in contract.refuses)
     return (
         f"| {method} | `{ours[method].__name__}` | {'no' if 'merge' in contract.refuses else 'yes'} "

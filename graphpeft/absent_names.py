@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-_MISSING = ("Shadow", "XLora")
-"""The methods that don't exist here, as PEFT's classes name them."""
-
 _TUNERS = (
     *("AdaLora", "Adamss", "AdaptionPrompt", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora"),
     *("Gralora", "HRA", "Hira", "IA3", "LNTuning", "Lily", "LoHa", "LoKr", "Lora", "Miss", "OFT", "OSF", "Peanut"),
@@ -13,14 +10,12 @@ _TUNERS = (
 )
 """The methods for which PEFT has a wrapper class."""
 
-_METHOD = "the method doesn't exist here yet; docs/rules.md shows how one is written"
 _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it stays of its own class"
 _VARIANT = "MonteCLoRA's samples are in no file, so no training goes on as it was; a config that asks for it is refused"
 _TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
 
 ABSENT: dict[str, str] = {
-    **{f"{method}Config": _METHOD for method in _MISSING},
     **{f"{method}Model": _TUNER for method in _TUNERS},
     **dict.fromkeys(("CPTEmbedding", "CartridgeEncoder", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
     "MontecloraConfig": _VARIANT,

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import experts
 import torch
 import transformers
 from contracts import FIRST
@@ -148,6 +149,10 @@ def _poly() -> graphpeft.PeftConfig:
     )
 
 
+def _xlora(**options: Any) -> Callable[[], graphpeft.PeftConfig]:
+    return lambda: experts.config(experts.TEXT, hidden_size=8, **options)
+
+
 def _lora(**options: Any) -> Callable[[], graphpeft.PeftConfig]:
     return lambda: graphpeft.LoraConfig(**{"r": 2, "lora_alpha": 3, **options})
 
@@ -219,6 +224,9 @@ SAVED = [
     Saved("prefix-projection", _gpt2, _prompt(graphpeft.PrefixTuningConfig, prefix_projection=True)),
     Saved("cpt", _gpt2, _cpt),
     Saved("multitask-poly", _llama, _poly),
+    Saved("shadow", _llama, lambda: graphpeft.ShadowConfig(r=3, shadow_hidden_size=8)),
+    Saved("x-lora", experts.Text, _xlora(layerwise_scalings=True, top_k_lora=1), lambda: (_IDS,)),
+    Saved("x-lora-trained", experts.Text, _xlora(use_trainable_adapters=True), lambda: (_IDS,)),
 ]
 _MORE = {contract.method for contract in FIRST} - {saved.config().peft_type for saved in SAVED}
 SAVED += [

@@ -18,6 +18,7 @@ from graphpeft.rules.registry import registered
 NEEDED: dict[str, dict[str, Any]] = {
     PeftType.CPT: {"cpt_token_ids": [1, 2], "task_type": "CAUSAL_LM"},
     PeftType.ADALORA: {"total_step": 5},
+    PeftType.XLORA: {"hidden_size": 16, "adapters": {"0": "folder"}},
 }
 """Options without which there is no config of a method."""
 

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import experts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from graphpeft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShadowConfig,
     TaskType,
     WeightDecomposedConfig,
     get_peft_model,
@@ -205,6 +207,8 @@ CASES = {
     "Projection": prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
     "AdaptionPrompt": Case(LLAMA.make, AdaptionPromptConfig(adapter_len=3, adapter_layers=1), TEXT),
     "Cartridge": prompt(CartridgeConfig),
+    "Shadow": Case(LLAMA.make, ShadowConfig(r=3), TEXT),
+    "XLora": Case(experts.Text, experts.config(experts.TEXT, hidden_size=8), {"input_ids": TEXT["input_ids"]}),
     "TaskTokens": prompt(MultitaskPromptTuningConfig, num_tasks=2),
     "Context": Case(
         LLAMA.make,
@@ -250,6 +254,8 @@ def speaks_of(law: Any, case: Case) -> bool:
         return bool(case.config.starts_as_identity)
     if law is assert_two_adapters_act_together and getattr(case.config, "kasa_config", None):
         return False  # both have another weight in the place of the module's own
+    if law is laws.assert_only_the_adapter_is_trained and isinstance(case.config, ShadowConfig):
+        return False  # as in PEFT, nothing reads the state behind the last layer
     # a prompt in front of a Transformers model isn't for its graph
     return law is not laws.assert_traced_is_adapted_alike or isinstance(case.inputs, tuple)
 

@@ -92,7 +92,8 @@ SAME_COMPUTATION = [sorted(SPELLINGS.keys() - set(STORED_AS_IN_OUT)), STORED_AS_
 
 def test_every_registered_method_is_tested():
     ours = {name for name, cls in registered().items() if cls.__module__.startswith("graphpeft.")}
-    elsewhere = {LoraPerCallConfig.peft_type, PeftType.POLY}  # test_per_call.py, test_poly.py
+    # test_per_call.py, test_poly.py, test_shadow.py, test_xlora.py
+    elsewhere = {LoraPerCallConfig.peft_type, PeftType.POLY, PeftType.SHADOW, PeftType.XLORA}
     assert set(METHODS) | set(IN_FRONT) | elsewhere == ours
 
 

@@ -393,8 +393,9 @@ def test_a_bad_rank_is_refused_in_pefts_config_and_after_the_fact(
 @in_any_state
 def test_a_config_of_a_method_that_isnt_there_is_refused(build: Callable[[], Any]) -> None:
     model = build()
-    theirs: Any = peft.ShadowConfig()
-    with refused(model, ValueError, "SHADOW", "supported", "LORA"):
+    theirs: Any = peft.LoraConfig()
+    theirs.peft_type = "FUTURE"
+    with refused(model, ValueError, "FUTURE", "supported", "LORA"):
         get_peft_model(model, theirs, "second")
 
 
@@ -695,7 +696,7 @@ def test_a_config_that_is_no_text_is_named(saved: Path) -> None:
     [
         ({"r": 0}, ["r must be a positive integer"]),
         ({"r": 2.5}, ["r must be int, not 2.5"]),
-        ({"peft_type": "XLORA"}, ["'XLORA'", "LORA"]),
+        ({"peft_type": "FUTURE"}, ["'FUTURE'", "LORA"]),
         ({"peft_type": None}, ["peft_type", "LORA"]),
         ({"use_qalora": True}, ["use_qalora"]),
         ({"target_modules": ["upp"]}, ["upp", "near misses"]),
@@ -721,10 +722,10 @@ def test_an_unknown_key_in_a_file_is_dropped_with_a_warning(saved: Path) -> None
 
 
 def test_a_config_of_another_method_is_read_only_as_such(saved: Path) -> None:
-    edit_config(saved, peft_type="XLORA")
-    with pytest.raises(ValueError, match="XLORA"):
+    edit_config(saved, peft_type="FUTURE")
+    with pytest.raises(ValueError, match="FUTURE"):
         LoraConfig.from_pretrained(saved)
-    with pytest.raises(ValueError, match="XLORA"):
+    with pytest.raises(ValueError, match="FUTURE"):
         PeftConfig.from_pretrained(saved)
 
 

@@ -145,8 +145,9 @@ def _read(
     hub_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
     if config is None:
         return saved_adapter.read(model_id, use_safetensors=use_safetensors, **hub_options)
-    values = saved_adapter.load(model_id, use_safetensors=use_safetensors, **hub_options)
-    return SavedAdapter(as_config(config), values)
+    values, given = saved_adapter.load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
+    values = saved_adapter.with_those_beside(given, values, model_id, use_safetensors, hub_options)
+    return SavedAdapter(given, values)
 
 
 def has_adapter(model: nn.Module, adapter_name: str) -> bool:

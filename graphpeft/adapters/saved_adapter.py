@@ -76,9 +76,35 @@ def read(
     PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
     weights = weights_file(path_or_repo, use_safetensors, hub_options)
     try:
-        return read_together([config, weights], lambda: _read_both(config, weights))
+        saved = read_together([config, weights], lambda: _read_both(config, weights))
     except OSError as error:
         raise unreadable(error.filename, error) from error
+    tensors = with_those_beside(saved.config, saved.tensors, path_or_repo, use_safetensors, hub_options)
+    return saved._replace(tensors=tensors)
+
+
+def with_those_beside(
+    config: PeftConfig,
+    tensors: dict[str, torch.Tensor],
+    path_or_repo: str | os.PathLike[str],
+    use_safetensors: bool | None,
+    hub_options: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file, with those that PEFT writes into folders beside it.
+
+    Args:
+        config: The config to which they belong.
+        tensors: The file's tensors.
+        path_or_repo: As for `read`, as the next two are.
+        use_safetensors: See there.
+        hub_options: See there.
+    """
+
+    def read_beside(name: str) -> Mapping[str, torch.Tensor]:
+        subfolder = "/".join(filter(None, (hub_options.get("subfolder"), name)))
+        return load(path_or_repo, use_safetensors=use_safetensors, **{**hub_options, "subfolder": subfolder})
+
+    return dict(config.with_those_beside(tensors, read_beside))
 
 
 def _read_both(config_file: str, weights: str) -> SavedAdapter:

@@ -64,6 +64,7 @@ from graphpeft.methods.psoft import PsoftConfig
 from graphpeft.methods.pvera import PveraConfig
 from graphpeft.methods.randlora import RandLoraConfig
 from graphpeft.methods.road import RoadConfig
+from graphpeft.methods.shadow import ShadowConfig
 from graphpeft.methods.shira import ShiraConfig
 from graphpeft.methods.supertuning import SupertuningConfig
 from graphpeft.methods.tinylora import TinyLoraConfig
@@ -73,6 +74,7 @@ from graphpeft.methods.vblora import VBLoRAConfig
 from graphpeft.methods.vera import VeraConfig
 from graphpeft.methods.waveft import WaveFTConfig
 from graphpeft.methods.weight_decomposed import WeightDecomposedConfig
+from graphpeft.methods.xlora import XLoraConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -122,6 +124,7 @@ __all__ = [
     "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
+    "ShadowConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "TinyLoraConfig",
@@ -133,6 +136,7 @@ __all__ = [
     "VeraConfig",
     "WaveFTConfig",
     "WeightDecomposedConfig",
+    "XLoraConfig",
     "compose_cartridge_adapters",
     "conversion_deviation",
     "convert_to_lora",

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphpeft.adapters import mixing
-from graphpeft.adapters.given_inputs import with_derived
+from graphpeft.adapters.given_inputs import given_in_forward
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.around_set_forwards import is_around
+from graphpeft.model.offered_methods import Offered
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.peft_names import TaskType
 
 
 def layers_with(
-    methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...]
+    methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...], offered: tuple[str, ...]
 ) -> dict[str, in_place.Layer | None]:
     """Returns the layers of an adapted model by their kinds.
 
@@ -27,22 +28,30 @@ def layers_with(
         methods: The classes whose methods it has.
         task: The task of its first adapter, on which PEFT's class depends.
         other_names: The names of its members of `OtherNames`.
+        offered: The names of its methods of configs.
     """
     return {
-        "methods": _methods_layer(methods, task, other_names),
+        "methods": _methods_layer(methods, task, other_names, offered),
         "peft": None if model_class(task) is None else _peft_layer(task),
     }
 
 
 @functools.cache
-def _methods_layer(methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...]) -> in_place.Layer:
-    namespace = {name: vars(OtherNames)[name] for name in other_names} | {
-        "__call__": methods[0].__call__,
-        "forward": _forward,
-        "__class__": property(_class_now, set_class),
-        "_graphpeft_task": task,
-    }
-    return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task, other_names)))
+def _methods_layer(
+    methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...], offered: tuple[str, ...]
+) -> in_place.Layer:
+    of_configs = {name: Offered(name) for name in offered}
+    namespace = (
+        of_configs
+        | {name: vars(OtherNames)[name] for name in other_names}
+        | {
+            "__call__": methods[0].__call__,
+            "forward": _forward,
+            "__class__": property(_class_now, set_class),
+            "_graphpeft_task": task,
+        }
+    )
+    return in_place.Layer("methods", methods, namespace, (_methods_layer, (methods, task, other_names, offered)))
 
 
 def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -53,11 +62,11 @@ def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None,
     forward, state = mixing.forward_of(model), model._peft_adapters
     read = state.call_inputs
     if adapter_names is not None:
-        with model.mixed_batch(adapter_names), call_inputs.given(read, with_derived(state, args, kwargs)):
+        with model.mixed_batch(adapter_names), given_in_forward(model, args, kwargs):
             return forward(model, *args, **call_inputs.left(read, kwargs))
     if not read:
         return forward(model, *args, **kwargs)
-    with call_inputs.given(read, with_derived(state, args, kwargs)):
+    with given_in_forward(model, args, kwargs):
         return forward(model, *args, **call_inputs.left(read, kwargs))
 
 

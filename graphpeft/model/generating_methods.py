@@ -39,6 +39,10 @@ class GeneratingMethods(AdapterInfo):
         if max(repeats) > 1 and not kwargs.keys().isdisjoint(read):
             raise AdaptError(f"{sorted(read)} are those of a batch, whose rows generate() would repeat; use one beam")
         own = call_inputs.left(read, kwargs)
+        acting = self.active_adapters if adapter_names is None else adapter_names
+        configs = self.peft_config
+        if any(name in configs and not configs[name].goes_on_from_caches for name in acting):
+            own["use_cache"] = False
         possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
         prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
         with contextlib.ExitStack() as stack:

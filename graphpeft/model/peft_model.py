@@ -17,7 +17,7 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
-from graphpeft.adapters.given_inputs import with_derived
+from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.tensors import set_trainable_now
@@ -30,6 +30,7 @@ from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.generating_methods import GeneratingMethods
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
+from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import free_names
 from graphpeft.model.reference_copies import copy_at_the_model
 from graphpeft.model.saving_methods import SavingMethods
@@ -221,10 +222,10 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
-            with self.mixed_batch(adapter_names), call_inputs.given(read, with_derived(state, args, kwargs)):
+            with self.mixed_batch(adapter_names), given_in_call(self, args, kwargs):
                 output = call(*args, **call_inputs.left(read, kwargs))
         elif read:
-            with call_inputs.given(read, with_derived(state, args, kwargs)):
+            with given_in_call(self, args, kwargs):
                 output = call(*args, **call_inputs.left(read, kwargs))
         else:
             output = call(*args, **kwargs)
@@ -420,4 +421,4 @@ def give_methods(model: nn.Module, task: TaskType | None) -> None:
     bases = (PeftModel, *(methods for methods, name in further.items() if hasattr(model, name)))
     if is_of_diffusers(model):
         bases = (DiffusersMethods, *bases)
-    in_place.exchange(model, layers_with(bases, task, free_names(model)))
+    in_place.exchange(model, layers_with(bases, task, free_names(model), offered_names(model)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft, set_class
+from graphpeft.rules.config_in_calls import ConfigInCalls
 from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.options import check_options
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @names_method
 @dataclass(kw_only=True)
-class PeftConfig(ConfigJson):
+class PeftConfig(ConfigInCalls, ConfigJson):
     """The options of all methods; their names and meanings are PEFT's.
 
     Attributes:
@@ -274,18 +275,6 @@ class PeftConfig(ConfigJson):
         """
         raise NotImplementedError
 
-    def call_inputs_from(self, arguments: Mapping[str, Any], prompt: torch.Tensor | None) -> Mapping[str, Any]:
-        """Returns those of its rules' `call_inputs` that follow from the other arguments of a call.
-
-        A call that passes one itself keeps that. Each value is a mapping, whose keys tell apart what adapters read that
-        need different ones.
-
-        Args:
-            arguments: The arguments of a call of the model, by name.
-            prompt: The tokens from which the model generates, (rows, length), if it does.
-        """
-        return {}
-
     def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
         """Returns a scalar with gradients that a model's call adds to the loss that it returns, or None.
 
@@ -366,6 +355,18 @@ class PeftConfig(ConfigJson):
             parameters: The site's parameters, by the rule's names.
         """
         return {}
+
+    def with_those_beside(
+        self, tensors: Mapping[str, torch.Tensor], read: Callable[[str], Mapping[str, torch.Tensor]]
+    ) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors of a file, with those that PEFT writes into a folder beside it.
+
+        Args:
+            tensors: The file's tensors, by their names.
+            read: Reads the tensors of a file in a folder of this name, beside the file; raises FileNotFoundError if
+                there is none.
+        """
+        return tensors
 
     def packed(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Returns the tensors that a file has for all tensors of the adapter, where several stand for one.

@@ -22,6 +22,7 @@ from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Index, Kind, Number, Size, Within
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import Rule
@@ -281,10 +282,10 @@ class LoraConfig(TargetedConfig):
         sites = kinds.only_layers(self, sites, report)
         return with_parts(sites, self.target_parts, finder, report) if self.target_parts else sites
 
-    def call_inputs_from(self, arguments: Mapping[str, Any], prompt: Tensor | None) -> Mapping[str, Any]:
+    def call_inputs_from(self, call: PresentCall) -> Mapping[str, Any]:
         """Returns where aLoRA's tokens are in the rows of a call."""
         tokens = self.alora_invocation_tokens
-        return activated.offsets_of_call(tuple(tokens), arguments, prompt) if tokens else {}
+        return activated.offsets_of_call(tuple(tokens), call.arguments, call.prompt) if tokens else {}
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for the kind of operation that uses the weight, or for a call."""

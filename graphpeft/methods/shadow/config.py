@@ -1,0 +1,312 @@
+"""Shadow: a small model runs beside the layers of a large one, and what it says is put into each of them.
+
+    h ← h + α up(down(h − s))        before a layer
+    s ← (1 − g) s + g t              behind it, t and σ⁻¹(g) being small networks of the layer's output
+
+The first s is what the small model makes of the same tokens, which has the large one's class and fewer layers. With
+`labels`, the loss of its own prediction is added to the model's. Source: PEFT's ``tuners/shadow/``, whose numbers are
+the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft.graph.errors import TraceError
+from graphpeft.methods.prompts.caches import CACHES, has_tokens
+from graphpeft.methods.shadow.mirror import Mirror, config_of_mirror, size_in, stack_of
+from graphpeft.methods.shadow.rule import INPUT, Shadow, States
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Index, Layers, Number, Probability, Size
+from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.present_call import PresentCall
+from graphpeft.rules.registry import register
+from graphpeft.rules.report import Refusal, Report
+from graphpeft.rules.target_options import TargetOptions
+from graphpeft.rules.trained import SiteParameters
+from graphpeft.sites.calls import boundary_site
+from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.site import CallSite
+from graphpeft.targeting.targeting import targeted_modules
+
+_MODEL = "shadow_backbone"
+
+
+@register
+@dataclass(kw_only=True)
+class ShadowConfig(PeftConfig):
+    """The options of Shadow; the names, defaults and meanings are PEFT's.
+
+    Differs from PEFT 0.21.2: a call is given all tokens, and none in a cache, and ``generate`` keeps no cache, where
+    PEFT has a cache of two parts; the loss of an adapter for inference has no part of the small model; several such
+    adapters can be active. A small model from a checkpoint, sequence classification, diffusion models and
+    `unload_shadow` don't exist here.
+
+    Attributes:
+        target_modules: The layers of the decoder, as a list of paths or their ends, or as a regular expression; None
+            for all.
+        exclude_modules: Layers to leave out, likewise.
+        r: The rank of up and down.
+        shadow_alpha: α.
+        shadow_dropout: The probability of dropping an element of h − s.
+        init_weights: Whether up is zero at first.
+        shadow_model: ``"mirror"``, the only kind that there is here.
+        shadow_num_hidden_layers: The number of the small model's layers; None for 1.
+        shadow_hidden_size: The size of its hidden states; None for the large one's.
+        shadow_num_attention_heads: The number of its attention heads; None for the large one's.
+        shadow_intermediate_size: The width of its feed-forward layers; None for the large one's.
+        share_embeddings: Whether it is given the large model's embeddings, if they are of its size.
+        update_hidden_size: The number of features inside of the small networks; None for `r`.
+        auxiliary_loss_weight: By what the loss of the small model's prediction is multiplied.
+        layers_to_transform: The indices of the layers to adapt.
+        layers_pattern: The name of the list of layers, for `layers_to_transform`.
+
+    Raises:
+        ValueError: For a value that an option can't have.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+        >>> model = get_peft_model(model, ShadowConfig(task_type="CAUSAL_LM", r=2))
+        >>> model(torch.arange(5)[None]).logits.shape
+        torch.Size([1, 5, 50])
+    """
+
+    peft_type: ClassVar[PeftType] = PeftType.SHADOW
+    prefix: ClassVar[str | None] = "shadow_"
+    goes_on_from_caches: ClassVar[bool] = False
+    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
+        "auxiliary_loss_weight",
+        "init_weights",
+        "shadow_dropout",
+    }
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    r: Size = 8
+    shadow_alpha: Number = 0.1
+    shadow_dropout: Probability = 0.2
+    init_weights: bool = True
+    shadow_model: str = "mirror"
+    shadow_num_hidden_layers: Layers | None = None
+    shadow_hidden_size: Size | None = None
+    shadow_num_attention_heads: Size | None = None
+    shadow_intermediate_size: Size | None = None
+    share_embeddings: bool = True
+    update_hidden_size: Size | None = None
+    auxiliary_loss_weight: Number = 0.05
+    layers_to_transform: list[Index] | Index | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._key, self._numbers, self._width, self._is_fed = 0, dict[str, int](), 0, False
+        self._dtype, self._last = torch.float32, Last()
+        self._mirror: Mirror | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for what isn't supported, and for options that contradict each other, as in PEFT."""
+        super().check()
+        if self.shadow_model != "mirror":
+            raise ValueError(
+                f"shadow_model={self.shadow_model!r} would be a model from a checkpoint, which isn't supported; leave "
+                "it 'mirror'"
+            )
+        if self.task_type not in (None, TaskType.CAUSAL_LM):
+            raise ValueError(f"Shadow is for CAUSAL_LM here, and task_type is {self.task_type}")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for a list of target_modules, not for a regular expression")
+
+    @property
+    def target_options(self) -> TargetOptions:
+        """The options that name modules."""
+        return TargetOptions(
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save,
+            layers_to_transform=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
+        )
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether up is zero."""
+        return self.init_weights
+
+    # a model
+
+    def resolved(self, model: nn.Module) -> PeftConfig:
+        """Returns the config with the names of the layers, and with the small model.
+
+        Raises:
+            ValueError: If the model is no decoder of Transformers.
+        """
+        config: Any = super().resolved(model)
+        own = getattr(model, "config", None)
+        if own is None or not hasattr(model, "get_input_embeddings"):
+            raise ValueError(f"Shadow is for decoders of Transformers, and {type(model).__name__} is none")
+        path, name = stack_of(model)
+        around = model.get_submodule(path)
+        count = len(around._modules[name])  # pyright: ignore[reportArgumentType]
+        if config.target_modules is None:
+            config.target_modules = [".".join(filter(None, (path, name, str(number)))) for number in range(count)]
+        sizes = {option: getattr(self, option) for option in _SIZES} | {
+            "shadow_num_hidden_layers": self.shadow_num_hidden_layers or 1
+        }
+        made = config_of_mirror(around.config, sizes)
+        config._width, config._key = size_in(own), uuid.uuid4().int >> 80
+        config._is_fed = self.share_embeddings and size_in(made) == config._width
+        config._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        config._mirror = Mirror(around, made, config._dtype, config._is_fed)
+        return config
+
+    def find_sites(self, finder: SiteFinder, report: Report) -> Sequence[Any]:
+        """Returns the boundaries of the layers, in their order."""
+        found = []
+        stack = ".".join(filter(None, stack_of(finder.modules[""])))
+        for path in targeted_modules(self, finder.modules, report):
+            if path.rpartition(".")[0] != stack:
+                reason = f"it is none of the layers in {stack}, which pass hidden states on to each other"
+                report.refused.append(Refusal(path, reason, "name such layers, or leave target_modules out"))
+                continue
+            try:
+                site = boundary_site(finder.regions, path)
+                if site.region != path:
+                    raise TraceError("a flat graph has no call of it; adapt the model itself")
+                found.append(site)
+            except TraceError as error:
+                report.refused.append(Refusal(path, str(error), "name layers of a decoder, or take LoRA"))
+        return found
+
+    def prepared(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config with the numbers of the layers."""
+        config = copy.copy(self)
+        config._numbers = {site.owner: number for number, site in enumerate(sites)}
+        return config
+
+    def rule_for(self, site: CallSite, dtype: torch.dtype) -> Shadow:
+        """Returns the rule of a layer."""
+        return Shadow(site.arguments[0], dtype)
+
+    # what the rule reads
+
+    @property
+    def width(self) -> int:
+        """The size of the model's hidden states."""
+        return self._width
+
+    @property
+    def numbers(self) -> Mapping[str, int]:
+        """The numbers of the layers, by their paths."""
+        return self._numbers
+
+    @property
+    def key(self) -> int:
+        """What tells the adapter's states from those of another one."""
+        return self._key
+
+    @property
+    def mirror(self) -> Mirror:
+        """The small model, without its values."""
+        assert self._mirror is not None
+        return self._mirror
+
+    @property
+    def of_model(self) -> dict[str, ParameterSpec]:
+        """The parameters of the small model, and of the projection of its hidden states, if they have another size."""
+        found = {_local(name): (f"{_MODEL}.default.{name}", shape) for name, shape in self.mirror.shapes.items()}
+        if self.mirror.size != self._width:
+            found[_PROJECTION] = ("shadow_projection.default.weight", (self._width, self.mirror.size))
+        return {
+            local: ParameterSpec(shape, key, scope=key, written_once=True, dtype=self._dtype)
+            for local, (key, shape) in found.items()
+        }
+
+    def draw_model(self, parameters: Mapping[str, Tensor]) -> None:
+        """Draws the first values of these.
+
+        Args:
+            parameters: The parameters of the first site, filled in place.
+        """
+        for name, drawn in self.mirror.drawn().named_parameters():
+            parameters[_local(name)].copy_(drawn)
+        if _PROJECTION in parameters:
+            parameters[_PROJECTION].copy_(nn.Linear(self.mirror.size, self._width, bias=False).weight)
+
+    # a call
+
+    def call_inputs_from(self, call: PresentCall) -> Mapping[str, Any]:
+        """Returns the shadow states of a call: the first one, by a run of the small model.
+
+        Raises:
+            ValueError: If the call goes on from tokens in a cache.
+        """
+        given, model = call.arguments, call.model
+        if any(has_tokens(given.get(name)) for name in CACHES):
+            raise ValueError(
+                "Shadow's small model needs all tokens, and this call goes on from those in a cache; pass the whole "
+                "sequence, and use_cache=False"
+            )
+        inputs = {name: given[name] for name in _INPUTS if given.get(name) is not None}
+        if not {"input_ids", "inputs_embeds"} & inputs.keys():
+            raise ValueError("Shadow's small model reads input_ids or inputs_embeds; pass one of them")
+        if self._is_fed and "inputs_embeds" not in inputs:
+            inputs["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
+        if "inputs_embeds" in inputs:
+            inputs.pop("input_ids", None)
+        own = call.parameters_at(0)
+        values = {name: own[_local(name)] for name in self.mirror.shapes}
+        mirror: Any = self.mirror
+        first = mirror.run(values, call.is_training, {"use_cache": False, **inputs})
+        first = F.linear(first, own[_PROJECTION]) if _PROJECTION in own else first
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._last.call = None if given.get("labels") is None or head is None else (first, given["labels"], head)
+        return {INPUT: {self._key: States(first, len(self._numbers))}}
+
+    def penalty(self, sites: Sequence[SiteParameters]) -> Tensor | None:
+        """Returns the weighted loss of the small model's own prediction of the labels; None without these."""
+        last, self._last.call = self._last.call, None
+        if last is None or self.task_type is not TaskType.CAUSAL_LM or self.auxiliary_loss_weight <= 0:
+            return None
+        first, labels, head = last
+        logits = head(first)[..., :-1, :].flatten(0, -2)
+        return self.auxiliary_loss_weight * F.cross_entropy(logits, labels[..., 1:].flatten(), ignore_index=-100)
+
+
+class Last:
+    """What the last call leaves for its loss; a copy of a model begins without."""
+
+    def __init__(self) -> None:
+        self.call: tuple[Tensor, Tensor, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Last:
+        return Last()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Last, ()
+
+
+_SIZES = (
+    "shadow_num_hidden_layers",
+    "shadow_hidden_size",
+    "shadow_intermediate_size",
+    "shadow_num_attention_heads",
+)
+_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_PROJECTION = "shadow_projection"
+
+
+def _local(name: str) -> str:
+    return f"{_MODEL}_{name.replace('.', '__')}"

@@ -1,0 +1,157 @@
+"""The small model of Shadow, of the class of the module that runs a Transformers model's layers, with fewer of them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graphpeft.graph import in_place
+
+_AROUND = ("model", "transformer", "decoder")
+_STACKS = ("layers", "h")
+
+
+def stack_of(model: nn.Module) -> tuple[str, str]:
+    """Returns the path of the module that runs a model's layers, and the name of the list of these in it.
+
+    Args:
+        model: A Transformers model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for around in _AROUND:
+        outer = model._modules.get(around)
+        if outer is None:
+            continue
+        inner = outer._modules.get("decoder")
+        for path, module in ((f"{around}.decoder", inner), (around, outer)):
+            name = None if module is None else _stack_in(module)
+            if name is not None:
+                return path, name
+    name = _stack_in(model)
+    if name is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers, called {' or '.join(_STACKS)}, as Transformers' decoders "
+            "have it; Shadow is for these"
+        )
+    return "", name
+
+
+def _stack_in(module: nn.Module) -> str | None:
+    return next((name for name in _STACKS if isinstance(module._modules.get(name), nn.ModuleList)), None)
+
+
+def size_in(config: Any) -> int:
+    """Returns the size of the hidden states that a model's config tells.
+
+    Args:
+        config: The model's config.
+
+    Raises:
+        ValueError: If it tells none.
+    """
+    found = next((getattr(config, name) for name in _SIZES["shadow_hidden_size"] if hasattr(config, name)), None)
+    if found is None:
+        raise ValueError("the model's config doesn't tell the size of its hidden states")
+    return int(found)
+
+
+_SIZES = {
+    "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
+    "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+}
+
+
+def config_of_mirror(config: Any, options: Mapping[str, int | None]) -> Any:
+    """Returns the config of the small model.
+
+    Args:
+        config: The config of the large one.
+        options: The sizes by the names of the method's options; None for that of the large one.
+
+    Raises:
+        ValueError: If the config has no such size.
+    """
+    made = copy.deepcopy(config)
+    for option, value in options.items():
+        name = next((name for name in _SIZES[option] if hasattr(made, name)), None)
+        if value is not None and name is None:
+            raise ValueError(f"{option}={value}: the model's config has no {' or '.join(_SIZES[option])}")
+        if value is not None:
+            setattr(made, str(name), value)
+    count = int(getattr(made, next(name for name in _SIZES["shadow_num_hidden_layers"] if hasattr(made, name))))
+    kinds = list(getattr(made, "layer_types", None) or ())
+    if kinds:
+        made.layer_types = [*kinds, *[kinds[-1]] * count][:count]
+    if getattr(made, "max_window_layers", None) is not None:
+        made.max_window_layers = min(int(made.max_window_layers), count)
+    return made
+
+
+class Mirror:
+    """The small model without its values, which copies of a config share.
+
+    Args:
+        like: The module that runs the layers of the large model.
+        config: The small model's config.
+        dtype: Its dtype.
+        is_fed: Whether it is given the large model's embeddings, so that it has none of its own.
+    """
+
+    def __init__(self, like: nn.Module, config: Any, dtype: torch.dtype, is_fed: bool) -> None:
+        self._class, self._config, self._dtype, self._is_fed = in_place.original_class(like), config, dtype, is_fed
+        with torch.random.fork_rng(devices=[]):
+            module = self.drawn().to(dtype)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        for name, parameter in list(module.named_parameters()):
+            owner, _, own = name.rpartition(".")
+            module.get_submodule(owner)._parameters[own] = nn.Parameter(parameter.detach().to("meta"), False)
+        self._module, self._lock = module, threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mirror:
+        return self
+
+    @property
+    def size(self) -> int:
+        """The size of its hidden states."""
+        return size_in(self._config)
+
+    def drawn(self) -> nn.Module:
+        """Returns the small model with first values, drawn as PEFT draws them."""
+        made = self._class(copy.deepcopy(self._config))
+        if self._is_fed:
+            made._modules.pop("embed_tokens", None)
+        return made
+
+    @torch.compiler.disable
+    def run(self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any]) -> Tensor:
+        """Returns its last hidden states, (rows, positions, features).
+
+        Args:
+            values: Its parameters by name.
+            training: Whether it is in training mode.
+            inputs: The arguments of its forward.
+        """
+        device = next(iter(values.values())).device
+        # the values are on the one module while it runs, whoever calls
+        with self._lock:
+            if self._module.training != training:
+                self._module.train(training)
+            buffers = {name: buffer.to(device) for name, buffer in self._module.named_buffers()}
+            found = functional_call(self._module, {**buffers, **values}, (), {**inputs, "return_dict": True})
+        return found.last_hidden_state

@@ -166,7 +166,9 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     with graph.inserting_before(current.next):
         nodes = {"weight": current, "base": op.node}
         given = _given(rule.delta, graph, nodes, attributes, {})
+        emitted_before = set(graph.nodes)
         result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
+        _erase_unread([node for node in graph.nodes if node not in emitted_before and node is not result])
     _replace(current, result, before.__contains__)
     return {result: current}
 
@@ -186,12 +188,16 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
             rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
         )
         _refuse_no_value(result, "rewrite")
-        # what nothing reads, such as a change that the rule doesn't need here, with all that it is made of
-        for node in reversed(emitted):
-            if not node.users:
-                graph.erase_node(node)
+        _erase_unread(emitted)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _erase_unread(nodes: list[fx.Node]) -> None:
+    """Erases what nothing reads, such as a change that a rule doesn't need here, with all that it is made of."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:

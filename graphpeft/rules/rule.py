@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from graphpeft.graph.written_products import plus_change
 from graphpeft.rules.parameter_spec import ParameterSpec
 
 
@@ -251,13 +252,13 @@ class Mergeable(Rule):
         return self.delta(**given)
 
     def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
-        """Returns a weight as such with its change, for the graph that uses it.
+        """Returns a weight as such with its change; what multiplies by a stack takes ``P @ Q * s`` factor by factor.
 
         Args:
-            weight: The weight, with the changes of earlier adapters.
-            given: The arguments of `delta` by name, as in `change`.
+            weight: The weight, with the changes of earlier adapters; a proxy.
+            given: The arguments of `delta` by name, as in `change`; proxies.
         """
-        return weight + self.change(given).to(weight.dtype)
+        return plus_change(weight, self.change(given))
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:

@@ -63,6 +63,19 @@ class NoChangeError(Exception):
         self.weight, self.slot = weight, slot
 
 
+class ChangedInputError(Exception):
+    """A rule asks for an argument of a forward as it was given, and an earlier adapter changes it.
+
+    Args:
+        argument: The name of the argument.
+        slot: The slot of the earlier adapter.
+    """
+
+    def __init__(self, argument: str, slot: int) -> None:
+        super().__init__(f"the adapter in slot {slot} changes {argument}")
+        self.argument, self.slot = argument, slot
+
+
 def insert(
     graph: fx.Graph,
     op: Op,
@@ -87,6 +100,7 @@ def insert(
     Raises:
         NoChangeError: If the rule asks for the present weight, and an earlier adapter's effect is no change of the
             weight.
+        ChangedInputError: If it asks for an argument as it was given, and an earlier adapter changes that.
     """
     before = set(graph.nodes)
     entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
@@ -319,6 +333,10 @@ def replace(
 
 def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Sources) -> Replaced:
     """Emits new arguments and a new output of a forward, and returns them with the nodes that they replace."""
+    for tag in changes_at(graph, op.name):
+        spent = [name for name in rule.reads_as_given if name in getattr(tag.rule, "spends", ())]
+        if spent:
+            raise ChangedInputError(spent[0], tag.slot)
     tracer = RuleTracer(graph)
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}

@@ -121,7 +121,7 @@ def version(tensor: torch.Tensor) -> int:
 
 def can_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Returns whether `tensor.data` can be set to another tensor, which may be on another device."""
-    return torch._has_compatible_shallow_copy_type(tensor, other)
+    return torch._has_compatible_shallow_copy_type(tensor, other)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -44,7 +44,8 @@ def plus_change(weight: fx.Proxy, change: fx.Proxy) -> fx.Proxy:
     """
     product = product_of(change.node)
     if product is None:
-        return weight + change.to(weight.dtype)
+        made: Any = weight
+        return made + change.to(weight.dtype)
     first, second, *scales = (
         fx.Proxy(each, weight.tracer) if isinstance(each, fx.Node) else each
         for each in (product.first, product.second, *product.scales)
